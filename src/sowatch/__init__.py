@@ -1,0 +1,95 @@
+"""Which process has which shared library mapped, on a whole Linux host, live.
+
+The product in two functions: `watch` gives events one after the other, `awatch` does so for
+asyncio. `Watcher` with `Rule` s runs your callbacks and knows the whole map.
+
+Where things are, from the ground up:
+
+errors      every error, with its facts and the next step
+identity    FileId and ProcessId
+events      what is told: LibraryEvent, Process, Library, and the wire form
+rules       Rule and RuleSet
+procfs      /proc: bytes in, records out
+elf         build id, soname, exported symbols, on files nobody trusts
+config      limits and policy
+registry    activation once, deactivation once, blocklist
+processes   ProcessMonitor: exec, fork, exit; container labels
+bpf         the kernel side: programs, libbpf binding, records, probes, load ladder
+sources     where records and readings come from
+tracker     the map itself
+inspector   opens mapped files safely, reads their facts
+publisher   from changes of the map to events and queues
+engine      the thread that drains, reads again, repairs
+watcher     puts it together
+cli         the command, one file a subcommand
+
+Importing this module loads none of them: names are fetched on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sowatch.config import Config
+    from sowatch.errors import EnvironmentFault, LoadAttempt, SowatchError
+    from sowatch.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.identity import FileId, ProcessId
+    from sowatch.processes import ProcessMonitor
+    from sowatch.registry import FileRegistry
+    from sowatch.rules import Rule
+    from sowatch.watcher import ActiveFile, Mapped, Stats, Watcher, awatch, watch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActiveFile",
+    "Config",
+    "EnvironmentFault",
+    "FileId",
+    "FileRegistry",
+    "Library",
+    "LibraryEvent",
+    "LoadAttempt",
+    "Lost",
+    "Mapped",
+    "Process",
+    "ProcessId",
+    "ProcessMonitor",
+    "Ready",
+    "Repaired",
+    "Rule",
+    "SowatchError",
+    "Stats",
+    "Stopped",
+    "Watcher",
+    "awatch",
+    "watch",
+]
+
+_ROOMS = {
+    "config": ("Config",),
+    "errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
+    "events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+    "identity": ("FileId", "ProcessId"),
+    "processes": ("ProcessMonitor",),
+    "registry": ("FileRegistry",),
+    "rules": ("Rule",),
+    "watcher": ("ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module 'sowatch' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"sowatch.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

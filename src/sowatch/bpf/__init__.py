@@ -1,0 +1,11 @@
+"""The kernel side: the BPF programs, the binding to libbpf, the records, the probes, the load ladder.
+
+programs/    the BPF C, read `watch.bpf.c` top to bottom
+shim.h, .c   the C between cffi and libbpf; `binding` is its one user
+binding      `BpfObject`: open, load, attach, drain, iterate, close; libbpf's words in the errors
+records      what the programs send, as Python tuples
+probes       what this kernel and this user can do, found out by trying
+ladder       which strategy is used, and why not another
+
+May import ``errors``, ``identity`` and ``config``. Nothing outside this room sees libbpf.
+"""

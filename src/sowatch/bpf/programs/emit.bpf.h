@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Building records, and sending them: to the ring from a hook, to the seq file from the reader. */
+#pragma once
+
+#include "identity.bpf.h"
+#include "paths.bpf.h"
+
+/*
+ * One record at a time is built on a CPU. Hooks run with preemption off today; should a kernel
+ * preempt one, the other finds the scratch taken and its record is a counted, repaired loss.
+ */
+static __always_inline struct scratch *take_scratch(enum scratch_owner owner)
+{
+	struct scratch *scratch = scratch_of(owner);
+
+	if (!scratch)
+		return NULL;
+	if (owner == SCRATCH_HOOKS && scratch->is_taken) {
+		count(LOST_SCRATCH);
+		return NULL;
+	}
+	scratch->is_taken = 1;
+	scratch->text_end = 0;
+	return scratch;
+}
+
+static __always_inline void give_back(struct scratch *scratch)
+{
+	scratch->is_taken = 0;
+}
+
+static __always_inline void fill_head(struct record *head, struct task_struct *task, enum record_type type,
+				      __u32 flags, __u32 size)
+{
+	head->size = size;
+	head->type = type;
+	head->flags = flags;
+	head->tgid = BPF_CORE_READ(task, tgid);
+	head->tid = BPF_CORE_READ(task, pid);
+	head->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	head->t_ns = bpf_ktime_get_ns();
+	head->exec_id = BPF_CORE_READ(task, self_exec_id);
+	head->reserved = 0;
+}
+
+/* Sends a record without text. False if the ring was full, which is counted. */
+static __always_inline bool send_small(struct task_struct *task, enum record_type type, __u32 flags,
+				       __u64 start, __u64 end)
+{
+	struct range_record *record = bpf_ringbuf_reserve(&ring, sizeof(*record), 0);
+
+	if (!record) {
+		count(LOST_RING);
+		return false;
+	}
+	fill_head(&record->head, task, type, flags, sizeof(*record));
+	record->start = start;
+	record->end = end;
+	bpf_ringbuf_submit(record, 0);
+	count(COUNT_RECORDS);
+	return true;
+}
+
+/* Sends the record in the scratch with its text; the size is rounded up to 8. */
+static __always_inline bool send_scratch(struct seq_file *seq, struct scratch *scratch)
+{
+	__u32 size = (sizeof(scratch->record) + scratch->text_end + 7) & ~7u;
+
+	/* Never true; the verifier wants to see it. */
+	if (size > sizeof(scratch->record) + sizeof(scratch->text))
+		size = sizeof(scratch->record) + sizeof(scratch->text);
+	scratch->record.head.size = size;
+	if (seq)
+		return bpf_seq_write(seq, &scratch->record, size) == 0;
+	if (bpf_ringbuf_output(&ring, &scratch->record, size, 0)) {
+		count(LOST_RING);
+		return false;
+	}
+	count(COUNT_RECORDS);
+	return true;
+}
+
+static __always_inline struct cgroup *cgroup_of_controller(struct css_set *set, __u32 id)
+{
+	struct cgroup_subsys_state *css = NULL;
+
+	bpf_probe_read_kernel(&css, sizeof(css), (void *)set + bpf_core_field_offset(set->subsys) + id * sizeof(css));
+	return css ? BPF_CORE_READ(css, cgroup) : NULL;
+}
+
+#define CONTROLLER(set, name)                                                                            \
+	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name)                                         \
+		 ? cgroup_of_controller(set, bpf_core_enum_value(enum cgroup_subsys_id, name))           \
+		 : NULL)
+
+static __always_inline bool is_root_cgroup(struct cgroup *cgroup)
+{
+	struct kernfs_node *node = cgroup ? BPF_CORE_READ(cgroup, kn) : NULL;
+
+	return !node || !parent_node(node);
+}
+
+/* The v2 path; on v1 and hybrid hosts, where that is the root for all, one of a controller's. */
+static __always_inline __u32 append_cgroup(struct scratch *scratch, struct task_struct *task)
+{
+	struct css_set *set = BPF_CORE_READ(task, cgroups);
+	struct cgroup *cgroup = BPF_CORE_READ(set, dfl_cgrp);
+
+	if (is_root_cgroup(cgroup))
+		cgroup = CONTROLLER(set, memory_cgrp_id);
+	if (is_root_cgroup(cgroup))
+		cgroup = CONTROLLER(set, pids_cgrp_id);
+	if (is_root_cgroup(cgroup))
+		cgroup = CONTROLLER(set, cpu_cgrp_id);
+	return walk_cgroup(scratch, cgroup);
+}
+
+/* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. */
+static __always_inline __u64 interpreter_base_of(struct mm_struct *mm)
+{
+	unsigned long pair[2];
+
+	/* AT_BASE stands among the first dozen (create_elf_tables); the vector has 26 at the most. */
+	for (int i = 0; i < 20; i++) {
+		if (bpf_probe_read_kernel(pair, sizeof(pair), (void *)mm + bpf_core_field_offset(mm->saved_auxv) +
+								      i * sizeof(pair)))
+			return 0;
+		if (pair[0] == AT_BASE)
+			return pair[1];
+		if (!pair[0])
+			return 0;
+	}
+	return 0;
+}
+
+static __always_inline __u32 pid_in_own_namespace(struct task_struct *task)
+{
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	__u32 level = BPF_CORE_READ(pid, level);
+	struct upid upid = {};
+
+	bpf_probe_read_kernel(&upid, sizeof(upid),
+			      (void *)pid + bpf_core_field_offset(pid->numbers) +
+				      level * bpf_core_type_size(struct upid));
+	return upid.nr;
+}
+
+enum process_text { WITHOUT_EXE, WITH_EXE };
+
+/* All that user space could not read any more if the process were gone by then. */
+static __always_inline bool send_process(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
+					 struct task_struct *parent, enum record_type type, __u32 flags,
+					 enum process_text with)
+{
+	struct scratch *scratch = take_scratch(owner);
+	struct process_record *record;
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+	struct path root = BPF_CORE_READ(task, fs, root);
+	struct file *exe;
+	bool sent;
+
+	if (!scratch)
+		return false;
+	record = &scratch->record.process;
+	__builtin_memset(record, 0, sizeof(*record));
+	fill_head(&record->head, task, type, flags, 0);
+	if (parent) {
+		record->parent_tgid = BPF_CORE_READ(parent, tgid);
+		record->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
+	}
+	record->ppid = BPF_CORE_READ(task, real_parent, tgid);
+	record->uid = BPF_CORE_READ(task, cred, uid.val);
+	record->ns_pid = pid_in_own_namespace(task);
+	record->root_dentry = (__u64)root.dentry;
+	record->root_mnt = (__u64)root.mnt;
+	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
+	record->cgroup_bytes = append_cgroup(scratch, task);
+	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
+	if (exe) {
+		identify(exe, &record->exe);
+		record->interpreter_base = interpreter_base_of(mm);
+		if (with == WITH_EXE) {
+			record->path_bytes = walk_path(owner, scratch, opened_path(exe), root, PATH_TEXT_BYTES);
+			if (scratch->is_partial)
+				record->head.flags |= FLAG_PARTIAL;
+		}
+	}
+	sent = send_scratch(seq, scratch);
+	give_back(scratch);
+	return sent;
+}
+
+/* A file mapped executable at [start, end), with the path that the process sees. */
+static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
+				     struct file *file, const struct file_key *key, __u64 start, __u64 end,
+				     __u64 offset_bytes, __u32 flags)
+{
+	struct scratch *scratch = take_scratch(owner);
+	struct path opened, root;
+	struct map_record *record;
+	bool sent;
+
+	if (!scratch)
+		return false;
+	record = &scratch->record.map;
+	fill_head(&record->head, task, RECORD_MAP, flags, 0);
+	record->key = *key;
+	record->start = start;
+	record->end = end;
+	record->offset_bytes = offset_bytes;
+	record->mode = BPF_CORE_READ(file, f_inode, i_mode);
+	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
+	opened = opened_path(file);
+	root.mnt = (void *)key->root_mnt;
+	root.dentry = (void *)key->root_dentry;
+	if (!BPF_CORE_READ(opened.dentry, d_hash.pprev))
+		record->head.flags |= FLAG_DELETED;
+	record->path_bytes = walk_path(owner, scratch, opened, root, PATH_TEXT_BYTES);
+	if (scratch->is_partial)
+		record->head.flags |= FLAG_PARTIAL;
+	sent = send_scratch(seq, scratch);
+	give_back(scratch);
+	return sent;
+}

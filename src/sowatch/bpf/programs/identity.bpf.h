@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Which file is it: the real inode below stacked file systems, and the name it was opened by. */
+#pragma once
+
+#include "state.bpf.h"
+
+/* overlayfs on overlayfs on a real file system is as deep as the kernel lets it be stacked
+ * (FILESYSTEM_MAX_STACK_DEPTH is 2). */
+#define MAX_STACK_DEPTH 3
+
+/*
+ * The name of a mapped file. A vma below overlayfs holds a backing file whose own path lies in a
+ * layer that the process cannot see; its user_path is what was opened (6.5+). Before that a vma's
+ * f_path is the overlay's own already.
+ */
+static __always_inline struct path opened_path(struct file *file)
+{
+	if (bpf_core_type_exists(struct backing_file) && BPF_CORE_READ(file, f_mode) & FMODE_BACKING) {
+		struct backing_file *backing = container_of(file, struct backing_file, file);
+
+		return BPF_CORE_READ(backing, user_path);
+	}
+	return BPF_CORE_READ(file, f_path);
+}
+
+/* The file below overlayfs. private_data is a struct ovl_file from 6.13 on, the file itself before. */
+static __always_inline struct file *one_layer_down(struct file *file)
+{
+	void *data = BPF_CORE_READ(file, private_data);
+
+	if (bpf_core_type_exists(struct ovl_file))
+		return BPF_CORE_READ((struct ovl_file *)data, realfile);
+	return data;
+}
+
+static __always_inline struct inode *real_inode(struct file *file, unsigned long *magic, __u32 *dev)
+{
+	struct inode *inode = NULL;
+
+	for (int depth = 0; depth < MAX_STACK_DEPTH; depth++) {
+		struct super_block *sb;
+
+		inode = BPF_CORE_READ(file, f_inode);
+		sb = BPF_CORE_READ(inode, i_sb);
+		*magic = BPF_CORE_READ(sb, s_magic);
+		*dev = BPF_CORE_READ(sb, s_dev);
+		if (*magic != OVERLAYFS_SUPER_MAGIC)
+			break;
+		file = one_layer_down(file);
+		if (!file)
+			break;
+	}
+	return inode;
+}
+
+static __always_inline void identify_inode(struct inode *inode, unsigned long magic, __u32 dev,
+					   struct file_id *id)
+{
+	id->inode = BPF_CORE_READ(inode, i_ino);
+	id->generation = BPF_CORE_READ(inode, i_generation);
+	id->dev = dev;
+	id->subvolume = 0;
+	if (magic == BTRFS_SUPER_MAGIC && bpf_core_type_exists(struct btrfs_inode)) {
+		struct btrfs_inode *btrfs = container_of(inode, struct btrfs_inode, vfs_inode);
+
+		id->subvolume = BPF_CORE_READ(btrfs, root, root_key.objectid);
+	}
+}
+
+static __always_inline void identify(struct file *file, struct file_id *id)
+{
+	unsigned long magic = 0;
+	__u32 dev = 0;
+	struct inode *inode = real_inode(file, &magic, &dev);
+
+	identify_inode(inode, magic, dev, id);
+}
+
+/* What a verdict on this file, as this task sees it, is filed under. */
+static __always_inline void make_key(struct task_struct *task, struct file *file, struct file_key *key)
+{
+	struct path opened = opened_path(file);
+	struct path root = BPF_CORE_READ(task, fs, root);
+
+	identify(file, &key->file);
+	key->dentry = (__u64)opened.dentry;
+	key->mnt = (__u64)opened.mnt;
+	key->root_dentry = (__u64)root.dentry;
+	key->root_mnt = (__u64)root.mnt;
+	key->name_hash = BPF_CORE_READ(opened.dentry, d_name.hash);
+	key->epoch = rules_epoch;
+}
+
+static __always_inline enum verdict look_up_verdict(const struct file_key *key)
+{
+	struct verdict_value *value = bpf_map_lookup_elem(&verdicts, key);
+
+	if (!value)
+		return VERDICT_NONE;
+	if (value->verdict == VERDICT_IGNORE && now_s >= value->expires_s)
+		return VERDICT_NONE;
+	return value->verdict;
+}
+
+/* The file behind a descriptor of the calling task, or NULL. */
+static __always_inline struct file *file_of_fd(struct task_struct *task, __u32 fd)
+{
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file **slots, *file = NULL;
+
+	if (fd >= BPF_CORE_READ(table, max_fds))
+		return NULL;
+	slots = BPF_CORE_READ(table, fd);
+	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
+	return file;
+}
+
+/* The confirmed answer to "what is mapped at this address", filled in by bpf_find_vma. */
+struct found_vma {
+	struct task_struct *task;
+	struct file *file;
+	struct file_key key;
+	__u64 start;
+	__u64 end;
+	__u64 offset_bytes;
+	bool is_executable;
+};
+
+static long take_vma(struct task_struct *task, struct vm_area_struct *vma, void *context)
+{
+	struct found_vma *found = context;
+	struct file *file = BPF_CORE_READ(vma, vm_file);
+
+	found->file = file;
+	found->start = BPF_CORE_READ(vma, vm_start);
+	found->end = BPF_CORE_READ(vma, vm_end);
+	found->offset_bytes = (__u64)BPF_CORE_READ(vma, vm_pgoff) << PAGE_SHIFT;
+	found->is_executable = BPF_CORE_READ(vma, vm_flags) & VM_EXEC;
+	if (file)
+		make_key(task, file, &found->key);
+	return 0;
+}
+
+/*
+ * 0 if the address is mapped and found is filled in. Not so while another thread holds the lock
+ * of the mappings (-EBUSY), and on kernels before 5.17, which have no bpf_find_vma.
+ */
+static __always_inline long find_vma_at(__u64 address, struct found_vma *found)
+{
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_find_vma))
+		return -1;
+	return bpf_find_vma(bpf_get_current_task_btf(), address, take_vma, found, 0);
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* Programs that do nothing: whether they load and attach tells what this kernel can do. */
+#include "kernel_types.h"
+
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+SEC("fentry/perf_event_mmap")
+int trampoline(void *context)
+{
+	return 0;
+}
+
+SEC("tp_btf/sched_process_fork")
+int typed_tracepoint(void *context)
+{
+	return 0;
+}
+
+SEC("iter/task_vma")
+int mapping_iterator(struct bpf_iter__task_vma *context)
+{
+	return 0;
+}

@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What the kernel side tells user space, in the ring buffer and in what the iterator writes.
+ * Read by the programs, by the C side of the binding and, field by field, by records.py; a test
+ * compares the three. All integers are in host order, all times CLOCK_MONOTONIC or boot time in
+ * ns, all addresses and lengths in bytes. Each record starts at a multiple of 8 and says its size.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+#define COMM_BYTES 16
+#define PATH_TEXT_BYTES 4096
+#define CGROUP_TEXT_BYTES 512
+#define NAME_BYTES 256
+
+enum record_type {
+	RECORD_MAP = 1,	   /* map_record: a file was mapped executable */
+	RECORD_RANGE = 2,  /* range_record: nothing of ours is left in this range */
+	RECORD_DIRTY = 3,  /* record: read this process's mappings again */
+	RECORD_FORK = 4,   /* process_record: a child with its parent's mappings */
+	RECORD_EXEC = 5,   /* process_record: everything it had is gone */
+	RECORD_EXIT = 6,   /* record: its last thread is gone */
+	RECORD_INTRO = 7,  /* process_record: first word of a process, before its first map_record */
+	RECORD_VISIT = 8,  /* record: the iterator starts on this process (readings only) */
+};
+
+enum record_flag {
+	FLAG_ASK = 1 << 0,	/* there is no verdict on this file yet */
+	FLAG_DIRTY = 1 << 1,	/* a claim: read the process again */
+	FLAG_DELETED = 1 << 2,	/* the file's name is gone */
+	FLAG_PARTIAL = 1 << 3,	/* the path is cut off at its start */
+	FLAG_SHARED_VM = 1 << 4, /* a fork with CLONE_VM: parent and child share one address space */
+	FLAG_MPROTECT = 1 << 5, /* became executable by mprotect */
+	FLAG_IMAGE = 1 << 6,	/* mapped by exec itself: the main executable or the interpreter */
+};
+
+enum verdict {
+	VERDICT_NONE = 0,
+	VERDICT_MATCH = 1,
+	VERDICT_IGNORE = 2,
+};
+
+enum report_bit {
+	REPORT_PROCESSES = 1 << 0, /* fork, exec and exit of every process */
+	REPORT_RANGES = 1 << 1,	   /* range events of every process: while something is being read */
+	REPORT_IMAGES = 1 << 2,	   /* main executables and interpreters too */
+	REPORT_VISITS = 1 << 3,	   /* a visit record also of a process that is not followed */
+};
+
+enum counter {
+	COUNT_RECORDS = 0,   /* records sent */
+	LOST_RING = 1,	     /* the ring buffer was full */
+	LOST_PROCESSES = 2,  /* the process map was full */
+	LOST_PENDING = 3,    /* the map of system calls under way was full */
+	LOST_SCRATCH = 4,    /* the buffer to build a record in was taken */
+	COUNT_IGNORED = 5,   /* executable mappings dropped by a verdict */
+	COUNTERS = 6,
+};
+
+/* 24 bytes: the real inode, see sowatch.identity.FileId. dev is the kernel's: major << 20 | minor. */
+struct file_id {
+	__u64 inode;
+	__u64 subvolume;
+	__u32 dev;
+	__u32 generation;
+};
+
+/*
+ * 64 bytes: a file under one name in one view of the file system, which is what a verdict is
+ * about. The leaf's name hash and the dentry catch a rename; the mount and the root tell views
+ * apart; the epoch makes every verdict of older rules unknown at once.
+ */
+struct file_key {
+	struct file_id file;
+	__u64 dentry;
+	__u64 mnt;
+	__u64 root_dentry;
+	__u64 root_mnt;
+	__u32 name_hash;
+	__u32 epoch;
+};
+
+/* 8 bytes: the answer of user space. expires_s is compared with the now_s that it keeps. */
+struct verdict_value {
+	__u32 verdict;
+	__u32 expires_s;
+};
+
+/* 40 bytes: the head of every record. */
+struct record {
+	__u32 size;
+	__u16 type;
+	__u16 flags;
+	__u32 tgid;
+	__u32 tid;
+	__u64 start_ns;
+	__u64 t_ns;
+	__u32 exec_id;
+	__u32 reserved;
+};
+
+struct range_record {
+	struct record head;
+	__u64 start;
+	__u64 end;
+};
+
+/* 152 bytes, then the text: path_bytes of components from the leaf up, each ended by a NUL. */
+struct map_record {
+	struct record head;
+	struct file_key key;
+	__u64 start;
+	__u64 end;
+	__u64 offset_bytes;
+	char comm[COMM_BYTES];
+	__u32 mode;
+	__u32 path_bytes;
+};
+
+/* 152 bytes, then the text: cgroup_bytes of the cgroup's path, then path_bytes of the executable's. */
+struct process_record {
+	struct record head;
+	__u64 parent_start_ns;
+	__u32 parent_tgid;
+	__u32 ppid;
+	__u32 uid;
+	__u32 ns_pid;
+	struct file_id exe;
+	__u64 interpreter_base;
+	__u64 root_dentry;
+	__u64 root_mnt;
+	__u64 reserved[2];
+	char comm[COMM_BYTES];
+	__u32 cgroup_bytes;
+	__u32 path_bytes;
+};

@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What the programs remember: maps, counters, and the words user space writes while they run. */
+#pragma once
+
+#include "kernel_types.h"
+#include "records.h"
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#define MAX_RANGES 32
+
+/*
+ * A process somebody may want to hear of: it maps, or may map, a file that a rule wants. Made at
+ * sys_enter, copied to the child by fork, removed by exec and by the exit of the last thread, and
+ * never by user space: so there is no moment in which a process of interest is not here.
+ * Its executable ranges decide which munmap is worth a word; they only ever grow between two
+ * readings, so a stale one costs a needless event and a missing one cannot be.
+ */
+struct process {
+	__u64 start_ns;
+	__u64 min_start;
+	__u64 max_end;
+	__u32 range_count; /* above MAX_RANGES: every range within [min_start, max_end) counts */
+	__u32 dirty;	   /* a reading is owed; set here, cleared when the reading begins */
+	__u32 introduced;  /* its RECORD_INTRO was sent */
+	__u32 shares_vm;   /* another process may hold the same mm */
+	__u64 visit_run;   /* the reading that visited it last, and through which thread */
+	__u32 visit_tid;
+	__u32 reserved;
+	struct {
+		__u64 start;
+		__u64 end;
+	} ranges[MAX_RANGES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct process);
+} processes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct file_key);
+	__type(value, struct verdict_value);
+} verdicts SEC(".maps");
+
+/* A system call under way that will change executable mappings if it succeeds. */
+enum pending_kind {
+	PENDING_MAP = 1 << 0,	      /* maps a file executable */
+	PENDING_UNMAP = 1 << 1,	      /* takes this range away from what we know */
+	PENDING_REREAD = 1 << 2,      /* changes it in a way only a reading can tell */
+	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
+	PENDING_ASK = 1 << 4,	      /* the file has no verdict yet */
+	PENDING_UNSURE_FD = 1 << 5,   /* the fd table is shared: the fd may name another file by now */
+};
+
+struct pending {
+	__u32 kind;
+	__u32 reserved;
+	__u64 start;
+	__u64 length; /* whole pages */
+	__u64 file; /* struct file *, as a number: only ever read through probe reads */
+	struct file_key key;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u64);
+	__type(value, struct pending);
+} pending_calls SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 << 20);
+} ring SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* Written by user space through the mapped section, read by every program. */
+__u32 rules_epoch = 0;
+__u32 report = 0; /* enum report_bit */
+__u32 now_s = 0;  /* ticks about once a second; a clock read per mmap would cost more */
+__u64 reading_run = 0;
+
+/*
+ * How many calls are in pending_calls. An exit hook that finds 0 has nothing to look up, which
+ * keeps calls of no interest at the price of one load. On a cache line of its own. Raised after
+ * the insert and lowered after the delete, so it is never too low.
+ */
+__u32 calls_under_way SEC(".data.calls") = 0;
+
+static __always_inline void count(enum counter which)
+{
+	__u32 key = which;
+	__u64 *value = bpf_map_lookup_elem(&counters, &key);
+
+	if (value)
+		*value += 1;
+}
+
+static __always_inline bool is_error(long ret)
+{
+	return (unsigned long)ret > -4096UL;
+}
+
+static __always_inline struct task_struct *current_task(void)
+{
+	return (struct task_struct *)bpf_get_current_task();
+}
+
+/*
+ * Facts need a process that nobody can interfere with: one task in its address space and nobody
+ * beside it on its fd table. mm_users counts threads and CLONE_VM processes alike (and, for a
+ * moment, whoever reads /proc/PID/maps: that makes a needless claim, never a wrong fact).
+ */
+static __always_inline bool is_alone(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, mm, mm_users.counter) == 1;
+}
+
+static __always_inline bool has_own_fds(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, files, count.counter) == 1;
+}
+
+static __always_inline struct process *find_process(__u32 tgid)
+{
+	return bpf_map_lookup_elem(&processes, &tgid);
+}
+
+/* The process, made if it is not there. NULL when the map is full, which is counted. */
+static struct process *touch_process(struct task_struct *task)
+{
+	static const struct process blank;
+	__u32 tgid = BPF_CORE_READ(task, tgid);
+	struct process *process = find_process(tgid);
+
+	if (process)
+		return process;
+	bpf_map_update_elem(&processes, &tgid, &blank, BPF_NOEXIST);
+	process = find_process(tgid);
+	if (!process) {
+		count(LOST_PROCESSES);
+		return NULL;
+	}
+	process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	return process;
+}
+
+/*
+ * Threads may add at once: the slot is taken atomically, and one that is not filled in yet can
+ * only be overlooked while its owner's claim, which comes after, is still to be sent.
+ */
+static __always_inline void add_range(struct process *process, __u64 start, __u64 end)
+{
+	__u32 slot;
+
+	if (!process->max_end || start < process->min_start)
+		process->min_start = start;
+	if (end > process->max_end)
+		process->max_end = end;
+	for (slot = 0; slot < MAX_RANGES && slot < process->range_count; slot++)
+		if (process->ranges[slot].start <= start && process->ranges[slot].end >= end)
+			return;
+	slot = __sync_fetch_and_add(&process->range_count, 1);
+	if (slot < MAX_RANGES) {
+		process->ranges[slot].start = start;
+		process->ranges[slot].end = end;
+	}
+}
+
+static __always_inline bool overlaps(struct process *process, __u64 start, __u64 end)
+{
+	if (end <= process->min_start || start >= process->max_end)
+		return false;
+	if (process->range_count > MAX_RANGES)
+		return true;
+	for (__u32 slot = 0; slot < MAX_RANGES; slot++) {
+		if (slot >= process->range_count)
+			return false;
+		if (start < process->ranges[slot].end && end > process->ranges[slot].start)
+			return true;
+	}
+	return false;
+}
+
+/* True for the one who turns the bit on: that one sends the word. */
+static __always_inline bool mark_dirty(struct process *process)
+{
+	return __sync_lock_test_and_set(&process->dirty, 1) == 0;
+}

@@ -1,0 +1,547 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * Which process has which file mapped executable: strategy core, hook set syscall.
+ *
+ * The story, top to bottom: a call enters; if it may change an executable mapping of a file that
+ * user space has not told us to ignore, we note it (pending_calls) and follow its process
+ * (processes). When it leaves and has succeeded, we say so. Fork, exec and exit keep `processes`
+ * true. The iterator at the end reads what there is: all of it at the start and after a loss, one
+ * process when a claim left doubt.
+ *
+ * Facts and claims: a process that is alone in its address space gives facts, user space changes
+ * its map by the record alone. Where other threads may interfere the record is a claim and the
+ * process is dirty: one record carries FLAG_DIRTY, user space clears the bit by starting a
+ * reading, and what happens later sets it again. docs/decisions/0002-facts-and-claims.md.
+ *
+ * Why sys_exit and not sys_enter: a fact is true once the call has succeeded and nobody else can
+ * have changed it in between; a claim only has to come after the change, so that the reading
+ * which follows it sees the change.
+ */
+#include "emit.bpf.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* ---- a call enters ---------------------------------------------------------------------------- */
+
+/* Whether the range holds something we follow. While a reading runs everything counts: the reader
+ * may be about to add a range that this call takes away. */
+static __always_inline bool matters(struct process *process, __u64 start, __u64 length)
+{
+	if (report & REPORT_RANGES)
+		return true;
+	if (!process)
+		return false;
+	if (process->shares_vm) {
+		if (!is_alone(current_task()))
+			return true; /* the other holder's ranges are not in our entry */
+		process->shares_vm = 0;
+	}
+	return overlaps(process, start, start + length);
+}
+
+static __always_inline void note(__u64 pid_tgid, const struct pending *call)
+{
+	if (bpf_map_update_elem(&pending_calls, &pid_tgid, call, BPF_ANY)) {
+		count(LOST_PENDING);
+		return;
+	}
+	__sync_fetch_and_add(&calls_under_way, 1);
+}
+
+static __always_inline __u64 whole_pages(__u64 length)
+{
+	return (length + PAGE_MASK_LOW) & ~PAGE_MASK_LOW;
+}
+
+SEC("tp/syscalls/sys_enter_mmap")
+int enter_mmap(struct syscall_enter *context)
+{
+	__u64 protection = context->args[2], flags = context->args[3];
+	bool maps_file = (protection & PROT_EXEC) && !(flags & MAP_ANONYMOUS);
+	bool replaces = flags & MAP_FIXED;
+	struct pending call = {};
+	__u64 pid_tgid;
+
+	if (!maps_file && !replaces)
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	if (maps_file) {
+		struct task_struct *task = current_task();
+		struct file *file = file_of_fd(task, context->args[4]);
+		enum verdict verdict;
+
+		if (!has_own_fds(task))
+			call.kind |= PENDING_UNSURE_FD;
+		if (file) {
+			make_key(task, file, &call.key);
+			verdict = look_up_verdict(&call.key);
+			/* Another thread may put another file in place of an ignored one. */
+			if (verdict != VERDICT_IGNORE || call.kind & PENDING_UNSURE_FD) {
+				call.kind |= PENDING_MAP;
+				if (verdict == VERDICT_NONE)
+					call.kind |= PENDING_ASK;
+				call.file = (__u64)file;
+			} else {
+				count(COUNT_IGNORED);
+			}
+			/* Followed from now on, so that a fork before the exit of this call is seen. */
+			if (verdict != VERDICT_IGNORE && !touch_process(task))
+				call.kind |= PENDING_REREAD;
+		} else if (call.kind & PENDING_UNSURE_FD) {
+			call.kind |= PENDING_MAP | PENDING_ASK;
+		}
+	}
+	call.start = context->args[0];
+	call.length = whole_pages(context->args[1]);
+	if (replaces && matters(find_process(pid_tgid >> 32), call.start, call.length))
+		call.kind |= PENDING_UNMAP;
+	if (!(call.kind & (PENDING_MAP | PENDING_UNMAP)))
+		return 0;
+	note(pid_tgid, &call);
+	return 0;
+}
+
+static __always_inline int enter_range_call(__u64 start, __u64 length, enum pending_kind kind)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct pending call = { .kind = kind, .start = start, .length = whole_pages(length) };
+
+	if (matters(find_process(pid_tgid >> 32), call.start, call.length))
+		note(pid_tgid, &call);
+	return 0;
+}
+
+SEC("tp/syscalls/sys_enter_munmap")
+int enter_munmap(struct syscall_enter *context)
+{
+	return enter_range_call(context->args[0], context->args[1], PENDING_UNMAP);
+}
+
+/* Also on pkey_mprotect, whose key comes after the arguments that matter. */
+SEC("tp/syscalls/sys_enter_mprotect")
+int enter_mprotect(struct syscall_enter *context)
+{
+	struct pending call = { .kind = PENDING_MPROTECT_EXEC,
+				.start = context->args[0],
+				.length = whole_pages(context->args[1]) };
+
+	if (!(context->args[2] & PROT_EXEC))
+		return enter_range_call(context->args[0], context->args[1], PENDING_UNMAP);
+	note(bpf_get_current_pid_tgid(), &call);
+	return 0;
+}
+
+/* Moves, grows, shrinks, and replaces what is at the target: rare enough to look again. */
+SEC("tp/syscalls/sys_enter_mremap")
+int enter_mremap(struct syscall_enter *context)
+{
+	__u64 old = context->args[0], new_length = context->args[2], flags = context->args[3];
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct process *process = find_process(pid_tgid >> 32);
+	struct pending call = { .kind = PENDING_REREAD };
+
+	if (matters(process, old, whole_pages(context->args[1])) ||
+	    (flags & MREMAP_FIXED &&
+	     matters(process, context->args[4], whole_pages(new_length))))
+		note(pid_tgid, &call);
+	return 0;
+}
+
+SEC("tp/syscalls/sys_enter_shmat")
+int enter_shmat(struct syscall_enter *context)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct pending call = { .kind = PENDING_REREAD };
+
+	if (!(context->args[2] & (SHM_EXEC | SHM_REMAP)))
+		return 0;
+	if (context->args[2] & SHM_EXEC || find_process(pid_tgid >> 32)) {
+		if (context->args[2] & SHM_EXEC)
+			touch_process(current_task());
+		note(pid_tgid, &call);
+	}
+	return 0;
+}
+
+/* ---- the call leaves -------------------------------------------------------------------------- */
+
+static __always_inline void send_dirty(struct task_struct *task, struct process *process)
+{
+	if (process && mark_dirty(process))
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY, 0, 0);
+}
+
+static __always_inline void introduce(struct task_struct *task, struct process *process)
+{
+	if (!process->introduced)
+		process->introduced =
+			send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_INTRO, 0, WITH_EXE);
+}
+
+/* Not inlined: its stack of two keys would not fit beside its caller's. */
+static __noinline int report_mapping(struct pending *call, __u64 start)
+{
+	struct task_struct *task = current_task();
+	struct found_vma found = {};
+	bool is_alone_now = is_alone(task);
+	struct process *process;
+	__u32 flags = 0;
+
+	if (!call)
+		return 0;
+	found.key = call->key;
+	found.file = (struct file *)call->file;
+	found.start = start;
+	found.end = start + call->length;
+	found.is_executable = true;
+	if (call->kind & (PENDING_UNSURE_FD | PENDING_MPROTECT_EXEC)) {
+		/* What is there now is certain to have been there; the fd may have been switched. */
+		bool confirmed = find_vma_at(start, &found) == 0;
+		enum verdict verdict;
+
+		if (confirmed && (!found.file || !found.is_executable))
+			return 0;
+		if (!confirmed && !found.file) {
+			send_dirty(task, touch_process(task));
+			return 0;
+		}
+		verdict = look_up_verdict(&found.key);
+		if (verdict == VERDICT_IGNORE && confirmed) {
+			count(COUNT_IGNORED);
+			return 0;
+		}
+		if (verdict == VERDICT_NONE)
+			flags |= FLAG_ASK;
+		/* mprotect may span mappings of several files, of which this is the first. */
+		if (call->kind & PENDING_MPROTECT_EXEC) {
+			flags |= FLAG_MPROTECT;
+			if (start + call->length > found.end)
+				is_alone_now = false;
+		}
+		if (!confirmed)
+			is_alone_now = false;
+	} else if (call->kind & PENDING_ASK) {
+		flags |= FLAG_ASK;
+	}
+	process = touch_process(task);
+	if (process) {
+		add_range(process, found.start, found.end);
+		introduce(task, process);
+		if (!is_alone_now && mark_dirty(process))
+			flags |= FLAG_DIRTY;
+	}
+	send_map(SCRATCH_HOOKS, NULL, task, found.file, &found.key, found.start, found.end, found.offset_bytes,
+		 flags);
+	return 0;
+}
+
+/* One program on the exits of all six calls: what it has to know was noted at the entry. */
+SEC("tp/syscalls/sys_exit_mmap")
+int leave(struct syscall_exit *context)
+{
+	long ret = context->ret;
+	struct task_struct *task;
+	struct pending *call;
+	__u64 pid_tgid;
+
+	if (!calls_under_way)
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	call = bpf_map_lookup_elem(&pending_calls, &pid_tgid);
+	if (!call)
+		return 0;
+	task = current_task();
+	if (call->kind & PENDING_UNMAP) {
+		/*
+		 * In company a reading decides. So it does after a failure: mmap and mprotect may
+		 * have taken something away before they failed. A failed munmap changes nothing,
+		 * but that is rare and a reading cheap.
+		 */
+		if (is_alone(task) && !is_error(ret))
+			send_small(task, RECORD_RANGE, 0, call->start, call->start + call->length);
+		else
+			send_dirty(task, find_process(pid_tgid >> 32));
+	}
+	if (call->kind & PENDING_REREAD)
+		send_dirty(task, find_process(pid_tgid >> 32));
+	if (call->kind & PENDING_MAP && !is_error(ret))
+		report_mapping(call, ret);
+	if (call->kind & PENDING_MPROTECT_EXEC && !ret)
+		report_mapping(call, call->start);
+	bpf_map_delete_elem(&pending_calls, &pid_tgid);
+	__sync_fetch_and_sub(&calls_under_way, 1);
+	return 0;
+}
+
+/* ---- processes come and go -------------------------------------------------------------------- */
+
+/*
+ * Runs in the parent, after its mappings were copied and before the child does anything. If the
+ * parent has company, a mapping may have come or gone between the copying and now: a claim.
+ */
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *child)
+{
+	__u32 tgid = BPF_CORE_READ(parent, tgid), child_tgid = BPF_CORE_READ(child, tgid);
+	struct process *process = find_process(tgid), *inherited = NULL;
+	struct mm_struct *mm = BPF_CORE_READ(child, mm);
+	__u32 flags = 0;
+	bool sent;
+
+	if (child_tgid == tgid || !mm)
+		return 0; /* a thread, or a kernel thread */
+	if (!process && !(report & REPORT_PROCESSES))
+		return 0;
+	if (mm == BPF_CORE_READ(parent, mm))
+		flags |= FLAG_SHARED_VM;
+	if (process) {
+		bpf_map_update_elem(&processes, &child_tgid, process, BPF_ANY);
+		inherited = find_process(child_tgid);
+		if (!inherited)
+			count(LOST_PROCESSES);
+	}
+	if (inherited) {
+		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
+		inherited->dirty = 0;
+		inherited->visit_run = 0;
+		if (flags & FLAG_SHARED_VM) {
+			inherited->shares_vm = 1;
+			process->shares_vm = 1;
+		}
+	}
+	if (!(flags & FLAG_SHARED_VM) && !is_alone(parent)) {
+		flags |= FLAG_DIRTY;
+		if (inherited)
+			inherited->dirty = 1;
+	}
+	sent = send_process(SCRATCH_HOOKS, NULL, child, parent, RECORD_FORK, flags,
+			    process && process->introduced ? WITHOUT_EXE : WITH_EXE);
+	if (inherited)
+		inherited->introduced = sent;
+	return 0;
+}
+
+/* What exec itself mapped never passed mmap: told here, as if it had, with FLAG_IMAGE. */
+static __noinline int report_image(struct task_struct *task, struct file *file, __u64 start, __u64 end)
+{
+	struct process *process;
+	struct file_key key = {};
+	__u32 flags = FLAG_IMAGE;
+	enum verdict verdict;
+
+	if (!file)
+		return 0;
+	make_key(task, file, &key);
+	verdict = look_up_verdict(&key);
+	if (verdict == VERDICT_IGNORE)
+		return 0;
+	if (verdict == VERDICT_NONE)
+		flags |= FLAG_ASK;
+	process = touch_process(task);
+	if (!process)
+		return 0;
+	add_range(process, start, end);
+	introduce(task, process);
+	send_map(SCRATCH_HOOKS, NULL, task, file, &key, start, end, 0, flags);
+	return 0;
+}
+
+static __noinline int report_images(struct task_struct *task)
+{
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+	__u64 base = interpreter_base_of(mm);
+	struct found_vma found = {};
+
+	report_image(task, BPF_CORE_READ(mm, exe_file), BPF_CORE_READ(mm, start_code) & ~PAGE_MASK_LOW,
+		     whole_pages(BPF_CORE_READ(mm, end_code)));
+	if (base && find_vma_at(base, &found) == 0)
+		report_image(task, found.file, found.start, found.end);
+	return 0;
+}
+
+/* Every mapping of the old image is gone, and every other thread. */
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(process_execs, struct task_struct *task)
+{
+	__u32 tgid = BPF_CORE_READ(task, tgid);
+	bool is_followed = find_process(tgid);
+
+	if (!is_followed && !(report & (REPORT_PROCESSES | REPORT_IMAGES)))
+		return 0;
+	if (is_followed || report & REPORT_PROCESSES)
+		send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_EXEC, 0,
+			     report & REPORT_PROCESSES ? WITH_EXE : WITHOUT_EXE);
+	bpf_map_delete_elem(&processes, &tgid);
+	if (report & REPORT_IMAGES)
+		report_images(task);
+	return 0;
+}
+
+/*
+ * Runs for every thread; the process is gone with the last one, whichever that is. Two last
+ * threads may both find nobody left: the second deletes and says nothing new.
+ */
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(process_exits, struct task_struct *task)
+{
+	__u32 tgid;
+
+	if (BPF_CORE_READ(task, signal, live.counter) > 0)
+		return 0;
+	tgid = BPF_CORE_READ(task, tgid);
+	if (!find_process(tgid) && !(report & REPORT_PROCESSES))
+		return 0;
+	send_small(task, RECORD_EXIT, 0, 0, 0);
+	bpf_map_delete_elem(&processes, &tgid);
+	return 0;
+}
+
+/* ---- reading what there is -------------------------------------------------------------------- */
+
+/* Where the reader stands; one reading runs at a time. */
+struct reader {
+	__u64 run;
+	__u32 tgid;
+	__u32 tid;
+	__u64 exe_inode; /* struct inode * of the main executable */
+	__u64 interpreter_base;
+	__u32 is_skipped;
+	__u32 visit_sent;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct reader);
+} reader_state SEC(".maps");
+
+/*
+ * The first vma of a task. The lock of its mappings is held for reading, so what we mark here
+ * comes before any change that this reading will not see.
+ */
+static __noinline int begin_visit(struct reader *reader, struct task_struct *task)
+{
+	struct mm_struct *mm;
+	struct process *process;
+	struct file *exe;
+	__u32 tgid, tid;
+
+	if (!reader)
+		return 0;
+	tgid = BPF_CORE_READ(task, tgid);
+	tid = BPF_CORE_READ(task, pid);
+	reader->run = reading_run;
+	reader->tgid = tgid;
+	reader->tid = tid;
+	reader->visit_sent = 0;
+	/*
+	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
+	 * or one of the many threads that are visited once the leader is dead, but not the first.
+	 */
+	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
+			     BPF_CORE_READ(task, vfork_done) != NULL;
+	process = find_process(tgid);
+	if (tid != tgid) {
+		if (BPF_CORE_READ(task, group_leader, mm))
+			reader->is_skipped = 1;
+		else if (process && process->visit_run == reading_run && process->visit_tid != tid)
+			reader->is_skipped = 1;
+	}
+	if (reader->is_skipped)
+		return 0;
+	if (process) {
+		process->visit_run = reading_run;
+		process->visit_tid = tid;
+		process->dirty = 0;
+		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
+		if (process->range_count > MAX_RANGES) {
+			process->range_count = 0;
+			process->min_start = 0;
+			process->max_end = 0;
+		}
+	}
+	mm = BPF_CORE_READ(task, mm);
+	exe = BPF_CORE_READ(mm, exe_file);
+	reader->exe_inode = exe ? (__u64)BPF_CORE_READ(exe, f_inode) : 0;
+	reader->interpreter_base = interpreter_base_of(mm);
+	return 0;
+}
+
+SEC("iter/task_vma")
+int read_mappings(struct bpf_iter__task_vma *context)
+{
+	struct seq_file *seq = context->meta->seq;
+	struct task_struct *task = context->task;
+	struct vm_area_struct *vma = context->vma;
+	__u32 zero = 0, flags = 0;
+	struct reader *reader;
+	struct process *process;
+	struct file_key key = {};
+	enum verdict verdict;
+	struct file *file;
+	__u64 start, end, offset_bytes;
+
+	if (!task || !vma)
+		return 0;
+	reader = bpf_map_lookup_elem(&reader_state, &zero);
+	if (!reader)
+		return 0;
+	if (reader->run != reading_run || reader->tgid != task->tgid || reader->tid != task->pid)
+		begin_visit(reader, task);
+	if (reader->is_skipped)
+		return 0;
+	process = find_process(reader->tgid);
+	if (!reader->visit_sent && (process || report & REPORT_VISITS)) {
+		struct record visit = {};
+
+		fill_head(&visit, task, RECORD_VISIT, 0, sizeof(visit));
+		if (bpf_seq_write(seq, &visit, sizeof(visit)))
+			return 0; /* the buffer is full: the kernel calls again for this vma */
+	}
+	file = vma->vm_file;
+	if (!file || !(vma->vm_flags & VM_EXEC))
+		goto shown;
+	start = vma->vm_start;
+	end = vma->vm_end;
+	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
+	if ((__u64)BPF_CORE_READ(file, f_inode) == reader->exe_inode ||
+	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base)) {
+		if (!(report & REPORT_IMAGES))
+			goto shown;
+		flags |= FLAG_IMAGE;
+	}
+	make_key(task, file, &key);
+	verdict = look_up_verdict(&key);
+	if (verdict == VERDICT_IGNORE)
+		goto shown;
+	if (verdict == VERDICT_NONE)
+		flags |= FLAG_ASK;
+	if (!process) {
+		process = touch_process(task);
+		if (process) {
+			process->visit_run = reading_run;
+			process->visit_tid = task->pid;
+			/* Its exit may have come before the entry was made; it would stay for ever. */
+			if (BPF_CORE_READ(task, signal, live.counter) == 0) {
+				bpf_map_delete_elem(&processes, &reader->tgid);
+				reader->is_skipped = 1;
+				return 0;
+			}
+		}
+	}
+	if (process) {
+		if (!process->introduced &&
+		    !send_process(SCRATCH_READER, seq, task, NULL, RECORD_INTRO, 0, WITH_EXE))
+			return 0;
+		add_range(process, start, end);
+	}
+	if (!send_map(SCRATCH_READER, seq, task, file, &key, start, end, offset_bytes, flags))
+		return 0;
+	if (process)
+		process->introduced = 1;
+shown:
+	if (process || report & REPORT_VISITS)
+		reader->visit_sent = 1;
+	return 0;
+}

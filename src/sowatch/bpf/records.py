@@ -1,0 +1,171 @@
+"""What the BPF programs send, as tuples. The layout is ``programs/records.h``'s; a test compares them.
+
+May import ``identity``. Integers are unsigned; times are in ns; ``text`` is a path as NUL-ended
+components from the leaf up.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable
+from typing import Final, NamedTuple
+
+from sowatch.identity import FileId
+
+__all__ = [
+    "FLAG_ASK",
+    "FLAG_DELETED",
+    "FLAG_DIRTY",
+    "FLAG_IMAGE",
+    "FLAG_MPROTECT",
+    "FLAG_PARTIAL",
+    "FLAG_SHARED_VM",
+    "MapRecord",
+    "ProcessRecord",
+    "RangeRecord",
+    "Record",
+    "RecordType",
+    "file_id_of",
+    "parse",
+    "path_of",
+]
+
+
+class RecordType:
+    """enum record_type."""
+
+    MAP: Final = 1
+    RANGE: Final = 2
+    DIRTY: Final = 3
+    FORK: Final = 4
+    EXEC: Final = 5
+    EXIT: Final = 6
+    INTRO: Final = 7
+    VISIT: Final = 8
+
+
+# enum record_flag
+FLAG_ASK: Final = 1 << 0
+FLAG_DIRTY: Final = 1 << 1
+FLAG_DELETED: Final = 1 << 2
+FLAG_PARTIAL: Final = 1 << 3
+FLAG_SHARED_VM: Final = 1 << 4
+FLAG_MPROTECT: Final = 1 << 5
+FLAG_IMAGE: Final = 1 << 6
+
+#: struct record, 40 bytes.
+HEAD: Final = struct.Struct("=IHHIIQQI4x")
+#: struct range_record, 56 bytes.
+RANGE: Final = struct.Struct("=IHHIIQQI4xQQ")
+#: struct map_record, 152 bytes, then path_bytes of text.
+MAP: Final = struct.Struct("=IHHIIQQI4x64sQQQ16sII")
+#: struct process_record, 152 bytes, then cgroup_bytes and path_bytes of text.
+PROCESS: Final = struct.Struct("=IHHIIQQI4xQIIII24sQ16s16x16sII")
+#: struct file_id, 24 bytes, at the start of struct file_key.
+FILE_ID: Final = struct.Struct("=QQII")
+#: Bytes 40 to 56 of struct file_key: root_dentry and root_mnt.
+ROOT: Final = slice(40, 56)
+
+
+class RangeRecord(NamedTuple):
+    """struct record or struct range_record: a range, dirty, exit or visit record."""
+
+    size: int
+    type: int
+    flags: int
+    tgid: int
+    tid: int
+    start_ns: int
+    t_ns: int
+    exec_id: int
+    start: int = 0
+    end: int = 0
+
+
+class MapRecord(NamedTuple):
+    """struct map_record. ``key`` is what a verdict is filed under; `file_id_of` reads the file from it."""
+
+    size: int
+    type: int
+    flags: int
+    tgid: int
+    tid: int
+    start_ns: int
+    t_ns: int
+    exec_id: int
+    key: Hashable
+    start: int
+    end: int
+    offset_bytes: int
+    comm: bytes
+    mode: int
+    path_bytes: int
+    text: bytes
+
+
+class ProcessRecord(NamedTuple):
+    """struct process_record: fork, exec and intro. ``exe`` is a struct file_id, ``root`` names the view."""
+
+    size: int
+    type: int
+    flags: int
+    tgid: int
+    tid: int
+    start_ns: int
+    t_ns: int
+    exec_id: int
+    parent_start_ns: int
+    parent_tgid: int
+    ppid: int
+    uid: int
+    ns_pid: int
+    exe: bytes
+    interpreter_base: int
+    root: bytes
+    comm: bytes
+    cgroup_bytes: int
+    path_bytes: int
+    cgroup: bytes
+    path: bytes
+
+
+Record = RangeRecord | MapRecord | ProcessRecord
+
+_SIZE_AND_TYPE: Final = struct.Struct("=IH")
+
+
+def parse(data: bytes) -> list[Record]:
+    """The records that stand one behind the other in ``data``, which holds whole ones only."""
+    found: list[Record] = []
+    at = 0
+    end = len(data)
+    while at < end:
+        size, kind = _SIZE_AND_TYPE.unpack_from(data, at)
+        if kind == RecordType.MAP:
+            fields = MAP.unpack_from(data, at)
+            text = at + MAP.size
+            found.append(MapRecord._make((*fields, data[text : text + fields[-1]])))
+        elif kind in (RecordType.FORK, RecordType.EXEC, RecordType.INTRO):
+            fields = PROCESS.unpack_from(data, at)
+            text = at + PROCESS.size
+            middle = text + fields[-2]
+            found.append(ProcessRecord._make((*fields, data[text:middle], data[middle : middle + fields[-1]])))
+        elif size >= RANGE.size:
+            found.append(RangeRecord._make(RANGE.unpack_from(data, at)))
+        else:
+            found.append(RangeRecord(*HEAD.unpack_from(data, at)))
+        at += size
+    return found
+
+
+def file_id_of(key: bytes) -> FileId:
+    """The FileId in a struct file_key or struct file_id. The kernel's dev_t is major << 20 | minor."""
+    inode, subvolume, dev, generation = FILE_ID.unpack_from(key)
+    return FileId(dev >> 20, dev & 0xFFFFF, inode, generation, subvolume)
+
+
+def path_of(text: bytes) -> str:
+    """The path whose components, from the leaf up, are in ``text``."""
+    parts = text.split(b"\0")
+    parts.reverse()
+    return b"/".join(parts).decode("utf-8", "surrogateescape")

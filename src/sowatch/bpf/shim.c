@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "shim.h"
+
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#if LIBBPF_MAJOR_VERSION < 1 || (LIBBPF_MAJOR_VERSION == 1 && LIBBPF_MINOR_VERSION < 1)
+#error "sowatch needs libbpf 1.1 or newer"
+#endif
+
+/* Enough for the links of every program; sow_attach refuses more. */
+#define MAX_LINKS 64
+/* The largest record: records.h's longest, with its text. */
+#define MAX_RECORD_BYTES 8192
+#define TRACEFS_MAGIC 0x74726163
+#define LOG_BYTES (1 << 20)
+
+struct sow_object {
+	struct bpf_object *object;
+	struct bpf_link *links[MAX_LINKS];
+	unsigned int link_count;
+	struct ring_buffer *ring;
+	char *buffer; /* where a drain under way copies to */
+	unsigned int used, capacity;
+};
+
+static __thread char *log_text;
+static __thread size_t log_used;
+
+static int keep_log(enum libbpf_print_level level, const char *format, va_list args)
+{
+	int added;
+
+	if (level == LIBBPF_DEBUG)
+		return 0;
+	if (!log_text) {
+		log_text = malloc(LOG_BYTES);
+		if (!log_text)
+			return 0;
+		log_used = 0;
+	}
+	added = vsnprintf(log_text + log_used, LOG_BYTES - log_used, format, args);
+	if (added > 0)
+		log_used += (size_t)added < LOG_BYTES - log_used ? (size_t)added : LOG_BYTES - log_used - 1;
+	return added;
+}
+
+const char *sow_take_log(void)
+{
+	if (!log_text || !log_used)
+		return "";
+	log_used = 0;
+	return log_text;
+}
+
+unsigned int sow_libbpf_major(void)
+{
+	return libbpf_major_version();
+}
+
+unsigned int sow_libbpf_minor(void)
+{
+	return libbpf_minor_version();
+}
+
+sow_object *sow_open(const char *path, const char *btf_path, int *error)
+{
+	LIBBPF_OPTS(bpf_object_open_opts, options, .btf_custom_path = btf_path);
+	struct sow_object *self = calloc(1, sizeof(*self));
+
+	if (!self) {
+		*error = -ENOMEM;
+		return NULL;
+	}
+	libbpf_set_print(keep_log);
+	self->object = bpf_object__open_file(path, &options);
+	if (!self->object) {
+		*error = -errno;
+		free(self);
+		return NULL;
+	}
+	return self;
+}
+
+void sow_close(sow_object *self)
+{
+	if (!self)
+		return;
+	for (unsigned int i = 0; i < self->link_count; i++)
+		bpf_link__destroy(self->links[i]);
+	ring_buffer__free(self->ring);
+	bpf_object__close(self->object);
+	free(self);
+}
+
+int sow_set_max_entries(sow_object *self, const char *name, unsigned int entries)
+{
+	struct bpf_map *map = bpf_object__find_map_by_name(self->object, name);
+
+	return map ? bpf_map__set_max_entries(map, entries) : -ENOENT;
+}
+
+int sow_set_autoload(sow_object *self, const char *name, int is_loaded)
+{
+	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
+
+	return program ? bpf_program__set_autoload(program, is_loaded) : -ENOENT;
+}
+
+int sow_load(sow_object *self)
+{
+	return bpf_object__load(self->object);
+}
+
+static int keep_link(sow_object *self, struct bpf_link *link)
+{
+	if (!link)
+		return -errno;
+	self->links[self->link_count++] = link;
+	return 0;
+}
+
+int sow_attach(sow_object *self, const char *name)
+{
+	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
+
+	if (!program)
+		return -ENOENT;
+	if (self->link_count == MAX_LINKS)
+		return -ENOSPC;
+	return keep_link(self, bpf_program__attach(program));
+}
+
+/* libbpf finds a tracepoint's id by path, which fails where tracefs is not mounted; see sow_tracefs. */
+int sow_attach_tracepoint(sow_object *self, const char *name, unsigned long long id)
+{
+	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
+	struct perf_event_attr {
+		__u32 type, size;
+		__u64 config, sample_period, sample_type, read_format, flags;
+		__u32 wakeup_events, bp_type;
+		__u64 config1;
+	} attribute = { .type = 2 /* PERF_TYPE_TRACEPOINT */, .size = 64 /* PERF_ATTR_SIZE_VER0 */,
+			.config = id, .sample_period = 1 };
+	struct bpf_link *link;
+	int fd, error;
+
+	if (!program)
+		return -ENOENT;
+	if (self->link_count == MAX_LINKS)
+		return -ENOSPC;
+	/* Any one CPU will do: a BPF program on a tracepoint runs on all of them. */
+	fd = syscall(SYS_perf_event_open, &attribute, -1, 0, -1, 8UL /* PERF_FLAG_FD_CLOEXEC */);
+	if (fd < 0)
+		return -errno;
+	link = bpf_program__attach_perf_event(program, fd);
+	if (!link) {
+		error = -errno;
+		close(fd);
+		return error;
+	}
+	return keep_link(self, link);
+}
+
+int sow_map_fd(sow_object *self, const char *name)
+{
+	return bpf_object__find_map_fd_by_name(self->object, name);
+}
+
+static const struct btf_var_secinfo *find_variable(const struct btf *btf, const char *section, const char *name)
+{
+	int id = btf__find_by_name_kind(btf, section, BTF_KIND_DATASEC);
+	const struct btf_type *type;
+
+	if (id < 0)
+		return NULL;
+	type = btf__type_by_id(btf, id);
+	for (int i = 0; i < btf_vlen(type); i++) {
+		const struct btf_var_secinfo *info = btf_var_secinfos(type) + i;
+		const struct btf_type *variable = btf__type_by_id(btf, info->type);
+
+		if (!strcmp(btf__name_by_offset(btf, variable->name_off), name))
+			return info;
+	}
+	return NULL;
+}
+
+void *sow_variable(sow_object *self, const char *section, const char *name, unsigned int *size)
+{
+	const struct btf_var_secinfo *info = find_variable(bpf_object__btf(self->object), section, name);
+	struct bpf_map *map;
+	size_t section_bytes;
+
+	if (!info)
+		return NULL;
+	bpf_object__for_each_map(map, self->object) {
+		const char *map_name = bpf_map__name(map);
+		size_t length = strlen(map_name), wanted = strlen(section);
+		char *memory;
+
+		if (length < wanted || strcmp(map_name + length - wanted, section))
+			continue;
+		memory = (char *)bpf_map__initial_value(map, &section_bytes);
+		if (!memory || info->offset + info->size > section_bytes)
+			return NULL;
+		*size = info->size;
+		return memory + info->offset;
+	}
+	return NULL;
+}
+
+int sow_map_update(int fd, const void *key, const void *value)
+{
+	return bpf_map_update_elem(fd, key, value, BPF_ANY);
+}
+
+int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values,
+			unsigned int value_bytes, unsigned int count)
+{
+	for (unsigned int i = 0; i < count; i++) {
+		int error = bpf_map_update_elem(fd, (const char *)keys + (size_t)i * key_bytes,
+						(const char *)values + (size_t)i * value_bytes, BPF_ANY);
+
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+int sow_map_lookup(int fd, const void *key, void *value)
+{
+	return bpf_map_lookup_elem(fd, key, value);
+}
+
+int sow_map_delete(int fd, const void *key)
+{
+	return bpf_map_delete_elem(fd, key);
+}
+
+int sow_map_next_key(int fd, const void *key, void *next_key)
+{
+	return bpf_map_get_next_key(fd, key, next_key);
+}
+
+int sow_possible_cpus(void)
+{
+	return libbpf_num_possible_cpus();
+}
+
+static int copy_record(void *context, void *data, size_t size)
+{
+	struct sow_object *self = context;
+
+	memcpy(self->buffer + self->used, data, size);
+	self->used += size;
+	/* libbpf counts this record as consumed even if told to stop here. */
+	return self->used + MAX_RECORD_BYTES > self->capacity ? -ENOSPC : 0;
+}
+
+int sow_ring_open(sow_object *self, const char *map)
+{
+	int fd = bpf_object__find_map_fd_by_name(self->object, map);
+
+	if (fd < 0)
+		return fd;
+	self->ring = ring_buffer__new(fd, copy_record, self, NULL);
+	return self->ring ? 0 : -errno;
+}
+
+int sow_ring_fd(sow_object *self)
+{
+	return ring_buffer__epoll_fd(self->ring);
+}
+
+int sow_ring_drain(sow_object *self, void *buffer, unsigned int capacity)
+{
+	int error;
+
+	if (capacity < MAX_RECORD_BYTES)
+		return -EINVAL;
+	self->buffer = buffer;
+	self->used = 0;
+	self->capacity = capacity;
+	error = ring_buffer__consume(self->ring);
+	self->buffer = NULL;
+	if (error < 0 && error != -ENOSPC)
+		return error;
+	return self->used;
+}
+
+int sow_iterate(sow_object *self, const char *name, unsigned int tgid)
+{
+	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
+	union bpf_iter_link_info info = { .task.pid = tgid };
+	LIBBPF_OPTS(bpf_iter_attach_opts, options, .link_info = &info, .link_info_len = sizeof(info));
+	struct bpf_link *link;
+	int fd;
+
+	if (!program)
+		return -ENOENT;
+	link = bpf_program__attach_iter(program, tgid ? &options : NULL);
+	if (!link)
+		return -errno;
+	fd = bpf_iter_create(bpf_link__fd(link));
+	if (fd < 0)
+		fd = -errno;
+	bpf_link__destroy(link); /* the iterator holds what it needs */
+	return fd;
+}
+
+int sow_probe_helper(int program_type, int helper)
+{
+	return libbpf_probe_bpf_helper(program_type, helper, NULL);
+}
+
+int sow_probe_map(int map_type)
+{
+	return libbpf_probe_bpf_map_type(map_type, NULL);
+}
+
+int sow_probe_program(int program_type)
+{
+	return libbpf_probe_bpf_prog_type(program_type, NULL);
+}
+
+int sow_open_in_root(int directory, const char *path, int flags)
+{
+	/* struct open_how of linux/openat2.h (5.6+) */
+	struct {
+		__u64 flags, mode, resolve;
+	} how = { .flags = flags, .resolve = 0x10 /* RESOLVE_IN_ROOT */ | 0x02 /* RESOLVE_NO_MAGICLINKS */ };
+	int fd = syscall(437 /* SYS_openat2, the same on every architecture */, directory, path, &how, sizeof(how));
+
+	return fd < 0 ? -errno : fd;
+}
+
+static int open_if_tracefs(const char *path)
+{
+	struct statfs info;
+	int fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	if (fstatfs(fd, &info) || info.f_type != TRACEFS_MAGIC) {
+		close(fd);
+		return -ENOENT;
+	}
+	return fd;
+}
+
+int sow_tracefs(void)
+{
+	int fd = open_if_tracefs("/sys/kernel/tracing");
+	int context;
+
+	if (fd >= 0)
+		return fd;
+	fd = open_if_tracefs("/sys/kernel/debug/tracing");
+	if (fd >= 0)
+		return fd;
+	/* A mount that is attached nowhere and ends with its descriptor (5.2+). */
+	context = syscall(SYS_fsopen, "tracefs", 1U /* FSOPEN_CLOEXEC */);
+	if (context < 0)
+		return -errno;
+	if (syscall(SYS_fsconfig, context, 6 /* FSCONFIG_CMD_CREATE */, NULL, NULL, 0))
+		fd = -errno;
+	else
+		fd = syscall(SYS_fsmount, context, 1U /* FSMOUNT_CLOEXEC */, 0);
+	if (fd == -1)
+		fd = -errno;
+	close(context);
+	return fd;
+}

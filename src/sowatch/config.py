@@ -1,0 +1,84 @@
+"""Limits and policy in one frozen value. Nothing here touches the kernel.
+
+May import ``errors``. Every size has a default that fits a host of a few thousand processes;
+`Config.replace` gives a changed copy, checked the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from sowatch.errors import ConfigError
+
+__all__ = ["STRATEGIES", "Config"]
+
+#: The rungs of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
+STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """How to watch. All fields are keyword-only.
+
+    Attributes:
+        strategy: one of `STRATEGIES`.
+        proc_root: where the host's proc file system is mounted.
+        enable_core: try the CO-RE object (kernel BTF, 5.10+).
+        enable_runtime_compiler: try compiling on this machine even if ``core`` was not tried.
+        allow_runtime_compiled_fallback: try compiling if ``core`` failed.
+        allow_prebuilt_fallback: try the object without kernel types if the ones above failed.
+        allow_procfs_fallback: poll ``/proc`` if no BPF program can be loaded.
+        ring_bytes: size of the ring buffer; a power of two, at least one page.
+        max_processes: processes the kernel side can follow at once.
+        max_verdicts: files the kernel side remembers an answer for (least recently used go first).
+        max_pending: system calls of interest that can be under way at once.
+        ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
+            ancestor directory changes a path without the kernel telling anybody.
+        queue_events: events a subscriber may be behind before it loses some.
+        block_ttl_s: seconds a file stays blocked after its activation failed.
+        max_blocked: files on the blocklist (least recently used go first).
+    """
+
+    strategy: str = "auto"
+    proc_root: str = "/proc"
+    enable_core: bool = True
+    enable_runtime_compiler: bool = False
+    allow_runtime_compiled_fallback: bool = True
+    allow_prebuilt_fallback: bool = True
+    allow_procfs_fallback: bool = True
+    ring_bytes: int = 8 << 20
+    max_processes: int = 16_384
+    max_verdicts: int = 65_536
+    max_pending: int = 8_192
+    ignore_ttl_s: float = 60.0
+    queue_events: int = 200_000
+    block_ttl_s: float = 3_600.0
+    max_blocked: int = 2_000
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ConfigError("strategy", f"unknown strategy {self.strategy!r}. Use one of: {', '.join(STRATEGIES)}.")
+        ring = self.ring_bytes
+        if ring < 4096 or ring > 1 << 30 or ring & (ring - 1):
+            raise ConfigError("ring_bytes", f"{ring} is not a power of two from 4096 to {1 << 30}. Use 8388608.")
+        for name in ("max_processes", "max_verdicts", "max_pending", "queue_events", "max_blocked"):
+            value = getattr(self, name)
+            if not 1 <= value <= 1 << 24:
+                raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")
+        for name in ("ignore_ttl_s", "block_ttl_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(name, f"{getattr(self, name)} is not a positive number of seconds.")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: a value is out of range, or the field does not exist.
+        """
+        known = {one.name for one in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise ConfigError(name, f"no such setting. Known ones: {', '.join(sorted(known))}.")
+        return dataclasses.replace(self, **changes)

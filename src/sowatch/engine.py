@@ -1,0 +1,379 @@
+"""The thread that drains the kernel: records to the map, changes to the publisher, losses to repairs.
+
+May import the rooms down to ``publisher``. It never runs user code, reads no file and waits for
+nobody, so that the ring is emptied as fast as one thread can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sowatch.bpf.records import Record
+from sowatch.config import Config
+from sowatch.events import Event, Lost, Ready, Repaired, Stopped
+from sowatch.identity import ProcessId
+from sowatch.procfs import ProcFs
+from sowatch.publisher import Publisher
+from sowatch.rules import RuleSet
+from sowatch.sources import EventSource, Losses, Reading, Report
+from sowatch.tracker import Causes, Tracker
+
+__all__ = ["Engine"]
+
+LOG = logging.getLogger("sowatch")
+
+#: Counters are polled and answers grow old this often.
+TICK_S: Final = 1.0
+#: More owed readings than this are one reading of all.
+MANY_READINGS: Final = 64
+#: A process that is dirty again at once is read at most this often in the long run.
+SLOWEST_REREAD_S: Final = 0.25
+#: A repair that found losses going on is tried again after 0.1 s, then twice that, up to this.
+SLOWEST_REPAIR_S: Final = 5.0
+#: A CLONE_VM child that is still there after this is not on its way to exec.
+VFORK_PATIENCE_NS: Final = 500_000_000
+
+REPAIR: Final = Causes("repair", "repair")
+SNAPSHOT: Final = Causes("snapshot", "repair")
+LIVE: Final = Causes("mmap", "munmap")
+
+
+class Engine:
+    """Drives one source, one tracker and one publisher on a thread of its own.
+
+    Args:
+        source: open; the engine closes it.
+        silent_baseline: take the start-up snapshot without telling of it.
+    """
+
+    def __init__(
+        self,
+        source: EventSource,
+        tracker: Tracker,
+        publisher: Publisher,
+        rules: RuleSet,
+        config: Config,
+        *,
+        silent_baseline: bool,
+    ) -> None:
+        self._source = source
+        self._tracker = tracker
+        self._publisher = publisher
+        self._silent = silent_baseline
+        self._proc = ProcFs(config.proc_root)
+        self._base = Report.IMAGES if rules.wants_images else Report.NOTHING
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._ready_event: Ready | None = None
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._due: dict[int, float] = {}
+        self._pace: dict[int, tuple[float, float]] = {}
+        self._losses = Losses()
+        self._repair_at: float | None = None
+        self._repair_wait_s = 0.1
+        self._can_read_one = True
+        self._jobs: list[Callable[[], None]] = []
+        self._jobs_lock = threading.Lock()
+        self.own_pid = os.getpid()
+        self.repairs = 0
+        self.lost = 0
+        self.rereads = 0
+        self.is_repaired = True
+
+    # ---- other threads ------------------------------------------------------------------------
+
+    def start(self) -> Ready:
+        """Takes the snapshot and starts the thread; returns once `Ready` was published."""
+        self._thread = threading.Thread(target=self._run, name="sowatch-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._ready_event is not None
+        return self._ready_event
+
+    def stop(self) -> None:
+        """Ends the thread and closes the source. Safe to call again."""
+        self._stop.set()
+        self.wake()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._source.close()
+        fd, self._wake_fd = self._wake_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def wake(self) -> None:
+        """Makes the thread look round; from any thread."""
+        fd = self._wake_fd
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+
+    def call(self, job: Callable[[], None]) -> None:
+        """Runs something on the engine's thread, between two drains."""
+        with self._jobs_lock:
+            self._jobs.append(job)
+        self.wake()
+
+    # ---- the thread ---------------------------------------------------------------------------
+
+    def look_at_ourselves(self) -> None:
+        """Our own root, to tell which processes see the paths that we see; and our real pid."""
+        reading = self._source.read_process(os.getpid())
+        if reading is None:
+            return
+        self.own_pid = reading.tgid
+        # In a pid namespace the kernel's numbers are not ours, and it would look up the wrong process.
+        self._can_read_one = reading.tgid == os.getpid()
+        for row in reading.maps:
+            if isinstance(row.key, bytes):
+                self._publisher.own_view = row.key[40:56]
+                break
+
+    def _run(self) -> None:
+        poller = select.epoll()
+        try:
+            poller.register(self._source.fileno(), select.EPOLLIN)
+            poller.register(self._wake_fd, select.EPOLLIN)
+            self._snapshot()
+            self._loop(poller)
+            self._drain()
+            self._publisher.flush_all()
+        except BaseException as error:
+            self._failure = error
+            LOG.exception("the watch ended")
+        finally:
+            poller.close()
+            now_ns = time.time_ns()
+            self._publisher.stop(now_ns)
+            self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.lost))
+            self._publisher.end()
+            self._ready.set()
+
+    def _loop(self, poller: select.epoll) -> None:
+        next_tick = time.monotonic() + TICK_S
+        while not self._stop.is_set():
+            now = time.monotonic()
+            if now >= next_tick:
+                self._tick()
+                next_tick = now + TICK_S
+            wait_s = next_tick - now
+            if self._due:
+                wait_s = min(wait_s, max(0.0, min(self._due.values()) - now))
+            if self._repair_at is not None:
+                wait_s = min(wait_s, max(0.0, self._repair_at - now))
+            try:
+                ready = poller.poll(wait_s)
+            except InterruptedError:
+                continue
+            if any(fd == self._wake_fd for fd, _ in ready):
+                self._on_wake()
+            self._drain()
+            if self._tracker.dirty or self._due:
+                self._reread()
+            if self._repair_at is not None and time.monotonic() >= self._repair_at:
+                self._repair()
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        self._publisher.flush(time.monotonic())
+        with self._jobs_lock:
+            jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job()
+
+    def _drain(self) -> None:
+        """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""
+        records = self._source.drain()
+        apply = self._tracker.apply
+        for record in records:
+            apply(record)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Sends answers to the kernel and changes to the publisher."""
+        if self._tracker.answers:
+            wanted, ignored = self._tracker.take_answers()
+            self._source.answer(wanted, is_wanted=True)
+            self._source.answer(ignored, is_wanted=False)
+        if self._tracker.changes:
+            self._publisher.publish(self._tracker.take_changes())
+
+    def _tick(self) -> None:
+        self._source.tick()
+        self._check_losses()
+        self._publisher.flush(time.monotonic())
+        self._publisher.catch_up()
+        for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
+            self._tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+        horizon = time.monotonic() - 10
+        self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > horizon}
+
+    # ---- the start ----------------------------------------------------------------------------
+
+    def _snapshot(self) -> None:
+        begun = time.monotonic()
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        early = self._source.drain()
+        readings, meanwhile = self._source.read_all()
+        again = self._tracker.merge(
+            readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True
+        )
+        self._source.set_report(self._base)
+        changes = self._tracker.take_changes()
+        wanted, ignored = self._tracker.take_answers()
+        self._source.answer(wanted, is_wanted=True)
+        self._source.answer(ignored, is_wanted=False)
+        for pid in again:
+            self._tracker.dirty.setdefault(pid, LIVE)
+        found = [change for change in changes if change.cause == "snapshot"]
+        seconds = time.monotonic() - begun
+        self._losses = self._source.losses()
+        if any(self._losses):
+            self._lose(sum(self._losses))
+        if not self._silent:
+            self._publisher.publish(found)
+        else:
+            self._publisher.take_silently(found)
+        self._publisher.announce(lambda: self._make_ready(len(readings), seconds))
+        self._publisher.publish([change for change in changes if change.cause != "snapshot"])
+
+    def _drain_all(self) -> list[Record]:
+        records: list[Record] = []
+        while more := self._source.drain():
+            records += more
+        return records
+
+    def _make_ready(self, processes: int, seconds: float) -> Event:
+        source = self._source
+        self._ready_event = Ready(
+            time_ns=time.time_ns(),
+            host=socket.gethostname(),
+            boot_id=self._proc.boot_id(),
+            strategy=source.strategy,
+            guarantee=source.guarantee,
+            hooks=source.hooks,
+            limits=source.limits,
+            attempts=source.attempts,
+            processes=processes,
+            mappings=self._publisher.counts()[2],
+            seconds=seconds,
+        )
+        self._ready.set()
+        return self._ready_event
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def _reread(self) -> None:
+        """Reads the processes in doubt, each as soon as its pace allows."""
+        now = time.monotonic()
+        for pid in self._tracker.dirty:
+            if pid not in self._due:
+                last, interval = self._pace.get(pid, (0.0, 0.0))
+                self._due[pid] = max(now, last + interval)
+        due = {}
+        for pid, when in list(self._due.items()):
+            causes = self._tracker.dirty.get(pid)
+            if causes is None:
+                del self._due[pid]  # it has gone meanwhile
+            elif when <= now:
+                due[pid] = causes
+        if not due:
+            return
+        for pid in due:
+            del self._due[pid]
+            del self._tracker.dirty[pid]
+            last, interval = self._pace.get(pid, (0.0, 0.0))
+            is_busy = now - last < 2 * interval + 0.002
+            self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
+        self._source.set_report(self._base | Report.RANGES)
+        readings, meanwhile = self._read(due)
+        records = [*meanwhile, *self._drain_all()]
+        self._source.set_report(self._base)
+        self.rereads += len(due)
+        again = self._tracker.merge(readings, records, LIVE, own_causes=due)
+        for pid in again:
+            self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
+        self._flush()
+
+    def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
+        if len(due) > MANY_READINGS or not self._can_read_one:
+            readings, meanwhile = self._source.read_all()
+            return [reading for reading in readings if reading.tgid in due], list(meanwhile)
+        found = [self._source.read_process(pid) for pid in due]
+        return [reading for reading in found if reading is not None], []
+
+    # ---- losses and repairs -------------------------------------------------------------------
+
+    def _check_losses(self) -> None:
+        losses = self._source.losses()
+        if losses != self._losses:
+            self._lose(sum(losses) - sum(self._losses))
+            self._losses = losses
+
+    def _lose(self, count: int) -> None:
+        self.lost += count
+        self.is_repaired = False
+        self._publisher.announce(lambda: Lost(time.time_ns(), count, "kernel"))
+        if self._repair_at is None:
+            self._repair_at = time.monotonic()
+
+    def _repair(self) -> None:
+        """Compares the map with what is there. Done when nothing was lost while it ran; else again."""
+        begun = time.monotonic()
+        self._repair_at = None
+        before = self._source.losses()
+        since_ns = time.monotonic_ns()
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        early = self._source.drain()
+        readings, meanwhile = self._source.read_all()
+        records = [*early, *meanwhile, *self._drain_all()]
+        self._source.set_report(self._base)
+        for reading in readings:
+            self._tracker.dirty.pop(reading.tgid, None)
+        again = self._tracker.merge(readings, records, REPAIR)
+        self._forget_vanished({reading.tgid for reading in readings}, since_ns)
+        for pid in again:
+            self._tracker.dirty.setdefault(pid, REPAIR)
+        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        loads = sum(change.is_load for change in found)
+        self._flush()
+        after = self._source.losses()
+        self._losses = after
+        seconds = time.monotonic() - begun
+        if after == before:
+            self.repairs += 1
+            self.is_repaired = True
+            self._repair_wait_s = 0.1
+            self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
+            return
+        self._lose(sum(after) - sum(before))
+        self._repair_at = time.monotonic() + self._repair_wait_s
+        self._repair_wait_s = min(SLOWEST_REPAIR_S, 2 * self._repair_wait_s)
+
+    def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
+        """Processes whose exit was lost: known for longer than the reading runs, and not met by it."""
+        for process in self._tracker.processes():
+            if process.id.pid in visited or process.seen_ns >= since_ns or not process.is_announced:
+                continue
+            stat = self._proc.stat(process.id.pid)
+            # A second look: a live process of that start was only not followed in the kernel.
+            is_alive = stat and (stat.threads > 1 or not stat.is_dead)
+            if stat and is_alive and process.id.same_tick(ProcessId(stat.pid, stat.start_ns)):
+                self._tracker.dirty.setdefault(process.id.pid, REPAIR)
+            else:
+                self._tracker.forget(process, "repair", since_ns)
+
+

@@ -1,0 +1,208 @@
+"""Opens mapped files safely and reads what they say of themselves, off the draining thread.
+
+May import ``errors``, ``identity``, ``events``, ``procfs``, ``elf``, ``bpf.binding`` and
+``tracker``'s values. Files are under the control of whoever made the container: they are opened
+through the kernel's own link to the mapping, or below the process's own root, never by following a
+link out of it; without blocking on a FIFO; and only regular files are read.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from cachetools import LRUCache
+
+from sowatch.bpf.binding import open_in_root
+from sowatch.elf import ElfError, read_exports, read_facts
+from sowatch.identity import FileId
+from sowatch.tracker import Change, Name
+
+__all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
+
+#: Files whose facts are kept; a few hundred bytes each.
+MAX_FACTS: Final = 20_000
+OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class FileFacts(NamedTuple):
+    """What a file says of itself. ``is_elf`` is None if it could not be read; ``exports`` if not asked for."""
+
+    is_elf: bool | None = None
+    build_id: str | None = None
+    soname: str | None = None
+    exports: frozenset[str] | None = None
+
+
+class Inspection:
+    """A look at one file that was asked for. ``facts`` is None until it is done."""
+
+    __slots__ = ("asked_s", "facts")
+
+    def __init__(self, asked_s: float) -> None:
+        self.asked_s = asked_s
+        self.facts: FileFacts | None = None
+
+
+class _Order(NamedTuple):
+    inspection: Inspection
+    file_id: FileId
+    pid: int
+    path: str
+    is_own_view: bool
+    is_deleted: bool
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Inspector:
+    """One thread that opens and reads files on demand, and remembers what it found by FileId.
+
+    Args:
+        proc_root: where the host's proc is mounted.
+        exports: symbols that some rule asks for; read only if there are any.
+        on_done: called on the inspector's thread after each look.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self, *, proc_root: str, exports: frozenset[str], on_done: Callable[[], None]) -> None:
+        self._proc_root = proc_root
+        self._exports = exports
+        self._on_done = on_done
+        self._known: LRUCache[FileId, FileFacts] = LRUCache(MAX_FACTS)
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._under_way: dict[FileId, Inspection] = {}
+        # A daemon: a read that hangs in a dead network file system must not keep the process.
+        self._thread = threading.Thread(target=self._work, name="sowatch-inspector", daemon=True)
+        self._thread.start()
+
+    def known(self, file_id: FileId) -> FileFacts | None:
+        """The facts, if the file was read before."""
+        with self._lock:
+            return self._known.get(file_id)
+
+    def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
+        """Asks for a look at the file of a change; one look serves all who wait for that file."""
+        name = change.name
+        with self._lock:
+            inspection = self._under_way.get(name.file_id)
+            if inspection is None:
+                inspection = self._under_way[name.file_id] = Inspection(now_s)
+                self._orders.put(
+                    _Order(
+                        inspection,
+                        name.file_id,
+                        change.process.pid,
+                        name.path,
+                        is_own_view,
+                        name.is_deleted,
+                        change.ranges,
+                    )
+                )
+            return inspection
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Ends the thread, if it can within the time. Safe to call again."""
+        self._orders.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (order := self._orders.get()) is not None:
+            facts = self._look(order)
+            with self._lock:
+                if facts.is_elf is not None:
+                    self._known[order.file_id] = facts
+                order.inspection.facts = facts
+                self._under_way.pop(order.file_id, None)
+            self._on_done()
+
+    def _look(self, order: _Order) -> FileFacts:
+        fd = open_mapped(
+            self._proc_root,
+            order.pid,
+            order.file_id,
+            order.path,
+            order.ranges,
+            is_own_view=order.is_own_view,
+            is_deleted=order.is_deleted,
+        )
+        if fd is None:
+            return FileFacts()
+        try:
+            facts = read_facts(fd)
+            if facts is None:
+                return FileFacts(is_elf=False)
+            exports = read_exports(fd, self._exports) if self._exports and facts.is_elf else None
+            return FileFacts(facts.is_elf, facts.build_id, facts.soname, exports)
+        except ElfError as error:
+            # A file that lies is one without facts; one that could not be read may be tried again.
+            return FileFacts(is_elf=True if error.errno is None else None)
+        finally:
+            os.close(fd)
+
+
+def open_mapped(
+    proc_root: str,
+    pid: int,
+    file_id: FileId,
+    path: str,
+    ranges: tuple[tuple[int, int], ...],
+    *,
+    is_own_view: bool,
+    is_deleted: bool,
+) -> int | None:
+    """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
+
+    Tried in order: the kernel's link to the mapping, the path below the process's root, the path
+    in our own view if it is the same. The last two only count if the inode number agrees.
+    """
+    for fd, is_certain in _candidates(proc_root, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
+        try:
+            status = os.fstat(fd)
+            # The device differs on overlayfs and btrfs, where stat invents one.
+            if stat.S_ISREG(status.st_mode) and (is_certain or status.st_ino == file_id.inode):
+                return fd
+        except OSError:
+            pass
+        os.close(fd)
+    return None
+
+
+def _candidates(
+    proc_root: str, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
+) -> Iterator[tuple[int, bool]]:
+    for start, end in ranges:
+        try:
+            yield os.open(f"{proc_root}/{pid}/map_files/{start:x}-{end:x}", OPEN_FLAGS), True
+        except OSError:
+            continue
+    if is_deleted:
+        return
+    name = os.fsencode(path)
+    for root in (f"{proc_root}/{pid}/root", "/" if is_own_view else None):
+        if root is None:
+            continue
+        try:
+            directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            yield open_in_root(directory, name, OPEN_FLAGS), False
+        except OSError:
+            continue
+        finally:
+            os.close(directory)
+
+
+def host_path(proc_root: str, pid: int, name: Name, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool) -> str | None:
+    """A path that opens the same file from here, as far as can be said without looking."""
+    if name.is_deleted:
+        return f"{proc_root}/{pid}/map_files/{ranges[0][0]:x}-{ranges[0][1]:x}" if ranges else None
+    if name.is_partial:
+        return None
+    return name.path if is_own_view else f"{proc_root}/{pid}/root{name.path}"

@@ -1,0 +1,462 @@
+"""From changes of the map to events: file facts, rules, activation, and the subscribers' queues.
+
+May import the rooms down to ``tracker`` and ``inspector``. Runs on the engine's thread; only
+`Subscription`'s reading side belongs to others. Nothing here runs user code or touches a file.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from sowatch.events import EVENT_KINDS, Event, Library, LibraryEvent, Lost, Repaired
+from sowatch.identity import FileId, ProcessId
+from sowatch.inspector import FileFacts, Inspection, Inspector, host_path
+from sowatch.registry import FileRegistry
+from sowatch.rules import Rule, RuleSet
+from sowatch.tracker import Change, Name
+
+__all__ = ["Publisher", "Selection", "Subscription"]
+
+#: How long the events behind a file wait for its facts; a file that cannot be read in that time
+#: (a dead network file system, a hostile FUSE mount) is told of without them.
+FACTS_TIMEOUT_S: Final = 2.0
+
+Held = dict[ProcessId, dict[FileId, LibraryEvent]]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which processes are told of. ``container`` is a prefix of the container's id."""
+
+    pids: frozenset[int] = frozenset()
+    container: str | None = None
+    excluded_pid: int | None = None
+
+    def wants(self, change: Change) -> bool:
+        process = change.process
+        if process.pid == self.excluded_pid or (self.pids and process.pid not in self.pids):
+            return False
+        return self.container is None or (process.container or "").startswith(self.container)
+
+
+class Subscription:
+    """One reader's queue of events. Iterate over it, or `get`; a context manager.
+
+    A reader that falls behind by more than the limit loses events; when it has caught up it gets
+    `Lost` (where ``queue``), then whatever changed meanwhile with cause ``repair``, then
+    `Repaired`. Iteration ends after `Stopped`, or after `close`. Any one thread may read.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        *,
+        events: Collection[str],
+        control: bool,
+        limit: int,
+        rule: str | None = None,
+    ) -> None:
+        self._publisher = publisher
+        self._events = frozenset(events)
+        self._control = control
+        self._limit = limit
+        self._rule = rule
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._missed = 0
+        self._seen: Held | None = None
+        self._is_closed = False
+        self._has_ended = False
+        self._on_event: Callable[[], None] | None = None
+        #: Events lost in this queue so far.
+        self.lost = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.get()) is not None:
+            yield event
+
+    def get(self, timeout_s: float | None = None) -> Event | None:
+        """The next event; None after the last one, or if none came within the time.
+
+        `has_ended` tells the two apart.
+        """
+        if self._has_ended:
+            return None
+        try:
+            event = self._queue.get(timeout=timeout_s) if timeout_s != 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return None
+        if event is None:
+            self._has_ended = True
+        return event
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `get` will give nothing any more."""
+        return self._has_ended
+
+    @property
+    def waiting(self) -> int:
+        """Events in the queue now."""
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """No further events; wakes a reader. Safe to call again, from any thread."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._publisher.unsubscribe(self)
+            self._put(None)
+
+    def call_on_event(self, callback: Callable[[], None] | None) -> None:
+        """A callback on the engine's thread after each event that was queued; it must not block."""
+        self._on_event = callback
+
+    # ---- the engine's side --------------------------------------------------------------------
+
+    def offer(self, event: Event) -> None:
+        """Queues the event if this reader wants it and has room."""
+        if isinstance(event, LibraryEvent):
+            if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
+                return
+        elif not self._control:
+            return
+        # A deactivate ends what its reader was told before; it may pass the limit by one.
+        if self._seen is None and self._queue.qsize() >= self._limit and event.event != "deactivate":
+            self._seen = self._publisher.held_copy()
+            # The event that did not fit has been taken into account already.
+            if isinstance(event, LibraryEvent):
+                self._undo(self._seen, event)
+        if self._seen is not None and event.event != "stopped":
+            self._missed += 1
+            self.lost += 1
+            self._publisher.lost_in_queues += 1
+            return
+        self._put(event)
+
+    @staticmethod
+    def _undo(held: Held, event: LibraryEvent) -> None:
+        if event.process is None:
+            return
+        process_id, file_id = event.process.id, event.library.id
+        if event.event in ("load", "activate"):
+            held.get(process_id, {}).pop(file_id, None)
+        elif event.event == "unload":
+            held.setdefault(process_id, {})[file_id] = event
+
+    def catch_up(self) -> None:
+        """Repairs the reader's view once it has made room; called from time to time."""
+        if self._seen is None or self._queue.qsize() > self._limit // 4:
+            return
+        begun = time.monotonic()
+        seen, self._seen = self._seen, None
+        missed, self._missed = self._missed, 0
+        now_ns = time.time_ns()
+        self._put_control(Lost(now_ns, missed, "queue"))
+        loads = unloads = 0
+        for event in difference(seen, self._publisher.held_copy(), now_ns):
+            if self._rule is not None and event.rule != self._rule:
+                continue
+            loads += event.event == "load"
+            unloads += event.event == "unload"
+            if event.event in self._events:
+                self._put(event)
+        self._put_control(Repaired(now_ns, loads, unloads, time.monotonic() - begun))
+
+    def end(self) -> None:
+        self._is_closed = True
+        self._put(None)
+
+    def _put_control(self, event: Event) -> None:
+        if self._control:
+            self._put(event)
+
+    def _put(self, event: Event | None) -> None:
+        self._queue.put(event)
+        if self._on_event is not None:
+            self._on_event()
+
+
+def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
+    """The events that lead from one published map to another, cause ``repair``."""
+    before = {(event.rule, file) for files in seen.values() for file, event in files.items()}
+    after = {(event.rule, file) for files in now.values() for file, event in files.items()}
+    activated: set[tuple[str, FileId]] = set()
+    for process, files in seen.items():
+        for file, old in files.items():
+            if file not in now.get(process, {}):
+                yield _again(old, "unload", "repair", now_ns)
+    gone: set[tuple[str, FileId]] = set()
+    for files in seen.values():
+        for file, old in files.items():
+            key = (old.rule, file)
+            if key not in after and key not in gone:
+                gone.add(key)
+                yield _again(old, "deactivate", None, now_ns)
+    for process, files in now.items():
+        for file, new in files.items():
+            if file in seen.get(process, {}):
+                continue
+            key = (new.rule, file)
+            if key not in before and key not in activated:
+                activated.add(key)
+                yield _again(new, "activate", None, now_ns)
+            yield _again(new, "load", "repair", now_ns)
+
+
+def _again(event: LibraryEvent, kind: str, cause: str | None, now_ns: int) -> LibraryEvent:
+    return LibraryEvent(
+        kind,
+        event.rule,
+        event.library,
+        None if kind == "deactivate" else event.process,
+        cause,
+        event.t_ns,
+        now_ns,
+        event.ranges if kind == "load" else (),
+    )
+
+
+class Publisher:
+    """Turns changes into events and hands them to every subscription, in order.
+
+    Args:
+        rules: the first that matches names the event.
+        registry: counts holders; its first and last decide on activate and deactivate.
+        selection: which processes are told of.
+        proc_root: for host paths.
+    """
+
+    def __init__(self, rules: RuleSet, registry: FileRegistry, selection: Selection, *, proc_root: str) -> None:
+        self._rules = rules
+        self._registry = registry
+        #: Both are set before the engine starts.
+        self.inspector: Inspector | None = None
+        self.selection = selection
+        self._proc_root = proc_root
+        #: The agent's own view of the file system, as `tracker.Name.view` has it.
+        self.own_view = b""
+        self._waiting: deque[tuple[Change, Inspection] | Callable[[], Event]] = deque()
+        self._held: Held = {}
+        self._silent: set[tuple[ProcessId, FileId]] = set()
+        self._libraries: dict[tuple[int, str], tuple[Name, Library]] = {}
+        self._lock = threading.Lock()
+        self._subscriptions: tuple[Subscription, ...] = ()
+        self.loads = 0
+        self.unloads = 0
+        self.events = 0
+        self.unresolved = 0
+        self.lost_in_queues = 0
+
+    # ---- subscriptions ------------------------------------------------------------------------
+
+    def subscribe(
+        self, *, events: Collection[str] = EVENT_KINDS, control: bool, limit: int, rule: str | None = None
+    ) -> Subscription:
+        """A new reader, from the next event on."""
+        subscription = Subscription(self, events=events, control=control, limit=limit, rule=rule)
+        with self._lock:
+            self._subscriptions = (*self._subscriptions, subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        with self._lock:
+            self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)
+
+    def catch_up(self) -> None:
+        """Lets readers that fell behind recover."""
+        for subscription in self._subscriptions:
+            subscription.catch_up()
+
+    def end(self) -> None:
+        """Ends every subscription."""
+        for subscription in self._subscriptions:
+            subscription.end()
+
+    # ---- what is published --------------------------------------------------------------------
+
+    def held_copy(self) -> Held:
+        """The published map: the load event of every mapping."""
+        return {process: dict(files) for process, files in list(self._held.items())}
+
+    def counts(self) -> tuple[int, int, int]:
+        """Processes, files and mappings in the published map."""
+        held = list(self._held.values())
+        return len(held), len({file for files in held for file in list(files)}), sum(map(len, held))
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something waits for a file's facts."""
+        return bool(self._waiting)
+
+    def publish(self, changes: list[Change]) -> None:
+        """Takes changes of the map, in order."""
+        for change in changes:
+            if not self.selection.wants(change):
+                continue
+            if self._silent and self._was_silent(change):
+                continue
+            if not self._waiting:
+                facts = self._facts(change)
+                if facts is not None:
+                    self._tell(change, facts)
+                    continue
+            self._waiting.append((change, self._inspect(change)))
+
+    def take_silently(self, changes: list[Change]) -> None:
+        """Takes the baseline of a watch without a snapshot: neither its loads nor their unloads are told."""
+        self._silent.update((change.process.id, change.name.file_id) for change in changes if change.is_load)
+
+    def _was_silent(self, change: Change) -> bool:
+        key = (change.process.id, change.name.file_id)
+        if change.is_load or key not in self._silent:
+            return False
+        self._silent.discard(key)
+        return True
+
+    def announce(self, make: Callable[[], Event]) -> None:
+        """Takes a control event, made when its turn comes."""
+        if self._waiting:
+            self._waiting.append(make)
+        else:
+            self.emit(make())
+
+    def flush(self, now_s: float) -> None:
+        """Goes on with what waited for facts that are there, or that took too long."""
+        waiting = self._waiting
+        while waiting:
+            item = waiting[0]
+            if isinstance(item, tuple):
+                change, inspection = item
+                facts = inspection.facts
+                if facts is None:
+                    if now_s - inspection.asked_s < FACTS_TIMEOUT_S:
+                        return
+                    facts = FileFacts()
+                waiting.popleft()
+                self._tell(change, facts)
+            else:
+                waiting.popleft()
+                self.emit(item())
+
+    def flush_all(self) -> None:
+        """Goes on with everything, without what is not known."""
+        self.flush(float("inf"))
+
+    def emit(self, event: Event) -> None:
+        """Hands one event to every reader."""
+        self.events += 1
+        for subscription in self._subscriptions:
+            subscription.offer(event)
+
+    def stop(self, now_ns: int) -> None:
+        """Deactivates every active file, cause ``stop``."""
+        active: dict[tuple[str, FileId], LibraryEvent] = {}
+        for files in self._held.values():
+            for file, event in files.items():
+                active.setdefault((event.rule, file), event)
+        for event in active.values():
+            self.emit(LibraryEvent("deactivate", event.rule, event.library, None, "stop", None, now_ns))
+
+    # ---- one change ---------------------------------------------------------------------------
+
+    def _facts(self, change: Change) -> FileFacts | None:
+        if not change.is_load or not change.name.is_regular:
+            return FileFacts()  # an unload has its load's
+        assert self.inspector is not None
+        return self.inspector.known(change.name.file_id)
+
+    def _inspect(self, change: Change) -> Inspection:
+        facts = self._facts(change)
+        if facts is not None:
+            done = Inspection(0.0)
+            done.facts = facts
+            return done
+        assert self.inspector is not None
+        return self.inspector.inspect(
+            change, is_own_view=change.name.view == self.own_view, now_s=time.monotonic()
+        )
+
+    def _tell(self, change: Change, facts: FileFacts) -> None:
+        if change.is_load:
+            self._load(change, facts)
+        else:
+            self._unload(change)
+
+    def _load(self, change: Change, facts: FileFacts) -> None:
+        name = change.name
+        kind = change.kind
+        if kind == "library" and (facts.is_elf is False or (name.is_anonymous and not facts.is_elf)):
+            kind = "other"
+        rule = self._rules.match(name.path, kind, facts.exports)
+        if not isinstance(rule, Rule):
+            self.unresolved += self._rules.needs_exports and facts.is_elf is None
+            return
+        process = change.process
+        library = self._library(change, kind, facts)
+        now_ns = time.time_ns()
+        event = LibraryEvent("load", rule.name, library, process, change.cause, change.t_ns, now_ns, change.ranges)
+        process_id = process.id
+        files = self._held.get(process_id)
+        if files is None:
+            files = self._held[process_id] = {}
+        files[name.file_id] = event
+        self.loads += 1
+        if self._registry.acquire(rule.name, library, process_id):
+            self.emit(LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns))
+        self.emit(event)
+
+    def _unload(self, change: Change) -> None:
+        process_id = change.process.id
+        files = self._held.get(process_id)
+        load = files.pop(change.name.file_id, None) if files is not None else None
+        if files is None or load is None:
+            return
+        if not files:
+            del self._held[process_id]
+        now_ns = time.time_ns()
+        self.unloads += 1
+        self.emit(
+            LibraryEvent("unload", load.rule, load.library, change.process, change.cause, change.t_ns, now_ns)
+        )
+        if self._registry.release(load.rule, change.name.file_id, process_id):
+            self.emit(LibraryEvent("deactivate", load.rule, load.library, None, None, change.t_ns, now_ns))
+
+    def _library(self, change: Change, kind: str, facts: FileFacts) -> Library:
+        name = change.name
+        is_own_view = name.view == self.own_view and not name.is_deleted
+        if is_own_view:
+            known = self._libraries.get((id(name), kind))
+            # The id of a name may be reused once it is gone, so the entry keeps the name itself.
+            if known is not None and known[0] is name and known[1].build_id == facts.build_id:
+                return known[1]
+        library = Library(
+            path=name.path,
+            id=name.file_id,
+            host_path=host_path(
+                self._proc_root, change.process.pid, name, change.ranges, is_own_view=name.view == self.own_view
+            ),
+            kind=kind,
+            build_id=facts.build_id,
+            soname=facts.soname,
+            deleted=name.is_deleted,
+            path_partial=name.is_partial,
+        )
+        if is_own_view:
+            if len(self._libraries) > 50_000:
+                self._libraries.clear()
+            self._libraries[(id(name), kind)] = (name, library)
+        return library

@@ -1,0 +1,276 @@
+"""Where records and readings come from: `EventSource`, and `BpfSource`, the kernel's own word.
+
+May import ``errors``, ``identity``, ``config``, ``bpf``. A source knows nothing of rules or of the
+map; it hands on what the kernel says and carries answers back.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag
+from importlib.resources import files
+from typing import Final, NamedTuple, Protocol
+
+from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.bpf.records import MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.config import Config
+from sowatch.errors import BpfError, LoadAttempt
+
+__all__ = ["BpfSource", "EventSource", "Losses", "Reading", "Report"]
+
+
+class Report(IntFlag):
+    """enum report_bit: what the kernel side reports beyond the processes it follows."""
+
+    NOTHING = 0
+    PROCESSES = 1
+    RANGES = 2
+    IMAGES = 4
+    VISITS = 8
+
+
+class Losses(NamedTuple):
+    """What the kernel side could not send or follow, counted since the source was opened."""
+
+    ring: int = 0
+    processes: int = 0
+    pending: int = 0
+    scratch: int = 0
+
+
+@dataclass(slots=True)
+class Reading:
+    """What one process really has mapped, read from the kernel between ``begin_ns`` and ``end_ns``.
+
+    ``maps`` has one record for each executable mapping of a file that is not ignored. Times are
+    CLOCK_MONOTONIC.
+    """
+
+    tgid: int
+    start_ns: int
+    begin_ns: int
+    end_ns: int
+    intro: ProcessRecord | None = None
+    maps: list[MapRecord] = field(default_factory=list)
+
+
+class EventSource(Protocol):
+    """The seam between the kernel and the map. One thread uses a source, but for `close`."""
+
+    strategy: str
+    guarantee: str
+    hooks: str | None
+    limits: tuple[str, ...]
+    attempts: tuple[LoadAttempt, ...]
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when `drain` has something."""
+
+    def drain(self) -> list[Record]:
+        """What happened since the last call, in the order of the ring."""
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        """Every process's mappings, and what was drained meanwhile."""
+
+    def read_process(self, pid: int) -> Reading | None:
+        """One process's mappings, perhaps none at all; None if the process is gone."""
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        """Says whether files are wanted: what is not will not be reported again for a while."""
+
+    def set_report(self, report: Report) -> None:
+        """Chooses what is reported beyond the processes that are followed."""
+
+    def new_epoch(self) -> None:
+        """Makes every earlier answer void."""
+
+    def losses(self) -> Losses:
+        """What was lost so far."""
+
+    def tick(self) -> None:
+        """To be called about once a second: lets answers grow old."""
+
+    def close(self) -> None:
+        """Detaches everything. Safe to call again."""
+
+
+#: enum verdict, and the value of the map `verdicts`.
+VERDICT_MATCH: Final = 1
+VERDICT_IGNORE: Final = 2
+VERDICT_VALUE: Final = struct.Struct("=II")
+
+#: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
+#: would wait for ever.
+SYSCALL_HOOKS: Final = (
+    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat")),
+    ("enter_mmap", "enter", ("mmap",)),
+    ("enter_munmap", "enter", ("munmap",)),
+    ("enter_mprotect", "enter", ("mprotect", "pkey_mprotect")),
+    ("enter_mremap", "enter", ("mremap",)),
+    ("enter_shmat", "enter", ("shmat",)),
+)
+#: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
+OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat")
+PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
+
+
+class BpfSource:
+    """Strategy ``core``: CO-RE programs on the syscall tracepoints and the scheduler's.
+
+    Opening loads and attaches everything; if any step fails, nothing stays attached.
+
+    Args:
+        config: sizes of maps and ring.
+
+    Raises:
+        LibbpfMissing: no libbpf.
+        BpfError: the kernel refused; the log says what.
+    """
+
+    strategy: str = "core"
+    guarantee: str = "exact"
+    hooks: str | None = "syscall"
+
+    def __init__(self, config: Config) -> None:
+        self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
+        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("core", True, None),)
+        self._ttl_s = config.ignore_ttl_s
+        self._started = time.monotonic()
+        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / "watch.bpf.o"))
+        try:
+            self._load(config)
+        except BaseException:
+            self._object.close()
+            raise
+
+    def _load(self, config: Config) -> None:
+        bpf = self._object
+        bpf.set_max_entries("ring", config.ring_bytes)
+        bpf.set_max_entries("processes", config.max_processes)
+        bpf.set_max_entries("verdicts", config.max_verdicts)
+        bpf.set_max_entries("pending_calls", config.max_pending)
+        hooks: list[tuple[str, int]] = []
+        with Tracefs() as tracefs:
+            for program, side, calls in SYSCALL_HOOKS:
+                for call in calls:
+                    name = f"sys_{side}_{call}"
+                    found = tracefs.tracepoint_id("syscalls", name)
+                    if found is not None:
+                        hooks.append((program, found))
+                    elif call not in OPTIONAL_CALLS:
+                        raise BpfError(f"finding tracepoint syscalls/{name}", 2, "")
+        bpf.load()
+        self._report = bpf.variable(".bss", "report")
+        self._epoch = bpf.variable(".bss", "rules_epoch")
+        self._now_s = bpf.variable(".bss", "now_s")
+        self._run = bpf.variable(".bss", "reading_run")
+        self._verdicts = bpf.map("verdicts")
+        self._counters = bpf.map("counters")
+        self._cpus = bpf.possible_cpus()
+        self._ring_fd = bpf.open_ring("ring")
+        self._now_s.value = 1
+        for program in PROCESS_HOOKS:
+            bpf.attach(program)
+        for program, tracepoint in hooks:
+            bpf.attach_tracepoint(program, tracepoint)
+
+    def fileno(self) -> int:
+        return self._ring_fd
+
+    def drain(self) -> list[Record]:
+        return parse(self._object.drain())
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        rows: list[Record] = []
+        meanwhile: list[Record] = []
+        for chunk in self._iterate(0):
+            rows += parse(chunk)
+            meanwhile += self.drain()
+        return group(rows), meanwhile
+
+    def read_process(self, pid: int) -> Reading | None:
+        begin_ns = time.monotonic_ns()
+        report = self._report.value
+        self._report.value = report | Report.VISITS
+        try:
+            rows = [row for chunk in self._iterate(pid) for row in parse(chunk)]
+        except BpfError as error:
+            if error.errno == 3:  # ESRCH
+                return None
+            raise
+        finally:
+            self._report.value = report
+        readings = group(rows)
+        if not readings:
+            return None
+        (reading,) = readings
+        reading.begin_ns = min(begin_ns, reading.begin_ns)
+        return reading
+
+    def _iterate(self, pid: int) -> Iterable[bytes]:
+        self._run.value += 1
+        fd = self._object.iterate("read_mappings", pid)
+        try:
+            while True:
+                try:
+                    chunk = os.read(fd, 1 << 16)
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    raise BpfError("reading the iterator", error.errno or 5, "") from error
+                if not chunk:
+                    return
+                yield chunk
+        finally:
+            os.close(fd)
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        expires_s = self._now_s.value + max(1, round(self._ttl_s))
+        verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
+        self._verdicts.update_many(list(keys), VERDICT_VALUE.pack(verdict, expires_s))  # type: ignore[arg-type]
+
+    def set_report(self, report: Report) -> None:
+        self._report.value = int(report)
+
+    def new_epoch(self) -> None:
+        self._epoch.value += 1
+
+    def losses(self) -> Losses:
+        return Losses(*(self._counter(number) for number in (1, 2, 3, 4)))
+
+    def records_sent(self) -> int:
+        """Records the kernel side put into the ring."""
+        return self._counter(0)
+
+    def mappings_ignored(self) -> int:
+        """Executable mappings that a verdict dropped in the kernel."""
+        return self._counter(5)
+
+    def _counter(self, number: int) -> int:
+        value = self._counters.lookup(struct.pack("=I", number), 8 * self._cpus)
+        return sum(struct.unpack(f"={self._cpus}Q", value)) if value else 0
+
+    def tick(self) -> None:
+        self._now_s.value = 1 + int(time.monotonic() - self._started)
+
+    def close(self) -> None:
+        self._object.close()
+
+
+def group(rows: Sequence[Record]) -> list[Reading]:
+    """Sorts what the iterator wrote into one Reading a process."""
+    found: dict[int, Reading] = {}
+    for row in rows:
+        reading = found.get(row.tgid)
+        if reading is None:
+            reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
+        reading.end_ns = row.t_ns
+        if row.type == RecordType.MAP:
+            reading.maps.append(row)  # type: ignore[arg-type]
+        elif row.type == RecordType.INTRO:
+            reading.intro = row  # type: ignore[assignment]
+    return list(found.values())

@@ -1,0 +1,552 @@
+"""The map: which process has which wanted file mapped. Records and readings in, changes out.
+
+Pure: no I/O, no threads, no clock; one thread uses it. May import ``identity``, ``events``,
+``rules``, ``bpf.records`` and the value types of ``sources``.
+
+A *fact* (a record of a process that nobody could interfere with) changes the map as it stands. A
+*claim* (``FLAG_DIRTY``) is applied at once and puts the process into `Tracker.dirty`: its owner
+reads the process's real mappings and hands the reading to `Tracker.merge`, which corrects the map.
+docs/decisions/0002-facts-and-claims.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from sowatch.bpf.records import (
+    FLAG_ASK,
+    FLAG_DELETED,
+    FLAG_DIRTY,
+    FLAG_IMAGE,
+    FLAG_PARTIAL,
+    FLAG_SHARED_VM,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+    file_id_of,
+    path_of,
+)
+from sowatch.events import Process
+from sowatch.identity import FileId, ProcessId
+from sowatch.rules import RuleSet
+from sowatch.sources import Reading
+
+__all__ = ["Causes", "Change", "Mapping", "Name", "Tracked", "Tracker", "subtract"]
+
+Range = tuple[int, int]
+
+#: Names kept for processes that may come; a name is some 300 bytes.
+MAX_NAMES = 100_000
+
+
+class Causes(NamedTuple):
+    """What a reading's findings are called: a mapping it found, and one it did not find."""
+
+    load: str
+    unload: str
+
+
+class Name:
+    """A file under one name in one view of the file system: what the kernel's verdicts are about."""
+
+    __slots__ = ("file_id", "is_deleted", "is_partial", "is_regular", "is_wanted", "key", "path", "text", "view")
+
+    def __init__(self, record: MapRecord, rules: RuleSet) -> None:
+        key = record.key
+        self.key = key
+        self.text = record.text
+        self.file_id = file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
+        self.path = path_of(record.text)
+        self.is_deleted = bool(record.flags & FLAG_DELETED)
+        self.is_partial = bool(record.flags & FLAG_PARTIAL)
+        self.is_regular = stat.S_ISREG(record.mode)
+        #: The process's root, as the kernel's pointers: two equal ones see the same paths.
+        self.view = key[40:56] if isinstance(key, bytes) else b""
+        self.is_wanted = rules.could_match(self.path)
+
+    @property
+    def is_anonymous(self) -> bool:
+        """A memfd, SysV segment or shared anonymous memory: no directory holds it."""
+        return self.is_deleted and self.path.startswith(("/memfd:", "/SYSV", "/dev/zero")) and "/" not in self.path[5:]
+
+
+class Mapping:
+    """One file in one address space, with its executable ranges, sorted by nothing."""
+
+    __slots__ = ("is_image", "name", "ranges")
+
+    def __init__(self, name: Name, ranges: list[Range], *, is_image: bool) -> None:
+        self.name = name
+        self.ranges = ranges
+        self.is_image = is_image
+
+
+class Space:
+    """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
+
+    __slots__ = ("files", "high", "holders", "low")
+
+    def __init__(self) -> None:
+        self.files: dict[FileId, Mapping] = {}
+        self.holders: list[Tracked] = []
+        #: Bounds of all ranges ever added: what lies outside touches nothing.
+        self.low = 1 << 64
+        self.high = 0
+
+    def copy(self) -> Space:
+        """What fork makes of it."""
+        new = Space()
+        new.low, new.high = self.low, self.high
+        new.files = {
+            file_id: Mapping(mapping.name, list(mapping.ranges), is_image=mapping.is_image)
+            for file_id, mapping in self.files.items()
+        }
+        return new
+
+    def add(self, mapping: Mapping, start: int, end: int) -> None:
+        if start < self.low:
+            self.low = start
+        if end > self.high:
+            self.high = end
+        for known_start, known_end in mapping.ranges:
+            if start < known_end and end > known_start:
+                mapping.ranges = subtract(mapping.ranges, start, end)
+                break
+        mapping.ranges.append((start, end))
+
+    def take_away(self, start: int, end: int, *, but: FileId | None = None) -> list[FileId]:
+        """Removes a range; gives the files that have nothing left."""
+        if start >= self.high or end <= self.low:
+            return []
+        emptied = []
+        for file_id, mapping in self.files.items():
+            if file_id != but and any(start < known_end and end > known for known, known_end in mapping.ranges):
+                mapping.ranges = subtract(mapping.ranges, start, end)
+                if not mapping.ranges:
+                    emptied.append(file_id)
+        return emptied
+
+
+def subtract(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
+    """The ranges without [start, end).
+
+    >>> subtract([(0, 10), (20, 30)], 5, 25)
+    [(0, 5), (25, 30)]
+    """
+    left = []
+    for known_start, known_end in ranges:
+        if start >= known_end or end <= known_start:
+            left.append((known_start, known_end))
+            continue
+        if known_start < start:
+            left.append((known_start, start))
+        if known_end > end:
+            left.append((end, known_end))
+    return left
+
+
+class Tracked:
+    """A process the kernel follows for us, and what is known of it."""
+
+    __slots__ = (
+        "_record",
+        "cgroup",
+        "comm",
+        "exe",
+        "exe_id",
+        "id",
+        "interpreter_base",
+        "is_announced",
+        "label",
+        "ns_pid",
+        "ppid",
+        "seen_ns",
+        "space",
+        "uid",
+    )
+
+    def __init__(self, process_id: ProcessId, seen_ns: int, label: Callable[[str | None], str | None]) -> None:
+        self.id = process_id
+        self.seen_ns = seen_ns
+        self.label = label
+        self.comm: bytes | None = None
+        self.exe: str | None = None
+        self.exe_id: FileId | None = None
+        self.interpreter_base = 0
+        self.cgroup: str | None = None
+        self.ns_pid: int | None = None
+        self.ppid: int | None = None
+        self.uid: int | None = None
+        #: False for a CLONE_VM child until it has shown that it stays: vfork and posix_spawn make one
+        #: that lives in its parent's space for a moment only.
+        self.is_announced = True
+        self.space = Space()
+        self.space.holders.append(self)
+        self._record: Process | None = None
+
+    def learn(self, record: ProcessRecord) -> None:
+        """Takes over what a process record says."""
+        self._record = None
+        self.comm = record.comm
+        self.ppid = record.ppid
+        self.uid = record.uid
+        self.ns_pid = record.ns_pid
+        self.cgroup = path_of(record.cgroup) if record.cgroup else "/"
+        if record.path:
+            self.exe = path_of(record.path)
+        self.exe_id = file_id_of(record.exe)
+        self.interpreter_base = record.interpreter_base
+
+    def rename(self, comm: bytes) -> None:
+        if comm != self.comm:
+            self.comm = comm
+            self._record = None
+
+    def record(self) -> Process:
+        """The frozen record that events carry."""
+        if self._record is None:
+            comm = self.comm
+            self._record = Process(
+                pid=self.id.pid,
+                start_ns=self.id.start_ns,
+                ns_pid=self.ns_pid,
+                ppid=self.ppid,
+                comm=None if comm is None else comm.rstrip(b"\0").decode("utf-8", "surrogateescape"),
+                exe=self.exe,
+                uid=self.uid,
+                container=self.label(self.cgroup),
+                cgroup=self.cgroup,
+            )
+        return self._record
+
+    def kind_of(self, mapping: Mapping) -> str:
+        """What the file is to this process, as far as its mapping shows (ELF facts may say ``other``)."""
+        name = mapping.name
+        if name.file_id == self.exe_id:
+            return "executable"
+        if mapping.is_image:
+            return "interpreter"
+        if not name.is_regular or (name.is_anonymous and not name.path.startswith("/memfd:")):
+            return "other"
+        return "library"
+
+
+class Change(NamedTuple):
+    """One file came to or left one process. ``ranges`` are those at that moment."""
+
+    is_load: bool
+    cause: str
+    t_ns: int
+    process: Process
+    kind: str
+    name: Name
+    ranges: tuple[Range, ...]
+
+
+class Tracker:
+    """The map and its rules of change.
+
+    Args:
+        rules: which paths are wanted.
+        label: container id from a cgroup path.
+
+    Attributes:
+        changes: what happened since `take_changes`, in order.
+        dirty: tgids whose mappings must be read, in order, with what the findings are called.
+        answers: keys the kernel asked about, and whether they are wanted.
+    """
+
+    def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda cgroup: None) -> None:
+        self._rules = rules
+        self._label = label
+        self._processes: dict[int, Tracked] = {}
+        self._names: dict[Hashable, Name] = {}
+        self._causes: tuple[Causes, dict[int, Causes]] = (Causes("repair", "repair"), {})
+        self.changes: list[Change] = []
+        self.dirty: dict[int, Causes] = {}
+        self.answers: list[tuple[Hashable, bool]] = []
+        #: Forks of a parent that were copied before a reading could confirm them, and never were.
+        self.unverified = 0
+
+    # ---- what is known ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def processes(self) -> Iterator[Tracked]:
+        return iter(list(self._processes.values()))
+
+    def get(self, pid: int) -> Tracked | None:
+        return self._processes.get(pid)
+
+    def mappings(self) -> Iterator[tuple[Tracked, Mapping]]:
+        """Every (process, mapping) that was announced."""
+        for process in self.processes():
+            if process.is_announced:
+                for mapping in list(process.space.files.values()):
+                    yield process, mapping
+
+    def take_changes(self) -> list[Change]:
+        taken, self.changes = self.changes, []
+        return taken
+
+    def take_answers(self) -> tuple[list[Hashable], list[Hashable]]:
+        """Keys to answer with yes, and with no."""
+        taken, self.answers = self.answers, []
+        return [key for key, wanted in taken if wanted], [key for key, wanted in taken if not wanted]
+
+    # ---- records ------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:
+        """Takes over one record, as a fact or as a claim."""
+        kind = record.type
+        if kind == RecordType.MAP:
+            assert isinstance(record, MapRecord)
+            self._map(record)
+        elif kind == RecordType.RANGE:
+            assert isinstance(record, RangeRecord)
+            self._range(record)
+        elif kind == RecordType.EXIT:
+            self._forget(record.tgid, record.start_ns, "exit", record.t_ns)
+        elif kind == RecordType.EXEC:
+            self._forget(record.tgid, record.start_ns, "exec", record.t_ns)
+        elif kind == RecordType.FORK:
+            assert isinstance(record, ProcessRecord)
+            self._fork(record)
+        elif kind == RecordType.INTRO:
+            assert isinstance(record, ProcessRecord)
+            self._process(record).learn(record)
+        elif kind == RecordType.DIRTY:
+            self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
+
+    def _process(self, record: Record) -> Tracked:
+        """The process of a record, made if it is new. A pid with another start is another process."""
+        known = self._processes.get(record.tgid)
+        if known is not None:
+            if known.id.start_ns == record.start_ns:
+                return known
+            self._forget(record.tgid, known.id.start_ns, "repair", record.t_ns)
+        new = Tracked(ProcessId(record.tgid, record.start_ns), record.t_ns, self._label)
+        self._processes[record.tgid] = new
+        return new
+
+    def _see(self, record: MapRecord) -> Name:
+        """The name of a mapped file, with the answer the kernel may be waiting for."""
+        name = self._names.get(record.key)
+        if name is None or name.text != record.text or name.is_deleted != bool(record.flags & FLAG_DELETED):
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()  # a cache; the kernel sends each path again
+            name = Name(record, self._rules)
+            if name.is_wanted:
+                self._names[record.key] = name
+            else:
+                self._names.pop(record.key, None)
+        if record.flags & FLAG_ASK or not name.is_wanted:
+            self.answers.append((record.key, name.is_wanted))
+        return name
+
+    def _map(self, record: MapRecord) -> None:
+        name = self._see(record)
+        is_claim = bool(record.flags & FLAG_DIRTY)
+        if is_claim:
+            self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
+        if not name.is_wanted:
+            known = self._processes.get(record.tgid)
+            if known is not None and record.tgid not in self.dirty:
+                self._take_away(known.space, record.start, record.end, record.t_ns)
+            return
+        process = self._process(record)
+        process.rename(record.comm)
+        cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
+        if not is_claim:
+            self._take_away(process.space, record.start, record.end, record.t_ns, but=name.file_id)
+        self._add(process.space, name, [(record.start, record.end)], cause, record)
+
+    def _add(self, space: Space, name: Name, ranges: Sequence[Range], cause: str, record: MapRecord) -> None:
+        mapping = space.files.get(name.file_id)
+        is_new = mapping is None
+        if mapping is None:
+            mapping = space.files[name.file_id] = Mapping(name, [], is_image=bool(record.flags & FLAG_IMAGE))
+        for start, end in ranges:
+            space.add(mapping, start, end)
+        if is_new:
+            self._tell(space, True, cause, record.t_ns, mapping)
+
+    def _range(self, record: RangeRecord) -> None:
+        known = self._processes.get(record.tgid)
+        if known is not None and known.id.start_ns == record.start_ns:
+            self._take_away(known.space, record.start, record.end, record.t_ns)
+
+    def _take_away(self, space: Space, start: int, end: int, t_ns: int, *, but: FileId | None = None) -> None:
+        for file_id in space.take_away(start, end, but=but):
+            self._tell(space, False, "munmap", t_ns, space.files.pop(file_id))
+
+    def _fork(self, record: ProcessRecord) -> None:
+        parent = self._processes.get(record.parent_tgid)
+        if parent is None or parent.id.start_ns != record.parent_start_ns:
+            if record.flags & FLAG_DIRTY:
+                self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+            return
+        child = self._process(record)
+        child.learn(record)
+        if not record.path:
+            child.exe = parent.exe
+        if record.flags & FLAG_SHARED_VM:
+            child.space = parent.space
+            child.space.holders.append(child)
+            child.is_announced = False
+            return
+        child.space = parent.space.copy()
+        child.space.holders.append(child)
+        for mapping in child.space.files.values():
+            self._tell(child.space, True, "fork", record.t_ns, mapping)
+        if record.flags & FLAG_DIRTY:
+            self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+
+    def announce(self, process: Tracked, t_ns: int) -> None:
+        """A CLONE_VM child is still there without exec: from now on it has what its parent has."""
+        if not process.is_announced:
+            process.is_announced = True
+            for mapping in process.space.files.values():
+                self.changes.append(self._change(process, True, "fork", t_ns, mapping))
+
+    def unannounced(self, before_ns: int) -> list[Tracked]:
+        """CLONE_VM children that have been silent since before that time."""
+        return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
+
+    def forget(self, process: Tracked, cause: str, t_ns: int) -> None:
+        """The process is gone, as somebody outside found out."""
+        self._forget(process.id.pid, process.id.start_ns, cause, t_ns)
+
+    def _forget(self, pid: int, start_ns: int, cause: str, t_ns: int) -> None:
+        known = self._processes.get(pid)
+        if known is None or known.id.start_ns != start_ns:
+            return
+        if pid in self.dirty and self.dirty[pid].load == "fork":
+            self.unverified += 1
+        self.dirty.pop(pid, None)
+        del self._processes[pid]
+        space = known.space
+        space.holders.remove(known)
+        for holder in space.holders:
+            self.announce(holder, t_ns)  # it outlives the one whose space it shares
+        if known.is_announced:
+            for mapping in space.files.values():
+                self.changes.append(self._change(known, False, cause, t_ns, mapping))
+
+    def _tell(self, space: Space, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
+        for holder in space.holders:
+            if holder.is_announced:
+                self.changes.append(self._change(holder, is_load, cause, t_ns, mapping))
+
+    def _change(self, process: Tracked, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
+        return Change(
+            is_load, cause, t_ns, process.record(), process.kind_of(mapping), mapping.name, tuple(mapping.ranges)
+        )
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def merge(
+        self,
+        readings: Iterable[Reading],
+        records: Iterable[Record],
+        causes: Causes,
+        *,
+        own_causes: dict[int, Causes] | None = None,
+        is_start: bool = False,
+    ) -> set[int]:
+        """Takes over readings and the records that came while they were made, in the right order.
+
+        A record older than its process's visit was seen by the reading already; a later one comes
+        on top of it; one that falls into the visit may or may not have been seen, so that process
+        is read once more.
+
+        Args:
+            readings: at most one a process.
+            records: in ring order, drained after the last reading ended.
+            causes: what the findings are called.
+            own_causes: and for some tgids otherwise.
+            is_start: nothing was known before, so older records tell nothing new.
+
+        Returns:
+            tgids to read again.
+        """
+        waiting = {reading.tgid: reading for reading in readings}
+        self._causes = (causes, own_causes or {})
+        visited = set(waiting)
+        again: set[int] = set()
+        for record in records:
+            reading = waiting.get(record.tgid)
+            if reading is not None and reading.start_ns == record.start_ns:
+                if record.t_ns > reading.end_ns:
+                    self._take_reading(waiting.pop(record.tgid))
+                elif record.t_ns >= reading.begin_ns:
+                    again.add(record.tgid)
+                elif is_start:
+                    self._learn_only(record)
+                    continue
+            if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
+                self._merge_fork(record, waiting, visited, again)
+            self.apply(record)
+        for reading in waiting.values():
+            self._take_reading(reading)
+        return {pid for pid in again if pid in self._processes}
+
+    def _merge_fork(
+        self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]
+    ) -> None:
+        parent = waiting.get(record.parent_tgid)
+        if parent is None or parent.start_ns != record.parent_start_ns:
+            return
+        if record.t_ns > parent.end_ns:
+            self._take_reading(waiting.pop(record.parent_tgid))
+        elif record.tgid not in visited:
+            # Forked before its parent was read, and behind the reader's back: look at it on its own.
+            self._process(record).learn(record)
+            again.add(record.tgid)
+
+    def _learn_only(self, record: Record) -> None:
+        if isinstance(record, ProcessRecord) and record.type in (RecordType.INTRO, RecordType.FORK):
+            self._process(record).learn(record)
+        elif isinstance(record, MapRecord):
+            self._see(record)
+
+    def _take_reading(self, reading: Reading) -> None:
+        causes = self._causes[1].get(reading.tgid, self._causes[0])
+        known = self._processes.get(reading.tgid)
+        if known is not None and known.id.start_ns != reading.start_ns:
+            self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)
+            known = None
+        found: dict[FileId, tuple[Name, list[Range], MapRecord]] = {}
+        for row in reading.maps:
+            name = self._see(row)
+            if name.is_wanted:
+                found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
+        if known is None and not found:
+            return
+        if known is None:
+            known = self._process(reading.intro or reading.maps[0])
+        if reading.intro is not None:
+            known.learn(reading.intro)
+        elif reading.maps:
+            known.rename(reading.maps[0].comm)
+        self.announce(known, reading.begin_ns)
+        space = known.space
+        for file_id in [one for one in space.files if one not in found]:
+            self._tell(space, False, causes.unload, reading.end_ns, space.files.pop(file_id))
+        for file_id, (name, ranges, row) in found.items():
+            mapping = space.files.get(file_id)
+            if mapping is not None:
+                mapping.ranges = []
+            self._add(space, name, ranges, causes.load, row)
+
+    # ---- rules --------------------------------------------------------------------------------
+
+    def set_rules(self, rules: RuleSet) -> None:
+        """Forgets every answer; the owner raises the epoch and makes a reading of all."""
+        self._rules = rules
+        self._names.clear()

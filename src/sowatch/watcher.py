@@ -1,0 +1,477 @@
+"""`Watcher`, `watch` and `awatch`: source, map, rules and subscribers put together.
+
+May import every room above it. This is the room to read first to see how the parts meet: a
+`Watcher` opens a source, gives it to an `Engine` thread, and hands out what that publishes; each
+rule with callbacks has a worker thread of its own, so a slow callback delays only its own rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from sowatch.ladder import open_source
+from sowatch.config import Config
+from sowatch.engine import Engine
+from sowatch.errors import ProcessGone, SowatchError, UsageError
+from sowatch.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
+from sowatch.identity import FileId
+from sowatch.inspector import Inspector, open_mapped
+from sowatch.processes import container_id
+from sowatch.procfs import ProcFs
+from sowatch.publisher import Publisher, Selection, Subscription
+from sowatch.registry import FileRegistry
+from sowatch.rules import Rule, RuleSet
+from sowatch.sources import EventSource
+from sowatch.tracker import Tracker
+
+__all__ = ["ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"]
+
+LOG = logging.getLogger("sowatch")
+
+#: How long stop() waits for the callbacks of one rule that are under way.
+WORKER_STOP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """One library in one process, as the map has it. ``ranges`` are executable address ranges."""
+
+    process: Process
+    library: Library
+    rule: str
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
+
+    ``rereads`` are single processes whose mappings were read because other threads might have
+    interfered; ``callback_errors`` are exceptions that user callbacks raised.
+    """
+
+    processes: int
+    libraries: int
+    mappings: int
+    events: int
+    loads: int
+    unloads: int
+    lost_kernel: int
+    lost_queue: int
+    repairs: int
+    rereads: int
+    unresolved: int
+    callback_errors: int
+
+
+class ActiveFile:
+    """What ``on_activate`` gets: the library, and an open descriptor of that very file.
+
+    The descriptor is the watcher's and is closed when ``on_activate`` has returned; ``os.dup`` it
+    to keep it. ``path`` opens the same inode, whatever has become of its name.
+    """
+
+    __slots__ = ("_fd", "library")
+
+    def __init__(self, library: Library, fd: int) -> None:
+        self.library = library
+        self._fd = fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises:
+            SowatchError: it was closed.
+        """
+        if self._fd < 0:
+            raise SowatchError("the file was closed when on_activate returned. Use os.dup(file.fileno()) in on_activate to keep it.")
+        return self._fd
+
+    @property
+    def path(self) -> str:
+        """``/proc/self/fd/N``: attach through this, never through a name that may change."""
+        return f"/proc/self/fd/{self.fileno()}"
+
+    def close(self) -> None:
+        """Closes the descriptor. Safe to call again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _Worker:
+    """Runs the callbacks of one rule, in the order things happened."""
+
+    def __init__(self, rule: Rule, subscription: Subscription, registry: FileRegistry, proc_root: str) -> None:
+        self._rule = rule
+        self._subscription = subscription
+        self._registry = registry
+        self._proc_root = proc_root
+        self._active: dict[FileId, ActiveFile] = {}
+        self.errors = 0
+        self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                LOG.warning("a callback of rule %r is still running after %.1f s", self._rule.name, timeout_s)
+
+    def _run(self) -> None:
+        for event in self._subscription:
+            if not isinstance(event, LibraryEvent):
+                continue
+            if event.event == "activate":
+                self._activate(event)
+            elif event.event == "deactivate":
+                self._deactivate(event)
+            elif event.event == "load":
+                self._call(self._rule.on_load, event)
+            elif event.event == "unload":
+                self._call(self._rule.on_unload, event)
+
+    def _activate(self, event: LibraryEvent) -> None:
+        rule = self._rule
+        if rule.on_activate is None and rule.on_deactivate is None:
+            return
+        process = event.process
+        self._registry.activate(
+            rule.name,
+            event.library,
+            lambda library: self._open_and_call(event, library),
+            deactivate=self._after_failure,
+            process=None if process is None else process.id,
+        )
+
+    def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
+        assert event.process is not None
+        fd = open_mapped(
+            self._proc_root,
+            event.process.pid,
+            library.id,
+            library.path,
+            event.ranges,
+            is_own_view=library.host_path == library.path,
+            is_deleted=library.deleted,
+        )
+        if fd is None:
+            raise ProcessGone(event.process.pid)
+        file = ActiveFile(library, fd)
+        self._active[library.id] = file
+        try:
+            if self._rule.on_activate is not None:
+                self._rule.on_activate(file)
+        finally:
+            file.close()
+
+    def _after_failure(self, library: Library) -> None:
+        self._call_deactivate(library)
+
+    def _deactivate(self, event: LibraryEvent) -> None:
+        self._registry.deactivate(self._rule.name, event.library.id, self._call_deactivate)
+
+    def _call_deactivate(self, library: Library) -> None:
+        file = self._active.pop(library.id, None)
+        if self._rule.on_deactivate is not None:
+            self._rule.on_deactivate(file or ActiveFile(library, -1))
+
+    def _call(self, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
+        if callback is None:
+            return
+        try:
+            callback(event)
+        except Exception:
+            self.errors += 1
+            LOG.exception("a callback of rule %r raised", self._rule.name)
+
+
+class Watcher:
+    r"""Watches the whole host, and tells of the libraries that its rules want.
+
+    Args:
+        rules: the first that matches a file wins; without any, every shared library.
+        config: limits and policy.
+        pids: only these processes (pids in the initial pid namespace).
+        container: only processes of containers whose id starts with this.
+        exclude_self: leave this very process out.
+        snapshot: tell of what is mapped already. Without, only news is told.
+        open_source: where records come from; the default climbs the load ladder.
+
+    Use it as a context manager, or `start` and `stop` it. All methods may be called from any
+    thread. Iterating gives the library events from before the start on.
+
+    >>> with Watcher(Rule(r"libc\.so", name="libc")) as watcher:  # doctest: +SKIP
+    ...     print(len(watcher.snapshot()))
+    """
+
+    def __init__(
+        self,
+        *rules: Rule,
+        config: Config = Config(),  # noqa: B008 - frozen
+        pids: Collection[int] = (),
+        container: str | None = None,
+        exclude_self: bool = False,
+        snapshot: bool = True,
+        open_source: Callable[[Config], EventSource] = open_source,
+    ) -> None:
+        self._rules = RuleSet(rules)
+        self._config = config
+        self._pids = frozenset(pids)
+        self._container = container
+        self._exclude_self = exclude_self
+        self._wants_snapshot = snapshot
+        self._open_source = open_source
+        self._proc = ProcFs(config.proc_root)
+        #: Who has what, what is active, what is blocked.
+        self.registry = FileRegistry(config)
+        self._inspector: Inspector | None = None
+        self._engine: Engine | None = None
+        self._workers: list[_Worker] = []
+        self._lock = threading.RLock()
+        self._is_started = False
+        self._is_stopped = False
+        self._stopped = threading.Event()
+        exports = frozenset[str]().union(*(rule.exports for rule in self._rules))
+        self._exports = exports
+        self._publisher = Publisher(
+            self._rules,
+            self.registry,
+            Selection(self._pids, container),
+            proc_root=config.proc_root,
+        )
+        self._own: Subscription | None = None
+
+    def start(self) -> Ready:
+        """Loads, attaches, takes the snapshot. Returns what the ``ready`` event says.
+
+        Raises:
+            NotPermitted: this user may not load BPF programs.
+            LoadError: no strategy works; ``attempts`` has each.
+            LibbpfMissing: the binding to libbpf does not load.
+            UsageError: it was started before.
+        """
+        with self._lock:
+            if self._is_started:
+                raise UsageError("a Watcher can be started once. Make a new one.")
+            source = self._open_source(self._config)
+            self._is_started = True
+            try:
+                return self._start(source)
+            except BaseException:
+                source.close()
+                self.stop()
+                raise
+
+    def _start(self, source: EventSource) -> Ready:
+        engine = Engine(
+            source,
+            Tracker(self._rules, container_id),
+            self._publisher,
+            self._rules,
+            self._config,
+            silent_baseline=not self._wants_snapshot,
+        )
+        self._engine = engine
+        self._inspector = Inspector(
+            proc_root=self._config.proc_root, exports=self._exports, on_done=engine.wake
+        )
+        self._publisher.inspector = self._inspector
+        for rule in self._rules:
+            if rule.has_callbacks:
+                subscription = self._publisher.subscribe(
+                    control=False, limit=self._config.queue_events, rule=rule.name
+                )
+                self._workers.append(
+                    _Worker(rule, subscription, self.registry, self._config.proc_root)
+                )
+        engine.look_at_ourselves()
+        self._publisher.selection = Selection(
+            self._pids, self._container, engine.own_pid if self._exclude_self else None
+        )
+        return engine.start()
+
+    def stop(self) -> None:
+        """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
+        with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            if self._engine is not None:
+                self._engine.stop()
+            else:
+                self._publisher.end()
+            deadline = time.monotonic() + WORKER_STOP_S
+            for worker in self._workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+            if self._inspector is not None:
+                self._inspector.close(max(0.0, deadline - time.monotonic()))
+            self.registry.clear(timeout_s=max(0.0, deadline - time.monotonic()))
+            self._stopped.set()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __iter__(self) -> Iterator[LibraryEvent]:
+        with self._lock:
+            if self._own is None:
+                self._own = self.subscribe(control=False)
+        for event in self._own:
+            assert isinstance(event, LibraryEvent)
+            yield event
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until `stop` was called, or the time is up; whether it was stopped."""
+        return self._stopped.wait(timeout_s)
+
+    def subscribe(self, *, events: Collection[str] = EVENT_KINDS, control: bool = True) -> Subscription:
+        """A queue of events from now on; subscribe before `start` to get the snapshot too.
+
+        Args:
+            events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
+            control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
+
+        Raises:
+            UsageError: an unknown event.
+        """
+        for one in events:
+            if one not in EVENT_KINDS:
+                raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
+        return self._publisher.subscribe(events=events, control=control, limit=self._config.queue_events)
+
+    def snapshot(self) -> list[Mapped]:
+        """The map as published so far: every (process, library) that the rules want."""
+        return [
+            Mapped(event.process, event.library, event.rule, event.ranges)
+            for files in self._publisher.held_copy().values()
+            for event in files.values()
+            if event.process is not None
+        ]
+
+    @property
+    def stats(self) -> Stats:
+        """Figures so far."""
+        processes, libraries, mappings = self._publisher.counts()
+        engine = self._engine
+        return Stats(
+            processes=processes,
+            libraries=libraries,
+            mappings=mappings,
+            events=self._publisher.events,
+            loads=self._publisher.loads,
+            unloads=self._publisher.unloads,
+            lost_kernel=0 if engine is None else engine.lost,
+            lost_queue=self._publisher.lost_in_queues,
+            repairs=0 if engine is None else engine.repairs,
+            rereads=0 if engine is None else engine.rereads,
+            unresolved=self._publisher.unresolved,
+            callback_errors=sum(worker.errors for worker in self._workers),
+        )
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether every loss in the kernel was repaired."""
+        return self._engine is None or self._engine.is_repaired
+
+
+def _rules_of(patterns: tuple[str | Rule, ...]) -> list[Rule]:
+    """Rules as they are; all texts together are one rule, "any of them"."""
+    texts = [pattern for pattern in patterns if not isinstance(pattern, Rule)]
+    rules = [pattern for pattern in patterns if isinstance(pattern, Rule)]
+    rules += [Rule(text) for text in dict.fromkeys(texts)]
+    return rules
+
+
+def watch(
+    *patterns: str | Rule,
+    stop: threading.Event | None = None,
+    events: Collection[str] = ("load", "unload"),
+    **options: Any,
+) -> Iterator[LibraryEvent]:
+    r"""Library events of the whole host, one after the other, until ``stop`` is set.
+
+    Args:
+        patterns: regular expressions or rules; none: every shared library.
+        stop: ends the iteration; checked ten times a second.
+        events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
+        options: as for `Watcher`: ``config``, ``pids``, ``container``, ``exclude_self``, ``snapshot``.
+
+    Raises:
+        SowatchError: at the first step, before anything is attached; see `Watcher.start`.
+
+    >>> for event in watch(r"libssl\.so"):  # doctest: +SKIP
+    ...     print(event.cause, event.process.pid, event.library.path)
+    """
+    watcher = Watcher(*_rules_of(patterns), **options)
+    with watcher.subscribe(events=events, control=False) as subscription, watcher:
+        while stop is None or not stop.is_set():
+            event = subscription.get(None if stop is None else 0.1)
+            if isinstance(event, LibraryEvent):
+                yield event
+            elif subscription.has_ended:
+                return
+
+
+async def awatch(
+    *patterns: str | Rule,
+    stop: asyncio.Event | None = None,
+    events: Collection[str] = ("load", "unload"),
+    **options: Any,
+) -> AsyncIterator[LibraryEvent]:
+    """`watch` for asyncio: the same words and options; ``stop`` is an `asyncio.Event`.
+
+    Loading the programs and stopping run in a thread, so the event loop goes on meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+    watcher = Watcher(*_rules_of(patterns), **options)
+    news = asyncio.Event()
+    is_signalled = threading.Event()
+
+    def signal() -> None:
+        if not is_signalled.is_set():
+            is_signalled.set()
+            loop.call_soon_threadsafe(news.set)
+
+    subscription = watcher.subscribe(events=events, control=False)
+    subscription.call_on_event(signal)
+    stopper = None if stop is None else asyncio.ensure_future(_set_when(stop, news))
+    try:
+        await asyncio.to_thread(watcher.start)
+        while stop is None or not stop.is_set():
+            await news.wait()
+            news.clear()
+            is_signalled.clear()
+            while (event := subscription.get(0)) is not None:
+                assert isinstance(event, LibraryEvent)
+                yield event
+            if subscription.has_ended:
+                return
+    finally:
+        subscription.call_on_event(None)
+        if stopper is not None:
+            stopper.cancel()
+        subscription.close()
+        await asyncio.to_thread(watcher.stop)
+
+
+async def _set_when(stop: asyncio.Event, news: asyncio.Event) -> None:
+    await stop.wait()
+    news.set()
