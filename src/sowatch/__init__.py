@@ -14,8 +14,10 @@ elf         build id, soname, exported symbols, on files nobody trusts
 config      limits and policy
 registry    activation once, deactivation once, blocklist
 processes   ProcessMonitor: exec, fork, exit; container labels
-bpf         the kernel side: programs, libbpf binding, records, probes, load ladder
+bpf         the kernel side: programs, libbpf binding, records, probes
 sources     where records and readings come from
+ladder      which strategy is used, and why not another
+feeds       the kernel's process events, for ProcessMonitor
 tracker     the map itself
 inspector   opens mapped files safely, reads their facts
 publisher   from changes of the map to events and queues
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from sowatch.config import Config
     from sowatch.errors import EnvironmentFault, LoadAttempt, SowatchError
     from sowatch.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.feeds import process_monitor
     from sowatch.identity import FileId, ProcessId
     from sowatch.processes import ProcessMonitor
     from sowatch.registry import FileRegistry
@@ -64,6 +67,7 @@ __all__ = [
     "Stopped",
     "Watcher",
     "awatch",
+    "process_monitor",
     "watch",
 ]
 
@@ -71,6 +75,7 @@ _ROOMS = {
     "config": ("Config",),
     "errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
     "events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+    "feeds": ("process_monitor",),
     "identity": ("FileId", "ProcessId"),
     "processes": ("ProcessMonitor",),
     "registry": ("FileRegistry",),

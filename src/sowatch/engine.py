@@ -228,9 +228,7 @@ class Engine:
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
         readings, meanwhile = self._source.read_all()
-        again = self._tracker.merge(
-            readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True
-        )
+        again = self._tracker.merge(readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
         self._source.set_report(self._base)
         changes = self._tracker.take_changes()
         wanted, ignored = self._tracker.take_answers()
@@ -375,5 +373,3 @@ class Engine:
                 self._tracker.dirty.setdefault(process.id.pid, REPAIR)
             else:
                 self._tracker.forget(process, "repair", since_ns)
-
-

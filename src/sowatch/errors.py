@@ -206,7 +206,9 @@ class CallbackMissing(RegistryError):
     """An activation without a deactivation, or the other way round."""
 
     def __init__(self) -> None:
-        super().__init__("activate and deactivate must both be given. Pass a function that does nothing if one is not needed.")
+        super().__init__(
+            "activate and deactivate must both be given. Pass a function that does nothing if one is not needed."
+        )
 
 
 class RegistryStopped(RegistryError):

@@ -199,7 +199,9 @@ def _candidates(
             os.close(directory)
 
 
-def host_path(proc_root: str, pid: int, name: Name, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool) -> str | None:
+def host_path(
+    proc_root: str, pid: int, name: Name, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool
+) -> str | None:
     """A path that opens the same file from here, as far as can be said without looking."""
     if name.is_deleted:
         return f"{proc_root}/{pid}/map_files/{ranges[0][0]:x}-{ranges[0][1]:x}" if ranges else None

@@ -27,7 +27,9 @@ _UNBUILT = {
     "prebuilt": "not part of this version",
     "procfs": "not part of this version",
 }
-_REMEDY_ROOT = "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
+_REMEDY_ROOT = (
+    "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
+)
 _REMEDY = "See `sowatch doctor` for what this kernel can do."
 
 
@@ -76,9 +78,7 @@ def open_source(config: Config) -> EventSource:
         raise
     except BpfError as error:
         if missing:
-            raise NotPermitted(
-                "cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT
-            ) from error
+            raise NotPermitted("cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT) from error
         raise LoadError([LoadAttempt("core", False, _explain(error))], _REMEDY) from error
 
 

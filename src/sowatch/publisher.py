@@ -386,9 +386,7 @@ class Publisher:
             done.facts = facts
             return done
         assert self.inspector is not None
-        return self.inspector.inspect(
-            change, is_own_view=change.name.view == self.own_view, now_s=time.monotonic()
-        )
+        return self.inspector.inspect(change, is_own_view=change.name.view == self.own_view, now_s=time.monotonic())
 
     def _tell(self, change: Change, facts: FileFacts) -> None:
         if change.is_load:
@@ -429,9 +427,7 @@ class Publisher:
             del self._held[process_id]
         now_ns = time.time_ns()
         self.unloads += 1
-        self.emit(
-            LibraryEvent("unload", load.rule, load.library, change.process, change.cause, change.t_ns, now_ns)
-        )
+        self.emit(LibraryEvent("unload", load.rule, load.library, change.process, change.cause, change.t_ns, now_ns))
         if self._registry.release(load.rule, change.name.file_id, process_id):
             self.emit(LibraryEvent("deactivate", load.rule, load.library, None, None, change.t_ns, now_ns))
 

@@ -20,7 +20,7 @@ from sowatch.bpf.records import MapRecord, ProcessRecord, Record, RecordType, pa
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 
-__all__ = ["BpfSource", "EventSource", "Losses", "Reading", "Report"]
+__all__ = ["BpfSource", "EventSource", "Losses", "Reading", "Report", "read_losses"]
 
 
 class Report(IntFlag):
@@ -98,6 +98,10 @@ class EventSource(Protocol):
         """Detaches everything. Safe to call again."""
 
 
+#: enum counter; what lies between the two is lost.
+COUNT_RECORDS: Final = 0
+LOST: Final = range(1, 5)
+COUNT_IGNORED: Final = 5
 #: enum verdict, and the value of the map `verdicts`.
 VERDICT_MATCH: Final = 1
 VERDICT_IGNORE: Final = 2
@@ -116,6 +120,7 @@ SYSCALL_HOOKS: Final = (
 #: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
 OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat")
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
+READER: Final = "read_mappings"
 
 
 class BpfSource:
@@ -169,8 +174,6 @@ class BpfSource:
         self._now_s = bpf.variable(".bss", "now_s")
         self._run = bpf.variable(".bss", "reading_run")
         self._verdicts = bpf.map("verdicts")
-        self._counters = bpf.map("counters")
-        self._cpus = bpf.possible_cpus()
         self._ring_fd = bpf.open_ring("ring")
         self._now_s.value = 1
         for program in PROCESS_HOOKS:
@@ -213,7 +216,7 @@ class BpfSource:
 
     def _iterate(self, pid: int) -> Iterable[bytes]:
         self._run.value += 1
-        fd = self._object.iterate("read_mappings", pid)
+        fd = self._object.iterate(READER, pid)
         try:
             while True:
                 try:
@@ -240,25 +243,26 @@ class BpfSource:
         self._epoch.value += 1
 
     def losses(self) -> Losses:
-        return Losses(*(self._counter(number) for number in (1, 2, 3, 4)))
+        return read_losses(self._object)
 
     def records_sent(self) -> int:
         """Records the kernel side put into the ring."""
-        return self._counter(0)
+        return self._object.per_cpu_sum("counters", COUNT_RECORDS)
 
     def mappings_ignored(self) -> int:
         """Executable mappings that a verdict dropped in the kernel."""
-        return self._counter(5)
-
-    def _counter(self, number: int) -> int:
-        value = self._counters.lookup(struct.pack("=I", number), 8 * self._cpus)
-        return sum(struct.unpack(f"={self._cpus}Q", value)) if value else 0
+        return self._object.per_cpu_sum("counters", COUNT_IGNORED)
 
     def tick(self) -> None:
         self._now_s.value = 1 + int(time.monotonic() - self._started)
 
     def close(self) -> None:
         self._object.close()
+
+
+def read_losses(bpf: BpfObject) -> Losses:
+    """The loss counters of a loaded ``watch.bpf.o``."""
+    return Losses(*(bpf.per_cpu_sum("counters", number) for number in LOST))
 
 
 def group(rows: Sequence[Record]) -> list[Reading]:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from sowatch.ladder import open_source
 from sowatch.config import Config
 from sowatch.engine import Engine
 from sowatch.errors import ProcessGone, SowatchError, UsageError
 from sowatch.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
 from sowatch.identity import FileId
 from sowatch.inspector import Inspector, open_mapped
+from sowatch.ladder import open_source
 from sowatch.processes import container_id
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher, Selection, Subscription
@@ -87,6 +87,7 @@ class ActiveFile:
 
     @property
     def is_open(self) -> bool:
+        """Whether the descriptor can be used."""
         return self._fd >= 0
 
     def fileno(self) -> int:
@@ -96,7 +97,9 @@ class ActiveFile:
             SowatchError: it was closed.
         """
         if self._fd < 0:
-            raise SowatchError("the file was closed when on_activate returned. Use os.dup(file.fileno()) in on_activate to keep it.")
+            raise SowatchError(
+                "the file was closed when on_activate returned. Use os.dup(file.fileno()) in on_activate to keep it."
+            )
         return self._fd
 
     @property
@@ -285,18 +288,12 @@ class Watcher:
             silent_baseline=not self._wants_snapshot,
         )
         self._engine = engine
-        self._inspector = Inspector(
-            proc_root=self._config.proc_root, exports=self._exports, on_done=engine.wake
-        )
+        self._inspector = Inspector(proc_root=self._config.proc_root, exports=self._exports, on_done=engine.wake)
         self._publisher.inspector = self._inspector
         for rule in self._rules:
             if rule.has_callbacks:
-                subscription = self._publisher.subscribe(
-                    control=False, limit=self._config.queue_events, rule=rule.name
-                )
-                self._workers.append(
-                    _Worker(rule, subscription, self.registry, self._config.proc_root)
-                )
+                subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
+                self._workers.append(_Worker(rule, subscription, self.registry, self._config.proc_root))
         engine.look_at_ourselves()
         self._publisher.selection = Selection(
             self._pids, self._container, engine.own_pid if self._exclude_self else None

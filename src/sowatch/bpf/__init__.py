@@ -5,7 +5,6 @@ shim.h, .c   the C between cffi and libbpf; `binding` is its one user
 binding      `BpfObject`: open, load, attach, drain, iterate, close; libbpf's words in the errors
 records      what the programs send, as Python tuples
 probes       what this kernel and this user can do, found out by trying
-ladder       which strategy is used, and why not another
 
 May import ``errors``, ``identity`` and ``config``. Nothing outside this room sees libbpf.
 """

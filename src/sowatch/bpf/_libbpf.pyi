@@ -1,4 +1,4 @@
-"""The binding that setup.py compiles from shim.h and shim.c; cffi gives its members no types."""
+# The binding that setup.py compiles from shim.h and shim.c; cffi gives its members no types.
 
 from typing import Any
 

@@ -154,6 +154,7 @@ class BpfObject:
     def __init__(self, path: str | os.PathLike[str], *, btf_path: str | None = None) -> None:
         self._lib = _libbpf()
         self._variables: list[Variable] = []
+        self._per_cpu: dict[str, BpfMap] = {}
         self._handle: Any = None
         error = self._lib.ffi.new("int *")
         handle = self._lib.lib.sow_open(
@@ -186,9 +187,7 @@ class BpfObject:
 
     def set_max_entries(self, map_name: str, entries: int) -> None:
         """Sizes a map (bytes, for a ring buffer); before `load`."""
-        self._call(
-            f"sizing map {map_name}", self._lib.lib.sow_set_max_entries, os.fsencode(map_name), entries
-        )
+        self._call(f"sizing map {map_name}", self._lib.lib.sow_set_max_entries, os.fsencode(map_name), entries)
 
     def skip(self, program: str) -> None:
         """Leaves a program out; before `load`."""
@@ -208,9 +207,7 @@ class BpfObject:
 
     def attach_tracepoint(self, program: str, tracepoint_id: int) -> None:
         """Attaches a program to the tracepoint with this id; see `tracepoint_id`."""
-        self._call(
-            f"attaching {program}", self._lib.lib.sow_attach_tracepoint, os.fsencode(program), tracepoint_id
-        )
+        self._call(f"attaching {program}", self._lib.lib.sow_attach_tracepoint, os.fsencode(program), tracepoint_id)
 
     def map(self, name: str) -> BpfMap:
         """One of the loaded object's maps."""
@@ -237,9 +234,13 @@ class BpfObject:
         used = self._call("draining the ring", self._lib.lib.sow_ring_drain, self._buffer, DRAIN_BYTES)
         return bytes(self._lib.ffi.buffer(self._buffer, used)) if used else b""
 
-    def possible_cpus(self) -> int:
-        """How many values a per-CPU map holds for each key."""
-        return int(self._lib.lib.sow_possible_cpus())
+    def per_cpu_sum(self, map_name: str, index: int) -> int:
+        """The sum over all CPUs of one u64 of a per-CPU array."""
+        if map_name not in self._per_cpu:
+            self._per_cpu[map_name] = self.map(map_name)
+        cpus: int = self._lib.lib.sow_possible_cpus()
+        value = self._per_cpu[map_name].lookup(index.to_bytes(4, sys.byteorder), 8 * cpus)
+        return sum(memoryview(value).cast("Q")) if value else 0
 
     def iterate(self, program: str, tgid: int = 0) -> int:
         """A descriptor to read an iterator program's output from; the caller closes it.

@@ -52,7 +52,9 @@ def run_probes(config: Config) -> list[Probe]:
             "strategy core",
         )
     )
-    found.append(_ask("BPF programs on tracepoints", "every BPF strategy", lambda: probe("program", _PROGRAM_TRACEPOINT)))
+    found.append(
+        _ask("BPF programs on tracepoints", "every BPF strategy", lambda: probe("program", _PROGRAM_TRACEPOINT))
+    )
     found.append(_ask("ring buffer (5.8)", "every BPF strategy", lambda: probe("map", _MAP_RINGBUF)))
     found.append(_ask("LRU map", "every BPF strategy", lambda: probe("map", _MAP_LRU_HASH)))
     found.append(_tracefs())
@@ -71,7 +73,9 @@ def run_probes(config: Config) -> list[Probe]:
         )
     )
     found.append(_program("typed tracepoints (5.5)", "strategy core", "typed_tracepoint"))
-    found.append(_program("mapping iterator (5.12)", "snapshots and repairs by the kernel", "mapping_iterator", is_iterator=True))
+    found.append(
+        _program("mapping iterator (5.12)", "snapshots and repairs by the kernel", "mapping_iterator", is_iterator=True)
+    )
     found.append(_program("trampolines (fentry, 5.5)", "hook set trampoline", "trampoline"))
     found.append(_limits(config))
     return found

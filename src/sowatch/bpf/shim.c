@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -20,6 +21,7 @@
 
 /* Enough for the links of every program; sow_attach refuses more. */
 #define MAX_LINKS 64
+#define MAX_SECTIONS 4
 /* The largest record: records.h's longest, with its text. */
 #define MAX_RECORD_BYTES 8192
 #define TRACEFS_MAGIC 0x74726163
@@ -29,6 +31,12 @@ struct sow_object {
 	struct bpf_object *object;
 	struct bpf_link *links[MAX_LINKS];
 	unsigned int link_count;
+	struct {
+		int fd;
+		char *memory;
+		size_t bytes;
+	} sections[MAX_SECTIONS];
+	unsigned int section_count;
 	struct ring_buffer *ring;
 	char *buffer; /* where a drain under way copies to */
 	unsigned int used, capacity;
@@ -98,6 +106,8 @@ void sow_close(sow_object *self)
 		return;
 	for (unsigned int i = 0; i < self->link_count; i++)
 		bpf_link__destroy(self->links[i]);
+	for (unsigned int i = 0; i < self->section_count; i++)
+		munmap(self->sections[i].memory, self->sections[i].bytes);
 	ring_buffer__free(self->ring);
 	bpf_object__close(self->object);
 	free(self);
@@ -195,11 +205,30 @@ static const struct btf_var_secinfo *find_variable(const struct btf *btf, const 
 	return NULL;
 }
 
+/* The section's memory, shared with the programs. libbpf itself maps it only for skeletons. */
+static char *section_memory(sow_object *self, struct bpf_map *map, size_t bytes)
+{
+	int fd = bpf_map__fd(map);
+	void *memory;
+
+	for (unsigned int i = 0; i < self->section_count; i++)
+		if (self->sections[i].fd == fd)
+			return self->sections[i].memory;
+	if (fd < 0 || self->section_count == MAX_SECTIONS)
+		return NULL;
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (memory == MAP_FAILED)
+		return NULL;
+	self->sections[self->section_count].fd = fd;
+	self->sections[self->section_count].memory = memory;
+	self->sections[self->section_count++].bytes = bytes;
+	return memory;
+}
+
 void *sow_variable(sow_object *self, const char *section, const char *name, unsigned int *size)
 {
 	const struct btf_var_secinfo *info = find_variable(bpf_object__btf(self->object), section, name);
 	struct bpf_map *map;
-	size_t section_bytes;
 
 	if (!info)
 		return NULL;
@@ -208,10 +237,13 @@ void *sow_variable(sow_object *self, const char *section, const char *name, unsi
 		size_t length = strlen(map_name), wanted = strlen(section);
 		char *memory;
 
+		/* libbpf names the map of a section after the object and the section. */
 		if (length < wanted || strcmp(map_name + length - wanted, section))
 			continue;
-		memory = (char *)bpf_map__initial_value(map, &section_bytes);
-		if (!memory || info->offset + info->size > section_bytes)
+		if (info->offset + info->size > bpf_map__value_size(map))
+			return NULL;
+		memory = section_memory(self, map, bpf_map__value_size(map));
+		if (!memory)
 			return NULL;
 		*size = info->size;
 		return memory + info->offset;

@@ -1,0 +1,7 @@
+"""`python -m sowatch` is the command `sowatch`. May import only ``cli``."""
+
+from __future__ import annotations
+
+from sowatch.cli import main
+
+raise SystemExit(main())

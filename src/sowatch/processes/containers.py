@@ -1,0 +1,93 @@
+r"""Which container a cgroup belongs to. Pure; imports nothing of the package.
+
+Runtimes name cgroups after containers; the table below has the forms. Where containers are nested
+(docker in docker, kind), the innermost one is told. A process that only looks after a container
+(conmon, lxc's monitor, nspawn's supervisor) has a cgroup of its own and is not in it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+__all__ = ["CONTAINER_FORMS", "ContainerForm", "container_id"]
+
+
+class ContainerForm(NamedTuple):
+    """One way of naming a cgroup: ``pattern`` is one or more whole path components; ``id`` is its group."""
+
+    runtime: str
+    pattern: str
+    example: str
+
+
+_HEX: Final = "(?P<id>[0-9a-f]{64})"
+_EXAMPLE: Final = "0123456789abcdef" * 4
+
+#: Every form that is known. Add a line and its test; order does not matter.
+CONTAINER_FORMS: Final = (
+    # The cgroupfs driver of docker, containerd and CRI-O: the id alone, below a parent that says little.
+    ContainerForm("cgroupfs", _HEX, f"/docker/{_EXAMPLE}"),
+    # systemd drivers: one scope for each container.
+    ContainerForm("docker", rf"docker-{_HEX}\.scope", f"/system.slice/docker-{_EXAMPLE}.scope"),
+    ContainerForm(
+        "containerd",
+        rf"(?:cri-containerd|containerd|nerdctl)-{_HEX}\.scope",
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod12345678_1234_1234_1234_123456789abc.slice"
+        f"/cri-containerd-{_EXAMPLE}.scope",
+    ),
+    # A path meant for the systemd driver (slice:prefix:name), taken literally by a runtime without it.
+    ContainerForm(
+        "containerd, systemd path taken literally",
+        rf"[^/:]*:[^/:]+:{_HEX}",
+        f"/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:{_EXAMPLE}",
+    ),
+    ContainerForm("cri-o", rf"crio-{_HEX}(?:\.scope)?", f"/kubepods.slice/kubepods-pod1.slice/crio-{_EXAMPLE}.scope"),
+    ContainerForm(
+        "podman", rf"libpod-(?:payload-)?{_HEX}(?:\.scope)?", f"/machine.slice/libpod-{_EXAMPLE}.scope/container"
+    ),
+    ContainerForm(
+        "fargate",
+        r"ecs/[0-9a-f]{32}/(?P<id>[0-9a-f]{32}-[0-9]{1,10})",
+        f"/ecs/{_EXAMPLE[:32]}/{_EXAMPLE[:32]}-1234567890",
+    ),
+    # LXC, LXD and Incus: since 4.0 lxc.payload.NAME, before that lxc.payload/NAME and lxc/NAME.
+    ContainerForm("lxc", r"lxc(?:\.payload[./]|/)(?P<id>[^/]+)", "/lxc.payload.web/system.slice/nginx.service"),
+    # systemd-machined: names are escaped as in unit names. Virtual machines are no containers.
+    ContainerForm(
+        "systemd-machined",
+        r"machine-(?!qemu\\x2d)(?P<id>[^/]+)\.scope(?!/supervisor(?:/|$))",
+        r"/machine.slice/machine-web\x2d1.scope/payload",
+    ),
+    ContainerForm(
+        "systemd-nspawn",
+        r"systemd-nspawn@(?P<id>[^/]+)\.service/payload",
+        r"/machine.slice/systemd-nspawn@web\x2d1.service/payload/init.scope",
+    ),
+)
+
+_COMPILED: Final = tuple(re.compile(rf"(?:^|/){form.pattern}(?=/|$)") for form in CONTAINER_FORMS)
+_UNIT_ESCAPE: Final = re.compile(r"\\x([0-9a-f]{2})")
+
+
+def container_id(cgroup: str | None) -> str | None:
+    r"""The id of the container whose cgroup this is, ``None`` if it is none's.
+
+    For docker, containerd, CRI-O and podman the 64 hexadecimal digits; for LXC and
+    systemd-nspawn the name.
+
+    Args:
+        cgroup: the path of a cgroup below the root of its hierarchy, or only the end of it.
+
+    >>> container_id(r"/machine.slice/machine-web\x2d1.scope/payload")
+    'web-1'
+    """
+    if not cgroup:
+        return None
+    path = cgroup.removesuffix(" (deleted)")
+    found = [match for pattern in _COMPILED for match in pattern.finditer(path)]
+    if not found:
+        return None
+    innermost = max(found, key=lambda match: match.end())
+    # Only machine names can hold a backslash; hexadecimal ids never do.
+    return _UNIT_ESCAPE.sub(lambda code: chr(int(code[1], 16)), innermost["id"])
