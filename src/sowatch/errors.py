@@ -198,7 +198,8 @@ class FileBlocked(RegistryError):
         self.file = file
         self.reason = reason
         super().__init__(
-            f"{file} is blocked: {reason}. Clear the blocklist (`FileRegistry.clear_blocked()`) or wait for the block to expire."
+            f"{file} is blocked: {reason}. "
+            "Clear the blocklist (`FileRegistry.clear_blocked()`) or wait for the block to expire."
         )
 
 

@@ -59,6 +59,7 @@ class Process:
 
     @property
     def id(self) -> ProcessId:
+        """The identity, which survives a reuse of the pid."""
         return ProcessId(self.pid, self.start_ns)
 
 

@@ -260,7 +260,7 @@ class Tracker:
         answers: keys the kernel asked about, and whether they are wanted.
     """
 
-    def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda cgroup: None) -> None:
+    def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
         self._rules = rules
         self._label = label
         self._processes: dict[int, Tracked] = {}

@@ -160,8 +160,10 @@ int sow_attach_tracepoint(sow_object *self, const char *name, unsigned long long
 		__u64 config, sample_period, sample_type, read_format, flags;
 		__u32 wakeup_events, bp_type;
 		__u64 config1;
-	} attribute = { .type = 2 /* PERF_TYPE_TRACEPOINT */, .size = 64 /* PERF_ATTR_SIZE_VER0 */,
-			.config = id, .sample_period = 1 };
+	} attribute = {.type = 2 /* PERF_TYPE_TRACEPOINT */,
+		       .size = 64 /* PERF_ATTR_SIZE_VER0 */,
+		       .config = id,
+		       .sample_period = 1};
 	struct bpf_link *link;
 	int fd, error;
 
@@ -232,7 +234,8 @@ void *sow_variable(sow_object *self, const char *section, const char *name, unsi
 
 	if (!info)
 		return NULL;
-	bpf_object__for_each_map(map, self->object) {
+	bpf_object__for_each_map(map, self->object)
+	{
 		const char *map_name = bpf_map__name(map);
 		size_t length = strlen(map_name), wanted = strlen(section);
 		char *memory;
@@ -256,8 +259,8 @@ int sow_map_update(int fd, const void *key, const void *value)
 	return bpf_map_update_elem(fd, key, value, BPF_ANY);
 }
 
-int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values,
-			unsigned int value_bytes, unsigned int count)
+int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values, unsigned int value_bytes,
+			unsigned int count)
 {
 	for (unsigned int i = 0; i < count; i++) {
 		int error = bpf_map_update_elem(fd, (const char *)keys + (size_t)i * key_bytes,
@@ -333,7 +336,7 @@ int sow_ring_drain(sow_object *self, void *buffer, unsigned int capacity)
 int sow_iterate(sow_object *self, const char *name, unsigned int tgid)
 {
 	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
-	union bpf_iter_link_info info = { .task.pid = tgid };
+	union bpf_iter_link_info info = {.task.pid = tgid};
 	LIBBPF_OPTS(bpf_iter_attach_opts, options, .link_info = &info, .link_info_len = sizeof(info));
 	struct bpf_link *link;
 	int fd;
@@ -370,7 +373,7 @@ int sow_open_in_root(int directory, const char *path, int flags)
 	/* struct open_how of linux/openat2.h (5.6+) */
 	struct {
 		__u64 flags, mode, resolve;
-	} how = { .flags = flags, .resolve = 0x10 /* RESOLVE_IN_ROOT */ | 0x02 /* RESOLVE_NO_MAGICLINKS */ };
+	} how = {.flags = flags, .resolve = 0x10 /* RESOLVE_IN_ROOT */ | 0x02 /* RESOLVE_NO_MAGICLINKS */};
 	int fd = syscall(437 /* SYS_openat2, the same on every architecture */, directory, path, &how, sizeof(how));
 
 	return fd < 0 ? -errno : fd;

@@ -34,8 +34,8 @@ int sow_map_fd(sow_object *object, const char *map);
 void *sow_variable(sow_object *object, const char *section, const char *name, unsigned int *size);
 
 int sow_map_update(int fd, const void *key, const void *value);
-int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values,
-			unsigned int value_bytes, unsigned int count);
+int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values, unsigned int value_bytes,
+			unsigned int count);
 int sow_map_lookup(int fd, const void *key, void *value);
 int sow_map_delete(int fd, const void *key);
 int sow_map_next_key(int fd, const void *key, void *next_key);

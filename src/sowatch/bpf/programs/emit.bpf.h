@@ -29,8 +29,8 @@ static __always_inline void give_back(struct scratch *scratch)
 	scratch->is_taken = 0;
 }
 
-static __always_inline void fill_head(struct record *head, struct task_struct *task, enum record_type type,
-				      __u32 flags, __u32 size)
+static __always_inline void fill_head(struct record *head, struct task_struct *task, enum record_type type, __u32 flags,
+				      __u32 size)
 {
 	head->size = size;
 	head->type = type;
@@ -44,8 +44,8 @@ static __always_inline void fill_head(struct record *head, struct task_struct *t
 }
 
 /* Sends a record without text. False if the ring was full, which is counted. */
-static __always_inline bool send_small(struct task_struct *task, enum record_type type, __u32 flags,
-				       __u64 start, __u64 end)
+static __always_inline bool send_small(struct task_struct *task, enum record_type type, __u32 flags, __u64 start,
+				       __u64 end)
 {
 	struct range_record *record = bpf_ringbuf_reserve(&ring, sizeof(*record), 0);
 
@@ -88,9 +88,9 @@ static __always_inline struct cgroup *cgroup_of_controller(struct css_set *set, 
 	return css ? BPF_CORE_READ(css, cgroup) : NULL;
 }
 
-#define CONTROLLER(set, name)                                                                            \
-	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name)                                         \
-		 ? cgroup_of_controller(set, bpf_core_enum_value(enum cgroup_subsys_id, name))           \
+#define CONTROLLER(set, name)                                                                  \
+	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name)                               \
+		 ? cgroup_of_controller(set, bpf_core_enum_value(enum cgroup_subsys_id, name)) \
 		 : NULL)
 
 static __always_inline bool is_root_cgroup(struct cgroup *cgroup)
@@ -122,8 +122,8 @@ static __always_inline __u64 interpreter_base_of(struct mm_struct *mm)
 
 	/* AT_BASE stands among the first dozen (create_elf_tables); the vector has 26 at the most. */
 	for (int i = 0; i < 20; i++) {
-		if (bpf_probe_read_kernel(pair, sizeof(pair), (void *)mm + bpf_core_field_offset(mm->saved_auxv) +
-								      i * sizeof(pair)))
+		if (bpf_probe_read_kernel(pair, sizeof(pair),
+					  (void *)mm + bpf_core_field_offset(mm->saved_auxv) + i * sizeof(pair)))
 			return 0;
 		if (pair[0] == AT_BASE)
 			return pair[1];

@@ -53,8 +53,7 @@ static __always_inline struct inode *real_inode(struct file *file, unsigned long
 	return inode;
 }
 
-static __always_inline void identify_inode(struct inode *inode, unsigned long magic, __u32 dev,
-					   struct file_id *id)
+static __always_inline void identify_inode(struct inode *inode, unsigned long magic, __u32 dev, struct file_id *id)
 {
 	id->inode = BPF_CORE_READ(inode, i_ino);
 	id->generation = BPF_CORE_READ(inode, i_generation);

@@ -110,8 +110,8 @@ static long step_up_from_loop(__u32 index, void *context)
 }
 
 /* Appends the path to scratch->text; gives the number of bytes it took. */
-static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch *scratch,
-				       struct path from, struct path root, __u32 limit)
+static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch *scratch, struct path from,
+				       struct path root, __u32 limit)
 {
 	__u32 before = scratch->text_end;
 

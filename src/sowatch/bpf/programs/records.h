@@ -15,24 +15,24 @@
 #define NAME_BYTES 256
 
 enum record_type {
-	RECORD_MAP = 1,	   /* map_record: a file was mapped executable */
-	RECORD_RANGE = 2,  /* range_record: nothing of ours is left in this range */
-	RECORD_DIRTY = 3,  /* record: read this process's mappings again */
-	RECORD_FORK = 4,   /* process_record: a child with its parent's mappings */
-	RECORD_EXEC = 5,   /* process_record: everything it had is gone */
-	RECORD_EXIT = 6,   /* record: its last thread is gone */
-	RECORD_INTRO = 7,  /* process_record: first word of a process, before its first map_record */
-	RECORD_VISIT = 8,  /* record: the iterator starts on this process (readings only) */
+	RECORD_MAP = 1,   /* map_record: a file was mapped executable */
+	RECORD_RANGE = 2, /* range_record: nothing of ours is left in this range */
+	RECORD_DIRTY = 3, /* record: read this process's mappings again */
+	RECORD_FORK = 4,  /* process_record: a child with its parent's mappings */
+	RECORD_EXEC = 5,  /* process_record: everything it had is gone */
+	RECORD_EXIT = 6,  /* record: its last thread is gone */
+	RECORD_INTRO = 7, /* process_record: first word of a process, before its first map_record */
+	RECORD_VISIT = 8, /* record: the iterator starts on this process (readings only) */
 };
 
 enum record_flag {
-	FLAG_ASK = 1 << 0,	/* there is no verdict on this file yet */
-	FLAG_DIRTY = 1 << 1,	/* a claim: read the process again */
-	FLAG_DELETED = 1 << 2,	/* the file's name is gone */
-	FLAG_PARTIAL = 1 << 3,	/* the path is cut off at its start */
+	FLAG_ASK = 1 << 0,       /* there is no verdict on this file yet */
+	FLAG_DIRTY = 1 << 1,     /* a claim: read the process again */
+	FLAG_DELETED = 1 << 2,   /* the file's name is gone */
+	FLAG_PARTIAL = 1 << 3,   /* the path is cut off at its start */
 	FLAG_SHARED_VM = 1 << 4, /* a fork with CLONE_VM: parent and child share one address space */
-	FLAG_MPROTECT = 1 << 5, /* became executable by mprotect */
-	FLAG_IMAGE = 1 << 6,	/* mapped by exec itself: the main executable or the interpreter */
+	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
+	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
 };
 
 enum verdict {
@@ -43,18 +43,18 @@ enum verdict {
 
 enum report_bit {
 	REPORT_PROCESSES = 1 << 0, /* fork, exec and exit of every process */
-	REPORT_RANGES = 1 << 1,	   /* range events of every process: while something is being read */
-	REPORT_IMAGES = 1 << 2,	   /* main executables and interpreters too */
-	REPORT_VISITS = 1 << 3,	   /* a visit record also of a process that is not followed */
+	REPORT_RANGES = 1 << 1,    /* range events of every process: while something is being read */
+	REPORT_IMAGES = 1 << 2,    /* main executables and interpreters too */
+	REPORT_VISITS = 1 << 3,    /* a visit record also of a process that is not followed */
 };
 
 enum counter {
-	COUNT_RECORDS = 0,   /* records sent */
-	LOST_RING = 1,	     /* the ring buffer was full */
-	LOST_PROCESSES = 2,  /* the process map was full */
-	LOST_PENDING = 3,    /* the map of system calls under way was full */
-	LOST_SCRATCH = 4,    /* the buffer to build a record in was taken */
-	COUNT_IGNORED = 5,   /* executable mappings dropped by a verdict */
+	COUNT_RECORDS = 0,  /* records sent */
+	LOST_RING = 1,      /* the ring buffer was full */
+	LOST_PROCESSES = 2, /* the process map was full */
+	LOST_PENDING = 3,   /* the map of system calls under way was full */
+	LOST_SCRATCH = 4,   /* the buffer to build a record in was taken */
+	COUNT_IGNORED = 5,  /* executable mappings dropped by a verdict */
 	COUNTERS = 6,
 };
 

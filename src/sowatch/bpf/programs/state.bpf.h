@@ -23,7 +23,7 @@ struct process {
 	__u64 min_start;
 	__u64 max_end;
 	__u32 range_count; /* above MAX_RANGES: every range within [min_start, max_end) counts */
-	__u32 dirty;	   /* a reading is owed; set here, cleared when the reading begins */
+	__u32 dirty;       /* a reading is owed; set here, cleared when the reading begins */
 	__u32 introduced;  /* its RECORD_INTRO was sent */
 	__u32 shares_vm;   /* another process may hold the same mm */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
@@ -51,12 +51,12 @@ struct {
 
 /* A system call under way that will change executable mappings if it succeeds. */
 enum pending_kind {
-	PENDING_MAP = 1 << 0,	      /* maps a file executable */
-	PENDING_UNMAP = 1 << 1,	      /* takes this range away from what we know */
-	PENDING_REREAD = 1 << 2,      /* changes it in a way only a reading can tell */
+	PENDING_MAP = 1 << 0,           /* maps a file executable */
+	PENDING_UNMAP = 1 << 1,         /* takes this range away from what we know */
+	PENDING_REREAD = 1 << 2,        /* changes it in a way only a reading can tell */
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
-	PENDING_ASK = 1 << 4,	      /* the file has no verdict yet */
-	PENDING_UNSURE_FD = 1 << 5,   /* the fd table is shared: the fd may name another file by now */
+	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
+	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
 };
 
 struct pending {
@@ -64,7 +64,7 @@ struct pending {
 	__u32 reserved;
 	__u64 start;
 	__u64 length; /* whole pages */
-	__u64 file; /* struct file *, as a number: only ever read through probe reads */
+	__u64 file;   /* struct file *, as a number: only ever read through probe reads */
 	struct file_key key;
 };
 

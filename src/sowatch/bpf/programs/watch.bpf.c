@@ -104,7 +104,7 @@ int enter_mmap(struct syscall_enter *context)
 static __always_inline int enter_range_call(__u64 start, __u64 length, enum pending_kind kind)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct pending call = { .kind = kind, .start = start, .length = whole_pages(length) };
+	struct pending call = {.kind = kind, .start = start, .length = whole_pages(length)};
 
 	if (matters(find_process(pid_tgid >> 32), call.start, call.length))
 		note(pid_tgid, &call);
@@ -121,9 +121,8 @@ int enter_munmap(struct syscall_enter *context)
 SEC("tp/syscalls/sys_enter_mprotect")
 int enter_mprotect(struct syscall_enter *context)
 {
-	struct pending call = { .kind = PENDING_MPROTECT_EXEC,
-				.start = context->args[0],
-				.length = whole_pages(context->args[1]) };
+	struct pending call = {
+		.kind = PENDING_MPROTECT_EXEC, .start = context->args[0], .length = whole_pages(context->args[1])};
 
 	if (!(context->args[2] & PROT_EXEC))
 		return enter_range_call(context->args[0], context->args[1], PENDING_UNMAP);
@@ -138,11 +137,10 @@ int enter_mremap(struct syscall_enter *context)
 	__u64 old = context->args[0], new_length = context->args[2], flags = context->args[3];
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct process *process = find_process(pid_tgid >> 32);
-	struct pending call = { .kind = PENDING_REREAD };
+	struct pending call = {.kind = PENDING_REREAD};
 
 	if (matters(process, old, whole_pages(context->args[1])) ||
-	    (flags & MREMAP_FIXED &&
-	     matters(process, context->args[4], whole_pages(new_length))))
+	    (flags & MREMAP_FIXED && matters(process, context->args[4], whole_pages(new_length))))
 		note(pid_tgid, &call);
 	return 0;
 }
@@ -151,7 +149,7 @@ SEC("tp/syscalls/sys_enter_shmat")
 int enter_shmat(struct syscall_enter *context)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
-	struct pending call = { .kind = PENDING_REREAD };
+	struct pending call = {.kind = PENDING_REREAD};
 
 	if (!(context->args[2] & (SHM_EXEC | SHM_REMAP)))
 		return 0;
@@ -174,8 +172,7 @@ static __always_inline void send_dirty(struct task_struct *task, struct process 
 static __always_inline void introduce(struct task_struct *task, struct process *process)
 {
 	if (!process->introduced)
-		process->introduced =
-			send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_INTRO, 0, WITH_EXE);
+		process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_INTRO, 0, WITH_EXE);
 }
 
 /* Not inlined: its stack of two keys would not fit beside its caller's. */
@@ -230,8 +227,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		if (!is_alone_now && mark_dirty(process))
 			flags |= FLAG_DIRTY;
 	}
-	send_map(SCRATCH_HOOKS, NULL, task, found.file, &found.key, found.start, found.end, found.offset_bytes,
-		 flags);
+	send_map(SCRATCH_HOOKS, NULL, task, found.file, &found.key, found.start, found.end, found.offset_bytes, flags);
 	return 0;
 }
 
@@ -439,8 +435,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
 	 * or one of the many threads that are visited once the leader is dead, but not the first.
 	 */
-	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
-			     BPF_CORE_READ(task, vfork_done) != NULL;
+	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 || BPF_CORE_READ(task, vfork_done) != NULL;
 	process = find_process(tgid);
 	if (tid != tgid) {
 		if (BPF_CORE_READ(task, group_leader, mm))
@@ -531,8 +526,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 		}
 	}
 	if (process) {
-		if (!process->introduced &&
-		    !send_process(SCRATCH_READER, seq, task, NULL, RECORD_INTRO, 0, WITH_EXE))
+		if (!process->introduced && !send_process(SCRATCH_READER, seq, task, NULL, RECORD_INTRO, 0, WITH_EXE))
 			return 0;
 		add_range(process, start, end);
 	}

@@ -1,0 +1,126 @@
+"""From the words of a command line to an exit code. May import every room.
+
+The commands are imported one at a time, and what they need only when they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from sowatch.cli._out import Out, PipeClosed, reserve_standard_fds
+from sowatch.cli._parser import Parser, TextAsked
+from sowatch.errors import SowatchError, UsageError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: Final = ("watch", "list", "doctor")
+
+_DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
+_EXIT_CODES: Final = """\
+exit codes: 0 done; 1 could not do it, or a loss stayed unrepaired; 2 wrong usage; 3 not permitted
+SOWATCH_TRACEBACK=1 in the environment adds the Python traceback to an error"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name. Default: those of this process.
+
+    Returns:
+        The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted.
+    """
+    try:
+        reserve_standard_fds()
+        out = Out()
+        try:
+            return _dispatch(sys.argv[1:] if argv is None else list(argv), out)
+        except TextAsked as asked:
+            out.write(str(asked))
+            out.flush()
+            return 0
+    except PipeClosed:
+        return 0
+    except SowatchError as error:
+        _say(str(error), error)
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        _say("interrupted before it was done.", error)
+        return 1
+    except Exception as error:  # noqa: BLE001  (the last one to catch it)
+        _say(
+            f"internal error: {type(error).__name__}: {error}. Please report it with the output of "
+            "`sowatch doctor` and of this command under SOWATCH_TRACEBACK=1.",
+            error,
+        )
+        return 1
+
+
+def _dispatch(argv: Sequence[str], out: Out) -> int:
+    if not argv:
+        raise UsageError(f"no command given. Use one of: {', '.join(COMMANDS)}; or see `sowatch --help`.")
+    name, rest = argv[0], argv[1:]
+    if name.startswith("-"):
+        _main_parser().parse_args([name])
+        raise UsageError(f"{name} needs a command before it. See `sowatch --help`.")
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}. Use one of: {', '.join(COMMANDS)}; or see `sowatch --help`.")
+    command = _command(name)
+    parser = Parser(prog=f"sowatch {name}", description=command.__doc__)
+    command.configure(parser)
+    args = parser.parse_words(rest)
+    return int(command.run(args, out=out, warn=_warn))
+
+
+def _main_parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS)
+    parser = Parser(
+        prog="sowatch",
+        description=f"{_DESCRIPTION}\n\ncommands:\n{lines}\n\n`sowatch COMMAND --help` tells more of each.",
+        epilog=_EXIT_CODES,
+        usage="sowatch COMMAND [ARGUMENT...]",
+    )
+    parser.add_text_option("--version", _version, help="show the version and end")
+    return parser
+
+
+def _command(name: str) -> Any:
+    return importlib.import_module(f"sowatch.cli.{name}")
+
+
+def _summary(name: str) -> str:
+    # Without docstrings (python -OO) there is no help, either.
+    return (_command(name).__doc__ or "").partition("\n")[0]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"sowatch {version('sowatch')}\n"
+    except PackageNotFoundError:
+        return "sowatch, not installed: run from its sources\n"
+
+
+def _warn(message: str) -> None:
+    """One line on stderr. Nobody there to read it is no reason to stop."""
+    from sowatch.escape import one_line
+
+    text = f"sowatch: {one_line(message)}\n"
+    with suppress(OSError):
+        os.write(2, text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
+
+
+def _say(message: str, error: BaseException) -> None:
+    _warn(message)
+    if os.environ.get("SOWATCH_TRACEBACK") == "1":
+        import traceback
+
+        with suppress(OSError):
+            os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))

@@ -1,0 +1,99 @@
+"""Ending a watch: by signal, by the clock, or because nobody reads. May import nothing else.
+
+A signal handler may only do what is safe between any two instructions, and stopping a watcher is
+not. So the handler writes one byte into a pipe, and a thread that waits there does the work.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Final, Self
+
+__all__ = ["SIGNALS", "Stopper"]
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: A second signal ends the process at once, but only after this: one Ctrl-C may reach us twice,
+#: from the terminal and from the script that started us.
+_INSISTING_S: Final = 1.0
+_LONGEST_WAIT_S: Final = 3600.0
+
+
+class Stopper:
+    """Calls ``stop`` once, on its own thread: on SIGINT, SIGTERM, or after a time.
+
+    A context manager for the main thread; leaving it restores the signal handlers, joins the
+    thread and raises what ``stop`` raised. SIGINT is taken even where it was ignored (a shell's
+    background job), because a watch ends on it by contract.
+    """
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self._before: dict[signal.Signals, object] = {}
+        self._first_signal_s: float | None = None
+        self._end_s: float | None = None
+        self._error: Exception | None = None
+        self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._thread = threading.Thread(target=self._wait, name="sowatch-stop", daemon=True)
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell(b"q")
+        self._thread.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+        if self._error is not None and error is None:
+            raise self._error
+
+    def stop_after(self, seconds: float) -> None:
+        """Stop that many seconds from now."""
+        self._end_s = time.monotonic() + seconds
+        self._tell(b"t")
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first_signal_s is None:
+            self._first_signal_s = now
+            self._tell(b"s")
+        elif now - self._first_signal_s > _INSISTING_S:
+            os._exit(128 + number)  # the kernel cleans up: nothing is pinned
+
+    def _tell(self, byte: bytes) -> None:
+        with suppress(BlockingIOError):  # full of earlier bytes, which the thread has yet to see
+            os.write(self._write_fd, byte)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._read_fd, select.POLLIN)
+        while True:
+            left_s = _LONGEST_WAIT_S if self._end_s is None else self._end_s - time.monotonic()
+            if left_s <= 0:
+                break
+            poll.poll(min(left_s, _LONGEST_WAIT_S) * 1000)
+            try:
+                told = os.read(self._read_fd, 64)
+            except BlockingIOError:
+                continue
+            if b"q" in told:
+                return
+            if b"s" in told:
+                break
+        try:
+            self._stop()
+        except Exception as error:  # noqa: BLE001  (raised again by the main thread)
+            self._error = error

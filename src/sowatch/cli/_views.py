@@ -1,0 +1,63 @@
+"""How ``watch`` shows its events: `JsonView`, `TextView`, and in ``_live`` the one for terminals.
+
+May import ``events``, ``_lines``, ``_out``.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from sowatch.cli._lines import pieces_of, plain
+from sowatch.cli._out import Out
+from sowatch.events import Event, to_json
+
+__all__ = ["JsonView", "TextView", "View"]
+
+#: How often a view that has nothing to draw looks whether its reader is still there.
+_TICK_S: Final = 0.5
+
+
+class View(Protocol):
+    """How events are shown. ``tick_s`` is how long it can go without being asked to draw."""
+
+    @property
+    def tick_s(self) -> float: ...
+    def show(self, event: Event, seq: int) -> None: ...
+    def flush(self) -> None: ...
+    def idle(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonView:
+    """One JSON object a line."""
+
+    tick_s = _TICK_S
+
+    def __init__(self, out: Out) -> None:
+        self._out = out
+
+    def show(self, event: Event, seq: int) -> None:
+        """Keep the line for the next `flush`."""
+        self._out.write(to_json(event, seq) + "\n")
+
+    def flush(self) -> None:
+        """Write the lines."""
+        self._out.flush()
+
+    def idle(self) -> None:
+        """Nothing to draw."""
+
+    def close(self) -> None:
+        """Nothing to take away."""
+
+
+class TextView(JsonView):
+    """One line of plain text an event, for pipes and files."""
+
+    def __init__(self, out: Out, *, with_rule: bool) -> None:
+        super().__init__(out)
+        self._with_rule = with_rule
+
+    def show(self, event: Event, seq: int) -> None:  # noqa: ARG002  (people do not count lines)
+        """Keep the line for the next `flush`."""
+        self._out.write(plain(pieces_of(event, with_rule=self._with_rule)) + "\n")

@@ -1,0 +1,304 @@
+"""What this kernel and this user can do, which strategy is used and why, known kernel risks.
+
+Finds out by trying: each probe loads or attaches something small and takes it away again. Kernel
+versions are compared for one thing only: to say which reports of others concern a kernel like this.
+
+Exit codes: 0 something can watch; 3 only permission is missing; 1 otherwise.
+"""
+
+# May import everything up to `watcher`; `bpf` only in `run`, because it may fail to load.
+
+from __future__ import annotations
+
+import json
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Protocol
+
+from sowatch.cli._host import KNOWN_RISKS, Host, read_host, risk_here
+from sowatch.cli._options import add_format, config_of, wants_json
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser
+from sowatch.config import STRATEGIES, Config
+from sowatch.errors import LoadAttempt, NotPermitted, SowatchError
+from sowatch.escape import visible
+from sowatch.events import SCHEMA
+from sowatch.procfs import ProcFs
+
+_WIDTH: Final = 22
+_LOOKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
+
+
+class _Probe(Protocol):
+    """One answer of `sowatch.bpf.probes.run_probes`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def needed_for(self) -> str: ...
+
+
+class _Plan(Protocol):
+    """What `sowatch.ladder.plan` decides; ``strategy`` is ``None`` if nothing works."""
+
+    @property
+    def strategy(self) -> str | None: ...
+    @property
+    def hooks(self) -> str | None: ...
+    @property
+    def guarantee(self) -> str | None: ...
+    @property
+    def attempts(self) -> Sequence[LoadAttempt]: ...
+    @property
+    def remedy(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Examiner:
+    """Where the answers come from; tests put their own in its place."""
+
+    libbpf_version: Callable[[], str]
+    run_probes: Callable[[Config], Sequence[_Probe]]
+    plan: Callable[[Config], _Plan]
+
+
+def kernel_examiner() -> Examiner:
+    """The real one: asks the kernel."""
+    from sowatch.bpf.binding import libbpf_version
+    from sowatch.bpf.probes import run_probes
+    from sowatch.ladder import plan
+
+    return Examiner(lambda: ".".join(map(str, libbpf_version())), run_probes, plan)
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    add_format(parser, default="text")
+    parser.add_argument(
+        "--strategy", metavar="NAME", default="auto", help=f"decide as for this one: {', '.join(STRATEGIES)}"
+    )
+    parser.add_argument(
+        "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
+    )
+
+
+def run(
+    args: Namespace, *, out: Out, warn: Callable[[str], None], examiner: Callable[[], Examiner] = kernel_examiner
+) -> int:
+    """Examine and report; returns the exit code."""
+    as_json = wants_json(args, out, when_piped=False)
+    config = config_of(args)
+    host = read_host(ProcFs(config.proc_root))
+    report = _examine(config, host, examiner)
+    if as_json:
+        out.write(json.dumps(report.to_dict(), separators=(",", ":")) + "\n")
+        out.flush()
+    else:
+        _write(report, out)
+    if not report.can_watch:
+        warn(f"nothing can watch here. {report.remedy}".rstrip())
+    return report.exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    host: Host
+    libbpf: str | None
+    probes: tuple[_Probe, ...]
+    plan: _Plan | None
+    error: SowatchError | None
+
+    @property
+    def can_watch(self) -> bool:
+        return self.plan is not None and bool(self.plan.strategy)
+
+    @property
+    def exit_code(self) -> int:
+        if self.can_watch:
+            return 0
+        # Without permission most probes cannot tell, so what counts is whether one said a clear no.
+        lacks_only_permission = self.host.may_load is False and not any(
+            probe.answer == "no" and not self._is_refusal(probe) for probe in self.probes
+        )
+        return 3 if isinstance(self.error, NotPermitted) or (self.error is None and lacks_only_permission) else 1
+
+    @staticmethod
+    def _is_refusal(probe: _Probe) -> bool:
+        return any(word in probe.detail.lower() for word in ("permi", "capab", "eperm", "eacces"))
+
+    @property
+    def remedy(self) -> str:
+        if self.error is not None:
+            return str(self.error)
+        return (self.plan.remedy if self.plan is not None else None) or ""
+
+    def to_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "schema": SCHEMA,
+            "event": "doctor",
+            "host": socket.gethostname(),
+            "facts": {
+                **asdict(self.host),
+                "capabilities": None if self.host.capabilities is None else list(self.host.capabilities),
+                "lsms": None if self.host.lsms is None else list(self.host.lsms),
+                "may_load_programs": self.host.may_load,
+                "libbpf": self.libbpf,
+            },
+            "probes": [
+                {"name": one.name, "answer": one.answer, "detail": one.detail, "needed_for": one.needed_for}
+                for one in self.probes
+            ],
+            "decision": {
+                "strategy": plan.strategy if plan is not None else None,
+                "hooks": plan.hooks if plan is not None else None,
+                "guarantee": plan.guarantee if plan is not None else None,
+                "attempts": [one._asdict() for one in plan.attempts] if plan is not None else [],
+                "remedy": self.remedy or None,
+            },
+            "risks": [
+                {
+                    "name": risk.name,
+                    "status": "reported",
+                    "kernels_like_this": risk_here(risk, self.host),
+                    "text": risk.text,
+                    "concerns": risk.concerns,
+                    "sources": list(risk.sources),
+                }
+                for risk in KNOWN_RISKS
+            ],
+        }
+
+
+def _examine(config: Config, host: Host, examiner: Callable[[], Examiner]) -> _Report:
+    """Ask everything that can be asked; one part that fails leaves the others."""
+    version: str | None = None
+    probes: tuple[_Probe, ...] = ()
+    plan: _Plan | None = None
+    first_error: SowatchError | None = None
+    kernel = examiner()
+    try:
+        version = kernel.libbpf_version()
+    except SowatchError as error:
+        first_error = error
+    try:
+        probes = tuple(kernel.run_probes(config))
+    except SowatchError as error:
+        first_error = first_error or error
+    try:
+        plan = kernel.plan(config)
+        first_error = None  # the plan says itself what is missing
+    except SowatchError as error:
+        # The decision's own error says most, unless there was no libbpf to decide with.
+        first_error = first_error or error
+    return _Report(host, version, probes, plan, first_error)
+
+
+# --- for people ---------------------------------------------------------------------------------
+
+#: (heading or name, value, look of the value); a heading has no value.
+_Row = tuple[str, str | None, str]
+
+
+def _write(report: _Report, out: Out) -> None:
+    rows = [*_host_rows(report), *_probe_rows(report), *_decision_rows(report), *_risk_rows(report)]
+    if out.is_terminal:
+        from rich.text import Text
+
+        from sowatch.cli._live import terminal_console
+
+        text = Text()
+        for name, value, look in rows:
+            if value is None:
+                text.append(f"{name}\n", "bold")
+            else:
+                text.append(f"  {name:<{_WIDTH}} ").append(f"{value}\n", look)
+        terminal_console(out).print(text, end="")
+    else:
+        for name, value, _ in rows:
+            out.write(f"{name}\n" if value is None else f"  {name:<{_WIDTH}} {value}\n")
+    out.flush()
+
+
+def _host_rows(report: _Report) -> list[_Row]:
+    host = report.host
+    held = host.capabilities
+    capabilities = "unknown" if held is None else " ".join(held) or "none"
+    memlock = "unlimited" if host.memlock_bytes is None else f"{host.memlock_bytes} bytes"
+    return [
+        ("this machine", None, ""),
+        ("kernel", visible(f"{host.release} {host.machine}"), ""),
+        ("BTF of the kernel", host.btf or "no", "" if host.btf else "yellow"),
+        ("libbpf", report.libbpf or "missing", "" if report.libbpf else "red"),
+        ("tracefs", "not mounted where we see it" if host.tracefs is None else visible(host.tracefs), ""),
+        ("lockdown", host.lockdown or "unknown (no securityfs)", ""),
+        ("LSMs", "unknown (no securityfs)" if host.lsms is None else visible(" ".join(host.lsms)), ""),
+        ("unprivileged BPF", _unprivileged(host.unprivileged_bpf_disabled), ""),
+        ("this user", None, ""),
+        ("user", f"{host.uid}" if host.user is None else f"{visible(host.user)} ({host.uid})", ""),
+        ("capabilities", capabilities, ""),
+        ("may load programs", *_answer(host.may_load)),
+        ("initial user namespace", *_answer(host.in_initial_user_namespace)),
+        ("initial pid namespace", *_answer(host.in_initial_pid_namespace)),
+        ("seccomp", host.seccomp or "unknown", ""),
+        ("locked memory limit", memlock, ""),
+    ]
+
+
+def _unprivileged(value: int | None) -> str:
+    """kernel.unprivileged_bpf_disabled in words (Documentation/admin-guide/sysctl/kernel.rst)."""
+    return {None: "unknown", 0: "allowed", 1: "off until the next boot"}.get(value, "off")
+
+
+def _answer(value: bool | None) -> tuple[str, str]:
+    word = "unknown" if value is None else "yes" if value else "no"
+    return word, _LOOKS[word]
+
+
+def _probe_rows(report: _Report) -> list[_Row]:
+    rows: list[_Row] = [("probes", None, "")]
+    for probe in report.probes:
+        detail = f": {visible(probe.detail)}" if probe.detail else ""
+        rows.append((probe.name, f"{probe.answer:<7} for {probe.needed_for}{detail}", _LOOKS.get(probe.answer, "")))
+    if not report.probes:
+        rows.append(("none", "could be run", "red"))
+    return rows
+
+
+def _decision_rows(report: _Report) -> list[_Row]:
+    rows: list[_Row] = [("decision", None, "")]
+    plan = report.plan
+    if plan is not None and plan.strategy:
+        hooks = "" if plan.hooks is None else f", {plan.hooks} hooks"
+        rows.append(("strategy", f"{plan.strategy} ({plan.guarantee}{hooks})", "bold green"))
+    else:
+        rows.append(("strategy", "none", "bold red"))
+    for attempt in plan.attempts if plan is not None else ():
+        word = "works" if attempt.ok else visible(attempt.error or "does not work")
+        rows.append((f"tried {attempt.strategy}", word, "green" if attempt.ok else "yellow"))
+    if report.remedy:
+        rows.append(("next step", visible(report.remedy), ""))
+    return rows
+
+
+def _risk_rows(report: _Report) -> list[_Row]:
+    rows: list[_Row] = [("risks reported by others, not seen here", None, "")]
+    for risk in KNOWN_RISKS:
+        here = risk_here(risk, report.host)
+        since = "" if risk.first_release is None else f"kernels from {risk.first_release[0]}.{risk.first_release[1]}"
+        where = (
+            " ".join(
+                part for part in (since, risk.machine or "", "with preemption" if risk.only_preemptible else "") if part
+            )
+            or "any kernel"
+        )
+        like = {True: "like this one", False: "not this one", None: "perhaps this one"}[here]
+        rows.append((risk.name, f"{where} ({like}); {risk.concerns}", "yellow" if here else "dim"))
+        rows.append(("", f"{risk.text} [{', '.join(risk.sources)}]", "dim"))
+    return rows

@@ -1,0 +1,186 @@
+"""Which process has which library mapped, now.
+
+With --stale only mapped files that were deleted or replaced on disk: who must restart after an
+upgrade, with the package the file belongs to and the systemd unit or container of the process.
+JSON has one object for each process and file, whatever --by says; --by only orders it.
+
+Examples:
+  sowatch list libssl                      who uses which libssl
+  sowatch list --by process --pid 1234     everything one process has mapped
+  sowatch list --stale                     what still runs on files that are gone
+  sowatch list --json | jq -r .library.build_id | sort | uniq -c
+"""
+
+# May import everything up to `watcher`; what is heavy (the watcher, rich) only where it is used.
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sowatch.cli._options import (
+    MappedLike,
+    OpenWatcher,
+    add_common,
+    open_watcher,
+    selection_of,
+    wants_json,
+)
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser
+from sowatch.cli._table import write_table
+from sowatch.cli.watch import warn_of_fallback
+from sowatch.errors import UsageError
+from sowatch.escape import visible
+from sowatch.events import SCHEMA, library_dict, process_dict, ranges_list
+from sowatch.procfs import ProcFs
+
+if TYPE_CHECKING:
+    from sowatch.packages import Disk, Staleness
+
+_ORDERS = ("library", "process")
+_ID_LENGTH = 12
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    add_common(parser)
+    parser.add_argument(
+        "--by", default="library", metavar="WHAT", help="library or process: how the table is grouped. Default: library"
+    )
+    parser.add_argument("--stale", action="store_true", help="only files that were deleted or replaced on disk")
+
+
+def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
+    """Take one snapshot and print it; returns the exit code."""
+    if args.by not in _ORDERS:
+        raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
+    if args.no_snapshot:
+        raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
+    as_json = wants_json(args, out)
+    selection = selection_of(args)
+    from sowatch.packages import Disk
+
+    watcher = open_watcher(selection)
+    try:
+        warn_of_fallback(watcher.start(), warn)
+        if args.duration is not None:
+            watcher.wait(args.duration)
+        disk = Disk(ProcFs(selection.config.proc_root))
+        entries = [_Entry(one, disk.staleness(one.process, one.library, one.ranges)) for one in watcher.snapshot()]
+    finally:
+        watcher.stop()
+    if args.stale:
+        entries = _with_owners([entry for entry in entries if entry.stale], disk)
+    if args.by == "process":
+        entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
+    else:
+        entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
+    if as_json:
+        for seq, entry in enumerate(entries, 1):
+            out.write(json.dumps(entry.to_dict(seq, with_owner=args.stale), separators=(",", ":")) + "\n")
+        out.flush()
+    elif args.stale:
+        _stale_table(entries, out)
+        if not entries:
+            warn("nothing runs on deleted or replaced files.")
+    elif args.by == "process":
+        _process_table(entries, out)
+    else:
+        _library_table(entries, out)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One process and file; package and unit are looked up for ``--stale`` only."""
+
+    mapped: MappedLike
+    stale: Staleness | None
+    package: str | None = None
+    unit: str | None = None
+
+    def to_dict(self, seq: int, *, with_owner: bool) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "schema": SCHEMA,
+            "event": "mapping",
+            "seq": seq,
+            "rule": self.mapped.rule,
+            "process": process_dict(self.mapped.process),
+            "library": library_dict(self.mapped.library),
+            "ranges": ranges_list(self.mapped.ranges),
+            "stale": None if self.stale is None else str(self.stale),
+        }
+        if with_owner:
+            line |= {"package": self.package, "unit": self.unit}
+        return line
+
+
+def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:
+    from sowatch.packages import unit_of
+
+    owners = disk.owners((entry.mapped.process.pid, entry.mapped.library.path) for entry in entries)
+    return [
+        _Entry(
+            entry.mapped,
+            entry.stale,
+            owners[entry.mapped.process.pid, entry.mapped.library.path],
+            unit_of(entry.mapped.process.cgroup),
+        )
+        for entry in entries
+    ]
+
+
+def _library_table(entries: Sequence[_Entry], out: Out) -> None:
+    counts: dict[Any, int] = {}
+    for entry in entries:
+        library = entry.mapped.library
+        key = (library.path, library.id, library.build_id, library.kind, entry.stale)
+        counts[key] = counts.get(key, 0) + 1
+    rows = [
+        (str(count), kind, _short(build_id), _word(stale), visible(path))
+        for (path, _, build_id, kind, stale), count in counts.items()
+    ]
+    write_table(out, ("PROCESSES", "KIND", "BUILD ID", "STALE", "PATH"), rows, right=(0,), warning=3)
+
+
+def _process_table(entries: Sequence[_Entry], out: Out) -> None:
+    rows = [
+        (
+            str(entry.mapped.process.pid),
+            _word(entry.mapped.process.comm),
+            _short(entry.mapped.process.container),
+            entry.mapped.library.kind,
+            _word(entry.stale),
+            visible(entry.mapped.library.path),
+        )
+        for entry in entries
+    ]
+    write_table(out, ("PID", "COMM", "CONTAINER", "KIND", "STALE", "PATH"), rows, right=(0,), warning=4)
+
+
+def _stale_table(entries: Sequence[_Entry], out: Out) -> None:
+    rows = [
+        (
+            str(entry.mapped.process.pid),
+            _word(entry.mapped.process.comm),
+            _word(entry.stale),
+            _word(entry.package),
+            _word(entry.unit),
+            _short(entry.mapped.process.container),
+            visible(entry.mapped.library.path),
+        )
+        for entry in entries
+    ]
+    write_table(out, ("PID", "COMM", "STALE", "PACKAGE", "UNIT", "CONTAINER", "PATH"), rows, right=(0,), warning=2)
+
+
+def _word(text: str | None) -> str:
+    return "-" if not text else visible(text)
+
+
+def _short(text: str | None) -> str:
+    return _word(text if text is None else text[:_ID_LENGTH])
