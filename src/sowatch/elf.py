@@ -185,7 +185,7 @@ class _Elf:
 
     def read(self, offset: int, size: int) -> bytes:
         """What the file has there: less than asked for at its end, nothing behind it."""
-        if size <= 0 or offset > _MAX_OFFSET:
+        if size <= 0 or not 0 <= offset <= _MAX_OFFSET:
             return b""
         if offset + size <= len(self.head):
             return self.head[offset : offset + size]

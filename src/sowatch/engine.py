@@ -208,8 +208,15 @@ class Engine:
             wanted, ignored = self._tracker.take_answers()
             self._source.answer(wanted, is_wanted=True)
             self._source.answer(ignored, is_wanted=False)
+        if self._tracker.idle:
+            self._settle()
         if self._tracker.changes:
             self._publisher.publish(self._tracker.take_changes())
+
+    def _settle(self) -> None:
+        for pid, start_ns, touches in self._tracker.take_idle():
+            if self._source.settle(pid, start_ns, touches):
+                self._tracker.settled(pid, start_ns)
 
     def _tick(self) -> None:
         self._source.tick()
@@ -236,6 +243,7 @@ class Engine:
         self._source.answer(ignored, is_wanted=False)
         for pid in again:
             self._tracker.dirty.setdefault(pid, LIVE)
+        self._settle()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
         self._losses = self._source.losses()

@@ -5,9 +5,8 @@ are pure; `ProcFs` reads below one proc root. A process that ended, or may not b
 answer (`Miss`), not an error: what else goes wrong (no file descriptors left, say) is a
 `ProcReadError`.
 
-Two things ``/proc/PID`` does not say while the thread-group leader is dead and other threads live:
-``maps`` is empty and ``exe``, ``root`` and the v1 cgroups are gone. `ProcFs` then reads them through
-a live thread.
+While the thread-group leader is dead and other threads live, ``/proc/PID/maps`` is empty and ``exe``,
+``root`` and the v1 cgroups are gone. `ProcFs` then reads them through a live thread.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from typing import AnyStr, Final, Literal, NamedTuple
+from typing import AnyStr, Final, Literal, NamedTuple, TypeVar
 
 from sowatch.errors import ProcRootError, SowatchError
 from sowatch.events import Process
@@ -41,6 +40,9 @@ __all__ = [
     "parse_status",
     "seen_path",
 ]
+
+
+_T = TypeVar("_T")
 
 
 class Miss(Enum):
@@ -240,9 +242,8 @@ def parse_status(data: bytes) -> Status | None:
 def parse_cgroup(data: bytes) -> str | None:
     """The one path that says most: the v2 path if it is not the root, else the longest of the v1 ones.
 
-    Of v1 paths of the same length the one of memory, pids, cpu, name=systemd comes first. ``/`` if
-    all are the root, ``None`` if there is no cgroup at all. The path is seen from our cgroup
-    namespace (``/../..`` leads out of it), and ends with `` (deleted)`` if its directory is gone.
+    Of v1 paths of one length that of memory, pids, cpu, name=systemd comes first. ``/`` if all are the
+    root, ``None`` without cgroups. It is seen from our cgroup namespace (``/../..`` leads out of it).
     """
     v1: dict[bytes, bytes] = {}
     v2 = b""
@@ -274,11 +275,10 @@ def parse_auxv_is_32bit(data: bytes) -> bool | None:
 
 
 def seen_path(path: AnyStr, root: AnyStr) -> AnyStr:
-    """A path as a process with the root directory ``root`` sees it; both as we see them.
+    """A path as a process with the root directory ``root`` sees it; both as ``/proc`` shows them to us.
 
-    ``/proc`` shows paths from the reader's root. For a container with a mount tree of its own that
-    is the container's path already and ``root`` is ``/``; for one that was only chrooted it is not.
-    A file outside the root keeps its path.
+    In a mount tree of its own (most containers) its root is ``/`` and the path right already; in a
+    plain chroot it is not. A file outside the root keeps its path.
 
     >>> seen_path("/srv/jail/lib/libz.so.1", "/srv/jail")
     '/lib/libz.so.1'
@@ -386,8 +386,8 @@ class ProcFs:
     def maps(self, pid: int) -> list[MapRow] | Miss:
         """Every mapping of a process; none for a kernel thread or a zombie.
 
-        One reading is not atomic: the kernel hands it out a page at a time, and rows of mappings
-        made or dropped between two pages may be missing or stale. Rows never overlap.
+        Not atomic: the kernel hands it out a page at a time, and rows of mappings that were made or
+        dropped between two pages may be missing or stale.
         """
         return self._maps(pid, _ROW)
 
@@ -396,19 +396,15 @@ class ProcFs:
         return self._maps(pid, _EXECUTABLE_ROW)
 
     def _maps(self, pid: int, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
-        for base in self._bases(pid):
-            found = _read_rows(f"{base}/maps", pattern)
-            if isinstance(found, list) or found is Miss.DENIED:
-                return found
-        return [] if self._absent_or_gone(pid) is Miss.ABSENT else Miss.GONE
+        found = self._first(pid, lambda base: _read_rows(f"{base}/maps", pattern))
+        return [] if found is Miss.ABSENT else found
 
     def settle_deleted(self, pid: int, row: MapRow) -> MapRow:
         """A row with ``is_deleted`` corrected if a file whose name ends in `` (deleted)`` is what is mapped.
 
-        Looks for a file of that very name below the root of the process. Needs the right to look
-        there, and follows the links of a path that the process controls: the answer is no more than
-        a comparison of inode numbers, and where it cannot be made the row stays as it is. May wait
-        for a file system that hangs.
+        Looks for a file of that very name below the root of the process, which needs the right to, may
+        wait for a file system that hangs, and follows links that the process controls: no more comes of
+        it than a comparison of inode numbers. Where it cannot be made the row stays as it is.
         """
         if not row.is_deleted or not row.path.startswith(b"/"):
             return row
@@ -428,20 +424,19 @@ class ProcFs:
 
         ``ABSENT`` for a kernel thread or a zombie.
         """
-        for base in self._bases(pid):
+
+        def ask(base: str) -> int | Miss:
             data = _read(f"{base}/maps", 1)
-            if data is Miss.DENIED:
-                return data
-            if data:
-                return int(base.rpartition("/")[2])
-        return self._absent_or_gone(pid)
+            return data if isinstance(data, Miss) else int(base.rpartition("/")[2]) if data else Miss.ABSENT
+
+        return self._first(pid, ask)
 
     def map_files_dir(self, pid: int) -> str | Miss:
         """The directory with a link for each mapped file, named by its range in hexadecimal.
 
-        It is the one of a live thread, which need not be the leader: ``/proc/TID/map_files`` exists
-        for every thread, although it is not listed. Opening its links needs CAP_SYS_ADMIN or
-        CAP_CHECKPOINT_RESTORE in the initial user namespace, even for one's own process.
+        It is that of a live thread: ``/proc/TID`` exists for every one, though it is not listed. Its
+        links can be opened with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE in the initial user namespace
+        only, even those of one's own process.
         """
         tid = self.live_thread(pid)
         return tid if isinstance(tid, Miss) else f"{self.root}/{tid}/map_files"
@@ -463,15 +458,17 @@ class ProcFs:
 
     def cgroup(self, pid: int) -> str | Miss:
         """The path of its cgroup, chosen as `parse_cgroup` says; ``ABSENT`` without cgroups."""
-        answer: str | Miss = Miss.ABSENT
-        for base in self._bases(pid):
+        is_root = False
+
+        def ask(base: str) -> str | Miss:
+            nonlocal is_root
             data = _read(f"{base}/cgroup")
-            found = data if isinstance(data, Miss) else parse_cgroup(data) or Miss.ABSENT
-            if isinstance(found, str):
-                answer = found
-            if found is Miss.DENIED or (isinstance(found, str) and found != "/"):
-                return found
-        return answer or self._absent_or_gone(pid)
+            path = data if isinstance(data, Miss) else parse_cgroup(data) or Miss.ABSENT
+            is_root |= path == "/"
+            return Miss.ABSENT if path == "/" else path  # v1 shows a dead leader in the root (proc_cgroup_show)
+
+        found = self._first(pid, ask)
+        return "/" if is_root and found is Miss.ABSENT else found
 
     def exe(self, pid: int) -> Link | Miss:
         """The main executable, seen from our root; ``ABSENT`` for a kernel thread or a zombie."""
@@ -483,14 +480,13 @@ class ProcFs:
 
     def is_32bit(self, pid: int) -> bool | Miss:
         """Whether its program is a 32-bit one, told from the auxiliary vector; opens no file of it."""
-        for base in self._bases(pid):
+
+        def ask(base: str) -> bool | Miss:
             data = _read(f"{base}/auxv")
-            if data is Miss.DENIED:
-                return data
-            answer = None if isinstance(data, Miss) else parse_auxv_is_32bit(data)
-            if answer is not None:
-                return answer
-        return self._absent_or_gone(pid)
+            answer = data if isinstance(data, Miss) else parse_auxv_is_32bit(data)
+            return Miss.ABSENT if answer is None else answer
+
+        return self._first(pid, ask)
 
     def process(self, pid: int, *, container_of: Callable[[str], str | None] | None = None) -> Process | None:
         """The whole record of a process; what may not be read or is not there is ``None`` in it.
@@ -531,28 +527,36 @@ class ProcFs:
         return None if isinstance(data, Miss) else data.decode("ascii", "replace").strip()
 
     def _link(self, pid: int, name: str) -> str | Miss:
-        for base in self._bases(pid):
+        def ask(base: str) -> str | Miss:
             try:
                 return os.readlink(f"{base}/{name}")
             except OSError as error:
                 if error.errno == errno.ENAMETOOLONG:  # do_proc_readlink has one page for it
                     return Miss.ABSENT
-                if _miss(error, f"{base}/{name}") is Miss.DENIED:
-                    return Miss.DENIED
-        return self._absent_or_gone(pid)
+                return _miss(error, f"{base}/{name}")
 
-    def _absent_or_gone(self, pid: int) -> Miss:
-        """A second look at the world: the kernel says ENOENT for both."""
-        found = self.stat(pid)
-        return found if isinstance(found, Miss) else Miss.ABSENT
+        return self._first(pid, ask)
 
-    def _bases(self, pid: int) -> Iterator[str]:
-        """Where to read about a process: its own directory, then, if the leader is dead, its threads'."""
-        yield f"{self.root}/{pid}"
+    def _first(self, pid: int, ask: Callable[[str], _T | Miss]) -> _T | Miss:
+        """The answer of the process's directory or, if the leader is dead, of the first live thread's."""
+        answer = ask(f"{self.root}/{pid}")
+        if not isinstance(answer, Miss):
+            return answer
+        # A second look at the world: ENOENT and ESRCH also mean a kernel thread and a zombie, and the files
+        # of a task without memory belong to root, so that its owner is refused (task_dump_owner).
         leader = self.stat(pid)
-        tids = self.threads(pid) if leader and leader.is_dead else Miss.ABSENT
-        if not isinstance(tids, Miss):
-            yield from (f"{self.root}/{pid}/task/{tid}" for tid in tids if tid != pid)
+        if isinstance(leader, Miss):
+            return leader
+        if not leader.is_dead:
+            return Miss.DENIED if answer is Miss.DENIED else Miss.ABSENT
+        tids = self.threads(pid)
+        answers = {Miss.ABSENT}
+        for tid in tids if isinstance(tids, list) else ():
+            answer = Miss.ABSENT if tid == pid else ask(f"{self.root}/{pid}/task/{tid}")
+            if not isinstance(answer, Miss):
+                return answer
+            answers.add(answer)
+        return Miss.DENIED if Miss.DENIED in answers else Miss.ABSENT
 
     def _check(self, given: str) -> None:
         try:
@@ -565,11 +569,7 @@ class ProcFs:
         kind = _filesystem(info.st_dev)
         if kind not in (None, "proc"):
             raise ProcRootError(given, f"it is on {kind}")
-        try:
-            is_link = stat.S_ISLNK(os.lstat(f"{self.root}/self").st_mode)
-        except OSError:
-            is_link = False
-        if not is_link:
+        if not os.path.islink(f"{self.root}/self"):
             raise ProcRootError(given, "it has no link named self")
         # GONE: it ended since it was listed. DENIED: hidepid=1, which only a proc file system has.
         for pid in self.pids():

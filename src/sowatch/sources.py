@@ -12,6 +12,7 @@ import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
+from errno import EPERM, ESRCH
 from importlib.resources import files
 from typing import Final, NamedTuple, Protocol
 
@@ -56,6 +57,8 @@ class Reading:
     end_ns: int
     intro: ProcessRecord | None = None
     maps: list[MapRecord] = field(default_factory=list)
+    #: The highest count of mappings that made the kernel follow it; see `EventSource.settle`.
+    touches: int = 0
 
 
 class EventSource(Protocol):
@@ -81,6 +84,9 @@ class EventSource(Protocol):
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         """Says whether files are wanted: what is not will not be reported again for a while."""
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+        """Stops following a process of which nothing is wanted; False if it has done more since."""
 
     def set_report(self, report: Report) -> None:
         """Chooses what is reported beyond the processes that are followed."""
@@ -121,6 +127,8 @@ SYSCALL_HOOKS: Final = (
 OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat")
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
 READER: Final = "read_mappings"
+#: The same programs twice: with typed loads (6.2+), and with probe reads.
+OBJECTS: Final = ("watch.bpf.o", "watch_compat.bpf.o")
 
 
 class BpfSource:
@@ -145,12 +153,16 @@ class BpfSource:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("core", True, None),)
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
-        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / "watch.bpf.o"))
-        try:
-            self._load(config)
-        except BaseException:
-            self._object.close()
-            raise
+        for program in OBJECTS:
+            self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
+            try:
+                self._load(config)
+                return
+            except BaseException as error:
+                self._object.close()
+                # What the first cannot for want of a newer kernel, the second may.
+                if program == OBJECTS[-1] or not isinstance(error, BpfError) or error.errno == EPERM:
+                    raise
 
     def _load(self, config: Config) -> None:
         bpf = self._object
@@ -202,7 +214,7 @@ class BpfSource:
         try:
             rows = [row for chunk in self._iterate(pid) for row in parse(chunk)]
         except BpfError as error:
-            if error.errno == 3:  # ESRCH
+            if error.errno == ESRCH:
                 return None
             raise
         finally:
@@ -235,6 +247,9 @@ class BpfSource:
         expires_s = self._now_s.value + max(1, round(self._ttl_s))
         verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
         self._verdicts.update_many(list(keys), VERDICT_VALUE.pack(verdict, expires_s))  # type: ignore[arg-type]
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+        return self._object.run("settle", pid, start_ns, touches) == 1
 
     def set_report(self, report: Report) -> None:
         self._report.value = int(report)
@@ -273,6 +288,7 @@ def group(rows: Sequence[Record]) -> list[Reading]:
         if reading is None:
             reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
         reading.end_ns = row.t_ns
+        reading.touches = max(reading.touches, row.touches)
         if row.type == RecordType.MAP:
             reading.maps.append(row)  # type: ignore[arg-type]
         elif row.type == RecordType.INTRO:

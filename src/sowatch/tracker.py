@@ -258,6 +258,8 @@ class Tracker:
         changes: what happened since `take_changes`, in order.
         dirty: tgids whose mappings must be read, in order, with what the findings are called.
         answers: keys the kernel asked about, and whether they are wanted.
+        idle: (tgid, start_ns, touches) of processes the kernel follows although nothing of theirs
+            is wanted, as far as these touches go.
     """
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
@@ -269,6 +271,7 @@ class Tracker:
         self.changes: list[Change] = []
         self.dirty: dict[int, Causes] = {}
         self.answers: list[tuple[Hashable, bool]] = []
+        self.idle: list[tuple[int, int, int]] = []
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
 
@@ -358,6 +361,7 @@ class Tracker:
             known = self._processes.get(record.tgid)
             if known is not None and record.tgid not in self.dirty:
                 self._take_away(known.space, record.start, record.end, record.t_ns)
+            self._note_if_idle(record.tgid, record.start_ns, record.touches)
             return
         process = self._process(record)
         process.rename(record.comm)
@@ -404,8 +408,27 @@ class Tracker:
         child.space.holders.append(child)
         for mapping in child.space.files.values():
             self._tell(child.space, True, "fork", record.t_ns, mapping)
+        self._note_if_idle(record.tgid, record.start_ns, record.touches)
         if record.flags & FLAG_DIRTY:
             self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+
+    def _note_if_idle(self, pid: int, start_ns: int, touches: int) -> None:
+        known = self._processes.get(pid)
+        if touches and (known is None or not known.space.files) and pid not in self.dirty:
+            self.idle.append((pid, start_ns, touches))
+
+    def take_idle(self) -> list[tuple[int, int, int]]:
+        """Processes to settle, each once."""
+        taken, self.idle = self.idle, []
+        return [
+            (pid, start_ns, touches)
+            for pid, start_ns, touches in dict.fromkeys(taken)
+            if pid not in self._processes or not self._processes[pid].space.files
+        ]
+
+    def settled(self, pid: int, start_ns: int) -> None:
+        """The kernel does not follow it any more: no exit will be told."""
+        self._forget(pid, start_ns, "exit", 0)
 
     def announce(self, process: Tracked, t_ns: int) -> None:
         """A CLONE_VM child is still there without exec: from now on it has what its parent has."""
@@ -527,6 +550,7 @@ class Tracker:
             if name.is_wanted:
                 found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
         if known is None and not found:
+            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
             return
         if known is None:
             known = self._process(reading.intro or reading.maps[0])
@@ -543,6 +567,8 @@ class Tracker:
             if mapping is not None:
                 mapping.ranges = []
             self._add(space, name, ranges, causes.load, row)
+        if reading.touches and not found:
+            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
 
     # ---- rules --------------------------------------------------------------------------------
 

@@ -242,6 +242,11 @@ class BpfObject:
         value = self._per_cpu[map_name].lookup(index.to_bytes(4, sys.byteorder), 8 * cpus)
         return sum(memoryview(value).cast("Q")) if value else 0
 
+    def run(self, program: str, *arguments: int) -> int:
+        """Runs a ``raw_tp`` program once, here and now; gives what it returns (0 or more)."""
+        block = self._lib.ffi.new("unsigned long long[]", arguments)
+        return self._call(f"running {program}", self._lib.lib.sow_run, os.fsencode(program), block, len(arguments))
+
     def iterate(self, program: str, tgid: int = 0) -> int:
         """A descriptor to read an iterator program's output from; the caller closes it.
 

@@ -54,13 +54,13 @@ FLAG_MPROTECT: Final = 1 << 5
 FLAG_IMAGE: Final = 1 << 6
 
 #: struct record, 40 bytes.
-HEAD: Final = struct.Struct("=IHHIIQQI4x")
+HEAD: Final = struct.Struct("=IHHIIQQII")
 #: struct range_record, 56 bytes.
-RANGE: Final = struct.Struct("=IHHIIQQI4xQQ")
+RANGE: Final = struct.Struct("=IHHIIQQIIQQ")
 #: struct map_record, 152 bytes, then path_bytes of text.
-MAP: Final = struct.Struct("=IHHIIQQI4x64sQQQ16sII")
+MAP: Final = struct.Struct("=IHHIIQQII64sQQQ16sII")
 #: struct process_record, 152 bytes, then cgroup_bytes and path_bytes of text.
-PROCESS: Final = struct.Struct("=IHHIIQQI4xQIIII24sQ16s16x16sII")
+PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s16x16sII")
 #: struct file_id, 24 bytes, at the start of struct file_key.
 FILE_ID: Final = struct.Struct("=QQII")
 #: Bytes 40 to 56 of struct file_key: root_dentry and root_mnt.
@@ -78,6 +78,7 @@ class RangeRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
+    touches: int = 0
     start: int = 0
     end: int = 0
 
@@ -93,6 +94,7 @@ class MapRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
+    touches: int
     key: Hashable
     start: int
     end: int
@@ -114,6 +116,7 @@ class ProcessRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
+    touches: int
     parent_start_ns: int
     parent_tgid: int
     ppid: int

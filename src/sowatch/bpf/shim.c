@@ -333,6 +333,18 @@ int sow_ring_drain(sow_object *self, void *buffer, unsigned int capacity)
 	return self->used;
 }
 
+int sow_run(sow_object *self, const char *name, const unsigned long long *arguments, unsigned int count)
+{
+	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
+	LIBBPF_OPTS(bpf_test_run_opts, options, .ctx_in = arguments, .ctx_size_in = count * sizeof(*arguments));
+	int error;
+
+	if (!program)
+		return -ENOENT;
+	error = bpf_prog_test_run_opts(bpf_program__fd(program), &options);
+	return error ? error : (int)options.retval;
+}
+
 int sow_iterate(sow_object *self, const char *name, unsigned int tgid)
 {
 	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);

@@ -46,6 +46,9 @@ int sow_ring_open(sow_object *object, const char *map);
 int sow_ring_fd(sow_object *object);
 int sow_ring_drain(sow_object *object, void *buffer, unsigned int capacity);
 
+/* Runs a raw_tp program once with these arguments; gives what it returned. */
+int sow_run(sow_object *object, const char *program, const unsigned long long *arguments, unsigned int count);
+
 /* A file descriptor to read a program's iteration from: over one process (tgid), or all (0). */
 int sow_iterate(sow_object *object, const char *program, unsigned int tgid);
 

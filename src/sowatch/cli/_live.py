@@ -137,14 +137,14 @@ class LiveView:
         lost = stats.lost_kernel + stats.lost_queue
         return Text.assemble(
             (f"{stats.processes}", "bold"),
-            " processes   ",
+            " processes  ",
             (f"{stats.libraries}", "bold"),
-            " libraries   ",
+            " libraries  ",
             (f"{self._rate:.1f}", "bold"),
-            " events/s   ",
+            " events/s  ",
             (f"{lost}", _LOOKS["warn"] if lost else "bold"),
-            " lost   ",
-            (f"{self._guarantee}   Ctrl-C ends", "dim"),
+            " lost  ",
+            (f"{self._guarantee}  Ctrl-C ends", "dim"),
             no_wrap=True,
             overflow="ellipsis",
         )

@@ -12,13 +12,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from sowatch import __version__
 from sowatch.cli._out import Out, PipeClosed, reserve_standard_fds
 from sowatch.cli._parser import Parser, TextAsked
 from sowatch.errors import SowatchError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: Final = ("watch", "list", "doctor")
+#: The commands, with the first line of each one's help: `sowatch --help` imports none of them.
+COMMANDS: Final = {
+    "watch": "Live feed of loads and unloads.",
+    "list": "Which process has which library mapped, now.",
+    "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
+}
 
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
@@ -79,33 +85,19 @@ def _dispatch(argv: Sequence[str], out: Out) -> int:
 
 def _main_parser() -> Parser:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {_summary(name)}" for name in COMMANDS)
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = Parser(
         prog="sowatch",
         description=f"{_DESCRIPTION}\n\ncommands:\n{lines}\n\n`sowatch COMMAND --help` tells more of each.",
         epilog=_EXIT_CODES,
         usage="sowatch COMMAND [ARGUMENT...]",
     )
-    parser.add_text_option("--version", _version, help="show the version and end")
+    parser.add_text_option("--version", lambda: f"sowatch {__version__}\n", help="show the version and end")
     return parser
 
 
 def _command(name: str) -> Any:
     return importlib.import_module(f"sowatch.cli.{name}")
-
-
-def _summary(name: str) -> str:
-    # Without docstrings (python -OO) there is no help, either.
-    return (_command(name).__doc__ or "").partition("\n")[0]
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"sowatch {version('sowatch')}\n"
-    except PackageNotFoundError:
-        return "sowatch, not installed: run from its sources\n"
 
 
 def _warn(message: str) -> None:

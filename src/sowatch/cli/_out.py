@@ -6,6 +6,7 @@ write when the reader stops reading, and complains at exit when the reader went 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import stat
@@ -56,9 +57,14 @@ class Out:
 
     Text is collected by `write` and leaves with `flush`. A reader that stopped reading is waited
     for, but once `finish_within` was called only that long: a signal must be able to end us.
+
+    Raises:
+        SowatchError: the descriptor is not open for writing.
     """
 
     def __init__(self, fd: int = 1, *, encoding: str | None = None) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise SowatchError("standard output is not open for writing. Redirect it to a file, a pipe or /dev/null.")
         self._fd = fd
         self.encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
         self.is_terminal = os.isatty(fd)

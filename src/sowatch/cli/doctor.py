@@ -27,7 +27,6 @@ from sowatch.escape import visible
 from sowatch.events import SCHEMA
 from sowatch.procfs import ProcFs
 
-_WIDTH: Final = 22
 _LOOKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
 
 
@@ -56,7 +55,9 @@ class _Plan(Protocol):
     @property
     def attempts(self) -> Sequence[LoadAttempt]: ...
     @property
-    def remedy(self) -> str | None: ...
+    def remedy(self) -> str: ...
+    @property
+    def is_only_permission(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +123,15 @@ class _Report:
     def exit_code(self) -> int:
         if self.can_watch:
             return 0
-        # Without permission most probes cannot tell, so what counts is whether one said a clear no.
-        lacks_only_permission = self.host.may_load is False and not any(
-            probe.answer == "no" and not self._is_refusal(probe) for probe in self.probes
-        )
-        return 3 if isinstance(self.error, NotPermitted) or (self.error is None and lacks_only_permission) else 1
-
-    @staticmethod
-    def _is_refusal(probe: _Probe) -> bool:
-        return any(word in probe.detail.lower() for word in ("permi", "capab", "eperm", "eacces"))
+        refused = self.plan.is_only_permission if self.plan is not None else isinstance(self.error, NotPermitted)
+        # Permission would not help where the kernel has no BTF or is locked down.
+        return 3 if refused and self.host.btf is not None and self.host.lockdown != "confidentiality" else 1
 
     @property
     def remedy(self) -> str:
         if self.error is not None:
             return str(self.error)
-        return (self.plan.remedy if self.plan is not None else None) or ""
+        return self.plan.remedy if self.plan is not None else ""
 
     def to_dict(self) -> dict[str, Any]:
         plan = self.plan
@@ -208,6 +203,7 @@ _Row = tuple[str, str | None, str]
 
 def _write(report: _Report, out: Out) -> None:
     rows = [*_host_rows(report), *_probe_rows(report), *_decision_rows(report), *_risk_rows(report)]
+    width = max(len(name) for name, value, _ in rows if value is not None)
     if out.is_terminal:
         from rich.text import Text
 
@@ -218,11 +214,11 @@ def _write(report: _Report, out: Out) -> None:
             if value is None:
                 text.append(f"{name}\n", "bold")
             else:
-                text.append(f"  {name:<{_WIDTH}} ").append(f"{value}\n", look)
+                text.append(f"  {name:<{width}} ").append(f"{value}\n", look)
         terminal_console(out).print(text, end="")
     else:
         for name, value, _ in rows:
-            out.write(f"{name}\n" if value is None else f"  {name:<{_WIDTH}} {value}\n")
+            out.write(f"{name}\n" if value is None else f"  {name:<{width}} {value}\n")
     out.flush()
 
 
@@ -265,7 +261,9 @@ def _probe_rows(report: _Report) -> list[_Row]:
     rows: list[_Row] = [("probes", None, "")]
     for probe in report.probes:
         detail = f": {visible(probe.detail)}" if probe.detail else ""
-        rows.append((probe.name, f"{probe.answer:<7} for {probe.needed_for}{detail}", _LOOKS.get(probe.answer, "")))
+        rows.append(
+            (visible(probe.name), f"{probe.answer:<7} for {probe.needed_for}{detail}", _LOOKS.get(probe.answer, ""))
+        )
     if not report.probes:
         rows.append(("none", "could be run", "red"))
     return rows

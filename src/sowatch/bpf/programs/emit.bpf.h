@@ -40,7 +40,7 @@ static __always_inline void fill_head(struct record *head, struct task_struct *t
 	head->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
 	head->t_ns = bpf_ktime_get_ns();
 	head->exec_id = BPF_CORE_READ(task, self_exec_id);
-	head->reserved = 0;
+	head->touches = 0;
 }
 
 /* Sends a record without text. False if the ring was full, which is counted. */
@@ -149,8 +149,8 @@ enum process_text { WITHOUT_EXE, WITH_EXE };
 
 /* All that user space could not read any more if the process were gone by then. */
 static __always_inline bool send_process(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
-					 struct task_struct *parent, enum record_type type, __u32 flags,
-					 enum process_text with)
+					 struct task_struct *parent, struct process *process, enum record_type type,
+					 __u32 flags, enum process_text with)
 {
 	struct scratch *scratch = take_scratch(owner);
 	struct process_record *record;
@@ -164,6 +164,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	record = &scratch->record.process;
 	__builtin_memset(record, 0, sizeof(*record));
 	fill_head(&record->head, task, type, flags, 0);
+	record->head.touches = process ? process->touches : 0;
 	if (parent) {
 		record->parent_tgid = BPF_CORE_READ(parent, tgid);
 		record->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
@@ -177,10 +178,11 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	record->cgroup_bytes = append_cgroup(scratch, task);
 	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
 	if (exe) {
-		identify(exe, &record->exe);
+		identify(TYPED(struct file, exe), &record->exe);
 		record->interpreter_base = interpreter_base_of(mm);
 		if (with == WITH_EXE) {
-			record->path_bytes = walk_path(owner, scratch, opened_path(exe), root, PATH_TEXT_BYTES);
+			record->path_bytes =
+				walk_path(owner, scratch, opened_path(TYPED(struct file, exe)), root, PATH_TEXT_BYTES);
 			if (scratch->is_partial)
 				record->head.flags |= FLAG_PARTIAL;
 		}
@@ -192,8 +194,8 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 
 /* A file mapped executable at [start, end), with the path that the process sees. */
 static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
-				     struct file *file, const struct file_key *key, __u64 start, __u64 end,
-				     __u64 offset_bytes, __u32 flags)
+				     struct process *process, struct file *file, const struct file_key *key,
+				     __u64 start, __u64 end, __u64 offset_bytes, __u32 flags)
 {
 	struct scratch *scratch = take_scratch(owner);
 	struct path opened, root;
@@ -204,13 +206,14 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 		return false;
 	record = &scratch->record.map;
 	fill_head(&record->head, task, RECORD_MAP, flags, 0);
+	record->head.touches = process ? process->touches : 0;
 	record->key = *key;
 	record->start = start;
 	record->end = end;
 	record->offset_bytes = offset_bytes;
 	record->mode = BPF_CORE_READ(file, f_inode, i_mode);
 	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
-	opened = opened_path(file);
+	opened = opened_path(TYPED(struct file, file));
 	root.mnt = (void *)key->root_mnt;
 	root.dentry = (void *)key->root_dentry;
 	if (!BPF_CORE_READ(opened.dentry, d_hash.pprev))

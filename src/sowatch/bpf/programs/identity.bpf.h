@@ -15,49 +15,48 @@
  */
 static __always_inline struct path opened_path(struct file *file)
 {
-	if (bpf_core_type_exists(struct backing_file) && BPF_CORE_READ(file, f_mode) & FMODE_BACKING) {
-		struct backing_file *backing = container_of(file, struct backing_file, file);
+	struct path path;
 
-		return BPF_CORE_READ(backing, user_path);
+	if (bpf_core_type_exists(struct backing_file) && READ(file, f_mode) & FMODE_BACKING) {
+		struct backing_file *backing =
+			TYPED(struct backing_file, container_of(file, struct backing_file, file));
+
+		path.mnt = READ(backing, user_path.mnt);
+		path.dentry = READ(backing, user_path.dentry);
+		return path;
 	}
-	return BPF_CORE_READ(file, f_path);
+	path.mnt = READ(file, f_path.mnt);
+	path.dentry = READ(file, f_path.dentry);
+	return path;
 }
 
 /* The file below overlayfs. private_data is a struct ovl_file from 6.13 on, the file itself before. */
 static __always_inline struct file *one_layer_down(struct file *file)
 {
-	void *data = BPF_CORE_READ(file, private_data);
+	void *data = READ(file, private_data);
 
 	if (bpf_core_type_exists(struct ovl_file))
 		return BPF_CORE_READ((struct ovl_file *)data, realfile);
 	return data;
 }
 
-static __always_inline struct inode *real_inode(struct file *file, unsigned long *magic, __u32 *dev)
+static __always_inline void identify(struct file *file, struct file_id *id)
 {
+	struct super_block *sb = NULL;
 	struct inode *inode = NULL;
+	unsigned long magic = 0;
 
 	for (int depth = 0; depth < MAX_STACK_DEPTH; depth++) {
-		struct super_block *sb;
-
-		inode = BPF_CORE_READ(file, f_inode);
-		sb = BPF_CORE_READ(inode, i_sb);
-		*magic = BPF_CORE_READ(sb, s_magic);
-		*dev = BPF_CORE_READ(sb, s_dev);
-		if (*magic != OVERLAYFS_SUPER_MAGIC)
+		inode = READ(file, f_inode);
+		sb = READ(inode, i_sb);
+		magic = READ(sb, s_magic);
+		if (magic != OVERLAYFS_SUPER_MAGIC)
 			break;
-		file = one_layer_down(file);
-		if (!file)
-			break;
+		file = TYPED(struct file, one_layer_down(file));
 	}
-	return inode;
-}
-
-static __always_inline void identify_inode(struct inode *inode, unsigned long magic, __u32 dev, struct file_id *id)
-{
-	id->inode = BPF_CORE_READ(inode, i_ino);
-	id->generation = BPF_CORE_READ(inode, i_generation);
-	id->dev = dev;
+	id->inode = READ(inode, i_ino);
+	id->generation = READ(inode, i_generation);
+	id->dev = READ(sb, s_dev);
 	id->subvolume = 0;
 	if (magic == BTRFS_SUPER_MAGIC && bpf_core_type_exists(struct btrfs_inode)) {
 		struct btrfs_inode *btrfs = container_of(inode, struct btrfs_inode, vfs_inode);
@@ -66,27 +65,18 @@ static __always_inline void identify_inode(struct inode *inode, unsigned long ma
 	}
 }
 
-static __always_inline void identify(struct file *file, struct file_id *id)
-{
-	unsigned long magic = 0;
-	__u32 dev = 0;
-	struct inode *inode = real_inode(file, &magic, &dev);
-
-	identify_inode(inode, magic, dev, id);
-}
-
 /* What a verdict on this file, as this task sees it, is filed under. */
 static __always_inline void make_key(struct task_struct *task, struct file *file, struct file_key *key)
 {
+	struct fs_struct *fs = READ(task, fs);
 	struct path opened = opened_path(file);
-	struct path root = BPF_CORE_READ(task, fs, root);
 
 	identify(file, &key->file);
 	key->dentry = (__u64)opened.dentry;
 	key->mnt = (__u64)opened.mnt;
-	key->root_dentry = (__u64)root.dentry;
-	key->root_mnt = (__u64)root.mnt;
-	key->name_hash = BPF_CORE_READ(opened.dentry, d_name.hash);
+	key->root_dentry = (__u64)READ(fs, root.dentry);
+	key->root_mnt = (__u64)READ(fs, root.mnt);
+	key->name_hash = READ(opened.dentry, d_name.hash);
 	key->epoch = rules_epoch;
 }
 
@@ -104,14 +94,13 @@ static __always_inline enum verdict look_up_verdict(const struct file_key *key)
 /* The file behind a descriptor of the calling task, or NULL. */
 static __always_inline struct file *file_of_fd(struct task_struct *task, __u32 fd)
 {
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **slots, *file = NULL;
+	struct fdtable *table = READ(task, files, fdt);
+	struct file *file;
 
-	if (fd >= BPF_CORE_READ(table, max_fds))
+	if (fd >= READ(table, max_fds))
 		return NULL;
-	slots = BPF_CORE_READ(table, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
-	return file;
+	file = load_pointer(READ(table, fd) + fd);
+	return file ? TYPED(struct file, file) : NULL;
 }
 
 /* The confirmed answer to "what is mapped at this address", filled in by bpf_find_vma. */
@@ -128,7 +117,7 @@ struct found_vma {
 static long take_vma(struct task_struct *task, struct vm_area_struct *vma, void *context)
 {
 	struct found_vma *found = context;
-	struct file *file = BPF_CORE_READ(vma, vm_file);
+	struct file *file = TYPED(struct file, BPF_CORE_READ(vma, vm_file));
 
 	found->file = file;
 	found->start = BPF_CORE_READ(vma, vm_start);
@@ -136,7 +125,7 @@ static long take_vma(struct task_struct *task, struct vm_area_struct *vma, void 
 	found->offset_bytes = (__u64)BPF_CORE_READ(vma, vm_pgoff) << PAGE_SHIFT;
 	found->is_executable = BPF_CORE_READ(vma, vm_flags) & VM_EXEC;
 	if (file)
-		make_key(task, file, &found->key);
+		make_key(TYPED(struct task_struct, task), file, &found->key);
 	return 0;
 }
 

@@ -30,6 +30,10 @@ struct qstr {
 	const unsigned char *name;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct hlist_bl_node {
 	struct hlist_bl_node **pprev;
 };

@@ -97,7 +97,7 @@ struct record {
 	__u64 start_ns;
 	__u64 t_ns;
 	__u32 exec_id;
-	__u32 reserved;
+	__u32 touches; /* of a map, fork or intro record: see settle */
 };
 
 struct range_record {

@@ -2,19 +2,19 @@
 /* What the programs remember: maps, counters, and the words user space writes while they run. */
 #pragma once
 
-#include "kernel_types.h"
+#include "reads.bpf.h"
 #include "records.h"
 
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
 #define MAX_RANGES 32
 
 /*
  * A process somebody may want to hear of: it maps, or may map, a file that a rule wants. Made at
- * sys_enter, copied to the child by fork, removed by exec and by the exit of the last thread, and
- * never by user space: so there is no moment in which a process of interest is not here.
+ * sys_enter, copied to the child by fork, removed by exec and by the exit of the last thread. User
+ * space never removes it, for another thread may be mapping a wanted file at that moment; it
+ * settles it (see `settle`), which the next mapping undoes. So there is no moment in which a
+ * process of interest is not followed.
  * Its executable ranges decide which munmap is worth a word; they only ever grow between two
  * readings, so a stale one costs a needless event and a missing one cannot be.
  */
@@ -28,7 +28,7 @@ struct process {
 	__u32 shares_vm;   /* another process may hold the same mm */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
 	__u32 visit_tid;
-	__u32 reserved;
+	__u32 touches; /* mappings that brought it here; 0: settled, nothing of it is wanted */
 	struct {
 		__u64 start;
 		__u64 end;
@@ -56,6 +56,7 @@ enum pending_kind {
 	PENDING_REREAD = 1 << 2,        /* changes it in a way only a reading can tell */
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
+	PENDING_TOUCHED = 1 << 6,       /* counted in its process's touches */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
 };
 
@@ -114,11 +115,6 @@ static __always_inline bool is_error(long ret)
 	return (unsigned long)ret > -4096UL;
 }
 
-static __always_inline struct task_struct *current_task(void)
-{
-	return (struct task_struct *)bpf_get_current_task();
-}
-
 /*
  * Facts need a process that nobody can interfere with: one task in its address space and nobody
  * beside it on its fd table. mm_users counts threads and CLONE_VM processes alike (and, for a
@@ -131,30 +127,78 @@ static __always_inline bool is_alone(struct task_struct *task)
 
 static __always_inline bool has_own_fds(struct task_struct *task)
 {
-	return BPF_CORE_READ(task, files, count.counter) == 1;
+	return READ(task, files, count.counter) == 1;
 }
 
+/*
+ * How many followed processes have a tgid with these low bits. Most calls come from processes that
+ * are not followed, and this tells so at the price of a load.
+ */
+#define SLOTS 65536
+__u32 process_slots[SLOTS];
+
+static __always_inline __u32 *slot_of(__u32 tgid)
+{
+	return &process_slots[tgid & (SLOTS - 1)];
+}
+
+/* The process if it is here and not settled. */
 static __always_inline struct process *find_process(__u32 tgid)
 {
-	return bpf_map_lookup_elem(&processes, &tgid);
+	struct process *process;
+
+	if (!*slot_of(tgid))
+		return NULL;
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	return process && process->touches ? process : NULL;
 }
 
-/* The process, made if it is not there. NULL when the map is full, which is counted. */
-static struct process *touch_process(struct task_struct *task)
+static __always_inline void follow(struct process *process, __u32 tgid)
+{
+	if (__sync_fetch_and_add(&process->touches, 1) == 0)
+		__sync_fetch_and_add(slot_of(tgid), 1);
+}
+
+/* The call that was counted at its entry sends no record after all. */
+static __always_inline void unfollow(struct process *process, __u32 tgid)
+{
+	if (process && __sync_fetch_and_sub(&process->touches, 1) == 1)
+		__sync_fetch_and_sub(slot_of(tgid), 1);
+}
+
+/* For good: its last thread is gone, or its program is another one. */
+static __always_inline void remove_process(__u32 tgid)
+{
+	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
+
+	if (!process)
+		return;
+	if (process->touches)
+		__sync_fetch_and_sub(slot_of(tgid), 1);
+	bpf_map_delete_elem(&processes, &tgid);
+}
+
+/*
+ * The process, made if it is not here; from now on it is followed. NULL when the map is full,
+ * which is counted.
+ */
+static __always_inline struct process *touch_process(struct task_struct *task)
 {
 	static const struct process blank;
 	__u32 tgid = BPF_CORE_READ(task, tgid);
-	struct process *process = find_process(tgid);
+	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
 
-	if (process)
-		return process;
-	bpf_map_update_elem(&processes, &tgid, &blank, BPF_NOEXIST);
-	process = find_process(tgid);
+	if (!process) {
+		bpf_map_update_elem(&processes, &tgid, &blank, BPF_NOEXIST);
+		process = bpf_map_lookup_elem(&processes, &tgid);
+	}
 	if (!process) {
 		count(LOST_PROCESSES);
 		return NULL;
 	}
-	process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	if (!process->start_ns)
+		process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	follow(process, tgid);
 	return process;
 }
 

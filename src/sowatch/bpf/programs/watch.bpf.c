@@ -85,8 +85,8 @@ int enter_mmap(struct syscall_enter *context)
 				count(COUNT_IGNORED);
 			}
 			/* Followed from now on, so that a fork before the exit of this call is seen. */
-			if (verdict != VERDICT_IGNORE && !touch_process(task))
-				call.kind |= PENDING_REREAD;
+			if (verdict != VERDICT_IGNORE && touch_process(task))
+				call.kind |= PENDING_TOUCHED;
 		} else if (call.kind & PENDING_UNSURE_FD) {
 			call.kind |= PENDING_MAP | PENDING_ASK;
 		}
@@ -172,12 +172,19 @@ static __always_inline void send_dirty(struct task_struct *task, struct process 
 static __always_inline void introduce(struct task_struct *task, struct process *process)
 {
 	if (!process->introduced)
-		process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_INTRO, 0, WITH_EXE);
+		process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, process, RECORD_INTRO, 0, WITH_EXE);
+}
+
+static __always_inline void untouch(const struct pending *call, __u32 tgid)
+{
+	if (call->kind & PENDING_TOUCHED)
+		unfollow(find_process(tgid), tgid);
 }
 
 /* Not inlined: its stack of two keys would not fit beside its caller's. */
 static __noinline int report_mapping(struct pending *call, __u64 start)
 {
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct task_struct *task = current_task();
 	struct found_vma found = {};
 	bool is_alone_now = is_alone(task);
@@ -196,8 +203,10 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		bool confirmed = find_vma_at(start, &found) == 0;
 		enum verdict verdict;
 
-		if (confirmed && (!found.file || !found.is_executable))
+		if (confirmed && (!found.file || !found.is_executable)) {
+			untouch(call, tgid);
 			return 0;
+		}
 		if (!confirmed && !found.file) {
 			send_dirty(task, touch_process(task));
 			return 0;
@@ -205,6 +214,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		verdict = look_up_verdict(&found.key);
 		if (verdict == VERDICT_IGNORE && confirmed) {
 			count(COUNT_IGNORED);
+			untouch(call, tgid);
 			return 0;
 		}
 		if (verdict == VERDICT_NONE)
@@ -220,14 +230,15 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	} else if (call->kind & PENDING_ASK) {
 		flags |= FLAG_ASK;
 	}
-	process = touch_process(task);
+	process = call->kind & PENDING_TOUCHED ? find_process(tgid) : touch_process(task);
 	if (process) {
 		add_range(process, found.start, found.end);
 		introduce(task, process);
 		if (!is_alone_now && mark_dirty(process))
 			flags |= FLAG_DIRTY;
 	}
-	send_map(SCRATCH_HOOKS, NULL, task, found.file, &found.key, found.start, found.end, found.offset_bytes, flags);
+	send_map(SCRATCH_HOOKS, NULL, task, process, found.file, &found.key, found.start, found.end, found.offset_bytes,
+		 flags);
 	return 0;
 }
 
@@ -260,8 +271,12 @@ int leave(struct syscall_exit *context)
 	}
 	if (call->kind & PENDING_REREAD)
 		send_dirty(task, find_process(pid_tgid >> 32));
-	if (call->kind & PENDING_MAP && !is_error(ret))
-		report_mapping(call, ret);
+	if (call->kind & PENDING_MAP) {
+		if (is_error(ret))
+			untouch(call, pid_tgid >> 32);
+		else
+			report_mapping(call, ret);
+	}
 	if (call->kind & PENDING_MPROTECT_EXEC && !ret)
 		report_mapping(call, call->start);
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
@@ -291,12 +306,15 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 	if (mm == BPF_CORE_READ(parent, mm))
 		flags |= FLAG_SHARED_VM;
 	if (process) {
+		remove_process(child_tgid);
 		bpf_map_update_elem(&processes, &child_tgid, process, BPF_ANY);
-		inherited = find_process(child_tgid);
+		inherited = bpf_map_lookup_elem(&processes, &child_tgid);
 		if (!inherited)
 			count(LOST_PROCESSES);
 	}
 	if (inherited) {
+		inherited->touches = 0;
+		follow(inherited, child_tgid);
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
 		inherited->visit_run = 0;
@@ -310,7 +328,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		if (inherited)
 			inherited->dirty = 1;
 	}
-	sent = send_process(SCRATCH_HOOKS, NULL, child, parent, RECORD_FORK, flags,
+	sent = send_process(SCRATCH_HOOKS, NULL, child, parent, inherited, RECORD_FORK, flags,
 			    process && process->introduced ? WITHOUT_EXE : WITH_EXE);
 	if (inherited)
 		inherited->introduced = sent;
@@ -327,7 +345,7 @@ static __noinline int report_image(struct task_struct *task, struct file *file, 
 
 	if (!file)
 		return 0;
-	make_key(task, file, &key);
+	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
 	verdict = look_up_verdict(&key);
 	if (verdict == VERDICT_IGNORE)
 		return 0;
@@ -338,7 +356,7 @@ static __noinline int report_image(struct task_struct *task, struct file *file, 
 		return 0;
 	add_range(process, start, end);
 	introduce(task, process);
-	send_map(SCRATCH_HOOKS, NULL, task, file, &key, start, end, 0, flags);
+	send_map(SCRATCH_HOOKS, NULL, task, process, file, &key, start, end, 0, flags);
 	return 0;
 }
 
@@ -362,12 +380,10 @@ int BPF_PROG(process_execs, struct task_struct *task)
 	__u32 tgid = BPF_CORE_READ(task, tgid);
 	bool is_followed = find_process(tgid);
 
-	if (!is_followed && !(report & (REPORT_PROCESSES | REPORT_IMAGES)))
-		return 0;
 	if (is_followed || report & REPORT_PROCESSES)
-		send_process(SCRATCH_HOOKS, NULL, task, NULL, RECORD_EXEC, 0,
+		send_process(SCRATCH_HOOKS, NULL, task, NULL, NULL, RECORD_EXEC, 0,
 			     report & REPORT_PROCESSES ? WITH_EXE : WITHOUT_EXE);
-	bpf_map_delete_elem(&processes, &tgid);
+	remove_process(tgid);
 	if (report & REPORT_IMAGES)
 		report_images(task);
 	return 0;
@@ -385,11 +401,30 @@ int BPF_PROG(process_exits, struct task_struct *task)
 	if (BPF_CORE_READ(task, signal, live.counter) > 0)
 		return 0;
 	tgid = BPF_CORE_READ(task, tgid);
-	if (!find_process(tgid) && !(report & REPORT_PROCESSES))
-		return 0;
-	send_small(task, RECORD_EXIT, 0, 0, 0);
-	bpf_map_delete_elem(&processes, &tgid);
+	if (find_process(tgid) || report & REPORT_PROCESSES)
+		send_small(task, RECORD_EXIT, 0, 0, 0);
+	remove_process(tgid);
 	return 0;
+}
+
+/*
+ * Run by user space, not by an event: nothing of this process is wanted, says somebody who has
+ * seen all that brought it here. If another mapping has been counted since, it stays; if not, it
+ * is not followed any more, until one is. Arguments: tgid, start_ns, touches. 1 if it was settled.
+ */
+SEC("raw_tp")
+int settle(struct bpf_raw_tracepoint_args *context)
+{
+	__u32 tgid = context->args[0], touches = context->args[2];
+	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
+
+	if (!process || process->start_ns != context->args[1] || !touches)
+		return 0;
+	process->introduced = 0; /* user space forgets it; before the swap, for it may come back at once */
+	if (__sync_val_compare_and_swap(&process->touches, touches, 0) != touches)
+		return 0;
+	__sync_fetch_and_sub(slot_of(tgid), 1);
+	return 1;
 }
 
 /* ---- reading what there is -------------------------------------------------------------------- */
@@ -491,6 +526,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 		struct record visit = {};
 
 		fill_head(&visit, task, RECORD_VISIT, 0, sizeof(visit));
+		visit.touches = process ? process->touches : 0;
 		if (bpf_seq_write(seq, &visit, sizeof(visit)))
 			return 0; /* the buffer is full: the kernel calls again for this vma */
 	}
@@ -506,7 +542,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 			goto shown;
 		flags |= FLAG_IMAGE;
 	}
-	make_key(task, file, &key);
+	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
 	verdict = look_up_verdict(&key);
 	if (verdict == VERDICT_IGNORE)
 		goto shown;
@@ -519,18 +555,19 @@ int read_mappings(struct bpf_iter__task_vma *context)
 			process->visit_tid = task->pid;
 			/* Its exit may have come before the entry was made; it would stay for ever. */
 			if (BPF_CORE_READ(task, signal, live.counter) == 0) {
-				bpf_map_delete_elem(&processes, &reader->tgid);
+				remove_process(reader->tgid);
 				reader->is_skipped = 1;
 				return 0;
 			}
 		}
 	}
 	if (process) {
-		if (!process->introduced && !send_process(SCRATCH_READER, seq, task, NULL, RECORD_INTRO, 0, WITH_EXE))
+		if (!process->introduced &&
+		    !send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
 			return 0;
 		add_range(process, start, end);
 	}
-	if (!send_map(SCRATCH_READER, seq, task, file, &key, start, end, offset_bytes, flags))
+	if (!send_map(SCRATCH_READER, seq, task, process, file, &key, start, end, offset_bytes, flags))
 		return 0;
 	if (process)
 		process->introduced = 1;
