@@ -20,6 +20,7 @@ from cachetools import LRUCache
 from sowatch.bpf.binding import open_in_root
 from sowatch.elf import ElfError, read_exports, read_facts
 from sowatch.identity import FileId
+from sowatch.procfs import ProcFs
 from sowatch.tracker import Change, Name
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
@@ -62,15 +63,15 @@ class Inspector:
     """One thread that opens and reads files on demand, and remembers what it found by FileId.
 
     Args:
-        proc_root: where the host's proc is mounted.
+        proc: the host's.
         exports: symbols that some rule asks for; read only if there are any.
         on_done: called on the inspector's thread after each look.
 
     All methods may be called from any thread.
     """
 
-    def __init__(self, *, proc_root: str, exports: frozenset[str], on_done: Callable[[], None]) -> None:
-        self._proc_root = proc_root
+    def __init__(self, *, proc: ProcFs, exports: frozenset[str], on_done: Callable[[], None]) -> None:
+        self._proc = proc
         self._exports = exports
         self._on_done = on_done
         self._known: LRUCache[FileId, FileFacts] = LRUCache(MAX_FACTS)
@@ -123,7 +124,7 @@ class Inspector:
 
     def _look(self, order: _Order) -> FileFacts:
         fd = open_mapped(
-            self._proc_root,
+            self._proc,
             order.pid,
             order.file_id,
             order.path,
@@ -137,17 +138,24 @@ class Inspector:
             facts = read_facts(fd)
             if facts is None:
                 return FileFacts(is_elf=False)
-            exports = read_exports(fd, self._exports) if self._exports and facts.is_elf else None
-            return FileFacts(facts.is_elf, facts.build_id, facts.soname, exports)
-        except ElfError as error:
-            # A file that lies is one without facts; one that could not be read may be tried again.
-            return FileFacts(is_elf=True if error.errno is None else None)
+            return FileFacts(facts.is_elf, facts.build_id, facts.soname, self._exports_of(fd) if facts.is_elf else None)
+        except ElfError:
+            return FileFacts()  # it could not be read, and may be tried again
         finally:
             os.close(fd)
 
+    def _exports_of(self, fd: int) -> frozenset[str] | None:
+        if not self._exports:
+            return None
+        try:
+            return read_exports(fd, self._exports)
+        except ElfError as error:
+            # A file that lies exports nothing; one that could not be read may do so yet.
+            return frozenset() if error.errno is None else None
+
 
 def open_mapped(
-    proc_root: str,
+    proc: ProcFs,
     pid: int,
     file_id: FileId,
     path: str,
@@ -161,7 +169,7 @@ def open_mapped(
     Tried in order: the kernel's link to the mapping, the path below the process's root, the path
     in our own view if it is the same. The last two only count if the inode number agrees.
     """
-    for fd, is_certain in _candidates(proc_root, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
+    for fd, is_certain in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
         try:
             status = os.fstat(fd)
             # The device differs on overlayfs and btrfs, where stat invents one.
@@ -174,18 +182,19 @@ def open_mapped(
 
 
 def _candidates(
-    proc_root: str, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
+    proc: ProcFs, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
 ) -> Iterator[tuple[int, bool]]:
-    for start, end in ranges:
+    links = proc.map_files_dir(pid) if ranges else None
+    for start, end in ranges if links else ():
         try:
-            yield os.open(f"{proc_root}/{pid}/map_files/{start:x}-{end:x}", OPEN_FLAGS), True
+            yield os.open(f"{links}/{start:x}-{end:x}", OPEN_FLAGS), True
         except OSError:
             continue
     if is_deleted:
         return
     name = os.fsencode(path)
-    for root in (f"{proc_root}/{pid}/root", "/" if is_own_view else None):
-        if root is None:
+    for root in (proc.root_dir(pid), "/" if is_own_view else None):
+        if not root:
             continue
         try:
             directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -238,7 +238,10 @@ class Disk:
             try:
                 fd = open_below(root_fd, library.path, os.O_PATH)
             except (FileNotFoundError, NotADirectoryError):
-                return Staleness.DELETED if library.deleted else None
+                # The event is as old as the load; the name may have gone since. But a name that is not there
+                # need not be deleted: it may be out of reach of the root the process has by now.
+                is_deleted = library.deleted or self._is_unlinked(process.pid, ranges)
+                return Staleness.DELETED if is_deleted else None
             try:
                 found = os.fstat(fd)
                 is_plain = _shows_real_inode(fd)
@@ -260,6 +263,11 @@ class Disk:
                 continue  # not permitted, or the mapping was split or has gone
             return status.st_dev, status.st_ino
         return None
+
+    def _is_unlinked(self, pid: int, ranges: Sequence[tuple[int, int]]) -> bool:
+        rows = self._proc.executable_maps(pid)
+        starts = {start for start, _ in ranges}
+        return not isinstance(rows, Miss) and any(row.start in starts and row.is_deleted for row in rows)
 
     def _kernels_word(self, pid: int, library: Library) -> Staleness | None:
         """The answer where we cannot look: the name may be taken again, but was given up."""

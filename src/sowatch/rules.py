@@ -85,6 +85,8 @@ class Rule:
             raise UsageError(f"a rule needs at least one kind. Use one of: {', '.join(KINDS)}.")
         if isinstance(exports, str):
             exports = (exports,)
+        if pattern is not None and not isinstance(pattern, str):
+            raise UsageError(f"a pattern must be a str, not {type(pattern).__name__}. Pass the expression as text.")
         put = object.__setattr__
         put(self, "pattern", pattern or None)
         put(self, "name", name or pattern or "all")
@@ -107,8 +109,6 @@ class Rule:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    if not isinstance(pattern, str):
-        raise UsageError(f"a pattern must be a str, not {type(pattern).__name__}. Pass the expression as text.")
     try:
         return re.compile(pattern)
     except re.error as error:

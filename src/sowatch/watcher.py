@@ -117,11 +117,11 @@ class ActiveFile:
 class _Worker:
     """Runs the callbacks of one rule, in the order things happened."""
 
-    def __init__(self, rule: Rule, subscription: Subscription, registry: FileRegistry, proc_root: str) -> None:
+    def __init__(self, rule: Rule, subscription: Subscription, registry: FileRegistry, proc: ProcFs) -> None:
         self._rule = rule
         self._subscription = subscription
         self._registry = registry
-        self._proc_root = proc_root
+        self._proc = proc
         self._active: dict[FileId, ActiveFile] = {}
         self.errors = 0
         self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
@@ -162,7 +162,7 @@ class _Worker:
     def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
         assert event.process is not None
         fd = open_mapped(
-            self._proc_root,
+            self._proc,
             event.process.pid,
             library.id,
             library.path,
@@ -288,12 +288,12 @@ class Watcher:
             silent_baseline=not self._wants_snapshot,
         )
         self._engine = engine
-        self._inspector = Inspector(proc_root=self._config.proc_root, exports=self._exports, on_done=engine.wake)
+        self._inspector = Inspector(proc=self._proc, exports=self._exports, on_done=engine.wake)
         self._publisher.inspector = self._inspector
         for rule in self._rules:
             if rule.has_callbacks:
                 subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
-                self._workers.append(_Worker(rule, subscription, self.registry, self._config.proc_root))
+                self._workers.append(_Worker(rule, subscription, self.registry, self._proc))
         engine.look_at_ourselves()
         self._publisher.selection = Selection(
             self._pids, self._container, engine.own_pid if self._exclude_self else None

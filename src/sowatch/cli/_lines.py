@@ -19,7 +19,8 @@ __all__ = ["Pieces", "pieces_of", "plain"]
 Pieces = list[tuple[str, str]]
 
 _SIGNS: Final = {"load": "+", "unload": "-", "activate": "*", "deactivate": "o"}
-_CAUSES: Final = {"activate": "first", "deactivate": "last"}
+#: What stands in the place of a cause where the event has none.
+_WITHOUT_CAUSE: Final = {"activate": "first", "deactivate": "last"}
 _ID_LENGTH: Final = 12
 
 
@@ -48,7 +49,7 @@ def _clock(seconds: int) -> str:
 
 
 def _library_event(event: LibraryEvent, *, with_rule: bool) -> Pieces:
-    what = _CAUSES.get(event.event) or event.cause or "?"
+    what = event.cause or _WITHOUT_CAUSE.get(event.event) or "?"
     pieces = [(f"{_SIGNS.get(event.event, '?')} {what:<8} ", event.event), *_process(event.process)]
     if with_rule:
         pieces.append((f"<{visible(event.rule)}> ", "dim"))

@@ -60,7 +60,8 @@ class LiveView:
         out: the terminal.
         stats: reads the watcher's counters.
         with_rule: name each event's rule.
-        fold_snapshot: say how many mappings the snapshot found instead of showing each.
+        fold_snapshot: say how many mappings the snapshot found instead of showing each, and leave out what
+            only ends because the watch does.
     """
 
     tick_s = 0.25
@@ -69,7 +70,8 @@ class LiveView:
         self._out = out
         self._stats = stats
         self._with_rule = with_rule
-        self._folding = fold_snapshot
+        self._folds = fold_snapshot
+        self._is_ready = False
         self._console = terminal_console(out)
         self._lines: list[Text] = []
         self._guarantee = ""
@@ -92,12 +94,18 @@ class LiveView:
         if isinstance(event, Ready):
             self._lines.append(self._text(event))
             self._lines.extend(Text(f"{'':13}limit: {limit}", "dim") for limit in event.limits)
-            if self._folding and event.mappings:
+            if self._folds and event.mappings:
                 self._lines.append(Text(f"{'':13}what is mapped already is not shown here; see `sowatch list`", "dim"))
-            self._folding = False
+            self._is_ready = True
             self._guarantee = f"{event.strategy}, {event.guarantee}"
-        elif not (self._folding and isinstance(event, LibraryEvent)):
+        elif not self._is_folded(event):
             self._lines.append(self._text(event))
+
+    def _is_folded(self, event: Event) -> bool:
+        """Whether it only tells that the watch began or ended with this file."""
+        if not self._folds or not isinstance(event, LibraryEvent):
+            return False
+        return not self._is_ready or (event.event == "deactivate" and event.cause == "stop")
 
     def flush(self) -> None:
         """Show what was kept, and the counters as they are now."""
@@ -126,7 +134,7 @@ class LiveView:
         self._live.update(self._status(), refresh=refresh)
 
     def _status(self) -> Text:
-        if not self._guarantee:
+        if not self._is_ready:
             return Text("starting: loading programs and taking the snapshot", "dim", no_wrap=True, overflow="ellipsis")
         stats = self._stats()
         now = time.monotonic()

@@ -25,8 +25,8 @@ from sowatch.registry import running_stat
 
 __all__ = ["Differences", "KnownProcesses", "Seen", "describe", "look"]
 
-#: Exits remembered so that none is told twice: a repair may tell one that is still in the ring, and
-#: two last threads may both see themselves as the last (signal->live is not read atomically with it).
+#: Exits remembered so that none is told twice: a repair may find one whose event is still to come, and
+#: where the kernel does not say which thread is the last one, two may both look like it.
 _REMEMBERED_EXITS: Final = 8_192
 
 
@@ -77,13 +77,14 @@ def _image(proc: ProcFs, pid: int) -> tuple[bytes, ...]:
 class _Known:
     """A process as the subscribers know it.
 
-    ``image`` is None after an exec from the feed, until somebody looks. An exec that happened
-    before ``told_ns`` is told already; ``fact_ns`` is the time of the latest news.
+    ``image`` is the one of the last look, of the parent's where nobody looked at the child yet: an
+    exec that the feed told makes the next look differ too. An exec that happened before
+    ``told_ns`` is told already; ``fact_ns`` is the time of the latest news.
     """
 
     __slots__ = ("fact_ns", "image", "is_exec_untold", "is_fork_told", "is_kernel_thread", "process", "told_ns")
 
-    def __init__(self, process: Process, image: tuple[bytes, ...] | None, *, is_kernel_thread: bool = False) -> None:
+    def __init__(self, process: Process, image: tuple[bytes, ...], *, is_kernel_thread: bool = False) -> None:
         self.process = process
         self.image = image
         self.is_kernel_thread = is_kernel_thread
@@ -108,8 +109,7 @@ class KnownProcesses:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
-        # Whether the kernel said so (it never takes that back) or we only did not find it.
-        self._gone: OrderedDict[tuple[int, int], bool] = OrderedDict()
+        self._gone: OrderedDict[tuple[int, int], None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -130,8 +130,7 @@ class KnownProcesses:
         return [dataclasses.replace(event, process=_completed(event.process, known.process))]
 
     def _news_of_stranger(self, event: ProcessEvent) -> list[ProcessEvent]:
-        is_final = self._gone.get(_tick(event.process.id))
-        if is_final or (event.kind == "exit" and is_final is not None):
+        if _tick(event.process.id) in self._gone:
             return []
         if event.kind == "exec":  # its fork was lost
             return [dataclasses.replace(event, kind="fork", cause="repair"), event]
@@ -147,13 +146,12 @@ class KnownProcesses:
             return
         if known is None or not known.process.id.same_tick(event.process.id):
             parent = self._known.get(event.parent.pid) if event.parent else None
-            image = parent.image if parent is not None and event.kind == "fork" else None
+            image = parent.image if parent is not None and event.kind == "fork" else ()
             known = self._known[pid] = _Known(event.process, image)
         if event.kind == "fork":
             known.is_fork_told = True
         else:
             known.process = _completed(event.process, known.process, but=("comm", "exe"))
-            known.image = None
             known.is_exec_untold = False
         known.fact_ns = event.t_ns
         if seen is not None:
@@ -218,11 +216,11 @@ class KnownProcesses:
         known = self._known.get(seen.id.pid)
         if known is not None and known.process.id.same_tick(seen.id):
             return False
-        return not self._gone.get(_tick(seen.id), False)
+        return _tick(seen.id) not in self._gone
 
     def _remember_exit(self, event: ProcessEvent) -> None:
         key = _tick(event.process.id)
-        self._gone[key] = event.cause == "event"
+        self._gone[key] = None
         self._gone.move_to_end(key)
         if len(self._gone) > _REMEMBERED_EXITS:
             self._gone.popitem(last=False)
