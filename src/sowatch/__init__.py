@@ -7,9 +7,11 @@ Where things are, from the ground up:
 
 errors      every error, with its facts and the next step
 identity    FileId and ProcessId
+escape      names that others chose, made safe to show
 events      what is told: LibraryEvent, Process, Library, and the wire form
 rules       Rule and RuleSet
 procfs      /proc: bytes in, records out
+packages    who owns a file on disk, and whether it was replaced
 elf         build id, soname, exported symbols, on files nobody trusts
 config      limits and policy
 registry    activation once, deactivation once, blocklist
@@ -20,7 +22,8 @@ ladder      which strategy is used, and why not another
 feeds       the kernel's process events, for ProcessMonitor
 tracker     the map itself
 inspector   opens mapped files safely, reads their facts
-publisher   from changes of the map to events and queues
+subscriptions  a reader's bounded queue, which knows how to catch up
+publisher   from changes of the map to events
 engine      the thread that drains, reads again, repairs
 watcher     puts it together
 cli         the command, one file a subcommand

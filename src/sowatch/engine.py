@@ -32,6 +32,10 @@ LOG = logging.getLogger("sowatch")
 
 #: Counters are polled and answers grow old this often.
 TICK_S: Final = 1.0
+#: So many wakes within so many seconds are a storm; records of the next milliseconds then come together.
+BUSY_WAKES: Final = 10
+BUSY_WINDOW_S: Final = 0.005
+BATCH_S: Final = 0.005
 #: More owed readings than this are one reading of all.
 MANY_READINGS: Final = 64
 #: A process that is dirty again at once is read at most this often in the long run.
@@ -163,8 +167,17 @@ class Engine:
 
     def _loop(self, poller: select.epoll) -> None:
         next_tick = time.monotonic() + TICK_S
+        wakes, window = 0, 0.0
         while not self._stop.is_set():
             now = time.monotonic()
+            # In a storm the kernel wakes us for each record, which costs more than the record.
+            wakes = wakes + 1 if now - window < BUSY_WINDOW_S else 0
+            if not wakes:
+                window = now
+            elif wakes >= BUSY_WAKES:
+                wakes = 0
+                time.sleep(BATCH_S)
+                now = time.monotonic()
             if now >= next_tick:
                 self._tick()
                 next_tick = now + TICK_S

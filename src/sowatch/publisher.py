@@ -1,25 +1,24 @@
-"""From changes of the map to events: file facts, rules, activation, and the subscribers' queues.
+"""From changes of the map to events: file facts, rules, activation.
 
-May import the rooms down to ``tracker`` and ``inspector``. Runs on the engine's thread; only
-`Subscription`'s reading side belongs to others. Nothing here runs user code or touches a file.
+May import the rooms down to ``inspector`` and ``subscriptions``. Runs on the engine's thread;
+nothing here runs user code or touches a file.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
-from sowatch.events import EVENT_KINDS, Event, Library, LibraryEvent, Lost, Repaired
+from sowatch.events import EVENT_KINDS, Event, Library, LibraryEvent
 from sowatch.identity import FileId, ProcessId
 from sowatch.inspector import FileFacts, Inspection, Inspector, host_path
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
+from sowatch.subscriptions import Held, Subscription
 from sowatch.tracker import Change, Name
 
 __all__ = ["Publisher", "Selection", "Subscription"]
@@ -27,8 +26,6 @@ __all__ = ["Publisher", "Selection", "Subscription"]
 #: How long the events behind a file wait for its facts; a file that cannot be read in that time
 #: (a dead network file system, a hostile FUSE mount) is told of without them.
 FACTS_TIMEOUT_S: Final = 2.0
-
-Held = dict[ProcessId, dict[FileId, LibraryEvent]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,190 +41,6 @@ class Selection:
         if process.pid == self.excluded_pid or (self.pids and process.pid not in self.pids):
             return False
         return self.container is None or (process.container or "").startswith(self.container)
-
-
-class Subscription:
-    """One reader's queue of events. Iterate over it, or `get`; a context manager.
-
-    A reader that falls behind by more than the limit loses events; when it has caught up it gets
-    `Lost` (where ``queue``), then whatever changed meanwhile with cause ``repair``, then
-    `Repaired`. Iteration ends after `Stopped`, or after `close`. Any one thread may read.
-    """
-
-    def __init__(
-        self,
-        publisher: Publisher,
-        *,
-        events: Collection[str],
-        control: bool,
-        limit: int,
-        rule: str | None = None,
-    ) -> None:
-        self._publisher = publisher
-        self._events = frozenset(events)
-        self._control = control
-        self._limit = limit
-        self._rule = rule
-        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._missed = 0
-        self._seen: Held | None = None
-        self._is_closed = False
-        self._has_ended = False
-        self._on_event: Callable[[], None] | None = None
-        #: Events lost in this queue so far.
-        self.lost = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Event]:
-        while (event := self.get()) is not None:
-            yield event
-
-    def get(self, timeout_s: float | None = None) -> Event | None:
-        """The next event; None after the last one, or if none came within the time.
-
-        `has_ended` tells the two apart.
-        """
-        if self._has_ended:
-            return None
-        try:
-            event = self._queue.get(timeout=timeout_s) if timeout_s != 0 else self._queue.get_nowait()
-        except queue.Empty:
-            return None
-        if event is None:
-            self._has_ended = True
-        return event
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether `get` will give nothing any more."""
-        return self._has_ended
-
-    @property
-    def waiting(self) -> int:
-        """Events in the queue now."""
-        return self._queue.qsize()
-
-    def close(self) -> None:
-        """No further events; wakes a reader. Safe to call again, from any thread."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._publisher.unsubscribe(self)
-            self._put(None)
-
-    def call_on_event(self, callback: Callable[[], None] | None) -> None:
-        """A callback on the engine's thread after each event that was queued; it must not block."""
-        self._on_event = callback
-
-    # ---- the engine's side --------------------------------------------------------------------
-
-    def offer(self, event: Event) -> None:
-        """Queues the event if this reader wants it and has room."""
-        if isinstance(event, LibraryEvent):
-            if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
-                return
-        elif not self._control:
-            return
-        # A deactivate ends what its reader was told before; it may pass the limit by one.
-        if self._seen is None and self._queue.qsize() >= self._limit and event.event != "deactivate":
-            self._seen = self._publisher.held_copy()
-            # The event that did not fit has been taken into account already.
-            if isinstance(event, LibraryEvent):
-                self._undo(self._seen, event)
-        if self._seen is not None and event.event != "stopped":
-            self._missed += 1
-            self.lost += 1
-            self._publisher.lost_in_queues += 1
-            return
-        self._put(event)
-
-    @staticmethod
-    def _undo(held: Held, event: LibraryEvent) -> None:
-        if event.process is None:
-            return
-        process_id, file_id = event.process.id, event.library.id
-        if event.event in ("load", "activate"):
-            held.get(process_id, {}).pop(file_id, None)
-        elif event.event == "unload":
-            held.setdefault(process_id, {})[file_id] = event
-
-    def catch_up(self) -> None:
-        """Repairs the reader's view once it has made room; called from time to time."""
-        if self._seen is None or self._queue.qsize() > self._limit // 4:
-            return
-        begun = time.monotonic()
-        seen, self._seen = self._seen, None
-        missed, self._missed = self._missed, 0
-        now_ns = time.time_ns()
-        self._put_control(Lost(now_ns, missed, "queue"))
-        loads = unloads = 0
-        for event in difference(seen, self._publisher.held_copy(), now_ns):
-            if self._rule is not None and event.rule != self._rule:
-                continue
-            loads += event.event == "load"
-            unloads += event.event == "unload"
-            if event.event in self._events:
-                self._put(event)
-        self._put_control(Repaired(now_ns, loads, unloads, time.monotonic() - begun))
-
-    def end(self) -> None:
-        self._is_closed = True
-        self._put(None)
-
-    def _put_control(self, event: Event) -> None:
-        if self._control:
-            self._put(event)
-
-    def _put(self, event: Event | None) -> None:
-        self._queue.put(event)
-        if self._on_event is not None:
-            self._on_event()
-
-
-def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
-    """The events that lead from one published map to another, cause ``repair``."""
-    before = {(event.rule, file) for files in seen.values() for file, event in files.items()}
-    after = {(event.rule, file) for files in now.values() for file, event in files.items()}
-    activated: set[tuple[str, FileId]] = set()
-    for process, files in seen.items():
-        for file, old in files.items():
-            if file not in now.get(process, {}):
-                yield _again(old, "unload", "repair", now_ns)
-    gone: set[tuple[str, FileId]] = set()
-    for files in seen.values():
-        for file, old in files.items():
-            key = (old.rule, file)
-            if key not in after and key not in gone:
-                gone.add(key)
-                yield _again(old, "deactivate", None, now_ns)
-    for process, files in now.items():
-        for file, new in files.items():
-            if file in seen.get(process, {}):
-                continue
-            key = (new.rule, file)
-            if key not in before and key not in activated:
-                activated.add(key)
-                yield _again(new, "activate", None, now_ns)
-            yield _again(new, "load", "repair", now_ns)
-
-
-def _again(event: LibraryEvent, kind: str, cause: str | None, now_ns: int) -> LibraryEvent:
-    return LibraryEvent(
-        kind,
-        event.rule,
-        event.library,
-        None if kind == "deactivate" else event.process,
-        cause,
-        event.t_ns,
-        now_ns,
-        event.ranges if kind == "load" else (),
-    )
 
 
 class Publisher:
@@ -280,6 +93,12 @@ class Publisher:
         """Lets readers that fell behind recover."""
         for subscription in self._subscriptions:
             subscription.catch_up()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Gives every reader what was offered; what follows waits for the next time."""
+        for subscription in self._subscriptions:
+            subscription.hand_over()
 
     def end(self) -> None:
         """Ends every subscription."""
@@ -315,6 +134,7 @@ class Publisher:
                     self._tell(change, facts)
                     continue
             self._waiting.append((change, self._inspect(change)))
+        self.hand_over()
 
     def take_silently(self, changes: list[Change]) -> None:
         """Takes the baseline of a watch without a snapshot: neither its loads nor their unloads are told."""
@@ -333,6 +153,7 @@ class Publisher:
             self._waiting.append(make)
         else:
             self.emit(make())
+            self.hand_over()
 
     def flush(self, now_s: float) -> None:
         """Goes on with what waited for facts that are there, or that took too long."""
@@ -344,13 +165,14 @@ class Publisher:
                 facts = inspection.facts
                 if facts is None:
                     if now_s - inspection.asked_s < FACTS_TIMEOUT_S:
-                        return
+                        break
                     facts = FileFacts()
                 waiting.popleft()
                 self._tell(change, facts)
             else:
                 waiting.popleft()
                 self.emit(item())
+        self.hand_over()
 
     def flush_all(self) -> None:
         """Goes on with everything, without what is not known."""

@@ -157,12 +157,13 @@ class BpfSource:
             self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
             try:
                 self._load(config)
-                return
             except BaseException as error:
                 self._object.close()
                 # What the first cannot for want of a newer kernel, the second may.
                 if program == OBJECTS[-1] or not isinstance(error, BpfError) or error.errno == EPERM:
                     raise
+            else:
+                break
 
     def _load(self, config: Config) -> None:
         bpf = self._object

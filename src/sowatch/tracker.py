@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from sowatch.bpf.records import (
@@ -264,7 +265,8 @@ class Tracker:
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
         self._rules = rules
-        self._label = label
+        #: Many processes have one cgroup.
+        self._label = lru_cache(4096)(label)
         self._processes: dict[int, Tracked] = {}
         self._names: dict[Hashable, Name] = {}
         self._causes: tuple[Causes, dict[int, Causes]] = (Causes("repair", "repair"), {})

@@ -7,7 +7,6 @@ rule with callbacks has a worker thread of its own, so a slow callback delays on
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -15,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sowatch.config import Config
 from sowatch.engine import Engine
@@ -26,11 +25,15 @@ from sowatch.inspector import Inspector, open_mapped
 from sowatch.ladder import open_source
 from sowatch.processes import container_id
 from sowatch.procfs import ProcFs
-from sowatch.publisher import Publisher, Selection, Subscription
+from sowatch.publisher import Publisher, Selection
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
 from sowatch.sources import EventSource
+from sowatch.subscriptions import Subscription
 from sowatch.tracker import Tracker
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"]
 
@@ -437,6 +440,9 @@ async def awatch(
 
     Loading the programs and stopping run in a thread, so the event loop goes on meanwhile.
     """
+    # Here, not above: it takes as long to import as all the rest, and maps libssl.
+    import asyncio
+
     loop = asyncio.get_running_loop()
     watcher = Watcher(*_rules_of(patterns), **options)
     news = asyncio.Event()

@@ -5,6 +5,7 @@ May import ``errors``, ``config`` and ``bpf.binding``. Everything tried is taken
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from importlib.resources import files
@@ -21,6 +22,7 @@ Answer = Literal["yes", "no", "unknown"]
 # linux/bpf.h
 _MAP_RINGBUF: Final = 27
 _MAP_LRU_HASH: Final = 9
+_PROGRAM_SOCKET_FILTER: Final = 1
 _PROGRAM_TRACEPOINT: Final = 5
 _HELPER_FIND_VMA: Final = 180
 _HELPER_LOOP: Final = 181
@@ -86,8 +88,19 @@ def _answer(value: bool | None) -> Answer:
 
 
 def _ask(name: str, needed_for: str, ask: Callable[[], bool | None]) -> Probe:
-    value = ask()
-    return Probe(name, _answer(value), "" if value is not None else "the kernel gave no clear answer", needed_for)
+    value = None if _is_refused() else ask()
+    return Probe(
+        name,
+        _answer(value),
+        "" if value is not None else "this user may not try it, or the kernel gave no clear answer",
+        needed_for,
+    )
+
+
+@functools.cache
+def _is_refused() -> bool:
+    """Whether this user may load nothing at all; then libbpf's small tries say nothing of the kernel."""
+    return probe("program", _PROGRAM_SOCKET_FILTER) is not True
 
 
 def _tracefs() -> Probe:

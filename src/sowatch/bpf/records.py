@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from sowatch.identity import FileId
@@ -161,12 +162,14 @@ def parse(data: bytes) -> list[Record]:
     return found
 
 
+@lru_cache(8192)
 def file_id_of(key: bytes) -> FileId:
     """The FileId in a struct file_key or struct file_id. The kernel's dev_t is major << 20 | minor."""
     inode, subvolume, dev, generation = FILE_ID.unpack_from(key)
     return FileId(dev >> 20, dev & 0xFFFFF, inode, generation, subvolume)
 
 
+@lru_cache(8192)
 def path_of(text: bytes) -> str:
     """The path whose components, from the leaf up, are in ``text``."""
     parts = text.split(b"\0")

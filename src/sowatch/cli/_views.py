@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from sowatch.cli._lines import pieces_of, plain
 from sowatch.cli._out import Out
-from sowatch.events import Event, to_json
+from sowatch.events import Event, JsonLines
 
 __all__ = ["JsonView", "TextView", "View"]
 
@@ -35,10 +35,11 @@ class JsonView:
 
     def __init__(self, out: Out) -> None:
         self._out = out
+        self._lines = JsonLines()
 
     def show(self, event: Event, seq: int) -> None:
         """Keep the line for the next `flush`."""
-        self._out.write(to_json(event, seq) + "\n")
+        self._out.write(self._lines.line(event, seq) + "\n")
 
     def flush(self) -> None:
         """Write the lines."""
