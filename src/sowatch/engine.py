@@ -42,6 +42,9 @@ MANY_READINGS: Final = 64
 SLOWEST_REREAD_S: Final = 0.25
 #: A repair that found losses going on is tried again after 0.1 s, then twice that, up to this.
 SLOWEST_REPAIR_S: Final = 5.0
+#: A 32-bit process is read this long after its exec, then after twice that, up to the second.
+FIRST_NARROW_S: Final = 0.002
+SLOWEST_NARROW_S: Final = 1.0
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
 
@@ -82,6 +85,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._due: dict[int, float] = {}
         self._pace: dict[int, tuple[float, float]] = {}
+        self._narrow_due: dict[int, tuple[float, float]] = {}
         self._losses = Losses()
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
@@ -184,6 +188,8 @@ class Engine:
             wait_s = next_tick - now
             if self._due:
                 wait_s = min(wait_s, max(0.0, min(self._due.values()) - now))
+            if self._narrow_due:
+                wait_s = min(wait_s, max(0.0, min(when for when, _ in self._narrow_due.values()) - now))
             if self._repair_at is not None:
                 wait_s = min(wait_s, max(0.0, self._repair_at - now))
             try:
@@ -193,6 +199,8 @@ class Engine:
             if any(fd == self._wake_fd for fd, _ in ready):
                 self._on_wake()
             self._drain()
+            if self._tracker.narrow:
+                self._look_at_narrow(now)
             if self._tracker.dirty or self._due:
                 self._reread()
             if self._repair_at is not None and time.monotonic() >= self._repair_at:
@@ -326,6 +334,16 @@ class Engine:
         for pid in again:
             self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
         self._flush()
+
+    def _look_at_narrow(self, now: float) -> None:
+        """32-bit processes are read when they start, then less and less often."""
+        narrow = self._tracker.narrow
+        self._narrow_due = {pid: due for pid, due in self._narrow_due.items() if pid in narrow}
+        for pid in narrow:
+            when, interval = self._narrow_due.get(pid, (now, FIRST_NARROW_S))
+            if when <= now:
+                self._tracker.dirty.setdefault(pid, LIVE)
+                self._narrow_due[pid] = (now + interval, min(SLOWEST_NARROW_S, 2 * interval))
 
     def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
         if len(due) > MANY_READINGS or not self._can_read_one:

@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Final, NamedTuple, Protocol
 
 from sowatch.bpf.binding import BpfObject, Tracefs
-from sowatch.bpf.records import MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.bpf.records import FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 
@@ -59,6 +59,8 @@ class Reading:
     maps: list[MapRecord] = field(default_factory=list)
     #: The highest count of mappings that made the kernel follow it; see `EventSource.settle`.
     touches: int = 0
+    #: A 32-bit process, whose calls are not seen.
+    is_narrow: bool = False
 
 
 class EventSource(Protocol):
@@ -290,6 +292,8 @@ def group(rows: Sequence[Record]) -> list[Reading]:
             reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
         reading.end_ns = row.t_ns
         reading.touches = max(reading.touches, row.touches)
+        if row.flags & FLAG_NARROW:
+            reading.is_narrow = True
         if row.type == RecordType.MAP:
             reading.maps.append(row)  # type: ignore[arg-type]
         elif row.type == RecordType.INTRO:

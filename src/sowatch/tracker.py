@@ -21,6 +21,7 @@ from sowatch.bpf.records import (
     FLAG_DELETED,
     FLAG_DIRTY,
     FLAG_IMAGE,
+    FLAG_NARROW,
     FLAG_PARTIAL,
     FLAG_SHARED_VM,
     MapRecord,
@@ -261,6 +262,8 @@ class Tracker:
         answers: keys the kernel asked about, and whether they are wanted.
         idle: (tgid, start_ns, touches) of processes the kernel follows although nothing of theirs
             is wanted, as far as these touches go.
+        narrow: tgid and start_ns of 32-bit processes, whose calls nobody reports: their owner reads
+            them again and again.
     """
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
@@ -274,6 +277,7 @@ class Tracker:
         self.dirty: dict[int, Causes] = {}
         self.answers: list[tuple[Hashable, bool]] = []
         self.idle: list[tuple[int, int, int]] = []
+        self.narrow: dict[int, int] = {}
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
 
@@ -309,6 +313,8 @@ class Tracker:
     def apply(self, record: Record) -> None:
         """Takes over one record, as a fact or as a claim."""
         kind = record.type
+        if record.flags & FLAG_NARROW:
+            self.narrow[record.tgid] = record.start_ns
         if kind == RecordType.MAP:
             assert isinstance(record, MapRecord)
             self._map(record)
@@ -316,8 +322,10 @@ class Tracker:
             assert isinstance(record, RangeRecord)
             self._range(record)
         elif kind == RecordType.EXIT:
+            self.narrow.pop(record.tgid, None)
             self._forget(record.tgid, record.start_ns, "exit", record.t_ns)
         elif kind == RecordType.EXEC:
+            self.narrow.pop(record.tgid, None)
             self._forget(record.tgid, record.start_ns, "exec", record.t_ns)
         elif kind == RecordType.FORK:
             assert isinstance(record, ProcessRecord)
@@ -425,7 +433,7 @@ class Tracker:
         return [
             (pid, start_ns, touches)
             for pid, start_ns, touches in dict.fromkeys(taken)
-            if pid not in self._processes or not self._processes[pid].space.files
+            if pid not in self.narrow and (pid not in self._processes or not self._processes[pid].space.files)
         ]
 
     def settled(self, pid: int, start_ns: int) -> None:
@@ -542,6 +550,8 @@ class Tracker:
 
     def _take_reading(self, reading: Reading) -> None:
         causes = self._causes[1].get(reading.tgid, self._causes[0])
+        if reading.is_narrow:
+            self.narrow[reading.tgid] = reading.start_ns
         known = self._processes.get(reading.tgid)
         if known is not None and known.id.start_ns != reading.start_ns:
             self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)

@@ -19,6 +19,7 @@ __all__ = [
     "FLAG_DIRTY",
     "FLAG_IMAGE",
     "FLAG_MPROTECT",
+    "FLAG_NARROW",
     "FLAG_PARTIAL",
     "FLAG_SHARED_VM",
     "MapRecord",
@@ -53,6 +54,7 @@ FLAG_PARTIAL: Final = 1 << 3
 FLAG_SHARED_VM: Final = 1 << 4
 FLAG_MPROTECT: Final = 1 << 5
 FLAG_IMAGE: Final = 1 << 6
+FLAG_NARROW: Final = 1 << 7
 
 #: struct record, 40 bytes.
 HEAD: Final = struct.Struct("=IHHIIQQII")

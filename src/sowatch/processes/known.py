@@ -78,8 +78,8 @@ class _Known:
     """A process as the subscribers know it.
 
     ``image`` is the one of the last look, of the parent's where nobody looked at the child yet: an
-    exec that the feed told makes the next look differ too. An exec that happened before
-    ``told_ns`` is told already; ``fact_ns`` is the time of the latest news.
+    exec that the feed told makes the next look differ too. ``fact_ns`` is the time of the latest
+    news. An exec from before ``told_ns``, the baseline, is told by its scan.
     """
 
     __slots__ = ("fact_ns", "image", "is_exec_untold", "is_fork_told", "is_kernel_thread", "process", "told_ns")
@@ -156,7 +156,6 @@ class KnownProcesses:
         known.fact_ns = event.t_ns
         if seen is not None:
             known.image = seen.image
-            known.told_ns = seen.t_ns
             known.is_kernel_thread = seen.is_kernel_thread
 
     def untold(self, event: ProcessEvent) -> None:

@@ -43,6 +43,14 @@ static __always_inline void fill_head(struct record *head, struct task_struct *t
 	head->touches = 0;
 }
 
+/* 32-bit programs on a 64-bit kernel make calls that the syscall tracepoints leave out. */
+static __always_inline __u32 narrow_flag(struct task_struct *task)
+{
+	__u64 task_size = BPF_CORE_READ(task, mm, task_size);
+
+	return task_size && task_size <= 0xffffffff ? FLAG_NARROW : 0;
+}
+
 /* Sends a record without text. False if the ring was full, which is counted. */
 static __always_inline bool send_small(struct task_struct *task, enum record_type type, __u32 flags, __u64 start,
 				       __u64 end)

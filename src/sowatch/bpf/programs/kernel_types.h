@@ -119,6 +119,7 @@ struct fs_struct {
 struct mm_struct {
 	atomic_t mm_users;
 	struct file *exe_file;
+	unsigned long task_size;
 	unsigned long start_code;
 	unsigned long end_code;
 	unsigned long saved_auxv[52];

@@ -33,6 +33,7 @@ enum record_flag {
 	FLAG_SHARED_VM = 1 << 4, /* a fork with CLONE_VM: parent and child share one address space */
 	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
+	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
 };
 
 enum verdict {

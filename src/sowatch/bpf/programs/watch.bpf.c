@@ -323,6 +323,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 			process->shares_vm = 1;
 		}
 	}
+	flags |= narrow_flag(child);
 	if (!(flags & FLAG_SHARED_VM) && !is_alone(parent)) {
 		flags |= FLAG_DIRTY;
 		if (inherited)
@@ -384,6 +385,8 @@ int BPF_PROG(process_execs, struct task_struct *task)
 		send_process(SCRATCH_HOOKS, NULL, task, NULL, NULL, RECORD_EXEC, 0,
 			     report & REPORT_PROCESSES ? WITH_EXE : WITHOUT_EXE);
 	remove_process(tgid);
+	if (narrow_flag(task) && touch_process(task))
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_NARROW, 0, 0);
 	if (report & REPORT_IMAGES)
 		report_images(task);
 	return 0;
@@ -480,6 +483,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	}
 	if (reader->is_skipped)
 		return 0;
+	if (!process && narrow_flag(task))
+		process = touch_process(task);
 	if (process) {
 		process->visit_run = reading_run;
 		process->visit_tid = tid;
@@ -525,7 +530,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	if (!reader->visit_sent && (process || report & REPORT_VISITS)) {
 		struct record visit = {};
 
-		fill_head(&visit, task, RECORD_VISIT, 0, sizeof(visit));
+		fill_head(&visit, task, RECORD_VISIT, narrow_flag(task), sizeof(visit));
 		visit.touches = process ? process->touches : 0;
 		if (bpf_seq_write(seq, &visit, sizeof(visit)))
 			return 0; /* the buffer is full: the kernel calls again for this vma */
