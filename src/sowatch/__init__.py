@@ -21,6 +21,7 @@ sources     where records and readings come from
 ladder      which strategy is used, and why not another
 feeds       the kernel's process events, for ProcessMonitor
 tracker     the map itself
+audit       is the map right? /proc, compared with it
 inspector   opens mapped files safely, reads their facts
 subscriptions  a reader's bounded queue, which knows how to catch up
 publisher   from changes of the map to events
@@ -36,6 +37,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sowatch.audit import AuditReport, Difference
     from sowatch.config import Config
     from sowatch.errors import EnvironmentFault, LoadAttempt, SowatchError
     from sowatch.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
@@ -50,7 +52,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActiveFile",
+    "AuditReport",
     "Config",
+    "Difference",
     "EnvironmentFault",
     "FileId",
     "FileRegistry",
@@ -75,6 +79,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "audit": ("AuditReport", "Difference"),
     "config": ("Config",),
     "errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
     "events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),

@@ -14,10 +14,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
 
+from sowatch.audit import Held, View
 from sowatch.bpf.records import Record
 from sowatch.config import Config
+from sowatch.errors import SowatchError
 from sowatch.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.identity import ProcessId
 from sowatch.procfs import ProcFs
@@ -29,6 +32,8 @@ from sowatch.tracker import Causes, Tracker
 __all__ = ["Engine"]
 
 LOG = logging.getLogger("sowatch")
+
+T = TypeVar("T")
 
 #: Counters are polled and answers grow old this often.
 TICK_S: Final = 1.0
@@ -90,7 +95,8 @@ class Engine:
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
         self._can_read_one = True
-        self._jobs: list[Callable[[], None]] = []
+        self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
+        self._has_ended = False
         self._jobs_lock = threading.Lock()
         self.own_pid = os.getpid()
         self.repairs = 0
@@ -128,11 +134,36 @@ class Engine:
         if fd >= 0:
             os.eventfd_write(fd, 1)
 
-    def call(self, job: Callable[[], None]) -> None:
-        """Runs something on the engine's thread, between two drains."""
+    def ask(self, question: Callable[[], T]) -> T:
+        """Answers a question about the map on the engine's thread, everything on its way taken in.
+
+        Raises:
+            SowatchError: the watch has ended.
+        """
+        answer: Future[T] = Future()
+
+        def job() -> None:
+            self._settle_doubts()
+            answer.set_result(question())
+
         with self._jobs_lock:
-            self._jobs.append(job)
+            if self._has_ended:
+                raise SowatchError("the watch has ended. Ask before stop().")
+            self._jobs.append((job, answer))
         self.wake()
+        return answer.result()
+
+    def view(self) -> View:
+        """The map for an audit; on the engine's thread, see `ask`."""
+        found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
+        for process in self._tracker.processes():
+            if not process.is_announced:
+                found[process.id.pid] = None
+                continue
+            files = process.space.files.values()
+            held = [Held(one.name.file_id, one.name.path, tuple(one.ranges)) for one in files]
+            found[process.id.pid] = (process.id, held)
+        return found
 
     # ---- the thread ---------------------------------------------------------------------------
 
@@ -162,6 +193,11 @@ class Engine:
             self._failure = error
             LOG.exception("the watch ended")
         finally:
+            with self._jobs_lock:
+                self._has_ended = True
+                jobs, self._jobs = self._jobs, []
+            for _, answer in jobs:
+                answer.set_exception(SowatchError("the watch has ended. Ask before stop()."))
             poller.close()
             now_ns = time.time_ns()
             self._publisher.stop(now_ns)
@@ -185,26 +221,29 @@ class Engine:
             if now >= next_tick:
                 self._tick()
                 next_tick = now + TICK_S
-            wait_s = next_tick - now
-            if self._due:
-                wait_s = min(wait_s, max(0.0, min(self._due.values()) - now))
-            if self._narrow_due:
-                wait_s = min(wait_s, max(0.0, min(when for when, _ in self._narrow_due.values()) - now))
-            if self._repair_at is not None:
-                wait_s = min(wait_s, max(0.0, self._repair_at - now))
             try:
-                ready = poller.poll(wait_s)
+                ready = poller.poll(max(0.0, self._next_work_at(next_tick) - now))
             except InterruptedError:
                 continue
             if any(fd == self._wake_fd for fd, _ in ready):
                 self._on_wake()
             self._drain()
-            if self._tracker.narrow:
-                self._look_at_narrow(now)
-            if self._tracker.dirty or self._due:
-                self._reread()
-            if self._repair_at is not None and time.monotonic() >= self._repair_at:
-                self._repair()
+            self._read_what_is_due(now)
+
+    def _next_work_at(self, next_tick: float) -> float:
+        """When there is something to do even if the kernel says nothing."""
+        times = [next_tick, *self._due.values(), *(when for when, _ in self._narrow_due.values())]
+        if self._repair_at is not None:
+            times.append(self._repair_at)
+        return min(times)
+
+    def _read_what_is_due(self, now: float) -> None:
+        if self._tracker.narrow:
+            self._look_at_narrow(now)
+        if self._tracker.dirty or self._due:
+            self._reread()
+        if self._repair_at is not None and time.monotonic() >= self._repair_at:
+            self._repair()
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -212,8 +251,22 @@ class Engine:
         self._publisher.flush(time.monotonic())
         with self._jobs_lock:
             jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job()
+        for job, answer in jobs:
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001 - it goes to whoever asked
+                answer.set_exception(error)
+
+    def _settle_doubts(self) -> None:
+        """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most."""
+        for pid in self._tracker.narrow:
+            self._tracker.dirty.setdefault(pid, LIVE)
+        for _ in range(10):
+            self._drain()
+            if not self._tracker.dirty:
+                return
+            self._due = dict.fromkeys(self._tracker.dirty, 0.0)
+            self._reread()
 
     def _drain(self) -> None:
         """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""

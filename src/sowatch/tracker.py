@@ -87,6 +87,10 @@ class Mapping:
         self.is_image = is_image
 
 
+#: What a reading found: the name, the ranges and one row of each wanted file.
+Found = dict[FileId, tuple[Name, list[Range], MapRecord]]
+
+
 class Space:
     """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
 
@@ -556,7 +560,7 @@ class Tracker:
         if known is not None and known.id.start_ns != reading.start_ns:
             self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)
             known = None
-        found: dict[FileId, tuple[Name, list[Range], MapRecord]] = {}
+        found: Found = {}
         for row in reading.maps:
             name = self._see(row)
             if name.is_wanted:
@@ -571,16 +575,19 @@ class Tracker:
         elif reading.maps:
             known.rename(reading.maps[0].comm)
         self.announce(known, reading.begin_ns)
-        space = known.space
+        self._replace(known.space, found, causes, reading.end_ns)
+        if reading.touches and not found:
+            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+
+    def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
+        """Makes the space hold what was found, and tells the difference."""
         for file_id in [one for one in space.files if one not in found]:
-            self._tell(space, False, causes.unload, reading.end_ns, space.files.pop(file_id))
+            self._tell(space, False, causes.unload, t_ns, space.files.pop(file_id))
         for file_id, (name, ranges, row) in found.items():
             mapping = space.files.get(file_id)
             if mapping is not None:
                 mapping.ranges = []
             self._add(space, name, ranges, causes.load, row)
-        if reading.touches and not found:
-            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
 
     # ---- rules --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from sowatch.audit import AuditReport, audit
 from sowatch.config import Config
 from sowatch.engine import Engine
 from sowatch.errors import ProcessGone, SowatchError, UsageError
@@ -365,6 +366,20 @@ class Watcher:
             for event in files.values()
             if event.process is not None
         ]
+
+    def audit(self) -> AuditReport:
+        """Compares the map with an independent reading of ``/proc``, every live process tried.
+
+        A difference counts if it is still there after a few looks some 50 ms apart. Takes about as
+        long as reading every process's maps. Any thread but a callback's may ask.
+
+        Raises:
+            SowatchError: the watch is not running.
+        """
+        engine = self._engine
+        if engine is None or self._is_stopped:
+            raise SowatchError("the watch is not running. Call start() first.")
+        return audit(lambda: engine.ask(engine.view), self._proc, self._rules)
 
     @property
     def stats(self) -> Stats:

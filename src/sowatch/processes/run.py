@@ -97,8 +97,8 @@ class Run:
         return not self._thread.is_alive()
 
     def catch_up(self, subscription: Subscription) -> None:
-        """Gives a late subscriber what is known. The lock is held by the caller."""
-        if self._scan and self._has_baseline and not self._stopping.is_set():
+        """Gives a late subscriber what is known; what the baseline adds it gets with the others. Under the lock."""
+        if self._scan and not self._stopping.is_set():
             self._delivery.put_scan(self.known.scan(), (subscription,))
 
     def _main(self) -> None:

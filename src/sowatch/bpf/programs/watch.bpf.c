@@ -364,12 +364,15 @@ static __noinline int report_image(struct task_struct *task, struct file *file, 
 static __noinline int report_images(struct task_struct *task)
 {
 	struct mm_struct *mm = BPF_CORE_READ(task, mm);
-	__u64 base = interpreter_base_of(mm);
 	struct found_vma found = {};
+	__u64 base = interpreter_base_of(mm);
 
 	report_image(task, BPF_CORE_READ(mm, exe_file), BPF_CORE_READ(mm, start_code) & ~PAGE_MASK_LOW,
 		     whole_pages(BPF_CORE_READ(mm, end_code)));
-	if (base && find_vma_at(base, &found) == 0)
+	/* Usually the headers are mapped before the code, readable only. */
+	if (base && find_vma_at(base, &found) == 0 && !found.is_executable)
+		find_vma_at(found.end, &found);
+	if (found.is_executable)
 		report_image(task, found.file, found.start, found.end);
 	return 0;
 }
