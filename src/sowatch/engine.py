@@ -85,7 +85,8 @@ class Engine:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = threading.Event()
         self._ready = threading.Event()
-        self._ready_event: Ready | None = None
+        #: What `start` returned.
+        self.ready: Ready | None = None
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._due: dict[int, float] = {}
@@ -113,8 +114,8 @@ class Engine:
         self._ready.wait()
         if self._failure is not None:
             raise self._failure
-        assert self._ready_event is not None
-        return self._ready_event
+        assert self.ready is not None
+        return self.ready
 
     def stop(self) -> None:
         """Ends the thread and closes the source. Safe to call again."""
@@ -338,7 +339,7 @@ class Engine:
 
     def _make_ready(self, processes: int, seconds: float) -> Event:
         source = self._source
-        self._ready_event = Ready(
+        self.ready = Ready(
             time_ns=time.time_ns(),
             host=socket.gethostname(),
             boot_id=self._proc.boot_id(),
@@ -352,7 +353,7 @@ class Engine:
             seconds=seconds,
         )
         self._ready.set()
-        return self._ready_event
+        return self.ready
 
     # ---- readings -----------------------------------------------------------------------------
 

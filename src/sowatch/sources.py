@@ -118,15 +118,16 @@ VERDICT_VALUE: Final = struct.Struct("=II")
 #: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
 #: would wait for ever.
 SYSCALL_HOOKS: Final = (
-    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat")),
+    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat", "shmdt")),
     ("enter_mmap", "enter", ("mmap",)),
     ("enter_munmap", "enter", ("munmap",)),
     ("enter_mprotect", "enter", ("mprotect", "pkey_mprotect")),
     ("enter_mremap", "enter", ("mremap",)),
     ("enter_shmat", "enter", ("shmat",)),
+    ("enter_shmdt", "enter", ("shmdt",)),
 )
 #: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
-OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat")
+OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat", "shmdt")
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
 READER: Final = "read_mappings"
 #: The same programs twice: with typed loads (6.2+), and with probe reads.

@@ -339,6 +339,11 @@ class Watcher:
             assert isinstance(event, LibraryEvent)
             yield event
 
+    @property
+    def ready(self) -> Ready | None:
+        """What the ``ready`` event said; None before the start."""
+        return None if self._engine is None else self._engine.ready
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until `stop` was called, or the time is up; whether it was stopped."""
         return self._stopped.wait(timeout_s)

@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: Final = {
     "watch": "Live feed of loads and unloads.",
     "list": "Which process has which library mapped, now.",
+    "audit": "Is the map right? Compares it with an independent reading of /proc.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 

@@ -213,7 +213,8 @@ class KnownProcesses:
 
     def _is_new(self, seen: Seen) -> bool:
         known = self._known.get(seen.id.pid)
-        if known is not None and known.process.id.same_tick(seen.id):
+        # The known one may be newer than the look: then the one that was seen is gone already.
+        if known is not None and _tick(known.process.id) >= _tick(seen.id):
             return False
         return _tick(seen.id) not in self._gone
 

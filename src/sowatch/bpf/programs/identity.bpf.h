@@ -8,6 +8,15 @@
  * (FILESYSTEM_MAX_STACK_DEPTH is 2). */
 #define MAX_STACK_DEPTH 3
 
+/* A macro, so BTF does not know it: bit 25 at first (6.5), bit 24 since fanotify took 25 (6.14). */
+static __always_inline unsigned int fmode_backing(void)
+{
+	if (bpf_core_type_exists(struct fanotify_perm_event) &&
+	    !bpf_core_field_exists(((struct fanotify_perm_event *)0)->ppos))
+		return 1u << 25;
+	return 1u << 24;
+}
+
 /*
  * The name of a mapped file. A vma below overlayfs holds a backing file whose own path lies in a
  * layer that the process cannot see; its user_path is what was opened (6.5+). Before that a vma's
@@ -17,7 +26,7 @@ static __always_inline struct path opened_path(struct file *file)
 {
 	struct path path;
 
-	if (bpf_core_type_exists(struct backing_file) && READ(file, f_mode) & FMODE_BACKING) {
+	if (bpf_core_type_exists(struct backing_file) && READ(file, f_mode) & fmode_backing()) {
 		struct backing_file *backing =
 			TYPED(struct backing_file, container_of(file, struct backing_file, file));
 
@@ -63,6 +72,12 @@ static __always_inline void identify(struct file *file, struct file_id *id)
 
 		id->subvolume = BPF_CORE_READ(btrfs, root, root_key.objectid);
 	}
+}
+
+static __always_inline bool is_same_file(const struct file_id *one, const struct file_id *other)
+{
+	return one->inode == other->inode && one->dev == other->dev && one->generation == other->generation &&
+	       one->subvolume == other->subvolume;
 }
 
 /* What a verdict on this file, as this task sees it, is filed under. */

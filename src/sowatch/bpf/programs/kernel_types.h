@@ -89,6 +89,11 @@ struct ovl_file {
 	struct file *realfile;
 };
 
+/* Only looked at for what it has: 6.14 gave it ppos when it moved FMODE_BACKING (fs.h). */
+struct fanotify_perm_event {
+	const void *ppos;
+};
+
 struct btrfs_key {
 	__u64 objectid;
 };
@@ -244,7 +249,6 @@ struct syscall_exit {
 #define SHM_REMAP 040000
 #define SHM_EXEC 0100000
 #define VM_EXEC 0x4
-#define FMODE_BACKING (1u << 25)
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define BTRFS_SUPER_MAGIC 0x9123683e
 #define AT_BASE 7

@@ -65,7 +65,8 @@ struct pending {
 	__u32 reserved;
 	__u64 start;
 	__u64 length; /* whole pages */
-	__u64 file;   /* struct file *, as a number: only ever read through probe reads */
+	__u64 offset_bytes;
+	__u64 file; /* struct file *, as a number: only ever read through probe reads */
 	struct file_key key;
 };
 
@@ -123,6 +124,12 @@ static __always_inline bool is_error(long ret)
 static __always_inline bool is_alone(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, mm, mm_users.counter) == 1;
+}
+
+/* Whether somebody beside the task's own threads holds its address space. */
+static __always_inline bool is_shared(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, mm, mm_users.counter) > BPF_CORE_READ(task, signal, live.counter);
 }
 
 static __always_inline bool has_own_fds(struct task_struct *task)

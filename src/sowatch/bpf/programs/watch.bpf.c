@@ -32,7 +32,7 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 	if (!process)
 		return false;
 	if (process->shares_vm) {
-		if (!is_alone(current_task()))
+		if (is_shared(current_task()))
 			return true; /* the other holder's ranges are not in our entry */
 		process->shares_vm = 0;
 	}
@@ -93,6 +93,7 @@ int enter_mmap(struct syscall_enter *context)
 	}
 	call.start = context->args[0];
 	call.length = whole_pages(context->args[1]);
+	call.offset_bytes = context->args[5];
 	if (replaces && matters(find_process(pid_tgid >> 32), call.start, call.length))
 		call.kind |= PENDING_UNMAP;
 	if (!(call.kind & (PENDING_MAP | PENDING_UNMAP)))
@@ -161,6 +162,13 @@ int enter_shmat(struct syscall_enter *context)
 	return 0;
 }
 
+/* Takes away a whole segment, of a length that only the kernel knows. */
+SEC("tp/syscalls/sys_enter_shmdt")
+int enter_shmdt(struct syscall_enter *context)
+{
+	return enter_range_call(context->args[0], 1, PENDING_REREAD);
+}
+
 /* ---- the call leaves -------------------------------------------------------------------------- */
 
 static __always_inline void send_dirty(struct task_struct *task, struct process *process)
@@ -197,6 +205,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	found.file = (struct file *)call->file;
 	found.start = start;
 	found.end = start + call->length;
+	found.offset_bytes = call->offset_bytes;
 	found.is_executable = true;
 	if (call->kind & (PENDING_UNSURE_FD | PENDING_MPROTECT_EXEC)) {
 		/* What is there now is certain to have been there; the fd may have been switched. */
@@ -440,8 +449,8 @@ struct reader {
 	__u64 run;
 	__u32 tgid;
 	__u32 tid;
-	__u64 exe_inode; /* struct inode * of the main executable */
 	__u64 interpreter_base;
+	struct file_id exe; /* the main executable */
 	__u32 is_skipped;
 	__u32 visit_sent;
 };
@@ -501,7 +510,9 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	}
 	mm = BPF_CORE_READ(task, mm);
 	exe = BPF_CORE_READ(mm, exe_file);
-	reader->exe_inode = exe ? (__u64)BPF_CORE_READ(exe, f_inode) : 0;
+	__builtin_memset(&reader->exe, 0, sizeof(reader->exe));
+	if (exe)
+		identify(TYPED(struct file, exe), &reader->exe);
 	reader->interpreter_base = interpreter_base_of(mm);
 	return 0;
 }
@@ -544,13 +555,13 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	start = vma->vm_start;
 	end = vma->vm_end;
 	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
-	if ((__u64)BPF_CORE_READ(file, f_inode) == reader->exe_inode ||
+	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
+	if (is_same_file(&key.file, &reader->exe) ||
 	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base)) {
 		if (!(report & REPORT_IMAGES))
 			goto shown;
 		flags |= FLAG_IMAGE;
 	}
-	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
 	verdict = look_up_verdict(&key);
 	if (verdict == VERDICT_IGNORE)
 		goto shown;
