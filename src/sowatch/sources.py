@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Final, NamedTuple, Protocol
 
 from sowatch.bpf.binding import BpfObject, Tracefs
-from sowatch.bpf.records import FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.bpf.records import FLAG_AGAIN, FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 
@@ -61,6 +61,8 @@ class Reading:
     touches: int = 0
     #: A 32-bit process, whose calls are not seen.
     is_narrow: bool = False
+    #: It was within exec, so nothing could be read; to be read again.
+    is_void: bool = False
 
 
 class EventSource(Protocol):
@@ -295,6 +297,8 @@ def group(rows: Sequence[Record]) -> list[Reading]:
         reading.touches = max(reading.touches, row.touches)
         if row.flags & FLAG_NARROW:
             reading.is_narrow = True
+        if row.flags & FLAG_AGAIN:
+            reading.is_void = True
         if row.type == RecordType.MAP:
             reading.maps.append(row)  # type: ignore[arg-type]
         elif row.type == RecordType.INTRO:

@@ -490,7 +490,7 @@ class Tracker:
     def merge(
         self,
         readings: Iterable[Reading],
-        records: Iterable[Record],
+        records: Sequence[Record],
         causes: Causes,
         *,
         own_causes: dict[int, Causes] | None = None,
@@ -504,7 +504,7 @@ class Tracker:
 
         Args:
             readings: at most one a process.
-            records: in ring order, drained after the last reading ended.
+            records: a list, in ring order, drained after the last reading ended.
             causes: what the findings are called.
             own_causes: and for some tgids otherwise.
             is_start: nothing was known before, so older records tell nothing new.
@@ -512,7 +512,9 @@ class Tracker:
         Returns:
             tgids to read again.
         """
-        waiting = {reading.tgid: reading for reading in readings}
+        readings = list(readings)
+        waiting = {reading.tgid: reading for reading in readings if not reading.is_void}
+        void = {reading.tgid for reading in readings if reading.is_void}
         self._causes = (causes, own_causes or {})
         visited = set(waiting)
         again: set[int] = set()
@@ -523,6 +525,8 @@ class Tracker:
                     self._take_reading(waiting.pop(record.tgid))
                 elif record.t_ns >= reading.begin_ns:
                     again.add(record.tgid)
+                    if record.type in (RecordType.EXIT, RecordType.EXEC):
+                        del waiting[record.tgid]  # what it saw is of the past
                 elif is_start:
                     self._learn_only(record)
                     continue
@@ -531,7 +535,11 @@ class Tracker:
             self.apply(record)
         for reading in waiting.values():
             self._take_reading(reading)
-        return {pid for pid in again if pid in self._processes}
+        # One within exec that told nothing since is still there; after an exec or exit there is no doubt.
+        for record in records:
+            if record.type in (RecordType.EXIT, RecordType.EXEC):
+                void.discard(record.tgid)
+        return void | {pid for pid in again if pid in self._processes}
 
     def _merge_fork(
         self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]

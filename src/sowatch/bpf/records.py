@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from sowatch.identity import FileId
 
 __all__ = [
+    "FLAG_AGAIN",
     "FLAG_ASK",
     "FLAG_DELETED",
     "FLAG_DIRTY",
@@ -55,6 +56,7 @@ FLAG_SHARED_VM: Final = 1 << 4
 FLAG_MPROTECT: Final = 1 << 5
 FLAG_IMAGE: Final = 1 << 6
 FLAG_NARROW: Final = 1 << 7
+FLAG_AGAIN: Final = 1 << 8
 
 #: struct record, 40 bytes.
 HEAD: Final = struct.Struct("=IHHIIQQII")

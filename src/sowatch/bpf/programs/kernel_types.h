@@ -193,6 +193,8 @@ struct completion {
 };
 
 struct task_struct {
+	unsigned int __state;
+	unsigned int in_execve : 1;
 	int pid;
 	int tgid;
 	struct task_struct *group_leader;
@@ -252,5 +254,6 @@ struct syscall_exit {
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define BTRFS_SUPER_MAGIC 0x9123683e
 #define AT_BASE 7
+#define TASK_NEW 0x800 /* linux/sched.h */
 #define PAGE_SHIFT 12
 #define PAGE_MASK_LOW 0xfffULL

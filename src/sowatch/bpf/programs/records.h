@@ -34,6 +34,7 @@ enum record_flag {
 	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
 	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
+	FLAG_AGAIN = 1 << 8,     /* of a visit: in the middle of an exec; read it again */
 };
 
 enum verdict {

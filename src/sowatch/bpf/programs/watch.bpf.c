@@ -452,6 +452,7 @@ struct reader {
 	__u64 interpreter_base;
 	struct file_id exe; /* the main executable */
 	__u32 is_skipped;
+	__u32 is_again; /* skipped, and to be read again */
 	__u32 visit_sent;
 };
 
@@ -483,9 +484,17 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	reader->visit_sent = 0;
 	/*
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
+	 * or one that fork has not finished, which it will tell of;
 	 * or one of the many threads that are visited once the leader is dead, but not the first.
 	 */
-	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 || BPF_CORE_READ(task, vfork_done) != NULL;
+	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
+			     BPF_CORE_READ(task, vfork_done) != NULL || BPF_CORE_READ(task, __state) & TASK_NEW;
+	/*
+	 * Within exec a task shows what is neither the old program's nor all of the new one's; a
+	 * vfork child shows its parent's still, although vfork_done is gone already.
+	 */
+	reader->is_again = !reader->is_skipped && BPF_CORE_READ_BITFIELD_PROBED(task, in_execve);
+	reader->is_skipped |= reader->is_again;
 	process = find_process(tgid);
 	if (tid != tgid) {
 		if (BPF_CORE_READ(task, group_leader, mm))
@@ -517,6 +526,16 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	return 0;
 }
 
+static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct *task, struct process *process,
+				       __u32 flags)
+{
+	struct record visit = {};
+
+	fill_head(&visit, task, RECORD_VISIT, flags, sizeof(visit));
+	visit.touches = process ? process->touches : 0;
+	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
+}
+
 SEC("iter/task_vma")
 int read_mappings(struct bpf_iter__task_vma *context)
 {
@@ -538,17 +557,15 @@ int read_mappings(struct bpf_iter__task_vma *context)
 		return 0;
 	if (reader->run != reading_run || reader->tgid != task->tgid || reader->tid != task->pid)
 		begin_visit(reader, task);
-	if (reader->is_skipped)
+	if (reader->is_skipped) {
+		if (reader->is_again && tell_visit(seq, task, NULL, FLAG_AGAIN))
+			reader->is_again = 0;
 		return 0;
-	process = find_process(reader->tgid);
-	if (!reader->visit_sent && (process || report & REPORT_VISITS)) {
-		struct record visit = {};
-
-		fill_head(&visit, task, RECORD_VISIT, narrow_flag(task), sizeof(visit));
-		visit.touches = process ? process->touches : 0;
-		if (bpf_seq_write(seq, &visit, sizeof(visit)))
-			return 0; /* the buffer is full: the kernel calls again for this vma */
 	}
+	process = find_process(reader->tgid);
+	if (!reader->visit_sent && (process || report & REPORT_VISITS) &&
+	    !tell_visit(seq, task, process, narrow_flag(task)))
+		return 0; /* the buffer is full: the kernel calls again for this vma */
 	file = vma->vm_file;
 	if (!file || !(vma->vm_flags & VM_EXEC))
 		goto shown;

@@ -1,0 +1,55 @@
+"""How long `sowatch watch --json` takes to say `ready`, and `sowatch --help` to end.
+
+Both as a user starts them: the installed command, a new process each time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import Figure, main, median, spread
+
+COMMAND = Path(sys.executable).parent / "sowatch"
+
+
+def measure(is_quick: bool, directory: Path) -> list[Figure]:
+    del directory
+    rounds = 2 if is_quick else 20
+    python, ready, help_shown = [], [], []
+    for _ in range(rounds):
+        python.append(time_to_end(sys.executable, "-c", ""))
+        ready.append(time_to_ready())
+        help_shown.append(time_to_end(COMMAND, "--help"))
+    return [
+        Figure("sowatch watch --json to ready", median(ready), "s", spread(ready), aim=0.5),
+        Figure("sowatch --help", median(help_shown), "s", spread(help_shown), aim=0.15),
+        Figure("... of that, an empty Python", median(python), "s", spread(python)),
+    ]
+
+
+def time_to_ready() -> float:
+    start = time.monotonic()
+    with subprocess.Popen([COMMAND, "watch", "--json"], stdout=subprocess.PIPE) as running:
+        assert running.stdout
+        for line in running.stdout:
+            if b'"event":"ready"' in line:
+                break
+        else:
+            raise RuntimeError("sowatch ended without ready")
+        taken = time.monotonic() - start
+        running.terminate()
+        running.stdout.read()
+    return taken
+
+
+def time_to_end(*command: str | Path) -> float:
+    start = time.monotonic()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - start
+
+
+if __name__ == "__main__":
+    main("start", measure)

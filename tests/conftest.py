@@ -1,0 +1,322 @@
+"""What every test may rely on: markers by directory, deadlines, real processes, compiled programs, no leaks.
+
+Environment: SOWATCH_DEADLINE_SCALE multiplies every deadline (slow guests);
+SOWATCH_FORCE_KERNEL_TESTS=1 makes a skipped kernel or e2e test a failure where the kernel offers BPF.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hypothesis
+import pytest
+
+from support import bpfsys, leaks
+from support.programs import build
+
+T = TypeVar("T")
+
+TESTS = Path(__file__).resolve().parent
+KINDS = ("unit", "kernel", "e2e")
+FORCE = "SOWATCH_FORCE_KERNEL_TESTS"
+FORCED = os.environ.get(FORCE, "") not in ("", "0")
+SCALE = float(os.environ.get("SOWATCH_DEADLINE_SCALE") or 1)
+
+# How long an example takes says nothing on a shared machine, and examples are kept in no database:
+# the seed that a failure prints repeats it.
+hypothesis.settings.register_profile("sowatch", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("sowatch")
+
+
+# -- markers and the force switch ------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A slow guest also needs longer until a test counts as stuck.
+    if SCALE > 1 and config.getoption("timeout", None) is None:
+        config.option.timeout = float(config.getini("timeout")) * SCALE
+
+
+def pytest_report_header() -> list[str]:
+    error = bpfsys.why_no_bpf()
+    offer = "available" if error is None else f"not available: {error.strerror}"
+    return [f"bpf(2): {offer}; skipped kernel tests {'fail' if FORCED else 'are allowed'}; deadlines x{SCALE:g}"]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    kind = _kind_of(item.path)
+    if kind:
+        item.add_marker(kind)
+
+
+def _kind_of(path: Path) -> str | None:
+    try:
+        first = path.relative_to(TESTS).parts[0]
+    except ValueError:
+        return None
+    return first if first in KINDS else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    # A test that was expected to fail and did is also called skipped; that one is in order.
+    if report.skipped and not hasattr(report, "wasxfail") and _kind_of(item.path) in ("kernel", "e2e"):
+        _fail_if_forced(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    if report.skipped and _kind_of(collector.path) in ("kernel", "e2e"):
+        _fail_if_forced(report)
+    return report
+
+
+def _fail_if_forced(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if FORCED and bpfsys.kernel_offers_bpf():
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{reason}\nThis kernel offers BPF and SOWATCH_FORCE_KERNEL_TESTS is set: no kernel test may skip."
+        )
+
+
+@pytest.fixture
+def needs_bpf() -> None:
+    """Skips the test, but only if creating a BPF map really fails. Kernel tests all have it."""
+    error = bpfsys.why_no_bpf()
+    if error is not None:
+        pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
+
+
+# -- nothing is left behind ------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a kernel or e2e test that leaves an fd, thread, child, BPF object or pin behind.
+
+    Asked for before any other fixture of the test, so it looks again after all of them ended.
+    """
+    kind = _kind_of(request.node.path)
+    if kind not in ("kernel", "e2e"):
+        yield
+        return
+    if kind == "kernel":
+        request.getfixturevalue("needs_bpf")
+    before = leaks.take_steady()
+    yield
+    left = leaks.settle(before, 10 * SCALE)
+    if left:
+        pytest.fail("the test left something behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+# -- deadlines -------------------------------------------------------------------------------
+
+
+class Deadline:
+    """Bounds for waiting, stretched by SOWATCH_DEADLINE_SCALE.
+
+    ``deadline(5)`` is a timeout for calls that take one; `wait_until` waits for a condition.
+    """
+
+    scale = SCALE
+
+    def __call__(self, timeout_s: float) -> float:
+        return timeout_s * self.scale
+
+    def wait_until(self, predicate: Callable[[], T], timeout_s: float = 10.0, what: str = "") -> T:
+        """The first truthy value of ``predicate``.
+
+        Args:
+            predicate: called again and again, at least once.
+            timeout_s: unscaled; the test fails after it.
+            what: said in the failure: "what" did not happen.
+        """
+        end = time.monotonic() + self(timeout_s)
+        while True:
+            value = predicate()
+            if value:
+                return value
+            if time.monotonic() >= end:
+                pytest.fail(f"{what or predicate!r} did not happen within {self(timeout_s):g} s; last value: {value!r}")
+            time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def deadline() -> Deadline:
+    return Deadline()
+
+
+@pytest.fixture(scope="session")
+def wait_until(deadline: Deadline) -> Callable[..., Any]:
+    """``wait_until(predicate, timeout_s=10.0, what="")``: see `Deadline.wait_until`."""
+    return deadline.wait_until
+
+
+# -- real processes --------------------------------------------------------------------------
+
+
+class Spawner:
+    """Starts processes as ``subprocess.Popen`` does; `close` ends and reaps those still running."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._started: list[subprocess.Popen[Any]] = []
+
+    def __call__(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+        """Like ``Popen(argv, **options)``, in a session of its own so that its children can be ended too."""
+        options.setdefault("start_new_session", True)
+        process = subprocess.Popen([os.fspath(word) for word in argv], **options)
+        self._started.append(process)
+        return process
+
+    def end(self, process: subprocess.Popen[Any]) -> int:
+        """Asks the process to end, insists if it does not, and reaps it. Returns its status."""
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                # It may have ended before it read everything.
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        if process.poll() is None:
+            self._signal(process, signal.SIGTERM)
+            # Stopped processes only hear of SIGTERM once they go on.
+            self._signal(process, signal.SIGCONT)
+            try:
+                process.wait(self._deadline(5))
+            except subprocess.TimeoutExpired:
+                self._signal(process, signal.SIGKILL)
+        return process.wait(self._deadline(10))
+
+    def _signal(self, process: subprocess.Popen[Any], number: signal.Signals) -> None:
+        try:
+            # Not reaped yet, so the pid is still its own.
+            if os.getpgid(process.pid) == process.pid:
+                os.killpg(process.pid, number)
+            else:
+                os.kill(process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        for process in reversed(self._started):
+            self.end(process)
+        self._started.clear()
+
+
+@pytest.fixture
+def spawn(deadline: Deadline) -> Iterator[Spawner]:
+    """``spawn([program, argument, ...], **popen_options)`` gives a Popen that the fixture ends and reaps."""
+    spawner = Spawner(deadline)
+    yield spawner
+    spawner.close()
+
+
+# -- compiled programs and libraries ---------------------------------------------------------
+
+
+class Programs:
+    """tests/programs by name, each compiled once for the session when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __getitem__(self, name: str) -> Path:
+        return build(name, self.directory)
+
+    def variant(self, name: str, *flags: str) -> Path:
+        """The same program compiled with more flags; once for each set of them."""
+        return build(name, self.directory, flags=flags)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """``programs["mapper"]`` is the path of tests/programs/mapper.c, compiled; see support.programs.Mapper."""
+    return Programs(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def make_library(tmp_path: Path) -> Callable[..., Path]:
+    """``make_library(name, exports=())`` compiles a tiny shared library in the test's tmp_path.
+
+    ``name`` may have directories in it; its last part is also the soname. Each export is a function
+    ``int NAME(void)`` that returns its place in ``exports``. The build id differs with soname and exports.
+    """
+
+    def make(name: str = "libtiny.so", exports: Iterable[str] = ()) -> Path:
+        made = tmp_path / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        functions = "".join(f"int {export}(void) {{ return {i}; }}\n" for i, export in enumerate(exports))
+        # Without a function there would be no executable segment, so nothing to watch.
+        functions += "static int here(void) { return 0; }\nint (*const sowatch_test_anchor)(void) = here;\n"
+        source = made.with_name(f".{made.name}.c")
+        source.write_text(functions, encoding="utf-8")
+        flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{made.name}", "-Wl,--build-id"]
+        subprocess.run(["cc", *flags, "-o", str(made), str(source)], check=True)
+        source.unlink()
+        return made
+
+    return make
+
+
+# -- the event schema ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def schema() -> Callable[[Any], Any]:
+    """``schema(event)`` checks an Event, its dict or its JSON line against the schema the package ships.
+
+    Returns the dict, so that a test can check and use an event in one go.
+    """
+    import jsonschema
+
+    from sowatch.events import to_dict
+
+    text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
+    validator = jsonschema.Draft202012Validator(
+        json.loads(text), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+
+    passed: set[str] = set()
+
+    def form(value: Any) -> Any:
+        """What kind of value it is: digits of a time and of hexadecimal numbers all look alike."""
+        if isinstance(value, bool) or value is None:
+            return value
+        if isinstance(value, int):
+            return value >= 0
+        return re.sub(r"[0-9a-f]+", "0", json.dumps(value))
+
+    def check(event: Any) -> Any:
+        if isinstance(event, str | bytes):
+            found = json.loads(event)
+        elif isinstance(event, Mapping):
+            found = event
+        else:
+            found = json.loads(json.dumps(to_dict(event, 0)))
+        # In a storm thousands of events differ in these four only, each still checked for its form.
+        shape = json.dumps(
+            {**found, **{key: form(found[key]) for key in ("seq", "time", "t_ns", "ranges") if key in found}}
+        )
+        if shape in passed:
+            return found
+        faults = sorted(validator.iter_errors(found), key=str)
+        if faults:
+            listed = "\n".join(f"  {fault.json_path}: {fault.message}" for fault in faults)
+            pytest.fail(f"not an event of schema 1:\n{json.dumps(found, indent=1)}\n{listed}")
+        passed.add(shape)
+        return found
+
+    return check

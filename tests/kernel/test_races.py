@@ -1,0 +1,641 @@
+"""The interleavings that make a map wrong without any event lost, forced, and compared with ``/proc``.
+
+Where the kernel lets a test hold a thread inside a system call (see ``tests/programs/stall.c``) the
+interleaving is exact; the others are stirred for a while and compared once all is quiet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch import Rule
+from sowatch.config import Config
+from sowatch.rules import KINDS
+from support.kernel import Ledger, Stall, Trick, executable_inodes
+from support.programs import Mapper
+
+PAGE = 4096
+Start = Callable[..., Mapper]
+NewLibrary = Callable[..., Path]
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def settle(ledger: Ledger, mapper: Mapper, marker: Path) -> None:
+    """Waits until all that this process did before has come through."""
+    mapper.map(marker)
+    ledger.wait_load(mapper.pid, inode(marker))
+
+
+# ---- one thing at a time: what a single thread does is told as it is -----------------------------
+
+
+def test_what_one_thread_maps_and_unmaps_is_told_in_order(ledger: Ledger, start: Start, library: NewLibrary) -> None:
+    mapper, new = start(), library()
+    at, length = mapper.map(new)
+    again, _ = mapper.map(new)
+    mapper.unmap(at, length)
+    mapper.unmap(again, length)
+    at, length = mapper.map(new)
+    mapper.exec()
+    mapper.map(new)
+    mapper.exit()
+    ledger.wait_for(lambda: ledger.story(mapper.pid, inode(new))[-1:] == [("unload", "exit")], "no exit")
+    assert ledger.story(mapper.pid, inode(new)) == [
+        ("load", "mmap"),
+        ("unload", "munmap"),
+        ("load", "mmap"),
+        ("unload", "exec"),
+        ("load", "mmap"),
+        ("unload", "exit"),
+    ]
+
+
+def test_a_library_stays_while_any_part_of_it_is_executable(ledger: Ledger, start: Start, library: NewLibrary) -> None:
+    mapper, new, marker = start(), library(), library("libmarker.so")
+    at, _ = mapper.map(new, "len", 4 * PAGE)
+    mapper.unmap(at, PAGE)
+    mapper.protect(at + 3 * PAGE, PAGE, "r")
+    mapper.tell("anon", PAGE, "at", f"{at + PAGE:x}")
+    settle(ledger, mapper, marker)
+    assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap")]
+    ledger.wait_equal(mapper.pid)
+    mapper.protect(at + 2 * PAGE, PAGE, "rw")
+    ledger.wait_unload(mapper.pid, inode(new))
+    assert ledger.story(mapper.pid, inode(new))[-1] == ("unload", "munmap")
+
+
+def test_a_child_has_what_its_parent_had_and_each_goes_its_own_way(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    parent, new, other = start(), library(), library("libother.so")
+    at, length = parent.map(new)
+    with parent.fork() as child:
+        parent.unmap(at, length)
+        child.map(other)
+        ledger.wait_load(child.pid, inode(other))
+        ledger.wait_unload(parent.pid, inode(new))
+        ledger.wait_equal(parent.pid, child.pid)
+        assert ledger.story(child.pid, inode(new)) == [("load", "fork")]
+        assert ledger.story(parent.pid, inode(other)) == []
+
+
+# ---- M1: the file descriptor is replaced under mmap ----------------------------------------------
+
+
+def test_a_descriptor_replaced_during_mmap_by_another_thread_hides_and_fakes_nothing_for_long(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper, first, second = start(), library("liba.so"), library("libb.so")
+    second.write_bytes(second.read_bytes()[:-1] + b"\x01")
+    last, _, _, times_a, times_b = mapper.tell("dup2race", first, second, 3000)
+    assert min(int(times_a), int(times_b)) > 0
+    mapped, other = (first, second) if last == "a" else (second, first)
+    settle(ledger, mapper, library("libmarker.so"))
+    ledger.wait_load(mapper.pid, inode(mapped))
+    ledger.wait_unload(mapper.pid, inode(other))
+    ledger.wait_equal(mapper.pid)
+
+
+def test_a_descriptor_replaced_while_others_hold_the_mappings_hides_and_fakes_nothing_for_long(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper, first, second = start(), library("liba.so"), library("libb.so")
+    second.write_bytes(second.read_bytes()[:-1] + b"\x01")
+    for _ in range(3):
+        mapper.tell("thread", "anon", "-")
+    last, *_ = mapper.tell("dup2race", first, second, 2000)
+    mapper.tell("thread", "stop")
+    mapped, other = (first, second) if last == "a" else (second, first)
+    settle(ledger, mapper, library("libmarker.so"))
+    ledger.wait_load(mapper.pid, inode(mapped))
+    ledger.wait_unload(mapper.pid, inode(other))
+    ledger.wait_equal(mapper.pid)
+
+
+# ---- M2: fork of a threaded process while it maps ------------------------------------------------
+
+
+def test_children_of_a_process_whose_threads_map_and_unmap_have_what_proc_says(
+    ledger: Ledger, start: Start, library: NewLibrary, closing: contextlib.ExitStack
+) -> None:
+    parent = start()
+    for number in range(2):
+        parent.tell("thread", "loop", library(f"libloop{number}.so"))
+    children = [closing.enter_context(parent.fork()) for _ in range(40)]
+    parent.tell("thread", "stop")
+    ledger.wait_equal(parent.pid, *(child.pid for child in children))
+
+
+@pytest.fixture
+def fork_held(stall: Callable[..., Stall], library: NewLibrary, deadline: Any, ledger: Ledger) -> Iterator[Stall]:
+    """A process in the middle of a fork: its mappings are copied, the child is not told of yet."""
+    first = library("libfirst.so")
+    held = stall("fork", first, library("libother.so"))
+    ledger.wait_load(held.pid, inode(first))
+    held.hold(deadline(5))
+    yield held
+    held.close()
+
+
+def test_a_file_that_a_thread_maps_during_a_fork_is_not_the_childs(
+    ledger: Ledger, fork_held: Stall, scratch: Path
+) -> None:
+    fork_held.second("map")
+    child = fork_held.release()
+    ledger.wait_load(fork_held.pid, inode(scratch / "libother.so"))
+    ledger.wait_load(child, inode(scratch / "libfirst.so"))
+    ledger.wait_equal(fork_held.pid, child)
+
+
+def test_a_file_that_a_thread_unmaps_during_a_fork_is_still_the_childs(
+    ledger: Ledger, fork_held: Stall, scratch: Path
+) -> None:
+    fork_held.second("drop")
+    child = fork_held.release()
+    ledger.wait_unload(fork_held.pid, inode(scratch / "libfirst.so"))
+    ledger.wait_load(child, inode(scratch / "libfirst.so"))
+    ledger.wait_equal(fork_held.pid, child)
+
+
+def test_a_thread_that_maps_during_a_fork_and_leaves_before_its_end_gives_the_child_nothing(
+    ledger: Ledger, fork_held: Stall, scratch: Path, wait_until: Any
+) -> None:
+    fork_held.second("map")
+    fork_held.second("leave")
+    wait_until(fork_held.is_alone)
+    ledger.wait_load(fork_held.pid, inode(scratch / "libother.so"))
+    child = fork_held.release()
+    ledger.wait_load(child, inode(scratch / "libfirst.so"))
+    ledger.wait_equal(fork_held.pid, child)
+
+
+# ---- M3: the same range is unmapped and mapped by two threads ------------------------------------
+
+
+def test_threads_that_map_and_unmap_at_once_leave_the_map_as_proc_has_it(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper = start()
+    stays, marker = library("libstays.so"), library("libmarker.so")
+    mapper.map(stays)
+    for number in range(4):
+        mapper.tell("thread", "loop", library(f"libloop{number}.so"))
+    mapper.tell("loop", library("libloop.so"), 20000)
+    rounds = int(mapper.tell("thread", "stop")[0])
+    assert rounds > 1000
+    settle(ledger, mapper, marker)
+    ledger.wait_equal(mapper.pid)
+    assert ledger.story(mapper.pid, inode(stays))[-1][0] == "load"
+
+
+@pytest.mark.parametrize("way", ["unmap", "fixed"])
+def test_a_new_mapping_in_a_range_that_another_thread_is_still_giving_up_stays(
+    ledger: Ledger, stall: Callable[..., Stall], library: NewLibrary, deadline: Any, way: str
+) -> None:
+    first, other = library("libfirst.so"), library("libother.so")
+    held = stall(way, first, other)
+    ledger.wait_load(held.pid, inode(first))
+    held.hold(deadline(5))
+    held.second("map")
+    ledger.wait_load(held.pid, inode(other))
+    ledger.wait_equal(held.pid)
+    held.release()
+    ledger.wait_equal(held.pid)
+    assert ledger.story(held.pid, inode(other)) == [("load", "mmap")]
+
+
+@pytest.mark.parametrize("way", ["unmap", "fixed"])
+def test_a_new_mapping_stays_although_the_thread_that_made_it_left_before_the_other_call_returned(
+    ledger: Ledger,
+    stall: Callable[..., Stall],
+    library: NewLibrary,
+    start: Start,
+    deadline: Any,
+    wait_until: Any,
+    way: str,
+) -> None:
+    first, other = library("libfirst.so"), library("libother.so")
+    held = stall(way, first, other)
+    ledger.wait_load(held.pid, inode(first))
+    held.hold(deadline(5))
+    held.second("map")
+    held.second("leave")
+    wait_until(held.is_alone)
+    ledger.wait_equal(held.pid)
+    held.release()
+    # What this process maps afterwards is told after whatever that call had to say.
+    settle(ledger, start(), library("libmarker.so"))
+    assert ledger.story(held.pid, inode(other)) == [("load", "mmap")]
+    ledger.wait_equal(held.pid)
+
+
+# ---- M4: a watch that starts in the middle of a storm --------------------------------------------
+
+
+@contextlib.contextmanager
+def storm(mappers: list[Mapper], libraries: list[Path]) -> Iterator[None]:
+    """Each mapper maps, unmaps, forks, executes and ends children until the block is left."""
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def stir(number: int, mapper: Mapper) -> None:
+        mine = libraries[number]
+        try:
+            while not over.is_set():
+                at, length = mapper.map(mine)
+                with mapper.fork() as child:
+                    child.map(libraries[-1])
+                    mapper.unmap(at, length)
+                    child.exec()
+                    child.map(mine)
+                mapper.exec()
+                mapper.tell("wait", mapper.tell("spawn", "/bin/true")[0])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=stir, args=pair) for pair in enumerate(mappers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_watch_that_starts_in_a_storm_knows_what_proc_says_once_it_is_over(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mappers = [start() for _ in range(6)]
+    libraries = [library(f"lib{number}.so") for number in range(7)]
+    stays = library("libstays.so")
+    for mapper in mappers[:3]:
+        mapper.map(stays)
+    for mapper in mappers[3:]:
+        mapper.tell("thread", "idle", "-")
+    quiet = start()
+    quiet.map(stays)
+    for _ in range(3):
+        with storm(mappers, libraries):
+            ledger = open_ledger(Rule(rf"{stays.parent}/", kind=KINDS, name="ours"))
+        for mapper in mappers:
+            mapper.map(stays)
+        pids = {mapper.pid for mapper in [*mappers, quiet]}
+        wanted = {inode(path) for path in [*libraries, stays]}
+
+        def differences(ledger: Ledger = ledger, pids: set[int] = pids, wanted: set[int] = wanted) -> dict[int, Any]:
+            return {
+                pid: (ledger.inodes(pid), executable_inodes(pid) & wanted)
+                for pid in pids
+                if ledger.inodes(pid) != executable_inodes(pid) & wanted
+            }
+
+        ledger.wait_for(lambda: not differences(), lambda: f"(ours, proc's): {differences()}")
+        others = {process.pid for process, files in ledger._held.items() if files} - pids
+        assert not others, "processes that have ended are still held"
+        ledger.stop()
+
+
+def test_threads_that_map_while_the_watch_starts_leave_the_map_as_proc_has_it(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mapper = start()
+    for number in range(3):
+        mapper.tell("thread", "loop", library(f"libloop{number}.so"))
+    ledger = open_ledger()
+    mapper.tell("thread", "stop")
+    settle(ledger, mapper, library("libmarker.so"))
+    ledger.wait_equal(mapper.pid)
+
+
+def test_what_was_mapped_before_the_watch_began_is_told_before_ready_and_what_came_after_it_is_told_later(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mapper, before, after = start(), library("libbefore.so"), library("libafter.so")
+    mapper.map(before)
+    ledger = open_ledger()
+    mapper.map(after)
+    ledger.wait_load(mapper.pid, inode(after))
+    names = [event.event for event in ledger.events]
+    ready = names.index("ready")
+    assert all(getattr(event, "cause", None) in ("snapshot", None) for event in ledger.events[:ready])
+    assert ledger.events.index(ledger.wait_load(mapper.pid, inode(before))) < ready
+    assert ledger.events.index(ledger.wait_load(mapper.pid, inode(after))) > ready
+    assert "snapshot" not in {getattr(event, "cause", None) for event in ledger.events[ready:]}
+
+
+def test_a_process_that_the_snapshot_met_and_that_then_ends_is_unloaded(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mapper, new = start(), library()
+    mapper.map(new)
+    ledger = open_ledger()
+    mapper.exit()
+    ledger.wait_unload(mapper.pid, inode(new))
+    assert ledger.story(mapper.pid, inode(new)) == [("load", "snapshot"), ("unload", "exit")]
+
+
+# ---- M5: a process of which nothing was wanted so far --------------------------------------------
+
+
+def test_a_wanted_file_is_told_right_after_unwanted_ones_and_so_is_the_exit(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    wanted = library("libwanted.so")
+    ledger = open_ledger(Rule(r"libwanted\.so$", name="wanted"))
+    for number in range(100):
+        mapper = start()
+        mapper.map(library(f"libunwanted{number}.so"))
+        at, length = mapper.map(wanted)
+        if number % 2:
+            mapper.unmap(at, length)
+        mapper.exit()
+        ledger.wait_for(lambda pid=mapper.pid: len(ledger.of(pid)) == 2, f"round {number} was not told")
+        end = "munmap" if number % 2 else "exit"
+        assert ledger.story(mapper.pid, inode(wanted)) == [("load", "mmap"), ("unload", end)]
+
+
+# ---- M11: the leader is dead ---------------------------------------------------------------------
+
+
+def test_a_process_whose_leader_is_dead_is_in_the_snapshot_and_its_files_can_be_opened(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mapper, new = start(), library()
+    mapper.map(new)
+    for _ in range(4):
+        mapper.tell("thread", "idle", "-")
+    (thread,) = mapper.tell("leaderexit")
+    opened: list[int] = []
+    rule = Rule(r"libnew\.so$", name="dead", on_activate=lambda file: opened.append(os.fstat(file.fileno()).st_ino))
+    ledger = open_ledger(rule)
+    load = ledger.wait_load(mapper.pid, inode(new))
+    assert load.cause == "snapshot"
+    ledger.wait_for(lambda: opened, "the file was not opened")
+    assert opened == [inode(new)]
+    assert ledger.inodes(mapper.pid) == executable_inodes(int(thread)) & {inode(new)}
+
+
+def test_a_process_whose_leader_is_dead_is_followed_to_its_end(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper, before, after = start(), library("libbefore.so"), library("libafter.so")
+    mapper.map(before)
+    (thread,) = mapper.tell("leaderexit")
+    at, length = mapper.map(after)
+    load = ledger.wait_load(mapper.pid, inode(after))
+    assert load.process is not None
+    assert load.process == ledger.wait_load(mapper.pid, inode(before)).process
+    ledger.wait_equal(mapper.pid, via={mapper.pid: int(thread)})
+    mapper.unmap(at, length)
+    ledger.wait_unload(mapper.pid, inode(after))
+    mapper.exit()
+    ledger.wait_for(lambda: not ledger.inodes(mapper.pid), "the process was not forgotten")
+    assert ledger.story(mapper.pid, inode(before)) == [("load", "mmap"), ("unload", "exit")]
+
+
+# ---- M12: address spaces that several processes hold ---------------------------------------------
+
+
+def test_a_child_that_shares_its_parents_memory_and_outlives_it_keeps_the_files(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    parent, new, later = start(), library(), library("liblater.so")
+    parent.map(new)
+    with parent.fork(how="clonevm") as child:
+        ledger.wait_load(parent.pid, inode(new))
+        parent.exit()
+        ledger.wait_unload(parent.pid, inode(new))
+        ledger.wait_load(child.pid, inode(new))
+        ledger.wait_equal(child.pid)
+        child.map(later)
+        ledger.wait_load(child.pid, inode(later))
+        child.exit()
+    ledger.wait_for(lambda: not ledger.inodes(child.pid), "the child was not forgotten")
+    assert ledger.story(child.pid, inode(new)) == [("load", "fork"), ("unload", "exit")]
+
+
+def test_a_child_that_shares_its_parents_memory_gets_what_the_parent_has_if_it_stays(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    parent, new = start(), library()
+    parent.map(new)
+    with parent.fork(how="clonevm") as child:
+        ledger.wait_load(child.pid, inode(new))
+        at, length = child.map(library("libchild.so"))
+        ledger.wait_load(parent.pid, inode(library("libchild.so")))
+        child.unmap(at, length)
+        ledger.wait_unload(parent.pid, inode(library("libchild.so")))
+        ledger.wait_equal(parent.pid, child.pid)
+
+
+@pytest.mark.parametrize("how", ["vfork", "spawn"])
+def test_a_child_on_its_way_to_exec_is_not_said_to_have_its_parents_files(
+    ledger: Ledger, start: Start, library: NewLibrary, how: str
+) -> None:
+    parent, new, marker = start(), library(), library("libmarker.so")
+    parent.map(new)
+    pids = []
+    for _ in range(30):
+        pid = int(parent.tell(how, "/bin/true")[0])
+        parent.tell("wait", pid)
+        pids.append(pid)
+    settle(ledger, parent, marker)
+    assert [ledger.story(pid, inode(new)) for pid in pids] == [[]] * 30
+    assert all(not ledger.inodes(pid) for pid in pids)
+
+
+def test_a_child_on_its_way_to_exec_is_not_said_to_have_its_parents_files_by_a_snapshot_either(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    parent, new = start(), library()
+    parent.map(new)
+    over = threading.Event()
+    pids: list[int] = []
+
+    def spawn_all_the_time() -> None:
+        while not over.is_set():
+            pids.append(int(parent.tell("spawn", "/bin/true")[0]))
+            parent.tell("wait", pids[-1])
+
+    thread = threading.Thread(target=spawn_all_the_time)
+    thread.start()
+    try:
+        ledger = open_ledger(Rule(r"libnew\.so$"))
+    finally:
+        over.set()
+        thread.join()
+    settle_pid = start()
+    settle_pid.map(new)
+    ledger.wait_load(settle_pid.pid, inode(new))
+    assert len(pids) > 10
+    assert {pid: ledger.story(pid, inode(new)) for pid in pids if ledger.of(pid)} == {}
+
+
+# ---- M16, M17 ------------------------------------------------------------------------------------
+
+
+def test_a_matched_process_that_unmaps_other_memory_all_the_time_sends_nothing(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper, new = start(), library()
+    mapper.map(new)
+    for _ in range(2):
+        mapper.tell("thread", "anon", "-")
+    settle(ledger, mapper, library("libmarker.so"))
+    ledger.wait_equal(mapper.pid)
+    before = ledger.watcher.stats.rereads
+    mapper.tell("loop", "/dev/null", 0)
+    while int(mapper.tell("thread", "stop")[0]) < 20_000:
+        for _ in range(2):
+            mapper.tell("thread", "anon", "-")
+        mapper.tell("anon", PAGE)
+    settle(ledger, start(), library("libmarker2.so"))
+    # Threads come and go meanwhile, which is no reason to read either.
+    assert ledger.watcher.stats.rereads - before <= 5
+
+
+def test_a_mapping_that_was_moved_is_unloaded_when_its_new_place_is_unmapped(
+    ledger: Ledger, start: Start, library: NewLibrary
+) -> None:
+    mapper, new = start(), library()
+    at, length = mapper.map(new)
+    ledger.wait_load(mapper.pid, inode(new))
+    moved = int(mapper.tell("remap", f"{at:x}", length, length + (1 << 20))[0], 16)
+    assert moved != at
+    ledger.wait_for(lambda: ledger.watcher.stats.rereads, "nobody looked where it went")
+    settle(ledger, mapper, library("libmarker.so"))
+    assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap")]
+    mapper.unmap(moved, length + (1 << 20))
+    ledger.wait_unload(mapper.pid, inode(new))
+
+
+# ---- ways to map that are easy to overlook -------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["implied", "implied-protect", "hole", "behind", "double"])
+def test_a_file_that_becomes_executable_by_a_back_way_is_told(
+    ledger: Ledger, trick: Callable[..., Trick], library: NewLibrary, way: str
+) -> None:
+    new = library()
+    process = trick(way, new)
+    assert inode(new) in executable_inodes(process.pid)
+    ledger.wait_load(process.pid, inode(new))
+    ledger.wait_equal(process.pid)
+
+
+def test_a_wanted_file_is_told_that_one_mprotect_made_executable_together_with_an_ignored_one(
+    open_ledger: Callable[..., Ledger], trick: Callable[..., Trick], start: Start, library: NewLibrary
+) -> None:
+    ignored, wanted, marker = library("libignored.so"), library("libwanted.so"), library("libwanted-marker.so")
+    ledger = open_ledger(Rule("libwanted", name="wanted"))
+    mapper = start()
+    mapper.map(ignored)
+    settle(ledger, mapper, marker)
+    process = trick("second", ignored, wanted)
+    ledger.wait_load(process.pid, inode(wanted))
+
+
+def test_shared_memory_that_is_detached_is_unloaded(ledger: Ledger, trick: Callable[..., Trick]) -> None:
+    process = trick("shmdt")
+    (number,) = {int(line.split()[4]) for line in maps_of(process.pid) if b"/SYSV" in line}
+    ledger.wait_load(process.pid, number)
+    process.go_on()
+    ledger.wait_unload(process.pid, number)
+
+
+def test_a_device_that_maps_another_file_than_its_own_is_told_as_what_it_maps(
+    ledger: Ledger, trick: Callable[..., Trick], start: Start, library: NewLibrary
+) -> None:
+    process = trick("device")
+    settle(ledger, start(), library("libmarker.so"))
+    ledger.wait_equal(process.pid)
+    assert len({event.library.id for event in ledger.of(process.pid) if event.library.path.startswith("/dev/zero")}) == 1
+
+
+def maps_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+
+
+def test_answers_of_a_process_that_swaps_files_under_its_descriptors_do_not_hide_them_from_others(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    """A path read from a file that was closed meanwhile must not be taken for the path of another."""
+    wanted, unwanted = library("libwanted.so"), library("libunused.so")
+    unwanted.write_bytes(unwanted.read_bytes()[:-1] + b"\x01")
+    ledger = open_ledger(Rule(r"libwanted\.so$", name="wanted"))
+    for _ in range(3):
+        mapper = start()
+        for _ in range(3):
+            mapper.tell("thread", "anon", "-")
+        mapper.tell("dup2race", wanted, unwanted, 500)
+        mapper.tell("thread", "stop")
+        honest = start()
+        honest.map(wanted)
+        ledger.wait_load(honest.pid, inode(wanted))
+        assert ledger.story(honest.pid, inode(wanted)) == [("load", "mmap")]
+
+
+# ---- losses and repairs --------------------------------------------------------------------------
+
+
+def test_after_a_storm_that_a_tiny_ring_cannot_hold_the_map_is_repaired(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    mappers = [start() for _ in range(4)]
+    libraries = [library(f"lib{number}.so") for number in range(5)]
+    rule = Rule(rf"{libraries[0].parent}/", kind=KINDS, name="ours")
+    ledger = open_ledger(rule, config=Config(ring_bytes=4096))
+    with storm(mappers, libraries):
+        ledger.wait_for(lambda: "lost" in ledger.controls(), "a ring of one page was enough")
+    for number, mapper in enumerate(mappers):
+        mapper.map(libraries[number])
+
+    def is_repaired() -> bool:
+        controls = ledger.controls()
+        return controls[-1] == "repaired" and ledger.watcher.is_repaired
+
+    ledger.wait_for(is_repaired, lambda: f"no repair: {ledger.controls()[-5:]}", 20)
+    wanted = {inode(path) for path in libraries}
+
+    def differences() -> dict[int, Any]:
+        return {
+            mapper.pid: (ledger.inodes(mapper.pid), executable_inodes(mapper.pid) & wanted)
+            for mapper in mappers
+            if ledger.inodes(mapper.pid) != executable_inodes(mapper.pid) & wanted
+        }
+
+    ledger.wait_for(lambda: not differences(), lambda: f"(ours, proc's): {differences()}")
+    held = {process.pid for process, files in ledger._held.items() if files}
+    assert held == {mapper.pid for mapper in mappers}
+    assert ledger.watcher.stats.lost_kernel > 0
+    assert ledger.watcher.stats.repairs > 0
+
+
+def test_the_exit_of_a_process_that_was_lost_is_found_by_the_repair(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary
+) -> None:
+    flooder, victim, new = start(), start(), library()
+    ledger = open_ledger(Rule(rf"{new.parent}/", name="ours"), config=Config(ring_bytes=4096))
+    victim.map(new)
+    ledger.wait_load(victim.pid, inode(new))
+    # While this runs the ring of one page is full most of the time.
+    flooder.send("loop", library("libflood.so"), 20_000)
+    victim.exit()
+    assert flooder._answer() == []
+    ledger.wait_for(lambda: "lost" in ledger.controls(), "nothing was lost")
+    ledger.wait_unload(victim.pid, inode(new))
+    ledger.wait_for(lambda: ledger.controls()[-1] == "repaired", "no repair")
+    assert ledger.inodes(flooder.pid) == set()

@@ -1,0 +1,481 @@
+"""For tests of the BPF programs: a source read record by record, and a watch kept like a ledger.
+
+`Tap` hands out the kernel's records as they are; `Ledger` follows a `Watcher` and checks what must
+hold of every stream of events. `Stall` and `Trick` drive ``tests/programs/stall.c`` and ``tricks.c``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import subprocess
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from sowatch import Rule, Watcher
+from sowatch.bpf.records import MapRecord, Record, RecordType, file_id_of, path_of
+from sowatch.config import Config
+from sowatch.events import Event, LibraryEvent, Ready
+from sowatch.identity import FileId, ProcessId
+from sowatch.rules import KINDS
+from sowatch.sources import BpfSource, Report
+from support.programs import Mapper
+
+__all__ = ["Ledger", "Stall", "Tap", "Trick", "executable_inodes", "host_pid", "id_by_stat", "with_prelude"]
+
+#: asm/unistd.h: the same number on every architecture.
+_SYS_PIDFD_GETFD = 438
+#: sizeof(struct uffd_msg), and the event of a fork.
+_UFFD_MESSAGE_BYTES = 32
+_UFFD_EVENT_FORK = 0x13
+
+
+class Tap:
+    """A `BpfSource` whose records a test looks at one by one.
+
+    Args:
+        mapper: the compiled mapper, for a process of the tap's own: what it maps comes through the
+            ring after all that happened before, so that "nothing was sent" needs no waiting.
+        scratch: a directory of the test.
+        timeout_s: how long to wait for a record.
+        config: for `sowatch.config.Config`.
+    """
+
+    def __init__(self, mapper: Path, scratch: Path, timeout_s: float, **config: Any) -> None:
+        self._timeout_s = timeout_s
+        self.source = BpfSource(Config(**config))
+        self.records: list[Record] = []
+        try:
+            self._marker_file = scratch / "marker"
+            self._marker_file.write_bytes(bytes(4096))
+            self._marker = Mapper(mapper, scratch)
+        except BaseException:
+            self.source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._marker.close()
+        self.source.close()
+
+    def reset(self) -> None:
+        """As new, for the next test: no record, no verdict, nothing reported but followed processes."""
+        self.source.set_report(Report.NOTHING)
+        self.source.new_epoch()
+        self.flush()
+        self.records.clear()
+
+    def wait_for(self, wanted: Callable[[Record], bool], what: str, *, since: int = 0) -> Record:
+        """The first record from ``since`` on that is wanted."""
+        deadline = time.monotonic() + self._timeout_s
+        looked = since
+        while True:
+            for record in self.records[looked:]:
+                looked += 1
+                if wanted(record):
+                    return record
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise AssertionError(f"no record of {what} came; there are {Counter(r.type for r in self.records)}")
+            select.select([self.source.fileno()], [], [], min(left, 0.1))
+            self.records += self.source.drain()
+
+    def flush(self) -> None:
+        """Waits until everything that happened before has come through."""
+        here = len(self.records)
+        at, length = self._marker.map(self._marker_file)
+        self.wait_for(
+            lambda r: r.type == RecordType.MAP and r.tgid == self._marker.pid and r.start == at,  # type: ignore[union-attr]
+            "the marker",
+            since=here,
+        )
+        self._marker.unmap(at, length)
+
+    def during(self, action: Callable[[], object], *pids: int) -> list[Record]:
+        """What the kernel sent about these processes because of the action, and nothing else."""
+        self.flush()
+        here = len(self.records)
+        action()
+        self.flush()
+        return [record for record in self.records[here:] if record.tgid in pids]
+
+    def maps(self, pid: int, path: Path | str | None = None) -> list[MapRecord]:
+        """The mapping records of a process so far, of one file if ``path`` is given."""
+        found = [record for record in self.records if isinstance(record, MapRecord) and record.tgid == pid]
+        return [record for record in found if path is None or path_of(record.text) == os.fspath(path)]
+
+    def key_of(self, pid: int, path: Path | str) -> bytes:
+        """What a verdict on this file is filed under, by the process's own mapping of it."""
+        self.flush()
+        key = self.maps(pid, path)[-1].key
+        assert isinstance(key, bytes)
+        return key
+
+
+def kinds_of(records: Sequence[Record]) -> list[int]:
+    """Their types, in order."""
+    return [record.type for record in records]
+
+
+def id_by_stat(path: Path | str) -> FileId:
+    """Device and inode as stat gives them; generation and subvolume are 0."""
+    about = os.stat(path)
+    return FileId(os.major(about.st_dev), os.minor(about.st_dev), about.st_ino)
+
+
+def id_of(record: Record) -> FileId:
+    """The file of a mapping record."""
+    assert isinstance(record, MapRecord)
+    assert isinstance(record.key, bytes)
+    return file_id_of(record.key)
+
+
+def executable_inodes(pid: int | str) -> set[int]:
+    """Inodes of the files that a process or thread has mapped executable, by its ``maps``."""
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+        columns = line.split(None, 5)
+        if b"x" in columns[1] and int(columns[4]):
+            found.add(int(columns[4]))
+    return found
+
+
+def executable_ranges(pid: int | str, inode: int) -> set[tuple[int, int]]:
+    """Where a process has one file mapped executable."""
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+        columns = line.split(None, 5)
+        if b"x" in columns[1] and int(columns[4]) == inode:
+            start, _, end = columns[0].partition(b"-")
+            found.add((int(start, 16), int(end, 16)))
+    return found
+
+
+def host_pid(mapper: Mapper) -> int:
+    """The mapper's pid here, if it runs in a pid namespace below a process that made it."""
+    assert mapper._process
+    pid = mapper._process.pid
+    while True:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        if not children:
+            return pid
+        pid = int(children[0])
+
+
+def with_prelude(scratch: Path, program: Path, commands: str, *, launcher: str = "sh -c") -> Path:
+    """A script that runs shell commands and then becomes ``program``; a program for `Mapper`.
+
+    Args:
+        scratch: where the script goes.
+        program: what runs at the end.
+        commands: ended by what executes ``"$0"``; the default is just that.
+        launcher: runs the commands, for instance ``unshare --mount sh -c``.
+    """
+    script = scratch / f"run-{os.urandom(4).hex()}"
+    if '"$0"' not in commands:
+        commands += '\nexec "$0"'
+    quoted = commands.replace("'", "'\\''")
+    script.write_text(f"#!/bin/sh\nexec {launcher} 'set -e\n{quoted}' {program}\n", encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
+#: Runs commands in a mount namespace of their own: what they mount goes with the process.
+IN_OWN_MOUNTS = "unshare --mount --propagation private sh -c"
+
+
+class Ledger:
+    """A `Watcher` and all that it told, checked as it comes.
+
+    Every event must fit the schema, loads and unloads of a (process, file) alternate, activations
+    and deactivations of a (rule, file) alternate and bracket its loads.
+
+    Args:
+        timeout_s: how long to wait for something.
+        check: raises if an event is not of the schema.
+        rules: default: every mapped file of every kind.
+        options: for `Watcher`.
+    """
+
+    def __init__(self, *rules: Rule, timeout_s: float, check: Callable[[Event], object], **options: Any) -> None:
+        self._timeout_s = timeout_s
+        self._check = check
+        self.watcher = Watcher(*(rules or [Rule(None, name="everything", kind=KINDS)]), **options)
+        self.subscription = self.watcher.subscribe()
+        self.events: list[Event] = []
+        self._held: dict[ProcessId, dict[FileId, LibraryEvent]] = defaultdict(dict)
+        self._active: dict[tuple[str, FileId], int] = {}
+        self._checked: set[object] = set()
+
+    def __enter__(self) -> Self:
+        self.ready: Ready = self.watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.watcher.stop()
+
+    def stop(self) -> None:
+        """Ends the watch and takes its last events."""
+        self.watcher.stop()
+        for event in self.subscription:
+            self._take(event)
+
+    def wait_for(self, condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 0) -> Any:
+        """Takes events until the condition gives something; that."""
+        deadline = time.monotonic() + (timeout_s or self._timeout_s)
+        while True:
+            self.catch_up()
+            value = condition()
+            if value:
+                return value
+            if time.monotonic() >= deadline:
+                raise AssertionError(what if isinstance(what, str) else what())
+            event = self.subscription.get(0.02)
+            if event is not None:
+                self._take(event)
+
+    def catch_up(self) -> None:
+        """Takes what is there."""
+        while (event := self.subscription.get(0)) is not None:
+            self._take(event)
+
+    def of(self, pid: int, *kinds: str) -> list[LibraryEvent]:
+        """The library events of a process so far."""
+        self.catch_up()
+        return [
+            event
+            for event in self.events
+            if isinstance(event, LibraryEvent)
+            and event.process is not None
+            and event.process.pid == pid
+            and (event.event in kinds if kinds else event.event in ("load", "unload"))
+        ]
+
+    def story(self, pid: int, inode: int) -> list[tuple[str, str | None]]:
+        """(event, cause) of one file in one process, in order."""
+        return [(event.event, event.cause) for event in self.of(pid) if event.library.id.inode == inode]
+
+    def controls(self) -> list[str]:
+        """The control events so far, by name."""
+        self.catch_up()
+        return [event.event for event in self.events if not isinstance(event, LibraryEvent)]
+
+    def inodes(self, pid: int) -> set[int]:
+        """What a process has mapped, by the events so far."""
+        return {file.inode for process, files in self._held.items() if process.pid == pid for file in files}
+
+    def wait_load(self, pid: int, inode: int) -> LibraryEvent:
+        """The load of a file in a process that holds now."""
+
+        def find() -> LibraryEvent | None:
+            for process, files in self._held.items():
+                for file, event in files.items():
+                    if process.pid == pid and file.inode == inode:
+                        return event
+            return None
+
+        found = self.wait_for(find, lambda: f"no load of inode {inode} in {pid}; it has {self.inodes(pid)}")
+        assert isinstance(found, LibraryEvent)
+        return found
+
+    def wait_unload(self, pid: int, inode: int) -> None:
+        self.wait_for(lambda: inode not in self.inodes(pid), f"no unload of inode {inode} in {pid}")
+
+    def wait_equal(self, *pids: int, via: dict[int, int] | None = None) -> None:
+        """Waits until the map equals what the processes' ``maps`` say; they must hold still.
+
+        Args:
+            pids: the processes.
+            via: where the leader of a process is dead, the thread to ask instead.
+        """
+        truth = {pid: executable_inodes((via or {}).get(pid, pid)) for pid in pids}
+
+        def differences() -> dict[int, dict[str, set[int]]]:
+            return {
+                pid: {"missing": truth[pid] - self.inodes(pid), "false": self.inodes(pid) - truth[pid]}
+                for pid in pids
+                if self.inodes(pid) != truth[pid]
+            }
+
+        self.wait_for(lambda: not differences(), lambda: f"the map differs from /proc: {differences()}")
+
+    def _check_once(self, event: LibraryEvent) -> None:
+        """Each library and each process under each kind of event: a busy host sends the same ones thousands of times."""
+        parts = {(event.event, event.cause, event.library), (event.event, event.process), (event.event, event.ranges)}
+        if not parts <= self._checked:
+            self._check(event)
+            self._checked |= parts
+
+    def _told(self, event: LibraryEvent) -> str:
+        """All that was told of the file of an event, in its process, for a message."""
+        lines = [
+            f"{one.t_ns} {one.event} {one.cause}"
+            for one in self.events
+            if isinstance(one, LibraryEvent)
+            and one.library.id == event.library.id
+            and (one.process is None or event.process is None or one.process.id == event.process.id)
+        ]
+        return f"{event.library.path} in {event.process}:\n  " + "\n  ".join(lines[-20:])
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, LibraryEvent):
+            self._check_once(event)
+        else:
+            self._check(event)
+            assert event.event in ("ready", "lost", "repaired", "stopped")
+            return
+        file = event.library.id
+        key = (event.rule, file)
+        if event.event == "activate":
+            assert key not in self._active, f"a second activation: {self._told(event)}"
+            self._active[key] = 0
+        elif event.event == "deactivate":
+            held = self._active.pop(key, None)
+            assert held is not None, f"a deactivation without an activation: {self._told(event)}"
+            assert held == 0 or event.cause == "stop", f"deactivated while {held} processes hold it: {self._told(event)}"
+        else:
+            assert event.process is not None
+            files = self._held[event.process.id]
+            assert key in self._active, f"not between activation and deactivation: {self._told(event)}"
+            if event.event == "load":
+                assert file not in files, f"a second load without an unload: {self._told(event)}"
+                files[file] = event
+                self._active[key] += 1
+            else:
+                assert file in files, f"an unload without a load: {self._told(event)}"
+                del files[file]
+                self._active[key] -= 1
+
+
+class Stall:
+    """A running ``stall``, whose first thread a test can hold inside munmap, mmap or fork."""
+
+    def __init__(self, program: Path, way: str, first: Path, other: Path) -> None:
+        self._process = subprocess.Popen(
+            [program, way, first, other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self.pid = self._process.pid
+        self._events = -1
+        try:
+            at, fd = self._line()
+            self.at = int(at, 16)
+            self._events = self._take_fd(int(fd))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._events >= 0:
+            os.close(self._events)
+            self._events = -1
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def hold(self, timeout_s: float) -> None:
+        """Lets the first thread make its call; back when its work is done and it waits."""
+        self._write("go")
+        poller = select.poll()
+        poller.register(self._events, select.POLLIN)
+        ready = poller.poll(1000 * timeout_s)
+        assert ready, "the call was not held"
+        assert ready[0][1] == select.POLLIN
+
+    def second(self, command: str) -> None:
+        """Has the second thread do something."""
+        self._write(command)
+        assert self._line() == ["ok"]
+
+    def is_alone(self) -> bool:
+        """Whether the first thread is the only one."""
+        return len(os.listdir(f"/proc/{self.pid}/task")) == 1
+
+    def release(self) -> int:
+        """Lets the held call return. The child's pid, if it was a fork."""
+        message = os.read(self._events, _UFFD_MESSAGE_BYTES)
+        if message[0] == _UFFD_EVENT_FORK:
+            # Reading made a userfaultfd for the child, here.
+            os.close(int.from_bytes(message[8:12], "little"))
+        word, child = self._line()
+        assert word == "done"
+        return int(child)
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(f"{line}\n".encode())
+
+    def _line(self) -> list[str]:
+        assert self._process.stdout
+        words = self._process.stdout.readline().decode().split()
+        if not words:
+            raise EOFError("stall ended")
+        return words
+
+    def _take_fd(self, fd: int) -> int:
+        libc = ctypes.CDLL(None, use_errno=True)
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            got: int = libc.syscall(ctypes.c_long(_SYS_PIDFD_GETFD), pidfd, fd, 0)
+        finally:
+            os.close(pidfd)
+        if got < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        return got
+
+
+class Trick:
+    """A running ``tricks``: see there for the ways."""
+
+    def __init__(self, program: Path, way: str, *files: Path) -> None:
+        self._process = subprocess.Popen(
+            [program, way, *files], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self.pid = self._process.pid
+        try:
+            self.at, self.length = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def go_on(self) -> None:
+        """Has it take its next step."""
+        assert self._process.stdin
+        self._process.stdin.write(b"\n")
+        self._answer()
+
+    def _answer(self) -> tuple[int, int]:
+        assert self._process.stdout
+        words = self._process.stdout.readline().decode().split()
+        assert words, "tricks ended"
+        assert words[0] == "ok", " ".join(words)
+        return int(words[1], 16), int(words[2])

@@ -1,0 +1,202 @@
+"""Compiles the C programs of ``tests/programs`` and drives the one that takes commands.
+
+May import nothing of the package: what is checked here must not lean on what is being checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+__all__ = ["SOURCES", "Image", "Mapper", "build", "executable_images", "make_libraries"]
+
+SOURCES = Path(__file__).resolve().parent.parent / "programs"
+
+#: Further files of a program, and what it needs from the compiler beyond the usual.
+_PARTS = {"mapper": ["mapper_threads.c"]}
+_FLAGS = {"mapper": ["-pthread"], "churn": ["-pthread"]}
+
+
+def build(name: str, directory: Path, *, flags: Sequence[str] = (), output: str | None = None) -> Path:
+    """Compile ``tests/programs/NAME.c`` into ``directory``, once for each set of flags.
+
+    Args:
+        name: of the program, without ``.c``.
+        directory: where the program goes; made if need be.
+        flags: given to the compiler last, so that libraries may stand among them.
+        output: name of the result; default: ``name`` and a hash of the flags if there are any.
+    """
+    sources = [SOURCES / f"{name}.c", *(SOURCES / part for part in _PARTS.get(name, []))]
+    if output is None:
+        output = f"{name}-{hashlib.sha256(repr(list(flags)).encode()).hexdigest()[:8]}" if flags else name
+    directory.mkdir(parents=True, exist_ok=True)
+    program = directory / output
+    if not program.exists():
+        # Built beside and renamed: two test workers may build the same program at once.
+        fresh = program.with_name(f"{output}.{os.getpid()}")
+        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", fresh, *sources, *_FLAGS.get(name, []), *flags]
+        subprocess.run(command, check=True)
+        fresh.rename(program)
+    return program
+
+
+def make_libraries(directory: Path, count: int, *, prefix: str = "tiny") -> list[Path]:
+    """``count`` different small libraries ``libPREFIX0.so``..., each with one function of its own."""
+    made = []
+    for number in range(count):
+        function = f"{prefix}{number}" if count > 1 else prefix
+        flags = ["-shared", "-fPIC", f"-DNAME={function}"]
+        made.append(build("tiny_library", directory, flags=flags, output=f"lib{function}.so"))
+    return made
+
+
+class Image(NamedTuple):
+    """A file mapped executable, as ``/proc/PID/maps`` shows it."""
+
+    dev: str
+    inode: int
+    path: str
+
+
+def executable_images(pid: int) -> set[Image]:
+    """The files that the process has mapped executable now, by its ``/proc/PID/maps``.
+
+    ``dev`` is ``major:minor`` in decimal, ``path`` the kernel's text, ``(deleted)`` included.
+    """
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+        columns = line.split(None, 5)
+        if len(columns) == 6 and b"x" in columns[1] and int(columns[4]):
+            major, minor = (int(part, 16) for part in columns[3].split(b":"))
+            found.add(Image(f"{major}:{minor}", int(columns[4]), os.fsdecode(columns[5])))
+    return found
+
+
+class Refused(Exception):
+    """The mapper could not do what it was told."""
+
+
+class Mapper:
+    """A running ``mapper`` (see ``tests/programs/mapper.c``): each call is one thing it does.
+
+    Args:
+        program: the compiled mapper.
+        sockets: a directory for the sockets that forked mappers connect to; short, because a
+            socket's path may have 107 bytes at most.
+    """
+
+    def __init__(self, program: Path, sockets: Path) -> None:
+        self._program = program
+        self._sockets = sockets
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout.fileno()
+        self._connection: socket.socket | None = None
+        self._unread = b""
+        self.pid = int(self._answer()[0])
+
+    @classmethod
+    def _of_child(cls, parent: Mapper, connection: socket.socket) -> Self:
+        self = cls.__new__(cls)
+        self._program, self._sockets = parent._program, parent._sockets
+        self._process, self._connection = None, connection
+        self._input, self._output = None, connection.fileno()
+        self._unread = b""
+        self.pid = int(self._answer()[0])
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process (it ends when nobody can give it commands) and wait for it."""
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+        elif self._process:
+            assert self._process.stdin
+            assert self._process.stdout
+            self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None
+
+    def send(self, *words: object) -> None:
+        """Give a command without waiting for its answer."""
+        escaped = [os.fsencode(str(word)) for word in words]
+        for raw, written in ((b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n")):
+            escaped = [word.replace(raw, written) for word in escaped]
+        line = b"\t".join(escaped) + b"\n"
+        if self._connection:
+            self._connection.sendall(line)
+        else:
+            self._input.write(line)
+
+    def tell(self, *words: object) -> list[str]:
+        """Give a command and return the words of its answer.
+
+        Raises:
+            Refused: the mapper answered with an error.
+            EOFError: it ended instead.
+        """
+        self.send(*words)
+        return self._answer()
+
+    def _answer(self) -> list[str]:
+        while b"\n" not in self._unread:
+            more = os.read(self._output, 4096)
+            if not more:
+                raise EOFError("the mapper ended")
+            self._unread += more
+        line, self._unread = self._unread.split(b"\n", 1)
+        kind, *results = line.decode(errors="surrogateescape").split(" ")
+        if kind != "ok":
+            raise Refused(line.decode(errors="replace"))
+        return results
+
+    def map(self, path: Path | str, *words: object) -> tuple[int, int]:
+        """Map a file, executable unless told otherwise: its address and length."""
+        at, length = self.tell("map", path, *words)
+        return int(at, 16), int(length)
+
+    def unmap(self, at: int, length: int) -> None:
+        """Unmap a range."""
+        self.tell("unmap", f"{at:x}", length)
+
+    def protect(self, at: int, length: int, protection: str) -> None:
+        """Change the protection of a range to ``r``, ``rx``, ``rw`` or ``rwx``."""
+        self.tell("protect", f"{at:x}", length, protection)
+
+    def fork(self, *, how: str = "fork") -> Mapper:
+        """A child that takes commands of its own; ``how="clonevm"`` shares the address space."""
+        path = self._sockets / f"{self.pid}-{os.urandom(4).hex()}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.fspath(path))
+            listener.listen(1)
+            self.send(how, path)
+            connection, _ = listener.accept()
+        path.unlink()
+        child = Mapper._of_child(self, connection)
+        self._answer()
+        return child
+
+    def exec(self, *, how: str = "exec") -> None:
+        """Execute the mapper anew in place; ``how="execthread"`` does so from another thread."""
+        self.tell(how, self._program)
+        assert int(self._answer()[0]) == self.pid
+
+    def exit(self, code: int = 0) -> None:
+        """End the process with ``code`` and collect what is left of it."""
+        self.send("exit", code)
+        self.close()

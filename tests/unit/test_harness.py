@@ -1,0 +1,176 @@
+"""The tests' own ground: leaks are seen, skips are judged, processes are reaped, libraries differ."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from support import bpfsys, leaks
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_an_open_descriptor_is_a_leak(tmp_path):
+    before = leaks.take()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    left = leaks.settle(before, 0)
+    os.close(fd)
+
+    assert left == [f"fd {fd} -> {tmp_path} was left open"]
+    assert leaks.settle(before, 0) == []
+
+
+def test_closing_a_descriptor_of_somebody_else_is_a_fault(tmp_path):
+    fd = os.open(tmp_path, os.O_RDONLY)
+    before = leaks.take()
+    os.close(fd)
+
+    assert leaks.settle(before, 0) == [f"fd {fd} -> {tmp_path} was closed, but was not the test's"]
+
+
+def test_a_running_thread_is_a_leak():
+    end = threading.Event()
+    before = leaks.take()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    left = leaks.settle(before, 0)
+    end.set()
+    thread.join()
+
+    assert len(left) == 1
+    assert f"thread {thread.native_id}" in left[0]
+    assert leaks.settle(before, 5) == []
+
+
+def test_a_zombie_is_a_leak(wait_until):
+    before = leaks.take()
+    child = subprocess.Popen(["true"])
+    wait_until(lambda: b" Z " in Path(f"/proc/{child.pid}/stat").read_bytes(), what="the child's end")
+    left = leaks.settle(before, 0)
+    child.wait()
+
+    assert left == [f"child {child.pid} (true) was not reaped"]
+    assert leaks.settle(before, 0) == []
+
+
+def test_spawned_processes_are_ended_and_reaped_with_their_children(spawn, wait_until):
+    before = leaks.take()
+    process = spawn(["sh", "-c", "sleep 1000 & echo $!; trap '' TERM; wait; wait"], stdout=subprocess.PIPE)
+    grandchild = int(process.stdout.readline())
+    spawn.close()
+
+    assert process.returncode is not None
+    wait_until(lambda: not Path(f"/proc/{grandchild}/exe").exists(), what="the end of the grandchild")
+    assert leaks.settle(before, 5) == []
+
+
+def test_made_libraries_have_their_soname_and_exports(make_library):
+    made = make_library("deep/libours.so.1", exports=("ours_open", "ours_close"))
+    said = subprocess.run(
+        ["readelf", "--wide", "--dynamic", "--dyn-syms", made], capture_output=True, text=True, check=True
+    )
+
+    assert "Library soname: [libours.so.1]" in said.stdout
+    assert " ours_open\n" in said.stdout
+    assert " ours_close\n" in said.stdout
+
+
+@pytest.fixture
+def run_suite(tmp_path):
+    """Runs one kernel test file with this suite's conftest; gives the exit status and the output."""
+    suite = tmp_path / "tests"
+    (suite / "kernel").mkdir(parents=True)
+    shutil.copy(TESTS / "conftest.py", suite)
+    shutil.copytree(TESTS / "support", suite / "support")
+
+    def run(body: str, **environment: str) -> tuple[int, str]:
+        (suite / "kernel" / "test_it.py").write_text(body, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider"]
+        command += [
+            "-W",
+            "error",
+            "-o",
+            f"pythonpath={suite}",
+            "-o",
+            "markers=kernel",
+            f"--rootdir={suite}",
+            str(suite),
+        ]
+        known = {name: value for name, value in os.environ.items() if not name.startswith("SOWATCH_")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=known | environment)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+# The kernel's "no such call", which only a program without bpf(2) can otherwise see.
+NO_BPF = """
+from support import bpfsys
+import errno
+def refuse(*_):
+    raise OSError(errno.{code}, "refused")
+bpfsys._bpf = refuse
+def test_it(needs_bpf): pass
+"""
+
+
+def test_without_bpf_a_kernel_test_is_skipped_with_the_kernels_reason(run_suite):
+    code, output = run_suite(NO_BPF.format(code="EPERM"))
+
+    assert code == 0
+    assert "1 skipped" in output
+
+
+def test_under_the_force_switch_a_refused_bpf_call_is_a_failure(run_suite):
+    code, output = run_suite(NO_BPF.format(code="EPERM"), SOWATCH_FORCE_KERNEL_TESTS="1")
+
+    assert code == 1
+    assert "no kernel test may skip" in output
+
+
+def test_under_the_force_switch_a_kernel_without_bpf_may_still_skip(run_suite):
+    code, output = run_suite(NO_BPF.format(code="ENOSYS"), SOWATCH_FORCE_KERNEL_TESTS="1")
+
+    assert code == 0
+    assert "1 skipped" in output
+
+
+def needs_real_bpf() -> pytest.MarkDecorator:
+    return pytest.mark.skipif(bpfsys.why_no_bpf() is not None, reason="bpf(2) cannot create a map")
+
+
+@needs_real_bpf()
+@pytest.mark.parametrize(
+    "skip",
+    [
+        "import pytest\npytest.skip('at once', allow_module_level=True)",
+        "import pytest\ndef test_it(): pytest.skip('later')",
+    ],
+)
+def test_under_the_force_switch_any_skipped_kernel_test_is_a_failure(run_suite, skip):
+    assert "1 skipped" in run_suite(skip)[1]
+    code, output = run_suite(skip, SOWATCH_FORCE_KERNEL_TESTS="1")
+
+    assert code != 0
+    assert "no kernel test may skip" in output
+
+
+@needs_real_bpf()
+def test_a_bpf_map_left_open_fails_the_kernel_test_that_left_it(run_suite):
+    body = """
+from support import bpfsys
+def test_it():
+    bpfsys._bpf(bpfsys._MAP_CREATE, bpfsys._MapCreate(bpfsys._MAP_TYPE_ARRAY, 4, 8, 1))
+"""
+    code, output = run_suite(body, SOWATCH_DEADLINE_SCALE="0.01")
+
+    assert code == 1
+    assert "the test left something behind" in output
+    assert "anon_inode:bpf-map was left open" in output
+    assert "is still loaded" in output

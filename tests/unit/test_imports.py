@@ -1,0 +1,171 @@
+"""The rooms of ARCHITECTURE.md import downwards only; importing the package does nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sowatch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(sowatch.__file__).resolve().parent
+
+#: The package itself hands out what the rooms hold, so only what stands above every room may use it.
+DOOR = "__init__"
+ABOVE_THE_DOOR = {"cli", "__main__"}
+
+
+def rooms() -> list[str]:
+    """The rooms in the order of the table of ARCHITECTURE.md, lowest first."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
+    return [name.removesuffix("/").removesuffix(".py") for cell in found for name in re.findall(r"`([\w./]+)`", cell)]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below `sowatch` ("" is the package itself)."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.split(".", maxsplit=1)[0] or DOOR
+
+
+def imports(path: Path, package: str) -> Iterator[str]:
+    """The modules of `sowatch` that a file imports anywhere, functions included, as names below it.
+
+    ``from sowatch.x import y`` gives ``x.y``: `known` finds out which part of it is a module.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    only_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in only_types:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = ["sowatch", *package.split(".")] if package else ["sowatch"]
+                base = ".".join([*above[: len(above) - node.level + 1], *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "sowatch" or name.startswith("sowatch."):
+                yield name.removeprefix("sowatch").removeprefix(".")
+
+
+def known(name: str, all_modules: set[str]) -> str:
+    """The longest beginning of a dotted name that is a module; "" is the package."""
+    while name and name not in all_modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def edges() -> set[tuple[str, str]]:
+    """(importing module, imported module) within the package."""
+    paths = modules()
+    # The extension is compiled, so there is no file to find it by.
+    names = {*paths, "bpf._libbpf"}
+    found = set()
+    for module, path in paths.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found |= {(module, known(name, names)) for name in imports(path, package)}
+    return {(one, other) for one, other in found if one != other}
+
+
+def test_every_module_belongs_to_a_room_of_the_architecture() -> None:
+    strangers = {module for module in modules() if room_of(module) not in {*rooms(), DOOR, "__main__"}}
+
+    assert strangers == set()
+
+
+def test_every_room_of_the_architecture_exists() -> None:
+    present = {room_of(module) for module in modules()}
+
+    assert [room for room in rooms() if room not in present] == []
+
+
+def test_imports_go_downwards_only() -> None:
+    order = {room: place for place, room in enumerate(rooms())}
+    order[DOOR] = len(order)
+    order["__main__"] = len(order)
+    upwards = []
+    for module, imported in sorted(edges()):
+        mine, theirs = room_of(module), room_of(imported)
+        if not {mine, theirs} <= order.keys():
+            continue  # not in the table: the test above says so
+        allowed = (
+            mine == theirs
+            or (theirs == DOOR and mine in ABOVE_THE_DOOR)
+            or (theirs != DOOR and order[theirs] < order[mine])
+        )
+        if not allowed:
+            upwards.append(f"{module or 'sowatch'} imports {imported or 'sowatch'}")
+
+    assert upwards == []
+
+
+def test_modules_of_one_room_do_not_import_each_other_in_circles() -> None:
+    wanted: dict[str, set[str]] = {}
+    for module, imported in edges():
+        # A package room is the door of its modules: it may import them while they load it.
+        if room_of(module) == room_of(imported) and imported not in ("", room_of(module)):
+            wanted.setdefault(module, set()).add(imported)
+    free = {module for module in modules() if not wanted.get(module)}
+    while True:
+        freed = {module for module, needs in wanted.items() if module not in free and needs <= free | {"bpf._libbpf"}}
+        if not freed:
+            break
+        free |= freed
+
+    assert sorted(set(wanted) - free) == []
+
+
+@pytest.mark.parametrize("module", sorted(modules().keys() - {"__main__", "bpf._build_binding"}))
+def test_importing_a_module_starts_no_thread_and_says_nothing(module: str) -> None:
+    name = f"sowatch.{module}".removesuffix(".")
+    code = f"import {name}, os; assert os.listdir('/proc/self/task') == [str(os.getpid())]"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_the_package_imports_from_others_is_what_it_declares() -> None:
+    # _cffi_backend, which the compiled binding imports, comes with cffi; _build_binding.py needs cffi itself.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    imported = set()
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+
+    assert imported - set(sys.stdlib_module_names) - {"sowatch"} == declared
+
+
+def test_importing_the_package_loads_no_terminal_library() -> None:
+    code = "import sowatch, sys; print(sorted({'rich', 'pygments'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
