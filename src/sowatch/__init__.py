@@ -23,6 +23,7 @@ feeds       the kernel's process events, for ProcessMonitor
 tracker     the map itself
 audit       is the map right? /proc, compared with it
 inspector   opens mapped files safely, reads their facts
+explain     why a process or file is, or is not, in the map
 subscriptions  a reader's bounded queue, which knows how to catch up
 publisher   from changes of the map to events
 engine      the thread that drains, reads again, repairs
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sowatch.config import Config
     from sowatch.errors import EnvironmentFault, LoadAttempt, SowatchError
     from sowatch.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.explain import PathReport, ProcessReport
     from sowatch.feeds import process_monitor
     from sowatch.identity import FileId, ProcessId
     from sowatch.processes import ProcessMonitor
@@ -63,9 +65,11 @@ __all__ = [
     "LoadAttempt",
     "Lost",
     "Mapped",
+    "PathReport",
     "Process",
     "ProcessId",
     "ProcessMonitor",
+    "ProcessReport",
     "Ready",
     "Repaired",
     "Rule",
@@ -83,6 +87,7 @@ _ROOMS = {
     "config": ("Config",),
     "errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
     "events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+    "explain": ("PathReport", "ProcessReport"),
     "feeds": ("process_monitor",),
     "identity": ("FileId", "ProcessId"),
     "processes": ("ProcessMonitor",),

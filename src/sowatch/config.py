@@ -68,8 +68,10 @@ class Config:
             if not 1 <= value <= 1 << 24:
                 raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")
         for name in ("ignore_ttl_s", "block_ttl_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(name, f"{getattr(self, name)} is not a positive number of seconds.")
+            if not 0 < getattr(self, name) < 1e9:
+                raise ConfigError(
+                    name, f"{getattr(self, name)} is not a positive number of seconds, or too large a one."
+                )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed.

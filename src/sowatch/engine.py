@@ -22,12 +22,13 @@ from sowatch.bpf.records import Record
 from sowatch.config import Config
 from sowatch.errors import SowatchError
 from sowatch.events import Event, Lost, Ready, Repaired, Stopped
+from sowatch.explain import Known, KnownFile, KnownProcess
 from sowatch.identity import ProcessId
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher
 from sowatch.rules import RuleSet
 from sowatch.sources import EventSource, Losses, Reading, Report
-from sowatch.tracker import Causes, Tracker
+from sowatch.tracker import Causes, Change, Name, Tracker
 
 __all__ = ["Engine"]
 
@@ -165,6 +166,44 @@ class Engine:
             held = [Held(one.name.file_id, one.name.path, tuple(one.ranges)) for one in files]
             found[process.id.pid] = (process.id, held)
         return found
+
+    def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
+        """What an explanation needs; on the engine's thread, see `ask`. The caller closes its ``verdicts``.
+
+        Args:
+            pid: of one process; None: all that have a file that is wanted.
+            wants: which files.
+        """
+        one = None if pid is None else self._tracker.get(pid)
+        told = self._publisher.held_copy()
+        processes: dict[int, KnownProcess] = {}
+        for process in self._tracker.processes() if pid is None else [one] if one is not None else []:
+            record = process.record()
+            loads = told.get(process.id, {})
+            files = []
+            for file_id, mapping in process.space.files.items():
+                if wants(mapping.name):
+                    kind = process.kind_of(mapping)
+                    change = Change(True, "", 0, record, kind, mapping.name, tuple(mapping.ranges))
+                    is_selected = self._publisher.selection.wants(change)
+                    files.append(KnownFile(change.name, kind, change.ranges, is_selected, loads.get(file_id)))
+            if files or pid is not None:
+                processes[process.id.pid] = KnownProcess(
+                    record,
+                    process.seen_ns,
+                    process.is_announced,
+                    process.id.pid in self._tracker.dirty,
+                    process.id.pid in self._tracker.narrow,
+                    tuple(files),
+                )
+        return Known(
+            processes,
+            None if pid is None else self._source.followed(pid),
+            self._source.open_verdicts(),
+            self._publisher.own_view,
+            self._publisher.is_waiting,
+            self._silent,
+        )
 
     # ---- the thread ---------------------------------------------------------------------------
 

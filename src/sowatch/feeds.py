@@ -32,8 +32,6 @@ class KernelProcessFeed:
         self._config = config or Config()
         self._object: BpfObject | None = None
         self._ring_fd = -1
-        #: Who lives, so that an exit can say who it was.
-        self._alive: dict[int, Process] = {}
 
     def open(self) -> None:
         """Loads and attaches.
@@ -66,7 +64,6 @@ class KernelProcessFeed:
                 ) from error
             raise
         self._object = bpf
-        self._alive.clear()
 
     def fileno(self) -> int:
         """A descriptor that polls readable while there is something to drain."""
@@ -100,15 +97,11 @@ class KernelProcessFeed:
                 container=container_id(cgroup),
                 cgroup=cgroup,
             )
-            self._alive[record.tgid] = process
             is_fork = record.type == RecordType.FORK
             parent = ProcessId(record.parent_tgid, record.parent_start_ns) if is_fork else None
             return ProcessEvent("fork" if is_fork else "exec", process, parent, record.t_ns)
-        known = self._alive.pop(record.tgid, None)
-        pid, start_ns = record.tgid, record.start_ns
-        if known is None or known.start_ns != start_ns:
-            known = Process(pid=pid, start_ns=start_ns)
-        return ProcessEvent("exit", known, None, record.t_ns)
+        # Who it was the monitor knows.
+        return ProcessEvent("exit", Process(pid=record.tgid, start_ns=record.start_ns), None, record.t_ns)
 
 
 def process_monitor(config: Config | None = None) -> ProcessMonitor:

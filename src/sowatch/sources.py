@@ -6,22 +6,34 @@ map; it hands on what the kernel says and carries answers back.
 
 from __future__ import annotations
 
+import copy
 import os
 import struct
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from errno import EPERM, ESRCH
 from importlib.resources import files
-from typing import Final, NamedTuple, Protocol
+from types import TracebackType
+from typing import Final, NamedTuple, Protocol, Self
 
-from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.bpf.binding import BpfMap, BpfObject, Tracefs
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 
-__all__ = ["BpfSource", "EventSource", "Losses", "Reading", "Report", "read_losses"]
+__all__ = [
+    "BpfSource",
+    "EventSource",
+    "Followed",
+    "Losses",
+    "Reading",
+    "Report",
+    "Verdict",
+    "Verdicts",
+    "read_losses",
+]
 
 
 class Report(IntFlag):
@@ -65,6 +77,51 @@ class Reading:
     is_void: bool = False
 
 
+class Followed(NamedTuple):
+    """What the kernel side remembers of a process: struct process of ``state.bpf.h``.
+
+    ``touches`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
+    ``ranges`` are the first of the ``range_count`` executable ranges that it knows.
+    """
+
+    start_ns: int
+    range_count: int
+    is_dirty: bool
+    is_introduced: bool
+    shares_vm: bool
+    touches: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Verdict(NamedTuple):
+    """An answer that the kernel side remembers, by its struct file_key. ``seconds_left`` of an ignore."""
+
+    key: bytes
+    is_match: bool
+    seconds_left: int | None
+
+
+class Verdicts(Protocol):
+    """The answers that the kernel side remembers, those that grew too old left out. A context manager.
+
+    Any one thread may use it, also after its source was closed.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        """The answer for a file under one name in one view."""
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        """Every answer for a file with one of these inode numbers, whatever its device, name and view."""
+
+    def close(self) -> None:
+        """Safe to call again."""
+
+
 class EventSource(Protocol):
     """The seam between the kernel and the map. One thread uses a source, but for `close`."""
 
@@ -101,6 +158,12 @@ class EventSource(Protocol):
     def losses(self) -> Losses:
         """What was lost so far."""
 
+    def followed(self, pid: int) -> Followed | None:
+        """What is remembered of a process, None if nothing. It may be of an earlier process with that pid."""
+
+    def open_verdicts(self) -> Verdicts:
+        """The answers that are remembered; the caller closes it."""
+
     def tick(self) -> None:
         """To be called about once a second: lets answers grow old."""
 
@@ -116,6 +179,11 @@ COUNT_IGNORED: Final = 5
 VERDICT_MATCH: Final = 1
 VERDICT_IGNORE: Final = 2
 VERDICT_VALUE: Final = struct.Struct("=II")
+#: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
+FILE_KEY: Final = struct.Struct("=Q52sI")
+#: struct process, 568 bytes: start_ns, min_start, max_end, range_count, dirty, introduced, shares_vm,
+#: visit_run, visit_tid, touches, then MAX_RANGES pairs of start and end.
+PROCESS_ENTRY: Final = struct.Struct("=QQQIIIIQII64Q")
 
 #: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
 #: would wait for ever.
@@ -192,6 +260,7 @@ class BpfSource:
         self._now_s = bpf.variable(".bss", "now_s")
         self._run = bpf.variable(".bss", "reading_run")
         self._verdicts = bpf.map("verdicts")
+        self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._now_s.value = 1
         for program in PROCESS_HOOKS:
@@ -266,6 +335,17 @@ class BpfSource:
     def losses(self) -> Losses:
         return read_losses(self._object)
 
+    def followed(self, pid: int) -> Followed | None:
+        value = self._processes.lookup(struct.pack("=I", pid), PROCESS_ENTRY.size)
+        if value is None:
+            return None
+        start_ns, _, _, count, dirty, introduced, shares_vm, _, _, touches, *ends = PROCESS_ENTRY.unpack(value)
+        ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
+        return Followed(start_ns, count, bool(dirty), bool(introduced), bool(shares_vm), touches, ranges)
+
+    def open_verdicts(self) -> Verdicts:
+        return KernelVerdicts(self._verdicts, self._epoch.value, self._now_s.value)
+
     def records_sent(self) -> int:
         """Records the kernel side put into the ring."""
         return self._object.per_cpu_sum("counters", COUNT_RECORDS)
@@ -279,6 +359,56 @@ class BpfSource:
 
     def close(self) -> None:
         self._object.close()
+
+
+class KernelVerdicts:
+    """`Verdicts` of a loaded object, through a descriptor of their own, so that closing the source does no harm.
+
+    Args:
+        table: the map ``verdicts``.
+        epoch: answers of others are void.
+        now_s: the time by which they grow old.
+    """
+
+    def __init__(self, table: BpfMap, epoch: int, now_s: int) -> None:
+        self._table = copy.copy(table)
+        self._table.fd = os.dup(table.fd)
+        self._epoch = epoch
+        self._now_s = now_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        assert isinstance(key, bytes)
+        if self._table.fd < 0 or FILE_KEY.unpack(key)[2] != self._epoch:
+            return None
+        value = self._table.lookup(key, VERDICT_VALUE.size)
+        if value is None:
+            return None
+        verdict, expires_s = VERDICT_VALUE.unpack(value)
+        if verdict == VERDICT_MATCH:
+            return Verdict(key, True, None)
+        # The comparison of look_up_verdict() in identity.bpf.h.
+        return Verdict(key, False, expires_s - self._now_s) if expires_s > self._now_s else None
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        if self._table.fd < 0:
+            return []
+        wanted = {inode.to_bytes(8, "little") for inode in inodes}
+        # A key that is moved about while it is read may come twice.
+        keys = dict.fromkeys(key for key in self._table.keys(FILE_KEY.size) if key[:8] in wanted)
+        return [found for key in keys if (found := self.look_up(key)) is not None]
+
+    def close(self) -> None:
+        fd, self._table.fd = self._table.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def read_losses(bpf: BpfObject) -> Losses:

@@ -72,8 +72,10 @@ class Name:
 
     @property
     def is_anonymous(self) -> bool:
-        """A memfd, SysV segment or shared anonymous memory: no directory holds it."""
-        return self.is_deleted and self.path.startswith(("/memfd:", "/SYSV", "/dev/zero")) and "/" not in self.path[5:]
+        """A memfd, SysV segment or shared anonymous memory: its one component may hold slashes."""
+        is_alone = self.text.count(b"\0") == 1
+        has_such_a_name = self.text.startswith((b"memfd:", b"SYSV", b"dev/zero"))
+        return self.is_deleted and ((is_alone and has_such_a_name) or self.path == "/dev/zero")
 
 
 class Mapping:
@@ -164,6 +166,7 @@ class Tracked:
         "comm",
         "exe",
         "exe_id",
+        "exec_id",
         "id",
         "interpreter_base",
         "is_announced",
@@ -173,6 +176,7 @@ class Tracked:
         "seen_ns",
         "space",
         "uid",
+        "was_read",
     )
 
     def __init__(self, process_id: ProcessId, seen_ns: int, label: Callable[[str | None], str | None]) -> None:
@@ -190,6 +194,10 @@ class Tracked:
         #: False for a CLONE_VM child until it has shown that it stays: vfork and posix_spawn make one
         #: that lives in its parent's space for a moment only.
         self.is_announced = True
+        #: How often it has executed a program, as the kernel counts: tells a lost exec.
+        self.exec_id = 0
+        #: A reading has shown its mappings.
+        self.was_read = False
         self.space = Space()
         self.space.holders.append(self)
         self._record: Process | None = None
@@ -197,6 +205,7 @@ class Tracked:
     def learn(self, record: ProcessRecord) -> None:
         """Takes over what a process record says."""
         self._record = None
+        self.exec_id = record.exec_id
         self.comm = record.comm
         self.ppid = record.ppid
         self.uid = record.uid
@@ -348,6 +357,7 @@ class Tracker:
                 return known
             self._forget(record.tgid, known.id.start_ns, "repair", record.t_ns)
         new = Tracked(ProcessId(record.tgid, record.start_ns), record.t_ns, self._label)
+        new.exec_id = record.exec_id
         self._processes[record.tgid] = new
         return new
 
@@ -373,14 +383,14 @@ class Tracker:
             self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
         if not name.is_wanted:
             known = self._processes.get(record.tgid)
-            if known is not None and record.tgid not in self.dirty:
+            if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.dirty:
                 self._take_away(known.space, record.start, record.end, record.t_ns)
             self._note_if_idle(record.tgid, record.start_ns, record.touches)
             return
         process = self._process(record)
         process.rename(record.comm)
         cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
-        if not is_claim:
+        if record.tgid not in self.dirty:
             self._take_away(process.space, record.start, record.end, record.t_ns, but=name.file_id)
         self._add(process.space, name, [(record.start, record.end)], cause, record)
 
@@ -404,13 +414,18 @@ class Tracker:
             self._tell(space, False, "munmap", t_ns, space.files.pop(file_id))
 
     def _fork(self, record: ProcessRecord) -> None:
+        if not record.touches:
+            return  # the kernel does not follow it: nothing of its parent's was wanted
         parent = self._processes.get(record.parent_tgid)
-        if parent is None or parent.id.start_ns != record.parent_start_ns:
-            if record.flags & FLAG_DIRTY:
-                self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
-            return
         child = self._process(record)
         child.learn(record)
+        is_known = parent is not None and parent.id.start_ns == record.parent_start_ns
+        if record.flags & FLAG_DIRTY or (is_known and record.parent_tgid in self.dirty):
+            self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+        if parent is None or not is_known or child.was_read:
+            # A child is visible to a reading a moment before its fork is told: it was copied already.
+            self._note_if_idle(record.tgid, record.start_ns, record.touches)
+            return
         if not record.path:
             child.exe = parent.exe
         if record.flags & FLAG_SHARED_VM:
@@ -423,8 +438,6 @@ class Tracker:
         for mapping in child.space.files.values():
             self._tell(child.space, True, "fork", record.t_ns, mapping)
         self._note_if_idle(record.tgid, record.start_ns, record.touches)
-        if record.flags & FLAG_DIRTY:
-            self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
 
     def _note_if_idle(self, pid: int, start_ns: int, touches: int) -> None:
         known = self._processes.get(pid)
@@ -437,7 +450,9 @@ class Tracker:
         return [
             (pid, start_ns, touches)
             for pid, start_ns, touches in dict.fromkeys(taken)
-            if pid not in self.narrow and (pid not in self._processes or not self._processes[pid].space.files)
+            if pid not in self.narrow
+            and pid not in self.dirty
+            and (pid not in self._processes or not self._processes[pid].space.files)
         ]
 
     def settled(self, pid: int, start_ns: int) -> None:
@@ -469,8 +484,9 @@ class Tracker:
         del self._processes[pid]
         space = known.space
         space.holders.remove(known)
-        for holder in space.holders:
-            self.announce(holder, t_ns)  # it outlives the one whose space it shares
+        if not any(holder.is_announced for holder in space.holders):
+            for holder in space.holders:
+                self.announce(holder, t_ns)  # it outlives the one whose space it shares
         if known.is_announced:
             for mapping in space.files.values():
                 self.changes.append(self._change(known, False, cause, t_ns, mapping))
@@ -517,19 +533,23 @@ class Tracker:
         void = {reading.tgid for reading in readings if reading.is_void}
         self._causes = (causes, own_causes or {})
         visited = set(waiting)
+        ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
         again: set[int] = set()
         for record in records:
             reading = waiting.get(record.tgid)
             if reading is not None and reading.start_ns == record.start_ns:
                 if record.t_ns > reading.end_ns:
                     self._take_reading(waiting.pop(record.tgid))
-                elif record.t_ns >= reading.begin_ns:
-                    again.add(record.tgid)
-                    if record.type in (RecordType.EXIT, RecordType.EXEC):
-                        del waiting[record.tgid]  # what it saw is of the past
-                elif is_start:
-                    self._learn_only(record)
-                    continue
+                else:
+                    if record.t_ns >= reading.begin_ns:
+                        again.add(record.tgid)
+                        if record.type in (RecordType.EXIT, RecordType.EXEC):
+                            del waiting[record.tgid]  # what it saw is of the past
+                    if is_start:
+                        self._learn_only(record)
+                        continue
+            elif record.t_ns <= ends.get((record.tgid, record.start_ns), 0):
+                again.add(record.tgid)  # overtaken on its way to the ring: told after what came later
             if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
                 self._merge_fork(record, waiting, visited, again)
             self.apply(record)
@@ -574,6 +594,9 @@ class Tracker:
             if name.is_wanted:
                 found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
         if known is None and not found:
+            if reading.intro is not None:
+                # The kernel will not introduce it again unless it is settled, which may fail.
+                self._process(reading.intro).learn(reading.intro)
             self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
             return
         if known is None:
@@ -582,10 +605,25 @@ class Tracker:
             known.learn(reading.intro)
         elif reading.maps:
             known.rename(reading.maps[0].comm)
+        if len(known.space.holders) > 1 and reading.maps and reading.maps[0].exec_id != known.exec_id:
+            self._leave(known)  # its exec was lost: the space is not its own any more
+        known.exec_id = reading.maps[0].exec_id if reading.maps else known.exec_id
+        known.was_read = True
         self.announce(known, reading.begin_ns)
         self._replace(known.space, found, causes, reading.end_ns)
         if reading.touches and not found:
             self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+
+    def _leave(self, process: Tracked) -> None:
+        """It shares nobody's space any more; what it was told to have there it has not."""
+        space = process.space
+        if process.is_announced:
+            for mapping in space.files.values():
+                self.changes.append(self._change(process, False, "repair", process.seen_ns, mapping))
+        space.holders.remove(process)
+        process.space = Space()
+        process.space.holders.append(process)
+        process.is_announced = True
 
     def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
         """Makes the space hold what was found, and tells the difference."""

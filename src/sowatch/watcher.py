@@ -21,6 +21,7 @@ from sowatch.config import Config
 from sowatch.engine import Engine
 from sowatch.errors import ProcessGone, SowatchError, UsageError
 from sowatch.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
+from sowatch.explain import Desk, PathReport, ProcessReport, explain
 from sowatch.identity import FileId
 from sowatch.inspector import Inspector, open_mapped
 from sowatch.ladder import open_source
@@ -381,10 +382,39 @@ class Watcher:
         Raises:
             SowatchError: the watch is not running.
         """
+        engine = self._running_engine()
+        return audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+
+    def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
+        """The decision trail of one process or one file: what was seen of it, and why no more.
+
+        Looks at ``/proc``, the map, what the kernel side remembers, and the files themselves, each of
+        which is given up after 2 s. Changes nothing. Any thread but a callback's may ask.
+
+        Args:
+            target: a pid, or the path of a file as this process sees it; the file may be gone.
+
+        Raises:
+            SowatchError: the watch is not running, there is no such process, or nothing of that name
+                exists or is mapped.
+            UsageError: the id of a thread, or no path.
+        """
+        engine = self._running_engine()
+        desk = Desk(
+            self._proc,
+            self._rules,
+            self.registry,
+            ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
+            view=lambda: engine.ask(engine.view),
+            is_repaired=lambda: engine.is_repaired,
+        )
+        return explain(target, desk)
+
+    def _running_engine(self) -> Engine:
         engine = self._engine
         if engine is None or self._is_stopped:
             raise SowatchError("the watch is not running. Call start() first.")
-        return audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+        return engine
 
     @property
     def stats(self) -> Stats:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support import bpfsys
-from support.kernel import Ledger, Stall, Tap, Trick
+from support.kernel import TAG, Ledger, Stall, Tap, Trick
 from support.programs import Mapper
 
 
@@ -41,7 +41,7 @@ def library(make_library: Callable[..., Path], scratch: Path) -> Callable[..., P
     """``library(name)`` is a new library of that name in ``scratch``, with an inode of its own."""
     template = make_library("libtemplate.so")
 
-    def make(name: str | os.PathLike[str] = "libnew.so") -> Path:
+    def make(name: str | os.PathLike[str] = f"libnew{TAG}.so") -> Path:
         made = scratch / name
         made.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(template, made)

@@ -122,7 +122,7 @@ def test_a_file_id_and_the_root_in_a_file_key_stand_where_python_looks(tmp_path:
         },
     )
     assert told["file"] == 0
-    assert records.ROOT == slice(told["begin"], told["end"])
+    assert slice(told["begin"], told["end"]) == records.ROOT
     assert told["key"] == 64
     assert told["verdict"] == sources.VERDICT_VALUE.size
 

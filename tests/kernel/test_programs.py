@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sowatch import sources
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
@@ -479,6 +480,23 @@ def test_munmap_outside_the_known_ranges_sends_nothing(tap: Tap, start: Start, l
     assert tap.during(lambda: mapper.unmap(at, length), mapper.pid) == []
 
 
+def test_a_followed_process_whose_threads_unmap_other_memory_all_the_time_sends_nothing(
+    tap: Tap, start: Start, library: NewLibrary
+) -> None:
+    mapper = start()
+    mapper.map(library())
+    for _ in range(2):
+        mapper.tell("thread", "anon", "-")
+    reading_of(tap, mapper.pid)
+
+    def wait_a_little() -> None:
+        for _ in range(3000):
+            mapper.tell("anon", PAGE)
+
+    assert tap.during(wait_a_little, mapper.pid) == []
+    assert int(mapper.tell("thread", "stop")[0]) > 1000
+
+
 def test_all_of_more_ranges_than_the_filter_has_room_for_are_still_told(
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
@@ -673,6 +691,47 @@ def test_a_process_met_by_a_reading_is_followed_from_then_on(
     told = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
     assert spans(told) == [(RANGE, at, at + pages(length))]
     assert kinds_of(tap.during(mapper.exit, mapper.pid)) == [EXIT]
+
+
+@pytest.mark.parametrize("program", sources.OBJECTS)
+def test_every_build_of_the_programs_tells_the_same(
+    open_tap: Callable[..., Tap],
+    start: Start,
+    library: NewLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+) -> None:
+    """The one that the running kernel does not need, too: it is for those that refuse the other."""
+    monkeypatch.setattr(sources, "OBJECTS", (program,))
+    tap = open_tap()
+    mapper, new, other = start(), library(), library("libother.so")
+    at, length = mapper.map(new)
+    mapper.tell("memfd", "some name", new)
+    mapper.map(other, "at", f"{at:x}")
+    mapper.protect(at, length, "r")
+    mapper.protect(at, length, "rx")
+    with mapper.fork() as child:
+        child.exec()
+    mapper.tell("thread", "idle", "-")
+    mapper.map(new)
+    tap.flush()
+    told = [
+        (r.type, path_of(r.text) if isinstance(r, MapRecord) else "", r.flags & FLAG_DIRTY)
+        for r in tap.records
+        if r.tgid == mapper.pid and r.type != INTRO
+    ]
+    assert told[1:] == [
+        (MAP, str(new), 0),
+        (MAP, "/memfd:some name", 0),
+        (RANGE, "", 0),
+        (MAP, str(other), 0),
+        (RANGE, "", 0),
+        (MAP, str(other), 0),
+        (MAP, str(new), FLAG_DIRTY),
+    ]
+    assert [r.type for r in tap.records if r.tgid == child.pid][:3] == [FORK, EXEC, INTRO]
+    assert {id_of(r)[:3] for r in tap.maps(mapper.pid, new)} == {id_by_stat(new)[:3]}
+    assert {path_of(row.text) for row in reading_of(tap, mapper.pid).maps} >= {str(new), str(other)}
 
 
 def test_a_verdict_has_the_size_that_the_kernel_expects(tap: Tap) -> None:

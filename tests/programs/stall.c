@@ -3,14 +3,14 @@
  * of the process asks to be told of munmap and fork, and the kernel keeps the caller waiting, with
  * no lock held, until somebody has read that word.
  *
- *   stall unmap|fixed|fork X Y
+ *   stall unmap|fixed|fork|file X Y
  *
- * maps X executable and answers "ADDR FD": where, and its userfaultfd. Each line on standard input
- * is then obeyed and answered with a line:
- *   go     the first thread makes its call: unmaps X, maps anonymous memory over it, or forks.
- *          From here the second thread obeys; no answer
- *   map    the second thread maps Y where X is or was         -> "ok"
- *   drop   it unmaps that                                     -> "ok"
+ * maps X executable (but for "file") and answers "ADDR FD": where, and its userfaultfd. Each line on
+ * standard input is then obeyed and answered with a line:
+ *   go     the first thread makes its call: unmaps X, maps anonymous memory over it, forks, or maps
+ *          X only now. From here the second thread obeys; no answer
+ *   map    the second thread maps Y where X is or was; elsewhere for "file"    -> "ok"
+ *   drop   it unmaps what is in that place                    -> "ok"
  *   leave  it ends                                            -> "ok"
  * Once the test has read the event the first thread answers "done [CHILD]" and waits for the end
  * of its input. The child waits to be killed.
@@ -33,6 +33,7 @@
 
 static char *base;
 static const char *other;
+static int is_file;
 
 static void *map(void *at, int protection, int flags, const char *path)
 {
@@ -76,9 +77,9 @@ static void *second_thread(void *unused)
 	(void)unused;
 	while (read_line(line, sizeof(line))) {
 		if (!strcmp(line, "map")) {
-			map(base, PROT_READ | PROT_EXEC, MAP_FIXED, other);
+			map(is_file ? NULL : base, PROT_READ | PROT_EXEC, is_file ? 0 : MAP_FIXED, other);
 		} else if (!strcmp(line, "drop")) {
-			munmap(base, PAGE);
+			munmap(base, is_file ? 2 * PAGE : PAGE);
 		} else if (!strcmp(line, "leave")) {
 			say("ok\n");
 			return NULL;
@@ -111,8 +112,10 @@ int main(int count, char **words)
 	if (count != 4)
 		return 1;
 	other = words[3];
+	is_file = !strcmp(words[1], "file");
 	base = mmap(NULL, 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	map(base, PROT_READ | PROT_EXEC, MAP_FIXED, words[2]);
+	if (!is_file)
+		map(base, PROT_READ | PROT_EXEC, MAP_FIXED, words[2]);
 	map(base + PAGE, PROT_READ | PROT_WRITE, MAP_FIXED, NULL);
 	fd = watch_page(base + PAGE);
 	snprintf(text, sizeof(text), "%lx %d\n", (unsigned long)base, fd);
@@ -126,6 +129,8 @@ int main(int count, char **words)
 		munmap(base, 2 * PAGE);
 	else if (!strcmp(words[1], "fixed"))
 		mmap(base, 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	else if (is_file)
+		mmap(base, 2 * PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED, open(words[2], O_RDONLY), 0);
 	else
 		child = fork();
 	if (child == 0 && !strcmp(words[1], "fork")) {

@@ -25,8 +25,10 @@ from sowatch.rules import KINDS
 from sowatch.sources import BpfSource, Report
 from support.programs import Mapper
 
-__all__ = ["Ledger", "Stall", "Tap", "Trick", "executable_inodes", "host_pid", "id_by_stat", "with_prelude"]
+__all__ = ["TAG", "Ledger", "Stall", "Tap", "Trick", "executable_inodes", "host_pid", "id_by_stat", "with_prelude"]
 
+#: In the names of files that rules look for: two runs of the tests on one machine do not meet.
+TAG = f"-{os.getpid()}"
 #: asm/unistd.h: the same number on every architecture.
 _SYS_PIDFD_GETFD = 438
 #: sizeof(struct uffd_msg), and the event of a fork.
@@ -305,9 +307,18 @@ class Ledger:
 
         self.wait_for(lambda: not differences(), lambda: f"the map differs from /proc: {differences()}")
 
+    def wait_equal_of(self, pid: int, inode: int) -> None:
+        """`wait_equal` for one file of one process."""
+        truth = inode in executable_inodes(pid)
+        self.wait_for(lambda: (inode in self.inodes(pid)) == truth, f"proc says {truth} of {inode} in {pid}")
+
     def _check_once(self, event: LibraryEvent) -> None:
         """Each library and each process under each kind of event: a busy host sends the same ones thousands of times."""
-        parts = {(event.event, event.cause, event.library), (event.event, event.process), (event.event, event.ranges)}
+        parts = {
+            (event.event, event.cause, event.library),
+            (event.event, event.process),
+            (event.event, len(event.ranges)),
+        }
         if not parts <= self._checked:
             self._check(event)
             self._checked |= parts
@@ -339,7 +350,9 @@ class Ledger:
         elif event.event == "deactivate":
             held = self._active.pop(key, None)
             assert held is not None, f"a deactivation without an activation: {self._told(event)}"
-            assert held == 0 or event.cause == "stop", f"deactivated while {held} processes hold it: {self._told(event)}"
+            assert held == 0 or event.cause == "stop", (
+                f"deactivated while {held} processes hold it: {self._told(event)}"
+            )
         else:
             assert event.process is not None
             files = self._held[event.process.id]

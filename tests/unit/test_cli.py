@@ -451,9 +451,10 @@ def test_the_help_names_every_command_with_the_first_line_of_its_file(
     assert cli.main([option]) == 0
     stdout, stderr = capfd.readouterr()
 
+    width = max(map(len, _main.COMMANDS))
     for name in _main.COMMANDS:
         module = importlib.import_module(f"sowatch.cli.{name}")
-        assert f"  {name:<6}  {module.__doc__.splitlines()[0]}\n" in stdout
+        assert f"  {name:<{width}}  {module.__doc__.splitlines()[0]}\n" in stdout
     assert stderr == ""
 
 

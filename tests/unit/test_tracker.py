@@ -476,6 +476,20 @@ def test_a_copy_that_was_never_confirmed_is_counted(tracker):
     assert tracker.unverified == 1
 
 
+def test_a_child_of_a_process_in_doubt_is_in_doubt(tracker):
+    # A threaded server forks, and its child, alone by then, forks at once to become a daemon.
+    p, child, daemon = Proc(10), Proc(11, 2), Proc(12, 3)
+    feed(tracker, p.map(SSL), p.fork(child, flags=FLAG_DIRTY), child.fork(daemon))
+    assert set(tracker.dirty) == {11, 12}
+
+
+def test_a_fork_that_the_kernel_does_not_follow_copies_nothing(tracker):
+    # Its parent's exec was lost: the kernel knows by itself that nothing is left.
+    p, child = Proc(10), Proc(11, 2, touches=0)
+    feed(tracker, p.map(SSL))
+    assert feed(tracker, p.fork(child)) == []
+
+
 def test_a_reading_takes_back_a_claim_that_was_wrong(tracker):
     p = Proc()
     feed(tracker, p.claim(SSL, BASE, t=1))

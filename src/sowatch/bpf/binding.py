@@ -19,8 +19,8 @@ from sowatch.errors import BpfError, LibbpfMissing
 
 __all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf_version", "open_in_root"]
 
-#: Room for what one drain of the ring brings; 1 MiB is some thousand records.
-DRAIN_BYTES: Final = 1 << 20
+#: Room for what one drain of the ring brings; 128 KiB is some hundred records.
+DRAIN_BYTES: Final = 1 << 17
 
 
 @functools.cache

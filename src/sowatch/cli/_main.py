@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "watch": "Live feed of loads and unloads.",
     "list": "Which process has which library mapped, now.",
     "audit": "Is the map right? Compares it with an independent reading of /proc.",
+    "explain": "Why a process or a file is, or is not, covered.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 

@@ -1,0 +1,360 @@
+"""Why a process or a file is, or is not, covered.
+
+Seen how and when? Which rule wants it, or why none? What does the kernel side do with it? Can the
+very file be opened, and what does it say of itself? Blocked why? Does the map agree with /proc?
+
+A target that is all digits is a process, anything else the path of a file (write ./123 for a file
+of that name). A watch is started, the whole host read once, the target looked at, and the watch
+ended; the agent has a longer memory (`sowatch debug explain`). A path may be one that only other
+processes see, or whose file was deleted while it is mapped. Ends with 1 if there is no such
+process, or no such path here or mapped.
+
+--json gives one object. Of a process:
+  schema, event "explain", target "process"; process and library as in events
+  state running, zombie or kernel_thread; threads; leader_alive; bits 32, 64 or null
+  kernel  null, or followed, touches, range_count, ranges, dirty, shares_vm
+  map     null, or since, since_ns, files, announced, awaits_reading
+  mappings, one for each file it has mapped executable:
+    library, ranges, id_from map, verdict (the kernel's memory) or proc (no generation)
+    seen    null, or rule, cause, t_ns, time of the load event
+    rule    the one that wants it, or null; rules: rule, wants, missing exports, and why not:
+            pattern, kind, exports, exports_unknown, earlier_rule
+    untold  why no load was told: no_rule, not_selected, passing (vfork), awaiting_facts,
+            baseline, unresolved (exports could not be read), not_in_map
+    verdict of the kernel: match, ignore (seconds_left), none or mixed
+    file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;
+            elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer;
+            reason
+    activations: rule, state; blocked: rule, reason, seconds_left, path, since
+    differences to the map: kind, path, inode, range
+  extra   what the map has and the process has not; notes: kernel_thread, zombie, no_permission,
+          no_files, static, nothing_wanted, narrow, unrepaired
+Of a path: target "path", path, resolved, type or null, error, ids (dev, inode, generation, subvol,
+id_from), kind, rule, rules, verdict, file, activations, blocked; mapped: process, path, inode,
+ranges, in_map, seen, relation same, other_name, other_file or deleted; notes: not_mapped,
+not_regular, nothing_wants, unrepaired.
+
+Examples:
+  sowatch explain 1234                          everything it has mapped, and what became of it
+  sowatch explain --rule libssl 1234            why is there no event of its libssl?
+  sowatch explain /usr/lib/x86_64-linux-gnu/libssl.so.3
+"""
+
+# May import everything up to `watcher`; what is heavy (the watcher) only where it is used.
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from sowatch.cli._options import add_format, selection_of, wants_json
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser
+from sowatch.cli.watch import warn_of_fallback
+from sowatch.config import STRATEGIES
+from sowatch.errors import SowatchError, UsageError
+from sowatch.escape import one_line, visible
+from sowatch.procfs import ProcFs
+from sowatch.rules import KINDS
+
+if TYPE_CHECKING:
+    from sowatch.explain import (
+        Blocked,
+        FileLook,
+        MappedIn,
+        MappingReport,
+        PathReport,
+        ProcessReport,
+        RuleAnswer,
+        Seen,
+        VerdictAnswer,
+    )
+
+_LABEL_WIDTH: Final = 10
+_MOST_RANGES: Final = 4
+
+_WHY: Final = {
+    "pattern": "its pattern is not found in the path",
+    "kind": "it takes other kinds of files",
+    "exports": "the file does not export",
+    "exports_unknown": "what the file exports cannot be read",
+    "earlier_rule": "an earlier rule has it",
+}
+_UNTOLD: Final = {
+    "no_rule": "no: no rule wants it",
+    "not_selected": "no: this watch was narrowed down to other processes",
+    "passing": "no: a child that shares its parent's memory and may exec at any moment",
+    "awaiting_facts": "not yet: its file is still being read",
+    "baseline": "no: it was there before the watch, which leaves that out",
+    "unresolved": "no: what the file exports could not be read when it was mapped",
+    "not_in_map": "no: the map does not have it",
+}
+_ELF: Final = {
+    "elf": "an ELF file",
+    "partial": "an ELF file, readable in part only",
+    "not_elf": "not an ELF file",
+    "not_regular": "not a regular file, so it is not opened",
+    "gone": "cannot be read: there is no way to the file any more",
+    "not_permitted": "cannot be read: not permitted",
+    "unreadable": "cannot be read",
+    "no_answer": "cannot be read: its file system does not answer",
+}
+_RELATION: Final = {
+    "same": "this file",
+    "other_name": "this file, by another name",
+    "other_file": "another file, by the same name",
+    "deleted": "a deleted file that had this name",
+}
+_ID_FROM: Final = {
+    "map": "by the map",
+    "verdict": "by the kernel's memory of it",
+    "proc": "by /proc, without its generation",
+}
+_NOTES: Final = {
+    "kernel_thread": "it is a kernel thread, which has no program and maps no library.",
+    "zombie": "it has ended and was not collected by its parent yet; nothing is mapped any more.",
+    "no_permission": "its mappings may not be read by this user.",
+    "no_files": "it has no file mapped executable.",
+    "static": "it has no dynamic loader: what it is linked with is part of its executable and no library.",
+    "nothing_wanted": "no rule wants anything that it has mapped. What is linked in statically is no library.",
+    "narrow": "it is a 32-bit process: its calls are not seen, so it is read again and again.",
+    "unrepaired": "facts were lost and the map is not repaired yet, so it may be wrong for a moment.",
+    "not_mapped": "no process has this file mapped executable. A program that has the library linked in "
+    "statically does not map it.",
+    "not_regular": "only regular files and memfds can be libraries.",
+    "nothing_wants": "no rule would want it.",
+}
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    # By this name, so that what comes after `--` is taken as well.
+    parser.add_argument("patterns", nargs="*", metavar="PID|PATH", help="the process or file to explain")
+    add_format(parser, default="text on a terminal, else json")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Python regular expression, searched in the path as the process sees it; may be repeated. "
+        "Default: every file of the kinds asked for",
+    )
+    parser.add_argument(
+        "--kind", action="append", metavar="KIND", help=f"{', '.join(KINDS)}; may be repeated. Default: library"
+    )
+    parser.add_argument(
+        "--strategy",
+        metavar="NAME",
+        default="auto",
+        help=f"how to watch: {', '.join(STRATEGIES)}. auto takes the best that works here",
+    )
+    parser.add_argument(
+        "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
+    )
+
+
+def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
+    """Watch for a moment, explain, print; returns the exit code."""
+    if len(args.patterns) != 1:
+        raise UsageError("give one PID or PATH. See `sowatch explain --help`.")
+    (target,) = args.patterns
+    as_json = wants_json(args, out)
+    words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
+    selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
+    from sowatch.explain import ProcessReport, check_process, to_dict
+    from sowatch.watcher import Watcher
+
+    pid = _pid(target, selection.config.proc_root)
+    if pid is not None:
+        check_process(ProcFs(selection.config.proc_root), pid)
+    with Watcher(*selection.rules, config=selection.config) as watcher:
+        if watcher.ready is not None:
+            warn_of_fallback(watcher.ready, warn)
+        report = watcher.explain(target if pid is None else pid)
+    if as_json:
+        out.write(json.dumps(to_dict(report), separators=(",", ":")) + "\n")
+    else:
+        lines = _process(report) if isinstance(report, ProcessReport) else _path(report)
+        out.write("".join(f"{line.rstrip()}\n" for line in lines))
+    out.flush()
+    return 0
+
+
+def _pid(target: str, proc_root: str) -> int | None:
+    """The process id that a target is, None if it is a path."""
+    if not (target.isascii() and target.isdigit()):
+        return None
+    if len(target.lstrip("0")) > 10:
+        raise SowatchError(f"there is no process {target} in {proc_root}. Look for the right one with `ps -e`.")
+    return int(target)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{_LABEL_WIDTH}} {text}"
+
+
+def _process(report: ProcessReport) -> Iterator[str]:
+    from sowatch.explain import stamp
+
+    process, followed, known = report.process, report.followed, report.known
+    about = [
+        f"{process.pid} {visible(process.comm or '-')}",
+        *([] if process.uid is None else [f"uid {process.uid}"]),
+        *([] if process.ppid is None else [f"parent {process.ppid}"]),
+        *([f"pid {process.ns_pid} in its own namespace"] if process.ns_pid not in (None, process.pid) else []),
+    ]
+    yield _line("process", ", ".join(about))
+    yield _line("start", f"{process.start_ns / 1e9:.9f} s after boot")
+    yield _line("exe", visible(process.exe or "-"))
+    yield _line("cgroup", visible(process.cgroup or "-"))
+    if process.container:
+        yield _line("container", visible(process.container))
+    state = [report.state.replace("_", " "), f"{report.threads} thread{'s' * (report.threads != 1)}"]
+    if report.is_32bit is not None:
+        state.append("32-bit" if report.is_32bit else "64-bit")
+    if report.state == "running":
+        state.append("leader alive" if report.is_leader_alive else "its leader has ended, other threads go on")
+    yield _line("state", ", ".join(state))
+    if followed is None or not followed.touches:
+        is_settled = followed is not None
+        yield _line("kernel", "does not follow it" + (": it did, and nothing of it was wanted" if is_settled else ""))
+    else:
+        dirty = "a reading is owed" if followed.is_dirty else "no reading is owed"
+        yield _line("kernel", f"follows it: {followed.touches} touches, {followed.range_count} ranges known, {dirty}")
+    if known is None or report.known_since_ns is None:
+        yield _line("map", "does not know it")
+    else:
+        yield _line("map", f"knows it since {stamp(report.known_since_ns)}, {len(known.files)} files")
+    for one in report.mappings:
+        yield ""
+        yield from _mapping(one)
+    if report.extra:
+        yield ""
+    for extra in report.extra:
+        what = "the map has" if extra.kind == "extra" else "the map has not"
+        yield _line("difference", f"{what} {extra.start:x}-{extra.end:x} {visible(extra.path)}")
+    yield from _notes(report.notes)
+
+
+def _mapping(one: MappingReport) -> Iterator[str]:
+    library = one.library
+    deleted = " (deleted)" * library.deleted
+    yield f"{visible(library.path)}{deleted}"
+    yield _line("  ranges", _ranges(one.ranges))
+    yield _line("  file", f"{library.id} {_ID_FROM[one.id_from]}; to this process: {library.kind}")
+    yield _line("  seen", _seen(one.seen) if one.seen else _UNTOLD[one.untold or "not_in_map"])
+    yield from _rules(one.rules, "  ")
+    yield _line("  verdict", _verdict(one.verdict))
+    yield from _look(one.look, "  ", library.build_id, library.soname)
+    yield from _activations(one.activations, "  ")
+    yield from _blocked(one.blocked, "  ")
+    for difference in one.differences:
+        yield _line("  differs", f"the map has not {difference.start:x}-{difference.end:x}")
+
+
+def _path(report: PathReport) -> Iterator[str]:
+    yield _line("path", visible(report.path))
+    if report.resolved != report.path:
+        yield _line("leads to", visible(report.resolved))
+    yield _line("type", report.file_type or f"nothing is there: {report.error}")
+    for one in report.ids:
+        yield _line("file", f"{one.id} {_ID_FROM[one.id_from]}")
+    yield from _rules(report.rules, "")
+    if report.file_type is not None:
+        yield _line("verdict", _verdict(report.verdict))
+        yield from _look(report.look, "", report.look.build_id, report.look.soname)
+    yield from _activations(report.activations, "")
+    yield from _blocked(report.blocked, "")
+    if report.mapped:
+        yield ""
+        yield from _mapped(report.mapped)
+    yield from _notes(report.notes)
+
+
+def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
+    rows = [
+        (
+            str(one.process.pid),
+            visible(one.process.comm or "-"),
+            _RELATION[one.relation],
+            _seen(one.seen) if one.seen else "in the map, not told" if one.in_map else "not in the map",
+            visible(one.path),
+        )
+        for one in found
+    ]
+    head = ("PID", "COMM", "WHAT", "SEEN", "PATH")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        pid, *rest = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join([pid.strip().rjust(widths[0]), *rest])
+
+
+def _seen(seen: Seen) -> str:
+    from sowatch.explain import stamp
+
+    return f"{seen.cause} at {stamp(seen.time_ns)}"
+
+
+def _ranges(ranges: Sequence[tuple[int, int]]) -> str:
+    shown = " ".join(f"{start:x}-{end:x}" for start, end in ranges[:_MOST_RANGES])
+    return shown + (f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else "")
+
+
+def _rules(found: Sequence[RuleAnswer], indent: str) -> Iterator[str]:
+    for answer in found:
+        name = visible(answer.rule)
+        if answer.wants:
+            yield _line(f"{indent}rule", f"{name} wants it")
+        else:
+            missing = " " + ", ".join(map(visible, answer.missing)) if answer.missing else ""
+            yield _line(f"{indent}rule", f"{name} does not: {_WHY[answer.why or 'pattern']}{missing}")
+
+
+def _verdict(verdict: VerdictAnswer) -> str:
+    if verdict.verdict == "match":
+        return "match: the kernel side reports it"
+    if verdict.verdict == "ignore":
+        return f"ignore: the kernel side drops it for {verdict.seconds_left} s more"
+    if verdict.verdict == "mixed":
+        return "mixed: it depends on the name by which it is mapped"
+    return "none: the kernel side asks when it is mapped next"
+
+
+def _look(look: FileLook, indent: str, build_id: str | None, soname: str | None) -> Iterator[str]:
+    if look.opened_by is not None:
+        yield _line(f"{indent}open", f"yes, by {look.opened_by}: {visible(look.tries[-1].path)}")
+    else:
+        for one in look.tries:
+            yield _line(f"{indent}open", f"not by {one.by}: {visible(one.path)}: {one.error}")
+    facts = [_ELF[look.elf]]
+    if look.reason and look.elf not in ("gone", "not_regular"):
+        facts[0] += f" ({one_line(look.reason)})"
+    if build_id:
+        facts.append(f"build id {build_id}")
+    if soname:
+        facts.append(f"soname {visible(soname)}")
+    yield _line(f"{indent}elf", ", ".join(facts))
+
+
+def _activations(found: Sequence[tuple[str, str]], indent: str) -> Iterator[str]:
+    for rule, state in found:
+        if state != "held":  # so is every file of a rule without callbacks
+            yield _line(f"{indent}active", f"{state} for rule {visible(rule)}")
+
+
+def _blocked(found: Sequence[Blocked], indent: str) -> Iterator[str]:
+    for block in found:
+        left = f"{block.seconds_left:.0f} s more"
+        yield _line(f"{indent}blocked", f"by rule {visible(block.rule)} for {left}: {one_line(block.reason)}")
+
+
+def _notes(notes: Sequence[str]) -> Iterator[str]:
+    if notes:
+        yield ""
+    for note in notes:
+        yield _line("note", _NOTES[note])

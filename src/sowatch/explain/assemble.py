@@ -1,0 +1,490 @@
+"""From what was found to reports. Pure: no I/O, no threads, no clock.
+
+May import what the room may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from sowatch.audit import Difference
+from sowatch.bpf.records import ROOT, file_id_of
+from sowatch.events import Library, Process
+from sowatch.explain.records import (
+    Blocked,
+    Candidate,
+    FileLook,
+    IdSource,
+    Known,
+    KnownFile,
+    KnownProcess,
+    MappedIn,
+    MappingReport,
+    PathReport,
+    ProcessReport,
+    Range,
+    Relation,
+    RuleAnswer,
+    Seen,
+    Untold,
+    VerdictAnswer,
+    Why,
+)
+from sowatch.identity import FileId
+from sowatch.procfs import Link, MapRow, Miss, Stat, seen_path
+from sowatch.registry import BlockedFile, RegisteredFile
+from sowatch.rules import RuleSet
+from sowatch.sources import Verdict
+
+__all__ = [
+    "Group",
+    "Memory",
+    "PathFacts",
+    "ProcessFacts",
+    "answers",
+    "group_rows",
+    "ids_of",
+    "known_file_at",
+    "path_report",
+    "process_report",
+    "relation_of",
+    "same_file",
+    "verdict_of",
+]
+
+#: Names that no directory holds; see `sowatch.tracker.Name.is_anonymous`.
+_SEGMENTS: Final = ("/SYSV", "/dev/zero")
+
+
+class Group(NamedTuple):
+    """The rows of one file in one process. ``path`` is as the process sees it."""
+
+    path: str
+    major: int
+    minor: int
+    inode: int
+    is_deleted: bool
+    rows: tuple[MapRow, ...]
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """Their addresses, as pairs of start and end."""
+        return tuple((row.start, row.end) for row in self.rows)
+
+    @property
+    def proc_id(self) -> FileId:
+        """The identity as far as ``/proc`` knows it."""
+        return FileId(self.major, self.minor, self.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """What ``/proc`` says of a process. ``maps`` are its files; ``interpreter_base`` is 0 without one.
+
+    ``sees_our_files``: its root is ours; None if that could not be told.
+    """
+
+    process: Process
+    stat: Stat
+    is_32bit: bool | Miss
+    exe: Link | Miss
+    interpreter_base: int
+    maps: tuple[Group, ...] | Miss
+    sees_our_files: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of files: the kernel side's answers, blocked and registered files.
+
+    ``exact`` has the answers for the names in the map, ``others`` those that might be about a file of
+    which ``/proc`` tells the inode number only. ``now_s`` is the registry's clock.
+    """
+
+    exact: Mapping[bytes, Verdict | None]
+    others: Sequence[Verdict]
+    blocked: Sequence[BlockedFile]
+    registered: Sequence[RegisteredFile]
+    now_s: float
+    is_repaired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PathFacts:
+    """What a path stands for here. ``id`` is None if there is nothing; ``error`` says why."""
+
+    path: str
+    resolved: str
+    file_type: str | None
+    error: str | None
+    id: FileId | None
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+
+def answers(rules: RuleSet, path: str, kind: str, exports: frozenset[str] | None) -> tuple[RuleAnswer, ...]:
+    """What each rule says of a file, in order; at most one wants it. As `sowatch.rules.RuleSet.match`.
+
+    >>> from sowatch.rules import Rule
+    >>> answers(RuleSet([Rule("ssl"), Rule("/usr")]), "/usr/lib/libz.so", "library", None)[0].why
+    'pattern'
+    """
+    found: list[RuleAnswer] = []
+    # A rule whose exports could not be read stands in the way of all that follow.
+    is_settled = False
+    for rule in rules:
+        why: Why | None = None
+        missing: tuple[str, ...] = ()
+        if not rule.matches_path(path):
+            why = "pattern"
+        elif kind not in rule.kind:
+            why = "kind"
+        elif rule.exports and exports is None:
+            why = "exports_unknown"
+        elif rule.exports and not rule.exports <= (exports or frozenset()):
+            why = "exports"
+            missing = tuple(sorted(rule.exports - (exports or frozenset())))
+        elif is_settled:
+            why = "earlier_rule"
+        is_settled |= why in (None, "exports_unknown")
+        found.append(RuleAnswer(rule.name, why is None, why, missing))
+    return tuple(found)
+
+
+def _winner(found: Iterable[RuleAnswer]) -> str | None:
+    return next((answer.rule for answer in found if answer.wants), None)
+
+
+# ---- which file is it -----------------------------------------------------------------------------
+
+
+def group_rows(rows: Iterable[MapRow], root: str) -> tuple[Group, ...]:
+    """The rows of each file together, in the order of their addresses."""
+    found: dict[tuple[bytes, int, int, int, bool], list[MapRow]] = {}
+    for row in rows:
+        found.setdefault((row.path, row.major, row.minor, row.inode, row.is_deleted), []).append(row)
+    return tuple(
+        Group(seen_path(path.decode("utf-8", "surrogateescape"), root), major, minor, inode, is_deleted, tuple(same))
+        for (path, major, minor, inode, is_deleted), same in found.items()
+    )
+
+
+def known_file_at(files: Iterable[KnownFile], group: Group) -> KnownFile | None:
+    """The file of the map that is what the rows show, by address; compared as the audit does."""
+    for file in files:
+        file_id = file.name.file_id
+        if file_id.inode != group.inode and (file_id.major, file_id.minor) == (group.major, group.minor):
+            continue
+        if any(row.start < end and row.end > start for row in group.rows for start, end in file.ranges):
+            return file
+    return None
+
+
+def _could_be(file_id: FileId, seen: FileId) -> bool:
+    """Whether a kernel identity may be what ``/proc`` or stat shows: overlayfs and btrfs invent devices."""
+    return file_id.inode == seen.inode and (file_id.dev == seen.dev or seen.major == 0)
+
+
+def _about(verdicts: Iterable[Verdict], seen: FileId, views: Collection[bytes]) -> list[Verdict]:
+    """The answers that may be about a file; those that certainly are, if there are any."""
+    found = [one for one in verdicts if _could_be(file_id_of(one.key), seen) and (not views or one.key[ROOT] in views)]
+    certain = [one for one in found if file_id_of(one.key).dev == seen.dev]
+    return certain or found
+
+
+def verdict_of(verdicts: Iterable[Verdict | None]) -> VerdictAnswer:
+    """Several answers, one for each name and view, as one."""
+    found = [one for one in verdicts if one is not None]
+    if not found:
+        return VerdictAnswer("none")
+    if all(one.is_match for one in found):
+        return VerdictAnswer("match")
+    if any(one.is_match for one in found):
+        return VerdictAnswer("mixed")
+    return VerdictAnswer("ignore", max(one.seconds_left or 0 for one in found))
+
+
+def _blocks(
+    memory: Memory, ids: Collection[FileId], is_exact: bool, paths: Collection[str] = ()
+) -> tuple[Blocked, ...]:
+    return tuple(
+        Blocked(one.rule, one.reason, max(0.0, one.expires_s - memory.now_s), one.sample_path, one.time_ns)
+        for one in memory.blocked
+        if one.sample_path in paths
+        or (one.id in ids if is_exact else any(_could_be(one.id, candidate) for candidate in ids))
+    )
+
+
+def _activations(memory: Memory, ids: Collection[FileId]) -> tuple[tuple[str, str], ...]:
+    return tuple((one.rule, one.state) for one in memory.registered if one.library.id in ids)
+
+
+def _seen(file: KnownFile | None) -> Seen | None:
+    load = None if file is None else file.load
+    return None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns)
+
+
+# ---- a process ----------------------------------------------------------------------------------
+
+
+def process_report(
+    facts: ProcessFacts,
+    known: Known,
+    memory: Memory,
+    looks: Mapping[Group, FileLook],
+    rules: RuleSet,
+    differences: Sequence[Difference],
+    *,
+    now_ns: int,
+    monotonic_ns: int,
+) -> ProcessReport:
+    """Puts a process's report together.
+
+    Args:
+        facts: what ``/proc`` says.
+        known: what map and kernel side know.
+        memory: what is remembered of files.
+        looks: at the files in ``facts.maps``.
+        rules: the watch's.
+        differences: what the audit found.
+        now_ns: the wall clock.
+        monotonic_ns: CLOCK_MONOTONIC at that moment.
+    """
+    process = facts.process
+    known_process = known.processes.get(process.pid)
+    if known_process is not None and not known_process.process.id.same_tick(process.id):
+        known_process = None
+    followed = known.followed
+    if followed is not None and not process.id.same_tick(process.id._replace(start_ns=followed.start_ns)):
+        followed = None
+    kernel_start_ns = [one.start_ns for one in (followed, known_process and known_process.process) if one is not None]
+    if kernel_start_ns:
+        process = replace(process, start_ns=kernel_start_ns[0])
+    groups = () if isinstance(facts.maps, Miss) else facts.maps
+    mappings = tuple(
+        _mapping(group, facts, known, known_process, memory, looks[group], rules, differences) for group in groups
+    )
+    told = {difference for mapping in mappings for difference in mapping.differences}
+    state = "kernel_thread" if facts.stat.is_kernel_thread else "running"
+    if facts.stat.is_dead and facts.stat.threads < 2:
+        state = "zombie"
+    return ProcessReport(
+        process=process,
+        state=state,  # type: ignore[arg-type]
+        threads=facts.stat.threads,
+        is_leader_alive=not facts.stat.is_dead,
+        is_32bit=None if isinstance(facts.is_32bit, Miss) else facts.is_32bit,
+        followed=followed,
+        known=known_process,
+        known_since_ns=None if known_process is None else now_ns - (monotonic_ns - known_process.since_ns),
+        mappings=mappings,
+        extra=tuple(one for one in differences if one not in told),
+        notes=tuple(_notes(facts, state, mappings, memory)),
+    )
+
+
+def _notes(facts: ProcessFacts, state: str, mappings: Sequence[MappingReport], memory: Memory) -> Iterable[str]:
+    if state != "running":
+        yield state
+    elif facts.maps is Miss.DENIED:
+        yield "no_permission"
+    elif not mappings:
+        yield "no_files"
+    else:
+        if not facts.interpreter_base and not any(one.library.kind == "library" for one in mappings):
+            yield "static"
+        if not any(one.rule for one in mappings):
+            yield "nothing_wanted"
+    if facts.is_32bit is True:
+        yield "narrow"
+    if not memory.is_repaired:
+        yield "unrepaired"
+
+
+def _mapping(
+    group: Group,
+    facts: ProcessFacts,
+    known: Known,
+    process: KnownProcess | None,
+    memory: Memory,
+    look: FileLook,
+    rules: RuleSet,
+    differences: Sequence[Difference],
+) -> MappingReport:
+    files = () if process is None else process.files
+    file = known_file_at(files, group)
+    views = {one.name.view for one in files if one.name.view}
+    if facts.sees_our_files and known.own_view:
+        views.add(known.own_view)
+    about = _about(memory.others, group.proc_id, views)
+    file_id, id_from = group.proc_id, "proc"
+    if file is not None:
+        file_id, id_from = file.name.file_id, "map"
+    elif len(found := {file_id_of(one.key) for one in about}) == 1:
+        file_id, id_from = found.pop(), "verdict"
+    path = group.path if file is None else file.name.path
+    kind = _kind_of(group, facts, file, look)
+    rule_answers = answers(rules, path, kind, look.exports)
+    seen = _seen(file)
+    rule = seen.rule if seen else _winner(rule_answers)
+    load = None if file is None else file.load
+    return MappingReport(
+        library=Library(
+            path=path,
+            id=file_id,
+            host_path=next((one.path for one in look.tries if one.error is None), None),
+            kind=kind,
+            build_id=look.build_id if load is None else load.library.build_id or look.build_id,
+            soname=look.soname if load is None else load.library.soname or look.soname,
+            deleted=group.is_deleted if file is None else file.name.is_deleted,
+            path_partial=file is not None and file.name.is_partial,
+        ),
+        id_from=id_from,  # type: ignore[arg-type]
+        ranges=group.ranges,
+        seen=seen,
+        rule=rule,
+        rules=rule_answers,
+        untold=None if seen else _untold(file, process, known, rule),
+        verdict=verdict_of(about if file is None else [memory.exact.get(_key(file))]),
+        look=look,
+        activations=_activations(memory, {file_id}),
+        blocked=_blocks(memory, {file_id}, is_exact=id_from != "proc"),
+        differences=tuple(one for one in differences if (one.start, one.end) in group.ranges),
+    )
+
+
+def _key(file: KnownFile) -> bytes:
+    key = file.name.key
+    return key if isinstance(key, bytes) else b""
+
+
+def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: FileLook) -> str:
+    """What the file is to the process, by the rules of tracker and publisher."""
+    if file is not None and file.load is not None:
+        return file.load.library.kind
+    kind = "library" if file is None else file.kind
+    if file is None:
+        exe = facts.exe
+        if not isinstance(exe, Miss) and exe.path.encode("utf-8", "surrogateescape") == group.rows[0].path:
+            return "executable"
+        if facts.interpreter_base and any(row.start - row.offset_bytes == facts.interpreter_base for row in group.rows):
+            return "interpreter"
+        if look.elf == "not_regular" or (group.is_deleted and group.path.startswith(_SEGMENTS)):
+            return "other"
+    if kind != "library":
+        return kind
+    is_memfd = group.is_deleted and group.path.startswith("/memfd:") and "/" not in group.path[5:]
+    is_elf = look.elf in ("elf", "partial")
+    return "other" if look.elf == "not_elf" or (is_memfd and not is_elf) else "library"
+
+
+def _untold(file: KnownFile | None, process: KnownProcess | None, known: Known, rule: str | None) -> Untold:
+    if rule is None:
+        return "no_rule"
+    if file is None or process is None:
+        return "not_in_map"
+    if not file.is_selected:
+        return "not_selected"
+    if not process.is_announced:
+        return "passing"
+    if known.is_waiting_for_facts:
+        return "awaiting_facts"
+    return "baseline" if known.is_silent_start else "unresolved"
+
+
+# ---- a path -------------------------------------------------------------------------------------
+
+
+def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: bool) -> Relation | None:
+    """How a mapped file is related to the path; None: not at all."""
+    is_same_path = path in (facts.path, facts.resolved)
+    if is_same_file:
+        return "same" if is_same_path and not is_deleted else "other_name"
+    if not is_same_path:
+        return None
+    return "deleted" if is_deleted else "other_file"
+
+
+def ids_of(facts: PathFacts, known: Known, others: Iterable[Verdict]) -> tuple[Candidate, ...]:
+    """The identities that the path may stand for, the kernel's own first."""
+    if facts.id is None:
+        return ()
+    found: dict[FileId, IdSource] = {}
+    for process in known.processes.values():
+        for file in process.files:
+            name = file.name
+            is_named = name.path == facts.resolved and name.view == known.own_view and not name.is_deleted
+            if name.file_id[:3] == facts.id[:3] or (is_named and _could_be(name.file_id, facts.id)):
+                found[name.file_id] = "map"
+    for one in _about(others, facts.id, {known.own_view} if known.own_view else ()):
+        found.setdefault(file_id_of(one.key), "verdict")
+    if not found:
+        found[facts.id] = "proc"
+    return tuple(Candidate(file_id, id_from) for file_id, id_from in found.items())
+
+
+def path_report(
+    facts: PathFacts,
+    ids: tuple[Candidate, ...],
+    mapped: Sequence[MappedIn],
+    own_view: bytes,
+    memory: Memory,
+    look: FileLook,
+    rules: RuleSet,
+) -> PathReport:
+    """Puts a path's report together.
+
+    Args:
+        facts: what the path stands for.
+        ids: see `ids_of`.
+        mapped: who has it, or another file under its path, mapped.
+        own_view: the agent's root, see `Known`.
+        memory: what is remembered of files.
+        look: at the file.
+        rules: the watch's.
+    """
+    kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
+    rule_answers = answers(rules, facts.resolved, kind, look.exports)
+    rule = _winner(rule_answers)
+    file_ids = {one.id for one in ids}
+    is_exact = any(one.id_from != "proc" for one in ids)
+    about = () if facts.id is None else _about(memory.others, facts.id, {own_view} if own_view else ())
+    notes = []
+    if facts.file_type not in (None, "regular file"):
+        notes.append("not_regular")
+    if not any(one.relation in ("same", "other_name") for one in mapped):
+        notes.append("not_mapped")
+    if rule is None:
+        notes.append("nothing_wants")
+    if not memory.is_repaired:
+        notes.append("unrepaired")
+    return PathReport(
+        path=facts.path,
+        resolved=facts.resolved,
+        file_type=facts.file_type,
+        error=facts.error,
+        kind=kind,
+        ids=ids,
+        rule=rule,
+        rules=rule_answers,
+        verdict=verdict_of(about),
+        look=look,
+        mapped=tuple(mapped),
+        activations=_activations(memory, file_ids),
+        blocked=_blocks(memory, file_ids, is_exact, {facts.path, facts.resolved}),
+        notes=tuple(notes),
+    )
+
+
+def same_file(facts: PathFacts, ids: Collection[FileId], group: Group, file: KnownFile | None) -> bool | None:
+    """Whether rows show the file that the path names; None: only a look at the mapping itself can tell."""
+    if facts.id is None:
+        return False
+    if file is not None and file.name.file_id in ids:
+        return True
+    if group.proc_id == facts.id:
+        return True
+    return None if group.inode == facts.id.inode and group.major == facts.id.major == 0 else False

@@ -1,0 +1,333 @@
+"""Collects what an explanation is made of: `/proc`, the map, the kernel side's memory, the files.
+
+May import what the room may. Runs on the caller's thread; whatever may hang is done aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from sowatch.audit import Difference, View, audit
+from sowatch.errors import SowatchError, UsageError
+from sowatch.explain.assemble import (
+    Group,
+    Memory,
+    PathFacts,
+    ProcessFacts,
+    group_rows,
+    ids_of,
+    known_file_at,
+    path_report,
+    process_report,
+    relation_of,
+    same_file,
+)
+from sowatch.explain.looks import Aside, Subject, look_at, look_at_path
+from sowatch.explain.records import Candidate, FileLook, Known, MappedIn, PathReport, ProcessReport, Seen
+from sowatch.identity import FileId
+from sowatch.processes import container_id
+from sowatch.procfs import MapRow, Miss, ProcFs, Stat
+from sowatch.registry import FileRegistry
+from sowatch.rules import RuleSet
+from sowatch.tracker import Name
+
+__all__ = ["Desk", "check_process", "explain"]
+
+_AT_BASE: Final = 7
+_NO_ANSWER: Final = FileLook("no_answer")
+_TYPES: Final = (
+    (stat.S_ISREG, "regular file"),
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What is asked: ``ask_map`` is `sowatch.engine.Engine.known`, ``view`` its `view`, on its thread."""
+
+    proc: ProcFs
+    rules: RuleSet
+    registry: FileRegistry
+    ask_map: Callable[[int | None, Callable[[Name], bool]], Known]
+    view: Callable[[], View]
+    is_repaired: Callable[[], bool]
+
+    @property
+    def exports(self) -> frozenset[str]:
+        """Symbols that some rule asks for."""
+        return frozenset().union(*(rule.exports for rule in self.rules))
+
+
+def explain(target: int | str | os.PathLike[str], desk: Desk) -> ProcessReport | PathReport:
+    """The decision trail of a process (an ``int``) or of a file (its path as we see it).
+
+    Raises:
+        SowatchError: there is no such process, or no such file and nobody has one of that name mapped.
+        UsageError: the id of a thread, an empty path, or one with a NUL in it.
+    """
+    with Aside() as aside:
+        if isinstance(target, int):
+            return _explain_process(target, desk, aside)
+        return _explain_path(os.fspath(target), desk, aside)
+
+
+# ---- a process ----------------------------------------------------------------------------------
+
+
+def check_process(proc: ProcFs, pid: int) -> Stat:
+    """The stat of a process.
+
+    Raises:
+        SowatchError: there is none.
+        UsageError: it is one thread of a process.
+    """
+    status = proc.status(pid) if 0 < pid < 1 << 31 else Miss.GONE
+    about = proc.stat(pid) if status else Miss.GONE
+    if isinstance(status, Miss) or isinstance(about, Miss):
+        raise SowatchError(f"there is no process {pid} in {proc.root}. Look for the right one with `ps -e`.")
+    if status.tgid != pid:
+        raise UsageError(f"{pid} is a thread of process {status.tgid}. Give {status.tgid}.")
+    return about
+
+
+def _explain_process(pid: int, desk: Desk, aside: Aside) -> ProcessReport:
+    first = check_process(desk.proc, pid)
+    known = desk.ask_map(pid, lambda _: True)
+    now_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+    with known.verdicts:
+        facts = _facts_of(desk.proc, first, aside)
+        groups = () if isinstance(facts.maps, Miss) else facts.maps
+        memory = _memory(desk, known, {group.inode for group in groups})
+    looks = {group: _look(group, facts, known, desk, aside) for group in groups}
+    differences = _differences(pid, desk)
+    last = desk.proc.stat(pid)
+    if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
+        raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
+    return process_report(
+        facts, known, memory, looks, desk.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
+    )
+
+
+def _facts_of(proc: ProcFs, about: Stat, aside: Aside) -> ProcessFacts:
+    pid = about.pid
+    process = proc.process(pid, container_of=container_id)
+    if process is None:
+        raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
+    rows = _rows_of(proc, pid, aside)
+    is_32bit = proc.is_32bit(pid)
+    return ProcessFacts(
+        process=process,
+        stat=about,
+        is_32bit=is_32bit,
+        exe=proc.exe(pid),
+        interpreter_base=_interpreter_base(proc, pid, is_narrow=is_32bit is True),
+        maps=rows if isinstance(rows, Miss) else group_rows(rows, _root_of(proc, pid)),
+        sees_our_files=_sees_our_files(proc, pid),
+    )
+
+
+def _rows_of(proc: ProcFs, pid: int, aside: Aside) -> list[MapRow] | Miss:
+    """The files it has mapped executable; whether their names are gone is asked where the text cannot tell."""
+    rows = proc.executable_maps(pid)
+    if isinstance(rows, Miss):
+        return rows
+    asked: dict[tuple[bytes, int], bool] = {}
+    settled = []
+    for row in rows:
+        if row.is_deleted and not row.path.startswith((b"/memfd:", b"/SYSV", b"/dev/zero")):
+            file = (row.path, row.inode)
+            if file not in asked:
+                answer = aside.run(partial(proc.settle_deleted, pid, row))
+                asked[file] = answer is None or answer.is_deleted
+            if not asked[file]:
+                row = row._replace(path=row.shown_path, is_deleted=False)  # noqa: PLW2901
+        settled.append(row)
+    return settled
+
+
+def _interpreter_base(proc: ProcFs, pid: int, *, is_narrow: bool) -> int:
+    """Where exec mapped the dynamic loader; 0 if there is none, or it cannot be told."""
+    try:
+        with open(f"{proc.root}/{proc.live_thread(pid)}/auxv", "rb") as file:
+            vector: dict[int, int] = dict(struct.iter_unpack("=II" if is_narrow else "=QQ", file.read(1024)))
+            return vector.get(_AT_BASE, 0)
+    except (OSError, struct.error):
+        return 0
+
+
+def _root_of(proc: ProcFs, pid: int) -> str:
+    link = proc.root_dir(pid)
+    try:
+        return "/" if isinstance(link, Miss) else os.readlink(link)
+    except OSError:
+        return "/"
+
+
+def _sees_our_files(proc: ProcFs, pid: int) -> bool | None:
+    """Whether its root directory and its mounts are ours."""
+    tid = proc.live_thread(pid)
+    try:
+        if os.readlink(f"{proc.root}/{tid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
+            return False
+        root, own = os.stat(f"{proc.root}/{tid}/root"), os.stat("/")
+    except OSError:
+        return None
+    return (root.st_dev, root.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _memory(desk: Desk, known: Known, inodes: set[int]) -> Memory:
+    verdicts = known.verdicts
+    keys = {file.name.key for process in known.processes.values() for file in process.files}
+    return Memory(
+        exact={key: verdicts.look_up(key) for key in keys if isinstance(key, bytes)},
+        others=verdicts.of_inodes(inodes) if inodes else (),
+        blocked=desk.registry.blocked(),
+        registered=desk.registry.files(),
+        now_s=time.monotonic(),
+        is_repaired=desk.is_repaired(),
+    )
+
+
+def _look(group: Group, facts: ProcessFacts, known: Known, desk: Desk, aside: Aside) -> FileLook:
+    process = known.processes.get(facts.process.pid)
+    file = known_file_at(() if process is None else process.files, group)
+    subject = Subject(
+        pid=facts.process.pid,
+        path=group.path if file is None else file.name.path,
+        inode=group.inode if file is None else file.name.file_id.inode,
+        ranges=group.ranges,
+        is_own_view=bool(facts.sees_our_files),
+        is_deleted=group.is_deleted if file is None else file.name.is_deleted,
+    )
+    return aside.run(lambda: look_at(desk.proc, subject, desk.exports)) or _NO_ANSWER
+
+
+class _OneProcess(ProcFs):
+    """A proc file system with one process in it, for an audit of that one."""
+
+    __slots__ = ("_pid",)
+
+    def __init__(self, root: str, pid: int) -> None:
+        self._pid = pid
+        super().__init__(root)
+
+    def pids(self) -> list[int]:
+        return [self._pid]
+
+
+def _differences(pid: int, desk: Desk) -> tuple[Difference, ...]:
+    def view() -> View:
+        return {known: held for known, held in desk.view().items() if known == pid}
+
+    return audit(view, _OneProcess(desk.proc.root, pid), desk.rules).differences
+
+
+# ---- a path -------------------------------------------------------------------------------------
+
+
+def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
+    if not path or "\0" in path:
+        raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
+    facts = aside.run(lambda: _stat_path(path)) or PathFacts(
+        os.path.abspath(path), os.path.abspath(path), None, "the file system does not answer", None
+    )
+    inode = None if facts.id is None else facts.id.inode
+    paths = {facts.path, facts.resolved}
+    known = desk.ask_map(None, lambda name: name.file_id.inode == inode or name.path in paths)
+    with known.verdicts:
+        memory = _memory(desk, known, set() if inode is None else {inode})
+    ids = ids_of(facts, known, memory.others)
+    mapped = list(_mapped(facts, ids, known, desk, aside))
+    if facts.file_type is None and not mapped:
+        raise SowatchError(
+            f"cannot look at {path!r}: {facts.error}; and no process has a file of that name mapped. "
+            "`sowatch list` shows what is mapped."
+        )
+    if facts.file_type is None:
+        look = FileLook("gone", facts.error)
+    elif facts.file_type != "regular file":
+        look = FileLook("not_regular", facts.file_type)
+    else:
+        look = aside.run(lambda: look_at_path(path, desk.exports)) or _NO_ANSWER
+    return path_report(facts, ids, mapped, known.own_view, memory, look, desk.rules)
+
+
+def _stat_path(path: str) -> PathFacts:
+    plain = os.path.abspath(path)
+    try:
+        # O_PATH opens nothing: no device, no FIFO that would wait for a writer.
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        return PathFacts(plain, plain, None, os.strerror(error.errno or 0), None)
+    try:
+        status = os.fstat(fd)
+        resolved = plain
+        with contextlib.suppress(OSError):  # longer than a page
+            resolved = os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    file_type = next((name for is_it, name in _TYPES if is_it(status.st_mode)), "something else")
+    file_id = FileId(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    return PathFacts(plain, resolved, file_type, None, file_id)
+
+
+def _mapped(facts: PathFacts, ids: Sequence[Candidate], known: Known, desk: Desk, aside: Aside) -> Iterator[MappedIn]:
+    """Every process that has the file mapped, or another one under its path."""
+    proc = desk.proc
+    file_ids = {one.id for one in ids}
+    inodes = {one.inode for one in file_ids}
+    names = tuple(os.fsencode(path) for path in {facts.path, facts.resolved})
+    for pid in proc.pids():
+        rows = proc.executable_maps(pid)
+        if isinstance(rows, Miss):
+            continue
+        process = known.processes.get(pid)
+        files = () if process is None else process.files
+        # Most processes end here; a chroot's paths begin with its root.
+        if not files and not any(row.inode in inodes or row.path.endswith(names) for row in rows):
+            continue
+        for group in group_rows(rows, _root_of(proc, pid)):
+            file = known_file_at(files, group)
+            is_same = same_file(facts, file_ids, group, file)
+            if is_same is None:
+                is_same = bool(aside.run(partial(_is_mapped, facts, proc, pid, group)))
+            path = group.path if file is None else file.name.path
+            is_deleted = group.is_deleted if file is None else file.name.is_deleted
+            relation = relation_of(facts, path, is_deleted=is_deleted, is_same_file=is_same)
+            if relation is None:
+                continue
+            record = process.process if process is not None else proc.process(pid, container_of=container_id)
+            if record is None:
+                break
+            load = None if file is None else file.load
+            yield MappedIn(
+                process=record,
+                path=path,
+                inode=group.inode,
+                relation=relation,
+                ranges=group.ranges,
+                in_map=file is not None,
+                seen=None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns),
+            )
+
+
+def _is_mapped(facts: PathFacts, proc: ProcFs, pid: int, group: Group) -> bool:
+    """Whether the mapping itself is of the file: stat shows both through the same file system."""
+    links = proc.map_files_dir(pid)
+    try:
+        about = os.stat(f"{links}/{group.rows[0].start:x}-{group.rows[0].end:x}")
+    except OSError:
+        return False
+    return facts.id == FileId(os.major(about.st_dev), os.minor(about.st_dev), about.st_ino)

@@ -1,0 +1,410 @@
+"""What an explanation is made of, and its wire form. Frozen values, no I/O.
+
+May import what the room may. The texts of ``why``, ``untold`` and the like are fixed words, for
+programs; the command line has the sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from sowatch.audit import Difference
+from sowatch.events import SCHEMA, Library, LibraryEvent, Process, library_dict, process_dict, ranges_list
+from sowatch.identity import FileId
+from sowatch.sources import Followed, Verdicts
+from sowatch.tracker import Name
+
+__all__ = [
+    "Blocked",
+    "Candidate",
+    "FileLook",
+    "Known",
+    "KnownFile",
+    "KnownProcess",
+    "MappedIn",
+    "MappingReport",
+    "PathReport",
+    "ProcessReport",
+    "RuleAnswer",
+    "Seen",
+    "Try",
+    "VerdictAnswer",
+    "stamp",
+    "to_dict",
+]
+
+Range: TypeAlias = tuple[int, int]
+
+#: Why a rule does not want a file; ``earlier_rule``: it would, but the first that does wins.
+Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "earlier_rule"]
+#: Why no load is told of a mapping: no rule wants it; the watch was narrowed down to other processes;
+#: a vfork child that is only passing through; its file's facts are still being read; it was there
+#: before a watch that was told to leave that out; its exports could not be read when it was loaded;
+#: or it is not in the map, though it should be.
+Untold: TypeAlias = Literal[
+    "no_rule", "not_selected", "passing", "awaiting_facts", "baseline", "unresolved", "not_in_map"
+]
+#: What a file says of itself, or why that cannot be told.
+ElfState: TypeAlias = Literal[
+    "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer"
+]
+#: By which way a file was opened; see `Try`.
+By: TypeAlias = Literal["map_files", "root", "own_view"]
+#: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
+#: which knows neither generation nor subvolume and on overlayfs and btrfs another device.
+IdSource: TypeAlias = Literal["map", "verdict", "proc"]
+#: How a mapped file is related to a path: it is that file under that path; that file under another
+#: name; another file under that path; a deleted file that had that path.
+Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted"]
+
+
+# ---- what the engine knows ------------------------------------------------------------------------
+
+
+class KnownFile(NamedTuple):
+    """One file in one process, as the map has it. ``load`` is None if it was not told of."""
+
+    name: Name
+    kind: str
+    ranges: tuple[Range, ...]
+    is_selected: bool
+    load: LibraryEvent | None
+
+
+class KnownProcess(NamedTuple):
+    """One process that the map knows, since ``since_ns`` (CLOCK_MONOTONIC)."""
+
+    process: Process
+    since_ns: int
+    is_announced: bool
+    awaits_reading: bool
+    is_narrow: bool
+    files: tuple[KnownFile, ...]
+
+
+class Known(NamedTuple):
+    """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
+
+    ``followed`` is the kernel's entry of the process that was asked for. ``own_view`` is the root of
+    the agent as `sowatch.tracker.Name.view` has it.
+    """
+
+    processes: Mapping[int, KnownProcess]
+    followed: Followed | None
+    verdicts: Verdicts
+    own_view: bytes
+    is_waiting_for_facts: bool
+    is_silent_start: bool
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RuleAnswer:
+    """What one rule says of a file. ``why`` not; ``missing`` are exports it asks for and the file lacks."""
+
+    rule: str
+    wants: bool
+    why: Why | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictAnswer:
+    """What the kernel side does with a file when somebody maps it.
+
+    ``match``: it reports the mapping; ``ignore``: drops it, for ``seconds_left``; ``none``: asks;
+    ``mixed``: that differs with the name it is mapped under.
+    """
+
+    verdict: Literal["match", "ignore", "none", "mixed"]
+    seconds_left: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One way to open the very file, and why it did not work (None: it did).
+
+    ``by``: ``map_files``, the kernel's own link to the mapping; ``root``, the path below the root of
+    the process; ``own_view``, the path as the agent sees it.
+    """
+
+    by: By
+    path: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileLook:
+    """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown."""
+
+    elf: ElfState
+    reason: str | None = None
+    opened_by: By | None = None
+    tries: tuple[Try, ...] = ()
+    build_id: str | None = None
+    soname: str | None = None
+    exports: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """An activation that failed and will not be tried again for ``seconds_left``."""
+
+    rule: str
+    reason: str
+    seconds_left: float
+    path: str
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The load that was told: see `sowatch.events.LibraryEvent`."""
+
+    rule: str
+    cause: str | None
+    t_ns: int | None
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class MappingReport:
+    """One file that a process has mapped executable, by ``/proc``, and what became of it.
+
+    ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
+    ``rules`` has all answers. ``differences`` are ranges that the map has not.
+    """
+
+    library: Library
+    id_from: IdSource
+    ranges: tuple[Range, ...]
+    seen: Seen | None
+    rule: str | None
+    rules: tuple[RuleAnswer, ...]
+    untold: Untold | None
+    verdict: VerdictAnswer
+    look: FileLook
+    activations: tuple[tuple[str, str], ...]
+    blocked: tuple[Blocked, ...]
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """A process and all it has mapped. ``notes`` are words for what would otherwise be silence.
+
+    They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``narrow``
+    (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
+    ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unrepaired`` (facts were lost
+    and the map is not repaired yet).
+
+    ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped.
+    """
+
+    process: Process
+    state: Literal["running", "zombie", "kernel_thread"]
+    threads: int
+    is_leader_alive: bool
+    is_32bit: bool | None
+    followed: Followed | None
+    known: KnownProcess | None
+    known_since_ns: int | None
+    mappings: tuple[MappingReport, ...]
+    extra: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An identity that a path may stand for."""
+
+    id: FileId
+    id_from: IdSource
+
+
+@dataclass(frozen=True, slots=True)
+class MappedIn:
+    """A process that has the file, or another one under its path, mapped executable.
+
+    ``seen`` is None if no load was told; ``in_map`` says whether the map has it nevertheless.
+    """
+
+    process: Process
+    path: str
+    inode: int
+    relation: Relation
+    ranges: tuple[Range, ...]
+    in_map: bool
+    seen: Seen | None
+
+
+@dataclass(frozen=True, slots=True)
+class PathReport:
+    """A path and the file it names, if any. ``resolved`` is where it leads.
+
+    ``file_type`` is None if there is nothing; ``error`` then says what the kernel said. ``rules`` are
+    the answers for a process that has it mapped as a library (as ``kind``). ``notes``:
+    ``not_mapped``, ``not_regular``, ``nothing_wants``, ``unrepaired``.
+    """
+
+    path: str
+    resolved: str
+    file_type: str | None
+    error: str | None
+    kind: str
+    ids: tuple[Candidate, ...]
+    rule: str | None
+    rules: tuple[RuleAnswer, ...]
+    verdict: VerdictAnswer
+    look: FileLook
+    mapped: tuple[MappedIn, ...]
+    activations: tuple[tuple[str, str], ...]
+    blocked: tuple[Blocked, ...]
+    notes: tuple[str, ...]
+
+
+# ---- the wire form ------------------------------------------------------------------------------
+
+
+def stamp(time_ns: int) -> str:
+    """A wall clock time, in ns since the epoch, as RFC 3339 with microseconds.
+
+    >>> stamp(1_700_000_000_123_456_789)
+    '2023-11-14T22:13:20.123456Z'
+    """
+    seconds, rest = divmod(time_ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
+
+
+def to_dict(report: ProcessReport | PathReport) -> dict[str, Any]:
+    """The one object of ``sowatch explain --json``; `sowatch.cli.explain` describes it."""
+    head = {"schema": SCHEMA, "event": "explain"}
+    return head | (_process_report(report) if isinstance(report, ProcessReport) else _path_report(report))
+
+
+def _process_report(report: ProcessReport) -> dict[str, Any]:
+    followed, known = report.followed, report.known
+    return {
+        "target": "process",
+        "process": process_dict(report.process),
+        "state": report.state,
+        "threads": report.threads,
+        "leader_alive": report.is_leader_alive,
+        "bits": None if report.is_32bit is None else 32 if report.is_32bit else 64,
+        "kernel": followed
+        and {
+            "followed": followed.touches > 0,
+            "touches": followed.touches,
+            "range_count": followed.range_count,
+            "ranges": ranges_list(followed.ranges),
+            "dirty": followed.is_dirty,
+            "shares_vm": followed.shares_vm,
+        },
+        "map": known
+        and {
+            "since": None if report.known_since_ns is None else stamp(report.known_since_ns),
+            "since_ns": known.since_ns,
+            "files": len(known.files),
+            "announced": known.is_announced,
+            "awaits_reading": known.awaits_reading,
+        },
+        "mappings": [_mapping(one) for one in report.mappings],
+        "extra": [_difference(one) for one in report.extra],
+        "notes": list(report.notes),
+    }
+
+
+def _mapping(one: MappingReport) -> dict[str, Any]:
+    return {
+        "library": library_dict(one.library),
+        "id_from": one.id_from,
+        "ranges": ranges_list(one.ranges),
+        "seen": _seen(one.seen),
+        "rule": one.rule,
+        "rules": [_rule(answer) for answer in one.rules],
+        "untold": one.untold,
+        "verdict": {"verdict": one.verdict.verdict, "seconds_left": one.verdict.seconds_left},
+        "file": _look(one.look),
+        "activations": [{"rule": rule, "state": state} for rule, state in one.activations],
+        "blocked": [_blocked(block) for block in one.blocked],
+        "differences": [_difference(difference) for difference in one.differences],
+    }
+
+
+def _path_report(report: PathReport) -> dict[str, Any]:
+    return {
+        "target": "path",
+        "path": report.path,
+        "resolved": report.resolved,
+        "type": report.file_type,
+        "error": report.error,
+        "ids": [
+            {
+                "dev": one.id.dev,
+                "inode": one.id.inode,
+                "generation": one.id.generation,
+                "subvol": one.id.subvolume,
+                "id_from": one.id_from,
+            }
+            for one in report.ids
+        ],
+        "kind": report.kind,
+        "rule": report.rule,
+        "rules": [_rule(answer) for answer in report.rules],
+        "verdict": {"verdict": report.verdict.verdict, "seconds_left": report.verdict.seconds_left},
+        "file": _look(report.look),
+        "activations": [{"rule": rule, "state": state} for rule, state in report.activations],
+        "blocked": [_blocked(block) for block in report.blocked],
+        "mapped": [
+            {
+                "process": process_dict(one.process),
+                "path": one.path,
+                "inode": one.inode,
+                "relation": one.relation,
+                "ranges": ranges_list(one.ranges),
+                "in_map": one.in_map,
+                "seen": _seen(one.seen),
+            }
+            for one in report.mapped
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _seen(seen: Seen | None) -> dict[str, Any] | None:
+    if seen is None:
+        return None
+    return {"rule": seen.rule, "cause": seen.cause, "t_ns": seen.t_ns, "time": stamp(seen.time_ns)}
+
+
+def _rule(answer: RuleAnswer) -> dict[str, Any]:
+    return {"rule": answer.rule, "wants": answer.wants, "why": answer.why, "missing": list(answer.missing)}
+
+
+def _look(look: FileLook) -> dict[str, Any]:
+    return {
+        "opened_by": look.opened_by,
+        "tries": [{"by": one.by, "path": one.path, "error": one.error} for one in look.tries],
+        "elf": look.elf,
+        "reason": look.reason,
+        "exports": None if look.exports is None else sorted(look.exports),
+    }
+
+
+def _blocked(block: Blocked) -> dict[str, Any]:
+    return {
+        "rule": block.rule,
+        "reason": block.reason,
+        "seconds_left": round(block.seconds_left, 3),
+        "path": block.path,
+        "since": stamp(block.time_ns),
+    }
+
+
+def _difference(one: Difference) -> dict[str, Any]:
+    return {"kind": one.kind, "path": one.path, "inode": one.inode, "range": [f"{one.start:x}", f"{one.end:x}"]}

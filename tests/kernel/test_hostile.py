@@ -1,0 +1,645 @@
+"""Containers choose file names, file contents and process names: none of it may mislead, stop or misuse the agent.
+
+What is told goes through the installed command, whose every line is checked against the schema.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch import ActiveFile, Rule, Watcher
+from sowatch.config import Config
+from sowatch.events import LibraryEvent
+from sowatch.rules import KINDS
+from support import bpfsys
+from support.elf_files import Made
+from support.hostile import SOWATCH, Command, Held, Opens, deep_path, is_shown_safely
+from support.kernel import IN_OWN_MOUNTS, with_prelude
+from support.programs import Mapper, Refused
+
+PAGE = 4096
+Start = Callable[..., Mapper]
+NewLibrary = Callable[..., Path]
+
+#: In the path of every file here, and of nobody else's: what other suites do at the same time is not watched.
+OURS = f"sow-host-{os.getpid()}-"
+
+ALL_KINDS = [word for kind in KINDS for word in ("--kind", kind)]
+
+#: File names made to break lines, tables, JSON, terminals, parsers of maps and of our own records.
+NAMES = [
+    b"lib\x1b[2J\x1b]0;owned\x07.so",
+    b"line\nbreak.so",
+    b"tab\tcarriage\rreturn.so",
+    b'","event":"stopped","x":"',
+    b"back\\slash\\012\\n.so",
+    "right-to-left-\u202eos.gnol\u200b.so".encode(),
+    "c1-control-\u009b31m.so".encode(),
+    b"not-utf-8-\xff\xfe\xc3(.so",
+    b"half-a-surrogate-\xed\xa0\x80.so",
+    b"ends like the mark (deleted)",
+    b" starts and ends with spaces ",
+    b"-rf",
+    b"{0}{evil!r}%s%n[bold red]",
+    b"\xff" * 255,
+    b"n" * 255,
+    b"\x7f\x01\x02",
+]
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix=OURS, dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    # Deeper than shutil.rmtree can follow.
+    subprocess.run(["rm", "-rf", made], check=True)
+
+
+@pytest.fixture(scope="module")
+def feed(schema: Any, deadline: Any) -> Iterator[Command]:
+    """A running ``sowatch watch --json`` of the files of these tests; the whole of its output is checked."""
+    error = bpfsys.why_no_bpf()
+    if error is not None:
+        pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
+    # What floods and who is flooded is left out: nobody reads this feed meanwhile.
+    with Command([*ALL_KINDS, rf"{OURS}(?!.*/lib(flood|honest))"], check=schema, timeout_s=deadline(10)) as command:
+        yield command
+        assert command.close() == 0
+
+
+@pytest.fixture
+def other_library(make_library: Any, scratch: Path) -> Callable[[str], Path]:
+    """``other_library(name)`` is a library in ``scratch`` with a soname of its own."""
+
+    def make(name: str) -> Path:
+        made = scratch / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(make_library(made.name), made)
+        return made
+
+    return make
+
+
+def inode(path: Path) -> int:
+    return os.stat(path).st_ino
+
+
+def run(*words: object) -> bytes:
+    """What the command prints; it must not fail."""
+    done = subprocess.run([SOWATCH, *map(str, words)], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(start: Start, library: NewLibrary) -> tuple[Mapper, list[Path]]:
+    """A process that maps a library by each of the names."""
+    mapper = start()
+    paths = [library(os.fsdecode(name)) for name in NAMES]
+    for path in paths:
+        mapper.map(path)
+    return mapper, paths
+
+
+def test_any_name_is_told_byte_for_byte_on_one_plain_line(feed: Command, start: Start, library: NewLibrary) -> None:
+    mapper = start()
+    for name in NAMES:
+        path = library(os.fsdecode(name))
+        at, length = mapper.map(path)
+        number = inode(path)
+        load = feed.load_of(mapper.pid, number)
+        assert os.fsencode(load["library"]["path"]) == os.fsencode(path)
+        assert load["library"]["deleted"] is False
+        assert load["library"]["soname"] == "libtemplate.so"
+        mapper.unmap(at, length)
+        feed.unload_of(mapper.pid, number)
+    for raw in feed.lines:
+        assert raw.isascii()
+        assert raw.decode().isprintable()
+
+
+@pytest.mark.parametrize("by", ["library", "process"])
+def test_any_name_stays_on_its_own_line_of_a_table(named: tuple[Mapper, list[Path]], by: str) -> None:
+    mapper, paths = named
+    shown = run("list", "--format", "table", "--by", by, "--pid", mapper.pid, OURS)
+    assert is_shown_safely(shown)
+    assert len(shown.splitlines()) == 1 + len(paths)
+
+
+def test_any_name_stays_on_its_own_line_of_the_text_feed(named: tuple[Mapper, list[Path]]) -> None:
+    mapper, paths = named
+    shown = run("watch", "--format", "text", "--events", "load", "--duration", "0", "--pid", mapper.pid, OURS)
+    assert is_shown_safely(shown)
+    assert len([line for line in shown.splitlines() if b"snapshot" in line]) == len(paths)
+
+
+def test_any_name_is_listed_in_json_with_its_bytes(named: tuple[Mapper, list[Path]]) -> None:
+    mapper, paths = named
+    listed = [json.loads(line) for line in run("list", "--json", "--pid", mapper.pid, OURS).splitlines()]
+    assert {os.fsencode(one["library"]["path"]) for one in listed} == {os.fsencode(path) for path in paths}
+    assert {one["stale"] for one in listed} == {None}
+
+
+def test_any_name_is_the_same_to_the_audit(named: tuple[Mapper, list[Path]], open_ledger: Any) -> None:
+    mapper, _ = named
+    ledger = open_ledger(Rule(OURS))
+    assert [one for one in ledger.watcher.audit().differences if one.pid == mapper.pid] == []
+
+
+def test_a_path_as_long_as_a_system_call_takes_is_told_whole_and_its_file_is_read(
+    feed: Command, start: Start, library: NewLibrary, scratch: Path
+) -> None:
+    path = deep_path(scratch, 4095, "libdeep.so")
+    os.rename(library("libnew.so"), path)
+    mapper = start()
+    mapper.map(path)
+    load = feed.load_of(mapper.pid, os.stat(path).st_ino)
+    assert load["library"]["path"] == load["library"]["host_path"] == path
+    assert "path_partial" not in load["library"]
+    assert load["library"]["soname"] == "libtemplate.so"
+    assert len(run("list", "--format", "table", "--pid", mapper.pid, OURS).splitlines()) == 2
+
+
+def test_a_path_longer_than_any_system_call_takes_is_told_as_partial_and_its_file_is_read(
+    feed: Command, start: Start, library: NewLibrary, scratch: Path
+) -> None:
+    """The end of the path is what is left of it, so the pattern has to match that."""
+    new = library(f"lib{OURS}deep.so")
+    number = inode(new)
+    deepest = os.path.dirname(deep_path(scratch, 4000, "x"))
+    fd = os.open(deepest, os.O_PATH)
+    try:
+        for _ in range(10):
+            os.mkdir("e" * 200, dir_fd=fd)
+            deeper = os.open("e" * 200, os.O_PATH, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        os.rename(new, new.name, dst_dir_fd=fd)
+        mapper = start()
+        mapper.map(f"/proc/{os.getpid()}/fd/{fd}/{new.name}")
+    finally:
+        os.close(fd)
+    load = feed.load_of(mapper.pid, number)
+    assert load["library"]["path_partial"] is True
+    assert load["library"]["host_path"] is None
+    assert load["library"]["soname"] == "libtemplate.so"
+    assert is_shown_safely(run("list", "--format", "table", "--pid", mapper.pid, OURS))
+
+
+def test_a_hostile_program_name_is_told_byte_for_byte_and_shown_safely(
+    feed: Command, start: Start, scratch: Path, library: NewLibrary, programs: Any
+) -> None:
+    name = b'\x1b[31m"\n,{\xff\t\\'
+    program = scratch / os.fsdecode(name)
+    shutil.copy(programs["mapper"], program)
+    mapper, new = start(program), library()
+    mapper.map(new)
+    load = feed.load_of(mapper.pid, inode(new))
+    assert os.fsencode(load["process"]["comm"]) == name[:15]
+    assert os.fsencode(load["process"]["exe"]) == os.fsencode(program)
+    for command in (["list", "--by", "process", "--format", "table"], ["watch", "--format", "text", "--duration", "0"]):
+        assert is_shown_safely(run(*command, "--pid", mapper.pid, OURS))
+
+
+def test_a_hostile_cgroup_name_is_told_byte_for_byte_and_shown_safely(
+    feed: Command, start: Start, library: NewLibrary
+) -> None:
+    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    roots = [line.split()[4] for line in mounts if " - cgroup2 " in line and line.split()[3] == "/"]
+    if not roots:
+        pytest.skip("no cgroup hierarchy of version 2 is mounted")
+    name = f'{os.getpid()}","pid":1,"x":"\x1b[2J[bold]\\'.encode() + b"\xff (deleted)"
+    group = os.fsencode(roots[0]) + b"/" + name
+    os.mkdir(group)
+    mapper, new = start(), library()
+    try:
+        with open(group + b"/cgroup.procs", "wb") as file:
+            file.write(b"%d" % mapper.pid)
+        mapper.exec()  # introduces the process anew
+        mapper.map(new)
+        load = feed.load_of(mapper.pid, inode(new))
+        assert os.fsencode(load["process"]["cgroup"]) == b"/" + name
+        assert load["process"]["container"] is None
+        assert is_shown_safely(run("list", "--by", "process", "--format", "table", "--pid", mapper.pid, OURS))
+        mapper.exit()
+        feed.unload_of(mapper.pid, inode(new))
+    finally:
+        mapper.close()
+        os.rmdir(group)
+
+
+# ---- contents -----------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_mapped_is_not_told(feed: Command, start: Start, scratch: Path, library: NewLibrary) -> None:
+    mapper, marker = start(), library("libmarker.so")
+    (scratch / "libdirectory.so").mkdir()
+    for name in ("libdirectory.so", "libnothing.so"):
+        with pytest.raises(Refused):
+            mapper.map(scratch / name, "len", PAGE)
+    mapper.map(marker)
+    feed.load_of(mapper.pid, inode(marker))
+    told = [one["library"]["path"] for one in feed.about(mapper.pid) if one["library"]["kind"] == "library"]
+    assert told == [str(marker)]
+
+
+def test_a_device_that_is_mapped_is_no_library_and_is_not_opened(
+    feed: Command, start: Start, scratch: Path, library: NewLibrary
+) -> None:
+    mapper, marker, device = start(), library("libmarker.so"), scratch / "libdevice.so"
+    os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+    fd = os.open(device, os.O_RDONLY)
+    os.close(fd)
+    with Opens(device) as opens:
+        mapper.map(device, "len", PAGE)
+        assert opens.taken() == ["libdevice.so"]  # the process itself
+        mapper.map(marker)
+        feed.load_of(mapper.pid, inode(marker))
+        told = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(device)]
+        assert [one["library"]["kind"] for one in told] in ([], ["other"])
+        assert opens.taken() == []
+
+
+def write_sparse(path: Path, head: bytes, size_bytes: int) -> Path:
+    path.write_bytes(head)
+    os.truncate(path, size_bytes)
+    return path
+
+
+#: Files that claim something: how they begin, how long they are, and what they are told as.
+CONTENTS: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "empty": (lambda: b"", 0, "other"),
+    "no elf": (lambda: b"#!/bin/sh\n", PAGE, "other"),
+    "a terabyte of nothing": (lambda: b"", 1 << 40, "other"),
+    "a terabyte behind a header": (lambda: Made().data(), 1 << 40, "library"),
+    "only the magic": (lambda: b"\x7fELF", 4, "other"),
+    "header cut off": (lambda: Made().data()[:64], 64, "library"),
+    "segments beyond the end": (lambda: lying(segments={2: {"offset": 1 << 60, "vaddr": 1 << 60}}), PAGE, "library"),
+    "notes of a terabyte": (lambda: lying(segments={4: {"filesz": 1 << 40}}), 1 << 40, "library"),
+    "65535 segments": (lambda: lying(phnum=65535), 1 << 30, "library"),
+    "a soname that never ends": (lambda: lying(soname=b"A" * 5000), 1 << 20, "library"),
+    "a soname to break tables": (lambda: lying(soname=b'\x1b[31m\n","x":"\xff'), 1 << 20, "library"),
+    "a hash table without end": (lambda: lying(gnu={"buckets": 0xFFFFFFFF}), 1 << 40, "library"),
+}
+
+
+def lying(**fields: Any) -> bytes:
+    made = Made()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made.data()
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_that_lies_is_told_as_what_it_is_and_holds_up_nobody(
+    feed: Command, start: Start, scratch: Path, library: NewLibrary, content: str
+) -> None:
+    head, size_bytes, kind = CONTENTS[content]
+    mapper, marker = start(), library("libmarker.so")
+    path = write_sparse(scratch / "liblie.so", head(), size_bytes)
+    mapper.map(path, "len", PAGE)
+    mapper.map(marker)
+    feed.load_of(mapper.pid, inode(marker))
+    (told,) = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(path)]
+    assert told["library"]["kind"] == kind
+    assert is_shown_safely(run("list", "--format", "table", "--pid", mapper.pid, *ALL_KINDS, OURS))
+
+
+@pytest.mark.parametrize("content", [name for name, one in CONTENTS.items() if one[2] == "library"])
+def test_a_rule_on_exports_does_not_believe_a_file_that_lies_and_still_finds_an_honest_one(
+    open_ledger: Any, start: Start, scratch: Path, make_library: Any, content: str
+) -> None:
+    head, size_bytes, _ = CONTENTS[content]
+    honest = Path(shutil.copy(make_library("libhonest.so", exports=("wanted_call",)), scratch))
+    path = write_sparse(scratch / "liblie.so", head(), size_bytes)
+    ledger = open_ledger(Rule(OURS, name="exports", exports=("wanted_call",)))
+    mapper = start()
+    mapper.map(path, "len", PAGE)
+    mapper.map(honest)
+    ledger.wait_load(mapper.pid, inode(honest))
+    assert ledger.story(mapper.pid, inode(path)) == []
+
+
+# ---- what the agent opens -----------------------------------------------------------------------
+
+
+class Swap:
+    """A library that gives way to something else under its name before the agent has looked at it.
+
+    ``base`` is the root as the process sees it, ``seen`` the library's path there.
+    """
+
+    def __init__(self, base: Path, is_container: bool, template: Path, other: Path, host_bait: Path) -> None:
+        self.directory = base / OURS
+        self.directory.mkdir(parents=True)
+        self.library = self.directory / "libswap.so"
+        shutil.copyfile(template, self.library)
+        self.seen = f"/{OURS}/libswap.so" if is_container else os.fspath(self.library)
+        self.bait = base / "bait" / "libswap.so"
+        self.bait.parent.mkdir()
+        shutil.copyfile(other, self.bait)
+        self.seen_bait = "/bait/libswap.so" if is_container else os.fspath(self.bait)
+        self.host_bait = host_bait
+        self.number = inode(self.library)
+
+    def symlink(self) -> Path:
+        self.library.unlink()
+        self.library.symlink_to(self.seen_bait)
+        return self.bait
+
+    def escape(self) -> Path:
+        self.library.unlink()
+        self.library.symlink_to(self.host_bait)
+        return self.host_bait
+
+    def directory_symlink(self) -> Path:
+        self.directory.rename(self.directory.with_name("moved"))
+        self.directory.symlink_to(os.path.dirname(self.seen_bait))
+        return self.bait
+
+    def file(self) -> Path:
+        os.rename(self.bait, self.library)
+        return self.library
+
+    def fifo(self) -> Path:
+        self.library.unlink()
+        os.mkfifo(self.library)
+        return self.library
+
+    def device(self) -> Path:
+        self.library.unlink()
+        os.mknod(self.library, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        return self.library
+
+    def socket(self) -> Path:
+        self.library.unlink()
+        with socket.socket(socket.AF_UNIX) as listener:
+            here = os.getcwd()
+            os.chdir(self.directory)
+            try:
+                listener.bind(self.library.name)
+            finally:
+                os.chdir(here)
+        return self.library
+
+
+WAYS = ["symlink", "escape", "directory_symlink", "file", "fifo", "device", "socket"]
+
+
+@pytest.mark.parametrize("where", ["on the host, gone", "on the host, alive", "in a container, alive"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_takes_the_name_of_a_library_before_it_was_looked_at_is_not_opened(
+    feed: Command,
+    start: Start,
+    scratch: Path,
+    programs: Any,
+    library: NewLibrary,
+    other_library: Callable[[str], Path],
+    way: str,
+    where: str,
+) -> None:
+    is_container = "container" in where
+    base = scratch / "root" if is_container else scratch
+    host_bait = other_library("host/libbait.so")
+    swap = Swap(base, is_container, library("libtemplate.so"), other_library("libbait.so"), host_bait)
+    mapper, marker = start(), library("libmarker.so")
+    if is_container:
+        shutil.copy(programs.variant("mapper", "-static"), base / "mapper")
+        mapper = start(with_prelude(scratch, programs["mapper"], f'exec chroot {base} /mapper; "$0"'))
+    feed.freeze()
+    try:
+        mapper.unmap(*mapper.map(swap.seen))
+        if "gone" in where:
+            mapper.exit()
+        bait = getattr(swap, way)()
+        with Opens(bait) as opens:
+            if bait.is_file():
+                bait.read_bytes()
+                assert opens.taken() == [bait.name]  # the bait is being watched
+            feed.thaw()
+            load = feed.load_of(mapper.pid, swap.number)
+            feed.unload_of(mapper.pid, swap.number)
+            last = start()
+            last.map(marker)
+            assert feed.load_of(last.pid, inode(marker))["library"]["soname"] == "libtemplate.so"
+            assert opens.taken() == []
+    finally:
+        feed.thaw()
+    assert load["library"]["path"] == swap.seen
+    assert load["library"]["soname"] in (None, "libtemplate.so")
+
+
+@pytest.mark.parametrize("way", ["symlink", "mount"])
+def test_a_file_with_the_same_inode_number_on_another_file_system_is_not_taken_for_the_library(
+    feed: Command, start: Start, scratch: Path, programs: Any, other_library: Callable[[str], Path], way: str
+) -> None:
+    mine, bait = other_library("libmine.so"), other_library("libbait.so")
+    commands = f"""
+    mkdir {scratch}/a {scratch}/b
+    mount -t tmpfs none {scratch}/a
+    mount -t tmpfs none {scratch}/b
+    cp {mine} {scratch}/a/lib.so
+    cp {bait} {scratch}/b/lib.so
+    """
+    mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+    inside = Path(f"/proc/{mapper.pid}/root{scratch}")
+    number = inode(inside / "a/lib.so")
+    assert inode(inside / "b/lib.so") == number, "the numbers differ, so the test shows nothing"
+    feed.freeze()
+    try:
+        mapper.unmap(*mapper.map(scratch / "a/lib.so"))
+        if way == "symlink":
+            (inside / "a/lib.so").rename(inside / "a/moved.so")
+            (inside / "a/lib.so").symlink_to(scratch / "b/lib.so")
+        else:
+            enter = ["nsenter", "-t", str(mapper.pid), "-m", "mount", "--bind"]
+            subprocess.run([*enter, scratch / "b/lib.so", scratch / "a/lib.so"], check=True)
+    finally:
+        feed.thaw()
+    assert feed.load_of(mapper.pid, number)["library"]["soname"] != "libbait.so"
+
+
+def test_a_file_mapped_in_the_place_of_a_library_gives_its_facts_to_nobody(
+    feed: Command, start: Start, other_library: Callable[[str], Path]
+) -> None:
+    """Facts are kept by file, so a lie about a shared layer's library would reach every container."""
+    first, honest, real, bait = start(), start(), other_library("libreal.so"), other_library("libbait.so")
+    feed.freeze()
+    try:
+        at, length = first.map(real)
+        first.map(bait, "at", f"{at:x}", "len", length)
+    finally:
+        feed.thaw()
+    assert feed.load_of(first.pid, inode(real))["library"]["soname"] in (None, "libreal.so")
+    assert feed.load_of(first.pid, inode(bait))["library"]["soname"] == "libbait.so"
+    honest.map(real)
+    assert feed.load_of(honest.pid, inode(real))["library"]["soname"] == "libreal.so"
+
+
+def test_a_callback_is_not_given_what_took_the_name_of_the_library(
+    open_ledger: Any, start: Start, scratch: Path, other_library: Callable[[str], Path]
+) -> None:
+    """The callback of a first library keeps the second waiting until its name is another file's."""
+    first, second, bait = (other_library(f"lib{name}.so") for name in ("first", "second", "bait"))
+    numbers = [inode(first), inode(second), inode(bait)]
+    go_on, is_waiting = threading.Event(), threading.Event()
+    given: list[int] = []
+
+    def activate(file: ActiveFile) -> None:
+        given.append(os.fstat(file.fileno()).st_ino)
+        is_waiting.set()
+        assert go_on.wait(60)
+
+    ledger = open_ledger(Rule(OURS, name="ours", on_activate=activate))
+    mapper = start()
+    try:
+        mapper.map(first)
+        ledger.wait_for(is_waiting.is_set, "the first callback was not called")
+        at, length = mapper.map(second)
+        ledger.wait_load(mapper.pid, numbers[1])
+        mapper.unmap(at, length)
+        second.unlink()
+        second.symlink_to(bait)
+        with Opens(bait) as opens:
+            go_on.set()
+            ledger.wait_unload(mapper.pid, numbers[1])
+            ledger.stop()
+            assert opens.taken() == []
+    finally:
+        go_on.set()
+    assert numbers[2] not in given
+
+
+@pytest.mark.parametrize("what", ["fifo", "device", "link to the host"])
+def test_a_package_database_that_is_none_is_not_opened(
+    start: Start, scratch: Path, programs: Any, library: NewLibrary, other_library: Callable[[str], Path], what: str
+) -> None:
+    """``list --stale`` looks for the package of a stale file in the root of its process."""
+    root = scratch / "root"
+    stale = library(f"root/{OURS}/libstale.so")
+    info = root / "var/lib/dpkg/info"
+    info.mkdir(parents=True)
+    bait = info / "bait.list"
+    if what == "fifo":
+        os.mkfifo(bait)
+    elif what == "device":
+        os.mknod(bait, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    else:
+        target = other_library("host/libbait.so")
+        bait.symlink_to(target)
+        bait = target
+    shutil.copy(programs.variant("mapper", "-static"), root / "mapper")
+    mapper = start(with_prelude(scratch, programs["mapper"], f'exec chroot {root} /mapper; "$0"'))
+    mapper.map(f"/{OURS}/libstale.so")
+    stale.unlink()
+    with Opens(bait) as opens:
+        listed = run("list", "--stale", "--json", "--pid", mapper.pid, OURS)
+        assert [json.loads(line)["stale"] for line in listed.splitlines()] == ["deleted"]
+        assert opens.taken() == []
+
+
+def test_a_file_whose_opening_never_returns_keeps_nobody_elses_facts_waiting(
+    open_ledger: Any, start: Start, library: NewLibrary, scratch: Path, programs: Any
+) -> None:
+    """As on a FUSE or NFS mount whose server is gone, or hostile."""
+    honest, template = library("libhonest.so"), library("libtemplate.so")
+    commands = f"mkdir {scratch}/m; mount -t tmpfs none {scratch}/m; cp {template} {scratch}/m/libhung.so"
+    mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+    hung = Path(f"/proc/{mapper.pid}/root{scratch}/m/libhung.so")
+    number = inode(hung)
+    ledger = open_ledger(Rule(OURS))
+    with Held(hung, os.getpid()) as held:
+        mapper.map(scratch / "m/libhung.so")
+        ledger.wait_for(held.is_holding.is_set, "the file was not looked at")
+        mapper.map(honest)
+        ledger.wait_load(mapper.pid, number)
+        found = ledger.wait_load(mapper.pid, inode(honest)).library.soname
+        ledger.stop()
+    assert found == "libtemplate.so"
+
+
+# ---- floods -------------------------------------------------------------------------------------
+
+
+class Flood:
+    """Processes that map and unmap a library as fast as they can: one with threads, one without."""
+
+    def __init__(self, start: Start, library: NewLibrary) -> None:
+        self.single, self.threaded = start(), start()
+        self.single.send("loop", library("libflood0.so"), 100_000_000)
+        for number in (1, 2):
+            self.threaded.tell("thread", "loop", library(f"libflood{number}.so"))
+
+    def end(self) -> None:
+        self.threaded.tell("thread", "stop")
+        assert self.single._process
+        self.single._process.kill()
+        self.single.close()
+
+
+@pytest.mark.parametrize("ring_bytes", [8 << 20, 16384])
+def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
+    start: Start, library: NewLibrary, wait_until: Any, ring_bytes: int
+) -> None:
+    honest = [start() for _ in range(4)]
+    libraries = [library(f"libhonest{number}.so") for number in range(4)]
+    told: set[tuple[int, int]] = set()
+
+    def note(event: LibraryEvent) -> None:
+        assert event.process is not None
+        told.add((event.process.pid, event.library.id.inode))
+
+    rules = [Rule(f"{OURS}.*libhonest", name="honest", on_load=note), Rule(OURS, name="all")]
+    watcher = Watcher(*rules, config=Config(ring_bytes=ring_bytes))
+    controls: list[str] = []
+    with watcher.subscribe(events=()) as subscription, watcher:
+        flood = Flood(start, library)
+        try:
+            for new in libraries:
+                for mapper in honest:
+                    mapper.map(new)
+                expected = {(mapper.pid, inode(new)) for mapper in honest}
+                wait_until(lambda expected=expected: expected <= told, 20, f"the load of {new.name} in all four")
+            if ring_bytes < 1 << 20:
+                wait_until(lambda: watcher.stats.lost_kernel, 20, "a loss in a tiny ring")
+        finally:
+            flood.end()
+        wait_until(lambda: watcher.is_repaired, 20, "the repair")
+        ours = {mapper.pid for mapper in (*honest, flood.single, flood.threaded)}
+        assert [one for one in watcher.audit().differences if one.pid in ours] == []
+        while (event := subscription.get(0)) is not None:
+            controls.append(event.event)
+        lost = watcher.stats.lost_kernel
+    assert ("lost" in controls) == bool(lost)
+    if lost:
+        assert controls[-1] == "repaired"
+
+
+def test_a_flood_of_names_does_not_hide_an_honest_library(feed: Command, start: Start, library: NewLibrary) -> None:
+    """Each name is new to the rules, to the kernel's verdicts and to the reader of files."""
+    flooder, honest, new, first = start(), start(), library(), library("first.so")
+    for number in range(500):
+        link = first.with_name(f"{number}.so")
+        os.rename(first, link)
+        first = link
+        flooder.unmap(*flooder.map(link))
+    honest.map(new)
+    feed.load_of(honest.pid, inode(new))
+    flooded = {one["library"]["path"] for one in feed.about(flooder.pid) if one["event"] == "load"}
+    assert len([path for path in flooded if path.removesuffix(".so").rpartition("/")[2].isdigit()]) == 500
