@@ -447,13 +447,13 @@ class Tracker:
     def take_idle(self) -> list[tuple[int, int, int]]:
         """Processes to settle, each once."""
         taken, self.idle = self.idle, []
-        return [
-            (pid, start_ns, touches)
-            for pid, start_ns, touches in dict.fromkeys(taken)
-            if pid not in self.narrow
-            and pid not in self.dirty
-            and (pid not in self._processes or not self._processes[pid].space.files)
-        ]
+        return [one for one in dict.fromkeys(taken) if self._is_idle(one[0])]
+
+    def _is_idle(self, pid: int) -> bool:
+        if pid in self.narrow or pid in self.dirty:
+            return False
+        known = self._processes.get(pid)
+        return known is None or not known.space.files
 
     def settled(self, pid: int, start_ns: int) -> None:
         """The kernel does not follow it any more: no exit will be told."""

@@ -58,6 +58,33 @@ __all__ = [
 _SEGMENTS: Final = ("/SYSV", "/dev/zero")
 
 
+class Shown(NamedTuple):
+    """A file as ``/proc`` or stat shows it: no FileId on overlayfs and btrfs, which invent devices."""
+
+    major: int
+    minor: int
+    inode: int
+    generation: int | None = None
+
+    @property
+    def file_id(self) -> FileId:
+        """The identity as far as it is known."""
+        return FileId(self.major, self.minor, self.inode, self.generation or 0)
+
+    @property
+    def dev(self) -> str:
+        """As that of a FileId."""
+        return f"{self.major}:{self.minor}"
+
+    def could_be(self, file_id: FileId) -> bool:
+        """Whether a kernel identity may be what is shown here."""
+        return (
+            file_id.inode == self.inode
+            and (file_id.dev == self.dev or self.major == 0)
+            and self.generation in (None, file_id.generation)
+        )
+
+
 class Group(NamedTuple):
     """The rows of one file in one process. ``path`` is as the process sees it."""
 
@@ -73,10 +100,9 @@ class Group(NamedTuple):
         """Their addresses, as pairs of start and end."""
         return tuple((row.start, row.end) for row in self.rows)
 
-    @property
-    def proc_id(self) -> FileId:
-        """The identity as far as ``/proc`` knows it."""
-        return FileId(self.major, self.minor, self.inode)
+    def shown(self, generation: int | None = None) -> Shown:
+        """The file as these rows show it."""
+        return Shown(self.major, self.minor, self.inode, generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +139,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class PathFacts:
-    """What a path stands for here. ``id`` is None if there is nothing; ``error`` says why."""
+    """What a path stands for here. ``shown`` is None if there is nothing; ``error`` says why."""
 
     path: str
     resolved: str
     file_type: str | None
     error: str | None
-    id: FileId | None
+    shown: Shown | None
 
 
 # ---- rules --------------------------------------------------------------------------------------
@@ -183,15 +209,10 @@ def known_file_at(files: Iterable[KnownFile], group: Group) -> KnownFile | None:
     return None
 
 
-def _could_be(file_id: FileId, seen: FileId) -> bool:
-    """Whether a kernel identity may be what ``/proc`` or stat shows: overlayfs and btrfs invent devices."""
-    return file_id.inode == seen.inode and (file_id.dev == seen.dev or seen.major == 0)
-
-
-def _about(verdicts: Iterable[Verdict], seen: FileId, views: Collection[bytes]) -> list[Verdict]:
-    """The answers that may be about a file; those that certainly are, if there are any."""
-    found = [one for one in verdicts if _could_be(file_id_of(one.key), seen) and (not views or one.key[ROOT] in views)]
-    certain = [one for one in found if file_id_of(one.key).dev == seen.dev]
+def _about(verdicts: Iterable[Verdict], shown: Shown, views: Collection[bytes]) -> list[Verdict]:
+    """The answers that may be about a file; those on its very device, if there are any."""
+    found = [one for one in verdicts if shown.could_be(file_id_of(one.key)) and (not views or one.key[ROOT] in views)]
+    certain = [one for one in found if file_id_of(one.key).dev == shown.dev]
     return certain or found
 
 

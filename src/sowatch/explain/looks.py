@@ -6,9 +6,11 @@ each says what became of it. A file is looked up before it is opened, so that no
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import stat
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
@@ -17,7 +19,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 
 from sowatch.bpf.binding import open_in_root
 from sowatch.elf import ElfError, read_exports, read_facts
-from sowatch.explain.records import By, FileLook, Range, Try
+from sowatch.explain.records import By, ElfState, FileLook, Range, Try
 from sowatch.inspector import OPEN_FLAGS
 from sowatch.procfs import Miss, ProcFs
 
@@ -31,6 +33,8 @@ PATIENCE_S: Final = 2.0
 MAX_STUCK: Final = 3
 #: A file may have thousands of ranges; the link of each leads to the same file.
 MAX_LINKS: Final = 4
+#: _IOR('v', 1, long), linux/fs.h; what comes back has 4 bytes.
+FS_IOC_GETVERSION: Final = 0x80087601
 
 
 class Aside:
@@ -211,15 +215,24 @@ def _by_path(by: By, root: str, subject: Subject) -> _Way:
         return _failed(by, path, error)
 
 
+def _generation(fd: int) -> int | None:
+    """What tells this inode from others that had its number (ext4, xfs, btrfs, f2fs)."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], sys.byteorder)
+    except OSError:
+        return None
+
+
 def _read(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> FileLook:
+    generation = _generation(fd)
     try:
         facts = read_facts(fd)
     except ElfError as error:
-        return FileLook("unreadable", error.reason, by, tries)
+        return FileLook("unreadable", error.reason, by, tries, generation=generation)
     if facts is None:
         return FileLook("not_regular", None, by, tries)
     if not facts.is_elf:
-        return FileLook("not_elf", None, by, tries, exports=frozenset())
+        return FileLook("not_elf", None, by, tries, exports=frozenset(), generation=generation)
     exports: frozenset[str] | None = frozenset()
     reason = "it contradicts itself, or passes a limit" if facts.is_partial else None
     try:
@@ -228,4 +241,5 @@ def _read(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> F
         # As the inspector has it: a file that lies exports nothing, one that could not be read may do so yet.
         exports = frozenset() if error.errno is None else None
         reason = error.reason
-    return FileLook("partial" if reason else "elf", reason, by, tries, facts.build_id, facts.soname, exports)
+    elf: ElfState = "partial" if reason else "elf"
+    return FileLook(elf, reason, by, tries, facts.build_id, facts.soname, exports, generation)

@@ -54,7 +54,7 @@ ElfState: TypeAlias = Literal[
 #: By which way a file was opened; see `Try`.
 By: TypeAlias = Literal["map_files", "root", "own_view"]
 #: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
-#: which knows neither generation nor subvolume and on overlayfs and btrfs another device.
+#: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
 #: How a mapped file is related to a path: it is that file under that path; that file under another
 #: name; another file under that path; a deleted file that had that path.
@@ -118,7 +118,7 @@ class VerdictAnswer:
     """What the kernel side does with a file when somebody maps it.
 
     ``match``: it reports the mapping; ``ignore``: drops it, for ``seconds_left``; ``none``: asks;
-    ``mixed``: that differs with the name it is mapped under.
+    ``mixed``: several names, or files that it may be, have different answers.
     """
 
     verdict: Literal["match", "ignore", "none", "mixed"]
@@ -140,7 +140,10 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class FileLook:
-    """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown."""
+    """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown.
+
+    ``generation`` is what its file system says of the inode, None if it does not tell.
+    """
 
     elf: ElfState
     reason: str | None = None
@@ -149,6 +152,7 @@ class FileLook:
     build_id: str | None = None
     soname: str | None = None
     exports: frozenset[str] | None = None
+    generation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
