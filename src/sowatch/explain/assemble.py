@@ -5,7 +5,7 @@ May import what the room may.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -43,6 +43,7 @@ __all__ = [
     "Memory",
     "PathFacts",
     "ProcessFacts",
+    "Shown",
     "answers",
     "group_rows",
     "ids_of",
@@ -228,14 +229,11 @@ def verdict_of(verdicts: Iterable[Verdict | None]) -> VerdictAnswer:
     return VerdictAnswer("ignore", max(one.seconds_left or 0 for one in found))
 
 
-def _blocks(
-    memory: Memory, ids: Collection[FileId], is_exact: bool, paths: Collection[str] = ()
-) -> tuple[Blocked, ...]:
+def _blocks(memory: Memory, is_it: Callable[[BlockedFile], bool]) -> tuple[Blocked, ...]:
     return tuple(
         Blocked(one.rule, one.reason, max(0.0, one.expires_s - memory.now_s), one.sample_path, one.time_ns)
         for one in memory.blocked
-        if one.sample_path in paths
-        or (one.id in ids if is_exact else any(_could_be(one.id, candidate) for candidate in ids))
+        if is_it(one)
     )
 
 
@@ -340,8 +338,9 @@ def _mapping(
     views = {one.name.view for one in files if one.name.view}
     if facts.sees_our_files and known.own_view:
         views.add(known.own_view)
-    about = _about(memory.others, group.proc_id, views)
-    file_id, id_from = group.proc_id, "proc"
+    shown = group.shown(look.generation)
+    about = _about(memory.others, shown, views)
+    file_id, id_from = shown.file_id, "proc"
     if file is not None:
         file_id, id_from = file.name.file_id, "map"
     elif len(found := {file_id_of(one.key) for one in about}) == 1:
@@ -360,7 +359,7 @@ def _mapping(
             kind=kind,
             build_id=look.build_id if load is None else load.library.build_id or look.build_id,
             soname=look.soname if load is None else load.library.soname or look.soname,
-            deleted=group.is_deleted if file is None else file.name.is_deleted,
+            deleted=group.is_deleted,
             path_partial=file is not None and file.name.is_partial,
         ),
         id_from=id_from,  # type: ignore[arg-type]
@@ -372,7 +371,7 @@ def _mapping(
         verdict=verdict_of(about if file is None else [memory.exact.get(_key(file))]),
         look=look,
         activations=_activations(memory, {file_id}),
-        blocked=_blocks(memory, {file_id}, is_exact=id_from != "proc"),
+        blocked=_blocks(memory, lambda one: shown.could_be(one.id) if id_from == "proc" else one.id == file_id),
         differences=tuple(one for one in differences if (one.start, one.end) in group.ranges),
     )
 
@@ -431,19 +430,20 @@ def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: 
 
 def ids_of(facts: PathFacts, known: Known, others: Iterable[Verdict]) -> tuple[Candidate, ...]:
     """The identities that the path may stand for, the kernel's own first."""
-    if facts.id is None:
+    shown = facts.shown
+    if shown is None:
         return ()
     found: dict[FileId, IdSource] = {}
     for process in known.processes.values():
         for file in process.files:
             name = file.name
-            is_named = name.path == facts.resolved and name.view == known.own_view and not name.is_deleted
-            if name.file_id[:3] == facts.id[:3] or (is_named and _could_be(name.file_id, facts.id)):
+            is_named = name.path == facts.resolved and name.view == known.own_view
+            if shown.could_be(name.file_id) and (name.file_id.dev == shown.dev or is_named):
                 found[name.file_id] = "map"
-    for one in _about(others, facts.id, {known.own_view} if known.own_view else ()):
+    for one in _about(others, shown, {known.own_view} if known.own_view else ()):
         found.setdefault(file_id_of(one.key), "verdict")
     if not found:
-        found[facts.id] = "proc"
+        found[shown.file_id] = "proc"
     return tuple(Candidate(file_id, id_from) for file_id, id_from in found.items())
 
 
@@ -471,8 +471,14 @@ def path_report(
     rule_answers = answers(rules, facts.resolved, kind, look.exports)
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}
-    is_exact = any(one.id_from != "proc" for one in ids)
-    about = () if facts.id is None else _about(memory.others, facts.id, {own_view} if own_view else ())
+    shown = facts.shown
+    about = () if shown is None else _about(memory.others, shown, {own_view} if own_view else ())
+
+    def is_it(one: BlockedFile) -> bool:
+        if shown is None:
+            return one.sample_path in (facts.path, facts.resolved)
+        return one.id in file_ids or (ids[0].id_from == "proc" and shown.could_be(one.id))
+
     notes = []
     if facts.file_type not in (None, "regular file"):
         notes.append("not_regular")
@@ -495,17 +501,19 @@ def path_report(
         look=look,
         mapped=tuple(mapped),
         activations=_activations(memory, file_ids),
-        blocked=_blocks(memory, file_ids, is_exact, {facts.path, facts.resolved}),
+        blocked=_blocks(memory, is_it),
         notes=tuple(notes),
     )
 
 
 def same_file(facts: PathFacts, ids: Collection[FileId], group: Group, file: KnownFile | None) -> bool | None:
     """Whether rows show the file that the path names; None: only a look at the mapping itself can tell."""
-    if facts.id is None:
+    shown = facts.shown
+    if shown is None:
         return False
     if file is not None and file.name.file_id in ids:
         return True
-    if group.proc_id == facts.id:
+    # While it is mapped nobody else can get its number, so the generation need not be asked.
+    if group.shown() == shown._replace(generation=None):
         return True
-    return None if group.inode == facts.id.inode and group.major == facts.id.major == 0 else False
+    return None if group.inode == shown.inode and group.major == shown.major == 0 else False

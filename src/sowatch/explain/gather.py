@@ -10,8 +10,8 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -22,6 +22,7 @@ from sowatch.explain.assemble import (
     Memory,
     PathFacts,
     ProcessFacts,
+    Shown,
     group_rows,
     ids_of,
     known_file_at,
@@ -32,7 +33,6 @@ from sowatch.explain.assemble import (
 )
 from sowatch.explain.looks import Aside, Subject, look_at, look_at_path
 from sowatch.explain.records import Candidate, FileLook, Known, MappedIn, PathReport, ProcessReport, Seen
-from sowatch.identity import FileId
 from sowatch.processes import container_id
 from sowatch.procfs import MapRow, Miss, ProcFs, Stat
 from sowatch.registry import FileRegistry
@@ -125,7 +125,7 @@ def _facts_of(proc: ProcFs, about: Stat, aside: Aside) -> ProcessFacts:
     process = proc.process(pid, container_of=container_id)
     if process is None:
         raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
-    rows = _rows_of(proc, pid, aside)
+    rows = _settled(proc, pid, proc.executable_maps(pid), aside)
     is_32bit = proc.is_32bit(pid)
     return ProcessFacts(
         process=process,
@@ -138,9 +138,8 @@ def _facts_of(proc: ProcFs, about: Stat, aside: Aside) -> ProcessFacts:
     )
 
 
-def _rows_of(proc: ProcFs, pid: int, aside: Aside) -> list[MapRow] | Miss:
-    """The files it has mapped executable; whether their names are gone is asked where the text cannot tell."""
-    rows = proc.executable_maps(pid)
+def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, aside: Aside) -> list[MapRow] | Miss:
+    """Rows with ``is_deleted`` as it is: the text alone cannot tell, see `ProcFs.settle_deleted`."""
     if isinstance(rows, Miss):
         return rows
     asked: dict[tuple[bytes, int], bool] = {}
@@ -209,7 +208,7 @@ def _look(group: Group, facts: ProcessFacts, known: Known, desk: Desk, aside: As
         inode=group.inode if file is None else file.name.file_id.inode,
         ranges=group.ranges,
         is_own_view=bool(facts.sees_our_files),
-        is_deleted=group.is_deleted if file is None else file.name.is_deleted,
+        is_deleted=group.is_deleted,
     )
     return aside.run(lambda: look_at(desk.proc, subject, desk.exports)) or _NO_ANSWER
 
@@ -240,27 +239,27 @@ def _differences(pid: int, desk: Desk) -> tuple[Difference, ...]:
 def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
     if not path or "\0" in path:
         raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
-    facts = aside.run(lambda: _stat_path(path)) or PathFacts(
-        os.path.abspath(path), os.path.abspath(path), None, "the file system does not answer", None
-    )
-    inode = None if facts.id is None else facts.id.inode
-    paths = {facts.path, facts.resolved}
-    known = desk.ask_map(None, lambda name: name.file_id.inode == inode or name.path in paths)
+    facts = aside.run(lambda: _stat_path(path))
+    if facts is None:
+        plain = os.path.abspath(path)
+        facts = PathFacts(plain, plain, None, "the file system does not answer", None)
+    look = _look_at_path(facts, desk, aside)
+    if facts.shown is not None:
+        facts = replace(facts, shown=facts.shown._replace(generation=look.generation))
+    rows = _rows_near(facts, desk.proc)
+    inodes = {row.inode for found in rows.values() for row in found}
+    if facts.shown is not None:
+        inodes.add(facts.shown.inode)
+    known = desk.ask_map(None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved))
     with known.verdicts:
-        memory = _memory(desk, known, set() if inode is None else {inode})
+        memory = _memory(desk, known, set() if facts.shown is None else {facts.shown.inode})
     ids = ids_of(facts, known, memory.others)
-    mapped = list(_mapped(facts, ids, known, desk, aside))
+    mapped = list(_mapped(facts, ids, known, rows, desk, aside))
     if facts.file_type is None and not mapped:
         raise SowatchError(
             f"cannot look at {path!r}: {facts.error}; and no process has a file of that name mapped. "
             "`sowatch list` shows what is mapped."
         )
-    if facts.file_type is None:
-        look = FileLook("gone", facts.error)
-    elif facts.file_type != "regular file":
-        look = FileLook("not_regular", facts.file_type)
-    else:
-        look = aside.run(lambda: look_at_path(path, desk.exports)) or _NO_ANSWER
     return path_report(facts, ids, mapped, known.own_view, memory, look, desk.rules)
 
 
@@ -279,48 +278,71 @@ def _stat_path(path: str) -> PathFacts:
     finally:
         os.close(fd)
     file_type = next((name for is_it, name in _TYPES if is_it(status.st_mode)), "something else")
-    file_id = FileId(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
-    return PathFacts(plain, resolved, file_type, None, file_id)
+    return PathFacts(plain, resolved, file_type, None, _shown(status))
 
 
-def _mapped(facts: PathFacts, ids: Sequence[Candidate], known: Known, desk: Desk, aside: Aside) -> Iterator[MappedIn]:
+def _shown(status: os.stat_result) -> Shown:
+    return Shown(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+
+
+def _look_at_path(facts: PathFacts, desk: Desk, aside: Aside) -> FileLook:
+    if facts.file_type is None:
+        return FileLook("gone", facts.error)
+    if facts.file_type != "regular file":
+        return FileLook("not_regular", facts.file_type)
+    return aside.run(lambda: look_at_path(facts.path, desk.exports)) or _NO_ANSWER
+
+
+def _rows_near(facts: PathFacts, proc: ProcFs) -> dict[int, list[MapRow]]:
+    """Rows, by process, that may be of the file, or of another one under its path."""
+    inode = None if facts.shown is None else facts.shown.inode
+    # A chroot's paths begin with its root.
+    names = tuple(os.fsencode(path) for path in {facts.path, facts.resolved})
+    found: dict[int, list[MapRow]] = {}
+    for pid in proc.pids():
+        rows = proc.executable_maps(pid)
+        for row in () if isinstance(rows, Miss) else rows:
+            if row.inode == inode or row.path.endswith(names) or row.shown_path.endswith(names):
+                found.setdefault(pid, []).append(row)
+    return found
+
+
+def _mapped(
+    facts: PathFacts,
+    ids: Sequence[Candidate],
+    known: Known,
+    near: Mapping[int, list[MapRow]],
+    desk: Desk,
+    aside: Aside,
+) -> Iterator[MappedIn]:
     """Every process that has the file mapped, or another one under its path."""
     proc = desk.proc
     file_ids = {one.id for one in ids}
-    inodes = {one.inode for one in file_ids}
-    names = tuple(os.fsencode(path) for path in {facts.path, facts.resolved})
-    for pid in proc.pids():
-        rows = proc.executable_maps(pid)
-        if isinstance(rows, Miss):
-            continue
+    # Below an overlay the map may know the file by another number than /proc shows.
+    by_map = {pid for pid, one in known.processes.items() if any(file.name.file_id in file_ids for file in one.files)}
+    for pid in sorted(near.keys() | by_map):
+        rows = _settled(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], aside)
         process = known.processes.get(pid)
-        files = () if process is None else process.files
-        # Most processes end here; a chroot's paths begin with its root.
-        if not files and not any(row.inode in inodes or row.path.endswith(names) for row in rows):
-            continue
+        record = process.process if process is not None else proc.process(pid, container_of=container_id)
+        if isinstance(rows, Miss) or record is None:
+            continue  # it has ended meanwhile
         for group in group_rows(rows, _root_of(proc, pid)):
-            file = known_file_at(files, group)
+            file = known_file_at(() if process is None else process.files, group)
             is_same = same_file(facts, file_ids, group, file)
             if is_same is None:
                 is_same = bool(aside.run(partial(_is_mapped, facts, proc, pid, group)))
-            path = group.path if file is None else file.name.path
-            is_deleted = group.is_deleted if file is None else file.name.is_deleted
-            relation = relation_of(facts, path, is_deleted=is_deleted, is_same_file=is_same)
-            if relation is None:
-                continue
-            record = process.process if process is not None else proc.process(pid, container_of=container_id)
-            if record is None:
-                break
-            load = None if file is None else file.load
-            yield MappedIn(
-                process=record,
-                path=path,
-                inode=group.inode,
-                relation=relation,
-                ranges=group.ranges,
-                in_map=file is not None,
-                seen=None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns),
-            )
+            relation = relation_of(facts, group.path, is_deleted=group.is_deleted, is_same_file=is_same)
+            if relation is not None:
+                load = None if file is None else file.load
+                yield MappedIn(
+                    process=record,
+                    path=group.path,
+                    inode=group.inode,
+                    relation=relation,
+                    ranges=group.ranges,
+                    in_map=file is not None,
+                    seen=None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns),
+                )
 
 
 def _is_mapped(facts: PathFacts, proc: ProcFs, pid: int, group: Group) -> bool:
@@ -330,4 +352,4 @@ def _is_mapped(facts: PathFacts, proc: ProcFs, pid: int, group: Group) -> bool:
         about = os.stat(f"{links}/{group.rows[0].start:x}-{group.rows[0].end:x}")
     except OSError:
         return False
-    return facts.id == FileId(os.major(about.st_dev), os.minor(about.st_dev), about.st_ino)
+    return facts.shown is not None and facts.shown._replace(generation=None) == _shown(about)
