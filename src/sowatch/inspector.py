@@ -26,7 +26,7 @@ from sowatch.tracker import Change, Name
 __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
 
 #: Files whose facts are kept; a few hundred bytes each.
-MAX_FACTS: Final = 20_000
+MAX_FACTS: Final = 10_000
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 

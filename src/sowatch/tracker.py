@@ -42,7 +42,7 @@ __all__ = ["Causes", "Change", "Mapping", "Name", "Tracked", "Tracker", "subtrac
 Range = tuple[int, int]
 
 #: Names kept for processes that may come; a name is some 300 bytes.
-MAX_NAMES = 100_000
+MAX_NAMES = 20_000
 
 
 class Causes(NamedTuple):

@@ -15,7 +15,8 @@ process, or no such path here or mapped.
   kernel  null, or followed, touches, range_count, ranges, dirty, shares_vm
   map     null, or since, since_ns, files, announced, awaits_reading
   mappings, one for each file it has mapped executable:
-    library, ranges, id_from map, verdict (the kernel's memory) or proc (no generation)
+    library, ranges, id_from map, verdict (the kernel's memory) or proc (which does not know
+            the real device below overlayfs and btrfs)
     seen    null, or rule, cause, t_ns, time of the load event
     rule    the one that wants it, or null; rules: rule, wants, missing exports, and why not:
             pattern, kind, exports, exports_unknown, earlier_rule
@@ -23,8 +24,8 @@ process, or no such path here or mapped.
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
     file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;
-            elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer;
-            reason
+            elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer,
+            skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
     differences to the map: kind, path, inode, range
   extra   what the map has and the process has not; notes: kernel_thread, zombie, no_permission,
@@ -100,6 +101,7 @@ _ELF: Final = {
     "not_permitted": "cannot be read: not permitted",
     "unreadable": "cannot be read",
     "no_answer": "cannot be read: its file system does not answer",
+    "skipped": "not looked at",
 }
 _RELATION: Final = {
     "same": "this file",
@@ -110,7 +112,7 @@ _RELATION: Final = {
 _ID_FROM: Final = {
     "map": "by the map",
     "verdict": "by the kernel's memory of it",
-    "proc": "by /proc, without its generation",
+    "proc": "by /proc",
 }
 _NOTES: Final = {
     "kernel_thread": "it is a kernel thread, which has no program and maps no library.",
@@ -321,7 +323,7 @@ def _verdict(verdict: VerdictAnswer) -> str:
     if verdict.verdict == "ignore":
         return f"ignore: the kernel side drops it for {verdict.seconds_left} s more"
     if verdict.verdict == "mixed":
-        return "mixed: it depends on the name by which it is mapped"
+        return "mixed: several names, or files that it may be, have different answers"
     return "none: the kernel side asks when it is mapped next"
 
 

@@ -5,9 +5,10 @@ May import what the room may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from sowatch.audit import Difference
 from sowatch.bpf.records import ROOT, file_id_of
@@ -39,6 +40,7 @@ from sowatch.rules import RuleSet
 from sowatch.sources import Verdict
 
 __all__ = [
+    "FilesByAddress",
     "Group",
     "Memory",
     "PathFacts",
@@ -47,7 +49,6 @@ __all__ = [
     "answers",
     "group_rows",
     "ids_of",
-    "known_file_at",
     "path_report",
     "process_report",
     "relation_of",
@@ -126,16 +127,58 @@ class ProcessFacts:
 class Memory:
     """What is remembered of files: the kernel side's answers, blocked and registered files.
 
-    ``exact`` has the answers for the names in the map, ``others`` those that might be about a file of
-    which ``/proc`` tells the inode number only. ``now_s`` is the registry's clock.
+    ``exact`` has the answers for the names in the map, ``others``, by inode number, those that might be
+    about a file of which ``/proc`` tells no more. ``now_s`` is the registry's clock.
     """
 
-    exact: Mapping[bytes, Verdict | None]
-    others: Sequence[Verdict]
+    exact: Mapping[Hashable, Verdict | None]
+    others: Mapping[int, Sequence[Verdict]]
     blocked: Sequence[BlockedFile]
-    registered: Sequence[RegisteredFile]
+    registered: Mapping[FileId, Sequence[RegisteredFile]]
     now_s: float
     is_repaired: bool
+
+    @classmethod
+    def of(
+        cls,
+        exact: Mapping[Hashable, Verdict | None],
+        others: Iterable[Verdict],
+        blocked: Sequence[BlockedFile],
+        registered: Iterable[RegisteredFile],
+        *,
+        now_s: float,
+        is_repaired: bool,
+    ) -> Self:
+        """From plain lists: a process may have tens of thousands of files, so they are looked up, not searched."""
+        by_inode: dict[int, list[Verdict]] = {}
+        for verdict in others:
+            by_inode.setdefault(file_id_of(verdict.key).inode, []).append(verdict)
+        by_id: dict[FileId, list[RegisteredFile]] = {}
+        for one in registered:
+            by_id.setdefault(one.library.id, []).append(one)
+        return cls(exact, by_inode, blocked, by_id, now_s, is_repaired)
+
+    def about(self, shown: Shown, views: Collection[bytes]) -> list[Verdict]:
+        """The answers that may be about a file; those on its very device, if there are any."""
+        found = [
+            one
+            for one in self.others.get(shown.inode, ())
+            if shown.could_be(file_id_of(one.key)) and (not views or one.key[ROOT] in views)
+        ]
+        certain = [one for one in found if file_id_of(one.key).dev == shown.dev]
+        return certain or found
+
+    def blocks(self, is_it: Callable[[BlockedFile], bool]) -> tuple[Blocked, ...]:
+        """The files on the blocklist that are it."""
+        return tuple(
+            Blocked(one.rule, one.reason, max(0.0, one.expires_s - self.now_s), one.sample_path, one.time_ns)
+            for one in self.blocked
+            if is_it(one)
+        )
+
+    def activations(self, ids: Iterable[FileId]) -> tuple[tuple[str, str], ...]:
+        """(rule, state) of every file with one of these identities."""
+        return tuple((one.rule, one.state) for file_id in ids for one in self.registered.get(file_id, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,22 +242,30 @@ def group_rows(rows: Iterable[MapRow], root: str) -> tuple[Group, ...]:
     )
 
 
-def known_file_at(files: Iterable[KnownFile], group: Group) -> KnownFile | None:
-    """The file of the map that is what the rows show, by address; compared as the audit does."""
-    for file in files:
-        file_id = file.name.file_id
-        if file_id.inode != group.inode and (file_id.major, file_id.minor) == (group.major, group.minor):
-            continue
-        if any(row.start < end and row.end > start for row in group.rows for start, end in file.ranges):
-            return file
-    return None
+class FilesByAddress:
+    """The files that the map has in one process, to be found by what ``/proc`` shows of them."""
 
+    __slots__ = ("_ends", "_spans")
 
-def _about(verdicts: Iterable[Verdict], shown: Shown, views: Collection[bytes]) -> list[Verdict]:
-    """The answers that may be about a file; those on its very device, if there are any."""
-    found = [one for one in verdicts if shown.could_be(file_id_of(one.key)) and (not views or one.key[ROOT] in views)]
-    certain = [one for one in found if file_id_of(one.key).dev == shown.dev]
-    return certain or found
+    def __init__(self, process: KnownProcess | None) -> None:
+        files = () if process is None else process.files
+        # Ranges of one address space do not overlap, so in the order of their ends they begin in order too.
+        self._spans = sorted(
+            ((end, start, file) for file in files for start, end in file.ranges), key=lambda span: span[0]
+        )
+        self._ends = [end for end, _, _ in self._spans]
+
+    def find(self, group: Group) -> KnownFile | None:
+        """The file that is what the rows show; compared as the audit does."""
+        for row in group.rows:
+            for at in range(bisect_right(self._ends, row.start), len(self._spans)):
+                _, start, file = self._spans[at]
+                if start >= row.end:
+                    break
+                file_id = file.name.file_id
+                if file_id.inode == group.inode or (file_id.major, file_id.minor) != (group.major, group.minor):
+                    return file
+        return None
 
 
 def verdict_of(verdicts: Iterable[Verdict | None]) -> VerdictAnswer:
@@ -227,18 +278,6 @@ def verdict_of(verdicts: Iterable[Verdict | None]) -> VerdictAnswer:
     if any(one.is_match for one in found):
         return VerdictAnswer("mixed")
     return VerdictAnswer("ignore", max(one.seconds_left or 0 for one in found))
-
-
-def _blocks(memory: Memory, is_it: Callable[[BlockedFile], bool]) -> tuple[Blocked, ...]:
-    return tuple(
-        Blocked(one.rule, one.reason, max(0.0, one.expires_s - memory.now_s), one.sample_path, one.time_ns)
-        for one in memory.blocked
-        if is_it(one)
-    )
-
-
-def _activations(memory: Memory, ids: Collection[FileId]) -> tuple[tuple[str, str], ...]:
-    return tuple((one.rule, one.state) for one in memory.registered if one.library.id in ids)
 
 
 def _seen(file: KnownFile | None) -> Seen | None:
@@ -283,8 +322,24 @@ def process_report(
     if kernel_start_ns:
         process = replace(process, start_ns=kernel_start_ns[0])
     groups = () if isinstance(facts.maps, Miss) else facts.maps
+    files = FilesByAddress(known_process)
+    views = {file.name.view for file in (known_process.files if known_process else ()) if file.name.view}
+    if facts.sees_our_files and known.own_view:
+        views.add(known.own_view)
+    at = {(one.start, one.end): one for one in differences}
     mappings = tuple(
-        _mapping(group, facts, known, known_process, memory, looks[group], rules, differences) for group in groups
+        _mapping(
+            group,
+            facts,
+            files.find(group),
+            memory,
+            looks[group],
+            rules,
+            views,
+            untold=lambda file, rule: _untold(file, known_process, known, rule),
+            differences=tuple(at[span] for span in group.ranges if span in at),
+        )
+        for group in groups
     )
     told = {difference for mapping in mappings for difference in mapping.differences}
     state = "kernel_thread" if facts.stat.is_kernel_thread else "running"
@@ -326,20 +381,17 @@ def _notes(facts: ProcessFacts, state: str, mappings: Sequence[MappingReport], m
 def _mapping(
     group: Group,
     facts: ProcessFacts,
-    known: Known,
-    process: KnownProcess | None,
+    file: KnownFile | None,
     memory: Memory,
     look: FileLook,
     rules: RuleSet,
-    differences: Sequence[Difference],
+    views: Collection[bytes],
+    *,
+    untold: Callable[[KnownFile | None, str | None], Untold],
+    differences: tuple[Difference, ...],
 ) -> MappingReport:
-    files = () if process is None else process.files
-    file = known_file_at(files, group)
-    views = {one.name.view for one in files if one.name.view}
-    if facts.sees_our_files and known.own_view:
-        views.add(known.own_view)
     shown = group.shown(look.generation)
-    about = _about(memory.others, shown, views)
+    about = memory.about(shown, views)
     file_id, id_from = shown.file_id, "proc"
     if file is not None:
         file_id, id_from = file.name.file_id, "map"
@@ -367,18 +419,13 @@ def _mapping(
         seen=seen,
         rule=rule,
         rules=rule_answers,
-        untold=None if seen else _untold(file, process, known, rule),
-        verdict=verdict_of(about if file is None else [memory.exact.get(_key(file))]),
+        untold=None if seen else untold(file, rule),
+        verdict=verdict_of(about if file is None else [memory.exact.get(file.name.key)]),
         look=look,
-        activations=_activations(memory, {file_id}),
-        blocked=_blocks(memory, lambda one: shown.could_be(one.id) if id_from == "proc" else one.id == file_id),
-        differences=tuple(one for one in differences if (one.start, one.end) in group.ranges),
+        activations=memory.activations([file_id]),
+        blocked=memory.blocks(lambda one: shown.could_be(one.id) if id_from == "proc" else one.id == file_id),
+        differences=differences,
     )
-
-
-def _key(file: KnownFile) -> bytes:
-    key = file.name.key
-    return key if isinstance(key, bytes) else b""
 
 
 def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: FileLook) -> str:
@@ -428,7 +475,7 @@ def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: 
     return "deleted" if is_deleted else "other_file"
 
 
-def ids_of(facts: PathFacts, known: Known, others: Iterable[Verdict]) -> tuple[Candidate, ...]:
+def ids_of(facts: PathFacts, known: Known, memory: Memory) -> tuple[Candidate, ...]:
     """The identities that the path may stand for, the kernel's own first."""
     shown = facts.shown
     if shown is None:
@@ -440,7 +487,7 @@ def ids_of(facts: PathFacts, known: Known, others: Iterable[Verdict]) -> tuple[C
             is_named = name.path == facts.resolved and name.view == known.own_view
             if shown.could_be(name.file_id) and (name.file_id.dev == shown.dev or is_named):
                 found[name.file_id] = "map"
-    for one in _about(others, shown, {known.own_view} if known.own_view else ()):
+    for one in memory.about(shown, {known.own_view} if known.own_view else ()):
         found.setdefault(file_id_of(one.key), "verdict")
     if not found:
         found[shown.file_id] = "proc"
@@ -472,7 +519,7 @@ def path_report(
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}
     shown = facts.shown
-    about = () if shown is None else _about(memory.others, shown, {own_view} if own_view else ())
+    about = () if shown is None else memory.about(shown, {own_view} if own_view else ())
 
     def is_it(one: BlockedFile) -> bool:
         if shown is None:
@@ -500,8 +547,8 @@ def path_report(
         verdict=verdict_of(about),
         look=look,
         mapped=tuple(mapped),
-        activations=_activations(memory, file_ids),
-        blocked=_blocks(memory, is_it),
+        activations=memory.activations(file_ids),
+        blocked=memory.blocks(is_it),
         notes=tuple(notes),
     )
 

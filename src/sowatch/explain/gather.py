@@ -18,6 +18,7 @@ from typing import Final
 from sowatch.audit import Difference, View, audit
 from sowatch.errors import SowatchError, UsageError
 from sowatch.explain.assemble import (
+    FilesByAddress,
     Group,
     Memory,
     PathFacts,
@@ -25,7 +26,6 @@ from sowatch.explain.assemble import (
     Shown,
     group_rows,
     ids_of,
-    known_file_at,
     path_report,
     process_report,
     relation_of,
@@ -43,6 +43,9 @@ __all__ = ["Desk", "check_process", "explain"]
 
 _AT_BASE: Final = 7
 _NO_ANSWER: Final = FileLook("no_answer")
+_SKIPPED: Final = FileLook("skipped", "there are too many")
+#: A process may have 65,530 mappings, each of another file; what is not looked at within this time is not.
+LOOKING_S: Final = 10.0
 _TYPES: Final = (
     (stat.S_ISREG, "regular file"),
     (stat.S_ISDIR, "directory"),
@@ -110,7 +113,7 @@ def _explain_process(pid: int, desk: Desk, aside: Aside) -> ProcessReport:
         facts = _facts_of(desk.proc, first, aside)
         groups = () if isinstance(facts.maps, Miss) else facts.maps
         memory = _memory(desk, known, {group.inode for group in groups})
-    looks = {group: _look(group, facts, known, desk, aside) for group in groups}
+    looks = _looks(groups, facts, known, desk, aside)
     differences = _differences(pid, desk)
     last = desk.proc.stat(pid)
     if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
@@ -144,9 +147,12 @@ def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, aside: Aside) ->
         return rows
     asked: dict[tuple[bytes, int], bool] = {}
     settled = []
+    end_s = time.monotonic() + LOOKING_S
     for row in rows:
         if row.is_deleted and not row.path.startswith((b"/memfd:", b"/SYSV", b"/dev/zero")):
             file = (row.path, row.inode)
+            if file not in asked and time.monotonic() > end_s:
+                asked[file] = True
             if file not in asked:
                 answer = aside.run(partial(proc.settle_deleted, pid, row))
                 asked[file] = answer is None or answer.is_deleted
@@ -189,28 +195,38 @@ def _sees_our_files(proc: ProcFs, pid: int) -> bool | None:
 def _memory(desk: Desk, known: Known, inodes: set[int]) -> Memory:
     verdicts = known.verdicts
     keys = {file.name.key for process in known.processes.values() for file in process.files}
-    return Memory(
-        exact={key: verdicts.look_up(key) for key in keys if isinstance(key, bytes)},
-        others=verdicts.of_inodes(inodes) if inodes else (),
-        blocked=desk.registry.blocked(),
-        registered=desk.registry.files(),
+    return Memory.of(
+        {key: verdicts.look_up(key) for key in keys},
+        verdicts.of_inodes(inodes) if inodes else (),
+        desk.registry.blocked(),
+        desk.registry.files(),
         now_s=time.monotonic(),
         is_repaired=desk.is_repaired(),
     )
 
 
-def _look(group: Group, facts: ProcessFacts, known: Known, desk: Desk, aside: Aside) -> FileLook:
-    process = known.processes.get(facts.process.pid)
-    file = known_file_at(() if process is None else process.files, group)
-    subject = Subject(
-        pid=facts.process.pid,
-        path=group.path if file is None else file.name.path,
-        inode=group.inode if file is None else file.name.file_id.inode,
-        ranges=group.ranges,
-        is_own_view=bool(facts.sees_our_files),
-        is_deleted=group.is_deleted,
-    )
-    return aside.run(lambda: look_at(desk.proc, subject, desk.exports)) or _NO_ANSWER
+def _looks(
+    groups: Sequence[Group], facts: ProcessFacts, known: Known, desk: Desk, aside: Aside
+) -> dict[Group, FileLook]:
+    """A look at each file, as long as there is time."""
+    files = FilesByAddress(known.processes.get(facts.process.pid))
+    end_s = time.monotonic() + LOOKING_S
+    found: dict[Group, FileLook] = {}
+    for group in groups:
+        file = files.find(group)
+        subject = Subject(
+            pid=facts.process.pid,
+            path=group.path if file is None else file.name.path,
+            inode=group.inode if file is None else file.name.file_id.inode,
+            ranges=group.ranges,
+            is_own_view=bool(facts.sees_our_files),
+            is_deleted=group.is_deleted,
+        )
+        if time.monotonic() > end_s:
+            found[group] = _SKIPPED
+        else:
+            found[group] = aside.run(partial(look_at, desk.proc, subject, desk.exports)) or _NO_ANSWER
+    return found
 
 
 class _OneProcess(ProcFs):
@@ -253,7 +269,7 @@ def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
     known = desk.ask_map(None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved))
     with known.verdicts:
         memory = _memory(desk, known, set() if facts.shown is None else {facts.shown.inode})
-    ids = ids_of(facts, known, memory.others)
+    ids = ids_of(facts, known, memory)
     mapped = list(_mapped(facts, ids, known, rows, desk, aside))
     if facts.file_type is None and not mapped:
         raise SowatchError(
@@ -326,8 +342,9 @@ def _mapped(
         record = process.process if process is not None else proc.process(pid, container_of=container_id)
         if isinstance(rows, Miss) or record is None:
             continue  # it has ended meanwhile
+        files = FilesByAddress(process)
         for group in group_rows(rows, _root_of(proc, pid)):
-            file = known_file_at(() if process is None else process.files, group)
+            file = files.find(group)
             is_same = same_file(facts, file_ids, group, file)
             if is_same is None:
                 is_same = bool(aside.run(partial(_is_mapped, facts, proc, pid, group)))

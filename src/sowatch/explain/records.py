@@ -49,7 +49,7 @@ Untold: TypeAlias = Literal[
 ]
 #: What a file says of itself, or why that cannot be told.
 ElfState: TypeAlias = Literal[
-    "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer"
+    "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
 ]
 #: By which way a file was opened; see `Try`.
 By: TypeAlias = Literal["map_files", "root", "own_view"]
