@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
-from errno import EPERM, ESRCH
+from errno import EINVAL, EPERM, ESRCH
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self
@@ -181,9 +181,11 @@ VERDICT_IGNORE: Final = 2
 VERDICT_VALUE: Final = struct.Struct("=II")
 #: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
 FILE_KEY: Final = struct.Struct("=Q52sI")
-#: struct process, 568 bytes: start_ns, min_start, max_end, range_count, dirty, introduced, shares_vm,
-#: visit_run, visit_tid, touches, then MAX_RANGES pairs of start and end.
-PROCESS_ENTRY: Final = struct.Struct("=QQQIIIIQII64Q")
+#: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, dirty, introduced,
+#: shares_vm; and how it ends, 516 bytes: touches, then MAX_RANGES pairs of start and end. What lies
+#: between is for the programs only.
+PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
+PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
 #: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
 #: would wait for ever.
@@ -336,10 +338,11 @@ class BpfSource:
         return read_losses(self._object)
 
     def followed(self, pid: int) -> Followed | None:
-        value = self._processes.lookup(struct.pack("=I", pid), PROCESS_ENTRY.size)
+        value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
         if value is None:
             return None
-        start_ns, _, _, count, dirty, introduced, shares_vm, _, _, touches, *ends = PROCESS_ENTRY.unpack(value)
+        start_ns, _, _, count, dirty, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
+        touches, *ends = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
         ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
         return Followed(start_ns, count, bool(dirty), bool(introduced), bool(shares_vm), touches, ranges)
 
@@ -409,6 +412,19 @@ class KernelVerdicts:
         fd, self._table.fd = self._table.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def value_bytes(table: BpfMap) -> int:
+    """The size of a map's values. Asked of the kernel, which writes that much whatever the room for it.
+
+    Raises:
+        BpfError: it cannot be read.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{table.fd}", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("value_size:"))
+    except (OSError, StopIteration) as error:
+        raise BpfError(f"sizing values of map {table.name}", getattr(error, "errno", None) or EINVAL, "") from error
 
 
 def read_losses(bpf: BpfObject) -> Losses:

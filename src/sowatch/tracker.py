@@ -555,11 +555,8 @@ class Tracker:
             self.apply(record)
         for reading in waiting.values():
             self._take_reading(reading)
-        # One within exec that told nothing since is still there; after an exec or exit there is no doubt.
-        for record in records:
-            if record.type in (RecordType.EXIT, RecordType.EXEC):
-                void.discard(record.tgid)
-        return void | {pid for pid in again if pid in self._processes}
+        last_word = {record.tgid: record.type for record in records}
+        return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
 
     def _merge_fork(
         self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]

@@ -5,9 +5,8 @@ very file be opened, and what does it say of itself? Blocked why? Does the map a
 
 A target that is all digits is a process, anything else the path of a file (write ./123 for a file
 of that name). A watch is started, the whole host read once, the target looked at, and the watch
-ended; the agent has a longer memory (`sowatch debug explain`). A path may be one that only other
-processes see, or whose file was deleted while it is mapped. Ends with 1 if there is no such
-process, or no such path here or mapped.
+ended. A path may be one that only other processes see, or whose file was deleted while it is
+mapped. Ends with 1 if there is no such process, or no such path here or mapped.
 
 --json gives one object. Of a process:
   schema, event "explain", target "process"; process and library as in events

@@ -26,6 +26,7 @@ struct process {
 	__u32 dirty;       /* a reading is owed; set here, cleared when the reading begins */
 	__u32 introduced;  /* its RECORD_INTRO was sent */
 	__u32 shares_vm;   /* another process may hold the same mm */
+	__u64 company_ns;  /* when a thread of it, but not the last, ended last */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
 	__u32 visit_tid;
 	__u32 touches; /* mappings that brought it here; 0: settled, nothing of it is wanted */
@@ -56,6 +57,7 @@ enum pending_kind {
 	PENDING_REREAD = 1 << 2,        /* changes it in a way only a reading can tell */
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
+	PENDING_IN_COMPANY = 1 << 7,    /* others could interfere when it began */
 	PENDING_TOUCHED = 1 << 6,       /* counted in its process's touches */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
 };

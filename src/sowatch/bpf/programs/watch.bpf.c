@@ -39,8 +39,12 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 	return overlaps(process, start, start + length);
 }
 
-static __always_inline void note(__u64 pid_tgid, const struct pending *call)
+/* Alone at both ends of the call makes a fact: one who was there at its beginning may have acted
+ * meanwhile and be gone by its end. */
+static __always_inline void note(__u64 pid_tgid, struct pending *call)
 {
+	if (!is_alone(current_task()))
+		call->kind |= PENDING_IN_COMPANY;
 	if (bpf_map_update_elem(&pending_calls, &pid_tgid, call, BPF_ANY)) {
 		count(LOST_PENDING);
 		return;
@@ -189,18 +193,24 @@ static __always_inline void untouch(const struct pending *call, __u32 tgid)
 		unfollow(find_process(tgid), tgid);
 }
 
+static __always_inline bool was_alone(const struct pending *call, struct task_struct *task)
+{
+	return !(call->kind & PENDING_IN_COMPANY) && is_alone(task);
+}
+
 /* Not inlined: its stack of two keys would not fit beside its caller's. */
 static __noinline int report_mapping(struct pending *call, __u64 start)
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct task_struct *task = current_task();
 	struct found_vma found = {};
-	bool is_alone_now = is_alone(task);
 	struct process *process;
+	bool is_alone_now;
 	__u32 flags = 0;
 
 	if (!call)
 		return 0;
+	is_alone_now = was_alone(call, task);
 	found.key = call->key;
 	found.file = (struct file *)call->file;
 	found.start = start;
@@ -273,7 +283,7 @@ int leave(struct syscall_exit *context)
 		 * have taken something away before they failed. A failed munmap changes nothing,
 		 * but that is rare and a reading cheap.
 		 */
-		if (is_alone(task) && !is_error(ret))
+		if (was_alone(call, task) && !is_error(ret))
 			send_small(task, RECORD_RANGE, 0, call->start, call->start + call->length);
 		else
 			send_dirty(task, find_process(pid_tgid >> 32));
@@ -293,7 +303,18 @@ int leave(struct syscall_exit *context)
 	return 0;
 }
 
+/*
+ * A fork copies the mappings some time before it is told, and a thread that mapped meanwhile may
+ * be gone by then. No fork takes this long.
+ */
+#define FORK_NS 1000000000ULL
+
 /* ---- processes come and go -------------------------------------------------------------------- */
+
+static __always_inline bool had_company(struct process *process)
+{
+	return process && process->company_ns && bpf_ktime_get_ns() - process->company_ns < FORK_NS;
+}
 
 /*
  * Runs in the parent, after its mappings were copied and before the child does anything. If the
@@ -333,7 +354,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		}
 	}
 	flags |= narrow_flag(child);
-	if (!(flags & FLAG_SHARED_VM) && !is_alone(parent)) {
+	if (!(flags & FLAG_SHARED_VM) && (!is_alone(parent) || had_company(process))) {
 		flags |= FLAG_DIRTY;
 		if (inherited)
 			inherited->dirty = 1;
@@ -411,12 +432,15 @@ int BPF_PROG(process_execs, struct task_struct *task)
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(process_exits, struct task_struct *task)
 {
-	__u32 tgid;
+	__u32 tgid = BPF_CORE_READ(task, tgid);
+	struct process *process = find_process(tgid);
 
-	if (BPF_CORE_READ(task, signal, live.counter) > 0)
+	if (BPF_CORE_READ(task, signal, live.counter) > 0) {
+		if (process)
+			process->company_ns = bpf_ktime_get_ns();
 		return 0;
-	tgid = BPF_CORE_READ(task, tgid);
-	if (find_process(tgid) || report & REPORT_PROCESSES)
+	}
+	if (process || report & REPORT_PROCESSES)
 		send_small(task, RECORD_EXIT, 0, 0, 0);
 	remove_process(tgid);
 	return 0;
