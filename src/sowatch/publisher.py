@@ -236,7 +236,8 @@ class Publisher:
         files[name.file_id] = event
         self.loads += 1
         if self._registry.acquire(rule.name, library, process_id):
-            self.emit(LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns))
+            # With its ranges: whoever activates the file opens it by them.
+            self.emit(LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns, change.ranges))
         self.emit(event)
 
     def _unload(self, change: Change) -> None:

@@ -61,6 +61,8 @@ class Subscription:
         self._open: deque[Event] = deque()  # the reader's
         self._offered = 0
         self._taken = 0
+        #: The (rule, file) whose activate was the last event offered.
+        self._activated: tuple[str, FileId] | None = None
         self._missed = 0
         self._seen: Held | None = None
         self._is_closed = False
@@ -132,8 +134,7 @@ class Subscription:
                 return
         elif not self._control:
             return
-        # A deactivate ends what its reader was told before; it may pass the limit by one.
-        if self._seen is None and self._offered - self._taken >= self._limit and event.event != "deactivate":
+        if self._seen is None and self._offered - self._taken >= self._limit and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
             # The event that did not fit has been taken into account already.
             if isinstance(event, LibraryEvent):
@@ -144,6 +145,14 @@ class Subscription:
             self._publisher.lost_in_queues += 1
             return
         self._put(event)
+
+    def _belongs_to_the_last(self, event: Event) -> bool:
+        """A deactivate, and the load right after its activate, end what the reader was told before."""
+        if not isinstance(event, LibraryEvent):
+            return False
+        return event.event == "deactivate" or (
+            event.event == "load" and self._activated == (event.rule, event.library.id)
+        )
 
     @staticmethod
     def _undo(held: Held, event: LibraryEvent) -> None:
@@ -194,6 +203,8 @@ class Subscription:
             self._put(event)
 
     def _put(self, event: Event) -> None:
+        is_activate = isinstance(event, LibraryEvent) and event.event == "activate"
+        self._activated = (event.rule, event.library.id) if is_activate else None  # type: ignore[union-attr]
         self._offered += 1
         self._batch.append(event)
 

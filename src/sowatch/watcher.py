@@ -313,8 +313,8 @@ class Watcher:
             self._is_stopped = True
             if self._engine is not None:
                 self._engine.stop()
-            else:
-                self._publisher.end()
+            # Once more if the engine's thread did so: whoever waits for events must not wait for ever.
+            self._publisher.end()
             deadline = time.monotonic() + WORKER_STOP_S
             for worker in self._workers:
                 worker.join(max(0.0, deadline - time.monotonic()))
