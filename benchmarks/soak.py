@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support import workload
-
 from benchmarks.common import Figure, machine, table
+
 from sowatch import Rule, Watcher
 from sowatch.rules import KINDS
+from support import workload
 
 WORKLOAD = Path(workload.__file__)
 
@@ -89,7 +88,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
         Figure("repairs", stats.repairs, ""),
         Figure("events lost in a queue", stats.lost_queue, ""),
         Figure("processes that could not be read", unreadable, ""),
-        Figure("resident memory at the end", rss[-1], "MB", f"{min(settled):.4g} to {max(settled):.4g} after the start"),
+        Figure("resident memory at the end", rss[-1], "MB", f"{min(settled):.4g} to {max(settled):.4g}"),
         Figure("descriptors, growth", fds[-1] - fds[0], ""),
     ]
 
@@ -97,7 +96,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
 def work(directory: Path, is_over: threading.Event, runs: list[int]) -> None:
     while not is_over.is_set():
         subprocess.run(
-            ["/usr/bin/python3", str(WORKLOAD), str(random.randrange(1 << 30)), str(directory), "2"],
+            ["/usr/bin/python3", str(WORKLOAD), str(len(runs) + 1), str(directory), "2"],
             check=True,
             stdout=subprocess.DEVNULL,
         )

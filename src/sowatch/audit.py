@@ -9,6 +9,7 @@ reader sees it, and on overlayfs another device than the real one.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from sowatch.identity import FileId, ProcessId
-from sowatch.procfs import MapRow, ProcFs
+from sowatch.procfs import MapRow, ProcFs, seen_path
 from sowatch.rules import RuleSet
 
 __all__ = ["AuditReport", "Difference", "Held", "audit"]
@@ -141,11 +142,14 @@ def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows:
     """Rows of wanted files that the map does not have."""
     found: set[Difference] = set()
     ours = [span for one in held for span in one.ranges]
-    images = None
+    images = root = None
     for row in rows:
         if any(start <= row.start and row.end <= end for start, end in ours):
             continue
-        path = row.path.decode("utf-8", "surrogateescape")
+        if root is None:
+            root = _root_of(pid, proc)
+        # Rules look at the path below the root of the process; maps shows ours.
+        path = seen_path(row.path, root).decode("utf-8", "surrogateescape")
         if not rules.could_match(path):
             continue
         if images is None:
@@ -154,6 +158,15 @@ def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows:
             continue
         found.add(Difference("missing", pid, path, row.inode, row.start, row.end))
     return found
+
+
+def _root_of(pid: int, proc: ProcFs) -> bytes:
+    """The root directory of a process, seen from ours; ours if it cannot be told."""
+    link = proc.root_dir(pid)
+    try:
+        return os.readlink(link.encode()) if link else b"/"
+    except OSError:
+        return b"/"
 
 
 def _is_covered(start: int, end: int, file_id: FileId, rows: Iterable[MapRow]) -> bool:

@@ -51,6 +51,8 @@ SLOWEST_REPAIR_S: Final = 5.0
 #: A 32-bit process is read this long after its exec, then after twice that, up to the second.
 FIRST_NARROW_S: Final = 0.002
 SLOWEST_NARROW_S: Final = 1.0
+#: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
+SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
 
@@ -371,9 +373,13 @@ class Engine:
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
 
     def _drain_all(self) -> list[Record]:
+        # No longer than needed: in a flood the ring is never empty.
+        until_ns = time.monotonic_ns() + SLACK_NS
         records: list[Record] = []
         while more := self._source.drain():
             records += more
+            if more[-1].t_ns > until_ns:
+                break
         return records
 
     def _make_ready(self, processes: int, seconds: float) -> Event:

@@ -12,6 +12,7 @@ import os
 import queue
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -20,11 +21,15 @@ from cachetools import LRUCache
 from sowatch.bpf.binding import open_in_root
 from sowatch.elf import ElfError, read_exports, read_facts
 from sowatch.identity import FileId
+from sowatch.packages import shows_real_inode
 from sowatch.procfs import ProcFs
 from sowatch.tracker import Change, Name
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
 
+#: A look that takes longer hangs; those behind it get another thread, up to so many.
+STUCK_S: Final = 0.5
+MAX_THREADS: Final = 16
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 10_000
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -78,9 +83,22 @@ class Inspector:
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._under_way: dict[FileId, Inspection] = {}
+        self._looking: dict[threading.Thread, tuple[float, FileId]] = {}
+        self._threads: list[threading.Thread] = []
+        self._add_thread()
+
+    def _add_thread(self) -> None:
         # A daemon: a read that hangs in a dead network file system must not keep the process.
-        self._thread = threading.Thread(target=self._work, name="sowatch-inspector", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name="sowatch-inspector", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def relieve(self, now_s: float) -> None:
+        """Another thread for what waits behind a look that hangs; to be called from time to time."""
+        with self._lock:
+            stuck = sum(now_s - since > STUCK_S for since, _ in self._looking.values())
+        if stuck == len(self._threads) < MAX_THREADS:
+            self._add_thread()
 
     def known(self, file_id: FileId) -> FileFacts | None:
         """The facts, if the file was read before."""
@@ -109,13 +127,26 @@ class Inspector:
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Ends the thread, if it can within the time. Safe to call again."""
-        self._orders.put(None)
-        self._thread.join(timeout_s)
+        for _ in self._threads:
+            self._orders.put(None)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
+        me = threading.current_thread()
         while (order := self._orders.get()) is not None:
-            facts = self._look(order)
+            now_s = time.monotonic()
             with self._lock:
+                # One thread a file system that hangs is enough.
+                is_hopeless = any(
+                    now_s - since > STUCK_S and file_id[:2] == order.file_id[:2]
+                    for since, file_id in self._looking.values()
+                )
+                self._looking[me] = (now_s, order.file_id)
+            facts = FileFacts() if is_hopeless else self._look(order)
+            with self._lock:
+                del self._looking[me]
                 if facts.is_elf is not None:
                     self._known[order.file_id] = facts
                 order.inspection.facts = facts
@@ -167,27 +198,39 @@ def open_mapped(
     """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
 
     Tried in order: the kernel's link to the mapping, the path below the process's root, the path
-    in our own view if it is the same. The last two only count if the inode number agrees.
+    in our own view if it is the same. Nothing is opened before it is known to be that file: the
+    process may have mapped another one in its place, or put a link, a FIFO or a device there.
     """
-    for fd, is_certain in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
+    for found, is_link in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
         try:
-            status = os.fstat(fd)
-            # The device differs on overlayfs and btrfs, where stat invents one.
-            if stat.S_ISREG(status.st_mode) and (is_certain or status.st_ino == file_id.inode):
-                return fd
+            if _is_it(found, file_id, is_link=is_link):
+                return os.open(f"/proc/self/fd/{found}", OPEN_FLAGS)
         except OSError:
-            pass
-        os.close(fd)
+            continue
+        finally:
+            os.close(found)
     return None
+
+
+def _is_it(fd: int, file_id: FileId, *, is_link: bool) -> bool:
+    """Whether a descriptor (O_PATH will do) is of that file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if shows_real_inode(fd):
+        return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
+    # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
+    return is_link or status.st_ino == file_id.inode
 
 
 def _candidates(
     proc: ProcFs, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
 ) -> Iterator[tuple[int, bool]]:
+    """Descriptors that open nothing yet (O_PATH), and whether it is the kernel's link to the mapping."""
     links = proc.map_files_dir(pid) if ranges else None
     for start, end in ranges if links else ():
         try:
-            yield os.open(f"{links}/{start:x}-{end:x}", OPEN_FLAGS), True
+            yield os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC), True
         except OSError:
             continue
     if is_deleted:
@@ -201,7 +244,7 @@ def _candidates(
         except OSError:
             continue
         try:
-            yield open_in_root(directory, name, OPEN_FLAGS), False
+            yield open_in_root(directory, name, os.O_PATH | os.O_CLOEXEC), False
         except OSError:
             continue
         finally:

@@ -23,7 +23,7 @@ from sowatch.events import Library, Process
 from sowatch.identity import FileId
 from sowatch.procfs import Miss, ProcFs
 
-__all__ = ["Disk", "Staleness", "is_on_disk", "open_below", "unit_of"]
+__all__ = ["Disk", "Staleness", "is_on_disk", "open_below", "shows_real_inode", "unit_of"]
 
 #: The same number on every architecture but alpha (include/uapi/asm-generic/unistd.h); Linux 5.6.
 _SYS_OPENAT2: Final = 437
@@ -100,7 +100,7 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def _shows_real_inode(fd: int) -> bool:
+def shows_real_inode(fd: int) -> bool:
     """Whether stat(2) shows the device and inode that the kernel knows the file by."""
     buffer = ctypes.create_string_buffer(512)
     if _libc().fstatfs(fd, buffer) != 0:
@@ -113,13 +113,20 @@ def _shows_real_inode(fd: int) -> bool:
 def _read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
     """The content of a regular file, or ``None`` if it is missing, larger, or something else."""
     try:
-        fd = open_below(root_fd, path, os.O_RDONLY)
+        found = open_below(root_fd, path, os.O_PATH)
     except OSError:
         return None
     try:
-        status = os.fstat(fd)
+        # Looked at before it is opened: opening a device or a FIFO may do something.
+        status = os.fstat(found)
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
             return None
+        fd = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    finally:
+        os.close(found)
+    try:
         parts = []
         left_bytes = limit_bytes  # it may grow while we read
         while left_bytes and (part := os.read(fd, min(left_bytes, _READ_BYTES))):
@@ -244,7 +251,7 @@ class Disk:
                 return Staleness.DELETED if is_deleted else None
             try:
                 found = os.fstat(fd)
-                is_plain = _shows_real_inode(fd)
+                is_plain = shows_real_inode(fd)
             finally:
                 os.close(fd)
         mapped = self._mapped_identity(process.pid, ranges)

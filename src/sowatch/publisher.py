@@ -158,6 +158,8 @@ class Publisher:
     def flush(self, now_s: float) -> None:
         """Goes on with what waited for facts that are there, or that took too long."""
         waiting = self._waiting
+        if waiting and self.inspector is not None:
+            self.inspector.relieve(time.monotonic())
         while waiting:
             item = waiting[0]
             if isinstance(item, tuple):

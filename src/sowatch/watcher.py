@@ -336,9 +336,9 @@ class Watcher:
         with self._lock:
             if self._own is None:
                 self._own = self.subscribe(control=False)
-        for event in self._own:
-            assert isinstance(event, LibraryEvent)
-            yield event
+            own = self._own
+        # Not a generator: the subscription has to be there before the start.
+        return (event for event in own if isinstance(event, LibraryEvent))
 
     @property
     def ready(self) -> Ready | None:

@@ -22,7 +22,7 @@ from sowatch.explain import MappingReport, PathReport, ProcessReport
 from sowatch.inspector import open_mapped
 from sowatch.procfs import ProcFs
 from sowatch.rules import KINDS
-from sowatch.sources import FILE_KEY, PROCESS_ENTRY, BpfSource
+from sowatch.sources import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, BpfSource, value_bytes
 from support import bpfsys
 from support.kernel import IN_OWN_MOUNTS, TAG, executable_ranges, host_pid, id_by_stat, with_prelude
 from support.programs import Mapper
@@ -48,15 +48,22 @@ def long_watcher() -> Iterator[Watcher]:
 
 
 @pytest.fixture
-def watcher(long_watcher: Watcher) -> Watcher:
+def watcher(long_watcher: Watcher, wait_until: Any) -> Iterator[Watcher]:
     """A running watcher whose one rule, ``wanted``, looks for ``wanted`` and our tag in a path."""
-    return long_watcher
+    yield long_watcher
+    # Then it has nothing to read while the descriptors of the next test are counted.
+    wait_until(lambda: not long_watcher.snapshot(), what="the end of the test's processes")
 
 
 @pytest.fixture
 def watch(closing: contextlib.ExitStack) -> Watch:
     """``watch(*rules, **options)`` is a Watcher of the test's own, running."""
     return lambda *rules, **options: closing.enter_context(Watcher(*rules, **options))
+
+
+def pages(length: int) -> int:
+    """A length in bytes, as whole pages."""
+    return -(-length // PAGE) * PAGE
 
 
 def process(watcher: Watcher, pid: int) -> ProcessReport:
@@ -101,17 +108,28 @@ def test_a_process_entry_and_a_file_key_are_the_same_in_c_and_in_python(tmp_path
     questions += ["sizeof(struct process)", "sizeof(struct file_key)", "offsetof(struct file_key, epoch)"]
     lines = "".join(f'printf("%zu\\n", {question});\n' for question in questions)
     (tmp_path / "ask.c").write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#include "records.h"\n{limit}\n{entry}\nint main(void) {{ {lines} }}\n',
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "records.h"\n'
+        f"{limit}\n{entry}\nint main(void) {{ {lines} }}\n",
         encoding="utf-8",
     )
     subprocess.run(["cc", f"-I{PROGRAMS}", "-o", tmp_path / "ask", tmp_path / "ask.c"], check=True)
     said = subprocess.run([tmp_path / "ask"], check=True, capture_output=True, text=True).stdout
     *offsets, size, key_size, epoch = map(int, said.split())
-    assert offsets == [0, 24, 28, 32, 36, 52, 56]
-    assert PROCESS_ENTRY.size == size == 568
-    assert PROCESS_ENTRY.format == "=QQQIIIIQII64Q"
+    assert (PROCESS_HEAD.format, PROCESS_HEAD.size) == ("=QQQIIII", 40)
+    assert (PROCESS_TAIL.format, PROCESS_TAIL.size) == ("=I64Q", 516)
+    assert offsets == [0, 24, 28, 32, 36, size - 516, size - 512]
     assert FILE_KEY.size == key_size == 64
     assert epoch == 60
+    assert limit == "#define MAX_RANGES 32"
+
+
+def test_the_room_for_an_entry_is_as_large_as_the_kernel_writes() -> None:
+    source = BpfSource(Config())
+    try:
+        assert value_bytes(source._processes) >= PROCESS_HEAD.size + PROCESS_TAIL.size
+        assert value_bytes(source._verdicts) == 8
+    finally:
+        source.close()
 
 
 def test_the_kernels_entry_of_a_process_has_its_start_and_its_ranges(
@@ -123,7 +141,7 @@ def test_the_kernels_entry_of_a_process_has_its_start_and_its_ranges(
     assert report.followed is not None
     assert report.followed.start_ns == report.process.start_ns
     assert report.followed.touches > 0
-    assert (at, at + length) in report.followed.ranges
+    assert (at, at + pages(length)) in report.followed.ranges
     assert report.followed.range_count == len(report.followed.ranges)
     assert report.known is not None
     assert report.known.process.start_ns == report.process.start_ns
@@ -170,7 +188,7 @@ def test_a_library_that_is_wanted_has_a_trail_without_gaps(
     assert (found.rule, found.untold, found.id_from) == ("wanted", None, "map")
     assert found.library.id[:3] == id_by_stat(new)[:3]
     assert (found.library.kind, found.library.deleted) == ("library", False)
-    assert found.ranges == ((at, at + length),)
+    assert found.ranges == ((at, at + pages(length)),)
     assert found.verdict.verdict == "match"
     assert (found.look.opened_by, found.look.elf) == ("map_files", "elf")
     assert found.library.build_id
@@ -280,12 +298,13 @@ def test_a_library_behind_several_dead_threads_is_explained(
 ) -> None:
     mapper, new = start(), library(WANTED)
     mapper.tell("thread", "idle", new)
-    (thread,) = mapper.tell("leaderexit")
+    mapper.tell("leaderexit")
     mapper.map(new)
     wait_until(lambda: not process(watcher, mapper.pid).is_leader_alive, what="the end of the leader")
     found = told(watcher, mapper.pid, new, wait_until)
     assert found.look.opened_by == "map_files"
-    assert found.look.tries[-1].path.startswith(f"/proc/{thread}/map_files/")
+    threads = {int(name) for name in os.listdir(f"/proc/{mapper.pid}/task")} - {mapper.pid}
+    assert found.look.tries[-1].path.split("/")[2] in {str(thread) for thread in threads}
     report = process(watcher, mapper.pid)
     assert (report.state, report.extra) == ("running", ())
     assert report.threads >= 2
@@ -322,9 +341,8 @@ def test_the_way_a_file_is_opened_is_the_way_that_callbacks_get_it(
     fd = open_mapped(ProcFs(), mapper.pid, found.library.id, str(new), found.ranges, is_own_view=True, is_deleted=False)
     assert fd is not None
     assert found.library.host_path
-    assert os.path.sameopenfile(fd, (shown := os.open(found.library.host_path, os.O_RDONLY)))
+    assert os.path.samestat(os.fstat(fd), os.stat(found.library.host_path))
     os.close(fd)
-    os.close(shown)
 
 
 # ---- rules that ask for more, and watches that tell less ------------------------------------------
@@ -508,7 +526,7 @@ def test_a_path_says_who_has_it_mapped(watcher: Watcher, start: Start, library: 
     assert sorted((one.process.pid, one.relation, one.in_map) for one in report.mapped) == sorted(
         (mapper.pid, "same", True) for mapper in (first, second)
     )
-    assert next(one for one in report.mapped if one.process.pid == first.pid).ranges == ((at, at + length),)
+    assert next(one for one in report.mapped if one.process.pid == first.pid).ranges == ((at, at + pages(length)),)
     assert all(one.seen and one.seen.rule == "wanted" for one in report.mapped)
     assert report.verdict.verdict == "match"
 

@@ -24,16 +24,17 @@ __all__ = ["SOWATCH", "Command", "Held", "Opens", "compile_c", "deep_path", "is_
 #: The command as it was installed, beside the interpreter of its environment.
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
 
-#: linux/inotify.h and linux/fanotify.h
-_IN_OPEN = 0x20
+#: linux/fanotify.h
 _FAN_CLASS_CONTENT = 0x04
 _FAN_CLOEXEC = 0x01
 _FAN_NONBLOCK = 0x02
 _FAN_MARK_ADD = 0x01
+_FAN_MARK_DONT_FOLLOW = 0x04
+_FAN_REPORT_FID = 0x200
+_FAN_OPEN = 0x20
 _FAN_OPEN_PERM = 0x10000
 _FAN_ALLOW = 1
 _AT_FDCWD = -100
-_INOTIFY_EVENT = struct.Struct("=iIII")  # struct inotify_event, 16 bytes and the name
 _FANOTIFY_EVENT = struct.Struct("=IBBHQii")  # struct fanotify_event_metadata, 24 bytes
 _FANOTIFY_RESPONSE = struct.Struct("=iI")  # struct fanotify_response, 8 bytes
 
@@ -57,38 +58,44 @@ def _checked(value: int, what: str) -> int:
 
 
 class Opens:
-    """Counts who opens some inodes from now on, by inotify: baits that nobody has a reason to open.
+    """Tells which processes open some inodes from now on, by fanotify: baits that nobody has a reason to open.
 
-    An open with O_PATH does not count, for it opens nothing.
+    An open with O_PATH does not count, for it opens nothing. Needs Linux 5.1.
     """
 
     def __init__(self, *paths: Path) -> None:
         libc = _libc()
-        self._fd = _checked(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), "inotify_init1")
         self._names: dict[int, str] = {}
+        # A group for each bait: with FAN_REPORT_FID, which opens nothing itself, events name no path.
         for path in paths:
-            watch = libc.inotify_add_watch(self._fd, os.fsencode(path), _IN_OPEN | 0x02000000)  # IN_DONT_FOLLOW
-            self._names[_checked(watch, f"inotify_add_watch {path}")] = path.name
+            flags = _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_REPORT_FID
+            fd = _checked(libc.fanotify_init(flags, os.O_RDONLY), "fanotify_init")
+            self._names[fd] = path.name
+            add = _FAN_MARK_ADD | _FAN_MARK_DONT_FOLLOW
+            _checked(libc.fanotify_mark(fd, add, _FAN_OPEN, _AT_FDCWD, os.fsencode(path)), f"fanotify_mark {path}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._fd)
+        for fd in self._names:
+            os.close(fd)
 
-    def taken(self) -> list[str]:
-        """Names of the baits that were opened since the last call, one for each open."""
+    def by(self, pid: int) -> list[str]:
+        """Names of the baits that a process opened since the last call, one for each open."""
         found = []
-        while True:
-            try:
-                data = os.read(self._fd, 65536)
-            except BlockingIOError:
-                return found
-            while data:
-                watch, _, _, length = _INOTIFY_EVENT.unpack_from(data)
-                data = data[_INOTIFY_EVENT.size + length :]
-                if watch in self._names:
-                    found.append(self._names[watch])
+        for fd, name in self._names.items():
+            while True:
+                try:
+                    data = os.read(fd, 65536)
+                except BlockingIOError:
+                    break
+                while data:
+                    length, *_, opener = _FANOTIFY_EVENT.unpack_from(data)
+                    data = data[length:]
+                    if opener == pid:
+                        found.append(name)
+        return found
 
 
 class Held:

@@ -7,6 +7,7 @@ hold of every stream of events. `Stall` and `Trick` drive ``tests/programs/stall
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import select
 import subprocess
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from sowatch import Rule, Watcher
-from sowatch.bpf.records import MapRecord, Record, RecordType, file_id_of, path_of
+from sowatch.bpf.records import MapRecord, RangeRecord, Record, RecordType, file_id_of, path_of
 from sowatch.config import Config
 from sowatch.events import Event, LibraryEvent, Ready
 from sowatch.identity import FileId, ProcessId
 from sowatch.rules import KINDS
-from sowatch.sources import BpfSource, Report
+from sowatch.sources import BpfSource, Reading, Report
+from sowatch.watcher import ActiveFile
 from support.programs import Mapper
 
 __all__ = ["TAG", "Ledger", "Stall", "Tap", "Trick", "executable_inodes", "host_pid", "id_by_stat", "with_prelude"]
@@ -123,6 +125,31 @@ class Tap:
 def kinds_of(records: Sequence[Record]) -> list[int]:
     """Their types, in order."""
     return [record.type for record in records]
+
+
+def pages(length: int) -> int:
+    """A length, rounded up to whole pages."""
+    return (length + 4095) // 4096 * 4096
+
+
+def only(records: list[Record]) -> Any:
+    """The one record that there is."""
+    assert len(records) == 1, records
+    return records[0]
+
+
+def spans(records: list[Record]) -> list[tuple[int, int, int]]:
+    """Type and range of the records that have one."""
+    return [(r.type, r.start, r.end) for r in records if isinstance(r, RangeRecord | MapRecord)]
+
+
+def reading_of(tap: Tap, pid: int) -> Reading:
+    """A reading of one process, which also clears its dirty bit."""
+    tap.source.set_report(Report.RANGES)
+    reading = tap.source.read_process(pid)
+    tap.source.set_report(Report.NOTHING)
+    assert reading is not None
+    return reading
 
 
 def id_by_stat(path: Path | str) -> FileId:
@@ -313,7 +340,7 @@ class Ledger:
         self.wait_for(lambda: (inode in self.inodes(pid)) == truth, f"proc says {truth} of {inode} in {pid}")
 
     def _check_once(self, event: LibraryEvent) -> None:
-        """Each library and each process under each kind of event: a busy host sends the same ones thousands of times."""
+        """Each library and process under each kind of event: a busy host sends the same ones again and again."""
         parts = {
             (event.event, event.cause, event.library),
             (event.event, event.process),
@@ -492,3 +519,37 @@ class Trick:
         assert words, "tricks ended"
         assert words[0] == "ok", " ".join(words)
         return int(words[1], 16), int(words[2])
+
+
+class Calls:
+    """Callbacks that write down how they were called."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, str]] = []
+        self.contents: list[str] = []
+        self.files: list[ActiveFile] = []
+
+    def rule(self, pattern: str, name: str = "rule") -> Rule:
+        return Rule(
+            pattern,
+            name=name,
+            on_load=lambda event: self.made.append(("load", Path(event.library.path).name)),
+            on_unload=lambda event: self.made.append(("unload", Path(event.library.path).name)),
+            on_activate=self._activate,
+            on_deactivate=lambda file: self.made.append(("deactivate", Path(file.library.path).name)),
+        )
+
+    def _activate(self, file: ActiveFile) -> None:
+        self.files.append(file)
+        self.contents.append(hashlib.sha256(os.pread(file.fileno(), 1 << 20, 0)).hexdigest())
+        self.made.append(("activate", Path(file.library.path).name))
+
+
+def digest(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def different(path: Path) -> Path:
+    """The same library with other bytes at its end."""
+    path.write_bytes(path.read_bytes() + os.urandom(16))
+    return path

@@ -1,8 +1,8 @@
 """Real processes that do what they are told, and a model of what each of them has mapped then.
 
 `World` drives ``tests/programs/actor.c`` and keeps the model: each method is one thing that one
-process does, done for real and written down. It knows nothing of the package; `mapped_by_proc`
-reads ``/proc`` on its own. `Judge` compares the two with what a watch says.
+process does, done for real and written down. Nothing here knows the package; `mapped_by_proc`
+reads ``/proc`` on its own. ``model_judge`` compares the two with what a watch says.
 
 A page that a background thread maps and unmaps all the time is *restless*: the model cannot know
 it. A child that shares its parent's memory is *silent* until somebody had reason to tell of it.
@@ -21,9 +21,19 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from support.kernel import Ledger
-
-__all__ = ["ARENA", "ARENA_PAGES", "PAGE", "Actor", "File", "Judge", "Move", "Piece", "World", "subreaper"]
+__all__ = [
+    "ARENA",
+    "ARENA_PAGES",
+    "PAGE",
+    "Actor",
+    "File",
+    "Move",
+    "Piece",
+    "Ranges",
+    "World",
+    "mapped_by_proc",
+    "merged",
+]
 
 PAGE = 4096
 #: Mappings that are not placed by the kernel go here, where nothing else ever is.
@@ -32,8 +42,6 @@ ARENA_PAGES = 24
 _PR_SET_CHILD_SUBREAPER = 36
 
 Ranges = tuple[tuple[int, int], ...]
-#: By process and file.
-Map = dict[tuple[int, "File"], Ranges]
 
 
 class File(NamedTuple):
@@ -50,7 +58,7 @@ class File(NamedTuple):
 
 
 class Page(NamedTuple):
-    """One page of an address space. Pages of one call of mmap share its number."""
+    """One page of an address space. Pages of one call of mmap share its number; 0: nobody knows which."""
 
     file: File | None
     call: int
@@ -103,7 +111,7 @@ class Space:
         return merged((page.file, at) for at, page in self.pages.items() if page.file and page.protection == "rx")
 
     def pieces(self) -> list[Piece]:
-        """All but what dlopen mapped, which only dlclose may touch."""
+        """All but what dlopen mapped, which only dlclose may touch, and what chance left there."""
         fixed = {at for pages, _ in self.opened.values() for at in pages}
         found: list[Piece] = []
         for at in sorted(set(self.pages) - fixed):
@@ -111,7 +119,7 @@ class Space:
             last = found[-1] if found else None
             if last and at == last.at + last.pages * PAGE and page == _after(last.first, last.pages):
                 found[-1] = last._replace(pages=last.pages + 1)
-            elif page.file:
+            elif page.file and page.call:
                 found.append(Piece(at, 1, page))
         return found
 
@@ -384,7 +392,7 @@ class World:
             for file, ranges in mapped_by_proc(space.holders[0].tid).items():
                 for start, end in ranges if file in space.unknown else ():
                     for at in range(start, end, PAGE):
-                        space.pages.setdefault(at, Page(file, next(self._calls), "rx", 0))
+                        space.pages.setdefault(at, Page(file, 0, "rx", 0))
             space.unknown = set()
 
     # ---- processes ----------------------------------------------------------------------------
@@ -502,160 +510,3 @@ class World:
         for pid in self.pids:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-
-
-class Judge:
-    """Whether a watch, the model and ``/proc`` agree.
-
-    Args:
-        ledger: the watch, started; what it told is checked as it comes.
-        marker: a world of one process and one library: what this maps is told after all that
-            happened before.
-        with_programs: the watch has a rule for the actors' program.
-    """
-
-    def __init__(self, ledger: Ledger, marker: World, *, with_programs: bool = False) -> None:
-        self._ledger, self._marker = ledger, marker
-        self._with_programs = with_programs
-        self._is_marked = False
-        marker.start()
-        self.comparisons = 0
-
-    def barrier(self) -> None:
-        """Takes all events of what has happened so far."""
-        (actor,) = self._marker.actors
-        if self._is_marked:
-            self._marker.run([(actor, self._marker.unmap(actor, ARENA, 1))])
-        else:
-            self._marker.run([(actor, self._marker.map(actor, 0, ARENA, 1, sharing="private"))])
-        self._is_marked = not self._is_marked
-        self._marker.steps.clear()
-        inode = File.at(self._marker.library(0)).inode
-        self._ledger.wait_for(
-            lambda: (inode in self._ledger.inodes(actor.pid)) == self._is_marked, "the marker was not told of"
-        )
-
-    def told(self, pids: set[int]) -> set[tuple[int, File]]:
-        """Who has what by the events so far."""
-        return {
-            (process.pid, File(*file[:3]))
-            for process, files in self._ledger._held.items()
-            if process.pid in pids
-            for file in files
-        }
-
-    def published(self, world: World) -> Map:
-        """Who has what by the watcher's snapshot."""
-        pids = set(world.pids)
-        found: Map = {}
-        for one in self._ledger.watcher.snapshot():
-            file = File(*one.library.id[:3])
-            # A pid may have gone to somebody else, who has none of our files.
-            if one.process.pid in pids and file in world.files | {world.program}:
-                assert (one.process.pid, file) not in found, f"two processes with pid {one.process.pid}"
-                pages = ((file, at) for start, end in one.ranges for at in range(start, end, PAGE))
-                found[one.process.pid, file] = merged(pages).get(file, ())
-        return found
-
-    def expected(self, world: World) -> Map:
-        """Who has what by the model."""
-        found: Map = {}
-        for actor in world.actors:
-            found |= {(actor.pid, file): ranges for file, ranges in actor.space.executable().items()}
-            if self._with_programs:
-                found |= {(actor.pid, world.program): ((actor.image.start, actor.image.stop),)}
-        return found
-
-    def by_proc(self, world: World) -> Map:
-        """Who has what by ``/proc``."""
-        files = world.files | {world.program} if self._with_programs else world.files
-        return {
-            (actor.pid, file): ranges
-            for actor in world.actors
-            for file, ranges in mapped_by_proc(actor.tid).items()
-            if file in files
-        }
-
-    def check(self, world: World) -> None:
-        """Waits until all three agree, and stay so.
-
-        Raises:
-            AssertionError: they do not, with all that was done.
-        """
-        expected = self.expected(world)
-        self._agree(world, self.by_proc(world), expected, "/proc")
-        self.barrier()
-        self._ledger.wait_for(lambda: not self._untold(world, expected), lambda: self._story(world, expected))
-        self._ledger.wait_for(
-            lambda: not self._differences(world, self.published(world), expected), lambda: self._story(world, expected)
-        )
-        self._notice_announced(world)
-        self.barrier()
-        assert not self._untold(world, expected), self._story(world, expected)
-        assert not self._differences(world, self.published(world), expected), self._story(world, expected)
-        self.comparisons += 1
-
-    def forget(self, world: World) -> None:
-        """After the world was closed: nothing of it may be left. Makes room for the next one."""
-        self.check(world)
-        held = self._ledger._held
-        for process in [process for process, files in held.items() if not files]:
-            del held[process]
-        self._ledger.events.clear()
-        self._ledger._checked.clear()
-
-    def _restless(self, world: World) -> set[tuple[int, File]]:
-        return {(actor.pid, file) for actor in world.actors for file in actor.space.restless}
-
-    def _silent(self, world: World, found: set[tuple[int, File]]) -> set[int]:
-        """Those that may be silent and are."""
-        return {actor.pid for actor in world.actors if actor.is_silent} - {pid for pid, _ in found}
-
-    def _notice_announced(self, world: World) -> None:
-        heard = {pid for pid, _ in self.told(set(world.pids))}
-        for actor in world.actors:
-            actor.is_silent = actor.is_silent and actor.pid not in heard
-
-    def _untold(self, world: World, expected: Map) -> set[tuple[int, File]]:
-        """Where the events so far differ from the model."""
-        told = self.told(set(world.pids))
-        silent = self._silent(world, told)
-        wanted = {key for key in expected if key[0] not in silent}
-        # A restless file may be there at any moment, but must be if it also has pages that stay.
-        return (told ^ wanted) - (self._restless(world) - wanted)
-
-    def _differences(self, world: World, found: Map, expected: Map) -> dict[tuple[int, File], tuple[Ranges, Ranges]]:
-        silent = self._silent(world, set(found))
-        restless = self._restless(world)
-        differences = {}
-        for key in found | expected:
-            ours, theirs = found.get(key, ()), expected.get(key, ())
-            is_fine = key[0] in silent or (bool(ours) >= bool(theirs) if key in restless else ours == theirs)
-            if not is_fine:
-                differences[key] = (ours, theirs)
-        return differences
-
-    def _agree(self, world: World, found: Map, expected: Map, who: str) -> None:
-        restless = self._restless(world)
-        for key in found | expected:
-            if key not in restless:
-                assert found.get(key) == expected.get(key), (
-                    f"the model is wrong: {key} has {_hex(expected.get(key, ()))}, but by {who} "
-                    f"{_hex(found.get(key, ()))}\n" + "\n".join(world.steps)
-                )
-
-    def _story(self, world: World, expected: Map) -> str:
-        differences = self._differences(world, self.published(world), expected)
-        lines = [f"untold: {self._untold(world, expected)}"]
-        lines += [
-            f"{pid} {file}: ours {_hex(ours)}, the model's {_hex(theirs)}"
-            for (pid, file), (ours, theirs) in differences.items()
-        ]
-        lines += ["what was done:", *world.steps, "what was told:"]
-        for pid in dict.fromkeys(world.pids):
-            lines += [f"{pid}: {one.event} {one.cause} {one.library.id} {one.t_ns}" for one in self._ledger.of(pid)]
-        return "\n".join(lines)
-
-
-def _hex(ranges: Ranges) -> str:
-    return " ".join(f"{start:x}-{end:x}" for start, end in ranges) or "nothing"

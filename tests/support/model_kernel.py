@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sowatch.bpf.records import FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
+from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
 from sowatch.sources import Losses, Report, group
 from support.records import PAGE, File, Proc
 
@@ -26,26 +26,11 @@ FILES = (SSL, CRYPTO, SSL, LIBC, LIBM)
 WANTED = {SSL, CRYPTO}
 PAGES = 12
 PIDS = range(10, 16)
-#: What a task can do, some of it more often.
+#: What a task can do, and how often.
 CALLS = [
-    "mmap",
-    "mmap",
-    "mmap",
-    "mmap_fixed",
-    "munmap",
-    "munmap",
-    "mprotect_off",
-    "mprotect_on",
-    "mremap",
-    "fork",
-    "fork",
-    "clone_vm",
-    "vfork",
-    "exec",
-    "exit",
-    "thread",
-    "thread",
-    "thread_exit",
+    *["mmap"] * 3,
+    *["munmap", "fork", "thread"] * 2,
+    *["mmap_fixed", "mprotect_off", "mprotect_on", "mremap", "vfork", "exec", "exit", "thread_exit"],
 ]
 
 
@@ -75,6 +60,11 @@ class Mm:
                 found.append([self.pages[page], page, page + 1])
         return found
 
+    def put(self, file, pages):
+        for page in pages:
+            self.hidden.pop(page, None)
+            self.pages[page] = file
+
     def hole(self, count):
         taken = set(self.pages) | set(self.hidden) | set(+self.in_flight)
         starts = (at for at in range(1, PAGES) if not taken & set(range(at, at + count)))
@@ -96,6 +86,8 @@ class Process:
         self.is_live = True
         self.is_vfork = False  # its parent's thread waits for it
         self.is_spawning = False  # made by vfork, and about to exec
+        self.is_new = False  # its fork was not told yet
+        self.is_in_exec = False
 
     @property
     def pid(self):
@@ -211,21 +203,29 @@ class Kernel:
         if not entry.introduced:
             entry.introduced = self.send(self.words(process, entry).intro(t=self.tick_ns()))
 
-    def report_mapping(self, process, file, pages, *, is_touched, is_alone, flags=0):
+    def report_mapping(self, process, file, pages, *, is_alone, flags=0):
         if self.verdicts.get(file.key) is None:
             flags |= FLAG_ASK
-        entry = self.touch(process)
-        entry.under_way -= is_touched
+        entry = self.entry_of(process)
         entry.pages |= set(pages)
         self.introduce(process, entry)
         if not is_alone and entry.mark_dirty():
             flags |= FLAG_DIRTY
         words = self.words(process, entry)
+        words.touches += (1 << 4) - 1  # as it will be once this record is sent
         record = words.map(file, pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns(), flags=flags)
         yield  # the path is walked
         self.send(record)
+        entry.done += 1
+        entry.under_way -= 1
         if not is_alone:
             self.send_dirty(process, entry)
+
+    def report_gone(self, process, pages, *, is_alone):
+        if is_alone:
+            self.send(process.words.range(pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns()))
+        else:
+            self.send_dirty(process, self.find(process.pid))
 
     # ---- system calls; each yield is a moment in which anything may happen ----------------------
 
@@ -236,8 +236,7 @@ class Kernel:
         if maps:
             self.entry_of(process).under_way += 1
         pages = range(at, at + count)
-        if is_fixed and any(mm.in_flight[page] for page in pages):
-            is_fixed = False
+        is_fixed = is_fixed and not any(mm.in_flight[page] for page in pages)
         unmaps = is_fixed and self.matters(process, pages)
         if is_fixed:
             mm.in_flight.update(pages)
@@ -246,22 +245,17 @@ class Kernel:
         if not is_fixed:
             start = mm.hole(count)
             if start is None:
-                if maps:
-                    self.entry_of(process).under_way -= 1
+                self.entry_of(process).under_way -= maps
                 return
             pages = range(start, start + count)
             mm.in_flight.update(pages)
-        for page in pages:
-            mm.hidden.pop(page, None)
-            mm.pages[page] = file
+        mm.put(file, pages)
         if maps or unmaps:
             yield
-        if unmaps and is_alone:
-            self.send(process.words.range(pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns()))
-        elif unmaps:
-            self.send_dirty(process, self.find(process.pid))
+        if unmaps:
+            self.report_gone(process, pages, is_alone=is_alone)
         if maps:
-            yield from self.report_mapping(process, file, pages, is_touched=True, is_alone=is_alone)
+            yield from self.report_mapping(process, file, pages, is_alone=is_alone)
         mm.in_flight.subtract(pages)
 
     def munmap(self, process, at, count, *, only_hides=False, moves=False):
@@ -284,10 +278,7 @@ class Kernel:
         if not is_noted:
             return
         yield
-        if is_alone and not moves:
-            self.send(process.words.range(at * PAGE, (at + count) * PAGE, t=self.tick_ns()))
-        else:
-            self.send_dirty(process, self.find(process.pid))
+        self.report_gone(process, pages, is_alone=is_alone and not moves)
 
     def mprotect_exec(self, process, at, *, is_busy):
         mm = process.mm
@@ -295,19 +286,21 @@ class Kernel:
         if at not in mm.hidden or mm.in_flight[at]:
             return
         mm.in_flight[at] += 1
+        entry = self.entry_of(process)
+        entry.under_way += 1
         yield
         mm.pages[at] = mm.hidden.pop(at)
         yield
         mm.in_flight[at] -= 1
-        if is_busy and not is_alone:  # bpf_find_vma found the lock taken
-            self.send_dirty(process, self.touch(process))
-            return
         file, first, end = next(vma for vma in mm.vmas() if vma[1] <= at < vma[2])
-        if self.verdicts.get(file.key) is not False:
-            pages = range(first, end)
-            yield from self.report_mapping(
-                process, file, pages, is_touched=False, is_alone=is_alone, flags=FLAG_MPROTECT
-            )
+        if is_busy and not is_alone:  # bpf_find_vma found the lock taken
+            self.send_dirty(process, entry)
+            entry.done += 1
+            entry.under_way -= 1
+        elif self.verdicts.get(file.key) is False:
+            entry.under_way -= 1
+        else:
+            yield from self.report_mapping(process, file, range(first, end), is_alone=is_alone, flags=FLAG_MPROTECT)
 
     def fork(self, task, *, is_shared, is_vfork):
         parent = task.process
@@ -321,6 +314,7 @@ class Kernel:
         is_alone = mm.users == 1
         first = child.new_task()
         first.waits_for = first  # not before its parent has told of it
+        child.is_new = True
         self.processes[child.pid] = child
         if is_vfork or not is_shared:
             yield
@@ -336,19 +330,21 @@ class Kernel:
             has_exe = bool(entry and entry.introduced)
             self.words(child, inherited)
             record = parent.words.fork(child.words, t=self.tick_ns(), flags=flags, with_exe=not has_exe)
-            yield
             # Nothing else tells who shares a space, so that one cannot be repaired.
             is_sent = self.send(record, is_vital=is_shared and not is_vfork)
             if inherited:
                 inherited.introduced = is_sent
         first.waits_for = None
+        child.is_new = False
         if is_shared and is_vfork:
             child.is_vfork = child.is_spawning = True
             task.waits_for = child
 
     def exec(self, task):
         process = task.process
+        process.is_in_exec = True
         self.leave_space(process, [one for one in process.tasks if one is not task])
+        yield
         process.mm.users -= 1
         process.mm = Mm()
         process.mm.users = 1
@@ -359,6 +355,8 @@ class Kernel:
             process.words.exec_id -= 1
             self.send(process.words.exec(t=self.tick_ns()))
         self.followed.pop(process.pid, None)
+        yield
+        process.is_in_exec = False
 
     def exit(self, task, *, is_told_twice):
         process = task.process
@@ -488,8 +486,10 @@ class Kernel:
 
     def visit(self, pid):
         process = self.processes.get(pid)
-        if process is None or not process.is_live or process.is_vfork:
+        if process is None or not process.is_live or process.is_vfork or process.is_new:
             return []
+        if process.is_in_exec:
+            return [process.words.visit(t=self.tick_ns(), flags=FLAG_AGAIN)]
         rows = []
         mm, entry, words = process.mm, self.find(pid), process.words
         if entry:
@@ -524,6 +524,7 @@ class Kernel:
         self.verdicts.update(dict.fromkeys(keys, is_wanted))
 
     def settle(self, pid, start_ns, touches):
+        self.between()
         entry = self.followed.get(pid)
         if entry is None or entry.start_ns != start_ns:
             return False

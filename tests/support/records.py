@@ -124,9 +124,9 @@ class Proc:
         """RECORD_EXIT."""
         return _sized(RangeRecord(*self._head(RecordType.EXIT, t, 0), 0, 0))
 
-    def visit(self, *, t: int = 0) -> RangeRecord:
+    def visit(self, *, t: int = 0, flags: int = 0) -> RangeRecord:
         """RECORD_VISIT, the one record that is a bare head."""
-        return _sized(RangeRecord(*self._head(RecordType.VISIT, t, 0)))
+        return _sized(RangeRecord(*self._head(RecordType.VISIT, t, flags)))
 
     def intro(self, *, t: int = 0) -> ProcessRecord:
         """RECORD_INTRO."""

@@ -21,14 +21,15 @@ from sowatch.cli import explain as command
 from sowatch.events import Library, LibraryEvent, Process
 from sowatch.explain import FileLook, Known, KnownFile, KnownProcess, MappedIn, Try, VerdictAnswer, to_dict
 from sowatch.explain.assemble import (
+    FilesByAddress,
     Group,
     Memory,
     PathFacts,
     ProcessFacts,
+    Shown,
     answers,
     group_rows,
     ids_of,
-    known_file_at,
     path_report,
     process_report,
     relation_of,
@@ -107,7 +108,7 @@ class Case:
         self.followed: Followed | None = Followed(10_000_077, 1, False, True, False, 1, ((0x1000, 0x2000),))
         self.is_waiting = False
         self.is_silent = False
-        self.exact: dict[bytes, Verdict | None] = {}
+        self.exact: dict[Any, Verdict | None] = {}
         self.others: list[Verdict] = []
         self.blocked: list[BlockedFile] = []
         self.registered: list[RegisteredFile] = []
@@ -132,7 +133,9 @@ class Case:
 
     @property
     def memory(self) -> Memory:
-        return Memory(self.exact, self.others, self.blocked, self.registered, 1000.0, self.is_repaired)
+        return Memory.of(
+            self.exact, self.others, self.blocked, self.registered, now_s=1000.0, is_repaired=self.is_repaired
+        )
 
     def report(self) -> Any:
         maps = self.rows if isinstance(self.rows, Miss) else group_rows(self.rows, self.root)
@@ -222,19 +225,36 @@ def test_a_deleted_file_and_the_new_one_under_its_name_are_two() -> None:
     assert [(one.inode, one.is_deleted) for one in group_rows(rows, "/")] == [(100, True), (101, False)]
 
 
+def find(files: Sequence[KnownFile], *rows: MapRow) -> KnownFile | None:
+    process = KnownProcess(Process(10, 1), 0, True, False, False, tuple(files))
+    return FilesByAddress(process).find(group(*rows))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), max_size=8), st.integers(0, 9), st.integers(1, 3))
+def test_the_file_is_the_one_that_a_search_of_all_ranges_finds(
+    made: list[tuple[int, int]], start: int, length: int
+) -> None:
+    spans = {at: ((0x1000 * at, 0x1000 * (at + 1)), inode) for at, inode in made}
+    ranges = {inode: tuple(span for span, of in spans.values() if of == inode) for inode in (0, 1)}
+    files = [known_file(File(inode=100 + inode), ranges[inode]) for inode in (0, 1)]
+    wanted = row(start=0x1000 * start)._replace(end=0x1000 * (start + length))
+    expected = any(begin < wanted.end and end > wanted.start for begin, end in ranges[0])
+    assert find(files, wanted) == (files[0] if expected else None)
+
+
 def test_a_file_of_the_map_is_found_by_its_address() -> None:
     file = known_file()
-    assert known_file_at([file], group(row(start=0x1000))) is file
-    assert known_file_at([file], group(row(start=0x2000))) is None
+    assert find([file], row(start=0x1000)) is file
+    assert find([file], row(start=0x2000)) is None
 
 
 def test_another_inode_on_the_same_device_is_another_file_at_the_same_address() -> None:
-    assert known_file_at([known_file()], group(row(inode=101))) is None
+    assert find([known_file()], row(inode=101)) is None
 
 
 def test_on_another_device_the_inode_may_differ_as_it_does_on_overlayfs() -> None:
     file = known_file()
-    assert known_file_at([file], group(row(inode=101, dev=(0, 40)))) is file
+    assert find([file], row(inode=101, dev=(0, 40))) is file
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
@@ -424,6 +444,19 @@ def test_a_file_without_a_kernel_identity_is_compared_by_device_and_inode(case: 
     assert [one.reason for one in case.only().blocked] == ["no symbol"]
 
 
+def test_the_generation_that_a_file_system_tells_rules_out_what_had_the_number_before(case: Case) -> None:
+    case.files = []
+    case.look = replace(ELF, generation=6)
+    case.blocked = [BlockedFile("tls", FileId(254, 0, 100, 5), "/tmp/x.so", "no symbol", 900.0, 1600.0, NOW_NS)]
+    case.others = [Verdict(key_of(100, generation=5), True, None)]
+    found = case.only()
+    assert (found.library.id, found.id_from) == (FileId(254, 0, 100, 6), "proc")
+    assert (found.verdict, found.blocked) == (VerdictAnswer("none"), ())
+    case.others.append(Verdict(key_of(100, generation=6), False, 30))
+    found = case.only()
+    assert (found.library.id, found.id_from, found.verdict.verdict) == (FileId(254, 0, 100, 6), "verdict", "ignore")
+
+
 def test_the_state_of_an_activation_is_told(case: Case) -> None:
     library = Library(LIBRARY, FileId(254, 0, 100, 1))
     case.registered = [
@@ -524,7 +557,7 @@ def test_a_process_whose_leader_has_ended_runs_on(case: Case) -> None:
 
 # ---- a path -------------------------------------------------------------------------------------
 
-HERE = PathFacts("/lib/libssl.so.3", LIBRARY, "regular file", None, FileId(254, 0, 100))
+HERE = PathFacts("/lib/libssl.so.3", LIBRARY, "regular file", None, Shown(254, 0, 100))
 GONE = PathFacts(LIBRARY, LIBRARY, None, "No such file or directory", None)
 
 
@@ -555,31 +588,31 @@ def test_rows_on_the_device_with_the_inode_are_of_the_file() -> None:
 
 
 def test_on_devices_that_file_systems_invent_only_the_mapping_itself_can_tell() -> None:
-    here = replace(HERE, id=FileId(0, 30, 100))
+    here = replace(HERE, shown=Shown(0, 30, 100))
     assert same_file(here, (), group(row(dev=(0, 40))), None) is None
     assert same_file(here, (), group(row(dev=(254, 0))), None) is False
 
 
 def test_an_identity_of_the_kernel_settles_which_file_it_is() -> None:
-    here = replace(HERE, id=FileId(0, 30, 100))
+    here = replace(HERE, shown=Shown(0, 30, 100))
     file = known_file()
     assert same_file(here, {file.name.file_id}, group(row(dev=(0, 40))), file) is True
 
 
 def test_the_identities_of_a_path_are_the_kernels_where_it_has_any(case: Case) -> None:
-    assert ids_of(HERE, case.known, []) == (Candidate(FileId(254, 0, 100, 1), "map"),)
+    assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100, 1), "map"),)
     case.is_known = False
-    verdicts = [Verdict(key_of(100, generation=3), True, None)]
-    assert ids_of(HERE, case.known, verdicts) == (Candidate(FileId(254, 0, 100, 3), "verdict"),)
-    assert ids_of(HERE, case.known, []) == (Candidate(FileId(254, 0, 100), "proc"),)
-    assert ids_of(GONE, case.known, verdicts) == ()
+    assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100), "proc"),)
+    case.others = [Verdict(key_of(100, generation=3), True, None)]
+    assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100, 3), "verdict"),)
+    assert ids_of(GONE, case.known, case.memory) == ()
 
 
 def test_a_file_below_an_overlay_is_identified_by_its_name_in_our_view(case: Case) -> None:
-    here = replace(HERE, id=FileId(0, 30, 100))
-    assert ids_of(here, case.known, []) == (Candidate(FileId(254, 0, 100, 1), "map"),)
+    here = replace(HERE, shown=Shown(0, 30, 100))
+    assert ids_of(here, case.known, case.memory) == (Candidate(FileId(254, 0, 100, 1), "map"),)
     case.files = [known_file(File(LIBRARY, 100, root=OTHER_VIEW))]
-    assert ids_of(here, case.known, []) == (Candidate(FileId(0, 30, 100), "proc"),)
+    assert ids_of(here, case.known, case.memory) == (Candidate(FileId(0, 30, 100), "proc"),)
 
 
 def mapped_in(relation: str, **changes: Any) -> MappedIn:
@@ -779,7 +812,7 @@ def test_names_that_others_chose_are_escaped_in_the_text_of_a_process(case: Case
 
 
 def test_names_that_others_chose_are_escaped_in_the_text_of_a_path(case: Case) -> None:
-    facts = PathFacts(NASTY, f"/x{NASTY}", "regular file", None, FileId(254, 0, 100))
+    facts = PathFacts(NASTY, f"/x{NASTY}", "regular file", None, Shown(254, 0, 100))
     report = path_of(nasty(case), facts, [mapped_in("deleted", path=NASTY, process=case.process)], case.look)
     text = "\n".join(command._path(report))
     assert "/tmp/lib\\x1b[31m\\n\\u202e\\xff.so" in text

@@ -91,7 +91,7 @@ class Owner:
         there = self.kernel.processes.get(process.id.pid)
         if there is None or not there.is_live or there.words.start_ns != process.id.start_ns:
             self.tracker.forget(process, "repair", since_ns)
-        elif process.is_announced:
+        else:
             self.tracker.dirty.setdefault(process.id.pid, Causes("repair", "repair"))
 
     def close(self):
@@ -211,10 +211,9 @@ class Machine(RuleBasedStateMachine):
         if tasks:
             self.kernel.finish(tasks[which % len(tasks)])
 
-    @rule()
-    def drain(self):
-        self.owner.drain()
-        self.check()
+    @rule(meanwhile=scripts)
+    def drain(self, meanwhile):
+        self.during(meanwhile, self.owner.drain)
 
     @precondition(lambda self: self.owner.tracker.dirty)
     @rule(meanwhile=scripts)

@@ -6,10 +6,8 @@ set they are the same each time; a failure tells its steps in any case, for the 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sowatch import Rule
-from sowatch.config import Config
 from support.kernel import Ledger
-from support.model import ARENA, ARENA_PAGES, PAGE, Actor, File, Judge, Move, Piece, World, subreaper
+from support.model import ARENA, ARENA_PAGES, PAGE, Actor, Move, Piece, World
+from support.model_judge import Judge, Stage
 from support.programs import make_libraries
 
 EXAMPLES = int(os.environ.get("SOWATCH_MODEL_EXAMPLES") or 300)
@@ -244,9 +241,7 @@ class Machine(RuleBasedStateMachine):
     @room()
     @rule(who=some)
     def one_shares_its_memory(self, who: int) -> None:
-        if not (actor := self.pick(who)).space.executable():
-            return  # XXX
-        self.world.share(actor)
+        self.world.share(self.pick(who))
 
     @room()
     @rule(who=some)
@@ -256,10 +251,7 @@ class Machine(RuleBasedStateMachine):
     @room()
     @rule(who=some, number=st.none() | numbers)
     def one_vforks(self, who: int, number: int | None) -> None:
-        actor = self.pick(who)
-        if not actor.space.executable():
-            number = None  # XXX
-        self.world.vfork(actor, number)
+        self.world.vfork(self.pick(who), number)
 
     @anybody()
     @rule(who=some, number=numbers, count=st.integers(1, 3))
@@ -316,30 +308,17 @@ def check(
     record_property: Any,
 ) -> Callable[..., None]:
     """``check(examples, with_programs=...)`` runs so many sequences under one watch."""
-    actor = scratch / "actor"
-    shutil.copy(programs.variant("actor", "-pthread"), actor)
-    templates = make_libraries(tmp_path, LIBRARIES)
+    actor, libraries = programs.variant("actor", "-pthread"), make_libraries(tmp_path, LIBRARIES)
 
-    def run(examples: int, *, with_programs: bool = False, **config: Any) -> None:
-        rules = [Rule(rf"^{scratch}/\w+/lib|^/memfd:lib", name="libraries")]
-        if with_programs:
-            rules.append(Rule(rf"^{actor}$", name="programs", kind="executable"))
-        ledger = open_ledger(*rules, config=Config(**config))
-        files: set[File] = set()
-
-        def make_world(name: str, templates: list[Path] = templates) -> World:
-            (scratch / name).mkdir(exist_ok=True)
-            return World(actor, templates, scratch / name, deadline(10), files)
-
-        with subreaper(), contextlib.closing(make_world("marker", templates[:1])) as marker:
-            judge = Judge(ledger, marker, with_programs=with_programs)
-            one = type("One", (Machine,), {"make_world": staticmethod(lambda: make_world("world")), "judge": judge})
+    def run(examples: int, **options: Any) -> None:
+        with Stage(actor, libraries, scratch, open_ledger, deadline(10), **options) as stage:
+            judge = stage.watch()
+            one = type("One", (Machine,), {"make_world": staticmethod(stage.world), "judge": judge})
             run_state_machine_as_test(one, settings=settings(SETTINGS, max_examples=examples))
-            report = ledger.watcher.audit()
-            assert report.differences == ()
+            assert stage.ledger.watcher.audit().differences == ()
+            stage.ledger.stop()
         record_property("comparisons", judge.comparisons)
-        record_property("stats", str(ledger.watcher.stats))
-        ledger.stop()
+        record_property("stats", str(stage.ledger.watcher.stats))
 
     return run
 
