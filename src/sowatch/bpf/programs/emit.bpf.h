@@ -155,6 +155,18 @@ static __always_inline __u32 pid_in_own_namespace(struct task_struct *task)
 
 enum process_text { WITHOUT_EXE, WITH_EXE };
 
+/*
+ * What user space may settle a process by after a mapping or a reading: nothing, while a thread
+ * may be on its way to map a file, which is counted already and not told yet. The reader holds the
+ * address space itself.
+ */
+static __always_inline __u32 touches_of(enum scratch_owner owner, struct task_struct *task, struct process *process)
+{
+	int holders = BPF_CORE_READ(task, mm, mm_users.counter);
+
+	return process && holders == (owner == SCRATCH_READER ? 2 : 1) ? process->touches : 0;
+}
+
 /* All that user space could not read any more if the process were gone by then. */
 static __always_inline bool send_process(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
 					 struct task_struct *parent, struct process *process, enum record_type type,
@@ -214,7 +226,7 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 		return false;
 	record = &scratch->record.map;
 	fill_head(&record->head, task, RECORD_MAP, flags, 0);
-	record->head.touches = process ? process->touches : 0;
+	record->head.touches = touches_of(owner, task, process);
 	record->key = *key;
 	record->start = start;
 	record->end = end;

@@ -95,6 +95,12 @@ static __always_inline void make_key(struct task_struct *task, struct file *file
 	key->epoch = rules_epoch;
 }
 
+static __always_inline bool is_same_key(const struct file_key *one, const struct file_key *other)
+{
+	return one->file.inode == other->file.inode && one->file.generation == other->file.generation &&
+	       one->dentry == other->dentry && one->mnt == other->mnt && one->name_hash == other->name_hash;
+}
+
 static __always_inline enum verdict look_up_verdict(const struct file_key *key)
 {
 	struct verdict_value *value = bpf_map_lookup_elem(&verdicts, key);

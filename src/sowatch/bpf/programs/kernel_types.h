@@ -209,6 +209,7 @@ struct task_struct {
 	struct completion *vfork_done;
 	__u64 start_boottime;
 	__u32 self_exec_id;
+	unsigned int personality;
 	char comm[16];
 };
 
@@ -244,6 +245,7 @@ struct syscall_exit {
 };
 
 /* include/uapi/asm-generic/mman-common.h, linux/magic.h, linux/fs.h, linux/mm.h, uapi/linux/auxvec.h */
+#define PROT_READ 0x1
 #define PROT_EXEC 0x4
 #define MAP_FIXED 0x10
 #define MAP_ANONYMOUS 0x20
@@ -255,5 +257,8 @@ struct syscall_exit {
 #define BTRFS_SUPER_MAGIC 0x9123683e
 #define AT_BASE 7
 #define TASK_NEW 0x800 /* linux/sched.h */
+#define READ_IMPLIES_EXEC 0x0400000
+#define S_IFMT 00170000
+#define S_IFREG 0100000
 #define PAGE_SHIFT 12
 #define PAGE_MASK_LOW 0xfffULL

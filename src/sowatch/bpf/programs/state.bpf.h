@@ -182,7 +182,8 @@ static __always_inline void remove_process(__u32 tgid)
 
 	if (!process)
 		return;
-	if (process->touches)
+	/* Taken, not read: user space may be settling it at this moment. */
+	if (__sync_lock_test_and_set(&process->touches, 0))
 		__sync_fetch_and_sub(slot_of(tgid), 1);
 	bpf_map_delete_elem(&processes, &tgid);
 }

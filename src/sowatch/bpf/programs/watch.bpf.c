@@ -57,11 +57,18 @@ static __always_inline __u64 whole_pages(__u64 length)
 	return (length + PAGE_MASK_LOW) & ~PAGE_MASK_LOW;
 }
 
+/* What mmap and mprotect are asked for, and what an old personality adds to it. */
+static __always_inline bool makes_executable(__u64 protection)
+{
+	return protection & PROT_EXEC ||
+	       (protection & PROT_READ && READ(current_task(), personality) & READ_IMPLIES_EXEC);
+}
+
 SEC("tp/syscalls/sys_enter_mmap")
 int enter_mmap(struct syscall_enter *context)
 {
 	__u64 protection = context->args[2], flags = context->args[3];
-	bool maps_file = (protection & PROT_EXEC) && !(flags & MAP_ANONYMOUS);
+	bool maps_file = !(flags & MAP_ANONYMOUS) && makes_executable(protection);
 	bool replaces = flags & MAP_FIXED;
 	struct pending call = {};
 	__u64 pid_tgid;
@@ -77,6 +84,9 @@ int enter_mmap(struct syscall_enter *context)
 		if (!has_own_fds(task))
 			call.kind |= PENDING_UNSURE_FD;
 		if (file) {
+			/* A device may put another file into the mapping than its own. */
+			if ((READ(file, f_inode, i_mode) & S_IFMT) != S_IFREG)
+				call.kind |= PENDING_UNSURE_FD;
 			make_key(task, file, &call.key);
 			verdict = look_up_verdict(&call.key);
 			/* Another thread may put another file in place of an ignored one. */
@@ -129,7 +139,7 @@ int enter_mprotect(struct syscall_enter *context)
 	struct pending call = {
 		.kind = PENDING_MPROTECT_EXEC, .start = context->args[0], .length = whole_pages(context->args[1])};
 
-	if (!(context->args[2] & PROT_EXEC))
+	if (!makes_executable(context->args[2]))
 		return enter_range_call(context->args[0], context->args[1], PENDING_UNMAP);
 	note(bpf_get_current_pid_tgid(), &call);
 	return 0;
@@ -143,8 +153,10 @@ int enter_mremap(struct syscall_enter *context)
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct process *process = find_process(pid_tgid >> 32);
 	struct pending call = {.kind = PENDING_REREAD};
+	/* Without a length a shared mapping is not moved, but mapped once more. */
+	__u64 old_length = context->args[1] ? whole_pages(context->args[1]) : 1;
 
-	if (matters(process, old, whole_pages(context->args[1])) ||
+	if (matters(process, old, old_length) ||
 	    (flags & MREMAP_FIXED && matters(process, context->args[4], whole_pages(new_length))))
 		note(pid_tgid, &call);
 	return 0;
@@ -204,7 +216,8 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct task_struct *task = current_task();
 	struct found_vma found = {};
-	struct process *process;
+	struct process *process = NULL;
+	bool is_whole = true;
 	bool is_alone_now;
 	__u32 flags = 0;
 
@@ -222,34 +235,37 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		bool confirmed = find_vma_at(start, &found) == 0;
 		enum verdict verdict;
 
-		if (confirmed && (!found.file || !found.is_executable)) {
-			untouch(call, tgid);
-			return 0;
+		/* mprotect may span several mappings, of which this is the first. */
+		if (call->kind & PENDING_MPROTECT_EXEC) {
+			flags |= FLAG_MPROTECT;
+			is_whole = confirmed && start + call->length <= found.end;
 		}
-		if (!confirmed && !found.file) {
-			send_dirty(task, touch_process(task));
-			return 0;
+		/* The file may have been closed since the entry, and its memory be another one's. */
+		if (!confirmed && found.file) {
+			make_key(task, TYPED(struct file, found.file), &found.key);
+			if (!is_same_key(&found.key, &call->key))
+				found.file = NULL;
 		}
-		verdict = look_up_verdict(&found.key);
-		if (verdict == VERDICT_IGNORE && confirmed) {
+		verdict = found.file ? look_up_verdict(&found.key) : VERDICT_NONE;
+		if (verdict == VERDICT_IGNORE && confirmed)
 			count(COUNT_IGNORED);
+		if (!found.file || !found.is_executable || (verdict == VERDICT_IGNORE && confirmed)) {
+			if (!confirmed || !is_whole)
+				send_dirty(task, touch_process(task));
 			untouch(call, tgid);
 			return 0;
 		}
 		if (verdict == VERDICT_NONE)
 			flags |= FLAG_ASK;
-		/* mprotect may span mappings of several files, of which this is the first. */
-		if (call->kind & PENDING_MPROTECT_EXEC) {
-			flags |= FLAG_MPROTECT;
-			if (start + call->length > found.end)
-				is_alone_now = false;
-		}
-		if (!confirmed)
+		if (!confirmed || !is_whole)
 			is_alone_now = false;
 	} else if (call->kind & PENDING_ASK) {
 		flags |= FLAG_ASK;
 	}
-	process = call->kind & PENDING_TOUCHED ? find_process(tgid) : touch_process(task);
+	if (call->kind & PENDING_TOUCHED)
+		process = find_process(tgid);
+	if (!process) /* or it was settled since the entry */
+		process = touch_process(task);
 	if (process) {
 		add_range(process, found.start, found.end);
 		introduce(task, process);
@@ -288,16 +304,27 @@ int leave(struct syscall_exit *context)
 		else
 			send_dirty(task, find_process(pid_tgid >> 32));
 	}
-	if (call->kind & PENDING_REREAD)
-		send_dirty(task, find_process(pid_tgid >> 32));
+	if (call->kind & PENDING_REREAD) {
+		struct process *process = find_process(pid_tgid >> 32);
+
+		/* The reader may have passed the place where this has put something. */
+		if (!process && report & REPORT_RANGES)
+			process = touch_process(task);
+		send_dirty(task, process);
+	}
 	if (call->kind & PENDING_MAP) {
 		if (is_error(ret))
 			untouch(call, pid_tgid >> 32);
 		else
 			report_mapping(call, ret);
 	}
-	if (call->kind & PENDING_MPROTECT_EXEC && !ret)
-		report_mapping(call, call->start);
+	if (call->kind & PENDING_MPROTECT_EXEC) {
+		/* A hole, or a mapping that may not be, ends it, but what came before it is done. */
+		if (is_error(ret))
+			send_dirty(task, touch_process(task));
+		else
+			report_mapping(call, call->start);
+	}
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
 	__sync_fetch_and_sub(&calls_under_way, 1);
 	return 0;
@@ -556,7 +583,7 @@ static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct 
 	struct record visit = {};
 
 	fill_head(&visit, task, RECORD_VISIT, flags, sizeof(visit));
-	visit.touches = process ? process->touches : 0;
+	visit.touches = touches_of(SCRATCH_READER, task, process);
 	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
 }
 
