@@ -69,7 +69,9 @@ class Config:
                 raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")
         for name in ("ignore_ttl_s", "block_ttl_s"):
             if not 0 < getattr(self, name) < 1e9:
-                raise ConfigError(name, f"{getattr(self, name)} is not a number of seconds from 0 to a billion.")
+                raise ConfigError(
+                    name, f"{getattr(self, name)} is not a positive number of seconds (at most a billion)."
+                )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed.
