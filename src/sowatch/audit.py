@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final, Literal, NamedTuple
 
 from sowatch.identity import FileId, ProcessId
@@ -129,11 +131,13 @@ def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Differen
         process, held = entry
         if not process.same_tick(ProcessId(pid, stat.start_ns)):
             return set(_all_of(pid, held))
+    rows.sort(key=lambda row: row.start)
+    ends = [row.end for row in rows]
     found = {
         Difference("extra", pid, one.path, one.file_id.inode, start, end)
         for one in held
         for start, end in one.ranges
-        if not _is_covered(start, end, one.file_id, rows)
+        if not _is_covered(start, end, one.file_id, rows, ends)
     }
     return found | _missing(pid, held, proc, rules, rows)
 
@@ -141,10 +145,12 @@ def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Differen
 def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows: Collection[MapRow]) -> set[Difference]:
     """Rows of wanted files that the map does not have."""
     found: set[Difference] = set()
-    ours = [span for one in held for span in one.ranges]
+    ours = sorted(span for one in held for span in one.ranges)
+    starts = [start for start, _ in ours]
+    reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
     images = root = None
     for row in rows:
-        if any(start <= row.start and row.end <= end for start, end in ours):
+        if row.end <= reach[bisect_right(starts, row.start)]:
             continue
         if root is None:
             root = _root_of(pid, proc)
@@ -169,17 +175,17 @@ def _root_of(pid: int, proc: ProcFs) -> bytes:
         return b"/"
 
 
-def _is_covered(start: int, end: int, file_id: FileId, rows: Iterable[MapRow]) -> bool:
-    """Whether rows of one file that could be this one cover the range without a gap."""
+def _is_covered(start: int, end: int, file_id: FileId, rows: Sequence[MapRow], ends: Sequence[int]) -> bool:
+    """Whether rows of one file that could be this one cover the range without a gap; ``ends`` are those of rows."""
     at = start
-    for row in sorted(rows, key=lambda row: row.start):
+    for number in range(bisect_right(ends, start), len(rows)):
+        row = rows[number]
         # On overlayfs and btrfs the device differs, on overlayfs across layers the inode may too.
-        if row.start <= at < row.end and (
-            row.inode == file_id.inode or (row.major, row.minor) != (file_id.major, file_id.minor)
-        ):
-            at = row.end
-            if at >= end:
-                return True
+        if row.start > at or (row.inode != file_id.inode and (row.major, row.minor) == (file_id.major, file_id.minor)):
+            return False
+        at = row.end
+        if at >= end:
+            return True
     return False
 
 

@@ -34,6 +34,8 @@ class Config:
         max_processes: processes the kernel side can follow at once.
         max_verdicts: files the kernel side remembers an answer for (least recently used go first).
         max_pending: system calls of interest that can be under way at once.
+        max_records_s: changes one process may report in a second. What it does beyond that is counted
+            as lost, and readings tell what it has mapped; the other processes are not kept waiting.
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.
@@ -52,6 +54,7 @@ class Config:
     max_processes: int = 16_384
     max_verdicts: int = 65_536
     max_pending: int = 8_192
+    max_records_s: int = 20_000
     ignore_ttl_s: float = 60.0
     queue_events: int = 200_000
     block_ttl_s: float = 3_600.0
@@ -63,7 +66,7 @@ class Config:
         ring = self.ring_bytes
         if ring < 4096 or ring > 1 << 30 or ring & (ring - 1):
             raise ConfigError("ring_bytes", f"{ring} is not a power of two from 4096 to {1 << 30}. Use 8388608.")
-        for name in ("max_processes", "max_verdicts", "max_pending", "queue_events", "max_blocked"):
+        for name in ("max_processes", "max_verdicts", "max_pending", "max_records_s", "queue_events", "max_blocked"):
             value = getattr(self, name)
             if not 1 <= value <= 1 << 24:
                 raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")

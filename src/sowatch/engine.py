@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -99,12 +99,16 @@ class Engine:
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
         self._can_read_one = True
+        #: Throttled processes that are to be read before their losses are repaired, and what that told.
+        self._throttled: set[int] = set()
+        self._throttled_since = 0.0
         self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
         self._has_ended = False
         self._jobs_lock = threading.Lock()
         self.own_pid = os.getpid()
         self.repairs = 0
         self.lost = 0
+        self.throttled = 0
         self.rereads = 0
         self.is_repaired = True
 
@@ -230,6 +234,9 @@ class Engine:
             self._snapshot()
             self._loop(poller)
             self._drain()
+            self._check_losses()
+            if not self.is_repaired:
+                self._repair()
             self._publisher.flush_all()
         except BaseException as error:
             self._failure = error
@@ -432,6 +439,8 @@ class Engine:
         again = self._tracker.merge(readings, records, LIVE, own_causes=due)
         for pid in again:
             self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
+        if self._throttled:
+            self._unthrottle(due)
         self._flush()
 
     def _look_at_narrow(self, now: float) -> None:
@@ -454,23 +463,51 @@ class Engine:
     # ---- losses and repairs -------------------------------------------------------------------
 
     def _check_losses(self) -> None:
-        losses = self._source.losses()
-        if losses != self._losses:
-            self._lose(sum(losses) - sum(self._losses))
-            self._losses = losses
+        before, self._losses = self._losses, self._source.losses()
+        if throttled := self._losses.throttled - before.throttled:
+            self._throttle(throttled)
+        if others := sum(self._losses) - sum(before) - throttled:
+            self._lose(others)
+            if self._repair_at is None:
+                self._repair_at = time.monotonic()
 
     def _lose(self, count: int) -> None:
         self.lost += count
         self.is_repaired = False
         self._publisher.announce(lambda: Lost(time.time_ns(), count, "kernel"))
-        if self._repair_at is None:
-            self._repair_at = time.monotonic()
+
+    def _throttle(self, count: int) -> None:
+        """Processes that said too much: a reading of each repairs what the kernel dropped of it."""
+        self._lose(count)
+        self.throttled += count
+        if not self._throttled:
+            self._throttled_since = time.monotonic()
+        self._throttled |= self._tracker.throttled
+        self._tracker.throttled.clear()
+        for pid in self._throttled:
+            self._tracker.dirty[pid] = REPAIR
+
+    def _unthrottle(self, was_read: Collection[int]) -> None:
+        """Readings of these processes were taken over, their changes are still to be flushed."""
+        self._throttled = {pid for pid in self._throttled if pid not in was_read and pid in self._tracker.dirty}
+        if self._throttled or self._repair_at is not None:
+            return
+        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        self._has_repaired(found, time.monotonic() - self._throttled_since)
+
+    def _has_repaired(self, found: Collection[Change], seconds: float) -> None:
+        loads = sum(change.is_load for change in found)
+        self._flush()
+        self.repairs += 1
+        self.is_repaired = True
+        self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
 
     def _repair(self) -> None:
         """Compares the map with what is there. Done when nothing was lost while it ran; else again."""
         begun = time.monotonic()
+        self._check_losses()
         self._repair_at = None
-        before = self._source.losses()
+        before = self._losses
         since_ns = time.monotonic_ns()
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
@@ -484,18 +521,15 @@ class Engine:
         for pid in again:
             self._tracker.dirty.setdefault(pid, REPAIR)
         found = [change for change in self._tracker.changes if change.cause == "repair"]
-        loads = sum(change.is_load for change in found)
-        self._flush()
         after = self._source.losses()
-        self._losses = after
-        seconds = time.monotonic() - begun
-        if after == before:
-            self.repairs += 1
-            self.is_repaired = True
+        # What is dropped of a process that floods is made up for by readings of that process alone.
+        if after._replace(throttled=0) == before._replace(throttled=0):
             self._repair_wait_s = 0.1
-            self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
+            self._throttled.clear()
+            self._has_repaired(found, time.monotonic() - begun)
             return
-        self._lose(sum(after) - sum(before))
+        self._flush()
+        self._check_losses()
         self._repair_at = time.monotonic() + self._repair_wait_s
         self._repair_wait_s = min(SLOWEST_REPAIR_S, 2 * self._repair_wait_s)
 

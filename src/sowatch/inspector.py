@@ -35,6 +35,10 @@ MAX_FACTS: Final = 10_000
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
+#: A file as it was at one time: its ctime in ns says which.
+Version = tuple[FileId, int]
+
+
 class FileFacts(NamedTuple):
     """What a file says of itself. ``is_elf`` is None if it could not be read; ``exports`` if not asked for."""
 
@@ -56,7 +60,7 @@ class Inspection:
 
 class _Order(NamedTuple):
     inspection: Inspection
-    file_id: FileId
+    version: Version
     pid: int
     path: str
     is_own_view: bool
@@ -79,10 +83,10 @@ class Inspector:
         self._proc = proc
         self._exports = exports
         self._on_done = on_done
-        self._known: LRUCache[FileId, FileFacts] = LRUCache(MAX_FACTS)
+        self._known: LRUCache[Version, FileFacts] = LRUCache(MAX_FACTS)
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._under_way: dict[FileId, Inspection] = {}
+        self._under_way: dict[Version, Inspection] = {}
         self._looking: dict[threading.Thread, tuple[float, FileId]] = {}
         self._threads: list[threading.Thread] = []
         self._add_thread()
@@ -100,22 +104,23 @@ class Inspector:
         if stuck == len(self._threads) < MAX_THREADS:
             self._add_thread()
 
-    def known(self, file_id: FileId) -> FileFacts | None:
-        """The facts, if the file was read before."""
+    def known(self, name: Name) -> FileFacts | None:
+        """The facts, if the file was read before and has not changed since."""
         with self._lock:
-            return self._known.get(file_id)
+            return self._known.get((name.file_id, name.changed_ns))
 
     def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
         """Asks for a look at the file of a change; one look serves all who wait for that file."""
         name = change.name
         with self._lock:
-            inspection = self._under_way.get(name.file_id)
+            version = name.file_id, name.changed_ns
+            inspection = self._under_way.get(version)
             if inspection is None:
-                inspection = self._under_way[name.file_id] = Inspection(now_s)
+                inspection = self._under_way[version] = Inspection(now_s)
                 self._orders.put(
                     _Order(
                         inspection,
-                        name.file_id,
+                        version,
                         change.process.pid,
                         name.path,
                         is_own_view,
@@ -140,24 +145,24 @@ class Inspector:
             with self._lock:
                 # One thread a file system that hangs is enough.
                 is_hopeless = any(
-                    now_s - since > STUCK_S and file_id[:2] == order.file_id[:2]
+                    now_s - since > STUCK_S and file_id[:2] == order.version[0][:2]
                     for since, file_id in self._looking.values()
                 )
-                self._looking[me] = (now_s, order.file_id)
+                self._looking[me] = (now_s, order.version[0])
             facts = FileFacts() if is_hopeless else self._look(order)
             with self._lock:
                 del self._looking[me]
                 if facts.is_elf is not None:
-                    self._known[order.file_id] = facts
+                    self._known[order.version] = facts
                 order.inspection.facts = facts
-                self._under_way.pop(order.file_id, None)
+                self._under_way.pop(order.version, None)
             self._on_done()
 
     def _look(self, order: _Order) -> FileFacts:
         fd = open_mapped(
             self._proc,
             order.pid,
-            order.file_id,
+            order.version[0],
             order.path,
             order.ranges,
             is_own_view=order.is_own_view,

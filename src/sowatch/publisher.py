@@ -201,7 +201,7 @@ class Publisher:
         if not change.is_load or not change.name.is_regular:
             return FileFacts()  # an unload has its load's
         assert self.inspector is not None
-        return self.inspector.known(change.name.file_id)
+        return self.inspector.known(change.name)
 
     def _inspect(self, change: Change) -> Inspection:
         facts = self._facts(change)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
-from errno import EINVAL, EPERM, ESRCH
+from errno import E2BIG, EINVAL, EPERM, ESRCH
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self
@@ -53,6 +53,10 @@ class Losses(NamedTuple):
     processes: int = 0
     pending: int = 0
     scratch: int = 0
+    #: Dropped because one process said more than ``Config.max_records_s`` of them in a second.
+    throttled: int = 0
+    #: Runs of a program that the kernel left out, as another was under way on that CPU.
+    skipped: int = 0
 
 
 @dataclass(slots=True)
@@ -173,8 +177,8 @@ class EventSource(Protocol):
 
 #: enum counter; what lies between the two is lost.
 COUNT_RECORDS: Final = 0
-LOST: Final = range(1, 5)
-COUNT_IGNORED: Final = 5
+LOST: Final = range(1, 6)
+COUNT_IGNORED: Final = 6
 #: enum verdict, and the value of the map `verdicts`.
 VERDICT_MATCH: Final = 1
 VERDICT_IGNORE: Final = 2
@@ -228,6 +232,7 @@ class BpfSource:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("core", True, None),)
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
+        self._can_read_one = True
         for program in OBJECTS:
             self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
             try:
@@ -265,6 +270,7 @@ class BpfSource:
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._now_s.value = 1
+        bpf.variable(".bss", "max_records_s").value = config.max_records_s
         for program in PROCESS_HOOKS:
             bpf.attach(program)
         for program, tracepoint in hooks:
@@ -289,11 +295,7 @@ class BpfSource:
         report = self._report.value
         self._report.value = report | Report.VISITS
         try:
-            rows = [row for chunk in self._iterate(pid) for row in parse(chunk)]
-        except BpfError as error:
-            if error.errno == ESRCH:
-                return None
-            raise
+            rows = self._rows_of(pid)
         finally:
             self._report.value = report
         readings = group(rows)
@@ -302,6 +304,18 @@ class BpfSource:
         (reading,) = readings
         reading.begin_ns = min(begin_ns, reading.begin_ns)
         return reading
+
+    def _rows_of(self, pid: int) -> list[Record]:
+        if self._can_read_one:
+            try:
+                return [row for chunk in self._iterate(pid) for row in parse(chunk)]
+            except BpfError as error:
+                if error.errno == ESRCH:
+                    return []
+                if error.errno != E2BIG:
+                    raise
+                self._can_read_one = False  # before 6.1 an iterator goes over all processes
+        return [row for chunk in self._iterate(0) for row in parse(chunk) if row.tgid == pid]
 
     def _iterate(self, pid: int) -> Iterable[bytes]:
         self._run.value += 1
@@ -428,8 +442,9 @@ def value_bytes(table: BpfMap) -> int:
 
 
 def read_losses(bpf: BpfObject) -> Losses:
-    """The loss counters of a loaded ``watch.bpf.o``."""
-    return Losses(*(bpf.per_cpu_sum("counters", number) for number in LOST))
+    """What a loaded ``watch.bpf.o`` has lost: its own counters, and the kernel's."""
+    counted = (bpf.per_cpu_sum("counters", number) for number in LOST)
+    return Losses(*counted)._replace(skipped=bpf.skipped_runs())
 
 
 def group(rows: Sequence[Record]) -> list[Reading]:

@@ -24,6 +24,7 @@ from sowatch.bpf.records import (
     FLAG_NARROW,
     FLAG_PARTIAL,
     FLAG_SHARED_VM,
+    FLAG_THROTTLED,
     MapRecord,
     ProcessRecord,
     RangeRecord,
@@ -55,13 +56,25 @@ class Causes(NamedTuple):
 class Name:
     """A file under one name in one view of the file system: what the kernel's verdicts are about."""
 
-    __slots__ = ("file_id", "is_deleted", "is_partial", "is_regular", "is_wanted", "key", "path", "text", "view")
+    __slots__ = (
+        "changed_ns",
+        "file_id",
+        "is_deleted",
+        "is_partial",
+        "is_regular",
+        "is_wanted",
+        "key",
+        "path",
+        "text",
+        "view",
+    )
 
     def __init__(self, record: MapRecord, rules: RuleSet) -> None:
         key = record.key
         self.key = key
         self.text = record.text
         self.file_id = file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
+        self.changed_ns = record.changed_ns
         self.path = path_of(record.text)
         self.is_deleted = bool(record.flags & FLAG_DELETED)
         self.is_partial = bool(record.flags & FLAG_PARTIAL)
@@ -277,6 +290,8 @@ class Tracker:
             is wanted, as far as these touches go.
         narrow: tgid and start_ns of 32-bit processes, whose calls nobody reports: their owner reads
             them again and again.
+        throttled: tgids whose changes were dropped in the kernel, being too many; their owner
+            empties it.
     """
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
@@ -291,6 +306,7 @@ class Tracker:
         self.answers: list[tuple[Hashable, bool]] = []
         self.idle: list[tuple[int, int, int]] = []
         self.narrow: dict[int, int] = {}
+        self.throttled: set[int] = set()
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
 
@@ -348,6 +364,8 @@ class Tracker:
             self._process(record).learn(record)
         elif kind == RecordType.DIRTY:
             self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
+            if record.flags & FLAG_THROTTLED:
+                self.throttled.add(record.tgid)
 
     def _process(self, record: Record) -> Tracked:
         """The process of a record, made if it is new. A pid with another start is another process."""
@@ -364,7 +382,12 @@ class Tracker:
     def _see(self, record: MapRecord) -> Name:
         """The name of a mapped file, with the answer the kernel may be waiting for."""
         name = self._names.get(record.key)
-        if name is None or name.text != record.text or name.is_deleted != bool(record.flags & FLAG_DELETED):
+        if (
+            name is None
+            or name.text != record.text
+            or name.changed_ns != record.changed_ns
+            or name.is_deleted != bool(record.flags & FLAG_DELETED)
+        ):
             if len(self._names) >= MAX_NAMES:
                 self._names.clear()  # a cache; the kernel sends each path again
             name = Name(record, self._rules)

@@ -59,6 +59,9 @@ class Mapped:
 class Stats:
     """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
 
+    ``lost_throttled`` of the facts were dropped because one process said more than
+    ``Config.max_records_s`` of them in a second.
+
     ``rereads`` are single processes whose mappings were read because other threads might have
     interfered; ``callback_errors`` are exceptions that user callbacks raised.
     """
@@ -70,6 +73,7 @@ class Stats:
     loads: int
     unloads: int
     lost_kernel: int
+    lost_throttled: int
     lost_queue: int
     repairs: int
     rereads: int
@@ -429,6 +433,7 @@ class Watcher:
             loads=self._publisher.loads,
             unloads=self._publisher.unloads,
             lost_kernel=0 if engine is None else engine.lost,
+            lost_throttled=0 if engine is None else engine.throttled,
             lost_queue=self._publisher.lost_in_queues,
             repairs=0 if engine is None else engine.repairs,
             rereads=0 if engine is None else engine.rereads,

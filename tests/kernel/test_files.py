@@ -263,6 +263,27 @@ def test_a_file_that_is_deleted_after_its_load_was_told_stays_the_same_file(
     assert ledger.story(mapper.pid, load.library.id.inode) == [("load", "mmap"), ("unload", "munmap")]
 
 
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_a_file_that_was_overwritten_in_place_is_the_same_file_with_its_new_facts(
+    ledger: Ledger, start: Start, other_library: Callable[[str], Path], is_mapped: bool
+) -> None:
+    """As ``cp new old`` does it: no name changes, no inode number."""
+    old, new = other_library("libold.so"), other_library("libnew.so")
+    before, after = start(), start()
+    before.map(old)
+    first = wait_path(ledger, before.pid, old)
+    if not is_mapped:
+        before.exit()
+        ledger.wait_unload(before.pid, inode(old))
+    old.write_bytes(new.read_bytes())
+    after.map(old)
+    second = wait_path(ledger, after.pid, old)
+    assert first.library.id == second.library.id
+    assert first.library.soname == "libold.so"
+    assert second.library.soname == "libnew.so"
+    assert second.library.build_id != first.library.build_id
+
+
 # ---- overlays -----------------------------------------------------------------------------------
 
 

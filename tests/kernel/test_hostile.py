@@ -24,6 +24,7 @@ from sowatch.rules import KINDS
 from support import bpfsys
 from support.elf_files import Made
 from support.hostile import SOWATCH, Command, Opens, deep_path, is_shown_safely
+from support.kernel import Ledger
 from support.programs import Mapper, Refused
 
 PAGE = 4096
@@ -388,6 +389,37 @@ def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
     assert ("lost" in controls) == bool(lost)
     if lost:
         assert controls[-1] == "repaired"
+
+
+def test_a_process_that_says_too_much_is_read_instead_and_costs_the_others_nothing(
+    open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary, wait_until: Any
+) -> None:
+    """100,000 loads and unloads a second and more, as fast as the machine can."""
+    ledger = open_ledger(Rule(OURS, name="ours"), config=Config(max_records_s=1000))
+    honest = [start() for _ in range(4)]
+    libraries = [library(f"libhonest{number}.so") for number in range(5)]
+    flooder = start()
+    flooded = library("libflood.so")
+    flooder.send("loop", flooded, 100_000_000)
+    wait_until(lambda: ledger.watcher.stats.lost_throttled, 20, "the first record that is one too many")
+    for new in libraries:
+        for mapper in honest:
+            at, length = mapper.map(new)
+            mapper.unmap(at, length)
+    for new in libraries:
+        for mapper in honest:
+            ledger.wait_unload(mapper.pid, inode(new))
+            assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap"), ("unload", "munmap")]
+    stats = ledger.watcher.stats
+    assert stats.lost_throttled == stats.lost_kernel
+    assert flooder._process
+    flooder._process.kill()
+    flooder.close()
+    ledger.wait_unload(flooder.pid, inode(flooded))
+    wait_until(lambda: ledger.watcher.is_repaired, 20, "the repair")
+    told = [cause for kind, cause in ledger.story(flooder.pid, inode(flooded)) if kind == "load"]
+    assert {"mmap"} <= set(told) <= {"mmap", "repair"}
+    assert ledger.watcher.audit().differences == ()
 
 
 def test_a_flood_of_names_does_not_hide_an_honest_library(feed: Command, start: Start, library: NewLibrary) -> None:

@@ -145,6 +145,7 @@ def test_every_number_that_has_a_name_has_the_same_in_c_and_in_python(tmp_path: 
         "LOST_PROCESSES": sources.LOST[sources.Losses._fields.index("processes")],
         "LOST_PENDING": sources.LOST[sources.Losses._fields.index("pending")],
         "LOST_SCRATCH": sources.LOST[sources.Losses._fields.index("scratch")],
+        "LOST_THROTTLED": sources.LOST[sources.Losses._fields.index("throttled")],
     }
     assert ask_compiler(tmp_path, {name: name for name in expected}) == expected
 
@@ -162,7 +163,8 @@ def test_every_record_type_and_flag_of_the_header_is_known_to_python() -> None:
 #: Types that only some kernels have, and the field names of other kernels; each program that reads
 #: them asks first (bpf_core_type_exists, bpf_core_field_exists).
 OPTIONAL_TYPES = {"backing_file", "ovl_file", "btrfs_key", "btrfs_root", "btrfs_inode"}
-OPTIONAL_FIELDS = {("kernfs_node", "__parent"), ("kernfs_node", "parent")}
+CTIMES = {"i_ctime_sec", "i_ctime_nsec", "__i_ctime", "i_ctime"}
+OPTIONAL_FIELDS = {("kernfs_node", "__parent"), ("kernfs_node", "parent"), *(("inode", name) for name in CTIMES)}
 #: Ours, not the kernel's: see the end of kernel_types.h.
 OWN_TYPES = {"syscall_enter", "syscall_exit"}
 
@@ -220,6 +222,7 @@ def test_every_kernel_field_that_a_program_reads_exists_in_the_running_kernel(
     ]
     assert missing == []
     assert kernel_fields["kernfs_node"] & {"__parent", "parent"}
+    assert kernel_fields["inode"] & CTIMES
 
 
 def test_the_check_of_kernel_fields_reads_the_header(kernel_fields: dict[str, set[str]]) -> None:

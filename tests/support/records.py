@@ -57,6 +57,7 @@ class File:
     mode: int = REGULAR
     is_deleted: bool = False
     is_partial: bool = False
+    changed_ns: int = 1
     dentry: int = 0
     root: tuple[int, int] = ROOT
     #: Written as it is; for names that hold a slash, which only a memfd can.
@@ -106,7 +107,8 @@ class Proc:
         text = text_of(file.path) if file.text is None else file.text
         flags |= wire.FLAG_DELETED * file.is_deleted | wire.FLAG_PARTIAL * file.is_partial
         head = self._head(RecordType.MAP, t, flags)
-        return _sized(MapRecord(*head, file.key, start, end, 0, _comm(self.comm), file.mode, len(text), text))
+        where = file.key, start, end, 0, file.changed_ns
+        return _sized(MapRecord(*head, *where, _comm(self.comm), file.mode, len(text), text))
 
     def claim(self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0) -> MapRecord:
         """The same with FLAG_DIRTY: the one that turned the bit on."""
@@ -179,11 +181,11 @@ def to_bytes(record: Record) -> bytes:
     """The record as it stands in the ring, ``size`` included."""
     head = struct.pack("=IHHIIQQII", *record[:9])
     if isinstance(record, MapRecord):
-        body = struct.pack("=QQQ16sII", *record[10:16])
+        body = struct.pack("=QQQQ16sII", *record[10:17])
         data = head + bytes(record.key) + body + record.text  # type: ignore[arg-type]
     elif isinstance(record, ProcessRecord):
         data = head + struct.pack("=QIIII", *record[9:14])
-        data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(16)
+        data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(24)
         data += record.comm + struct.pack("=II", record.cgroup_bytes, record.path_bytes) + record.cgroup + record.path
     elif record.type == RecordType.VISIT:
         data = head

@@ -242,6 +242,10 @@ class BpfObject:
         value = self._per_cpu[map_name].lookup(index.to_bytes(4, sys.byteorder), 8 * cpus)
         return sum(memoryview(value).cast("Q")) if value else 0
 
+    def skipped_runs(self) -> int:
+        """How often the kernel left out a program because another was under way on that CPU."""
+        return int(self._lib.lib.sow_skipped_runs(self._open_handle("counting skipped runs")))
+
     def run(self, program: str, *arguments: int) -> int:
         """Runs a ``raw_tp`` program once, here and now; gives what it returns (0 or more)."""
         block = self._lib.ffi.new("unsigned long long[]", arguments)

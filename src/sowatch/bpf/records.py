@@ -23,6 +23,7 @@ __all__ = [
     "FLAG_NARROW",
     "FLAG_PARTIAL",
     "FLAG_SHARED_VM",
+    "FLAG_THROTTLED",
     "MapRecord",
     "ProcessRecord",
     "RangeRecord",
@@ -57,15 +58,16 @@ FLAG_MPROTECT: Final = 1 << 5
 FLAG_IMAGE: Final = 1 << 6
 FLAG_NARROW: Final = 1 << 7
 FLAG_AGAIN: Final = 1 << 8
+FLAG_THROTTLED: Final = 1 << 9
 
 #: struct record, 40 bytes.
 HEAD: Final = struct.Struct("=IHHIIQQII")
 #: struct range_record, 56 bytes.
 RANGE: Final = struct.Struct("=IHHIIQQIIQQ")
-#: struct map_record, 152 bytes, then path_bytes of text.
-MAP: Final = struct.Struct("=IHHIIQQII64sQQQ16sII")
-#: struct process_record, 152 bytes, then cgroup_bytes and path_bytes of text.
-PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s16x16sII")
+#: struct map_record, 160 bytes, then path_bytes of text.
+MAP: Final = struct.Struct("=IHHIIQQII64sQQQQ16sII")
+#: struct process_record, 160 bytes, then cgroup_bytes and path_bytes of text.
+PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s24x16sII")
 #: struct file_id, 24 bytes, at the start of struct file_key.
 FILE_ID: Final = struct.Struct("=QQII")
 #: Bytes 40 to 56 of struct file_key: root_dentry and root_mnt.
@@ -104,6 +106,7 @@ class MapRecord(NamedTuple):
     start: int
     end: int
     offset_bytes: int
+    changed_ns: int
     comm: bytes
     mode: int
     path_bytes: int

@@ -333,6 +333,23 @@ int sow_ring_drain(sow_object *self, void *buffer, unsigned int capacity)
 	return self->used;
 }
 
+unsigned long long sow_skipped_runs(sow_object *self)
+{
+	unsigned long long skipped = 0;
+	struct bpf_program *program;
+
+	bpf_object__for_each_program(program, self->object)
+	{
+		struct bpf_prog_info info = {0};
+		__u32 bytes = sizeof(info);
+		int fd = bpf_program__fd(program);
+
+		if (fd >= 0 && !bpf_obj_get_info_by_fd(fd, &info, &bytes))
+			skipped += info.recursion_misses;
+	}
+	return skipped;
+}
+
 int sow_run(sow_object *self, const char *name, const unsigned long long *arguments, unsigned int count)
 {
 	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);

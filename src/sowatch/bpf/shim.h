@@ -29,6 +29,9 @@ int sow_load(sow_object *object);
 int sow_attach(sow_object *object, const char *program);
 int sow_attach_tracepoint(sow_object *object, const char *program, unsigned long long id);
 
+/* Runs of its programs that the kernel left out because another was under way on that CPU (5.12+). */
+unsigned long long sow_skipped_runs(sow_object *object);
+
 int sow_map_fd(sow_object *object, const char *map);
 /* Address of a global variable in a mapped data section, NULL if there is none. */
 void *sow_variable(sow_object *object, const char *section, const char *name, unsigned int *size);

@@ -231,6 +231,7 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 	record->start = start;
 	record->end = end;
 	record->offset_bytes = offset_bytes;
+	record->changed_ns = changed_ns_of(TYPED(struct file, file));
 	record->mode = BPF_CORE_READ(file, f_inode, i_mode);
 	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
 	opened = opened_path(TYPED(struct file, file));

@@ -80,6 +80,37 @@ static __always_inline bool is_same_file(const struct file_id *one, const struct
 	       one->subvolume == other->subvolume;
 }
 
+#define NS_PER_S 1000000000ULL
+/* linux/fs.h, 6.13+: in this bit of the nanoseconds the kernel notes that somebody has asked for them. */
+#define I_CTIME_QUERIED (1u << 31)
+
+/* When the file below all stacked file systems was changed last, in ns since 1970; 0 if it cannot be told. */
+static __always_inline __u64 changed_ns_of(struct file *file)
+{
+	struct inode *inode = NULL;
+
+	for (int depth = 0; depth < MAX_STACK_DEPTH; depth++) {
+		inode = READ(file, f_inode);
+		if (READ(inode, i_sb, s_magic) != OVERLAYFS_SUPER_MAGIC)
+			break;
+		file = TYPED(struct file, one_layer_down(file));
+	}
+	if (bpf_core_field_exists(inode->i_ctime_sec))
+		return BPF_CORE_READ(inode, i_ctime_sec) * NS_PER_S +
+		       (BPF_CORE_READ(inode, i_ctime_nsec) & ~I_CTIME_QUERIED);
+	if (bpf_core_field_exists(struct inode___v6_6, __i_ctime)) {
+		struct inode___v6_6 *older = (void *)inode;
+
+		return BPF_CORE_READ(older, __i_ctime.tv_sec) * NS_PER_S + BPF_CORE_READ(older, __i_ctime.tv_nsec);
+	}
+	if (bpf_core_field_exists(struct inode___v5, i_ctime)) {
+		struct inode___v5 *oldest = (void *)inode;
+
+		return BPF_CORE_READ(oldest, i_ctime.tv_sec) * NS_PER_S + BPF_CORE_READ(oldest, i_ctime.tv_nsec);
+	}
+	return 0;
+}
+
 /* What a verdict on this file, as this task sees it, is filed under. */
 static __always_inline void make_key(struct task_struct *task, struct file *file, struct file_key *key)
 {

@@ -69,6 +69,22 @@ struct inode {
 	struct super_block *i_sb;
 	unsigned long i_ino;
 	__u32 i_generation;
+	__s64 i_ctime_sec; /* 6.11+ */
+	__u32 i_ctime_nsec;
+};
+
+struct timespec64 {
+	__s64 tv_sec;
+	long tv_nsec;
+};
+
+/* 6.6 to 6.10, and before; libbpf ignores what follows the three underscores. */
+struct inode___v6_6 {
+	struct timespec64 __i_ctime;
+};
+
+struct inode___v5 {
+	struct timespec64 i_ctime;
 };
 
 struct file {

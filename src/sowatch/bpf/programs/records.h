@@ -35,6 +35,7 @@ enum record_flag {
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
 	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
 	FLAG_AGAIN = 1 << 8,     /* of a visit: in the middle of an exec; read it again */
+	FLAG_THROTTLED = 1 << 9, /* of a dirty record: it said too much; some of it was dropped */
 };
 
 enum verdict {
@@ -56,8 +57,9 @@ enum counter {
 	LOST_PROCESSES = 2, /* the process map was full */
 	LOST_PENDING = 3,   /* the map of system calls under way was full */
 	LOST_SCRATCH = 4,   /* the buffer to build a record in was taken */
-	COUNT_IGNORED = 5,  /* executable mappings dropped by a verdict */
-	COUNTERS = 6,
+	LOST_THROTTLED = 5, /* dropped because their process said too much */
+	COUNT_IGNORED = 6,  /* executable mappings dropped by a verdict */
+	COUNTERS = 7,
 };
 
 /* 24 bytes: the real inode, see sowatch.identity.FileId. dev is the kernel's: major << 20 | minor. */
@@ -108,19 +110,20 @@ struct range_record {
 	__u64 end;
 };
 
-/* 152 bytes, then the text: path_bytes of components from the leaf up, each ended by a NUL. */
+/* 160 bytes, then the text: path_bytes of components from the leaf up, each ended by a NUL. */
 struct map_record {
 	struct record head;
 	struct file_key key;
 	__u64 start;
 	__u64 end;
 	__u64 offset_bytes;
+	__u64 changed_ns; /* ctime of the real inode: what was read of the file before is void after it */
 	char comm[COMM_BYTES];
 	__u32 mode;
 	__u32 path_bytes;
 };
 
-/* 152 bytes, then the text: cgroup_bytes of the cgroup's path, then path_bytes of the executable's. */
+/* 160 bytes, then the text: cgroup_bytes of the cgroup's path, then path_bytes of the executable's. */
 struct process_record {
 	struct record head;
 	__u64 parent_start_ns;
@@ -132,7 +135,7 @@ struct process_record {
 	__u64 interpreter_base;
 	__u64 root_dentry;
 	__u64 root_mnt;
-	__u64 reserved[2];
+	__u64 reserved[3];
 	char comm[COMM_BYTES];
 	__u32 cgroup_bytes;
 	__u32 path_bytes;

@@ -29,6 +29,8 @@ struct process {
 	__u64 company_ns;  /* when a thread of it, but not the last, ended last */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
 	__u32 visit_tid;
+	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
+	__u32 rate;
 	__u32 touches; /* mappings that brought it here; 0: settled, nothing of it is wanted */
 	struct {
 		__u64 start;
@@ -96,6 +98,7 @@ __u32 rules_epoch = 0;
 __u32 report = 0; /* enum report_bit */
 __u32 now_s = 0;  /* ticks about once a second; a clock read per mmap would cost more */
 __u64 reading_run = 0;
+__u32 max_records_s = 0; /* records one process may send in a second; 0: any number */
 
 /*
  * How many calls are in pending_calls. An exit hook that finds 0 has nothing to look up, which

@@ -193,6 +193,27 @@ static __always_inline void send_dirty(struct task_struct *task, struct process 
 		send_small(task, RECORD_DIRTY, FLAG_DIRTY, 0, 0);
 }
 
+/*
+ * Whether a process sends so many records that it would drown the others. The rest of that second
+ * it only counts them, and is dirty: readings tell what it has, at the reader's pace.
+ */
+static __always_inline bool is_throttled(struct task_struct *task, struct process *process)
+{
+	if (!process || !max_records_s)
+		return false;
+	if (process->rate_s != now_s) {
+		process->rate_s = now_s;
+		process->rate = 0;
+	}
+	if (++process->rate <= max_records_s)
+		return false;
+	count(LOST_THROTTLED);
+	/* After the first of them user space knows whom to read although it was dirty before. */
+	if (mark_dirty(process) || process->rate == max_records_s + 1)
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_THROTTLED, 0, 0);
+	return true;
+}
+
 static __always_inline void introduce(struct task_struct *task, struct process *process)
 {
 	if (!process->introduced)
@@ -268,6 +289,8 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		process = touch_process(task);
 	if (process) {
 		add_range(process, found.start, found.end);
+		if (is_throttled(task, process))
+			return 0;
 		introduce(task, process);
 		if (!is_alone_now && mark_dirty(process))
 			flags |= FLAG_DIRTY;
@@ -299,10 +322,12 @@ int leave(struct syscall_exit *context)
 		 * have taken something away before they failed. A failed munmap changes nothing,
 		 * but that is rare and a reading cheap.
 		 */
-		if (was_alone(call, task) && !is_error(ret))
+		struct process *process = find_process(pid_tgid >> 32);
+
+		if (!was_alone(call, task) || is_error(ret))
+			send_dirty(task, process);
+		else if (!is_throttled(task, process))
 			send_small(task, RECORD_RANGE, 0, call->start, call->start + call->length);
-		else
-			send_dirty(task, find_process(pid_tgid >> 32));
 	}
 	if (call->kind & PENDING_REREAD) {
 		struct process *process = find_process(pid_tgid >> 32);
@@ -332,9 +357,9 @@ int leave(struct syscall_exit *context)
 
 /*
  * A fork copies the mappings some time before it is told, and a thread that mapped meanwhile may
- * be gone by then. No fork takes this long.
+ * be gone by then. No fork takes this long: copying the tables of a terabyte takes some 10 s.
  */
-#define FORK_NS 1000000000ULL
+#define FORK_NS (60 * NS_PER_S)
 
 /* ---- processes come and go -------------------------------------------------------------------- */
 
