@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -45,7 +46,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
     watcher = Watcher(Rule(None, kind=KINDS))
     subscription = watcher.subscribe()
     watcher.start()
-    events = threading.Thread(target=lambda: [None for _ in subscription], daemon=True)
+    events = threading.Thread(target=deque, args=(subscription, 0), daemon=True)
     events.start()
     is_over = threading.Event()
     runs: list[int] = []

@@ -12,10 +12,13 @@ from typing import Any, Final, Self
 
 from sowatch.errors import ConfigError
 
-__all__ = ["STRATEGIES", "Config"]
+__all__ = ["HOOKS", "STRATEGIES", "Config"]
 
 #: The rungs of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
 STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
+
+#: Sets of hooks of the BPF strategies.
+HOOKS: Final = ("auto", "trampoline", "syscall")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +27,7 @@ class Config:
 
     Attributes:
         strategy: one of `STRATEGIES`.
+        hooks: of the BPF strategies: ``trampoline``, ``syscall``, or ``auto`` for the best that works.
         proc_root: where the host's proc file system is mounted.
         enable_core: try the CO-RE object (kernel BTF, 5.10+).
         enable_runtime_compiler: try compiling on this machine even if ``core`` was not tried.
@@ -44,6 +48,7 @@ class Config:
     """
 
     strategy: str = "auto"
+    hooks: str = "auto"
     proc_root: str = "/proc"
     enable_core: bool = True
     enable_runtime_compiler: bool = False
@@ -63,6 +68,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError("strategy", f"unknown strategy {self.strategy!r}. Use one of: {', '.join(STRATEGIES)}.")
+        if self.hooks not in HOOKS:
+            raise ConfigError("hooks", f"unknown hooks {self.hooks!r}. Use one of: {', '.join(HOOKS)}.")
         ring = self.ring_bytes
         if ring < 4096 or ring > 1 << 30 or ring & (ring - 1):
             raise ConfigError("ring_bytes", f"{ring} is not a power of two from 4096 to {1 << 30}. Use 8388608.")

@@ -16,7 +16,7 @@ from sowatch.events import Process
 from sowatch.identity import ProcessId
 from sowatch.ladder import missing_capabilities
 from sowatch.processes import ProcessEvent, ProcessMonitor, container_id
-from sowatch.sources import OBJECTS, PROCESS_HOOKS, READER, SYSCALL_HOOKS, Report, read_losses
+from sowatch.sources import OBJECTS, PROCESS_HOOKS, READER, Report, read_losses
 
 __all__ = ["KernelProcessFeed", "process_monitor"]
 
@@ -43,8 +43,6 @@ class KernelProcessFeed:
         # Probe reads cost nothing that matters here, and load on every kernel.
         bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OBJECTS[-1]))
         try:
-            for program, _, _ in SYSCALL_HOOKS:
-                bpf.skip(program)
             bpf.skip(READER)
             bpf.skip("settle")
             bpf.set_max_entries("ring", self._config.ring_bytes)

@@ -31,7 +31,7 @@ __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
 STUCK_S: Final = 0.5
 MAX_THREADS: Final = 16
 #: Files whose facts are kept; a few hundred bytes each.
-MAX_FACTS: Final = 10_000
+MAX_FACTS: Final = 5_000
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 

@@ -277,7 +277,7 @@ class Publisher:
             path_partial=name.is_partial,
         )
         if is_own_view:
-            if len(self._libraries) > 10_000:
+            if len(self._libraries) > 5_000:
                 self._libraries.clear()
             self._libraries[(id(name), kind)] = (name, library)
         return library

@@ -7,6 +7,7 @@ map; it hands on what the kernel says and carries answers back.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import struct
 import time
@@ -18,7 +19,8 @@ from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self
 
-from sowatch.bpf.binding import BpfMap, BpfObject, Tracefs
+from sowatch.bpf.binding import BpfMap, BpfObject, probe
+from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
@@ -175,6 +177,8 @@ class EventSource(Protocol):
         """Detaches everything. Safe to call again."""
 
 
+LOG = logging.getLogger("sowatch")
+
 #: enum counter; what lies between the two is lost.
 COUNT_RECORDS: Final = 0
 LOST: Final = range(1, 6)
@@ -191,23 +195,10 @@ FILE_KEY: Final = struct.Struct("=Q52sI")
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
-#: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
-#: would wait for ever.
-SYSCALL_HOOKS: Final = (
-    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat", "shmdt")),
-    ("enter_mmap", "enter", ("mmap",)),
-    ("enter_munmap", "enter", ("munmap",)),
-    ("enter_mprotect", "enter", ("mprotect", "pkey_mprotect")),
-    ("enter_mremap", "enter", ("mremap",)),
-    ("enter_shmat", "enter", ("shmat",)),
-    ("enter_shmdt", "enter", ("shmdt",)),
-)
-#: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
-OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat", "shmdt")
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
 READER: Final = "read_mappings"
-#: The same programs twice: with typed loads (6.2+), and with probe reads.
-OBJECTS: Final = ("watch.bpf.o", "watch_compat.bpf.o")
+#: The same programs twice: with typed loads (6.2+), and with probe reads (5.17+).
+OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
 
 
 class BpfSource:
@@ -225,42 +216,48 @@ class BpfSource:
 
     strategy: str = "core"
     guarantee: str = "exact"
-    hooks: str | None = "syscall"
 
     def __init__(self, config: Config) -> None:
+        self.hooks: str | None = None
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("core", True, None),)
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
         self._can_read_one = True
-        for program in OBJECTS:
-            self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
+        builds = self._builds(config)
+        for program, hook_set in builds:
             try:
-                self._load(config)
-            except BaseException as error:
-                self._object.close()
-                # What the first cannot for want of a newer kernel, the second may.
-                if program == OBJECTS[-1] or not isinstance(error, BpfError) or error.errno == EPERM:
+                self._open(program, hook_set, config)
+            except BpfError as error:
+                may_not = error.errno == EPERM and hook_set is not Trampolines
+                if may_not or (program, hook_set) == builds[-1]:
                     raise
+                LOG.debug("%s with hooks %s: %s", program, hook_set.name, error)
             else:
                 break
 
-    def _load(self, config: Config) -> None:
+    def _builds(self, config: Config) -> list[tuple[str, type[HookSet]]]:
+        """Objects and hooks to try, best first: what the one cannot for want of a newer kernel, the next may."""
+        sets = [one for one in HOOK_SETS if config.hooks in ("auto", one.name)]
+        if config.hooks == "auto" and not probe("trampoline"):
+            sets.remove(Trampolines)
+        return [(program, one) for one in sets for program in OBJECTS]
+
+    def _open(self, program: str, hook_set: type[HookSet], config: Config) -> None:
+        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
+        try:
+            self._load(hook_set(self._object), config)
+        except BaseException:
+            self._object.close()
+            raise
+        self.hooks = hook_set.name
+
+    def _load(self, hooks: HookSet, config: Config) -> None:
         bpf = self._object
         bpf.set_max_entries("ring", config.ring_bytes)
         bpf.set_max_entries("processes", config.max_processes)
         bpf.set_max_entries("verdicts", config.max_verdicts)
         bpf.set_max_entries("pending_calls", config.max_pending)
-        hooks: list[tuple[str, int]] = []
-        with Tracefs() as tracefs:
-            for program, side, calls in SYSCALL_HOOKS:
-                for call in calls:
-                    name = f"sys_{side}_{call}"
-                    found = tracefs.tracepoint_id("syscalls", name)
-                    if found is not None:
-                        hooks.append((program, found))
-                    elif call not in OPTIONAL_CALLS:
-                        raise BpfError(f"finding tracepoint syscalls/{name}", 2, "")
         bpf.load()
         self._report = bpf.variable(".bss", "report")
         self._epoch = bpf.variable(".bss", "rules_epoch")
@@ -273,8 +270,7 @@ class BpfSource:
         bpf.variable(".bss", "max_records_s").value = config.max_records_s
         for program in PROCESS_HOOKS:
             bpf.attach(program)
-        for program, tracepoint in hooks:
-            bpf.attach_tracepoint(program, tracepoint)
+        hooks.attach()
 
     def fileno(self) -> int:
         return self._ring_fd

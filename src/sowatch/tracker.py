@@ -42,8 +42,8 @@ __all__ = ["Causes", "Change", "Mapping", "Name", "Tracked", "Tracker", "subtrac
 
 Range = tuple[int, int]
 
-#: Names kept for processes that may come; a name is some 300 bytes.
-MAX_NAMES = 20_000
+#: Names kept for processes that may come; a name is some 800 bytes.
+MAX_NAMES = 10_000
 
 
 class Causes(NamedTuple):

@@ -193,6 +193,18 @@ class BpfObject:
         """Leaves a program out; before `load`."""
         self._call(f"leaving out {program}", self._lib.lib.sow_set_autoload, os.fsencode(program), 0)
 
+    def want(self, program: str) -> None:
+        """Loads a program whose section begins with ``?``, which is left out otherwise; before `load`."""
+        self._call(f"choosing {program}", self._lib.lib.sow_set_autoload, os.fsencode(program), 1)
+
+    def has_function(self, name: str) -> bool:
+        """Whether the kernel's BTF has a function of this name.
+
+        Raises:
+            BpfError: there is no BTF.
+        """
+        return self._call("reading the kernel's BTF", self._lib.lib.sow_has_function, os.fsencode(name)) == 1
+
     def load(self) -> None:
         """Relocates, verifies and loads all programs.
 
@@ -320,6 +332,8 @@ class Tracefs:
 
 def probe(what: str, *numbers: int) -> bool | None:
     """Tries something small in the kernel: ``helper`` (program type, helper), ``map`` or ``program`` (type).
+
+    ``trampoline`` (no number): programs on functions.
 
     Returns:
         Whether it works, None if it could not be told.

@@ -6,6 +6,7 @@
 #include <bpf/libbpf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,12 +39,21 @@ struct sow_object {
 	} sections[MAX_SECTIONS];
 	unsigned int section_count;
 	struct ring_buffer *ring;
-	char *buffer; /* where a drain under way copies to */
+	char *btf_path;
+	struct btf *kernel_btf; /* parsed when it is first asked for */
+	char *buffer;           /* where a drain under way copies to */
 	unsigned int used, capacity;
 };
 
 static __thread char *log_text;
 static __thread size_t log_used;
+static pthread_key_t log_key; /* frees the log of a thread that ends */
+static pthread_once_t log_once = PTHREAD_ONCE_INIT;
+
+static void make_log_key(void)
+{
+	pthread_key_create(&log_key, free);
+}
 
 static int keep_log(enum libbpf_print_level level, const char *format, va_list args)
 {
@@ -56,6 +66,8 @@ static int keep_log(enum libbpf_print_level level, const char *format, va_list a
 		if (!log_text)
 			return 0;
 		log_used = 0;
+		pthread_once(&log_once, make_log_key);
+		pthread_setspecific(log_key, log_text);
 	}
 	added = vsnprintf(log_text + log_used, LOG_BYTES - log_used, format, args);
 	if (added > 0)
@@ -97,6 +109,7 @@ sow_object *sow_open(const char *path, const char *btf_path, int *error)
 		free(self);
 		return NULL;
 	}
+	self->btf_path = btf_path ? strdup(btf_path) : NULL;
 	return self;
 }
 
@@ -110,6 +123,8 @@ void sow_close(sow_object *self)
 		munmap(self->sections[i].memory, self->sections[i].bytes);
 	ring_buffer__free(self->ring);
 	bpf_object__close(self->object);
+	btf__free(self->kernel_btf);
+	free(self->btf_path);
 	free(self);
 }
 
@@ -125,6 +140,15 @@ int sow_set_autoload(sow_object *self, const char *name, int is_loaded)
 	struct bpf_program *program = bpf_object__find_program_by_name(self->object, name);
 
 	return program ? bpf_program__set_autoload(program, is_loaded) : -ENOENT;
+}
+
+int sow_has_function(sow_object *self, const char *name)
+{
+	if (!self->kernel_btf)
+		self->kernel_btf = self->btf_path ? btf__parse(self->btf_path, NULL) : btf__load_vmlinux_btf();
+	if (!self->kernel_btf)
+		return -errno;
+	return btf__find_by_name_kind(self->kernel_btf, name, BTF_KIND_FUNC) > 0;
 }
 
 int sow_load(sow_object *self)
@@ -390,6 +414,20 @@ int sow_probe_helper(int program_type, int helper)
 int sow_probe_map(int map_type)
 {
 	return libbpf_probe_bpf_map_type(map_type, NULL);
+}
+
+int sow_probe_trampoline(void)
+{
+	const struct bpf_insn nothing[] = {{.code = 0xb7 /* r0 = 0 */}, {.code = 0x95 /* exit */}};
+	/* No function has this type id: who may, is told that it is wrong. */
+	LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_FENTRY, .attach_btf_id = 1);
+	int fd = bpf_prog_load(BPF_PROG_TYPE_TRACING, "probe", "GPL", nothing, 2, &options);
+
+	if (fd >= 0) {
+		close(fd);
+		return 1;
+	}
+	return fd != -EPERM;
 }
 
 int sow_probe_program(int program_type)

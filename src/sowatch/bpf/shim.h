@@ -23,6 +23,8 @@ void sow_close(sow_object *object);
 /* Before loading. */
 int sow_set_max_entries(sow_object *object, const char *map, unsigned int entries);
 int sow_set_autoload(sow_object *object, const char *program, int is_loaded);
+/* Whether the kernel's BTF has a function of this name. */
+int sow_has_function(sow_object *object, const char *name);
 int sow_load(sow_object *object);
 
 /* After loading. Links live until sow_close. */
@@ -59,6 +61,8 @@ int sow_iterate(sow_object *object, const char *program, unsigned int tgid);
 int sow_probe_helper(int program_type, int helper);
 int sow_probe_map(int map_type);
 int sow_probe_program(int program_type);
+/* Whether programs on functions (fentry, fexit) may be loaded at all. */
+int sow_probe_trampoline(void);
 
 /* openat2: the path below the directory, which no symbolic link leaves and no magic link leaves either. */
 int sow_open_in_root(int directory, const char *path, int flags);

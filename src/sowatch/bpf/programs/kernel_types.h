@@ -229,6 +229,32 @@ struct task_struct {
 	char comm[16];
 };
 
+/* Registers as a system call's own function gets them; ARGUMENT is one of its arguments. */
+#if defined(__TARGET_ARCH_x86)
+struct pt_regs {
+	unsigned long di;
+	unsigned long si;
+	unsigned long dx;
+	unsigned long r10;
+	unsigned long r8;
+	unsigned long r9;
+};
+#define SYSCALL_FUNCTION "__x64_sys_"
+#define ARGUMENT(regs, number) ((regs)->ARGUMENT_##number)
+#define ARGUMENT_0 di
+#define ARGUMENT_1 si
+#define ARGUMENT_2 dx
+#define ARGUMENT_3 r10
+#define ARGUMENT_4 r8
+#define ARGUMENT_5 r9
+#elif defined(__TARGET_ARCH_arm64)
+struct pt_regs {
+	__u64 regs[31];
+};
+#define SYSCALL_FUNCTION "__arm64_sys_"
+#define ARGUMENT(from, number) ((from)->regs[number])
+#endif
+
 struct seq_file {
 	__u64 index;
 };

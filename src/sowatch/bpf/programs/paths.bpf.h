@@ -8,10 +8,6 @@
 #include "state.bpf.h"
 
 #define TEXT_BYTES (PATH_TEXT_BYTES + CGROUP_TEXT_BYTES)
-/* Deepest path that is walked where bpf_loop is missing (before 5.17). A loop the verifier has to
- * unroll is refused above some hundreds; what is deeper is sent with FLAG_PARTIAL. */
-#define UNROLLED_COMPONENTS 128
-
 /* A place to build one record in; too large for the stack of 512 bytes. */
 struct scratch {
 	__u32 is_taken;
@@ -120,17 +116,7 @@ static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch 
 	scratch->root = root;
 	scratch->text_limit = before + limit;
 	scratch->is_partial = 0;
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_loop)) {
-		bpf_loop(PATH_TEXT_BYTES, step_up_from_loop, &owner, 0);
-	} else {
-		int i;
-
-		for (i = 0; i < UNROLLED_COMPONENTS; i++)
-			if (!step_up(scratch))
-				break;
-		if (i == UNROLLED_COMPONENTS)
-			scratch->is_partial = 1;
-	}
+	bpf_loop(PATH_TEXT_BYTES, step_up_from_loop, &owner, 0);
 	return scratch->text_end - before;
 }
 

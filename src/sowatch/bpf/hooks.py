@@ -1,0 +1,92 @@
+"""The two sets of hooks on the system calls that change mappings.
+
+May import ``errors`` and ``bpf.binding``. A set chooses its programs of an object before that is loaded,
+and attaches them afterwards. docs/decisions/0005-trampolines.md says why there are two.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import ClassVar, Final, Protocol
+
+from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.errors import BpfError
+
+__all__ = ["HOOK_SETS", "HookSet", "Syscalls", "Trampolines"]
+
+CALLS: Final = ("mmap", "munmap", "mprotect", "pkey_mprotect", "mremap", "shmat", "shmdt")
+#: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
+OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat", "shmdt")
+#: What the kernel calls the function of a system call (asm/syscall_wrapper.h), by `uname -m`.
+FUNCTION_PREFIX: Final = {"x86_64": "__x64_sys_", "aarch64": "__arm64_sys_"}
+ENOENT: Final = 2
+
+
+class HookSet(Protocol):
+    """Hooks of one kind.
+
+    Args:
+        bpf: an object that is not loaded yet; programs of this set are chosen in it.
+
+    Raises:
+        BpfError: this kernel lacks what the set needs.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, bpf: BpfObject) -> None: ...
+
+    def attach(self) -> None:
+        """Attaches all of them, exits first: an entry noted without its exit hook would wait for ever."""
+
+
+class Trampolines(HookSet):
+    """fentry and fexit on the functions of the system calls: other calls pay nothing."""
+
+    name = "trampoline"
+
+    def __init__(self, bpf: BpfObject) -> None:
+        self._bpf = bpf
+        self._calls: list[str] = []
+        prefix = FUNCTION_PREFIX.get(platform.machine(), "")
+        for call in CALLS:
+            if bpf.has_function(prefix + call):
+                self._calls.append(call)
+                bpf.want(f"fentry_{call}")
+                bpf.want(f"fexit_{call}")
+            elif call not in OPTIONAL_CALLS:
+                raise BpfError(f"finding the function {prefix}{call}", ENOENT, "")
+
+    def attach(self) -> None:
+        for side in ("fexit", "fentry"):
+            for call in self._calls:
+                self._bpf.attach(f"{side}_{call}")
+
+
+class Syscalls(HookSet):
+    """Syscall tracepoints: every system call of the host pays some nanoseconds."""
+
+    name = "syscall"
+
+    def __init__(self, bpf: BpfObject) -> None:
+        self._bpf = bpf
+        self._hooks: list[tuple[str, int]] = []
+        bpf.want("tp_leave")
+        with Tracefs() as tracefs:
+            for side in ("exit", "enter"):
+                for call in CALLS:
+                    program = "tp_leave" if side == "exit" else f"tp_{call.removeprefix('pkey_')}"
+                    bpf.want(program)
+                    tracepoint = tracefs.tracepoint_id("syscalls", f"sys_{side}_{call}")
+                    if tracepoint is not None:
+                        self._hooks.append((program, tracepoint))
+                    elif call not in OPTIONAL_CALLS:
+                        raise BpfError(f"finding tracepoint syscalls/sys_{side}_{call}", ENOENT, "")
+
+    def attach(self) -> None:
+        for program, tracepoint in self._hooks:
+            self._bpf.attach_tracepoint(program, tracepoint)
+
+
+#: Best first.
+HOOK_SETS: Final[tuple[type[HookSet], ...]] = (Trampolines, Syscalls)

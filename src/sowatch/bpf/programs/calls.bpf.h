@@ -1,0 +1,333 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The system calls that change mappings: what is noted when one enters, and what is said when it
+ * leaves. Which hook they are called from is all the same to them.
+ */
+#pragma once
+
+#include "emit.bpf.h"
+
+/* ---- a call enters ---------------------------------------------------------------------------- */
+
+/* Whether the range holds something we follow. While a reading runs everything counts: the reader
+ * may be about to add a range that this call takes away. */
+static __always_inline bool matters(struct process *process, __u64 start, __u64 length)
+{
+	if (report & REPORT_RANGES)
+		return true;
+	if (!process)
+		return false;
+	if (process->shares_vm) {
+		if (is_shared(current_task()))
+			return true; /* the other holder's ranges are not in our entry */
+		process->shares_vm = 0;
+	}
+	return overlaps(process, start, start + length);
+}
+
+/* Alone at both ends of the call makes a fact: one who was there at its beginning may have acted
+ * meanwhile and be gone by its end. */
+static __always_inline void note(__u64 pid_tgid, struct pending *call)
+{
+	if (!is_alone(current_task()))
+		call->kind |= PENDING_IN_COMPANY;
+	if (bpf_map_update_elem(&pending_calls, &pid_tgid, call, BPF_ANY)) {
+		count(LOST_PENDING);
+		return;
+	}
+	__sync_fetch_and_add(&calls_under_way, 1);
+}
+
+static __always_inline __u64 whole_pages(__u64 length)
+{
+	return (length + PAGE_MASK_LOW) & ~PAGE_MASK_LOW;
+}
+
+/* What mmap and mprotect are asked for, and what an old personality adds to it. */
+static __always_inline bool makes_executable(__u64 protection)
+{
+	return protection & PROT_EXEC ||
+	       (protection & PROT_READ && READ(current_task(), personality) & READ_IMPLIES_EXEC);
+}
+
+static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protection, __u64 flags, __u64 fd,
+				      __u64 offset_bytes)
+{
+	bool maps_file = !(flags & MAP_ANONYMOUS) && makes_executable(protection);
+	bool replaces = flags & MAP_FIXED;
+	struct pending call = {};
+	__u64 pid_tgid;
+
+	if (!maps_file && !replaces)
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	if (maps_file) {
+		struct task_struct *task = current_task();
+		struct file *file = file_of_fd(task, fd);
+		enum verdict verdict;
+
+		if (!has_own_fds(task))
+			call.kind |= PENDING_UNSURE_FD;
+		if (file) {
+			/* A device may put another file into the mapping than its own. */
+			if ((READ(file, f_inode, i_mode) & S_IFMT) != S_IFREG)
+				call.kind |= PENDING_UNSURE_FD;
+			make_key(task, file, &call.key);
+			verdict = look_up_verdict(&call.key);
+			/* Another thread may put another file in place of an ignored one. */
+			if (verdict != VERDICT_IGNORE || call.kind & PENDING_UNSURE_FD) {
+				call.kind |= PENDING_MAP;
+				if (verdict == VERDICT_NONE)
+					call.kind |= PENDING_ASK;
+				call.file = (__u64)file;
+			} else {
+				count(COUNT_IGNORED);
+			}
+			/* Followed from now on, so that a fork before the exit of this call is seen. */
+			if (verdict != VERDICT_IGNORE && touch_process(task))
+				call.kind |= PENDING_TOUCHED;
+		} else if (call.kind & PENDING_UNSURE_FD) {
+			call.kind |= PENDING_MAP | PENDING_ASK;
+		}
+	}
+	call.start = start;
+	call.length = whole_pages(length);
+	call.offset_bytes = offset_bytes;
+	if (replaces && matters(find_process(pid_tgid >> 32), call.start, call.length))
+		call.kind |= PENDING_UNMAP;
+	if (!(call.kind & (PENDING_MAP | PENDING_UNMAP)))
+		return 0;
+	note(pid_tgid, &call);
+	return 0;
+}
+
+static __always_inline int enter_range_call(__u64 start, __u64 length, enum pending_kind kind)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct pending call = {.kind = kind, .start = start, .length = whole_pages(length)};
+
+	if (matters(find_process(pid_tgid >> 32), call.start, call.length))
+		note(pid_tgid, &call);
+	return 0;
+}
+
+static __always_inline int enter_munmap(__u64 start, __u64 length)
+{
+	return enter_range_call(start, length, PENDING_UNMAP);
+}
+
+static __always_inline int enter_mprotect(__u64 start, __u64 length, __u64 protection)
+{
+	struct pending call = {.kind = PENDING_MPROTECT_EXEC, .start = start, .length = whole_pages(length)};
+
+	if (!makes_executable(protection))
+		return enter_range_call(start, length, PENDING_UNMAP);
+	note(bpf_get_current_pid_tgid(), &call);
+	return 0;
+}
+
+/* Moves, grows, shrinks, and replaces what is at the target: rare enough to look again. */
+static __always_inline int enter_mremap(__u64 old, __u64 old_length, __u64 new_length, __u64 flags, __u64 target)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct process *process = find_process(pid_tgid >> 32);
+	struct pending call = {.kind = PENDING_REREAD};
+	/* Without a length a shared mapping is not moved, but mapped once more. */
+	__u64 was_length = old_length ? whole_pages(old_length) : 1;
+
+	if (matters(process, old, was_length) ||
+	    (flags & MREMAP_FIXED && matters(process, target, whole_pages(new_length))))
+		note(pid_tgid, &call);
+	return 0;
+}
+
+static __always_inline int enter_shmat(__u64 flags)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct pending call = {.kind = PENDING_REREAD};
+
+	if (!(flags & (SHM_EXEC | SHM_REMAP)))
+		return 0;
+	if (flags & SHM_EXEC || find_process(pid_tgid >> 32)) {
+		if (flags & SHM_EXEC)
+			touch_process(current_task());
+		note(pid_tgid, &call);
+	}
+	return 0;
+}
+
+/* Takes away a whole segment, of a length that only the kernel knows. */
+static __always_inline int enter_shmdt(__u64 start)
+{
+	return enter_range_call(start, 1, PENDING_REREAD);
+}
+
+/* ---- the call leaves -------------------------------------------------------------------------- */
+
+static __always_inline void send_dirty(struct task_struct *task, struct process *process)
+{
+	if (process && mark_dirty(process))
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY, 0, 0);
+}
+
+/*
+ * Whether a process sends so many records that it would drown the others. The rest of that second
+ * it only counts them, and is dirty: readings tell what it has, at the reader's pace.
+ */
+static __always_inline bool is_throttled(struct task_struct *task, struct process *process)
+{
+	if (!process || !max_records_s)
+		return false;
+	if (process->rate_s != now_s) {
+		process->rate_s = now_s;
+		process->rate = 0;
+	}
+	if (++process->rate <= max_records_s)
+		return false;
+	count(LOST_THROTTLED);
+	/* After the first of them user space knows whom to read although it was dirty before. */
+	if (mark_dirty(process) || process->rate == max_records_s + 1)
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_THROTTLED, 0, 0);
+	return true;
+}
+
+static __always_inline void introduce(struct task_struct *task, struct process *process)
+{
+	if (!process->introduced)
+		process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, process, RECORD_INTRO, 0, WITH_EXE);
+}
+
+static __always_inline void untouch(const struct pending *call, __u32 tgid)
+{
+	if (call->kind & PENDING_TOUCHED)
+		unfollow(find_process(tgid), tgid);
+}
+
+static __always_inline bool was_alone(const struct pending *call, struct task_struct *task)
+{
+	return !(call->kind & PENDING_IN_COMPANY) && is_alone(task);
+}
+
+/* Not inlined: its stack of two keys would not fit beside its caller's. */
+static __noinline int report_mapping(struct pending *call, __u64 start)
+{
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct task_struct *task = current_task();
+	struct found_vma found = {};
+	struct process *process = NULL;
+	bool is_whole = true;
+	bool is_alone_now;
+	__u32 flags = 0;
+
+	if (!call)
+		return 0;
+	is_alone_now = was_alone(call, task);
+	found.key = call->key;
+	found.file = (struct file *)call->file;
+	found.start = start;
+	found.end = start + call->length;
+	found.offset_bytes = call->offset_bytes;
+	found.is_executable = true;
+	if (call->kind & (PENDING_UNSURE_FD | PENDING_MPROTECT_EXEC)) {
+		/* What is there now is certain to have been there; the fd may have been switched. */
+		bool confirmed = find_vma_at(start, &found) == 0;
+		enum verdict verdict;
+
+		/* mprotect may span several mappings, of which this is the first. */
+		if (call->kind & PENDING_MPROTECT_EXEC) {
+			flags |= FLAG_MPROTECT;
+			is_whole = confirmed && start + call->length <= found.end;
+		}
+		/* The file may have been closed since the entry, and its memory be another one's. */
+		if (!confirmed && found.file) {
+			make_key(task, TYPED(struct file, found.file), &found.key);
+			if (!is_same_key(&found.key, &call->key))
+				found.file = NULL;
+		}
+		verdict = found.file ? look_up_verdict(&found.key) : VERDICT_NONE;
+		if (verdict == VERDICT_IGNORE && confirmed)
+			count(COUNT_IGNORED);
+		if (!found.file || !found.is_executable || (verdict == VERDICT_IGNORE && confirmed)) {
+			if (!confirmed || !is_whole)
+				send_dirty(task, touch_process(task));
+			untouch(call, tgid);
+			return 0;
+		}
+		if (verdict == VERDICT_NONE)
+			flags |= FLAG_ASK;
+		if (!confirmed || !is_whole)
+			is_alone_now = false;
+	} else if (call->kind & PENDING_ASK) {
+		flags |= FLAG_ASK;
+	}
+	if (call->kind & PENDING_TOUCHED)
+		process = find_process(tgid);
+	if (!process) /* or it was settled since the entry */
+		process = touch_process(task);
+	if (process) {
+		add_range(process, found.start, found.end);
+		if (is_throttled(task, process))
+			return 0;
+		introduce(task, process);
+		if (!is_alone_now && mark_dirty(process))
+			flags |= FLAG_DIRTY;
+	}
+	send_map(SCRATCH_HOOKS, NULL, task, process, found.file, &found.key, found.start, found.end, found.offset_bytes,
+		 flags);
+	return 0;
+}
+
+#define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)
+
+/* For every call: what has to be known was noted at the entry. kinds: those that this call can be. */
+static __always_inline int leave_call(long ret, __u32 kinds)
+{
+	struct task_struct *task;
+	struct pending *call;
+	__u64 pid_tgid;
+
+	if (!calls_under_way)
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	call = bpf_map_lookup_elem(&pending_calls, &pid_tgid);
+	if (!call)
+		return 0;
+	task = current_task();
+	if (call->kind & kinds & PENDING_UNMAP) {
+		/*
+		 * In company a reading decides. So it does after a failure: mmap and mprotect may
+		 * have taken something away before they failed. A failed munmap changes nothing,
+		 * but that is rare and a reading cheap.
+		 */
+		struct process *process = find_process(pid_tgid >> 32);
+
+		if (!was_alone(call, task) || is_error(ret))
+			send_dirty(task, process);
+		else if (!is_throttled(task, process))
+			send_small(task, RECORD_RANGE, 0, call->start, call->start + call->length);
+	}
+	if (call->kind & kinds & PENDING_REREAD) {
+		struct process *process = find_process(pid_tgid >> 32);
+
+		/* The reader may have passed the place where this has put something. */
+		if (!process && report & REPORT_RANGES)
+			process = touch_process(task);
+		send_dirty(task, process);
+	}
+	if (call->kind & kinds & PENDING_MAP) {
+		if (is_error(ret))
+			untouch(call, pid_tgid >> 32);
+		else
+			report_mapping(call, ret);
+	}
+	if (call->kind & kinds & PENDING_MPROTECT_EXEC) {
+		/* A hole, or a mapping that may not be, ends it, but what came before it is done. */
+		if (is_error(ret))
+			send_dirty(task, touch_process(task));
+		else
+			report_mapping(call, call->start);
+	}
+	bpf_map_delete_elem(&pending_calls, &pid_tgid);
+	__sync_fetch_and_sub(&calls_under_way, 1);
+	return 0;
+}

@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Reading what there is: every mapping of one process, or of all, by the kernel's own iterator. */
+#pragma once
+
+#include "emit.bpf.h"
+
+/* Where the reader stands; one reading runs at a time. */
+struct reader {
+	__u64 run;
+	__u32 tgid;
+	__u32 tid;
+	__u64 interpreter_base;
+	struct file_id exe; /* the main executable */
+	__u32 is_skipped;
+	__u32 is_again; /* skipped, and to be read again */
+	__u32 visit_sent;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct reader);
+} reader_state SEC(".maps");
+
+/*
+ * The first vma of a task. The lock of its mappings is held for reading, so what we mark here
+ * comes before any change that this reading will not see.
+ */
+static __noinline int begin_visit(struct reader *reader, struct task_struct *task)
+{
+	struct mm_struct *mm;
+	struct process *process;
+	struct file *exe;
+	__u32 tgid, tid;
+
+	if (!reader)
+		return 0;
+	tgid = BPF_CORE_READ(task, tgid);
+	tid = BPF_CORE_READ(task, pid);
+	reader->run = reading_run;
+	reader->tgid = tgid;
+	reader->tid = tid;
+	reader->visit_sent = 0;
+	/*
+	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
+	 * or one that fork has not finished, which it will tell of;
+	 * or one of the many threads that are visited once the leader is dead, but not the first.
+	 */
+	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
+			     BPF_CORE_READ(task, vfork_done) != NULL || BPF_CORE_READ(task, __state) & TASK_NEW;
+	/*
+	 * Within exec a task shows what is neither the old program's nor all of the new one's; a
+	 * vfork child shows its parent's still, although vfork_done is gone already.
+	 */
+	reader->is_again = !reader->is_skipped && BPF_CORE_READ_BITFIELD_PROBED(task, in_execve);
+	reader->is_skipped |= reader->is_again;
+	process = find_process(tgid);
+	if (tid != tgid) {
+		if (BPF_CORE_READ(task, group_leader, mm))
+			reader->is_skipped = 1;
+		else if (process && process->visit_run == reading_run && process->visit_tid != tid)
+			reader->is_skipped = 1;
+	}
+	if (reader->is_skipped)
+		return 0;
+	if (!process && narrow_flag(task))
+		process = touch_process(task);
+	if (process) {
+		process->visit_run = reading_run;
+		process->visit_tid = tid;
+		process->dirty = 0;
+		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
+		if (process->range_count > MAX_RANGES) {
+			process->range_count = 0;
+			process->min_start = 0;
+			process->max_end = 0;
+		}
+	}
+	mm = BPF_CORE_READ(task, mm);
+	exe = BPF_CORE_READ(mm, exe_file);
+	__builtin_memset(&reader->exe, 0, sizeof(reader->exe));
+	if (exe)
+		identify(TYPED(struct file, exe), &reader->exe);
+	reader->interpreter_base = interpreter_base_of(mm);
+	return 0;
+}
+
+static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct *task, struct process *process,
+				       __u32 flags)
+{
+	struct record visit = {};
+
+	fill_head(&visit, task, RECORD_VISIT, flags, sizeof(visit));
+	visit.touches = touches_of(SCRATCH_READER, task, process);
+	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
+}
+
+SEC("iter/task_vma")
+int read_mappings(struct bpf_iter__task_vma *context)
+{
+	struct seq_file *seq = context->meta->seq;
+	struct task_struct *task = context->task;
+	struct vm_area_struct *vma = context->vma;
+	__u32 zero = 0, flags = 0;
+	struct reader *reader;
+	struct process *process;
+	struct file_key key = {};
+	enum verdict verdict;
+	struct file *file;
+	__u64 start, end, offset_bytes;
+
+	if (!task || !vma)
+		return 0;
+	reader = bpf_map_lookup_elem(&reader_state, &zero);
+	if (!reader)
+		return 0;
+	if (reader->run != reading_run || reader->tgid != task->tgid || reader->tid != task->pid)
+		begin_visit(reader, task);
+	if (reader->is_skipped) {
+		if (reader->is_again && tell_visit(seq, task, NULL, FLAG_AGAIN))
+			reader->is_again = 0;
+		return 0;
+	}
+	process = find_process(reader->tgid);
+	if (!reader->visit_sent && (process || report & REPORT_VISITS) &&
+	    !tell_visit(seq, task, process, narrow_flag(task)))
+		return 0; /* the buffer is full: the kernel calls again for this vma */
+	file = vma->vm_file;
+	if (!file || !(vma->vm_flags & VM_EXEC))
+		goto shown;
+	start = vma->vm_start;
+	end = vma->vm_end;
+	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
+	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
+	if (is_same_file(&key.file, &reader->exe) ||
+	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base)) {
+		if (!(report & REPORT_IMAGES))
+			goto shown;
+		flags |= FLAG_IMAGE;
+	}
+	verdict = look_up_verdict(&key);
+	if (verdict == VERDICT_IGNORE)
+		goto shown;
+	if (verdict == VERDICT_NONE)
+		flags |= FLAG_ASK;
+	if (!process) {
+		process = touch_process(task);
+		if (process) {
+			process->visit_run = reading_run;
+			process->visit_tid = task->pid;
+			/* Its exit may have come before the entry was made; it would stay for ever. */
+			if (BPF_CORE_READ(task, signal, live.counter) == 0) {
+				remove_process(reader->tgid);
+				reader->is_skipped = 1;
+				return 0;
+			}
+		}
+	}
+	if (process) {
+		if (!process->introduced &&
+		    !send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
+			return 0;
+		add_range(process, start, end);
+	}
+	if (!send_map(SCRATCH_READER, seq, task, process, file, &key, start, end, offset_bytes, flags))
+		return 0;
+	if (process)
+		process->introduced = 1;
+shown:
+	if (process || report & REPORT_VISITS)
+		reader->visit_sent = 1;
+	return 0;
+}
