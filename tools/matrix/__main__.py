@@ -1,0 +1,211 @@
+"""Runs the kernel tests under other kernels, each in a guest (QEMU) that shares this machine's root.
+
+  scripts/matrix [KERNEL...] [-- PYTEST-ARGUMENT...]
+  scripts/matrix prepare [KERNEL...]      fetch the newest kernels and make the images, or look for newer ones
+  scripts/matrix start KERNEL             a shell in a guest; it ends when the shell does
+
+Without kernels: all of them. After `--`: run these tests and not the chosen ones. Kernels, images and
+what guests wrote are kept in ~/.cache/sowatch/matrix, or where SOWATCH_MATRIX_CACHE says.
+
+Exit codes: 0 each guest is as the table (tools/matrix/kernels.py) says; 1 one is not, or could not be run;
+2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from matrix.cache import ROOT, MatrixError, cache_directory, run
+from matrix.guest import run_guest
+from matrix.image import make_image
+from matrix.judge import Verdict, judge
+from matrix.kernels import CI_KERNELS, KERNELS, Kernel
+from matrix.packages import Unpacked, fetch, unpacked
+from matrix.page import Run, render
+
+PAGE: Final = ROOT / "docs/kernels.md"
+#: Each has two virtual CPUs but emulates them in one thread.
+GUESTS_AT_ONCE: Final = 2
+#: Several times what a guest takes on a machine of two cores.
+LIMIT_S: Final = 1500.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A kernel that can be started."""
+
+    kernel: Kernel
+    unpacked: Unpacked
+    image: Path
+
+
+def main() -> int:
+    """Returns the exit code."""
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = _arguments(words[:cut])
+    asked = words[cut + 1 :]
+    try:
+        if args.verb == "prepare":
+            return 0 if _prepare(args.kernels, anew=True)[1] else 1
+        if args.verb == "start":
+            return _start(args.kernels[0])
+        return _run(args.kernels, asked, write=args.write)
+    except MatrixError as error:
+        print(f"matrix: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    verb = words.pop(0) if words[:1] in (["prepare"], ["start"]) else "run"
+    parser = argparse.ArgumentParser(
+        prog="scripts/matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    by_name = {kernel.name: kernel for kernel in KERNELS}
+    parser.add_argument("names", nargs="*", metavar="KERNEL", help=f"one of {', '.join(by_name)}")
+    parser.add_argument("--ci", action="store_true", help="the kernels that .ci/run has time for")
+    parser.add_argument("--write", action="store_true", help="write docs/kernels.md after a run without faults")
+    args = parser.parse_args(words)
+    for name in args.names:
+        if name not in by_name:
+            parser.error(f"there is no kernel {name!r} in the table. Use: {', '.join(by_name)}.")
+    names = [*args.names, *(CI_KERNELS if args.ci else ())] or list(by_name)
+    args.verb = verb
+    args.kernels = [by_name[name] for name in dict.fromkeys(names)]
+    if verb == "start" and len(args.names) != 1:
+        parser.error("start takes one kernel.")
+    if args.write and (len(args.kernels) != len(KERNELS) or verb != "run"):
+        parser.error("--write needs a run of every kernel.")
+    return args
+
+
+def _prepare(kernels: list[Kernel], *, anew: bool) -> tuple[list[Ready], bool]:
+    """The kernels that can be started, and whether those are all that must.
+
+    Args:
+        kernels: wanted.
+        anew: ask the mirror for newer ones; otherwise only for those that are not in the cache.
+    """
+    if platform.machine() != "x86_64":
+        raise MatrixError(f"guests run this machine's programs on x86-64 kernels; here is {platform.machine()}.")
+    found = []
+    is_complete = True
+    for kernel in kernels:
+        try:
+            try:
+                one = fetch(kernel) if anew else unpacked(kernel)
+            except MatrixError:
+                if anew:
+                    raise
+                one = fetch(kernel)
+        except MatrixError as error:
+            print(f"{kernel.name}: not run: {error}", flush=True)
+            is_complete = is_complete and kernel.may_be_absent
+            continue
+        # Made each time, because it takes less than it would to find out whether it is still right.
+        image = cache_directory("images") / f"{kernel.name}.cpio.gz"
+        make_image(one, image)
+        print(f"{kernel.name}: {one.release}", flush=True)
+        found.append(Ready(kernel, one, image))
+    return found, is_complete
+
+
+def _start(kernel: Kernel) -> int:
+    (ready,), _ = _prepare([kernel], anew=False)
+    out = cache_directory("results", kernel.name)
+    print("The checkout is read-only in the guest; /tmp, /var/tmp and /run/out can be written to.", flush=True)
+    rc = asyncio.run(run_guest(ready.unpacked, ready.image, ["bash", "-i"], out, limit_s=None))
+    return 1 if rc is None else rc
+
+
+def _run(kernels: list[Kernel], asked: list[str], *, write: bool) -> int:
+    ready, is_complete = _prepare(kernels, anew=False)
+    _warm()
+    verdicts = asyncio.run(_run_all(ready, asked))
+    is_good = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
+    if write and is_good and not asked and len(verdicts) == len(KERNELS):
+        runs = [
+            Run(one.kernel.name, verdict.release, verdict.passed) for one, verdict in zip(ready, verdicts, strict=True)
+        ]
+        PAGE.write_text(render(runs), encoding="utf-8")
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    elif write:
+        print(f"{PAGE.relative_to(ROOT)} is left as it was: it is written after a run of every kernel without faults")
+    return 0 if is_good else 1
+
+
+def _warm() -> None:
+    """Has Python and pytest compile every module now: a guest cannot keep it, and needs many times as long."""
+    python = Path(sys.executable)
+    run(
+        [python, "-m", "pytest", "-q", "--collect-only", "tests/kernel", "tests/e2e"],
+        next_step="Run `scripts/setup --for matrix`.",
+        directory=ROOT,
+    )
+
+
+async def _run_all(ready: list[Ready], asked: list[str]) -> list[Verdict]:
+    task = asyncio.current_task()
+    assert task is not None
+    # So that the guests end with us, as they do on SIGINT.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    free = asyncio.Semaphore(GUESTS_AT_ONCE)
+
+    async def run_one(one: Ready) -> Verdict:
+        async with free:
+            return await _run_one(one, asked)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(run_one(one)) for one in ready]
+    return [task.result() for task in tasks]
+
+
+async def _run_one(one: Ready, asked: list[str]) -> Verdict:
+    """Runs a guest, once more if it died, and says what came of it."""
+    begin_s = time.monotonic()
+    again = ""
+    verdict = await _attempt(one, asked)
+    if verdict is None:
+        again = ", at the second try"
+        verdict = await _attempt(one, asked)
+    if verdict is None:
+        verdict = Verdict(
+            "", 0, (f"the guest died twice; see {cache_directory('results', one.kernel.name)}/console.log",)
+        )
+    word = "fails" if verdict.faults else "ok"
+    print(f"{one.kernel.name}: {word}, {verdict.passed} tests passed, {time.monotonic() - begin_s:.0f} s{again}")
+    for fault in verdict.faults:
+        print("  " + fault.replace("\n", "\n    "))
+    sys.stdout.flush()
+    return verdict
+
+
+async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
+    """None: the guest died, which emulated ones sometimes do."""
+    out = cache_directory("results", one.kernel.name)
+    shutil.rmtree(out)
+    out.mkdir()
+    command = ["env", f"PYTHONPATH={ROOT / 'tools'}", "PYTHONDONTWRITEBYTECODE=1"]
+    command += [sys.executable, "-m", "matrix.inside", one.kernel.name, "/run/out", *asked]
+    try:
+        rc = await run_guest(one.unpacked, one.image, command, out, limit_s=LIMIT_S)
+    except TimeoutError:
+        return Verdict("", 0, (f"not done after {LIMIT_S:g} s; see {out / 'console.log'}",))
+    if rc:
+        return Verdict("", 0, (f"looking at it ended with {rc}; see {out / 'console.log'}",))
+    return None if rc is None else judge(one.kernel.name, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

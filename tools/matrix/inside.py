@@ -1,0 +1,92 @@
+"""What runs in a guest, or on any machine: tries every feature and cell, then runs the tests.
+
+    python -m matrix.inside KERNEL DIRECTORY [PYTEST-ARGUMENT...]
+
+Writes ``facts.json`` and one ``*.xml`` (JUnit) for each run of pytest into the directory; ends with 0 whatever
+the tests say, because `judge` decides. May import ``kernels``, ``cache`` and the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from matrix.cache import ROOT
+from matrix.kernels import CELLS, END_TO_END, HELPERS, TESTS
+from sowatch.bpf.binding import BpfObject, probe
+from sowatch.errors import BpfError
+
+__all__: list[str] = []
+
+#: Emulated guests need about this much longer than the machines for which deadlines were chosen.
+_DEADLINE_SCALE = "20"
+
+
+def main(kernel: str, out: Path, arguments: list[str]) -> None:
+    """Look, write down, test."""
+    facts = _look()
+    (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if arguments:
+        _pytest(out / "asked.xml", arguments)
+        return
+    working = [cell for cell in CELLS if kernel in cell.works_on]
+    for number, cell in enumerate(working):
+        _pytest(out / f"cell-{number}.xml", [*END_TO_END], {"SOWATCH_TEST_OPTIONS": " ".join(cell.options)})
+    if any(cell.strategy != "procfs" for cell in working):
+        _pytest(out / "kernel.xml", [*TESTS])
+
+
+def _look() -> dict[str, Any]:
+    """``features``: name to yes, no or unknown. ``cells``: name to the decision of `sowatch doctor`."""
+    features: dict[str, str] = {}
+    cells: dict[str, Any] = {}
+    for cell in CELLS:
+        report = _doctor(cell.options)
+        features |= {one["name"]: one["answer"] for one in report["probes"]}
+        cells[cell.name] = report["decision"]
+    for name, (program_type, helper) in HELPERS.items():
+        features[name] = {True: "yes", False: "no", None: "unknown"}[probe("helper", program_type, helper)]
+    refusals: dict[str, str] = {}
+    for item in sorted(files("sowatch.bpf").joinpath("programs").iterdir(), key=lambda found: found.name):
+        # What doctor loads by parts is no object that has to load as a whole.
+        if item.name.endswith(".bpf.o") and item.name != "probes.bpf.o":
+            refusal = _refusal(str(item))
+            features[item.name] = "no" if refusal else "yes"
+            if refusal:
+                refusals[item.name] = refusal
+    return {"release": platform.release(), "features": features, "cells": cells, "refusals": refusals}
+
+
+def _doctor(options: tuple[str, ...]) -> Any:
+    command = [sys.executable, "-m", "sowatch", "doctor", "--json", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    return json.loads(done.stdout)
+
+
+def _refusal(path: str) -> str | None:
+    """The last words of libbpf and the verifier about an object; None if it loads."""
+    try:
+        with BpfObject(path) as programs:
+            programs.load()
+    except BpfError as error:
+        return f"{error}\n{error.log[-4000:]}"
+    return None
+
+
+def _pytest(report: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    given = {"SOWATCH_FORCE_KERNEL_TESTS": "1", "SOWATCH_DEADLINE_SCALE": _DEADLINE_SCALE, **(environment or {})}
+    options = ["-p", "no:cacheprovider", "--color=no", "--tb=short", "--durations=15", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **given}, check=False)
+    # A run that ended before it wrote its report must not look like one without failures.
+    report.with_suffix(".rc").write_text(str(done.returncode), encoding="ascii")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,89 @@
+"""What a guest said, against the table: a list of faults, empty if all is as it must be. Imports ``kernels``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from matrix.kernels import CELLS, FEATURES, Cell
+
+__all__ = ["Verdict", "faults_of_facts", "judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``passed``: tests that ran and passed. ``faults``: one line or more for each thing that is wrong."""
+
+    release: str
+    passed: int
+    faults: tuple[str, ...]
+
+
+def judge(kernel: str, out: Path) -> Verdict:
+    """Reads what `inside` left in its directory."""
+    try:
+        facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return Verdict("", 0, (f"it told nothing of itself ({error}); see {out / 'console.log'}",))
+    passed = 0
+    faults = list(faults_of_facts(kernel, facts))
+    for status in sorted(out.glob("*.rc")):
+        report = status.with_suffix(".xml")
+        rc = int(status.read_text(encoding="ascii"))
+        if not report.exists():
+            faults.append(f"pytest ended with {rc} and without a report; see {out / 'console.log'}")
+            continue
+        good, bad = _tests(report)
+        passed += good
+        faults += bad
+        if rc and not bad:
+            faults.append(f"pytest ended with {rc} although no test failed; see {out / 'console.log'}")
+    return Verdict(facts["release"], passed, tuple(faults))
+
+
+def faults_of_facts(kernel: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Where ``facts`` (see `inside`) and the table differ."""
+    found: Mapping[str, str] = facts["features"]
+    for name in FEATURES.keys() - found.keys():
+        yield f"{name}: in the table, but nobody looked"
+    for name, answer in found.items():
+        if name not in FEATURES:
+            yield f"{name}: {answer}, and not in the table of features"
+            continue
+        must = "yes" if kernel in FEATURES[name] else "no"
+        if answer != must:
+            why = facts["refusals"].get(name, "")
+            yield f"{name}: {answer}, and must be {must}" + (f"\n{why}" if why else "")
+    for cell in CELLS:
+        yield from _faults_of_cell(kernel, cell, facts["cells"][cell.name])
+
+
+def _faults_of_cell(kernel: str, cell: Cell, decision: Mapping[str, Any]) -> Iterator[str]:
+    words = "; ".join(f"{one['strategy']}: {one['error'] or 'works'}" for one in decision["attempts"])
+    used = (decision["strategy"], decision["hooks"])
+    if kernel in cell.works_on:
+        if used != (cell.strategy, cell.hooks):
+            yield f"{cell.name}: must be used, but it is {used[0]}, {used[1]} ({words})"
+    elif kernel not in cell.refused_on:
+        yield f"{cell.name}: the table says neither that it works nor why not ({words})"
+    elif used == (cell.strategy, cell.hooks):
+        yield f"{cell.name}: works, where the table says that it is refused"
+    elif cell.refused_on[kernel] not in words:
+        yield f"{cell.name}: refused with {words!r}, where the table says {cell.refused_on[kernel]!r}"
+
+
+def _tests(report: Path) -> tuple[int, list[str]]:
+    """How many tests of a JUnit file passed, and what the others say."""
+    passed, bad = 0, []
+    # Written by our own pytest, in a guest that we started.
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314
+        troubles = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        if not troubles:
+            passed += 1
+        name = f"{case.get('classname')}::{case.get('name')}"
+        bad += [f"{name} {trouble.tag}: {trouble.get('message')}" for trouble in troubles]
+    return passed, bad

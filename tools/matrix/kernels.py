@@ -1,0 +1,111 @@
+"""The kernels of the matrix and what each must show. Plain data: this is the file to edit. Imports nothing.
+
+A feature or a strategy that a guest shows and the table does not, or the other way round, fails the run: so
+nothing is skipped, and nothing falls back to something weaker, without anybody noticing. After a change, run
+``scripts/matrix --write``, which also writes docs/kernels.md anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = ["CELLS", "CI_KERNELS", "FEATURES", "HELPERS", "KERNELS", "TESTS", "Cell", "Kernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A guest's kernel: the newest cloud kernel of a Debian suite.
+
+    ``may_be_absent``: the suite changes every day, and for hours its packages may not fit together. Then the
+    guest is not run, which is said and is no failure.
+    """
+
+    name: str
+    suite: str
+    may_be_absent: bool = False
+
+
+KERNELS: Final = (
+    Kernel("5.10", "bullseye"),
+    Kernel("6.1", "bookworm"),
+    Kernel("6.12", "trixie"),
+    Kernel("newest", "sid", may_be_absent=True),
+)
+#: What `.ci/run` has time for.
+CI_KERNELS: Final = ("5.10", "6.1", "6.12", "newest")
+
+_ALL: Final = frozenset(kernel.name for kernel in KERNELS)
+_FROM_6_1: Final = _ALL - {"5.10"}
+_FROM_6_12: Final = _FROM_6_1 - {"6.1"}
+
+#: What is asked beyond `sowatch doctor`: BPF helpers by number (enum bpf_func_id), tried in a program of a
+#: type of this number (enum bpf_prog_type).
+HELPERS: Final[Mapping[str, tuple[int, int]]] = {
+    # BPF_PROG_TYPE_TRACEPOINT, BPF_PROG_TYPE_KPROBE (which uprobes are too)
+    "task storage (5.11)": (5, 156),
+    "attach cookie (5.15)": (2, 174),
+}
+
+#: Feature, as a probe of `sowatch doctor` calls it, a name in `HELPERS`, or an object of the BPF programs
+#: (which is there if all of it loads): the kernels that have it.
+FEATURES: Final[Mapping[str, frozenset[str]]] = {
+    "libbpf": _ALL,
+    "kernel BTF": _ALL,
+    "BPF programs on tracepoints": _ALL,
+    "ring buffer (5.8)": _ALL,
+    "LRU map": _ALL,
+    "tracefs with system call tracepoints": _ALL,
+    "bpf_find_vma (5.17)": _FROM_6_1,
+    "bpf_loop (5.17)": _FROM_6_1,
+    "typed tracepoints (5.5)": _ALL,
+    "mapping iterator (5.12)": _FROM_6_1,
+    "trampolines (fentry, 5.5)": _FROM_6_1,
+    "initial pid namespace": _ALL,
+    "task storage (5.11)": _FROM_6_1,
+    "attach cookie (5.15)": _FROM_6_1,
+    "watch.bpf.o": _FROM_6_12,
+    "watch_compat.bpf.o": _FROM_6_12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One strategy with one hook set.
+
+    Args:
+        strategy: as `sowatch doctor` and ``ready`` name it.
+        hooks: likewise; None where the strategy has no choice of hooks.
+        options: of the command that force this cell.
+        works_on: kernels where it must be what is used.
+        refused_on: kernels where it must be refused, with words that the reason must have.
+    """
+
+    strategy: str
+    hooks: str | None
+    options: tuple[str, ...]
+    works_on: frozenset[str]
+    refused_on: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For people, and for the keys of what a guest writes down."""
+        return self.strategy if self.hooks is None else f"{self.strategy}, {self.hooks} hooks"
+
+
+CELLS: Final = (
+    Cell(
+        "core",
+        "syscall",
+        ("--strategy", "core"),
+        works_on=_FROM_6_12,
+        refused_on={"5.10": "prog 'enter_mmap': failed to load", "6.1": "prog 'leave': failed to load"},
+    ),
+)
+
+#: What runs in each guest where a strategy with BPF works. Everything takes some forty times as long there as
+#: on the machine itself, so these are few: each kind of event, reading, repair and identity once.
+TESTS: Final = ("tests/kernel/test_programs.py",)
+#: Runs once for each cell that works.
+END_TO_END: Final = ("tests/e2e/test_commands.py",)

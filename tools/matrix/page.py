@@ -1,0 +1,84 @@
+"""docs/kernels.md: the table, with what a run without faults adds to it. May import ``kernels``.
+
+Marks come from the table, because a run in which a guest differed from it writes no page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from matrix.kernels import CELLS, FEATURES, KERNELS, Cell
+
+__all__ = ["Run", "read", "render"]
+
+_HEAD = """\
+# Kernels
+
+<!-- Written by `scripts/matrix --write` from a run; the table behind it is tools/matrix/kernels.py. -->
+
+Each of these kernels ran as a guest (QEMU, emulated, x86-64) with the tests below, and showed exactly what
+this page says of it: a guest that shows more or less fails the run. How to run one: `CONTRIBUTING.md`.
+"""
+_FEATURES = """\
+Found by loading or attaching something that needs them, never by the version. A `.bpf.o` is an object of the BPF
+programs, which has to load as a whole.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one guest gave: its kernel's release and how many tests passed in it."""
+
+    kernel: str
+    release: str
+    passed: int
+
+
+def render(runs: Iterable[Run]) -> str:
+    """The page for one run of every kernel, in the table's order."""
+    by_name = {run.kernel: run for run in runs}
+    ran = [
+        [kernel.name, kernel.suite, by_name[kernel.name].release, str(by_name[kernel.name].passed)]
+        for kernel in KERNELS
+    ]
+    names = [kernel.name for kernel in KERNELS]
+    cells = [[cell.name, *("works" if name in cell.works_on else "no" for name in names)] for cell in CELLS]
+    features = [[feature, *("yes" if name in has else "no" for name in names)] for feature, has in FEATURES.items()]
+    parts = [
+        _HEAD,
+        _table(["kernel", "Debian suite", "release", "tests passed"], ran),
+        "## Strategies and hook sets\n",
+        _table(["strategy", *names], cells),
+        *_reasons(),
+        "## Features\n",
+        _FEATURES,
+        _table(["feature", *names], features),
+    ]
+    return "\n".join(parts)
+
+
+def read(page: str) -> list[Run]:
+    """The runs that a page was rendered from."""
+    suites = "|".join(kernel.suite for kernel in KERNELS)
+    found = re.findall(rf"^\| (\S+) +\| (?:{suites}) +\| (\S+) +\| (\d+) +\|$", page, flags=re.MULTILINE)
+    return [Run(kernel, release, int(passed)) for kernel, release, passed in found]
+
+
+def _reasons() -> list[str]:
+    lines = [line for cell in CELLS for line in _reasons_of(cell)]
+    return ["Where it says no, what is refused:\n", "\n".join(lines) + "\n"] if lines else []
+
+
+def _reasons_of(cell: Cell) -> list[str]:
+    return [f"- {cell.name}, {kernel}: {words}" for kernel, words in cell.refused_on.items()]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |\n"
+        for line in lines
+    )
