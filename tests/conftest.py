@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 
 from support import bpfsys, leaks
-from support.programs import build
+from support.programs import build, compile_library
 
 T = TypeVar("T")
 
@@ -254,21 +254,7 @@ def make_library(tmp_path: Path) -> Callable[..., Path]:
     ``name`` may have directories in it; its last part is also the soname. Each export is a function
     ``int NAME(void)`` that returns its place in ``exports``. The build id differs with soname and exports.
     """
-
-    def make(name: str = "libtiny.so", exports: Iterable[str] = ()) -> Path:
-        made = tmp_path / name
-        made.parent.mkdir(parents=True, exist_ok=True)
-        functions = "".join(f"int {export}(void) {{ return {i}; }}\n" for i, export in enumerate(exports))
-        # Without a function there would be no executable segment, so nothing to watch.
-        functions += "static int here(void) { return 0; }\nint (*const sowatch_test_anchor)(void) = here;\n"
-        source = made.with_name(f".{made.name}.c")
-        source.write_text(functions, encoding="utf-8")
-        flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{made.name}", "-Wl,--build-id"]
-        subprocess.run(["cc", *flags, "-o", str(made), str(source)], check=True)
-        source.unlink()
-        return made
-
-    return make
+    return lambda name="libtiny.so", exports=(): compile_library(tmp_path / name, exports)
 
 
 # -- the event schema ------------------------------------------------------------------------

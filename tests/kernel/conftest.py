@@ -15,7 +15,7 @@ import pytest
 
 from support import bpfsys
 from support.kernel import TAG, Ledger, Stall, Tap, Trick
-from support.programs import Mapper
+from support.programs import Mapper, compile_library
 
 
 @pytest.fixture
@@ -36,10 +36,15 @@ def closing() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled once: in an emulated guest the compiler takes longer than most tests."""
+    return compile_library(tmp_path_factory.mktemp("template") / "libtemplate.so")
+
+
 @pytest.fixture
-def library(make_library: Callable[..., Path], scratch: Path) -> Callable[..., Path]:
+def library(template: Path, scratch: Path) -> Callable[..., Path]:
     """``library(name)`` is a new library of that name in ``scratch``, with an inode of its own."""
-    template = make_library("libtemplate.so")
 
     def make(name: str | os.PathLike[str] = f"libnew{TAG}.so") -> Path:
         made = scratch / name

@@ -9,11 +9,11 @@ import hashlib
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
-__all__ = ["SOURCES", "Image", "Mapper", "build", "executable_images", "make_libraries"]
+__all__ = ["SOURCES", "Image", "Mapper", "build", "compile_library", "executable_images", "make_libraries"]
 
 SOURCES = Path(__file__).resolve().parent.parent / "programs"
 
@@ -43,6 +43,20 @@ def build(name: str, directory: Path, *, flags: Sequence[str] = (), output: str 
         subprocess.run(command, check=True)
         fresh.rename(program)
     return program
+
+
+def compile_library(made: Path, exports: Iterable[str] = ()) -> Path:
+    """Makes the shared library ``made``; see the fixture ``make_library``."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    functions = "".join(f"int {export}(void) {{ return {i}; }}\n" for i, export in enumerate(exports))
+    # Without a function there would be no executable segment, so nothing to watch.
+    functions += "static int here(void) { return 0; }\nint (*const sowatch_test_anchor)(void) = here;\n"
+    source = made.with_name(f".{made.name}.c")
+    source.write_text(functions, encoding="utf-8")
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{made.name}", "-Wl,--build-id"]
+    subprocess.run(["cc", *flags, "-o", str(made), str(source)], check=True)
+    source.unlink()
+    return made
 
 
 def make_libraries(directory: Path, count: int, *, prefix: str = "tiny") -> list[Path]:
