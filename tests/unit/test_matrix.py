@@ -1,0 +1,225 @@
+"""The kernel matrix's own judgement: no guest that shows more or less than the table says passes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matrix.judge import faults_of_facts, judge
+from matrix.kernels import CELLS, CI_KERNELS, FEATURES, HELPERS, KERNELS
+from matrix.page import Run, read, render
+
+from sowatch.bpf.probes import run_probes
+from sowatch.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/kernels.md"
+#: A kernel on which the first cell of the table works.
+KERNEL = sorted(CELLS[0].works_on)[0]
+
+
+def facts_of(kernel: str) -> dict[str, Any]:
+    """What a guest tells that shows just what the table says."""
+    cells = {}
+    for cell in CELLS:
+        works = kernel in cell.works_on
+        cells[cell.name] = {
+            "strategy": cell.strategy if works else None,
+            "hooks": cell.hooks if works else None,
+            "attempts": [{"strategy": cell.strategy, "ok": works, "error": cell.refused_on.get(kernel)}],
+        }
+    features = {name: "yes" if kernel in has else "no" for name, has in FEATURES.items()}
+    return {"release": "1.2.3-cloud-amd64", "features": features, "cells": cells, "refusals": {}}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """What a guest leaves in which one test passed."""
+    (tmp_path / "facts.json").write_text(json.dumps(facts_of(KERNEL)), encoding="utf-8")
+    report(tmp_path, "kernel", 0, '<testcase classname="a" name="test_good"/>')
+    return tmp_path
+
+
+def report(out: Path, name: str, rc: int, cases: str) -> None:
+    (out / f"{name}.rc").write_text(str(rc), encoding="ascii")
+    (out / f"{name}.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def test_every_cell_says_of_every_kernel_that_it_works_or_why_not() -> None:
+    names = {kernel.name for kernel in KERNELS}
+    for cell in CELLS:
+        assert cell.works_on | cell.refused_on.keys() == names, cell.name
+        assert not cell.works_on & cell.refused_on.keys(), cell.name
+
+
+def test_what_doctor_asks_is_in_the_table_of_features() -> None:
+    asked = {probe.name for probe in run_probes(Config())}
+    objects = {name for name in FEATURES if name.endswith(".bpf.o")}
+
+    assert asked | HELPERS.keys() | objects == FEATURES.keys()
+
+
+def test_ci_runs_two_guests_at_least() -> None:
+    assert len(set(CI_KERNELS)) >= 2
+    assert set(CI_KERNELS) <= {kernel.name for kernel in KERNELS}
+
+
+# -- facts against the table -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [kernel.name for kernel in KERNELS])
+def test_a_guest_that_shows_what_the_table_says_has_no_faults(kernel: str) -> None:
+    assert list(faults_of_facts(kernel, facts_of(kernel))) == []
+
+
+def lacks_a_feature(facts: dict[str, Any]) -> None:
+    facts["features"]["kernel BTF"] = "no"
+
+
+def cannot_tell(facts: dict[str, Any]) -> None:
+    facts["features"]["kernel BTF"] = "unknown"
+
+
+def has_a_feature_more(facts: dict[str, Any]) -> None:
+    facts["features"]["time travel"] = "yes"
+
+
+def was_not_asked(facts: dict[str, Any]) -> None:
+    del facts["features"]["kernel BTF"]
+
+
+def falls_back(facts: dict[str, Any]) -> None:
+    facts["cells"][CELLS[0].name]["strategy"] = "procfs"
+
+
+def has_other_hooks(facts: dict[str, Any]) -> None:
+    facts["cells"][CELLS[0].name]["hooks"] = "other"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lacks_a_feature, "kernel BTF: no, and must be yes"),
+        (cannot_tell, "kernel BTF: unknown, and must be yes"),
+        (has_a_feature_more, "time travel: yes, and not in the table of features"),
+        (was_not_asked, "kernel BTF: in the table, but nobody looked"),
+        (falls_back, "core, syscall hooks: must be used, but it is procfs, syscall (core: works)"),
+        (has_other_hooks, "core, syscall hooks: must be used, but it is core, other (core: works)"),
+    ],
+)
+def test_a_guest_that_differs_from_the_table_has_a_fault(change: Callable[[dict[str, Any]], None], fault: str) -> None:
+    facts = copy.deepcopy(facts_of(KERNEL))
+    change(facts)
+
+    assert list(faults_of_facts(KERNEL, facts)) == [fault]
+
+
+def test_what_an_object_was_refused_with_is_told() -> None:
+    facts = facts_of(KERNEL)
+    name = next(name for name, kernels in FEATURES.items() if name.endswith(".bpf.o") and KERNEL in kernels)
+    facts["features"][name] = "no"
+    facts["refusals"][name] = "the verifier's words"
+
+    assert list(faults_of_facts(KERNEL, facts)) == [f"{name}: no, and must be yes\nthe verifier's words"]
+
+
+# -- tests in a guest --------------------------------------------------------------------------
+
+
+def test_a_guest_in_which_everything_passed_has_no_faults(out: Path) -> None:
+    verdict = judge(KERNEL, out)
+
+    assert (verdict.release, verdict.passed, verdict.faults) == ("1.2.3-cloud-amd64", 1, ())
+
+
+@pytest.mark.parametrize("trouble", ["failure", "error", "skipped"])
+def test_a_test_that_did_not_pass_is_a_fault(out: Path, trouble: str) -> None:
+    report(out, "cell-0", 1, f'<testcase classname="b" name="test_bad"><{trouble} message="why"/></testcase>')
+    verdict = judge(KERNEL, out)
+
+    assert (verdict.passed, verdict.faults) == (1, (f"b::test_bad {trouble}: why",))
+
+
+def test_a_run_of_no_tests_at_all_is_a_fault(out: Path) -> None:
+    report(out, "cell-0", 5, "")
+
+    assert judge(KERNEL, out).faults == (f"pytest ended with 5 although no test failed; see {out / 'console.log'}",)
+
+
+def test_a_run_that_left_no_report_is_a_fault(out: Path) -> None:
+    (out / "kernel.xml").unlink()
+
+    assert judge(KERNEL, out).faults == (f"pytest ended with 0 and without a report; see {out / 'console.log'}",)
+
+
+def test_a_guest_that_told_nothing_is_a_fault(tmp_path: Path) -> None:
+    (fault,) = judge(KERNEL, tmp_path).faults
+
+    assert fault.startswith("it told nothing of itself")
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_table_and_its_run_give() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+
+    assert [run.kernel for run in read(page)] == [kernel.name for kernel in KERNELS]
+    assert render(read(page)) == page, "run `scripts/matrix --write`"
+
+
+def test_the_page_tells_apart_a_table_that_was_changed_by_hand() -> None:
+    page = render([Run(kernel.name, "1.2.3", 7) for kernel in KERNELS])
+
+    assert [(run.release, run.passed) for run in read(page)] == [("1.2.3", 7)] * len(KERNELS)
+    assert render(read(page.replace("works", "no   "))) != page.replace("works", "no   ")
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def matrix(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "matrix", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", [("2.6",), ("start",), ("start", "2.6"), ("--write", "6.1"), ("prepare", "--what")])
+def test_wrong_usage_says_so(words: tuple[str, ...]) -> None:
+    done = matrix(*words)
+
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+
+
+def test_a_kernel_that_cannot_be_had_is_told_in_one_line_with_the_next_step(tmp_path: Path) -> None:
+    # Nobody listens on this port, and nothing is in the cache yet.
+    mirror = "http://127.0.0.1:9/debian"
+    done = matrix("prepare", "6.1", SOWATCH_MATRIX_CACHE=str(tmp_path), SOWATCH_MATRIX_MIRROR=mirror)
+
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("6.1: not run: ")
+    assert "SOWATCH_MATRIX_MIRROR" in line
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = matrix("prepare", "6.1", SOWATCH_MATRIX_CACHE=str(tmp_path / "file" / "cache"))
+
+    assert done.returncode == 1
+    assert "Set SOWATCH_MATRIX_CACHE to another place." in done.stdout
