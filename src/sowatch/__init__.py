@@ -8,6 +8,7 @@ Where things are, from the ground up:
 errors      every error, with its facts and the next step
 identity    FileId and ProcessId
 escape      names that others chose, made safe to show
+latency     how long things took, counted by bucket
 events      what is told: LibraryEvent, Process, Library, and the wire form
 rules       Rule and RuleSet
 procfs      /proc: bytes in, records out
@@ -28,6 +29,7 @@ subscriptions  a reader's bounded queue, which knows how to catch up
 publisher   from changes of the map to events
 engine      the thread that drains, reads again, repairs
 watcher     puts it together
+telemetry   metrics, exporters, sinks for events
 cli         the command, one file a subcommand
 
 Importing this module loads none of them: names are fetched on first use.

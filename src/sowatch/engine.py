@@ -95,7 +95,8 @@ class Engine:
         self._due: dict[int, float] = {}
         self._pace: dict[int, tuple[float, float]] = {}
         self._narrow_due: dict[int, tuple[float, float]] = {}
-        self._losses = Losses()
+        #: What the source has lost, by where, as far as it was told.
+        self.losses = Losses()
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
         self._can_read_one = True
@@ -106,6 +107,7 @@ class Engine:
         self._has_ended = False
         self._jobs_lock = threading.Lock()
         self.own_pid = os.getpid()
+        self.records = 0
         self.repairs = 0
         self.lost = 0
         self.throttled = 0
@@ -323,6 +325,7 @@ class Engine:
         apply = self._tracker.apply
         for record in records:
             apply(record)
+        self.records += len(records)
         self._flush()
 
     def _flush(self) -> None:
@@ -369,9 +372,9 @@ class Engine:
         self._settle()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
-        self._losses = self._source.losses()
-        if any(self._losses):
-            self._lose(sum(self._losses))
+        self.losses = self._source.losses()
+        if any(self.losses):
+            self._lose(sum(self.losses))
         if not self._silent:
             self._publisher.publish(found)
         else:
@@ -463,10 +466,10 @@ class Engine:
     # ---- losses and repairs -------------------------------------------------------------------
 
     def _check_losses(self) -> None:
-        before, self._losses = self._losses, self._source.losses()
-        if throttled := self._losses.throttled - before.throttled:
+        before, self.losses = self.losses, self._source.losses()
+        if throttled := self.losses.throttled - before.throttled:
             self._throttle(throttled)
-        if others := sum(self._losses) - sum(before) - throttled:
+        if others := sum(self.losses) - sum(before) - throttled:
             self._lose(others)
             if self._repair_at is None:
                 self._repair_at = time.monotonic()
@@ -507,7 +510,7 @@ class Engine:
         begun = time.monotonic()
         self._check_losses()
         self._repair_at = None
-        before = self._losses
+        before = self.losses
         since_ns = time.monotonic_ns()
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()

@@ -26,6 +26,7 @@ __all__ = [
     "ProcessGone",
     "RegistryError",
     "RegistryStopped",
+    "SinkError",
     "SowatchError",
     "UsageError",
 ]
@@ -217,3 +218,13 @@ class RegistryStopped(RegistryError):
 
     def __init__(self) -> None:
         super().__init__("the registry was stopped. Make a new FileRegistry to register again.")
+
+
+class SinkError(SowatchError):
+    """A sink did not take all events. ``delivered`` of them it did; ``is_final`` says that it never will."""
+
+    def __init__(self, what: str, *, delivered: int = 0, is_final: bool = False) -> None:
+        self.what = what
+        self.delivered = delivered
+        self.is_final = is_final
+        super().__init__(f"{what}. {'It is closed.' if is_final else 'It is tried again.'}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sowatch.audit import AuditReport, audit
 from sowatch.config import Config
@@ -25,12 +26,13 @@ from sowatch.explain import Desk, PathReport, ProcessReport, explain
 from sowatch.identity import FileId
 from sowatch.inspector import Inspector, open_mapped
 from sowatch.ladder import open_source
+from sowatch.latency import RuleTimings
 from sowatch.processes import container_id
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher, Selection
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
-from sowatch.sources import EventSource
+from sowatch.sources import EventSource, Losses
 from sowatch.subscriptions import Subscription
 from sowatch.tracker import Tracker
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"]
 
 LOG = logging.getLogger("sowatch")
+
+T = TypeVar("T")
 
 #: How long stop() waits for the callbacks of one rule that are under way.
 WORKER_STOP_S = 1.0
@@ -63,7 +67,9 @@ class Stats:
     ``Config.max_records_s`` of them in a second.
 
     ``rereads`` are single processes whose mappings were read because other threads might have
-    interfered; ``callback_errors`` are exceptions that user callbacks raised.
+    interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
+    the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
+    end, and the last one found ``audit_differences``.
     """
 
     processes: int
@@ -79,6 +85,10 @@ class Stats:
     rereads: int
     unresolved: int
     callback_errors: int
+    records: int
+    losses: Losses
+    audits: int
+    audit_differences: int
 
 
 class ActiveFile:
@@ -133,8 +143,15 @@ class _Worker:
         self._proc = proc
         self._active: dict[FileId, ActiveFile] = {}
         self.errors = 0
+        self.timings = RuleTimings()
+        #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
+        self.live_since_ns = sys.maxsize
         self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
         self._thread.start()
+
+    @property
+    def rule_name(self) -> str:
+        return self._rule.name
 
     def join(self, timeout_s: float) -> None:
         if self._thread is not threading.current_thread():
@@ -151,9 +168,9 @@ class _Worker:
             elif event.event == "deactivate":
                 self._deactivate(event)
             elif event.event == "load":
-                self._call(self._rule.on_load, event)
+                self._call("on_load", self._rule.on_load, event)
             elif event.event == "unload":
-                self._call(self._rule.on_unload, event)
+                self._call("on_unload", self._rule.on_unload, event)
 
     def _activate(self, event: LibraryEvent) -> None:
         rule = self._rule
@@ -169,6 +186,13 @@ class _Worker:
         )
 
     def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
+        begun_s = time.monotonic()
+        try:
+            self._attach(event, library)
+        finally:
+            self.timings.attach.observe(time.monotonic() - begun_s)
+
+    def _attach(self, event: LibraryEvent, library: Library) -> None:
         assert event.process is not None
         fd = open_mapped(
             self._proc,
@@ -185,7 +209,8 @@ class _Worker:
         self._active[library.id] = file
         try:
             if self._rule.on_activate is not None:
-                self._rule.on_activate(file)
+                self._note_delay("on_activate", event)
+                self._timed("on_activate", self._rule.on_activate, file)
         finally:
             file.close()
 
@@ -198,13 +223,26 @@ class _Worker:
     def _call_deactivate(self, library: Library) -> None:
         file = self._active.pop(library.id, None)
         if self._rule.on_deactivate is not None:
-            self._rule.on_deactivate(file or ActiveFile(library, -1))
+            self._timed("on_deactivate", self._rule.on_deactivate, file or ActiveFile(library, -1))
 
-    def _call(self, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
+    def _timed(self, name: str, callback: Callable[[T], Any], argument: T) -> None:
+        begun_s = time.monotonic()
+        try:
+            callback(argument)
+        finally:
+            self.timings.callbacks[name].observe(time.monotonic() - begun_s)
+
+    def _note_delay(self, name: str, event: LibraryEvent) -> None:
+        if event.t_ns is not None and event.t_ns > self.live_since_ns and event.cause != "repair":
+            self.timings.delays[name].observe((time.monotonic_ns() - event.t_ns) / 1e9)
+
+    def _call(self, name: str, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
         if callback is None:
             return
+        if name == "on_load":
+            self._note_delay(name, event)
         try:
-            callback(event)
+            self._timed(name, callback, event)
         except Exception:
             self.errors += 1
             LOG.exception("a callback of rule %r raised", self._rule.name)
@@ -255,6 +293,9 @@ class Watcher:
         self._lock = threading.RLock()
         self._is_started = False
         self._is_stopped = False
+        self._audit_lock = threading.Lock()
+        self._audits = 0
+        self._audit_differences = 0
         self._stopped = threading.Event()
         exports = frozenset[str]().union(*(rule.exports for rule in self._rules))
         self._exports = exports
@@ -307,7 +348,10 @@ class Watcher:
         self._publisher.selection = Selection(
             self._pids, self._container, engine.own_pid if self._exclude_self else None
         )
-        return engine.start()
+        ready = engine.start()
+        for worker in self._workers:
+            worker.live_since_ns = time.monotonic_ns()
+        return ready
 
     def stop(self) -> None:
         """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
@@ -353,12 +397,15 @@ class Watcher:
         """Waits until `stop` was called, or the time is up; whether it was stopped."""
         return self._stopped.wait(timeout_s)
 
-    def subscribe(self, *, events: Collection[str] = EVENT_KINDS, control: bool = True) -> Subscription:
+    def subscribe(
+        self, *, events: Collection[str] = EVENT_KINDS, control: bool = True, limit: int | None = None
+    ) -> Subscription:
         """A queue of events from now on; subscribe before `start` to get the snapshot too.
 
         Args:
             events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
             control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
+            limit: events that may wait in it before some are lost; default ``config.queue_events``.
 
         Raises:
             UsageError: an unknown event.
@@ -366,7 +413,7 @@ class Watcher:
         for one in events:
             if one not in EVENT_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
-        return self._publisher.subscribe(events=events, control=control, limit=self._config.queue_events)
+        return self._publisher.subscribe(events=events, control=control, limit=limit or self._config.queue_events)
 
     def snapshot(self) -> list[Mapped]:
         """The map as published so far: every (process, library) that the rules want."""
@@ -387,7 +434,11 @@ class Watcher:
             SowatchError: the watch is not running.
         """
         engine = self._running_engine()
-        return audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+        report = audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+        with self._audit_lock:
+            self._audits += 1
+            self._audit_differences = len(report.differences)
+        return report
 
     def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
         """The decision trail of one process or one file: what was seen of it, and why no more.
@@ -439,7 +490,16 @@ class Watcher:
             rereads=0 if engine is None else engine.rereads,
             unresolved=self._publisher.unresolved,
             callback_errors=sum(worker.errors for worker in self._workers),
+            records=0 if engine is None else engine.records,
+            losses=Losses() if engine is None else engine.losses,
+            audits=self._audits,
+            audit_differences=self._audit_differences,
         )
+
+    @property
+    def timings(self) -> dict[str, RuleTimings]:
+        """How long callbacks took, by rule; rules without callbacks have none."""
+        return {worker.rule_name: worker.timings for worker in self._workers}
 
     @property
     def is_repaired(self) -> bool:

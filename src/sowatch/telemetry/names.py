@@ -1,0 +1,209 @@
+"""Every metric of sowatch: its name, kind, labels and meaning. Imports nothing of the package.
+
+`document` gives docs/metrics.md, and a test compares the two. Names have dots here, as in the origin;
+`prometheus_name` says what Prometheus calls them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+__all__ = ["CATALOGUE", "Definition", "document", "prometheus_name"]
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One metric. ``origin`` is what the system that sowatch comes from called it, if it had it."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    origin: str | None = None
+
+
+_all: list[Definition] = []
+
+
+def _define(
+    kind: Literal["counter", "gauge", "histogram"],
+    name: str,
+    text: str,
+    *labels: str,
+    origin: str | None = None,
+) -> Definition:
+    made = Definition(name, kind, text, labels, origin)
+    _all.append(made)
+    return made
+
+
+STRATEGY: Final = _define(
+    "gauge",
+    "strategy.info",
+    "1 for the strategy and the hooks in use, and what they guarantee.",
+    "strategy",
+    "hooks",
+    "guarantee",
+)
+BUILD: Final = _define("gauge", "build.info", "1 for the version that runs.", "version")
+
+HITS: Final = _define("counter", "watcher.hits", "Records that the kernel side sent.", origin="usm.so_watcher.hits")
+MATCHES: Final = _define("counter", "watcher.matches", "Loads that a rule matched.", origin="usm.so_watcher.matches")
+UNLOADS: Final = _define("counter", "watcher.unloads", "Unloads of what a rule matched.")
+EVENTS: Final = _define("counter", "watcher.events", "Events published, control events among them.")
+PROCESSES: Final = _define("gauge", "watcher.processes", "Processes that have something mapped that a rule matched.")
+LIBRARIES: Final = _define("gauge", "watcher.libraries", "Files mapped somewhere that a rule matched.")
+MAPPINGS: Final = _define("gauge", "watcher.mappings", "Pairs of a process and a file that it has mapped.")
+LOST: Final = _define(
+    "counter",
+    "watcher.lost",
+    "What did not get through, by where: ring, processes, pending, scratch are the kernel side's; "
+    "queue is events that slow readers missed, sinks included.",
+    "where",
+)
+REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by reading again.")
+IS_REPAIRED: Final = _define("gauge", "watcher.repaired", "1 while every loss in the kernel is made good, else 0.")
+REREADS: Final = _define(
+    "counter", "watcher.rereads", "Processes read again because other threads might have interfered."
+)
+UNRESOLVED: Final = _define(
+    "counter", "watcher.unresolved", "Loads that a rule on exports could not judge, because the file was not readable."
+)
+CALLBACK_ERRORS: Final = _define("counter", "watcher.callback_errors", "Exceptions that callbacks of rules raised.")
+AUDITS: Final = _define("counter", "audit.runs", "Comparisons of the map with /proc that ran to their end.")
+AUDIT_DIFFERENCES: Final = _define("gauge", "audit.differences", "Differences that the last comparison found.")
+
+CALLBACK_SECONDS: Final = _define(
+    "histogram", "callback.duration_seconds", "Time that callbacks of rules took.", "rule", "callback"
+)
+LOAD_TO_CALLBACK_SECONDS: Final = _define(
+    "histogram",
+    "load_to_callback.seconds",
+    "Time from a load in the kernel to the call of the rule's callback; loads of the snapshot are left out.",
+    "rule",
+    "callback",
+)
+ATTACH_SECONDS: Final = _define(
+    "histogram",
+    "attach.duration_seconds",
+    "Time that activations took: opening the file and on_activate.",
+    "rule",
+    origin="uprobe_attacher.binary_inspection_duration_nanoseconds",
+)
+
+#: By the field of `registry.RegistryStats`.
+FILE_REGISTRY: Final = {
+    field: _define(
+        "gauge" if field.startswith("total_") else "counter",
+        f"file_registry.{field}",
+        text,
+        origin=None if field == "environment_faults" else f"usm.file_registry.{field}",
+    )
+    for field, text in {
+        "total_files": "Files that some process holds, counted for each rule.",
+        "total_pids": "Processes that hold a file of some rule.",
+        "registered": "Activations that succeeded.",
+        "already_registered": "Processes that came to a file that was held already.",
+        "hook_failed": "Activations that failed and blocked their file.",
+        "environment_faults": "Activations that failed for a reason outside the file, which was not blocked.",
+        "blocked": "Activations refused because the file was blocked.",
+        "unregistered": "Deactivations that ran.",
+        "unregister_errors": "Releases of a file by a process that did not hold it.",
+        "unregister_failed_cb": "Deactivations whose callback raised.",
+        "unregister_path_id_not_found": "Releases of a file that nobody holds.",
+    }.items()
+}
+
+#: By the field of `processes.ProcessMonitorStats`.
+PROCESS_MONITOR: Final = {
+    field: _define(
+        "gauge" if field == "processes" else "counter",
+        f"process_monitor.{name}",
+        text,
+        origin=f"usm.process.monitor.{origin}" if origin else None,
+    )
+    for field, (name, text, origin) in {
+        "events": ("events", "Process events received.", "events"),
+        "exec": ("exec", "Executions of programs.", "exec"),
+        "fork": ("fork", "Forks.", None),
+        "exit": ("exit", "Ends of processes.", "exit"),
+        "callbacks": ("callback_executed", "Calls of subscribers.", "callback_executed"),
+        "callback_errors": ("callback_errors", "Calls of subscribers that raised.", None),
+        "lost_kernel": ("lost_kernel", "Events that the kernel side could not send.", None),
+        "lost_queue": (
+            "channel_is_full",
+            "Events that found the queue full; they are found again.",
+            "process_exec_channel_is_full, process_exit_channel_is_full",
+        ),
+        "repairs": ("repairs", "Looks at /proc that made a loss good.", None),
+        "scan_failed": (
+            "process_scan_failed",
+            "Looks at /proc that failed; each is tried again.",
+            "process_scan_failed",
+        ),
+        "feed_errors": (
+            "restart",
+            "Failures of the feed, each followed by opening it again.",
+            "restart, reinit_failed",
+        ),
+        "processes": ("processes", "Processes known.", None),
+    }.items()
+}
+
+SINK_EVENTS: Final = _define("counter", "sink.events", "Events that a sink has delivered.", "sink")
+SINK_LOST: Final = _define(
+    "counter",
+    "sink.lost",
+    "Events that a sink missed because it was slow, dead or full; never lost in the kernel.",
+    "sink",
+)
+SINK_ERRORS: Final = _define("counter", "sink.errors", "Deliveries that failed; each is tried again.", "sink")
+SINK_WAITING: Final = _define("gauge", "sink.waiting", "Events that wait in a sink's queue.", "sink")
+SINK_UP: Final = _define("gauge", "sink.up", "1 if a sink's last delivery succeeded, else 0.", "sink")
+
+EXPORTER_PUSHES: Final = _define("counter", "exporter.pushes", "Deliveries of metrics that succeeded.", "exporter")
+EXPORTER_ERRORS: Final = _define("counter", "exporter.errors", "Deliveries of metrics that failed.", "exporter")
+
+OVERFLOW: Final = _define(
+    "counter",
+    "telemetry.overflow",
+    "Uses of a metric that had no room for another set of labels and went to its overflow series.",
+    "metric",
+)
+SAMPLE_ERRORS: Final = _define(
+    "counter", "telemetry.sample_errors", "Sources of metrics that could not be read; the metrics kept what they had."
+)
+
+#: Every metric by its name.
+CATALOGUE: Final = {one.name: one for one in _all}
+
+
+def prometheus_name(name: str, kind: str) -> str:
+    """The name that Prometheus and OpenMetrics show: ``sowatch_``, no dots, counters end with ``_total``."""
+    text = "sowatch_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+    return f"{text}_total" if kind == "counter" else text
+
+
+def document() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Written by `python -c 'from sowatch.telemetry.names import document; print(document(), end=\"\")'`;",
+        "a test compares the two.",
+        "",
+        "Names are those of Prometheus and OpenMetrics. StatsD gets them with a dot after `sowatch`, OTLP with",
+        "dots throughout and without `_total` (`sowatch.watcher.hits`). Times are in seconds. No metric has a pid",
+        "or a path as a label. One metric takes 200 sets of labels; what comes after them goes to one series with",
+        '`overflow="true"`, and `sowatch_telemetry_overflow_total` counts it.',
+        "",
+        "| metric | kind | labels | meaning | in the origin |",
+        "|---|---|---|---|---|",
+    ]
+    for one in CATALOGUE.values():
+        labels = ", ".join(f"`{label}`" for label in one.labels)
+        origin = f"`{one.origin}`" if one.origin else ""
+        lines.append(f"| `{prometheus_name(one.name, one.kind)}` | {one.kind} | {labels} | {one.help} | {origin} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,126 @@
+"""Events as logs for an OpenTelemetry collector, over HTTP or gRPC. Needs the extra ``sowatch[otlp]``.
+
+May import ``errors``, ``escape``, ``events`` and its own room. The SDK's batching is not used: it drops
+without telling how much. A `SinkRunner` batches, waits and counts; the SDK's exporter sends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sowatch.errors import SinkError
+from sowatch.escape import visible
+from sowatch.events import Event, JsonLines, LibraryEvent
+from sowatch.telemetry.otlp import Otlp, Protocol
+
+__all__ = ["OtlpLogSink"]
+
+
+class OtlpLogSink:
+    """A `Sink`. One log record for each event: its line of schema 1 as the body, the main facts as attributes.
+
+    The event's name is ``sowatch.load`` and so on; ``lost`` is a warning, all else information. Unlike
+    metrics, logs do have the pid and the path.
+
+    Args:
+        endpoint, protocol, headers, timeout_s, resource: as of `OtlpMetricsExporter`.
+        name: what metrics and messages call it.
+
+    Raises:
+        UsageError: the OpenTelemetry SDK is not installed.
+        ConfigError: an unknown protocol, or an endpoint that is no URL.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        protocol: Protocol = "http",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 10.0,
+        resource: Mapping[str, str] | None = None,
+        name: str = "otlp",
+    ) -> None:
+        self.name = name
+        self._otlp = Otlp(endpoint, protocol, headers, timeout_s, resource)
+        self._exporter: Any = self._otlp.log_exporter()
+        self._lines = JsonLines()
+        self._seq = 0
+
+    def write(self, events: Sequence[Event]) -> int:
+        """Sends all events as one request; waits ``timeout_s`` at most.
+
+        Raises:
+            SinkError: the collector did not take them; none counts as delivered.
+        """
+        from opentelemetry.sdk._logs.export import LogRecordExportResult
+
+        records = [self._record(event, self._seq + place) for place, event in enumerate(events)]
+        if self._exporter.export(records) is not LogRecordExportResult.SUCCESS:
+            raise SinkError(
+                f"the collector at {self._otlp.where} did not take {len(events)} events; see whether it listens there"
+            )
+        self._seq += len(events)
+        return len(events)
+
+    def reopen(self) -> None:
+        """Does nothing: there is no file."""
+
+    def close(self) -> None:
+        """Closes the connection. Safe to call again, also while `write` waits, which then ends."""
+        exporter, self._exporter = self._exporter, _Closed()
+        exporter.shutdown()
+
+    def _record(self, event: Event, seq: int) -> Any:
+        from opentelemetry._logs import LogRecord, SeverityNumber
+        from opentelemetry.sdk._logs import ReadableLogRecord
+
+        is_loss = event.event == "lost"
+        record = LogRecord(
+            timestamp=event.time_ns,
+            observed_timestamp=time.time_ns(),
+            severity_number=SeverityNumber.WARN if is_loss else SeverityNumber.INFO,
+            severity_text="WARN" if is_loss else "INFO",
+            body=self._lines.line(event, seq),
+            attributes=_attributes(event),
+            event_name=f"sowatch.{event.event}",
+        )
+        return ReadableLogRecord(record, self._otlp.resource, self._otlp.scope)
+
+
+class _Closed:
+    """In the place of an exporter that was shut down."""
+
+    def export(self, _records: Sequence[Any]) -> None:
+        return None
+
+    def shutdown(self) -> None:
+        return None
+
+
+def _attributes(event: Event) -> dict[str, str | int]:
+    """The facts one would search for; what is not known is left out. OpenTelemetry's names where it has some."""
+    if not isinstance(event, LibraryEvent):
+        return {}
+    library, process = event.library, event.process
+    facts: dict[str, str | int | None] = {
+        "sowatch.rule": event.rule,
+        "sowatch.cause": event.cause,
+        "file.path": library.path,
+        "sowatch.library.kind": library.kind,
+        "sowatch.library.build_id": library.build_id,
+        "sowatch.library.soname": library.soname,
+    }
+    if process is not None:
+        facts |= {
+            "process.pid": process.pid,
+            "process.command": process.comm,
+            "process.executable.path": process.exe,
+            "container.id": process.container,
+        }
+    # Protocol buffers hold nothing that is not UTF-8, and whoever reads logs wants no control characters.
+    return {
+        key: visible(value) if isinstance(value, str) else value for key, value in facts.items() if value is not None
+    }
