@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
 
 import pytest
 from hypothesis import given
@@ -17,26 +16,9 @@ from sowatch.processes import ProcessMonitorStats
 from sowatch.registry import FileRegistry, RegistryStats
 from sowatch.sources import Losses
 from sowatch.telemetry import MetricRegistry, Sampler
-from sowatch.watcher import Stats, Watcher
+from sowatch.watcher import Watcher
+from support.figures import Figures, Monitor, changed
 from support.scripted import READY
-
-NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, Losses(), 0, 0)
-
-
-@dataclass
-class Figures:
-    """A watcher whose figures the test writes."""
-
-    stats: Stats = NO_STATS
-    ready: Any = None
-    is_repaired: bool = True
-    timings: dict[str, RuleTimings] = field(default_factory=dict)
-    registry: Any = field(default_factory=lambda: FileRegistry(is_alive=lambda process: True))
-
-
-@dataclass
-class Monitor:
-    stats: ProcessMonitorStats
 
 
 @pytest.fixture
@@ -51,12 +33,6 @@ def sampler(registry):
 
 def values(registry):
     return {(metric.name, *metric.tags): metric.get() for metric in registry.collect()}
-
-
-def changed(**changes):
-    import dataclasses
-
-    return dataclasses.replace(NO_STATS, **changes)
 
 
 def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
@@ -187,8 +163,6 @@ def test_the_figures_of_a_real_file_registry_become_metrics(registry, sampler):
 
 
 def test_every_figure_of_registry_and_monitor_has_a_metric(registry, sampler):
-    import dataclasses
-
     numbers = {one.name: place + 1 for place, one in enumerate(dataclasses.fields(ProcessMonitorStats))}
     sampler.follow_process_monitor(Monitor(ProcessMonitorStats(**numbers)))
     found = values(registry)

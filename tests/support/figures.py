@@ -1,0 +1,48 @@
+"""A watcher and a monitor whose figures a test writes, for what reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from sowatch.latency import RuleTimings
+from sowatch.processes import ProcessMonitorStats
+from sowatch.registry import FileRegistry
+from sowatch.sources import Losses
+from sowatch.watcher import Stats
+
+__all__ = ["Figures", "Monitor", "changed", "timings"]
+
+#: A watcher that has seen nothing.
+NO_STATS = Stats(**{one.name: Losses() if one.name == "losses" else 0 for one in dataclasses.fields(Stats)})
+
+
+@dataclass
+class Figures:
+    """What `Sampler.follow_watcher` reads."""
+
+    stats: Stats = NO_STATS
+    ready: Any = None
+    is_repaired: bool = True
+    timings: dict[str, RuleTimings] = field(default_factory=dict)
+    registry: Any = field(default_factory=lambda: FileRegistry(is_alive=lambda process: True))
+
+
+@dataclass
+class Monitor:
+    """What `Sampler.follow_process_monitor` reads."""
+
+    stats: ProcessMonitorStats
+
+
+def changed(**changes: Any) -> Stats:
+    """The figures of a watcher that has seen just this."""
+    return dataclasses.replace(NO_STATS, **changes)
+
+
+def timings() -> RuleTimings:
+    """A rule that attached once, in 50 ms."""
+    made = RuleTimings()
+    made.attach.observe(0.05)
+    return made
