@@ -15,14 +15,14 @@ __all__ = ["Prometheus"]
 
 
 class Prometheus:
-    """Scrapes ``target`` (host:port) ten times a second into ``directory``; ends with ``spawn``."""
+    """Scrapes ``target`` (host:port) four times a second into ``directory``; ends with ``spawn``."""
 
     def __init__(self, spawn: Any, wait_until: Any, directory: Path, target: str) -> None:
         self._wait_until = wait_until
         self._url = f"http://127.0.0.1:{free_port()}"
         config = directory / "prometheus.yml"
         config.write_text(
-            "global: {scrape_interval: 100ms, scrape_timeout: 100ms}\n"
+            "global: {scrape_interval: 250ms, scrape_timeout: 250ms}\n"
             "scrape_configs:\n"
             f"  - {{job_name: sowatch, static_configs: [{{targets: ['{target}']}}]}}\n",
             encoding="utf-8",

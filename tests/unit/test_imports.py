@@ -152,7 +152,11 @@ def test_importing_a_module_starts_no_thread_and_says_nothing(module: str) -> No
 def test_what_the_package_imports_from_others_is_what_it_declares() -> None:
     # _cffi_backend, which the compiled binding imports, comes with cffi; _build_binding.py needs cffi itself.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["agent"], *extras["otlp"]]
+    names = {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
+    # All parts of OpenTelemetry are found below one name.
+    declared = {"opentelemetry" if name.startswith("opentelemetry_") else name for name in names}
     imported = set()
     for path in modules().values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -166,6 +170,14 @@ def test_what_the_package_imports_from_others_is_what_it_declares() -> None:
 
 def test_importing_the_package_loads_no_terminal_library() -> None:
     code = "import sowatch, sys; print(sorted({'rich', 'pygments'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
+
+
+def test_importing_telemetry_loads_no_exporters_library() -> None:
+    wanted = {"prometheus_client", "opentelemetry", "grpc", "requests", "google.protobuf"}
+    code = f"import sowatch.telemetry, sys; print(sorted({wanted!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"

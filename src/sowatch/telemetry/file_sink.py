@@ -102,6 +102,9 @@ class FileSink:
         """Has the next event written to a file opened anew by its name."""
         self._wants_reopen.set()
 
+    def interrupt(self) -> None:
+        """Does nothing: a file that hangs cannot be helped."""
+
     def close(self) -> None:
         """Closes the file. Safe to call again."""
         fd, self._fd = self._fd, -1

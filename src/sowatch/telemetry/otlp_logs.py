@@ -68,8 +68,12 @@ class OtlpLogSink:
     def reopen(self) -> None:
         """Does nothing: there is no file."""
 
+    def interrupt(self) -> None:
+        """Closes the connection and ends the waiting between tries; one request goes on until it times out."""
+        self.close()
+
     def close(self) -> None:
-        """Closes the connection. Safe to call again, also while `write` waits, which then ends."""
+        """Closes the connection. Safe to call again."""
         exporter, self._exporter = self._exporter, _Closed()
         exporter.shutdown()
 

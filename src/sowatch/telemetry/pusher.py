@@ -13,6 +13,8 @@ LOG = logging.getLogger("sowatch.telemetry")
 
 #: How long `Pusher.close` waits for a delivery that is under way, and for the last one.
 _CLOSE_S: Final = 5.0
+#: How long it waits once more after it has told the exporter to give up.
+_GRACE_S: Final = 0.2
 
 
 class MetricsExporter(Protocol):
@@ -26,7 +28,7 @@ class MetricsExporter(Protocol):
         """Sends the metrics as they are now; raises if that failed. One thread calls it."""
 
     def close(self) -> None:
-        """Gives back what it holds. Safe to call again."""
+        """Gives back what it holds, and ends a `push` that waits. Safe to call again, from any thread."""
 
 
 class Pusher:
@@ -56,10 +58,13 @@ class Pusher:
         self._thread.start()
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """Makes a last delivery and ends the thread; returns after ``timeout_s`` at the latest."""
+        """Makes a last delivery and ends the thread; returns after about ``timeout_s`` at the latest."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._close_exporter()
+            self._thread.join(_GRACE_S)
         if self._thread.is_alive():
             LOG.warning("the exporter %s did not finish within %.1f s and was left alone", self.name, timeout_s)
 

@@ -30,6 +30,8 @@ _FIRST_PAUSE_S: Final = 0.1
 _LAST_PAUSE_S: Final = 5.0
 #: Between two tries while the end is waited for.
 _CLOSING_PAUSE_S: Final = 0.05
+#: How long the thread of a sink that was told to end is waited for.
+_GRACE_S: Final = 0.2
 
 
 class Sink(Protocol):
@@ -50,6 +52,9 @@ class Sink(Protocol):
 
     def reopen(self) -> None:
         """Asks for its file to be opened anew by its name, as after a rotation; from any thread, at once."""
+
+    def interrupt(self) -> None:
+        """Ends a ``write`` that waits, as far as that can be done; from any thread, at once. No more come then."""
 
     def close(self) -> None:
         """Gives back what it holds. Safe to call again."""
@@ -129,7 +134,10 @@ class SinkRunner:
         self._closing.set()
         self._subscription.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(max(0.0, self._deadline_s - time.monotonic()) + 0.1)
+            self._thread.join(max(0.0, self._deadline_s - time.monotonic()) + _GRACE_S)
+            if self._thread.is_alive():
+                self._sink.interrupt()
+                self._thread.join(_GRACE_S)
             if self._thread.is_alive():
                 LOG.warning("the sink %s is stuck and was left alone; it missed %d events", self.name, self.stats.lost)
 

@@ -60,6 +60,9 @@ class StdoutSink:
     def reopen(self) -> None:
         """Does nothing: there is no file."""
 
+    def interrupt(self) -> None:
+        """Does nothing: it never waits for longer than a second."""
+
     def close(self) -> None:
         """Does nothing: the descriptor is the caller's."""
 
