@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -90,15 +90,18 @@ class Latency:
 class RuleTimings:
     """How long the callbacks of one rule took.
 
+    Args:
+        names: the callbacks that it has, of `CALLBACKS`.
+
     Attributes:
-        callbacks: by name (`CALLBACKS`): from the call to its return, also if it raised.
+        callbacks: by name: from the call to its return, also if it raised.
         delays: by name, ``on_load`` and ``on_activate``: from the fact in the kernel to the call.
         attach: from the wish to activate a file to ``on_activate``'s return, opening the file included.
     """
 
     __slots__ = ("attach", "callbacks", "delays")
 
-    def __init__(self) -> None:
-        self.callbacks = {name: Latency() for name in CALLBACKS}
-        self.delays = {name: Latency() for name in ("on_load", "on_activate")}
+    def __init__(self, names: Collection[str] = CALLBACKS) -> None:
+        self.callbacks = {name: Latency() for name in names}
+        self.delays = {name: Latency() for name in ("on_load", "on_activate") if name in names}
         self.attach = Latency()

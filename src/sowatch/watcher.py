@@ -26,7 +26,7 @@ from sowatch.explain import Desk, PathReport, ProcessReport, explain
 from sowatch.identity import FileId
 from sowatch.inspector import Inspector, open_mapped
 from sowatch.ladder import open_source
-from sowatch.latency import RuleTimings
+from sowatch.latency import CALLBACKS, RuleTimings
 from sowatch.processes import container_id
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher, Selection
@@ -143,7 +143,7 @@ class _Worker:
         self._proc = proc
         self._active: dict[FileId, ActiveFile] = {}
         self.errors = 0
-        self.timings = RuleTimings()
+        self.timings = RuleTimings([name for name in CALLBACKS if getattr(rule, name) is not None])
         #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
         self.live_since_ns = sys.maxsize
         self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)

@@ -182,7 +182,8 @@ def _sample_watcher(source: _Source, watcher: WatcherFigures) -> None:
         tags = (f"strategy:{ready.strategy}", f"hooks:{ready.hooks or 'none'}", f"guarantee:{ready.guarantee}")
         source.gauge(names.STRATEGY, 1, *tags)
     for rule, timings in watcher.timings.items():
-        source.histogram(names.ATTACH_SECONDS, timings.attach.read(), f"rule:{rule}")
+        if "on_activate" in timings.callbacks:
+            source.histogram(names.ATTACH_SECONDS, timings.attach.read(), f"rule:{rule}")
         for definition, latencies in (
             (names.CALLBACK_SECONDS, timings.callbacks),
             (names.LOAD_TO_CALLBACK_SECONDS, timings.delays),

@@ -89,6 +89,10 @@ def test_text_is_the_answer_unless_openmetrics_is_asked_for(everything):
     ]
     assert values[0] == values[1]
     assert values[0]["sowatch_watcher_matches_total",] == 9
+    buckets = {
+        key[1][1]: value for key, value in values[0].items() if key[0] == "sowatch_attach_duration_seconds_bucket"
+    }
+    assert [buckets[bound] for bound in ("0.01", "0.025", "0.1", "0.25", "10.0", "+Inf")] == [0, 0, 1, 1, 1, 1]
 
 
 def test_every_family_on_the_page_is_explained(everything):

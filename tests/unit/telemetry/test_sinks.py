@@ -408,7 +408,9 @@ def test_standard_output_gets_the_lines(pipe, feed):
 
 def test_a_reader_that_sleeps_gets_every_line_whole_once_it_wakes(pipe, feed, wait_until):
     with SinkRunner(StdoutSink(pipe["write"]), feed.subscribe()) as runner:
-        feed.send(*numbered(100))
+        # A line of more than the pipe takes, so that the reader sleeps in the middle of one.
+        long = event(library=dataclasses.replace(SSL, path="/tmp/" + "x" * 6000))
+        feed.send(long, *numbered(99))
         wait_until(lambda: runner.stats.errors, what="an impatient sink")
         assert "behind" in (runner.stats.last_error or "")
         found = read_lines(pipe["read"], 100)
