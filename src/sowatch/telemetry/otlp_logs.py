@@ -58,10 +58,16 @@ class OtlpLogSink:
         from opentelemetry.sdk._logs.export import LogRecordExportResult
 
         records = [self._record(event, self._seq + place) for place, event in enumerate(events)]
-        if self._exporter.export(records) is not LogRecordExportResult.SUCCESS:
-            raise SinkError(
-                f"the collector at {self._otlp.where} did not take {len(events)} events; see whether it listens there"
-            )
+        refusal = SinkError(
+            f"the collector at {self._otlp.where} did not take {len(events)} events; see whether it listens there"
+        )
+        try:
+            result = self._exporter.export(records)
+        except Exception as error:
+            # Version 1.39 let through what its HTTP client raised.
+            raise refusal from error
+        if result is not LogRecordExportResult.SUCCESS:
+            raise refusal
         self._seq += len(events)
         return len(events)
 

@@ -66,12 +66,17 @@ class OtlpMetricsExporter:
         """
         from opentelemetry.sdk.metrics.export import MetricExportResult
 
-        result = self._exporter.export(self._data(), timeout_millis=self._timeout_ms)
+        refusal = SowatchError(
+            f"the collector at {self._otlp.where} did not take the metrics. "
+            "See whether it listens there; the log of opentelemetry has its answer."
+        )
+        try:
+            result = self._exporter.export(self._data(), timeout_millis=self._timeout_ms)
+        except Exception as error:
+            # Version 1.39 let through what its HTTP client raised.
+            raise refusal from error
         if result is not MetricExportResult.SUCCESS:
-            raise SowatchError(
-                f"the collector at {self._otlp.where} did not take the metrics. "
-                "See whether it listens there; the log of opentelemetry has its answer."
-            )
+            raise refusal
 
     def close(self) -> None:
         """Closes the connection. Safe to call again."""
