@@ -59,8 +59,8 @@ MAPPINGS: Final = _define("gauge", "watcher.mappings", "Pairs of a process and a
 LOST: Final = _define(
     "counter",
     "watcher.lost",
-    "What did not get through, by where: ring, processes, pending, scratch are the kernel side's; "
-    "queue is events that slow readers missed, sinks included.",
+    "What did not get through, by where: queue is events that slow readers missed, sinks included; the others "
+    "are the kernel side's, throttled being records of a process that floods.",
     "where",
 )
 REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by reading again.")
