@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from matrix.judge import faults_of_facts, judge
 from matrix.kernels import CELLS, CI_KERNELS, FEATURES, HELPERS, KERNELS
 from matrix.page import Run, read, render
-
 from sowatch.bpf.probes import run_probes
 from sowatch.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/kernels.md"
 #: A kernel on which the first cell of the table works.
-KERNEL = sorted(CELLS[0].works_on)[0]
+KERNEL = min(CELLS[0].works_on)
 
 
 def facts_of(kernel: str) -> dict[str, Any]:
