@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sowatch.config import STRATEGIES, Config
+from sowatch.config import HOOKS, STRATEGIES, Config
 from sowatch.errors import SowatchError, UsageError
 from sowatch.procfs import Miss, ProcFs
 from sowatch.rules import KINDS, Rule, RuleSet
@@ -29,6 +29,7 @@ __all__ = [
     "WatcherLike",
     "add_common",
     "add_format",
+    "add_strategy",
     "config_of",
     "open_watcher",
     "selection_of",
@@ -141,12 +142,7 @@ def add_common(parser: Parser) -> None:
         "Default: every file of the kinds asked for",
     )
     add_format(parser, default="text on a terminal, else json")
-    parser.add_argument(
-        "--strategy",
-        metavar="NAME",
-        default="auto",
-        help=f"how to watch: {', '.join(STRATEGIES)}. auto takes the best that works here",
-    )
+    add_strategy(parser)
     parser.add_argument(
         "--pid", type=pid, action="append", default=[], metavar="PID", help="only this process; may be repeated"
     )
@@ -163,6 +159,22 @@ def add_common(parser: Parser) -> None:
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
     )
     parser.add_argument("--exclude-self", action="store_true", help="leave out sowatch's own process")
+
+
+def add_strategy(parser: Parser) -> None:
+    """Add ``--strategy`` and ``--hooks``."""
+    parser.add_argument(
+        "--strategy",
+        metavar="NAME",
+        default="auto",
+        help=f"how to watch: {', '.join(STRATEGIES)}. auto takes the best that works here",
+    )
+    parser.add_argument(
+        "--hooks",
+        metavar="NAME",
+        default="auto",
+        help=f"of the BPF strategies: {', '.join(HOOKS)}. auto takes the best that works here",
+    )
 
 
 def wants_json(args: Namespace, out: Out, *, when_piped: bool = True) -> bool:
@@ -185,9 +197,9 @@ def config_of(args: Namespace) -> Config:
     """The configuration that the command line asks for.
 
     Raises:
-        ConfigError: an unknown strategy.
+        ConfigError: an unknown strategy, or unknown hooks.
     """
-    return Config(strategy=args.strategy, proc_root=args.proc_root)
+    return Config(strategy=args.strategy, hooks=args.hooks, proc_root=args.proc_root)
 
 
 def selection_of(args: Namespace) -> Selection:

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
 from sowatch.cli._host import KNOWN_RISKS, Host, read_host, risk_here
-from sowatch.cli._options import add_format, config_of, wants_json
+from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
-from sowatch.config import STRATEGIES, Config
+from sowatch.config import Config
 from sowatch.errors import LoadAttempt, NotPermitted, SowatchError
 from sowatch.escape import visible
 from sowatch.events import SCHEMA
@@ -81,9 +81,7 @@ def kernel_examiner() -> Examiner:
 def configure(parser: Parser) -> None:
     """Add the command's options."""
     add_format(parser, default="text")
-    parser.add_argument(
-        "--strategy", metavar="NAME", default="auto", help=f"decide as for this one: {', '.join(STRATEGIES)}"
-    )
+    add_strategy(parser)
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
     )

@@ -49,11 +49,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from sowatch.cli._options import add_format, selection_of, wants_json
+from sowatch.cli._options import add_format, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.config import STRATEGIES
 from sowatch.errors import SowatchError, UsageError
 from sowatch.escape import one_line, visible
 from sowatch.procfs import ProcFs
@@ -145,12 +144,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--kind", action="append", metavar="KIND", help=f"{', '.join(KINDS)}; may be repeated. Default: library"
     )
-    parser.add_argument(
-        "--strategy",
-        metavar="NAME",
-        default="auto",
-        help=f"how to watch: {', '.join(STRATEGIES)}. auto takes the best that works here",
-    )
+    add_strategy(parser)
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
     )
