@@ -23,12 +23,12 @@ from sowatch.config import Config
 from sowatch.errors import SowatchError
 from sowatch.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.explain import Known, KnownFile, KnownProcess
-from sowatch.identity import ProcessId
+from sowatch.identity import FileId, ProcessId
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher
 from sowatch.rules import RuleSet
 from sowatch.sources import EventSource, Losses, Reading, Report
-from sowatch.tracker import Causes, Change, Name, Tracker
+from sowatch.tracker import LIVE, Causes, Change, Name, Tracker
 
 __all__ = ["Engine"]
 
@@ -48,6 +48,8 @@ MANY_READINGS: Final = 64
 SLOWEST_REREAD_S: Final = 0.25
 #: A repair that found losses going on is tried again after 0.1 s, then twice that, up to this.
 SLOWEST_REPAIR_S: Final = 5.0
+#: After a reading of all for the sake of shared address spaces so many times its CPU time without one.
+STRANGERS_REST: Final = 20
 #: A 32-bit process is read this long after its exec, then after twice that, up to the second.
 FIRST_NARROW_S: Final = 0.002
 SLOWEST_NARROW_S: Final = 1.0
@@ -58,7 +60,6 @@ VFORK_PATIENCE_NS: Final = 500_000_000
 
 REPAIR: Final = Causes("repair", "repair")
 SNAPSHOT: Final = Causes("snapshot", "repair")
-LIVE: Final = Causes("mmap", "munmap")
 
 
 class Engine:
@@ -99,6 +100,7 @@ class Engine:
         self.losses = Losses()
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
+        self._strangers_at = 0.0
         self._can_read_one = True
         #: Throttled processes that are to be read before their losses are repaired, and what that told.
         self._throttled: set[int] = set()
@@ -144,8 +146,12 @@ class Engine:
         if fd >= 0:
             os.eventfd_write(fd, 1)
 
-    def ask(self, question: Callable[[], T]) -> T:
-        """Answers a question about the map on the engine's thread, everything on its way taken in.
+    def ask(self, question: Callable[[], T], *, settled: bool = True) -> T:
+        """Answers a question about the map on the engine's thread.
+
+        Args:
+            question: what to call there.
+            settled: with everything on its way taken in, and every doubt read away.
 
         Raises:
             SowatchError: the watch has ended.
@@ -153,7 +159,8 @@ class Engine:
         answer: Future[T] = Future()
 
         def job() -> None:
-            self._settle_doubts()
+            if settled:
+                self._settle_doubts()
             answer.set_result(question())
 
         with self._jobs_lock:
@@ -174,6 +181,13 @@ class Engine:
             held = [Held(one.name.file_id, one.name.path, tuple(one.ranges)) for one in files]
             found[process.id.pid] = (process.id, held)
         return found
+
+    def ranges(self) -> dict[ProcessId, dict[FileId, tuple[tuple[int, int], ...]]]:
+        """Where everything is mapped by now; on the engine's thread, see `ask`."""
+        return {
+            process.id: {file_id: tuple(one.ranges) for file_id, one in process.space.files.items()}
+            for process in self._tracker.processes()
+        }
 
     def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
         """What an explanation needs; on the engine's thread, see `ask`. The caller closes its ``verdicts``.
@@ -286,6 +300,8 @@ class Engine:
         times = [next_tick, *self._due.values(), *(when for when, _ in self._narrow_due.values())]
         if self._repair_at is not None:
             times.append(self._repair_at)
+        if self._tracker.has_strangers:
+            times.append(self._strangers_at)
         return min(times)
 
     def _read_what_is_due(self, now: float) -> None:
@@ -295,6 +311,8 @@ class Engine:
             self._reread()
         if self._repair_at is not None and time.monotonic() >= self._repair_at:
             self._repair()
+        if self._tracker.has_strangers and now >= self._strangers_at:
+            self._look_for_strangers()
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -314,6 +332,8 @@ class Engine:
             self._tracker.dirty.setdefault(pid, LIVE)
         for _ in range(10):
             self._drain()
+            if self._tracker.has_strangers:
+                self._look_for_strangers()
             if not self._tracker.dirty:
                 return
             self._due = dict.fromkeys(self._tracker.dirty, 0.0)
@@ -512,17 +532,7 @@ class Engine:
         self._repair_at = None
         before = self.losses
         since_ns = time.monotonic_ns()
-        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
-        early = self._source.drain()
-        readings, meanwhile = self._source.read_all()
-        records = [*early, *meanwhile, *self._drain_all()]
-        self._source.set_report(self._base)
-        for reading in readings:
-            self._tracker.dirty.pop(reading.tgid, None)
-        again = self._tracker.merge(readings, records, REPAIR)
-        self._forget_vanished({reading.tgid for reading in readings}, since_ns)
-        for pid in again:
-            self._tracker.dirty.setdefault(pid, REPAIR)
+        self._forget_vanished(self._read_everything(REPAIR), since_ns)
         found = [change for change in self._tracker.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is made up for by readings of that process alone.
@@ -535,6 +545,27 @@ class Engine:
         self._check_losses()
         self._repair_at = time.monotonic() + self._repair_wait_s
         self._repair_wait_s = min(SLOWEST_REPAIR_S, 2 * self._repair_wait_s)
+
+    def _look_for_strangers(self) -> None:
+        """Finds who shares an address space, by a reading of all."""
+        begun_s = time.thread_time()
+        self._tracker.has_strangers = False
+        self._read_everything(LIVE)
+        self._flush()
+        self._strangers_at = time.monotonic() + STRANGERS_REST * (time.thread_time() - begun_s)
+
+    def _read_everything(self, causes: Causes) -> set[int]:
+        """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        early = self._source.drain()
+        readings, meanwhile = self._source.read_all()
+        records = [*early, *meanwhile, *self._drain_all()]
+        self._source.set_report(self._base)
+        for reading in readings:
+            self._tracker.dirty.pop(reading.tgid, None)
+        for pid in self._tracker.merge(readings, records, causes):
+            self._tracker.dirty.setdefault(pid, causes)
+        return {reading.tgid for reading in readings}
 
     def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
         """Processes whose exit was lost: known for longer than the reading runs, and not met by it."""

@@ -21,7 +21,17 @@ from typing import Final, NamedTuple, Protocol, Self
 
 from sowatch.bpf.binding import BpfMap, BpfObject, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
-from sowatch.bpf.records import FLAG_AGAIN, FLAG_NARROW, MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.bpf.records import (
+    FLAG_AGAIN,
+    FLAG_NARROW,
+    FLAG_SHARED_VM,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+    parse,
+)
 from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 
@@ -81,6 +91,10 @@ class Reading:
     is_narrow: bool = False
     #: It was within exec, so nothing could be read; to be read again.
     is_void: bool = False
+    #: Processes with equal numbers share their address space; 0: not known.
+    space: int = 0
+    #: A process that is not followed may share it.
+    has_strangers: bool = False
 
 
 class Followed(NamedTuple):
@@ -456,6 +470,10 @@ def group(rows: Sequence[Record]) -> list[Reading]:
             reading.is_narrow = True
         if row.flags & FLAG_AGAIN:
             reading.is_void = True
+        if row.type == RecordType.VISIT:
+            assert isinstance(row, RangeRecord)
+            reading.space = row.start
+            reading.has_strangers = bool(row.flags & FLAG_SHARED_VM)
         if row.type == RecordType.MAP:
             reading.maps.append(row)  # type: ignore[arg-type]
         elif row.type == RecordType.INTRO:

@@ -38,7 +38,7 @@ from sowatch.identity import FileId, ProcessId
 from sowatch.rules import RuleSet
 from sowatch.sources import Reading
 
-__all__ = ["Causes", "Change", "Mapping", "Name", "Tracked", "Tracker", "subtract"]
+__all__ = ["LIVE", "Causes", "Change", "Mapping", "Name", "Tracked", "Tracker", "subtract"]
 
 Range = tuple[int, int]
 
@@ -51,6 +51,10 @@ class Causes(NamedTuple):
 
     load: str
     unload: str
+
+
+#: What was not seen as it happened, but is not the repair of a loss either.
+LIVE = Causes("mmap", "munmap")
 
 
 class Name:
@@ -109,11 +113,14 @@ Found = dict[FileId, tuple[Name, list[Range], MapRecord]]
 class Space:
     """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
 
-    __slots__ = ("files", "high", "holders", "low")
+    __slots__ = ("files", "high", "holders", "is_doubted", "low")
 
     def __init__(self) -> None:
         self.files: dict[FileId, Mapping] = {}
         self.holders: list[Tracked] = []
+        #: A holder has claimed something since the last reading. If that one is gone before it was
+        #: read, another one has to be.
+        self.is_doubted = False
         #: Bounds of all ranges ever added: what lies outside touches nothing.
         self.low = 1 << 64
         self.high = 0
@@ -292,6 +299,8 @@ class Tracker:
             them again and again.
         throttled: tgids whose changes were dropped in the kernel, being too many; their owner
             empties it.
+        has_strangers: a process was told of whose address space another one holds, nobody knows
+            who: the owner reads all, and clears it.
     """
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
@@ -307,6 +316,9 @@ class Tracker:
         self.idle: list[tuple[int, int, int]] = []
         self.narrow: dict[int, int] = {}
         self.throttled: set[int] = set()
+        self.has_strangers = False
+        #: In `merge`: who was read, by address space.
+        self._by_space: dict[int, Tracked] = {}
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
 
@@ -363,9 +375,18 @@ class Tracker:
             assert isinstance(record, ProcessRecord)
             self._process(record).learn(record)
         elif kind == RecordType.DIRTY:
-            self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
+            self._doubt(record)
             if record.flags & FLAG_THROTTLED:
                 self.throttled.add(record.tgid)
+
+    def _doubt(self, claim: Record) -> None:
+        """The process has to be read."""
+        self.dirty.setdefault(claim.tgid, LIVE)
+        known = self._processes.get(claim.tgid)
+        if known is not None and known.id.start_ns == claim.start_ns:
+            known.space.is_doubted = True
+        if claim.flags & FLAG_SHARED_VM:
+            self.has_strangers = True
 
     def _process(self, record: Record) -> Tracked:
         """The process of a record, made if it is new. A pid with another start is another process."""
@@ -401,9 +422,8 @@ class Tracker:
 
     def _map(self, record: MapRecord) -> None:
         name = self._see(record)
-        is_claim = bool(record.flags & FLAG_DIRTY)
-        if is_claim:
-            self.dirty.setdefault(record.tgid, Causes("mmap", "munmap"))
+        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
+            self._doubt(record)
         if not name.is_wanted:
             known = self._processes.get(record.tgid)
             if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.dirty:
@@ -447,6 +467,8 @@ class Tracker:
             self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
         if parent is None or not is_known or child.was_read:
             # A child is visible to a reading a moment before its fork is told: it was copied already.
+            if record.flags & FLAG_SHARED_VM:
+                self.has_strangers = True
             self._note_if_idle(record.tgid, record.start_ns, record.touches)
             return
         if not record.path:
@@ -510,6 +532,8 @@ class Tracker:
         if not any(holder.is_announced for holder in space.holders):
             for holder in space.holders:
                 self.announce(holder, t_ns)  # it outlives the one whose space it shares
+        if space.is_doubted and space.holders:
+            self.dirty.setdefault(space.holders[0].id.pid, LIVE)
         if known.is_announced:
             for mapping in space.files.values():
                 self.changes.append(self._change(known, False, cause, t_ns, mapping))
@@ -555,6 +579,7 @@ class Tracker:
         waiting = {reading.tgid: reading for reading in readings if not reading.is_void}
         void = {reading.tgid for reading in readings if reading.is_void}
         self._causes = (causes, own_causes or {})
+        self._by_space.clear()
         visited = set(waiting)
         ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
         again: set[int] = set()
@@ -578,6 +603,10 @@ class Tracker:
             self.apply(record)
         for reading in waiting.values():
             self._take_reading(reading)
+        for reading in readings:
+            known = self._processes.get(reading.tgid)
+            if reading.has_strangers and known is not None and len(known.space.holders) == 1:
+                self.has_strangers = True
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
 
@@ -613,7 +642,7 @@ class Tracker:
             name = self._see(row)
             if name.is_wanted:
                 found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
-        if known is None and not found:
+        if known is None and not found and not (reading.has_strangers and reading.intro):
             if reading.intro is not None:
                 # The kernel will not introduce it again unless it is settled, which may fail.
                 self._process(reading.intro).learn(reading.intro)
@@ -629,10 +658,30 @@ class Tracker:
             self._leave(known)  # its exec was lost: the space is not its own any more
         known.exec_id = reading.maps[0].exec_id if reading.maps else known.exec_id
         known.was_read = True
+        self._join(known, reading, causes)
         self.announce(known, reading.begin_ns)
         self._replace(known.space, found, causes, reading.end_ns)
         if reading.touches and not found:
             self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+
+    def _join(self, process: Tracked, reading: Reading, causes: Causes) -> None:
+        """Processes with one address space may have been told of each on its own: from now on together."""
+        other = self._by_space.setdefault(reading.space, process) if reading.space else process
+        if self._processes.get(other.id.pid) is not other:
+            self._by_space[reading.space] = process  # it has gone since, and its space with it
+            return
+        old, space = process.space, other.space
+        if space is old:
+            return
+        for holder in old.holders:
+            if holder.is_announced:
+                for is_load, ours, theirs in ((False, old, space), (True, space, old)):
+                    for file_id, mapping in ours.files.items():
+                        if file_id not in theirs.files:
+                            cause = causes.load if is_load else causes.unload
+                            self.changes.append(self._change(holder, is_load, cause, reading.begin_ns, mapping))
+            holder.space = space
+        space.holders += old.holders
 
     def _leave(self, process: Tracked) -> None:
         """It shares nobody's space any more; what it was told to have there it has not."""
@@ -647,6 +696,7 @@ class Tracker:
 
     def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
         """Makes the space hold what was found, and tells the difference."""
+        space.is_doubted = False
         for file_id in [one for one in space.files if one not in found]:
             self._tell(space, False, causes.unload, t_ns, space.files.pop(file_id))
         for file_id, (name, ranges, row) in found.items():

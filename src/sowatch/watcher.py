@@ -7,6 +7,7 @@ rule with callbacks has a worker thread of its own, so a slow callback delays on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -416,11 +417,21 @@ class Watcher:
         return self._publisher.subscribe(events=events, control=control, limit=limit or self._config.queue_events)
 
     def snapshot(self) -> list[Mapped]:
-        """The map as published so far: every (process, library) that the rules want."""
+        """The map as published so far: every (process, library) that the rules want.
+
+        Ranges are those of now, which may be others than its load had; of a watch that has ended, the
+        load's.
+        """
+        ranges = {}
+        if self.ready is not None:
+            # The watch may end at any moment.
+            with contextlib.suppress(SowatchError):
+                engine = self._running_engine()
+                ranges = engine.ask(engine.ranges, settled=False)
         return [
-            Mapped(event.process, event.library, event.rule, event.ranges)
-            for files in self._publisher.held_copy().values()
-            for event in files.values()
+            Mapped(event.process, event.library, event.rule, ranges.get(process, {}).get(file, event.ranges))
+            for process, files in self._publisher.held_copy().items()
+            for file, event in files.items()
             if event.process is not None
         ]
 

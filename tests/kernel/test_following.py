@@ -194,6 +194,20 @@ def test_a_process_that_has_mapped_since_is_not_settled(tap: Tap, start: Start, 
     assert spans(tap.during(lambda: late.unmap(at, length), late.pid)) == [(RANGE, at, at + pages(length))]
 
 
+def test_an_answer_about_the_program_before_an_exec_does_not_settle_the_one_after_it(
+    tap: Tap, start: Start, library: NewLibrary
+) -> None:
+    ignore_what_it_has(tap, start())
+    late = start()
+    late.map(library("liba.so"))
+    tap.flush()
+    record = tap.maps(late.pid)[-1]
+    late.exec()
+    at, length = late.map(library("libb.so"))
+    assert not tap.source.settle(late.pid, record.start_ns, record.touches)
+    assert spans(tap.during(lambda: late.unmap(at, length), late.pid)) == [(RANGE, at, at + pages(length))]
+
+
 # ---- the range filter ---------------------------------------------------------------------------
 
 

@@ -207,10 +207,12 @@ class World:
         libraries: templates; the files that are mapped are copies in ``directory``, made if missing.
         directory: whose files are deleted and replaced.
         timeout_s: how long an actor may take for an answer.
-        files: every file that was ever mapped is added; may be shared by worlds.
+        files: every file that was ever mapped is added, with its name; may be shared by worlds.
     """
 
-    def __init__(self, actor: Path, libraries: list[Path], directory: Path, timeout_s: float, files: set[File]) -> None:
+    def __init__(
+        self, actor: Path, libraries: list[Path], directory: Path, timeout_s: float, files: dict[File, str]
+    ) -> None:
         self._program, self._templates = actor, libraries
         self._directory, self._timeout_s = directory, timeout_s
         self._calls = itertools.count(1)
@@ -233,7 +235,7 @@ class World:
         path = self.library(number)
         if not path.exists():
             self.replace(number)
-        self.files.add(File.at(path))
+        self.files[File.at(path)] = path.name
         return path
 
     def replace(self, number: int) -> None:
@@ -242,7 +244,7 @@ class World:
         fresh = path.with_suffix(".new")
         shutil.copyfile(self._templates[number], fresh)
         fresh.rename(path)
-        self.files.add(File.at(path))
+        self.files[File.at(path)] = path.name
         self.steps.append(f"replace {path.name}")
 
     def delete(self, number: int) -> None:
@@ -305,7 +307,7 @@ class World:
         """Maps a memfd that holds a copy of a library."""
         where, *identity = self.tell(actor, f"memfd lib{number}.so {self._templates[number]} {at:#x} {pages}")
         file = File(*map(int, identity))
-        self.files.add(file)
+        self.files[file] = f"lib{number}.so"
         self._put(actor.space, int(where, 0), pages, Page(file, next(self._calls), "rx", 0))
 
     def cover(self, actor: Actor, at: int, pages: int) -> Move:

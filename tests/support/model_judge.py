@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ class Stage(contextlib.ExitStack):
         open_ledger: the fixture.
         timeout_s: how long an actor may take for an answer.
         with_programs: watch the actors' program, too.
-        config: for `sowatch.config.Config`.
+        wanted: a regular expression for the names of the libraries that are watched.
+        options: for `sowatch.Watcher`.
     """
 
     def __init__(
@@ -40,15 +42,16 @@ class Stage(contextlib.ExitStack):
         timeout_s: float,
         *,
         with_programs: bool = False,
+        wanted: str = "lib",
         **options: Any,
     ) -> None:
         super().__init__()
         self._libraries, self._scratch, self._timeout_s = libraries, scratch, timeout_s
         self._open_ledger, self._options = open_ledger, options
-        self._with_programs = with_programs
+        self.with_programs, self._wanted = with_programs, wanted
         self._program = scratch / "actor"
         #: Shared by all worlds: a file that one replaces keeps its place in the next.
-        self._files: set[File] = set()
+        self._files: dict[File, str] = {}
         shutil.copy(program, self._program)
 
     def __enter__(self) -> Self:
@@ -58,12 +61,12 @@ class Stage(contextlib.ExitStack):
 
     def watch(self) -> Judge:
         """Starts the watch."""
-        rules = [Rule(rf"^{self._scratch}/\w+/lib|^/memfd:lib", name="libraries")]
-        if self._with_programs:
+        rules = [Rule(rf"^({self._scratch}/\w+/|/memfd:){self._wanted}", name="libraries")]
+        if self.with_programs:
             rules.append(Rule(rf"^{self._program}$", name="programs", kind="executable"))
         self.ledger = self._open_ledger(*rules, **self._options)
         marker = self.enter_context(contextlib.closing(self.world("marker", self._libraries[:1])))
-        return Judge(self.ledger, marker, with_programs=self._with_programs)
+        return Judge(self.ledger, marker, with_programs=self.with_programs, wanted=self._wanted)
 
     def world(self, name: str = "world", libraries: list[Path] | None = None) -> World:
         """A new world, which its user closes."""
@@ -80,11 +83,12 @@ class Judge:
         marker: a world of one process and one library: what this maps is told after all that
             happened before.
         with_programs: the watch has a rule for the actors' program.
+        wanted: which names of libraries it has a rule for.
     """
 
-    def __init__(self, ledger: Ledger, marker: World, *, with_programs: bool = False) -> None:
+    def __init__(self, ledger: Ledger, marker: World, *, with_programs: bool = False, wanted: str = "") -> None:
         self._ledger, self._marker = ledger, marker
-        self._with_programs = with_programs
+        self._with_programs, self._wanted = with_programs, re.compile(wanted)
         self._is_marked = False
         marker.start()
         self.comparisons = 0
@@ -103,23 +107,25 @@ class Judge:
             lambda: (inode in self._ledger.inodes(actor.pid)) == self._is_marked, "the marker was not told of"
         )
 
-    def told(self, pids: set[int]) -> set[tuple[int, File]]:
+    def told(self, world: World) -> set[tuple[int, File]]:
         """Who has what by the events so far."""
+        pids, ours = set(world.pids), world.files.keys() | {world.program}
         return {
-            (process.pid, File(*file[:3]))
+            (process.pid, file)
             for process, files in self._ledger._held.items()
             if process.pid in pids
-            for file in files
+            for file in (File(*one[:3]) for one in files)
+            if file in ours
         }
 
     def published(self, world: World) -> Map:
         """Who has what by the watcher's snapshot."""
-        pids = set(world.pids)
+        pids, ours = set(world.pids), world.files.keys() | {world.program}
         found: Map = {}
         for one in self._ledger.watcher.snapshot():
             file = File(*one.library.id[:3])
             # A pid may have gone to somebody else, who has none of our files.
-            if one.process.pid in pids and file in world.files | {world.program}:
+            if one.process.pid in pids and file in ours:
                 assert (one.process.pid, file) not in found, f"two processes with pid {one.process.pid}"
                 pages = ((file, at) for start, end in one.ranges for at in range(start, end, PAGE))
                 found[one.process.pid, file] = merged(pages).get(file, ())
@@ -129,19 +135,25 @@ class Judge:
         """Who has what by the model."""
         found: Map = {}
         for actor in world.actors:
-            found |= {(actor.pid, file): ranges for file, ranges in actor.space.executable().items()}
+            found |= {
+                (actor.pid, file): ranges
+                for file, ranges in actor.space.executable().items()
+                if self._wanted.match(world.files[file])
+            }
             if self._with_programs:
                 found |= {(actor.pid, world.program): ((actor.image.start, actor.image.stop),)}
         return found
 
     def by_proc(self, world: World) -> Map:
         """Who has what by ``/proc``."""
-        files = world.files | {world.program} if self._with_programs else world.files
+        wanted = {file for file, name in world.files.items() if self._wanted.match(name)}
+        if self._with_programs:
+            wanted.add(world.program)
         return {
             (actor.pid, file): ranges
             for actor in world.actors
             for file, ranges in mapped_by_proc(actor.tid).items()
-            if file in files
+            if file in wanted
         }
 
     def check(self, world: World) -> None:
@@ -173,20 +185,25 @@ class Judge:
         self._ledger._checked.clear()
 
     def _restless(self, world: World) -> set[tuple[int, File]]:
-        return {(actor.pid, file) for actor in world.actors for file in actor.space.restless}
+        return {
+            (actor.pid, file)
+            for actor in world.actors
+            for file in actor.space.restless
+            if self._wanted.match(world.files[file])
+        }
 
     def _silent(self, world: World, found: set[tuple[int, File]]) -> set[int]:
         """Those that may be silent and are."""
         return {actor.pid for actor in world.actors if actor.is_silent} - {pid for pid, _ in found}
 
     def _notice_announced(self, world: World) -> None:
-        heard = {pid for pid, _ in self.told(set(world.pids))}
+        heard = {pid for pid, _ in self.told(world)}
         for actor in world.actors:
             actor.is_silent = actor.is_silent and actor.pid not in heard
 
     def _untold(self, world: World, expected: Map) -> set[tuple[int, File]]:
         """Where the events so far differ from the model."""
-        told = self.told(set(world.pids))
+        told = self.told(world)
         silent = self._silent(world, told)
         wanted = {key for key in expected if key[0] not in silent}
         # A restless file may be there at any moment, but must be if it also has pages that stay.

@@ -126,9 +126,9 @@ class Proc:
         """RECORD_EXIT."""
         return _sized(RangeRecord(*self._head(RecordType.EXIT, t, 0), 0, 0))
 
-    def visit(self, *, t: int = 0, flags: int = 0) -> RangeRecord:
-        """RECORD_VISIT, the one record that is a bare head."""
-        return _sized(RangeRecord(*self._head(RecordType.VISIT, t, flags)))
+    def visit(self, *, t: int = 0, flags: int = 0, space: int = 0) -> RangeRecord:
+        """RECORD_VISIT; ``space`` is the number of its address space."""
+        return _sized(RangeRecord(*self._head(RecordType.VISIT, t, flags), space, 0))
 
     def intro(self, *, t: int = 0) -> ProcessRecord:
         """RECORD_INTRO."""
@@ -167,9 +167,11 @@ class Proc:
         )
 
 
-def reading(proc: Proc, begin: int, end: int, *rows: MapRecord, intro: bool = False) -> Reading:
-    """A Reading of one process; its rows are records of `Proc.map`."""
-    first: list[Record] = [proc.visit(t=begin)]
+def reading(
+    proc: Proc, begin: int, end: int, *rows: MapRecord, intro: bool = False, space: int = 0, flags: int = 0
+) -> Reading:
+    """A Reading of one process; its rows are records of `Proc.map`, ``flags`` those of the visit."""
+    first: list[Record] = [proc.visit(t=begin, space=space, flags=flags)]
     if intro:
         first.append(proc.intro(t=begin))
     (found,) = group([*first, *rows])
@@ -187,8 +189,6 @@ def to_bytes(record: Record) -> bytes:
         data = head + struct.pack("=QIIII", *record[9:14])
         data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(24)
         data += record.comm + struct.pack("=II", record.cgroup_bytes, record.path_bytes) + record.cgroup + record.path
-    elif record.type == RecordType.VISIT:
-        data = head
     else:
         data = head + struct.pack("=QQ", record.start, record.end)
     return data + bytes(-len(data) % 8)

@@ -935,3 +935,85 @@ def test_an_owed_reading_of_an_exited_process_changes_nothing(tracker):
     tracker.dirty.clear()
     assert tracker.merge([], [p.exit(t=9)], LIVE) == set()
     assert told(tracker) == ["-10 libssl.so.3 exit"]
+
+
+# ---- address spaces that nobody saw shared ------------------------------------------------------
+
+
+def test_two_that_a_reading_finds_in_one_space_are_told_of_together_from_then_on(tracker):
+    first, second = Proc(10), Proc(11)
+    feed(tracker, first.map(SSL, BASE, t=1))
+    rows = (first.map(SSL, BASE, t=5),), (second.map(SSL, BASE, t=7),)
+    readings = [reading(first, 4, 5, *rows[0], space=99), reading(second, 6, 7, *rows[1], space=99)]
+    tracker.merge(readings, [], LIVE)
+    assert told(tracker) == ["+11 libssl.so.3 mmap"]
+    assert feed(tracker, second.map(CRYPTO, BASE + 8 * PAGE, t=8)) == [
+        "+10 libcrypto.so.3 mmap",
+        "+11 libcrypto.so.3 mmap",
+    ]
+    assert feed(tracker, first.exit(t=9)) == ["-10 libssl.so.3 exit", "-10 libcrypto.so.3 exit"]
+    assert the_map(tracker).keys() == {(11, 100), (11, 101)}
+
+
+def test_what_only_one_of_two_in_one_space_was_told_of_is_told_of_the_other_or_taken_back(tracker):
+    first, second = Proc(10), Proc(11)
+    feed(tracker, first.map(SSL, BASE, t=1), second.map(CRYPTO, BASE + 8 * PAGE, t=2))
+    readings = [
+        reading(first, 4, 5, first.map(SSL, BASE, t=5), space=99),
+        reading(second, 6, 7, second.map(SSL, BASE, t=7), space=99),
+    ]
+    tracker.merge(readings, [], LIVE)
+    assert told(tracker) == ["-11 libcrypto.so.3 munmap", "+11 libssl.so.3 mmap"]
+
+
+def test_spaces_without_a_number_and_of_processes_that_have_gone_are_not_taken_for_one(tracker):
+    first, second, third = Proc(10), Proc(11), Proc(12)
+    readings = [
+        reading(first, 1, 2, first.map(SSL, BASE, t=2), space=99),
+        reading(second, 4, 5, second.map(SSL, BASE, t=5), space=99),
+        reading(third, 6, 7, third.map(SSL, BASE, t=7)),
+    ]
+    tracker.merge(readings, [first.exit(t=3)], LIVE)
+    told(tracker)
+    assert feed(tracker, second.exit(t=8)) == ["-11 libssl.so.3 exit"]
+    assert the_map(tracker).keys() == {(12, 100)}
+
+
+def test_what_a_holder_claimed_and_took_with_it_is_read_through_another(tracker):
+    parent, child = Proc(10), Proc(11)
+    feed(tracker, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.dirty())
+    tracker.dirty.clear()  # its owner is about to read the child
+    feed(tracker, child.exit())
+    assert list(tracker.dirty) == [10]
+
+
+def test_a_holder_that_claimed_nothing_since_the_last_reading_leaves_nothing_to_read(tracker):
+    parent, child = Proc(10), Proc(11)
+    feed(tracker, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.dirty(t=3))
+    tracker.dirty.clear()
+    tracker.merge([reading(parent, 4, 5, parent.map(SSL, BASE, t=5))], [], LIVE)
+    feed(tracker, child.exit(t=6))
+    assert not tracker.dirty
+
+
+def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(tracker):
+    p = Proc()
+    feed(tracker, p.map(SSL, BASE))
+    assert not tracker.has_strangers
+    feed(tracker, p.map(CRYPTO, BASE + 8 * PAGE, flags=FLAG_SHARED_VM))
+    assert tracker.has_strangers
+    assert list(tracker.dirty) == [10]
+
+
+def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless_it_found_it(tracker):
+    first, second = Proc(10), Proc(11)
+    alone = reading(first, 1, 2, first.map(SSL, BASE, t=2), space=99, flags=FLAG_SHARED_VM)
+    tracker.merge([alone], [], LIVE)
+    assert tracker.has_strangers
+    tracker.has_strangers = False
+    both = [
+        reading(first, 4, 5, first.map(SSL, BASE, t=5), space=99, flags=FLAG_SHARED_VM),
+        reading(second, 6, 7, intro=True, space=99, flags=FLAG_SHARED_VM),
+    ]
+    tracker.merge(both, [], LIVE)
+    assert not tracker.has_strangers

@@ -9,6 +9,17 @@
 
 /* ---- a call enters ---------------------------------------------------------------------------- */
 
+static __always_inline void send_dirty(struct task_struct *task, struct process *process)
+{
+	__u32 sharing;
+
+	if (!process)
+		return;
+	sharing = sharing_flag(task, process, 0);
+	if (mark_dirty(process) || sharing)
+		send_small(task, RECORD_DIRTY, FLAG_DIRTY | sharing, 0, 0);
+}
+
 /* Whether the range holds something we follow. While a reading runs everything counts: the reader
  * may be about to add a range that this call takes away. */
 static __always_inline bool matters(struct process *process, __u64 start, __u64 length)
@@ -21,6 +32,11 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 		if (is_shared(current_task()))
 			return true; /* the other holder's ranges are not in our entry */
 		process->shares_vm = 0;
+		if (process->vm_root) {
+			process->vm_root = 0;
+			forget_ranges(process);
+			send_dirty(current_task(), process);
+		}
 	}
 	return overlaps(process, start, start + length);
 }
@@ -164,12 +180,6 @@ static __always_inline int enter_shmdt(__u64 start)
 
 /* ---- the call leaves -------------------------------------------------------------------------- */
 
-static __always_inline void send_dirty(struct task_struct *task, struct process *process)
-{
-	if (process && mark_dirty(process))
-		send_small(task, RECORD_DIRTY, FLAG_DIRTY, 0, 0);
-}
-
 /*
  * Whether a process sends so many records that it would drown the others. The rest of that second
  * it only counts them, and is dirty: readings tell what it has, at the reader's pace.
@@ -265,10 +275,11 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	if (!process) /* or it was settled since the entry */
 		process = touch_process(task);
 	if (process) {
-		add_range(process, found.start, found.end);
+		add_shared_range(process, found.start, found.end);
 		if (is_throttled(task, process))
 			return 0;
 		introduce(task, process);
+		flags |= sharing_flag(task, process, 0);
 		if (!is_alone_now && mark_dirty(process))
 			flags |= FLAG_DIRTY;
 	}
@@ -301,6 +312,9 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 		 */
 		struct process *process = find_process(pid_tgid >> 32);
 
+		/* The reader may have found in another holder what this has taken away. */
+		if (!process && report & REPORT_RANGES && has_strangers(task, 0))
+			process = touch_process(task);
 		if (!was_alone(call, task) || is_error(ret))
 			send_dirty(task, process);
 		else if (!is_throttled(task, process))

@@ -165,6 +165,7 @@ struct pid {
 
 struct signal_struct {
 	atomic_t live;
+	int nr_threads;
 };
 
 typedef struct {

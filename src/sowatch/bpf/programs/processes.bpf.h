@@ -47,13 +47,17 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
 		inherited->visit_run = 0;
+		inherited->shares_vm = 0;
+		inherited->vm_root = 0;
 		if (flags & FLAG_SHARED_VM) {
 			inherited->shares_vm = 1;
+			inherited->vm_root = process->vm_root ?: tgid;
 			process->shares_vm = 1;
 		}
 	}
 	flags |= narrow_flag(child);
-	if (!(flags & FLAG_SHARED_VM) && (!is_alone(parent) || had_company(process))) {
+	if (!(flags & FLAG_SHARED_VM) &&
+	    (!is_alone(parent) || had_company(process) || (process && process->shares_vm))) {
 		flags |= FLAG_DIRTY;
 		if (inherited)
 			inherited->dirty = 1;

@@ -14,6 +14,7 @@ struct reader {
 	__u32 is_skipped;
 	__u32 is_again; /* skipped, and to be read again */
 	__u32 visit_sent;
+	__u32 visit_flags;
 };
 
 struct {
@@ -42,6 +43,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	reader->tgid = tgid;
 	reader->tid = tid;
 	reader->visit_sent = 0;
+	reader->visit_flags = narrow_flag(task);
 	/*
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
 	 * or one that fork has not finished, which it will tell of;
@@ -64,12 +66,14 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	}
 	if (reader->is_skipped)
 		return 0;
-	if (!process && narrow_flag(task))
+	/* What another holder of its address space may map tomorrow is its own, too. */
+	if (!process && (narrow_flag(task) || has_strangers(task, 1)))
 		process = touch_process(task);
 	if (process) {
 		process->visit_run = reading_run;
 		process->visit_tid = tid;
 		process->dirty = 0;
+		reader->visit_flags |= sharing_flag(task, process, 1);
 		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
 		if (process->range_count > MAX_RANGES) {
 			process->range_count = 0;
@@ -89,10 +93,11 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct *task, struct process *process,
 				       __u32 flags)
 {
-	struct record visit = {};
+	struct range_record visit = {};
 
-	fill_head(&visit, task, RECORD_VISIT, flags, sizeof(visit));
-	visit.touches = touches_of(SCRATCH_READER, task, process);
+	fill_head(&visit.head, task, RECORD_VISIT, flags, sizeof(visit));
+	visit.head.touches = touches_of(SCRATCH_READER, task, process);
+	visit.start = (__u64)BPF_CORE_READ(task, mm);
 	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
 }
 
@@ -105,6 +110,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	__u32 zero = 0, flags = 0;
 	struct reader *reader;
 	struct process *process;
+	bool introduces = false;
 	struct file_key key = {};
 	enum verdict verdict;
 	struct file *file;
@@ -124,8 +130,13 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	}
 	process = find_process(reader->tgid);
 	if (!reader->visit_sent && (process || report & REPORT_VISITS) &&
-	    !tell_visit(seq, task, process, narrow_flag(task)))
+	    !tell_visit(seq, task, process, reader->visit_flags))
 		return 0; /* the buffer is full: the kernel calls again for this vma */
+	if (process && reader->visit_flags & FLAG_SHARED_VM && !process->introduced) {
+		introduces = true;
+		if (!send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
+			return 0;
+	}
 	file = vma->vm_file;
 	if (!file || !(vma->vm_flags & VM_EXEC))
 		goto shown;
@@ -155,19 +166,23 @@ int read_mappings(struct bpf_iter__task_vma *context)
 				reader->is_skipped = 1;
 				return 0;
 			}
+			reader->visit_flags |= sharing_flag(task, process, 1);
+			if (!reader->visit_sent && !tell_visit(seq, task, process, reader->visit_flags))
+				return 0;
 		}
 	}
 	if (process) {
-		if (!process->introduced &&
+		if (!process->introduced && !introduces &&
 		    !send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
 			return 0;
-		add_range(process, start, end);
+		add_shared_range(process, start, end);
 	}
 	if (!send_map(SCRATCH_READER, seq, task, process, file, &key, start, end, offset_bytes, flags))
 		return 0;
-	if (process)
-		process->introduced = 1;
+	introduces = true;
 shown:
+	if (process && introduces)
+		process->introduced = 1;
 	if (process || report & REPORT_VISITS)
 		reader->visit_sent = 1;
 	return 0;

@@ -22,15 +22,17 @@ enum record_type {
 	RECORD_EXEC = 5,  /* process_record: everything it had is gone */
 	RECORD_EXIT = 6,  /* record: its last thread is gone */
 	RECORD_INTRO = 7, /* process_record: first word of a process, before its first map_record */
-	RECORD_VISIT = 8, /* record: the iterator starts on this process (readings only) */
+	RECORD_VISIT = 8, /* range_record: the reader starts on this process; start is its address space */
 };
 
 enum record_flag {
-	FLAG_ASK = 1 << 0,       /* there is no verdict on this file yet */
-	FLAG_DIRTY = 1 << 1,     /* a claim: read the process again */
-	FLAG_DELETED = 1 << 2,   /* the file's name is gone */
-	FLAG_PARTIAL = 1 << 3,   /* the path is cut off at its start */
-	FLAG_SHARED_VM = 1 << 4, /* a fork with CLONE_VM: parent and child share one address space */
+	FLAG_ASK = 1 << 0,     /* there is no verdict on this file yet */
+	FLAG_DIRTY = 1 << 1,   /* a claim: read the process again */
+	FLAG_DELETED = 1 << 2, /* the file's name is gone */
+	FLAG_PARTIAL = 1 << 3, /* the path is cut off at its start */
+	/* A fork with CLONE_VM: parent and child share one address space. Of another record: some
+	 * process shares it, and this is the first word of that. */
+	FLAG_SHARED_VM = 1 << 4,
 	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
 	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */

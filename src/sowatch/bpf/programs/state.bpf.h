@@ -28,6 +28,8 @@ struct process {
 	__u32 shares_vm;   /* another process may hold the same mm */
 	__u64 company_ns;  /* when a thread of it, but not the last, ended last */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
+	__u32 first_touch; /* what touches counts from, see follow */
+	__u32 vm_root;     /* who else has to know of its ranges; itself if that is not known; 0: nobody */
 	__u32 visit_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
@@ -137,6 +139,20 @@ static __always_inline bool is_shared(struct task_struct *task)
 	return BPF_CORE_READ(task, mm, mm_users.counter) > BPF_CORE_READ(task, signal, live.counter);
 }
 
+/*
+ * Whether a process that is not followed may hold the task's address space. A thread on its way out
+ * is counted until it is gone, so this is never true for that alone; for a moment it is while
+ * somebody reads /proc/PID/maps, which costs a needless reading.
+ */
+static __always_inline bool has_strangers(struct task_struct *task, int readers)
+{
+	int threads = BPF_CORE_READ(task, signal, nr_threads);
+
+	if (!BPF_CORE_READ(task, group_leader, mm))
+		threads--; /* a dead leader is counted to the end */
+	return BPF_CORE_READ(task, mm, mm_users.counter) - readers > threads;
+}
+
 static __always_inline bool has_own_fds(struct task_struct *task)
 {
 	return READ(task, files, count.counter) == 1;
@@ -165,16 +181,28 @@ static __always_inline struct process *find_process(__u32 tgid)
 	return process && process->touches ? process : NULL;
 }
 
+/*
+ * Each time the count begins it does so somewhere else, so that a late answer of user space, to
+ * what the process was before an exec or before it was settled, never fits what it is now.
+ */
 static __always_inline void follow(struct process *process, __u32 tgid)
 {
-	if (__sync_fetch_and_add(&process->touches, 1) == 0)
-		__sync_fetch_and_add(slot_of(tgid), 1);
+	if (__sync_fetch_and_add(&process->touches, 1))
+		return;
+	__sync_fetch_and_add(slot_of(tgid), 1);
+	process->first_touch = bpf_get_prandom_u32() >> 1;
+	__sync_fetch_and_add(&process->touches, process->first_touch);
 }
 
 /* The call that was counted at its entry sends no record after all. */
 static __always_inline void unfollow(struct process *process, __u32 tgid)
 {
-	if (process && __sync_fetch_and_sub(&process->touches, 1) == 1)
+	__u32 left;
+
+	if (!process)
+		return;
+	left = __sync_fetch_and_sub(&process->touches, 1) - 1;
+	if (left == process->first_touch && __sync_val_compare_and_swap(&process->touches, left, 0) == left)
 		__sync_fetch_and_sub(slot_of(tgid), 1);
 }
 
@@ -237,6 +265,37 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 	}
 }
 
+/*
+ * A range of an address space that several processes hold is told to the one that the others came
+ * from, too: they may be gone when it gives it up. It has what they map, so it is followed.
+ */
+static __noinline int add_shared_range(struct process *process, __u64 start, __u64 end)
+{
+	struct process *root;
+	__u32 tgid;
+
+	if (!process)
+		return 0;
+	add_range(process, start, end);
+	tgid = process->vm_root;
+	if (!tgid)
+		return 0;
+	root = bpf_map_lookup_elem(&processes, &tgid);
+	if (root && root != process) {
+		add_range(root, start, end);
+		follow(root, tgid);
+	}
+	return 0;
+}
+
+/* From now on until the next reading every range counts. */
+static __always_inline void forget_ranges(struct process *process)
+{
+	process->range_count = MAX_RANGES + 1;
+	process->min_start = 0;
+	process->max_end = ~0ULL;
+}
+
 static __always_inline bool overlaps(struct process *process, __u64 start, __u64 end)
 {
 	if (end <= process->min_start || start >= process->max_end)
@@ -256,4 +315,17 @@ static __always_inline bool overlaps(struct process *process, __u64 start, __u64
 static __always_inline bool mark_dirty(struct process *process)
 {
 	return __sync_lock_test_and_set(&process->dirty, 1) == 0;
+}
+
+/*
+ * FLAG_SHARED_VM for the first record of a process whose address space a process that is not
+ * followed may hold: user space reads all to find it.
+ */
+static __always_inline __u32 sharing_flag(struct task_struct *task, struct process *process, int readers)
+{
+	if (process->shares_vm || !has_strangers(task, readers))
+		return 0;
+	process->shares_vm = 1;
+	process->vm_root = BPF_CORE_READ(task, tgid);
+	return FLAG_SHARED_VM;
 }

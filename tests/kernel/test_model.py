@@ -1,7 +1,8 @@
 """Real processes do random things under one watch, which has to agree with a model and with ``/proc`` after each.
 
-SOWATCH_MODEL_EXAMPLES is the number of sequences (default 300), SOWATCH_MODEL_STEPS how long one may be. With CI
-set they are the same each time; a failure tells its steps in any case, for the kernel's timing is not.
+SOWATCH_MODEL_EXAMPLES is the number of sequences (default 240; with thousands give pytest a longer --timeout, too),
+SOWATCH_MODEL_STEPS how long one may be. With CI set they are the same each time; a failure tells its steps in any
+case, for the kernel's timing is not.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sowatch import Config
+from sowatch.watcher import Stats
 from support.kernel import Ledger
 from support.model import ARENA, ARENA_PAGES, PAGE, Actor, Move, Piece, World
 from support.model_judge import Judge, Stage
 from support.programs import make_libraries
 
-EXAMPLES = int(os.environ.get("SOWATCH_MODEL_EXAMPLES") or 300)
+EXAMPLES = int(os.environ.get("SOWATCH_MODEL_EXAMPLES") or 240)
 STEPS = int(os.environ.get("SOWATCH_MODEL_STEPS") or 20)
 #: A failure that needs the right moment does not come again when it is shrunk: its steps are told as they were.
 SETTINGS = settings(
@@ -306,28 +309,42 @@ def check(
     scratch: Path,
     deadline: Any,
     record_property: Any,
-) -> Callable[..., None]:
-    """``check(examples, with_programs=...)`` runs so many sequences under one watch."""
+) -> Callable[..., Stats]:
+    """``check(examples, **options)`` runs so many sequences under one watch; for the options see `Stage`."""
     actor, libraries = programs.variant("actor", "-pthread"), make_libraries(tmp_path, LIBRARIES)
 
-    def run(examples: int, **options: Any) -> None:
+    def run(examples: int, **options: Any) -> Stats:
         with Stage(actor, libraries, scratch, open_ledger, deadline(10), **options) as stage:
             judge = stage.watch()
             one = type("One", (Machine,), {"make_world": staticmethod(stage.world), "judge": judge})
             run_state_machine_as_test(one, settings=settings(SETTINGS, max_examples=examples))
             assert stage.ledger.watcher.audit().differences == ()
             stage.ledger.stop()
+        stats = stage.ledger.watcher.stats
         record_property("comparisons", judge.comparisons)
-        record_property("stats", str(stage.ledger.watcher.stats))
+        record_property("stats", str(stats))
+        return stats
 
     return run
 
 
-def test_the_map_is_right_after_whatever_processes_do(check: Callable[..., None]) -> None:
-    check(EXAMPLES * 3 // 4)
+def test_the_map_is_right_after_whatever_processes_do(check: Callable[..., Stats]) -> None:
+    check(EXAMPLES // 2)
 
 
 def test_the_map_is_right_after_whatever_processes_do_if_their_programs_are_watched_too(
-    check: Callable[..., None],
+    check: Callable[..., Stats],
 ) -> None:
-    check(EXAMPLES // 4, with_programs=True)
+    check(EXAMPLES // 6, with_programs=True)
+
+
+def test_the_map_is_right_after_whatever_processes_do_if_few_of_their_files_are_wanted(
+    check: Callable[..., Stats],
+) -> None:
+    check(EXAMPLES // 6, wanted="lib0")
+
+
+def test_the_map_is_right_again_after_whatever_processes_do_if_a_tiny_ring_loses_much_of_it(
+    check: Callable[..., Stats],
+) -> None:
+    assert check(EXAMPLES // 12, config=Config(ring_bytes=4096)).lost_kernel > 0

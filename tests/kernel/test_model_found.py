@@ -145,3 +145,43 @@ def test_children_that_map_a_library_and_end_at_once_while_a_thread_of_their_par
         world.brief(parent, FIRST, 3)
     world.stop(parent)
     judge.check(world)
+
+
+@pytest.mark.parametrize("who", ["parent", "child"])
+def test_who_shares_the_memory_of_one_that_maps_and_unmaps_is_told_of_what_that_one_maps_later(
+    world: World, judge: Judge, who: str
+) -> None:
+    """The look for those who share it may come while nothing is mapped."""
+    parent = world.start()
+    child = world.share(parent)
+    actor = parent if who == "parent" else child
+    world.loop(actor, "fixed", SECOND, 1000)
+    judge.check(world)
+    world.stop(actor)
+    judge.check(world)
+    world.run([(actor, world.map(actor, FIRST, ARENA, 2, sharing="private"))])
+    judge.check(world)
+
+
+def test_what_a_child_that_shares_memory_did_just_before_it_was_killed_is_told_of_its_parent(
+    world: World, judge: Judge
+) -> None:
+    parent = world.start()
+    world.run([(parent, world.map(parent, FIRST, ARENA, 2, sharing="private"))])
+    for round_number in range(10):
+        child = world.share(parent)
+        at = ARENA + (4 + 2 * round_number) * PAGE
+        world.run([(child, world.cover(child, ARENA, 1)), (child, world.map(child, SECOND, at, 1, sharing="private"))])
+        world.end(child, "kill")
+        judge.check(world)
+
+
+def test_a_program_that_is_executed_as_soon_as_it_was_started_is_told_of_again(stage: Stage) -> None:
+    stage.with_programs = True
+    judge = stage.watch()
+    with contextlib.closing(stage.world()) as world:
+        for _ in range(20):
+            actor = world.start()
+            world.exec(actor, "exec")
+            judge.check(world)
+            world.end(actor, "exit")
