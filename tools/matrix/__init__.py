@@ -8,6 +8,7 @@ packages    kernels from Debian's mirror, unpacked
 image       the little initramfs that finds the shared root
 guest       one command in one guest
 inside      what runs in a guest: looks at every cell of the table, then runs tests
+at_once     a plugin of pytest that shows failures when they happen
 judge       what a guest said, against the table
 page        docs/kernels.md
 __main__    the command, `scripts/matrix`

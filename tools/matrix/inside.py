@@ -81,7 +81,16 @@ def _refusal(path: str) -> str | None:
 
 def _pytest(report: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
     given = {"SOWATCH_FORCE_KERNEL_TESTS": "1", "SOWATCH_DEADLINE_SCALE": _DEADLINE_SCALE, **(environment or {})}
-    options = ["-p", "no:cacheprovider", "--color=no", "--tb=short", "--durations=15", f"--junitxml={report}"]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "matrix.at_once",
+        "--color=no",
+        "--tb=short",
+        "--durations=15",
+        f"--junitxml={report}",
+    ]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **given}, check=False)
     # A run that ended before it wrote its report must not look like one without failures.
