@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from matrix.judge import faults_of_facts, judge
-from matrix.kernels import CELLS, CI_KERNELS, FEATURES, HELPERS, KERNELS
+from matrix.kernels import CELLS, CI_KERNELS, END_TO_END, FEATURES, HELPERS, KERNELS, KNOWN_FAULTS, TESTS, KnownFault
 from matrix.page import Run, read, render
 from sowatch.bpf.probes import run_probes
 from sowatch.config import Config
@@ -153,13 +153,37 @@ def test_a_test_that_did_not_pass_is_a_fault(out: Path, trouble: str) -> None:
 def test_a_run_of_no_tests_at_all_is_a_fault(out: Path) -> None:
     report(out, "cell-0", 5, "")
 
-    assert judge(KERNEL, out).faults == (f"pytest ended with 5 although no test failed; see {out / 'console.log'}",)
+    assert judge(KERNEL, out).faults == (f"pytest ended with 5; see {out / 'console.log'}",)
 
 
 def test_a_run_that_left_no_report_is_a_fault(out: Path) -> None:
     (out / "kernel.xml").unlink()
 
     assert judge(KERNEL, out).faults == (f"pytest ended with 0 and without a report; see {out / 'console.log'}",)
+
+
+def test_a_known_fault_is_none_but_where_it_is_known(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(out, "cell-0", 1, '<testcase classname="b" name="test_bad"><failure message="why"/></testcase>')
+    monkeypatch.setattr("matrix.judge.KNOWN_FAULTS", (KnownFault("b::test_bad", frozenset({KERNEL}), "why"),))
+    (other,) = {kernel.name for kernel in KERNELS if kernel.name in CELLS[0].works_on} - {KERNEL}
+    (out / "facts.json").write_text(json.dumps(facts_of(KERNEL)), encoding="utf-8")
+
+    assert (judge(KERNEL, out).passed, judge(KERNEL, out).faults) == (1, ())
+    assert judge(other, out).faults == ("b::test_bad failure: why",)
+
+
+def test_a_known_fault_that_is_mended_is_told(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matrix.judge.KNOWN_FAULTS", (KnownFault("a::test_good", frozenset({KERNEL}), "why"),))
+    (fault,) = judge(KERNEL, out).faults
+
+    assert fault.startswith("a::test_good passes")
+
+
+def test_every_test_that_is_chosen_or_known_to_fail_exists() -> None:
+    chosen = [*TESTS, *END_TO_END, *(f.test.replace(".", "/").replace("::", ".py::") for f in KNOWN_FAULTS)]
+    for path, _, name in (test.partition("::") for test in chosen):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not name or f"def {name.partition('[')[0]}(" in text, name
 
 
 def test_a_guest_that_told_nothing_is_a_fault(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import platform
 import shutil
 import signal
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from matrix.cache import ROOT, MatrixError, cache_directory, run
+from matrix.cache import ROOT, MatrixError, cache_directory, only_one, results_directory, run
 from matrix.guest import run_guest
 from matrix.image import make_image
 from matrix.judge import Verdict, judge
@@ -59,7 +60,8 @@ def main() -> int:
             return 0 if _prepare(args.kernels, anew=True)[1] else 1
         if args.verb == "start":
             return _start(args.kernels[0])
-        return _run(args.kernels, asked, write=args.write)
+        with only_one(results_directory(), "Wait for it to end."):
+            return _run(args.kernels, asked, write=args.write)
     except MatrixError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 1
@@ -115,7 +117,9 @@ def _prepare(kernels: list[Kernel], *, anew: bool) -> tuple[list[Ready], bool]:
             continue
         # Made each time, because it takes less than it would to find out whether it is still right.
         image = cache_directory("images") / f"{kernel.name}.cpio.gz"
-        make_image(one, image)
+        fresh = image.with_suffix(f".{os.getpid()}")
+        make_image(one, fresh)
+        fresh.rename(image)
         print(f"{kernel.name}: {one.release}", flush=True)
         found.append(Ready(kernel, one, image))
     return found, is_complete
@@ -123,7 +127,7 @@ def _prepare(kernels: list[Kernel], *, anew: bool) -> tuple[list[Ready], bool]:
 
 def _start(kernel: Kernel) -> int:
     (ready,), _ = _prepare([kernel], anew=False)
-    out = cache_directory("results", kernel.name)
+    out = results_directory(kernel.name)
     print("The checkout is read-only in the guest; /tmp, /var/tmp and /run/out can be written to.", flush=True)
     rc = asyncio.run(run_guest(ready.unpacked, ready.image, ["bash", "-i"], out, limit_s=None))
     return 1 if rc is None else rc
@@ -178,11 +182,13 @@ async def _run_one(one: Ready, asked: list[str]) -> Verdict:
     verdict = await _attempt(one, asked)
     if verdict is None:
         again = ", at the second try"
+        # Its last words are worth reading even if the second one lives.
+        shutil.copy(
+            results_directory(one.kernel.name) / "console.log", results_directory() / f"{one.kernel.name}.died.log"
+        )
         verdict = await _attempt(one, asked)
     if verdict is None:
-        verdict = Verdict(
-            "", 0, (f"the guest died twice; see {cache_directory('results', one.kernel.name)}/console.log",)
-        )
+        verdict = Verdict("", 0, (f"the guest died twice; see {results_directory(one.kernel.name)}/console.log",))
     word = "fails" if verdict.faults else "ok"
     print(f"{one.kernel.name}: {word}, {verdict.passed} tests passed, {time.monotonic() - begin_s:.0f} s{again}")
     for fault in verdict.faults:
@@ -193,7 +199,7 @@ async def _run_one(one: Ready, asked: list[str]) -> Verdict:
 
 async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
     """None: the guest died, which emulated ones sometimes do."""
-    out = cache_directory("results", one.kernel.name)
+    out = results_directory(one.kernel.name)
     shutil.rmtree(out)
     out.mkdir()
     command = ["env", f"PYTHONPATH={ROOT / 'tools'}", "PYTHONDONTWRITEBYTECODE=1"]

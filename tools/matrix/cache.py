@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["ROOT", "MatrixError", "cache_directory", "run"]
+__all__ = ["ROOT", "MatrixError", "cache_directory", "only_one", "results_directory", "run"]
 
 #: The checkout.
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +33,28 @@ def cache_directory(*parts: str) -> Path:
             f"cannot make {made}: {error.strerror}. Set SOWATCH_MATRIX_CACHE to another place."
         ) from error
     return made
+
+
+def results_directory(*parts: str) -> Path:
+    """Like `cache_directory`, for what guests write; checkouts have one each, and may run at the same time."""
+    return cache_directory("results", str(ROOT).strip("/").replace("/", "-"), *parts)
+
+
+@contextlib.contextmanager
+def only_one(directory: Path, next_step: str) -> Iterator[None]:
+    """Within it no other process has the same directory.
+
+    Raises:
+        MatrixError: another has it.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise MatrixError(f"{directory} is in use by another run. {next_step}") from error
+    finally:
+        os.close(fd)
 
 
 def run(command: Sequence[str | Path], *, next_step: str, directory: Path | None = None) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matrix.kernels import CELLS, FEATURES, KERNELS, Cell
+from matrix.kernels import CELLS, FEATURES, KERNELS, KNOWN_FAULTS, Cell, KnownFault
 
 __all__ = ["Run", "read", "render"]
 
@@ -52,6 +52,7 @@ def render(runs: Iterable[Run]) -> str:
         "## Strategies and hook sets\n",
         _table(["strategy", *names], cells),
         *_reasons(),
+        *_faults(),
         "## Features\n",
         _FEATURES,
         _table(["feature", *names], features),
@@ -73,6 +74,16 @@ def _reasons() -> list[str]:
 
 def _reasons_of(cell: Cell) -> list[str]:
     return [f"- {cell.name}, {kernel}: {words}" for kernel, words in cell.refused_on.items()]
+
+
+def _faults() -> list[str]:
+    lines = [_fault(fault) for fault in KNOWN_FAULTS]
+    return ["## Known faults\n", "Tests that fail, and why:\n", "\n".join(lines) + "\n"] if lines else []
+
+
+def _fault(fault: KnownFault) -> str:
+    where = ", ".join(kernel.name for kernel in KERNELS if kernel.name in fault.kernels)
+    return f"- {where}: {fault.why} (`{fault.test.partition('::')[2]}`)"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
