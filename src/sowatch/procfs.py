@@ -116,7 +116,11 @@ class Link(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """What is used of ``/proc/PID/stat``. ``comm`` is raw; ``start_ticks`` are 1/100 s since boot."""
+    """What is used of ``/proc/PID/stat``. ``comm`` is raw; ``start_ticks`` are 1/100 s since boot.
+
+    ``image`` is where the last exec put code and stack: inherited by fork and, as addresses are random, different
+    after every exec. Empty where it may not be seen, within exec, and of kernel threads.
+    """
 
     pid: int
     comm: bytes
@@ -127,6 +131,7 @@ class Stat(NamedTuple):
     flags: int
     threads: int
     start_ticks: int
+    image: tuple[bytes, ...] = ()
 
     @property
     def start_ns(self) -> int:
@@ -223,7 +228,9 @@ def parse_stat(data: bytes) -> Stat | None:
     fields = tail.split()
     try:
         ppid, pgrp, session, flags, threads, start_ticks = (int(fields[at]) for at in (1, 2, 3, 6, 17, 19))
-        return Stat(int(pid), comm, fields[0].decode("ascii"), ppid, pgrp, session, flags, threads, start_ticks)
+        # 0: no program; 1: we may not know where (do_task_stat without ptrace access).
+        image = () if fields[23:24] in ([], [b"0"], [b"1"]) else tuple(fields[23:26])
+        return Stat(int(pid), comm, fields[0].decode("ascii"), ppid, pgrp, session, flags, threads, start_ticks, image)
     except (IndexError, ValueError):
         return None
 
@@ -574,26 +581,20 @@ class ProcFs:
         # GONE: it ended since it was listed. DENIED: hidepid=1, which only a proc file system has.
         for pid in self.pids():
             data = _read(f"{self.root}/{pid}/stat")
-            if data is Miss.DENIED:
-                return
-            if isinstance(data, bytes):
-                found = parse_stat(data)
-                if found is None or found.pid != pid:
-                    raise ProcRootError(given, f"{pid}/stat is not the stat of process {pid}")
+            if isinstance(data, bytes) and ((found := parse_stat(data)) is None or found.pid != pid):
+                raise ProcRootError(given, f"{pid}/stat is not the stat of process {pid}")
+            if data is not Miss.GONE:
                 return
 
 
 def _filesystem(device: int) -> str | None:
     """The type of the file system on a device, ``None`` where our mount table does not have it (btrfs)."""
-    try:
-        with open("/proc/self/mountinfo", "rb", buffering=0) as file:
-            table = file.read()
-    except OSError:
+    table = _read("/proc/self/mountinfo")
+    if isinstance(table, Miss):
         return None
     wanted = b"%d:%d" % (os.major(device), os.minor(device))
     for line in table.split(b"\n"):
         mount, _, rest = line.partition(b" - ")
-        fields = mount.split(b" ")
-        if len(fields) > 2 and fields[2] == wanted:
+        if mount.split(b" ")[2:3] == [wanted]:
             return _text(rest.partition(b" ")[0])
     return None

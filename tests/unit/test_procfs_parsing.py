@@ -162,8 +162,8 @@ def test_an_executable_file_with_inode_0_is_seen_by_its_device() -> None:
 # -- stat, status, cgroup, auxv --------------------------------------------------------------
 
 
-def stat_line(comm: bytes) -> bytes:
-    return b"17 (" + comm + b") S 1 16 15 0 -1 4194560 " + b"0 " * 10 + b"3 0 12345 0 0\n"
+def stat_line(comm: bytes, image: bytes = b"4096 8192 7000") -> bytes:
+    return b"17 (" + comm + b") S 1 16 15 0 -1 4194560 " + b"0 " * 10 + b"3 0 12345 0 0 99 " + image + b" 0\n"
 
 
 @given(st.binary(max_size=64))
@@ -172,7 +172,15 @@ def stat_line(comm: bytes) -> bytes:
 def test_a_comm_may_hold_anything(comm: bytes) -> None:
     found = parse_stat(stat_line(comm))
 
-    assert found == (17, comm, "S", 1, 16, 15, 4194560, 3, 12345)
+    assert found == (17, comm, "S", 1, 16, 15, 4194560, 3, 12345, (b"4096", b"8192", b"7000"))
+
+
+@pytest.mark.parametrize("image", [b"0 0 0", b"1 1 0"])
+def test_without_a_program_or_the_right_to_see_it_there_is_no_image(image: bytes) -> None:
+    found = parse_stat(stat_line(b"x", image))
+
+    assert found is not None
+    assert found.image == ()
 
 
 @given(st.binary())

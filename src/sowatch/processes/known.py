@@ -57,21 +57,8 @@ def look(proc: ProcFs) -> dict[int, Seen]:
         t_ns = time.monotonic_ns()
         stat = running_stat(proc, pid)
         if not isinstance(stat, Miss):
-            image = _image(proc, pid)
-            found[pid] = Seen(ProcessId(pid, stat.start_ns), stat.ppid, stat.is_kernel_thread, image, t_ns)
+            found[pid] = Seen(ProcessId(pid, stat.start_ns), stat.ppid, stat.is_kernel_thread, stat.image, t_ns)
     return found
-
-
-def _image(proc: ProcFs, pid: int) -> tuple[bytes, ...]:
-    """startcode, endcode and startstack (fields 26 to 28 of stat), which `sowatch.procfs.Stat` leaves out."""
-    try:
-        with open(f"{proc.root}/{pid}/stat", "rb", buffering=0) as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return ()
-    image = tuple(fields[23:26])
-    # 0: no program; 1: there is one, but we may not know where (do_task_stat without ptrace access).
-    return () if not image or image[0] in (b"0", b"1") else image
 
 
 class _Known:
