@@ -1,6 +1,6 @@
 """Opens mapped files safely and reads what they say of themselves, off the draining thread.
 
-May import ``errors``, ``identity``, ``events``, ``procfs``, ``elf``, ``bpf.binding`` and
+May import ``errors``, ``identity``, ``events``, ``procfs``, ``packages``, ``elf`` and
 ``tracker``'s values. Files are under the control of whoever made the container: they are opened
 through the kernel's own link to the mapping, or below the process's own root, never by following a
 link out of it; without blocking on a FIFO; and only regular files are read.
@@ -18,10 +18,9 @@ from typing import Final, NamedTuple
 
 from cachetools import LRUCache
 
-from sowatch.bpf.binding import open_in_root
 from sowatch.elf import ElfError, read_exports, read_facts
 from sowatch.identity import FileId
-from sowatch.packages import shows_real_inode
+from sowatch.packages import open_below, shows_real_inode
 from sowatch.procfs import ProcFs
 from sowatch.tracker import Change, Name
 
@@ -240,7 +239,6 @@ def _candidates(
             continue
     if is_deleted:
         return
-    name = os.fsencode(path)
     for root in (proc.root_dir(pid), "/" if is_own_view else None):
         if not root:
             continue
@@ -249,7 +247,7 @@ def _candidates(
         except OSError:
             continue
         try:
-            yield open_in_root(directory, name, os.O_PATH | os.O_CLOEXEC), False
+            yield open_below(directory, path, os.O_PATH, follows_links=False), False
         except OSError:
             continue
         finally:

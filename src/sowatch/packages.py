@@ -28,6 +28,7 @@ __all__ = ["Disk", "Staleness", "is_on_disk", "open_below", "shows_real_inode", 
 #: The same number on every architecture but alpha (include/uapi/asm-generic/unistd.h); Linux 5.6.
 _SYS_OPENAT2: Final = 437
 _RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_NO_SYMLINKS: Final = 0x04
 _RESOLVE_IN_ROOT: Final = 0x10
 #: struct open_how, 24 bytes: flags, mode, resolve (include/uapi/linux/openat2.h).
 _OPEN_HOW: Final = struct.Struct("=QQQ")
@@ -64,11 +65,12 @@ class Staleness(StrEnum):
 # --- opening below a root -----------------------------------------------------------------------
 
 
-def open_below(root_fd: int, path: str, flags: int) -> int:
+def open_below(root_fd: int, path: str, flags: int, *, follows_links: bool = True) -> int:
     """Open ``path`` as a process with that root would, without ever leaving the root.
 
-    Absolute links and ``..`` stay below ``root_fd``; links of ``/proc`` are refused. Never waits
-    for the other end of a FIFO. Needs Linux 5.6.
+    Absolute links and ``..`` stay below ``root_fd``; links of ``/proc`` are refused, and without
+    ``follows_links`` all: a path from the kernel has none. Never waits for the other end of a FIFO.
+    Needs Linux 5.6.
 
     Returns:
         A file descriptor that the caller closes.
@@ -80,7 +82,8 @@ def open_below(root_fd: int, path: str, flags: int) -> int:
     flags |= os.O_CLOEXEC
     if not flags & os.O_PATH:
         flags |= os.O_NOCTTY | os.O_NONBLOCK
-    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    refused = _RESOLVE_NO_MAGICLINKS if follows_links else _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS
+    how = _OPEN_HOW.pack(flags, 0, _RESOLVE_IN_ROOT | refused)
     for _ in range(8):
         fd = _libc().syscall(_SYS_OPENAT2, root_fd, os.fsencode(path), how, len(how))
         if fd >= 0:

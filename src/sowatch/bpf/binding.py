@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from sowatch.errors import BpfError, LibbpfMissing
 
-__all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf_version", "open_in_root"]
+__all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf_version"]
 
 #: Room for what one drain of the ring brings; 128 KiB is some hundred records.
 DRAIN_BYTES: Final = 1 << 17
@@ -44,23 +44,6 @@ def libbpf_version() -> tuple[int, int]:
     """
     lib = _libbpf().lib
     return lib.sow_libbpf_major(), lib.sow_libbpf_minor()
-
-
-def open_in_root(directory_fd: int, path: bytes, flags: int) -> int:
-    """Opens a path inside a root that no symbolic link can leave (openat2, Linux 5.6+).
-
-    Args:
-        directory_fd: the root, for instance ``/proc/PID/root`` opened with O_PATH.
-        path: absolute or relative; ``..`` and absolute links stay below the root.
-        flags: as for `os.open`.
-
-    Raises:
-        OSError: as `os.open` raises.
-    """
-    fd: int = _libbpf().lib.sow_open_in_root(directory_fd, path, flags)
-    if fd < 0:
-        raise OSError(-fd, os.strerror(-fd), os.fsdecode(path))
-    return fd
 
 
 class BpfMap:

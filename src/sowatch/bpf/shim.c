@@ -435,19 +435,6 @@ int sow_probe_program(int program_type)
 	return libbpf_probe_bpf_prog_type(program_type, NULL);
 }
 
-int sow_open_in_root(int directory, const char *path, int flags)
-{
-	/* struct open_how of linux/openat2.h (5.6+) */
-	struct {
-		__u64 flags, mode, resolve;
-	} how = {.flags = flags,
-		 .resolve = 0x10 /* RESOLVE_IN_ROOT */ | 0x02 /* RESOLVE_NO_MAGICLINKS */ |
-			    0x04 /* RESOLVE_NO_SYMLINKS: a path from the kernel has none */};
-	int fd = syscall(437 /* SYS_openat2, the same on every architecture */, directory, path, &how, sizeof(how));
-
-	return fd < 0 ? -errno : fd;
-}
-
 static int open_if_tracefs(const char *path)
 {
 	struct statfs info;

@@ -64,8 +64,5 @@ int sow_probe_program(int program_type);
 /* Whether programs on functions (fentry, fexit) may be loaded at all. */
 int sow_probe_trampoline(void);
 
-/* openat2: the path below the directory, which no symbolic link leaves and no magic link leaves either. */
-int sow_open_in_root(int directory, const char *path, int flags);
-
 /* A directory descriptor of tracefs: where it is mounted, else of a private mount nobody else sees. */
 int sow_tracefs(void);

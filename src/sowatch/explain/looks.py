@@ -17,10 +17,10 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
-from sowatch.bpf.binding import open_in_root
 from sowatch.elf import ElfError, read_exports, read_facts
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
 from sowatch.inspector import OPEN_FLAGS
+from sowatch.packages import open_below
 from sowatch.procfs import Miss, ProcFs
 
 __all__ = ["Aside", "Subject", "look_at", "look_at_path"]
@@ -199,7 +199,7 @@ def _by_path(by: By, root: str, subject: Subject) -> _Way:
     try:
         directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            place = open_in_root(directory, os.fsencode(subject.path), os.O_PATH | os.O_CLOEXEC)
+            place = open_below(directory, subject.path, os.O_PATH, follows_links=False)
         finally:
             os.close(directory)
         try:
