@@ -43,6 +43,8 @@ class Config:
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.
+        poll_interval_s: seconds between two looks at ``/proc`` of the strategy ``procfs``.
+        poll_cpu_percent: what looking may take of one CPU; more makes the looks rarer.
         block_ttl_s: seconds a file stays blocked after its activation failed.
         max_blocked: files on the blocklist (least recently used go first).
     """
@@ -62,6 +64,8 @@ class Config:
     max_records_s: int = 20_000
     ignore_ttl_s: float = 60.0
     queue_events: int = 200_000
+    poll_interval_s: float = 1.0
+    poll_cpu_percent: float = 10.0
     block_ttl_s: float = 3_600.0
     max_blocked: int = 2_000
 
@@ -77,6 +81,14 @@ class Config:
             value = getattr(self, name)
             if not 1 <= value <= 1 << 24:
                 raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")
+        if not 0 < self.poll_cpu_percent <= 100:
+            raise ConfigError(
+                "poll_cpu_percent", f"{self.poll_cpu_percent} is no share of one CPU. Use a number up to 100."
+            )
+        if not 0.01 <= self.poll_interval_s <= 3600:
+            raise ConfigError(
+                "poll_interval_s", f"{self.poll_interval_s} is out of range. Use seconds from 0.01 to 3600."
+            )
         for name in ("ignore_ttl_s", "block_ttl_s"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ConfigError(

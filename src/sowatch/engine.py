@@ -24,6 +24,7 @@ from sowatch.errors import SowatchError
 from sowatch.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.explain import Known, KnownFile, KnownProcess
 from sowatch.identity import FileId, ProcessId
+from sowatch.polling import ProcfsSource
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher
 from sowatch.rules import RuleSet
@@ -189,6 +190,11 @@ class Engine:
             for process in self._tracker.processes()
         }
 
+    @property
+    def poll_interval_s(self) -> float | None:
+        """Between two looks of a source that polls, now; from any thread."""
+        return self._source.interval_s if isinstance(self._source, ProcfsSource) else None
+
     def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
         """What an explanation needs; on the engine's thread, see `ask`. The caller closes its ``verdicts``.
 
@@ -330,6 +336,7 @@ class Engine:
         """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most."""
         for pid in self._tracker.narrow:
             self._tracker.dirty.setdefault(pid, LIVE)
+        self._source.refresh()
         for _ in range(10):
             self._drain()
             if self._tracker.has_strangers:

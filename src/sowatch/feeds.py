@@ -1,12 +1,16 @@
-"""`KernelProcessFeed`: exec, fork and exit of every process, for the `ProcessMonitor`.
+"""Exec, fork and exit of every process, for the `ProcessMonitor`: from the kernel, or from looks at ``/proc``.
 
-May import ``bpf``, ``sources`` and ``processes``. It loads three of the programs that `BpfSource`
-loads, with maps of the smallest size; a watch beside it does not notice.
+May import ``bpf``, ``sources``, ``polling``, ``ladder`` and ``processes``. `KernelProcessFeed` loads three of the
+programs that `BpfSource` loads, with maps of the smallest size; a watch beside it does not notice.
+`PolledProcessFeed` needs no right.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from importlib.resources import files
+from typing import NamedTuple
 
 from sowatch.bpf.binding import BpfObject
 from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of
@@ -15,10 +19,14 @@ from sowatch.errors import NotPermitted, SowatchError
 from sowatch.events import Process
 from sowatch.identity import ProcessId
 from sowatch.ladder import missing_capabilities
+from sowatch.polling import CpuClocks, Rhythm
 from sowatch.processes import ProcessEvent, ProcessMonitor, container_id
+from sowatch.procfs import ProcFs, ProcReadError, Stat
 from sowatch.sources import OBJECTS, PROCESS_HOOKS, READER, Report, read_losses
 
-__all__ = ["KernelProcessFeed", "process_monitor"]
+__all__ = ["KernelProcessFeed", "PolledProcessFeed", "process_monitor"]
+
+LOG = logging.getLogger("sowatch")
 
 
 class KernelProcessFeed:
@@ -102,13 +110,138 @@ class KernelProcessFeed:
         return ProcessEvent("exit", Process(pid=record.tgid, start_ns=record.start_ns), None, record.t_ns)
 
 
+class _Seen(NamedTuple):
+    """A process at the last look that was needed."""
+
+    stat: Stat
+    process: Process
+    cpu_ns: int | None
+
+
+class PolledProcessFeed:
+    """What looks at ``/proc`` show, every ``poll_interval_s``. Can be opened again after `close`.
+
+    Processes that come and go between two looks are not seen; of several execs in between only the
+    last is told, and none of processes that this user may not read. ``t_ns`` is the time of the look.
+
+    Args:
+        config: ``proc_root``, ``poll_interval_s``, ``poll_cpu_percent``.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self._config = config or Config()
+        self._rhythm: Rhythm | None = None
+        self._known: dict[int, _Seen] = {}
+
+    def open(self) -> None:
+        """Looks for the first time; nothing is told of what is there.
+
+        Raises:
+            ProcRootError: there is no proc file system.
+            SowatchError: there is no descriptor left.
+        """
+        self._proc = ProcFs(self._config.proc_root)
+        self._clocks = CpuClocks(self._proc)
+        self._rhythm = Rhythm(self._config, f"looking at the processes in {self._proc.root}")
+        try:
+            with self._rhythm.look(counts=False):
+                self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when it is time for a look."""
+        return -1 if self._rhythm is None else self._rhythm.fileno()
+
+    def drain(self) -> list[ProcessEvent]:
+        """Looks if it is time: exits, then per process fork and exec, parents first."""
+        if self._rhythm is None or not self._rhythm.is_due():
+            return []
+        with self._rhythm.look():
+            try:
+                return self._look()
+            except ProcReadError as error:
+                LOG.warning("a look at %s failed and is repeated: %s", self._proc.root, error)
+                return []
+
+    def lost(self) -> int:
+        """0: what happens between two looks cannot be counted."""
+        return 0
+
+    def close(self) -> None:
+        """Safe to call again."""
+        rhythm, self._rhythm = self._rhythm, None
+        self._known.clear()
+        if rhythm is not None:
+            rhythm.close()
+
+    def _look(self) -> list[ProcessEvent]:
+        found: dict[int, _Seen] = {}
+        exits, news = [], []
+        for pid in self._proc.pids():
+            known = self._known.get(pid)
+            cpu_ns = self._clocks.read_ns(pid)
+            if known is not None and cpu_ns is not None and cpu_ns == known.cpu_ns:
+                found[pid] = known
+                continue
+            stat = self._proc.stat(pid)
+            if not stat or (stat.is_dead and stat.threads < 2):
+                continue
+            is_same = known is not None and stat.start_ticks == known.stat.start_ticks
+            # A dead leader shows no image, and one that became unreadable hides it: no sign of an exec.
+            if known is not None and is_same and (not stat.image or stat.image == known.stat.image):
+                found[pid] = known._replace(cpu_ns=cpu_ns)
+                continue
+            process = self._proc.process(pid, container_of=container_id)
+            if process is not None and process.start_ns == stat.start_ns:
+                found[pid] = _Seen(stat, process, cpu_ns)
+                news.append(found[pid])
+        now_ns = time.monotonic_ns()
+        before, self._known = self._known, found
+        for pid, one in before.items():
+            if pid not in found or found[pid].stat.start_ticks != one.stat.start_ticks:
+                exits.append(ProcessEvent("exit", one.process, None, now_ns))
+        told = list(exits)
+        for one in sorted(news, key=lambda one: (one.stat.start_ticks, one.process.pid)):
+            told += self._news_of(one, before.get(one.process.pid), now_ns)
+        return told
+
+    def _news_of(self, one: _Seen, before: _Seen | None, now_ns: int) -> list[ProcessEvent]:
+        is_new = before is None or before.stat.start_ticks != one.stat.start_ticks
+        parent = self._known.get(one.stat.ppid)
+        events = []
+        if is_new:
+            parent_id = None if parent is None else parent.process.id
+            events.append(ProcessEvent("fork", one.process, parent_id, now_ns))
+        had = (parent if is_new else before) or one
+        if one.stat.image and one.stat.image != had.stat.image:
+            events.append(ProcessEvent("exec", one.process, None, now_ns))
+        return events
+
+
 def process_monitor(config: Config | None = None) -> ProcessMonitor:
     """The one `ProcessMonitor` of this Python process, started; each call needs one ``stop``.
 
+    Where BPF programs cannot be loaded it polls ``/proc``, says so in the log, and sees less: see
+    `PolledProcessFeed`. So with ``strategy="procfs"``; not with another one, nor without
+    ``allow_procfs_fallback``.
+
     Raises:
-        NotPermitted: this user may not load BPF programs.
+        NotPermitted: this user may not load BPF programs, and ``config`` does not allow polling.
 
     >>> monitor = process_monitor()  # doctest: +SKIP
     >>> unsubscribe = monitor.on_exec(lambda event: print(event.process.pid, event.process.exe))  # doctest: +SKIP
     """
-    return ProcessMonitor.shared(lambda: KernelProcessFeed(config), config=config)
+    chosen = config or Config()
+    if chosen.strategy == "procfs":
+        return ProcessMonitor.shared(lambda: PolledProcessFeed(chosen), config=config)
+    try:
+        return ProcessMonitor.shared(lambda: KernelProcessFeed(chosen), config=config)
+    except SowatchError as error:
+        if chosen.strategy != "auto" or not chosen.allow_procfs_fallback:
+            raise
+        LOG.warning(
+            "processes are found by looking at %s every %g s: %s", chosen.proc_root, chosen.poll_interval_s, error
+        )
+        return ProcessMonitor.shared(lambda: PolledProcessFeed(chosen), config=config)

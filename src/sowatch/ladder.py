@@ -1,7 +1,7 @@
-"""Which strategy is used, and why not another. May import ``errors``, ``config`` and ``sources``.
+"""Which strategy is used, and why not another. May import ``errors``, ``config``, ``sources`` and ``polling``.
 
-This version has one rung, ``core``: CO-RE programs on syscall tracepoints. The others are named
-in the contract and refused with a reason until they are built.
+This version has two rungs: ``core``, CO-RE programs on syscall tracepoints, and ``procfs``, looks at
+``/proc``. The others are named in the contract and refused with a reason until they are built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sowatch.config import Config
 from sowatch.errors import BpfError, LibbpfMissing, LoadAttempt, LoadError, NotPermitted, SowatchError
+from sowatch.polling import ProcfsSource
 from sowatch.sources import BpfSource, EventSource
 
 __all__ = ["Plan", "missing_capabilities", "open_source", "plan"]
@@ -25,7 +26,6 @@ CAP_SYS_PTRACE = 19
 _UNBUILT = {
     "runtime": "not part of this version",
     "prebuilt": "not part of this version",
-    "procfs": "not part of this version",
 }
 _REMEDY_ROOT = (
     "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
@@ -67,8 +67,27 @@ def open_source(config: Config) -> EventSource:
     """
     if config.strategy in _UNBUILT:
         raise LoadError(
-            [LoadAttempt(config.strategy, False, _UNBUILT[config.strategy])], "Use --strategy core or auto."
+            [LoadAttempt(config.strategy, False, _UNBUILT[config.strategy])], "Use --strategy core, procfs or auto."
         )
+    if config.strategy == "procfs":
+        return ProcfsSource(config)
+    try:
+        return _open_core(config)
+    except SowatchError as error:
+        if config.strategy != "auto" or not config.allow_procfs_fallback:
+            raise
+        source = ProcfsSource(config)
+        source.attempts = (*_attempts_of(error), *source.attempts)
+        return source
+
+
+def _attempts_of(error: SowatchError) -> tuple[LoadAttempt, ...]:
+    if isinstance(error, LoadError):
+        return error.attempts
+    return (LoadAttempt("core", False, error.missing if isinstance(error, NotPermitted) else str(error)),)
+
+
+def _open_core(config: Config) -> EventSource:
     if not config.enable_core:
         raise LoadError([LoadAttempt("core", False, "switched off by enable_core")], "Set enable_core.")
     missing = missing_capabilities()
@@ -114,6 +133,7 @@ def plan(config: Config) -> Plan:
         return Plan(None, None, None, error.attempts, error.remedy)
     except SowatchError as error:
         return Plan(None, None, None, (LoadAttempt("core", False, str(error)),), str(error))
-    with_source = Plan(source.strategy, source.hooks, source.guarantee, source.attempts, "")
+    remedy = _REMEDY_ROOT if source.strategy == "procfs" and missing_capabilities() else ""
+    with_source = Plan(source.strategy, source.hooks, source.guarantee, source.attempts, remedy)
     source.close()
     return with_source

@@ -157,6 +157,9 @@ class EventSource(Protocol):
     def drain(self) -> list[Record]:
         """What happened since the last call, in the order of the ring."""
 
+    def refresh(self) -> None:
+        """Makes the next `drain` bring everything up to now, where a source looks only from time to time."""
+
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         """Every process's mappings, and what was drained meanwhile."""
 
@@ -291,6 +294,9 @@ class BpfSource:
 
     def drain(self) -> list[Record]:
         return parse(self._object.drain())
+
+    def refresh(self) -> None:
+        pass  # the ring has everything
 
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         rows: list[Record] = []

@@ -70,7 +70,8 @@ class Stats:
     ``rereads`` are single processes whose mappings were read because other threads might have
     interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
     the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
-    end, and the last one found ``audit_differences``.
+    end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
+    at ``/proc`` as it is now, None with a strategy that does not poll.
     """
 
     processes: int
@@ -90,6 +91,7 @@ class Stats:
     losses: Losses
     audits: int
     audit_differences: int
+    poll_interval_s: float | None = None
 
 
 class ActiveFile:
@@ -505,6 +507,7 @@ class Watcher:
             losses=Losses() if engine is None else engine.losses,
             audits=self._audits,
             audit_differences=self._audit_differences,
+            poll_interval_s=None if engine is None else engine.poll_interval_s,
         )
 
     @property

@@ -462,6 +462,9 @@ class Kernel:
         taken, self.ring = self.ring, []
         return taken
 
+    def refresh(self):
+        pass
+
     def read_all(self):
         meanwhile = []
         rows = []

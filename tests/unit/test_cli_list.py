@@ -147,9 +147,11 @@ def test_a_weaker_strategy_is_said_on_stderr(listed: Any) -> None:
         READY, strategy="procfs", guarantee="sampled", attempts=(LoadAttempt("core", ok=False, error="no BTF"),)
     )
 
-    assert listed(ScriptedWatcher(ready=ready)).warnings == [
-        "watching with procfs (sampled) because core: no BTF. See `sowatch doctor`."
-    ]
+    (line,) = listed(ScriptedWatcher(ready=ready)).warnings
+    assert line == (
+        "watching with procfs (sampled) because core: no BTF. Limits: 32-bit processes are watched by reads. "
+        "See `sowatch doctor`."
+    )
 
 
 # --- stale --------------------------------------------------------------------------------------

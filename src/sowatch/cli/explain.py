@@ -313,6 +313,8 @@ def _rules(found: Sequence[RuleAnswer], indent: str) -> Iterator[str]:
 def _verdict(verdict: VerdictAnswer) -> str:
     if verdict.verdict == "match":
         return "match: the kernel side reports it"
+    if verdict.verdict == "ignore" and not verdict.seconds_left:
+        return "ignore: no rule wanted it when it was seen first"
     if verdict.verdict == "ignore":
         return f"ignore: the kernel side drops it for {verdict.seconds_left} s more"
     if verdict.verdict == "mixed":

@@ -171,11 +171,14 @@ class _Tally:
 
 
 def warn_of_fallback(ready: Ready, warn: Callable[[str], None]) -> None:
-    """Say so if a weaker strategy than the best had to do."""
-    if ready.guarantee != "exact":
-        failed = "; ".join(f"{one.strategy}: {one.error}" for one in ready.attempts if not one.ok)
-        because = f" because {failed}" if failed else ""
-        warn(f"watching with {ready.strategy} ({ready.guarantee}){because}. See `sowatch doctor`.")
+    """Say so if a weaker strategy than the best had to do: what is lost, and how to get more."""
+    if ready.guarantee == "exact":
+        return
+    failed = "; ".join(f"{one.strategy}: {one.error}" for one in ready.attempts if not one.ok)
+    because = f" because {failed}" if failed else ""
+    limits = f" Limits: {'; '.join(ready.limits)}." if ready.limits else ""
+    as_root = "Run it as root to see everything: sudo sowatch ... " if "CAP_" in failed else ""
+    warn(f"watching with {ready.strategy} ({ready.guarantee}){because}.{limits} {as_root}See `sowatch doctor`.")
 
 
 def _follow(
