@@ -24,7 +24,16 @@ from hashlib import blake2b
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from sowatch.bpf.records import FLAG_DELETED, FLAG_IMAGE, MapRecord, ProcessRecord, RangeRecord, Record, RecordType
+from sowatch.bpf.records import (
+    FLAG_ASK,
+    FLAG_DELETED,
+    FLAG_IMAGE,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+)
 from sowatch.config import Config
 from sowatch.errors import LoadAttempt, SowatchError
 from sowatch.procfs import MapRow, Miss, ProcFs, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
@@ -524,6 +533,8 @@ class ProcfsSource:
     def _map_record(self, process: _Process, row: Row) -> MapRecord:
         file = row.file
         flags = file.flags | (FLAG_IMAGE if process.is_image(row) else 0)
+        if file.key not in self._verdicts:
+            flags |= FLAG_ASK
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
             process.touches, file.key, row.start, row.end, row.offset_bytes, process.stat.comm, file.mode,

@@ -1,0 +1,85 @@
+"""A `ProcfsSource` and a `Tracker` that a test drives by hand: a look when it says so, and what came of it.
+
+May import the package; what it is compared with comes from ``programs``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Self
+
+from sowatch.config import Config
+from sowatch.identity import FileId
+from sowatch.polling import ProcfsSource
+from sowatch.rules import Rule, RuleSet
+from sowatch.tracker import Causes, Change, Tracker
+from support.programs import executable_images
+
+__all__ = ["Poller"]
+
+
+class Poller:
+    """Follows the files whose path has ``pattern`` in it, from now on, without a thread.
+
+    A context manager. ``changes`` are all there were since, without those of the first look.
+    """
+
+    def __init__(self, pattern: str, **config: Any) -> None:
+        self.source = ProcfsSource(Config(**config))
+        self.rules = RuleSet([Rule(pattern, kind=("library", "executable", "interpreter", "other"))])
+        self.tracker = Tracker(self.rules)
+        readings, records = self.source.read_all()
+        self.tracker.merge(readings, records, Causes("snapshot", "repair"), is_start=True)
+        self.snapshot = self._take()
+        self.changes: list[Change] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.source.close()
+
+    def look(self, times: int = 1) -> list[str]:
+        """Looks, and gives what changed as `story` does."""
+        before = len(self.changes)
+        for _ in range(times):
+            self.source.refresh()
+            for record in self.source.drain():
+                self.tracker.apply(record)
+            self.changes += self._take()
+        return self.told(self.changes[before:])
+
+    def told(self, changes: list[Change]) -> list[str]:
+        """``+10 libssl.so mmap`` for a load, with the last part of the path."""
+        return [
+            f"{'+' if one.is_load else '-'}{one.process.pid} {Path(one.name.path).name} {one.cause}" for one in changes
+        ]
+
+    def held(self, pid: int) -> set[int]:
+        """The inodes that the map has for a process."""
+        process = self.tracker.get(pid)
+        return set() if process is None else {file.inode for file in process.space.files}
+
+    def check_alternation(self) -> None:
+        """Loads and unloads of one file in one process alternate, beginning with what was there."""
+        held: dict[tuple[int, int], set[FileId]] = defaultdict(set)
+        for change in [*self.snapshot, *self.changes]:
+            files = held[change.process.pid, change.process.start_ns]
+            assert (change.name.file_id not in files) == change.is_load, change
+            (files.add if change.is_load else files.remove)(change.name.file_id)
+
+    def _take(self) -> list[Change]:
+        wanted, ignored = self.tracker.take_answers()
+        self.source.answer(wanted, is_wanted=True)
+        self.source.answer(ignored, is_wanted=False)
+        for pid, start_ns, touches in self.tracker.take_idle():
+            if self.source.settle(pid, start_ns, touches):
+                self.tracker.settled(pid, start_ns)
+        assert not self.tracker.dirty  # a look leaves no doubt
+        return self.tracker.take_changes()
+
+
+def mapped(pid: int, below: Path) -> set[int]:
+    """The inodes of files below a directory that the process really has mapped executable."""
+    return {image.inode for image in executable_images(pid) if image.path.startswith(f"{below}/")}
