@@ -45,7 +45,7 @@ LOG = logging.getLogger("sowatch")
 
 #: A process that did not run is read anyway each time it has been passed over this often: another that
 #: shares its memory (CLONE_VM without CLONE_THREAD) may have changed it.
-REREAD_LOOKS: Final = 30
+REREAD_LOOKS: Final = 60
 #: Looks at one process that changes its program all the while; then it is left for the next time.
 TRIES: Final = 3
 #: Names of files kept; some 300 bytes each.
@@ -368,7 +368,7 @@ class ProcfsSource:
         denied = sum(process.is_denied for process in self._processes.values())
         self.limits = (
             f"looks every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
-            *([f"{denied} processes may not be read by this user"] if denied else []),
+            *([f"processes that this user may not read: {denied}"] if denied else []),
             "files are told apart by device and inode as /proc shows them, without generation",
         )
 

@@ -107,7 +107,7 @@ def test_nobody_watches_its_own_processes_and_is_told_in_one_line_what_is_lost(
     assert line.count("\n") == 1
     assert line.startswith("sowatch: watching with procfs (sampled) because core: missing ")
     assert "is not seen" in line
-    assert "may not be read by this user" in line
+    assert "processes that this user may not read: " in line
     assert "sudo sowatch" in line
 
 
