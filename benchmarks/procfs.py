@@ -17,7 +17,8 @@ from pathlib import Path
 from benchmarks.common import Command, Figure, crowd, main, make_libraries, median, spread, tool
 
 from sowatch.config import Config
-from sowatch.polling import CpuClocks, ProcfsSource
+from sowatch.pacing import CpuClocks
+from sowatch.polling import ProcfsSource
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:

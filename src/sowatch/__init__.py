@@ -19,6 +19,7 @@ registry    activation once, deactivation once, blocklist
 processes   ProcessMonitor: exec, fork, exit; container labels
 bpf         the kernel side: programs, libbpf binding, records, probes
 sources     where records and readings come from
+pacing      when to look at /proc again, and at whom
 polling     the map from looks at /proc, without BPF
 ladder      which strategy is used, and why not another
 feeds       the kernel's process events, for ProcessMonitor

@@ -1,6 +1,6 @@
 """Exec, fork and exit of every process, for the `ProcessMonitor`: from the kernel, or from looks at ``/proc``.
 
-May import ``bpf``, ``sources``, ``polling``, ``ladder`` and ``processes``. `KernelProcessFeed` loads three of the
+May import ``bpf``, ``sources``, ``pacing``, ``ladder`` and ``processes``. `KernelProcessFeed` loads three of the
 programs that `BpfSource` loads, with maps of the smallest size; a watch beside it does not notice.
 `PolledProcessFeed` needs no right.
 """
@@ -19,7 +19,7 @@ from sowatch.errors import NotPermitted, SowatchError
 from sowatch.events import Process
 from sowatch.identity import ProcessId
 from sowatch.ladder import missing_capabilities
-from sowatch.polling import CpuClocks, Rhythm
+from sowatch.pacing import CpuClocks, Rhythm
 from sowatch.processes import ProcessEvent, ProcessMonitor, container_id
 from sowatch.procfs import ProcFs, ProcReadError, Stat
 from sowatch.sources import OBJECTS, PROCESS_HOOKS, READER, Report, read_losses

@@ -1,24 +1,22 @@
 """Strategy ``procfs``: the map from looks at ``/proc``, without BPF and without any right.
 
-May import ``errors``, ``identity``, ``procfs``, ``config``, ``bpf.records`` and ``sources``. `ProcfsSource`
+May import ``errors``, ``procfs``, ``config``, ``pacing``, ``bpf.records`` and ``sources``. `ProcfsSource`
 looks from time to time and tells what changed as the records that the kernel side would have sent, so
 everything above it is the same. docs/decisions/0006-polling.md has the reasons and the guarantee.
 
-What a look costs: a process cannot change its mappings without running, so its CPU clock, one system
-call without any right, tells that it need not be read. `compare` is the pure part.
+A process cannot change its mappings without running, so its CPU clock tells that it need not be read.
+`compare` is the pure part.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import stat as file_types
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
@@ -35,11 +33,12 @@ from sowatch.bpf.records import (
     RecordType,
 )
 from sowatch.config import Config
-from sowatch.errors import LoadAttempt, SowatchError
+from sowatch.errors import LoadAttempt
+from sowatch.pacing import CpuClocks, Rhythm
 from sowatch.procfs import MapRow, Miss, ProcFs, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
 from sowatch.sources import FILE_KEY, Followed, Losses, Reading, Report, Verdict, Verdicts
 
-__all__ = ["CpuClocks", "File", "ProcfsSource", "Rhythm", "Row", "compare"]
+__all__ = ["File", "ProcfsSource", "Row", "compare"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -53,25 +52,24 @@ MAX_FILES: Final = 65_536
 AT_BASE: Final = 7
 #: Where struct file_key has what tells one file from another.
 IDENTITY: Final = slice(0, 24)
+#: Identity and name, in whatever view.
+NAME: Final = slice(0, 40)
 NO_ROOT: Final = bytes(16)
-
-# <linux/timerfd.h>, <bits/types/struct_itimerspec.h>; os.timerfd_create replaces this from Python 3.13 on.
-CLOCK_MONOTONIC: Final = 1
-TFD_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
-ItimerSpec = ctypes.c_long * 4
 
 
 class File(NamedTuple):
     """A file under one name in one view: what a verdict is about.
 
     ``key`` is a struct file_key whose device and inode are those that maps shows, with generation and
-    subvolume 0; ``text`` the path as records have it.
+    subvolume 0; ``text`` the path as records have it. ``since_ns`` is when it was met after nobody had it
+    mapped, which is when its inode may have become another file's.
     """
 
     key: bytes
     text: bytes
     mode: int
     flags: int
+    since_ns: int
 
 
 class Row(NamedTuple):
@@ -109,114 +107,6 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], lis
         if at < row.end:
             gone.append((at, row.end))
     return [row for row in after if row.what not in known], gone
-
-
-class CpuClocks:
-    """How long processes have run, by their own clocks: one system call each, for any process, without any right.
-
-    Args:
-        proc: None can be read where it shows another pid namespace than ours.
-    """
-
-    def __init__(self, proc: ProcFs) -> None:
-        self._is_ours = _is_our_namespace(proc)
-
-    def read_ns(self, pid: int) -> int | None:
-        """CPU time of all threads that the process ever had; None if it cannot be told.
-
-        A thread that runs right now is counted up to its last tick. So of two looks that read this *before*
-        the mappings, the second finds another value if anything happened after the first.
-        """
-        if not self._is_ours:
-            return None
-        try:
-            # MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) of include/linux/posix-timers_types.h
-            return time.clock_gettime_ns(~pid << 3 | 2)
-        except OSError:
-            return None
-
-
-def _is_our_namespace(proc: ProcFs) -> bool:
-    """Whether the pids of a proc file system are those that our system calls take."""
-    try:
-        with open(f"{proc.root}/self/status", "rb") as file:
-            line = next((line for line in file if line.startswith(b"NStgid:")), b"")
-    except OSError:
-        return False
-    # From the namespace of the proc file system down to ours.
-    return line.split()[1:] == [b"%d" % os.getpid()]
-
-
-class Rhythm:
-    """When to look: every ``poll_interval_s``, or as much rarer as ``poll_cpu_percent`` asks for.
-
-    Args:
-        config: both.
-        what: for the log.
-
-    Raises:
-        SowatchError: there is no descriptor left.
-    """
-
-    def __init__(self, config: Config, what: str) -> None:
-        self._least_s = config.poll_interval_s
-        self._share = config.poll_cpu_percent / 100
-        self._what = what
-        self._is_asked = False
-        self._has_warned = False
-        #: Seconds between the beginnings of two looks, as it is now.
-        self.interval_s = config.poll_interval_s
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_FLAGS)
-        if self._fd < 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise SowatchError(f"cannot make a timer: {reason}. Look at the limits of this process (`ulimit -n`).")
-
-    def fileno(self) -> int:
-        """Polls readable when it is time."""
-        return self._fd
-
-    def ask(self) -> None:
-        """Makes it time now."""
-        self._is_asked = True
-
-    def is_due(self) -> bool:
-        """Whether it is time; once for each time."""
-        is_due, self._is_asked = self._is_asked, False
-        with suppress(BlockingIOError):
-            is_due |= len(os.read(self._fd, 8)) > 0
-        return is_due
-
-    @contextmanager
-    def look(self, *, counts: bool = True) -> Iterator[None]:
-        """Takes the time of a look, and sets the next one. ``counts`` is false for the first, which costs most."""
-        begun, used = time.monotonic(), time.thread_time()
-        try:
-            yield
-        finally:
-            if counts:
-                self._pace(time.thread_time() - used)
-            self._set(begun + self.interval_s - time.monotonic())
-
-    def _pace(self, cpu_s: float) -> None:
-        self.interval_s = max(self._least_s, cpu_s / self._share)
-        if self.interval_s > self._least_s and not self._has_warned:
-            self._has_warned = True
-            LOG.warning(
-                "%s took %.0f ms of CPU, so the next one is in %.1f s, not %g s. Raise poll_cpu_percent (%g) for more",
-                self._what, 1000 * cpu_s, self.interval_s, self._least_s, 100 * self._share,
-            )  # fmt: skip
-
-    def _set(self, seconds: float) -> None:
-        # 0 would disarm it.
-        whole, rest = divmod(max(1_000_000, int(seconds * 1e9)), 1_000_000_000)
-        self._libc.timerfd_settime(self._fd, 0, ItimerSpec(0, 0, whole, rest), None)
-
-    def close(self) -> None:
-        """Safe to call again."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 @dataclass(slots=True)
@@ -275,6 +165,7 @@ class ProcfsSource:
         self._max_verdicts = config.max_verdicts
         self._processes: dict[int, _Process] = {}
         self._files: dict[tuple[MapRow, bytes, bytes], File] = {}
+        self._since_ns: dict[bytes, int] = {}
         self._verdicts: dict[Hashable, bool] = {}
         #: How many processes may not be read is added by `read_all`.
         self.limits: tuple[str, ...] = ()
@@ -407,6 +298,8 @@ class ProcfsSource:
         for process in sorted(new, key=lambda one: (one.stat.start_ticks, one.pid)):
             self._processes[process.pid] = process
             self._tell_new(process, self._processes.get(process.stat.ppid), records)
+        if any(isinstance(record, RangeRecord) for record in records):
+            self._forget_files()
         return records
 
     def _did_not_run(self, known: _Process) -> bool:
@@ -469,8 +362,17 @@ class ProcfsSource:
         if file is None:
             if len(self._files) >= MAX_FILES:
                 self._files.clear()
-            file = self._files[name, root, view] = file_of(row, root, view)
+            file = file_of(row, root, view)
+            since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
+            file = self._files[name, root, view] = file._replace(since_ns=since_ns)
         return file
+
+    def _forget_files(self) -> None:
+        """Those that nobody has mapped any more."""
+        used = {row.file.key[NAME] for process in self._processes.values() for row in process.rows}
+        if used != self._since_ns.keys():
+            self._since_ns = {name: since_ns for name, since_ns in self._since_ns.items() if name in used}
+            self._files = {which: file for which, file in self._files.items() if file.key[NAME] in used}
 
     # ---- telling ------------------------------------------------------------------------------
 
@@ -537,8 +439,8 @@ class ProcfsSource:
             flags |= FLAG_ASK
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
-            process.touches, file.key, row.start, row.end, row.offset_bytes, process.stat.comm, file.mode,
-            len(file.text), file.text,
+            process.touches, file.key, row.start, row.end, row.offset_bytes, file.since_ns, process.stat.comm,
+            file.mode, len(file.text), file.text,
         )  # fmt: skip
 
     def _range_record(self, process: _Process, kind: int, start: int, end: int) -> RangeRecord:
@@ -592,6 +494,7 @@ def file_of(row: MapRow, root: bytes, view: bytes) -> File:
         # maps does not tell. What has no path (anon_inode:) is not regular; a device is taken for a file.
         mode=file_types.S_IFREG if path.startswith(b"/") else 0,
         flags=FLAG_DELETED if row.is_deleted else 0,
+        since_ns=0,
     )
 
 

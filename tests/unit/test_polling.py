@@ -24,7 +24,8 @@ from sowatch.config import Config
 from sowatch.errors import SowatchError
 from sowatch.events import Process
 from sowatch.identity import FileId
-from sowatch.polling import REREAD_LOOKS, CpuClocks, Rhythm, Row, compare, file_of
+from sowatch.pacing import CpuClocks, Rhythm
+from sowatch.polling import REREAD_LOOKS, Row, compare, file_of
 from sowatch.procfs import MapRow, ProcFs
 from sowatch.tracker import Name, Tracked, subtract
 from support.poller import Poller, mapped
@@ -224,6 +225,25 @@ def test_who_is_told_is_who_proc_shows(poller: Poller, start: Any, libraries: li
     assert told == Process(**{name: getattr(expected, name) for name in Process.__dataclass_fields__})
 
 
+def test_a_file_that_nobody_had_mapped_for_a_while_may_be_another_one_and_is_looked_into_again(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    at, length = mapper.map(libraries[0])
+    poller.look()
+    child = start()
+    child.map(libraries[0])
+    poller.look()
+    child.exit()
+    mapper.unmap(at, length)
+    poller.look()
+    mapper.map(libraries[0])
+    poller.look()
+    first, second, _, _, third = (change.name.changed_ns for change in poller.changes)
+
+    assert first == second < third
+
+
 def test_a_process_of_which_nothing_was_wanted_introduces_itself_later(
     poller: Poller, start: Any, libraries: list[Path]
 ) -> None:
@@ -348,7 +368,7 @@ def test_a_process_that_is_gone_has_no_clock(start: Any) -> None:
 @needs_root
 def test_below_the_proc_of_another_pid_namespace_everything_is_read_and_nothing_mistaken() -> None:
     code = (
-        "import os; from sowatch.config import Config; from sowatch.polling import *\n"
+        "import os; from sowatch.config import Config; from sowatch.polling import *; from sowatch.pacing import *\n"
         "from sowatch.procfs import ProcFs\n"
         "source = ProcfsSource(Config()); reading = source.read_process(os.getpid())\n"
         "print(os.getpid(), CpuClocks(ProcFs()).read_ns(1), reading.tgid == int(os.readlink('/proc/self')))\n"
@@ -406,7 +426,7 @@ def test_it_is_time_when_the_descriptor_says_so_or_when_asked(deadline: Any) -> 
 def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
     code = (
         "import resource; from sowatch.config import Config; from sowatch.errors import SowatchError\n"
-        "from sowatch.polling import Rhythm\n"
+        "from sowatch.pacing import Rhythm\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
         "try:\n    Rhythm(Config(), 'x')\nexcept SowatchError as error:\n    print(error)\n"
     )
@@ -436,7 +456,7 @@ def name_of(row: MapRow, root: bytes = b"/") -> Name:
     from sowatch.rules import Rule, RuleSet
 
     record = MapRecord(
-        0, RecordType.MAP, file.flags, 1, 1, 1, 1, 0, 0, file.key, 0, 1, 0, b"", file.mode, len(file.text), file.text
+        0, RecordType.MAP, file.flags, 1, 1, 1, 1, 0, 0, file.key, 0, 1, 0, 0, b"", file.mode, len(file.text), file.text
     )
     return Name(record, RuleSet([Rule(None)]))
 
