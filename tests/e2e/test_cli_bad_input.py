@@ -215,21 +215,38 @@ def test_doctor_reports_on_a_kernel_that_refuses_bpf(number: int) -> None:
     assert report["facts"]["seccomp"] == "filter"
 
 
-@needs_root
-@pytest.mark.parametrize("command", ["watch", "list"])
-def test_a_machine_without_libbpf_is_told_what_to_install(command: str) -> None:
+@pytest.fixture
+def without_libbpf() -> list[str]:
+    """What to put before a command so that it finds no libbpf."""
     import sowatch.bpf._libbpf as binding
 
     linked = subprocess.run(["ldd", binding.__file__], capture_output=True, text=True, check=True).stdout
     library = re.search(r"libbpf\.so\.\d+ => (\S+)", linked)
     if library is None:
         pytest.skip("libbpf is part of the binding here")
-    hide = f'mount --bind /dev/null {library[1]} && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", f'mount --bind /dev/null {library[1]} && exec "$@"', "sh"]
 
-    line = only_line(run([command], prefix=["unshare", "--mount", "sh", "-c", hide, "sh"]), 1)
+
+@needs_root
+@pytest.mark.parametrize("command", ["watch", "list"])
+def test_a_machine_without_libbpf_is_told_what_to_install(command: str, without_libbpf: list[str]) -> None:
+    line = only_line(run([command, "--strategy", "core"], prefix=without_libbpf), 1)
 
     assert "cannot load libbpf" in line
     assert "Install libbpf" in line
+
+
+@needs_root
+def test_a_machine_without_libbpf_is_looked_at_and_its_files_are_read(without_libbpf: list[str]) -> None:
+    done = run(["list", "--json", r"/libc\.so\.6$"], prefix=without_libbpf)
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "watching with procfs (sampled) because core: cannot load libbpf" in done.stderr
+    assert "Install libbpf" in done.stderr
+    assert entries
+    assert all(entry["library"]["build_id"] for entry in entries)
 
 
 # --- endings ------------------------------------------------------------------------------------
