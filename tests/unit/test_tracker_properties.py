@@ -126,7 +126,7 @@ class EngineOwner(Owner):
 
     @property
     def seen_losses(self):
-        return self.engine._losses.ring if self.engine.is_repaired else None
+        return self.engine.losses.ring if self.engine.is_repaired else None
 
     @seen_losses.setter
     def seen_losses(self, count):
