@@ -471,7 +471,9 @@ def group(rows: Sequence[Record]) -> list[Reading]:
         if reading is None:
             reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
         reading.end_ns = row.t_ns
-        reading.touches = max(reading.touches, row.touches)
+        # An intro has them even while somebody else may be about to map something.
+        if row.type != RecordType.INTRO:
+            reading.touches = max(reading.touches, row.touches)
         if row.flags & FLAG_NARROW:
             reading.is_narrow = True
         if row.flags & FLAG_AGAIN:

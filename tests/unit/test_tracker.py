@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_ASK, FLAG_DIRTY, FLAG_IMAGE, FLAG_SHARED_VM
 from sowatch.rules import Rule, RuleSet
+from sowatch.sources import group
 from sowatch.tracker import Causes, Tracker, subtract
 from support.records import PAGE, File, Proc, reading
 
@@ -1017,3 +1018,12 @@ def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless
     ]
     tracker.merge(both, [], LIVE)
     assert not tracker.has_strangers
+
+
+def test_the_introduction_in_a_reading_of_one_in_company_lets_nobody_settle_it(tracker):
+    p = Proc()
+    visit = p.visit(t=1)
+    p.touches = 3
+    (found,) = group([visit, p.intro(t=2)])
+    tracker.merge([found], [], LIVE)
+    assert tracker.take_idle() == []
