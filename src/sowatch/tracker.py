@@ -607,6 +607,9 @@ class Tracker:
             known = self._processes.get(reading.tgid)
             if reading.has_strangers and known is not None and len(known.space.holders) == 1:
                 self.has_strangers = True
+        for pid in void | again:
+            if pid in self._processes:
+                self._processes[pid].space.is_doubted = True
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
 

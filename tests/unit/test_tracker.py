@@ -997,6 +997,16 @@ def test_a_holder_that_claimed_nothing_since_the_last_reading_leaves_nothing_to_
     assert not tracker.dirty
 
 
+def test_what_a_holder_claimed_while_it_was_read_is_read_through_another_if_it_is_gone(tracker):
+    parent, child = Proc(10), Proc(11)
+    feed(tracker, parent.map(SSL, BASE, t=1), parent.fork(child, t=2, flags=FLAG_SHARED_VM))
+    rows = reading(child, 3, 6, child.map(SSL, BASE, t=6))
+    assert tracker.merge([rows], [child.dirty(t=5)], LIVE) == {11}
+    tracker.dirty.clear()  # its owner is about to read the child again
+    feed(tracker, child.exec(t=7))
+    assert list(tracker.dirty) == [10]
+
+
 def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(tracker):
     p = Proc()
     feed(tracker, p.map(SSL, BASE))
@@ -1021,7 +1031,7 @@ def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless
 
 
 def test_the_introduction_in_a_reading_of_one_in_company_lets_nobody_settle_it(tracker):
-    p = Proc()
+    p = Proc(touches=0)
     visit = p.visit(t=1)
     p.touches = 3
     (found,) = group([visit, p.intro(t=2)])
