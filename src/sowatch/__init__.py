@@ -21,6 +21,8 @@ bpf         the kernel side: programs, libbpf binding, records, probes
 sources     where records and readings come from
 pacing      when to look at /proc again, and at whom
 polling     the map from looks at /proc, without BPF
+readings    /proc in the form of the kernel's iterator
+prebuilt    strategy prebuilt: the kernel says where and when, /proc which file
 ladder      which strategy is used, and why not another
 feeds       the kernel's process events, for ProcessMonitor
 tracker     the map itself

@@ -34,6 +34,11 @@ class Config:
         allow_runtime_compiled_fallback: try compiling if ``core`` failed.
         allow_prebuilt_fallback: try the object without kernel types if the ones above failed.
         allow_procfs_fallback: poll ``/proc`` if no BPF program can be loaded.
+        btf_path: a BTF file with this kernel's types, used instead of its own; for kernels without.
+        runtime_compiler_output_dir: where compiled programs are kept, a directory that only this user
+            may write to. None: ``/var/cache/sowatch`` for root, else ``$XDG_CACHE_HOME/sowatch``.
+        kernel_header_dirs: where to look for this kernel's headers, before ``/lib/modules/RELEASE/build``.
+        compile_timeout_s: seconds after which a compiler is taken to hang.
         ring_bytes: size of the ring buffer; a power of two, at least one page.
         max_processes: processes the kernel side can follow at once.
         max_verdicts: files the kernel side remembers an answer for (least recently used go first).
@@ -57,6 +62,10 @@ class Config:
     allow_runtime_compiled_fallback: bool = True
     allow_prebuilt_fallback: bool = True
     allow_procfs_fallback: bool = True
+    btf_path: str | None = None
+    runtime_compiler_output_dir: str | None = None
+    kernel_header_dirs: tuple[str, ...] = ()
+    compile_timeout_s: float = 60.0
     ring_bytes: int = 8 << 20
     max_processes: int = 16_384
     max_verdicts: int = 65_536
@@ -90,6 +99,7 @@ class Config:
                 "poll_interval_s", f"{self.poll_interval_s} is out of range. Use seconds from 0.01 to 3600."
             )
         for name in ("ignore_ttl_s", "block_ttl_s"):
+        for name in ("ignore_ttl_s", "block_ttl_s", "compile_timeout_s"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ConfigError(
                     name, f"{getattr(self, name)} is not a positive number of seconds (at most a billion)."

@@ -399,15 +399,13 @@ class Engine:
         self._settle()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
-        self.losses = self._source.losses()
-        if any(self.losses):
-            self._lose(sum(self.losses))
         if not self._silent:
             self._publisher.publish(found)
         else:
             self._publisher.take_silently(found)
         self._publisher.announce(lambda: self._make_ready(len(readings), seconds))
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
+        self._check_losses()
 
     def _drain_all(self) -> list[Record]:
         # No longer than needed: in a flood the ring is never empty.
@@ -496,10 +494,23 @@ class Engine:
         before, self.losses = self.losses, self._source.losses()
         if throttled := self.losses.throttled - before.throttled:
             self._throttle(throttled)
-        if others := sum(self.losses) - sum(before) - throttled:
+        unresolved = self.losses.unresolved - before.unresolved
+        if others := sum(self.losses) - sum(before) - throttled - unresolved:
             self._lose(others)
             if self._repair_at is None:
                 self._repair_at = time.monotonic()
+        if unresolved:
+            self._lose(unresolved)
+            self._make_up_for_unresolved()
+
+    def _make_up_for_unresolved(self) -> None:
+        """Mappings whose file could not be found out: what is left of their processes is in doubt already."""
+        if self._repair_at is not None or self._throttled:
+            return
+        begun = time.monotonic()
+        self._due = dict.fromkeys(self._tracker.dirty, 0.0)
+        self._reread()
+        self._has_repaired((), time.monotonic() - begun)
 
     def _lose(self, count: int) -> None:
         self.lost += count
@@ -543,7 +554,7 @@ class Engine:
         found = [change for change in self._tracker.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is made up for by readings of that process alone.
-        if after._replace(throttled=0) == before._replace(throttled=0):
+        if after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0):
             self._repair_wait_s = 0.1
             self._throttled.clear()
             self._has_repaired(found, time.monotonic() - begun)

@@ -14,6 +14,7 @@ __all__ = [
     "AlreadyRegistered",
     "BpfError",
     "CallbackMissing",
+    "CompileError",
     "ConfigError",
     "EnvironmentFault",
     "FileBlocked",
@@ -143,6 +144,15 @@ class LibbpfMissing(SowatchError):
             f"cannot load libbpf: {reason}. Install libbpf 1.1 or newer (Debian, Ubuntu: "
             "apt-get install libbpf1) and reinstall sowatch if the binding was not built."
         )
+
+
+class CompileError(SowatchError):
+    """The BPF programs could not be compiled on this machine; ``reason`` is one clause."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(f"cannot compile the BPF programs: {reason}. {remedy}")
 
 
 class LoadAttempt(NamedTuple):

@@ -1,36 +1,85 @@
-"""Which strategy is used, and why not another. May import ``errors``, ``config``, ``sources`` and ``polling``.
+"""Which strategy is used, and why not another: the load ladder.
 
-This version has two rungs: ``core``, CO-RE programs on syscall tracepoints, and ``procfs``, looks at
-``/proc``. The others are named in the contract and refused with a reason until they are built.
+May import ``errors``, ``config``, ``bpf`` and the rooms of the sources. `rungs_to_try` is the policy,
+`RUNGS` what there is to try. A rung that fails has taken everything down again before the next is tried.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
+from sowatch.bpf.compile import compile_programs
 from sowatch.config import Config
-from sowatch.errors import BpfError, LibbpfMissing, LoadAttempt, LoadError, NotPermitted, SowatchError
+from sowatch.errors import BpfError, CompileError, LibbpfMissing, LoadAttempt, LoadError, NotPermitted, SowatchError
 from sowatch.polling import ProcfsSource
-from sowatch.sources import BpfSource, EventSource
+from sowatch.prebuilt import PrebuiltSource
+from sowatch.sources import OBJECTS, BpfSource, EventSource
 
-__all__ = ["Plan", "missing_capabilities", "open_source", "plan"]
+__all__ = ["RUNGS", "Plan", "Rung", "missing_capabilities", "open_source", "plan", "rungs_to_try"]
 
-#: What `core` needs, by bit number (include/uapi/linux/capability.h). CAP_SYS_ADMIN implies the
+LOG = logging.getLogger("sowatch")
+
+#: What BPF strategies need, by bit number (include/uapi/linux/capability.h). CAP_SYS_ADMIN implies the
 #: first two (bpf(2), perf_event_open(2)); it is needed itself to open tracefs where it is not mounted.
 NEEDED = {"CAP_PERFMON": 38, "CAP_BPF": 39}
 CAP_SYS_ADMIN = 21
 CAP_SYS_PTRACE = 19
 
-_UNBUILT = {
-    "runtime": "not part of this version",
-    "prebuilt": "not part of this version",
-}
 _REMEDY_ROOT = (
     "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
 )
 _REMEDY = "See `sowatch doctor` for what this kernel can do."
+
+
+class Rung(NamedTuple):
+    """One strategy. ``open`` raises a `SowatchError` if it does not work here, and leaves nothing behind."""
+
+    open: Callable[[Config], EventSource]
+    needs_bpf: bool
+
+
+def _open_runtime(config: Config) -> EventSource:
+    with compile_programs(config, [name.replace(".o", ".c") for name in OBJECTS]) as paths:
+        return BpfSource(config, strategy="runtime", objects=paths)
+
+
+#: Every rung by its strategy. What comes after what is said by `rungs_to_try`.
+RUNGS: Final[Mapping[str, Rung]] = {
+    "core": Rung(BpfSource, needs_bpf=True),
+    "runtime": Rung(_open_runtime, needs_bpf=True),
+    "prebuilt": Rung(PrebuiltSource, needs_bpf=True),
+    "procfs": Rung(ProcfsSource, needs_bpf=False),
+}
+
+
+def rungs_to_try(config: Config) -> Iterator[str]:
+    """The strategies in the order in which they are tried: the next one is asked for if the last failed.
+
+    As in the origin, but for ``procfs``: with nothing enabled, ``prebuilt`` is what is left; a strategy
+    that failed is followed by another only if a flag allows it.
+
+    >>> list(rungs_to_try(Config(allow_runtime_compiled_fallback=False)))
+    ['core', 'prebuilt', 'procfs']
+    """
+    if config.strategy != "auto":
+        yield config.strategy
+        return
+    goes_on = True
+    if config.enable_core:
+        yield "core"
+        goes_on = config.allow_runtime_compiled_fallback or config.allow_prebuilt_fallback
+    if goes_on and (config.enable_runtime_compiler or (config.enable_core and config.allow_runtime_compiled_fallback)):
+        yield "runtime"
+        goes_on = config.allow_prebuilt_fallback
+    if goes_on:
+        yield "prebuilt"
+    if config.allow_procfs_fallback:
+        yield "procfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +92,7 @@ class Plan:
     attempts: tuple[LoadAttempt, ...]
     remedy: str
     is_only_permission: bool = False
+    limits: tuple[str, ...] = ()
 
 
 def missing_capabilities() -> tuple[str, ...]:
@@ -58,52 +108,68 @@ def missing_capabilities() -> tuple[str, ...]:
 
 
 def open_source(config: Config) -> EventSource:
-    """The best source that works.
+    """The best source that works; its ``attempts`` say what was tried before it.
 
     Raises:
         NotPermitted: a capability is missing.
-        LibbpfMissing: libbpf is.
+        LibbpfMissing: libbpf is, and nothing else may be tried.
         LoadError: nothing works; ``attempts`` has each rung that was tried.
     """
-    if config.strategy in _UNBUILT:
-        raise LoadError(
-            [LoadAttempt(config.strategy, False, _UNBUILT[config.strategy])], "Use --strategy core, procfs or auto."
-        )
-    if config.strategy == "procfs":
-        return ProcfsSource(config)
-    try:
-        return _open_core(config)
-    except SowatchError as error:
-        if config.strategy != "auto" or not config.allow_procfs_fallback:
-            raise
-        source = ProcfsSource(config)
-        source.attempts = (*_attempts_of(error), *source.attempts)
-        return source
+    source, attempts, error = _climb(config)
+    if error is not None:
+        raise error
+    assert source is not None
+    source.attempts = attempts
+    return source
 
 
-def _attempts_of(error: SowatchError) -> tuple[LoadAttempt, ...]:
-    if isinstance(error, LoadError):
-        return error.attempts
-    return (LoadAttempt("core", False, error.missing if isinstance(error, NotPermitted) else str(error)),)
+def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:
+    """The source or the error, and what was tried. Rungs that need what was found missing are not."""
+    attempts: list[LoadAttempt] = []
+    first: SowatchError | None = None
+    no_bpf: SowatchError | None = None
+    for strategy in rungs_to_try(config):
+        rung = RUNGS[strategy]
+        if rung.needs_bpf and no_bpf is not None:
+            continue
+        try:
+            source = rung.open(config)
+        except SowatchError as error:
+            found = _translate(error) if rung.needs_bpf else error
+            attempts.append(LoadAttempt(strategy, False, _reason(found)))
+            LOG.warning("strategy %s does not work here: %s", strategy, attempts[-1].error)
+            first = first or found
+            if isinstance(found, NotPermitted | LibbpfMissing):
+                no_bpf = found
+        else:
+            return source, (*attempts, LoadAttempt(strategy, True, None)), None
+    assert first is not None
+    if isinstance(no_bpf, NotPermitted) or (len(attempts) == 1 and isinstance(first, LibbpfMissing)):
+        return None, tuple(attempts), no_bpf
+    failure = LoadError(attempts, first.remedy if len(attempts) == 1 and isinstance(first, CompileError) else _REMEDY)
+    failure.__cause__ = first
+    return None, tuple(attempts), failure
 
 
-def _open_core(config: Config) -> EventSource:
-    if not config.enable_core:
-        raise LoadError([LoadAttempt("core", False, "switched off by enable_core")], "Set enable_core.")
-    missing = missing_capabilities()
-    try:
-        return BpfSource(config)
-    except LibbpfMissing:
-        raise
-    except BpfError as error:
-        if missing:
-            raise NotPermitted("cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT) from error
-        raise LoadError([LoadAttempt("core", False, _explain(error))], _REMEDY) from error
+def _translate(error: SowatchError) -> SowatchError:
+    """A kernel's refusal is a missing capability's if one is missing."""
+    missing = missing_capabilities() if isinstance(error, BpfError) else ()
+    if not missing:
+        return error
+    found = NotPermitted("cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT)
+    found.__cause__ = error
+    return found
 
 
-def _explain(error: BpfError) -> str:
+def _reason(error: SowatchError) -> str:
     """The reason in one clause, with what is behind the usual error numbers."""
+    if isinstance(error, NotPermitted):
+        return error.missing
+    if isinstance(error, CompileError):
+        return error.reason
     reason = str(error).removesuffix(" See `sowatch doctor` for what this kernel can do.").rstrip(".")
+    if not isinstance(error, BpfError):
+        return reason
     if error.errno == errno.ENOSYS:
         return "this kernel was built without bpf(2)"
     lockdown = _lockdown()
@@ -125,15 +191,12 @@ def _lockdown() -> str | None:
 
 def plan(config: Config) -> Plan:
     """Tries what `open_source` would do, and takes it down again."""
-    try:
-        source = open_source(config)
-    except NotPermitted as error:
-        return Plan(None, None, None, (LoadAttempt("core", False, str(error)),), error.remedy, True)
-    except LoadError as error:
-        return Plan(None, None, None, error.attempts, error.remedy)
-    except SowatchError as error:
-        return Plan(None, None, None, (LoadAttempt("core", False, str(error)),), str(error))
-    remedy = _REMEDY_ROOT if source.strategy == "procfs" and missing_capabilities() else ""
-    with_source = Plan(source.strategy, source.hooks, source.guarantee, source.attempts, remedy)
+    source, attempts, error = _climb(config)
+    if source is None:
+        is_only_permission = isinstance(error, NotPermitted)
+        remedy = error.remedy if isinstance(error, NotPermitted | LoadError) else str(error)
+        return Plan(None, None, None, attempts, remedy, is_only_permission)
+    remedy = _REMEDY_ROOT if not RUNGS[source.strategy].needs_bpf and missing_capabilities() else ""
+    found = Plan(source.strategy, source.hooks, source.guarantee, attempts, remedy, limits=source.limits)
     source.close()
-    return with_source
+    return found

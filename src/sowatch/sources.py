@@ -69,6 +69,8 @@ class Losses(NamedTuple):
     throttled: int = 0
     #: Runs of a program that the kernel left out, as another was under way on that CPU.
     skipped: int = 0
+    #: Mappings whose file could not be found out any more (strategy ``prebuilt``).
+    unresolved: int = 0
 
 
 @dataclass(slots=True)
@@ -219,29 +221,31 @@ OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
 
 
 class BpfSource:
-    """Strategy ``core``: CO-RE programs on the syscall tracepoints and the scheduler's.
+    """Strategies ``core`` and ``runtime``: CO-RE programs on the syscall tracepoints and the scheduler's.
 
     Opening loads and attaches everything; if any step fails, nothing stays attached.
 
     Args:
         config: sizes of maps and ring.
+        strategy: what it is called.
+        objects: paths of `OBJECTS`, if they were compiled here.
 
     Raises:
         LibbpfMissing: no libbpf.
         BpfError: the kernel refused; the log says what.
     """
 
-    strategy: str = "core"
     guarantee: str = "exact"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
+        self.strategy = strategy
         self.hooks: str | None = None
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
-        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("core", True, None),)
+        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
         self._can_read_one = True
-        builds = self._builds(config)
+        builds = self._builds(config, objects or [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS])
         for program, hook_set in builds:
             try:
                 self._open(program, hook_set, config)
@@ -253,15 +257,15 @@ class BpfSource:
             else:
                 break
 
-    def _builds(self, config: Config) -> list[tuple[str, type[HookSet]]]:
+    def _builds(self, config: Config, objects: Sequence[str]) -> list[tuple[str, type[HookSet]]]:
         """Objects and hooks to try, best first: what the one cannot for want of a newer kernel, the next may."""
         sets = [one for one in HOOK_SETS if config.hooks in ("auto", one.name)]
         if config.hooks == "auto" and not probe("trampoline"):
             sets.remove(Trampolines)
-        return [(program, one) for one in sets for program in OBJECTS]
+        return [(program, one) for one in sets for program in objects]
 
     def _open(self, program: str, hook_set: type[HookSet], config: Config) -> None:
-        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / program))
+        self._object = BpfObject(program, btf_path=config.btf_path)
         try:
             self._load(hook_set(self._object), config)
         except BaseException:

@@ -37,6 +37,7 @@ class Plan:
     attempts: Sequence[LoadAttempt] = (LoadAttempt("core", ok=True, error=None),)
     remedy: str = ""
     is_only_permission: bool = False
+    limits: Sequence[str] = ()
 
 
 @dataclass
@@ -159,6 +160,7 @@ def test_json_is_one_object_with_facts_probes_decision_and_risks(examined: Any) 
         "strategy": "core",
         "hooks": "syscall",
         "guarantee": "exact",
+        "limits": [],
         "attempts": [{"strategy": "core", "ok": True, "error": None}],
         "remedy": None,
     }

@@ -4,6 +4,7 @@ programs/    the BPF C, read `watch.bpf.c` top to bottom
 shim.h, .c   the C between cffi and libbpf; `binding` is its one user
 binding      `BpfObject`: open, load, attach, drain, iterate, close; libbpf's words in the errors
 records      what the programs send, as Python tuples
+compile      compiles the programs on this machine, and keeps what came out
 probes       what this kernel and this user can do, found out by trying
 
 May import ``errors``, ``identity`` and ``config``. Nothing outside this room sees libbpf.

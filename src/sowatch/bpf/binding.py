@@ -301,14 +301,31 @@ class Tracefs:
         Raises:
             BpfError: it may not be read.
         """
+        text = self._read(category, name, "id")
+        return None if text is None else int(text)
+
+    def field_offset(self, category: str, name: str, field: str) -> int | None:
+        """Where a field of a tracepoint's record begins, in bytes; None without such a tracepoint or field.
+
+        Raises:
+            BpfError: it may not be read.
+        """
+        for line in (self._read(category, name, "format") or "").splitlines():
+            # field:pid_t child_pid;	offset:20;	size:4;	signed:1;
+            parts = line.strip().split(";")
+            if parts[0].startswith("field:") and parts[0].split()[-1] == field:
+                return int(parts[1].split(":")[1])
+        return None
+
+    def _read(self, category: str, name: str, file: str) -> str | None:
         try:
-            fd = os.open(f"events/{category}/{name}/id", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(f"events/{category}/{name}/{file}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise BpfError(f"reading the id of tracepoint {category}/{name}", error.errno or 1, "") from error
+            raise BpfError(f"reading the {file} of tracepoint {category}/{name}", error.errno or 1, "") from error
         try:
-            return int(os.read(fd, 32))
+            return os.read(fd, 1 << 14).decode("ascii", "replace")
         finally:
             os.close(fd)
 

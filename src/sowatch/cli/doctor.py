@@ -58,6 +58,8 @@ class _Plan(Protocol):
     def remedy(self) -> str: ...
     @property
     def is_only_permission(self) -> bool: ...
+    @property
+    def limits(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class _Report:
                 "strategy": plan.strategy if plan is not None else None,
                 "hooks": plan.hooks if plan is not None else None,
                 "guarantee": plan.guarantee if plan is not None else None,
+                "limits": list(plan.limits) if plan is not None else [],
                 "attempts": [one._asdict() for one in plan.attempts] if plan is not None else [],
                 "remedy": self.remedy or None,
             },
@@ -275,6 +278,7 @@ def _decision_rows(report: _Report) -> list[_Row]:
         rows.append(("strategy", f"{plan.strategy} ({plan.guarantee}{hooks})", "bold green"))
     else:
         rows.append(("strategy", "none", "bold red"))
+    rows += [("limit", visible(limit), "") for limit in (plan.limits if plan is not None else ())]
     for attempt in plan.attempts if plan is not None else ():
         word = "works" if attempt.ok else visible(attempt.error or "does not work")
         rows.append((f"tried {attempt.strategy}", word, "green" if attempt.ok else "yellow"))
