@@ -1,0 +1,286 @@
+"""One set of scenarios under every strategy: each gives the events that its guarantee promises.
+
+What a strategy does otherwise is said in `DIFFERENCES`, as data, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sowatch import Config, Rule
+from sowatch.ladder import RUNGS
+from support import bpfsys
+from support.kernel import TAG, Ledger
+from support.programs import Mapper
+
+Story = list[tuple[str, str | None]]
+
+#: What `ready` says of each strategy.
+GUARANTEES = {
+    "core": "exact",
+    "runtime": "exact",
+    "prebuilt": "exact events, files found in /proc",
+}
+
+MAPPED = ("load", "mmap")
+UNMAPPED = ("unload", "munmap")
+INHERITED = ("load", "fork")
+ENDED = ("unload", "exit")
+REPLACED = ("unload", "exec")
+
+
+class Told(NamedTuple):
+    """What one process has to be told to have had of one file."""
+
+    pid: int
+    inode: int
+    story: Story
+
+
+class Stage:
+    """What a scenario may use."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        start: Callable[..., Mapper],
+        library: Callable[..., Path],
+        programs: Any,
+        closing: contextlib.ExitStack,
+    ) -> None:
+        self.ledger, self.start, self.library, self.programs = ledger, start, library, programs
+        self._closing = closing
+
+    def fork(self, mapper: Mapper, *, how: str = "fork") -> Mapper:
+        """A child that ends with the test."""
+        return self._closing.enter_context(mapper.fork(how=how))
+
+    def map(self, mapper: Mapper, file: Path) -> tuple[int, int]:
+        """Maps the file, and waits until that was told."""
+        at, length = mapper.map(file)
+        self.ledger.wait_load(mapper.pid, file.stat().st_ino)
+        return at, length
+
+
+def a_file_is_mapped_and_unmapped(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    mapper.unmap(*stage.map(mapper, file))
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
+
+
+def a_process_ends(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    stage.map(mapper, file)
+    mapper.exit()
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, ENDED])]
+
+
+def a_child_inherits(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    stage.map(mapper, file)
+    child = stage.fork(mapper)
+    stage.ledger.wait_load(child.pid, file.stat().st_ino)
+    child.exit()
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(child.pid, file.stat().st_ino, [INHERITED, ENDED])]
+
+
+def a_child_unmaps_what_it_inherited(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    at = stage.map(mapper, file)
+    child = stage.fork(mapper)
+    stage.ledger.wait_load(child.pid, file.stat().st_ino)
+    child.unmap(*at)
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(child.pid, file.stat().st_ino, [INHERITED, UNMAPPED])]
+
+
+def exec_drops_everything(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    stage.map(mapper, file)
+    mapper.exec()
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
+
+
+def a_thread_executes_another_program(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    stage.map(mapper, file)
+    mapper.exec(how="execthread")
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
+
+
+def protection_goes_and_comes_back(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    at = stage.map(mapper, file)
+    mapper.protect(*at, "r")
+    stage.ledger.wait_unload(mapper.pid, file.stat().st_ino)
+    mapper.protect(*at, "rx")
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED, MAPPED])]
+
+
+def another_file_takes_its_place(stage: Stage) -> list[Told]:
+    mapper, file, other = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"libother{TAG}.so")
+    at, length = stage.map(mapper, file)
+    mapper.map(other, "at", f"{at:x}", "len", length)
+    return [
+        Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED]),
+        Told(mapper.pid, other.stat().st_ino, [MAPPED]),
+    ]
+
+
+def a_process_with_threads_maps_and_unmaps(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    mapper.tell("thread", "idle", file)
+    mapper.unmap(*stage.map(mapper, file))
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
+
+
+def the_leader_ends_first(stage: Stage) -> list[Told]:
+    mapper, file, later = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"liblater{TAG}.so")
+    stage.map(mapper, file)
+    mapper.tell("leaderexit")
+    stage.map(mapper, later)
+    mapper.exit()
+    return [
+        Told(mapper.pid, file.stat().st_ino, [MAPPED, ENDED]),
+        Told(mapper.pid, later.stat().st_ino, [MAPPED, ENDED]),
+    ]
+
+
+def an_address_space_is_shared(stage: Stage) -> list[Told]:
+    mapper, file, later = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"liblater{TAG}.so")
+    stage.map(mapper, file)
+    child = stage.fork(mapper, how="clonevm")
+    stage.ledger.wait_load(child.pid, file.stat().st_ino)
+    child.unmap(*stage.map(mapper, later))
+    stage.ledger.wait_unload(mapper.pid, later.stat().st_ino)
+    child.exit()
+    return [
+        Told(mapper.pid, file.stat().st_ino, [MAPPED]),
+        Told(mapper.pid, later.stat().st_ino, [MAPPED, UNMAPPED]),
+        Told(child.pid, file.stat().st_ino, [INHERITED, ENDED]),
+    ]
+
+
+def a_child_of_vfork_has_nothing_of_its_parents(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    stage.map(mapper, file)
+    (pid,) = mapper.tell("vfork", "/bin/true")
+    mapper.tell("wait", pid)
+    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(int(pid), file.stat().st_ino, [])]
+
+
+def a_file_that_is_deleted_stays_mapped(stage: Stage) -> list[Told]:
+    mapper, file = stage.start(), stage.library()
+    inode = file.stat().st_ino
+    stage.map(mapper, file)
+    file.unlink()
+    child = stage.fork(mapper)
+    stage.ledger.wait_load(child.pid, inode)
+    return [Told(mapper.pid, inode, [MAPPED]), Told(child.pid, inode, [INHERITED])]
+
+
+def exec_maps_the_program_itself(stage: Stage) -> list[Told]:
+    mapper = stage.start()
+    program = stage.programs["mapper"].stat().st_ino
+    stage.ledger.wait_load(mapper.pid, program)
+    mapper.exit()
+    return [Told(mapper.pid, program, [("load", "exec"), ENDED])]
+
+
+SCENARIOS = (
+    a_file_is_mapped_and_unmapped,
+    a_process_ends,
+    a_child_inherits,
+    a_child_unmaps_what_it_inherited,
+    exec_drops_everything,
+    a_thread_executes_another_program,
+    protection_goes_and_comes_back,
+    another_file_takes_its_place,
+    a_process_with_threads_maps_and_unmaps,
+    the_leader_ends_first,
+    an_address_space_is_shared,
+    a_child_of_vfork_has_nothing_of_its_parents,
+    a_file_that_is_deleted_stays_mapped,
+    exec_maps_the_program_itself,
+)
+
+#: By strategy, the scenarios in which it may tell another story of the processes, and which ones.
+DIFFERENCES: dict[str, dict[Callable[[Stage], list[Told]], list[Story]]] = {
+    "core": {},
+    "runtime": {},
+    "prebuilt": {},
+}
+
+
+@pytest.fixture(scope="module", params=GUARANTEES)
+def watched(request: pytest.FixtureRequest, schema: Any, deadline: Any, programs: Any) -> Iterator[Ledger]:
+    """A Ledger of the tests' own files under one strategy, which its scenarios share."""
+    error = bpfsys.why_no_bpf()
+    if error is not None:
+        pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
+    config = Config(strategy=request.param)
+    rules = (Rule(rf"{TAG}\.so$"), Rule(re.escape(str(programs.directory)), kind="executable"))
+    with Ledger(*rules, timeout_s=deadline(20), check=schema, config=config) as ledger:
+        yield ledger
+        ledger.stop()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_strategy_tells_the_story_that_happened(
+    watched: Ledger,
+    scenario: Callable[[Stage], list[Told]],
+    start: Any,
+    library: Any,
+    programs: Any,
+    closing: contextlib.ExitStack,
+) -> None:
+    told = scenario(Stage(watched, start, library, programs, closing))
+    allowed = DIFFERENCES[watched.ready.strategy].get(scenario)
+
+    for pid, inode, story in told:
+        stories = allowed or [story]
+        with contextlib.suppress(AssertionError):  # what came instead is the better message
+            watched.wait_for(lambda p=pid, i=inode, s=stories: watched.story(p, i) in s, "no such story")
+        assert watched.story(pid, inode) in stories
+
+
+def test_ready_says_the_strategy_and_its_guarantee(watched: Ledger) -> None:
+    ready = watched.ready
+
+    assert (ready.strategy, ready.guarantee) in GUARANTEES.items()
+    assert [attempt for attempt in ready.attempts if attempt.ok] == [(ready.strategy, True, None)]
+
+
+def test_the_map_is_right_when_nothing_moves(watched: Ledger, start: Any, library: Any) -> None:
+    mapper, file = start(), library()
+    mapper.map(file)
+    watched.wait_load(mapper.pid, file.stat().st_ino)
+
+    ours = [one for one in watched.watcher.audit().differences if one.pid == mapper.pid]
+
+    assert ours == []
+
+
+@pytest.mark.parametrize("strategy", GUARANTEES)
+def test_what_is_mapped_before_the_start_is_in_the_snapshot(
+    strategy: str, open_ledger: Callable[..., Ledger], start: Any, library: Any
+) -> None:
+    mapper, file = start(), library()
+    mapper.map(file)
+    child = mapper.fork()
+
+    ledger = open_ledger(Rule(rf"{TAG}\.so$"), config=Config(strategy=strategy))
+
+    for pid in (mapper.pid, child.pid):
+        assert ledger.wait_load(pid, file.stat().st_ino).cause == "snapshot"
+    child.exit()
+    ledger.wait_unload(child.pid, file.stat().st_ino)
+
+
+def test_every_rung_of_the_ladder_is_in_this_table_or_polls() -> None:
+    assert set(RUNGS) - set(GUARANTEES) == {"procfs"}
