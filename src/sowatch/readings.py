@@ -149,6 +149,7 @@ class ProcReader:
             start=row.start,
             end=row.end,
             offset_bytes=row.offset_bytes,
+            changed_ns=0,  # maps does not tell
             comm=of.comm,
             # Devices and FIFOs can be mapped too, but only their inode would tell.
             mode=stat.S_IFREG,
