@@ -137,7 +137,13 @@ class Cache:
         return None
 
     def put(self, key: str, made: Path) -> int:
-        """Keeps a file (it is moved) and gives a descriptor of it, as `get` does."""
+        """Keeps a file (it is moved) and gives a descriptor of it, as `get` does.
+
+        Raises:
+            CompileError: there is no such file, or it cannot be kept.
+        """
+        if not made.is_file():
+            raise CompileError("the compiler made nothing", _INSTALL)
         digest = hashlib.sha256(made.read_bytes()).hexdigest()
         made.chmod(0o600)
         os.rename(made, f"{key}-{digest}", dst_dir_fd=self._fd)
