@@ -1,7 +1,8 @@
 """The two things pyproject.toml cannot say: how the libbpf binding and the BPF objects are compiled.
 
 The binding becomes `sowatch.bpf._libbpf`. Every src/sowatch/bpf/programs/*.bpf.c becomes a .bpf.o beside
-it. An editable install puts both into the source tree, a wheel takes them from the build directory.
+it, and the headers that they include are copied to programs/headers, to compile them with elsewhere. An
+editable install puts all of it into the source tree, a wheel takes it from the build directory.
 Environment: CC, CLANG, LLVM_STRIP and PKG_CONFIG name other tools than the ones on PATH.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -101,9 +103,25 @@ class BuildPrograms(Command):
             command += ["-c", source.name, "-o", str(made.resolve())]
             if subprocess.run(command, cwd=source.parent, check=False).returncode != 0:
                 raise SystemExit(f"sowatch: clang could not compile {source}; its messages are above.")
+            self._ship_headers([*command[: command.index("-c")], "-M", source.name], source.parent, made.parent)
             # DWARF is most of the file and nobody reads it; BTF stays (-g, not -s).
             if strip and subprocess.run([strip, "-g", str(made)], check=False).returncode != 0:
                 raise SystemExit(f"sowatch: {strip} could not strip {made}; its message is above.")
+
+    def _ship_headers(self, command: list[str], directory: Path, target: Path) -> None:
+        """Copies the headers that a program includes from the system, for strategy runtime to compile with.
+
+        What stands in a directory for one architecture (asm/) goes where all look for it: the object is
+        for this architecture anyway.
+        """
+        said = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
+        bases = sorted(self._include_directories(), key=len, reverse=True)
+        for name in re.findall(r"/\S+\.h", said):
+            base = next((base for base in bases if name.startswith(f"{base}/")), None)
+            if base is not None:  # else one of the compiler's own
+                copy = target / "headers" / Path(name).relative_to(base)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(name, copy)
 
     def _clang(self) -> str:
         names = [os.environ["CLANG"]] if os.environ.get("CLANG") else ["clang"]
@@ -118,6 +136,9 @@ class BuildPrograms(Command):
         )
 
     def _includes(self) -> list[str]:
+        return [argument for directory in self._include_directories() for argument in ("-idirafter", directory)]
+
+    def _include_directories(self) -> list[str]:
         builder = binding_builder()
         try:
             flags = builder["libbpf_flags"]()
@@ -126,11 +147,11 @@ class BuildPrograms(Command):
             ).stdout.strip()
         except builder["MissingTool"] as error:
             raise SystemExit(str(error)) from error
-        directories = list(flags["include_dirs"])
+        directories = [*flags["include_dirs"], "/usr/include"]
         # Debian keeps asm/types.h in a directory per architecture, which the bpf target does not search.
         if multiarch and Path("/usr/include", multiarch).is_dir():
             directories.append(f"/usr/include/{multiarch}")
-        return [argument for directory in directories for argument in ("-idirafter", directory)]
+        return directories
 
     def _pairs(self) -> list[tuple[Path, Path]]:
         base = Path("src") if self.editable_mode else Path(self.build_lib or "build/lib")

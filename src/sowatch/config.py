@@ -37,7 +37,6 @@ class Config:
         btf_path: a BTF file with this kernel's types, used instead of its own; for kernels without.
         runtime_compiler_output_dir: where compiled programs are kept, a directory that only this user
             may write to. None: ``/var/cache/sowatch`` for root, else ``$XDG_CACHE_HOME/sowatch``.
-        kernel_header_dirs: where to look for this kernel's headers, before ``/lib/modules/RELEASE/build``.
         compile_timeout_s: seconds after which a compiler is taken to hang.
         ring_bytes: size of the ring buffer; a power of two, at least one page.
         max_processes: processes the kernel side can follow at once.
@@ -64,7 +63,6 @@ class Config:
     allow_procfs_fallback: bool = True
     btf_path: str | None = None
     runtime_compiler_output_dir: str | None = None
-    kernel_header_dirs: tuple[str, ...] = ()
     compile_timeout_s: float = 60.0
     ring_bytes: int = 8 << 20
     max_processes: int = 16_384

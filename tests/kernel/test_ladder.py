@@ -75,7 +75,7 @@ def compile_changed(tmp_path: Path, deadline: Any) -> Callable[[str, str], str]:
         assert text.count(old) == 1
         watch.write_text(text.replace(old, new), encoding="utf-8")
         compiler = find_compiler()
-        includes = ["-idirafter", "/usr/include", "-idirafter", f"/usr/include/{os.uname().machine}-linux-gnu"]
+        includes = ["-idirafter", "headers"]
         target = {"x86_64": "x86", "aarch64": "arm64"}[os.uname().machine]
         command = [*compiler.command, "-target", compiler.bpf_target, "-O2", "-g", "-mcpu=v3"]
         command += [f"-D__TARGET_ARCH_{target}", "-I.", *includes, "-c", watch.name, "-o", str(tmp_path / "made.o")]

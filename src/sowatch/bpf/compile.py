@@ -284,17 +284,13 @@ def cache_key(*parts: str) -> str:
 
 
 def _sources() -> str:
-    """A hash of every source that ships."""
+    """A hash of every source and header that ships."""
     digest = hashlib.sha256()
-    for path in sorted(PROGRAMS.glob("*.[ch]")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(PROGRAMS.rglob("*.[ch]")):
+        digest.update(str(path.relative_to(PROGRAMS)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def _includes() -> list[str]:
-    """Libbpf's headers and the kernel's for user space: those that ship with us, else the system's."""
-    shipped = PROGRAMS / "headers"
-    if shipped.is_dir():
-        return ["-idirafter", str(shipped)]
-    multiarch = f"/usr/include/{platform.machine()}-linux-gnu"
-    return [word for directory in ("/usr/include", multiarch) for word in ("-idirafter", directory)]
+    """The headers of libbpf, and of the kernel for user space, that setup.py has put beside the programs."""
+    return ["-nostdlibinc", "-idirafter", str(PROGRAMS / "headers")]
