@@ -34,7 +34,7 @@ class Config:
         allow_runtime_compiled_fallback: try compiling if ``core`` failed.
         allow_prebuilt_fallback: try the object without kernel types if the ones above failed.
         allow_procfs_fallback: poll ``/proc`` if no BPF program can be loaded.
-        btf_path: a BTF file with this kernel's types, used instead of its own; for kernels without.
+        btf_path: a BTF file with this kernel's types, to relocate the programs against instead of its own.
         runtime_compiler_output_dir: where compiled programs are kept, a directory that only this user
             may write to. None: ``/var/cache/sowatch`` for root, else ``$XDG_CACHE_HOME/sowatch``.
         compile_timeout_s: seconds after which a compiler is taken to hang.

@@ -325,7 +325,13 @@ class PrebuiltSource:
 
     def losses(self) -> Losses:
         ring, processes, pending, *_ = (self._object.per_cpu_sum("counters", number) for number in LOST)
-        return Losses(ring=ring, processes=processes, pending=pending, unresolved=self._unresolved)
+        return Losses(
+            ring=ring,
+            processes=processes,
+            pending=pending,
+            skipped=self._object.skipped_runs(),
+            unresolved=self._unresolved,
+        )
 
     def followed(self, pid: int) -> Followed | None:
         known = self._known.get(pid)
