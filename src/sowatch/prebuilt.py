@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.bpf.hooks import OPTIONAL_CALLS
 from sowatch.bpf.records import (
     FLAG_DIRTY,
     FLAG_IMAGE,
@@ -34,7 +35,7 @@ from sowatch.config import Config
 from sowatch.errors import BpfError, LoadAttempt
 from sowatch.procfs import Miss, ProcFs
 from sowatch.readings import Look, ProcReader
-from sowatch.sources import LOST, OPTIONAL_CALLS, SYSCALL_HOOKS, Followed, Losses, Reading, Report, Verdict
+from sowatch.sources import LOST, Followed, Losses, Reading, Report, Verdict
 
 __all__ = ["PrebuiltSource"]
 
@@ -49,7 +50,18 @@ UNKNOWN_FLAGS: Final = (1 << 64) - 1
 CLONE_VM: Final = 0x100
 #: struct seen: min_start, max_end, range_count, has_company, then pairs of start and end; 536 bytes.
 SEEN: Final = struct.Struct("=QQII64Q")
-#: Programs beyond those of `SYSCALL_HOOKS`, on calls that not every architecture has.
+#: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
+#: would wait for ever.
+SYSCALL_HOOKS: Final = (
+    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat", "shmdt")),
+    ("enter_mmap", "enter", ("mmap",)),
+    ("enter_munmap", "enter", ("munmap",)),
+    ("enter_mprotect", "enter", ("mprotect", "pkey_mprotect")),
+    ("enter_mremap", "enter", ("mremap",)),
+    ("enter_shmat", "enter", ("shmat",)),
+    ("enter_shmdt", "enter", ("shmdt",)),
+)
+#: Further programs, on calls that not every architecture has.
 CLONE_HOOKS: Final = ("clone", "clone3", "fork", "vfork")
 #: Which of the two programs fits, by where the kernel puts the child's pid.
 FORK_PROGRAMS: Final = {44: "process_forks_44", 20: "process_forks_20"}

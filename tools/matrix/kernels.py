@@ -79,6 +79,7 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "attach cookie (5.15)": _FROM_6_1,
     "watch.bpf.o": _FROM_6_12,
     "watch_compat.bpf.o": _FROM_6_12,
+    "prebuilt.bpf.o": _ALL,
 }
 
 

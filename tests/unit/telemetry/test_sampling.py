@@ -36,7 +36,7 @@ def values(registry):
 
 
 def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
-    losses = Losses(ring=1, processes=2, pending=3, scratch=4, throttled=5, skipped=7)
+    losses = Losses(ring=1, processes=2, pending=3, scratch=4, throttled=5, skipped=7, unresolved=8)
     stats = changed(
         records=10, loads=9, unloads=8, events=20, processes=3, libraries=2, mappings=5, lost_queue=6, losses=losses
     )
@@ -54,6 +54,7 @@ def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
         "where:scratch": 4,
         "where:throttled": 5,
         "where:skipped": 7,
+        "where:unresolved": 8,
         "where:queue": 6,
     }
     assert found["strategy.info", "guarantee:exact", "hooks:syscall", "strategy:core"] == 1
