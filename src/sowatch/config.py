@@ -96,7 +96,6 @@ class Config:
             raise ConfigError(
                 "poll_interval_s", f"{self.poll_interval_s} is out of range. Use seconds from 0.01 to 3600."
             )
-        for name in ("ignore_ttl_s", "block_ttl_s"):
         for name in ("ignore_ttl_s", "block_ttl_s", "compile_timeout_s"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ConfigError(

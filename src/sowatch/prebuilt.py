@@ -169,6 +169,9 @@ class PrebuiltSource:
                 records += self._on_range(one)
         return records
 
+    def refresh(self) -> None:
+        """The ring has everything already."""
+
     def _on_map(self, seen: RangeRecord, look_at: Callable[[int], Look | None]) -> Iterator[Record]:
         look = look_at(seen.tgid)
         if look is None:
