@@ -401,6 +401,7 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["watch", "ok", "a["], "bad pattern 'a[': unterminated character set at position 1"),
         (["watch", "--kind", "plugin"], "unknown kind 'plugin'"),
         (["watch", "--strategy", "magic"], "unknown strategy 'magic'"),
+        (["watch", "--hooks", "magic"], "unknown hooks 'magic'"),
         (["watch", "--events", "load,open"], "unknown event 'open' (known: load, unload, activate, deactivate)"),
         (["watch", "--events", ""], "unknown event ''"),
         (["watch", "--pid", "0"], "'0' is not a process id"),

@@ -43,13 +43,14 @@ def main(kernel: str, out: Path, arguments: list[str]) -> None:
 
 
 def _look() -> dict[str, Any]:
-    """``features``: name to yes, no or unknown. ``cells``: name to the decision of `sowatch doctor`."""
-    features: dict[str, str] = {}
-    cells: dict[str, Any] = {}
-    for cell in CELLS:
-        report = _doctor(cell.options)
-        features |= {one["name"]: one["answer"] for one in report["probes"]}
-        cells[cell.name] = report["decision"]
+    """What `judge` reads.
+
+    ``features``: name to yes, no or unknown. ``choice``: the decision of `sowatch doctor`. ``cells``: name to the
+    decision that options force. ``refusals``: object to the words of the verifier.
+    """
+    report = _doctor(())
+    features: dict[str, str] = {one["name"]: one["answer"] for one in report["probes"]}
+    cells = {cell.name: _doctor(cell.options)["decision"] for cell in CELLS}
     for name, (program_type, helper) in HELPERS.items():
         features[name] = {True: "yes", False: "no", None: "unknown"}[probe("helper", program_type, helper)]
     refusals: dict[str, str] = {}
@@ -60,7 +61,13 @@ def _look() -> dict[str, Any]:
             features[item.name] = "no" if refusal else "yes"
             if refusal:
                 refusals[item.name] = refusal
-    return {"release": platform.release(), "features": features, "cells": cells, "refusals": refusals}
+    return {
+        "release": platform.release(),
+        "features": features,
+        "choice": report["decision"],
+        "cells": cells,
+        "refusals": refusals,
+    }
 
 
 def _doctor(options: tuple[str, ...]) -> Any:

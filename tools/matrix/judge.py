@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from matrix.kernels import CELLS, FEATURES, KNOWN_FAULTS, Cell
+from matrix.kernels import CELLS, CHOICES, FEATURES, KNOWN_FAULTS, Cell
 
 __all__ = ["Verdict", "faults_of_facts", "judge"]
 
@@ -59,6 +59,9 @@ def faults_of_facts(kernel: str, facts: Mapping[str, Any]) -> Iterator[str]:
         if answer != must:
             why = facts["refusals"].get(name, "")
             yield f"{name}: {answer}, and must be {must}" + (f"\n{why}" if why else "")
+    chosen = facts["choice"]
+    if (chosen["strategy"], chosen["hooks"]) != CHOICES[kernel]:
+        yield f"without options it chooses {chosen['strategy']}, {chosen['hooks']}, and must choose {CHOICES[kernel]}"
     for cell in CELLS:
         yield from _faults_of_cell(kernel, cell, facts["cells"][cell.name])
 

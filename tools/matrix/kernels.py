@@ -13,6 +13,7 @@ from typing import Final
 
 __all__ = [
     "CELLS",
+    "CHOICES",
     "CI_KERNELS",
     "END_TO_END",
     "FEATURES",
@@ -78,8 +79,8 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "task storage (5.11)": _FROM_6_1,
     "attach cookie (5.15)": _FROM_6_1,
     "watch.bpf.o": _FROM_6_12,
-    "watch_compat.bpf.o": _FROM_6_12,
     "prebuilt.bpf.o": _ALL,
+    "watch_probe.bpf.o": _FROM_6_1,
 }
 
 
@@ -110,12 +111,27 @@ class Cell:
 CELLS: Final = (
     Cell(
         "core",
+        "trampoline",
+        ("--strategy", "core", "--hooks", "trampoline"),
+        works_on=_FROM_6_1,
+        refused_on={"5.10": "loading the BPF programs failed"},
+    ),
+    Cell(
+        "core",
         "syscall",
-        ("--strategy", "core"),
-        works_on=_FROM_6_12,
-        refused_on={"5.10": "prog 'enter_mmap': failed to load", "6.1": "prog 'leave': failed to load"},
+        ("--strategy", "core", "--hooks", "syscall"),
+        works_on=_FROM_6_1,
+        refused_on={"5.10": "loading the BPF programs failed"},
     ),
 )
+
+#: What a command without options must choose: (strategy, hooks), both None where nothing works.
+CHOICES: Final[Mapping[str, tuple[str | None, str | None]]] = {
+    "5.10": (None, None),
+    "6.1": ("core", "trampoline"),
+    "6.12": ("core", "trampoline"),
+    "newest": ("core", "trampoline"),
+}
 
 #: What runs in each guest where a strategy with BPF works. Everything takes some forty times as long there as
 #: on the machine itself, so these are few: each kind of event, verdict, reading and loss once, and what kernels

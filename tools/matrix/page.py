@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from matrix.kernels import CELLS, FEATURES, KERNELS, KNOWN_FAULTS, Cell, KnownFault
+from matrix.kernels import CELLS, CHOICES, FEATURES, KERNELS, KNOWN_FAULTS, Cell, KnownFault
 
 __all__ = ["Run", "read", "render"]
 
@@ -44,13 +44,14 @@ def render(runs: Iterable[Run]) -> str:
         for kernel in KERNELS
     ]
     names = [kernel.name for kernel in KERNELS]
+    chosen = ["without options", *(_choice(*CHOICES[name]) for name in names)]
     cells = [[cell.name, *("works" if name in cell.works_on else "no" for name in names)] for cell in CELLS]
     features = [[feature, *("yes" if name in has else "no" for name in names)] for feature, has in FEATURES.items()]
     parts = [
         _HEAD,
         _table(["kernel", "Debian suite", "release", "tests passed"], ran),
         "## Strategies and hook sets\n",
-        _table(["strategy", *names], cells),
+        _table(["strategy", *names], [*cells, chosen]),
         *_reasons(),
         *_faults(),
         "## Features\n",
@@ -65,6 +66,10 @@ def read(page: str) -> list[Run]:
     suites = "|".join(kernel.suite for kernel in KERNELS)
     found = re.findall(rf"^\| (\S+) +\| (?:{suites}) +\| (\S+) +\| (\d+) +\|$", page, flags=re.MULTILINE)
     return [Run(kernel, release, int(passed)) for kernel, release, passed in found]
+
+
+def _choice(strategy: str | None, hooks: str | None) -> str:
+    return ", ".join(word for word in (strategy, hooks) if word) or "nothing"
 
 
 def _reasons() -> list[str]:
