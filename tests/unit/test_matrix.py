@@ -18,7 +18,6 @@ from matrix.kernels import (
     CELLS,
     CHOICES,
     CI_KERNELS,
-    END_TO_END,
     FEATURES,
     HELPERS,
     KERNELS,
@@ -202,7 +201,11 @@ def test_a_known_fault_that_is_mended_is_told(out: Path, monkeypatch: pytest.Mon
 
 
 def test_every_test_that_is_chosen_or_known_to_fail_exists() -> None:
-    chosen = [*TESTS, *END_TO_END, *(f.test.replace(".", "/").replace("::", ".py::") for f in KNOWN_FAULTS)]
+    chosen = [
+        *TESTS,
+        *(test for cell in CELLS for test in cell.tests),
+        *(f.test.replace(".", "/").replace("::", ".py::") for f in KNOWN_FAULTS),
+    ]
     for path, _, name in (test.partition("::") for test in chosen):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert not name or f"def {name.partition('[')[0]}(" in text, name

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix.cache import ROOT
-from matrix.kernels import CELLS, END_TO_END, HELPERS, TESTS
+from matrix.kernels import CELLS, HELPERS, TESTS
 from sowatch.bpf.binding import BpfObject, probe
 from sowatch.errors import BpfError
 
@@ -37,7 +37,7 @@ def main(kernel: str, out: Path, arguments: list[str]) -> None:
         return
     working = [cell for cell in CELLS if kernel in cell.works_on]
     for number, cell in enumerate(working):
-        _pytest(out / f"cell-{number}.xml", [*END_TO_END], {"SOWATCH_TEST_OPTIONS": " ".join(cell.options)})
+        _pytest(out / f"cell-{number}.xml", [*cell.tests], {"SOWATCH_TEST_OPTIONS": " ".join(cell.options)})
     if any(cell.strategy != "procfs" for cell in working):
         _pytest(out / "kernel.xml", [*TESTS])
 

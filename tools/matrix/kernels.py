@@ -15,7 +15,6 @@ __all__ = [
     "CELLS",
     "CHOICES",
     "CI_KERNELS",
-    "END_TO_END",
     "FEATURES",
     "HELPERS",
     "KERNELS",
@@ -94,6 +93,7 @@ class Cell:
         options: of the command that force this cell.
         works_on: kernels where it must be what is used.
         refused_on: kernels where it must be refused, with words that the reason must have.
+        tests: run with these options wherever it works.
     """
 
     strategy: str
@@ -101,6 +101,7 @@ class Cell:
     options: tuple[str, ...]
     works_on: frozenset[str]
     refused_on: Mapping[str, str] = field(default_factory=dict)
+    tests: tuple[str, ...] = ("tests/e2e/test_commands.py",)
 
     @property
     def name(self) -> str:
@@ -123,11 +124,23 @@ CELLS: Final = (
         works_on=_FROM_6_1,
         refused_on={"5.10": "loading the BPF programs failed"},
     ),
+    Cell(
+        "procfs",
+        None,
+        ("--strategy", "procfs"),
+        works_on=_ALL,
+        # It looks now and then, so a process that ends at once is none of its promises.
+        tests=(
+            "tests/e2e/test_commands.py::test_ready_names_the_strategy_that_doctor_decides_for",
+            "tests/e2e/test_commands.py::test_list_shows_the_process_that_keeps_a_library",
+            "tests/e2e/test_commands.py::test_audit_finds_that_the_map_is_what_proc_says",
+        ),
+    ),
 )
 
 #: What a command without options must choose: (strategy, hooks), both None where nothing works.
 CHOICES: Final[Mapping[str, tuple[str | None, str | None]]] = {
-    "5.10": (None, None),
+    "5.10": ("procfs", None),
     "6.1": ("core", "trampoline"),
     "6.12": ("core", "trampoline"),
     "newest": ("core", "trampoline"),
@@ -151,8 +164,6 @@ TESTS: Final = (
     "tests/kernel/test_following.py::test_a_record_and_a_reading_agree_on_every_field_of_a_mapping",
     "tests/kernel/test_following.py::test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once",
 )
-#: Runs once for each cell that works.
-END_TO_END: Final = ("tests/e2e/test_commands.py",)
 
 
 @dataclass(frozen=True, slots=True)
