@@ -6,7 +6,7 @@ Marks come from the table, because a run in which a guest differed from it write
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from matrix.kernels import CELLS, CHOICES, FEATURES, KERNELS, KNOWN_FAULTS, Cell, KnownFault
@@ -18,13 +18,17 @@ _HEAD = """\
 
 <!-- Written by `scripts/matrix --write` from a run; the table behind it is tools/matrix/kernels.py. -->
 
-Each of these kernels ran as a guest (QEMU, emulated, x86-64) with the tests below, and showed exactly what
-this page says of it: a guest that shows more or less fails the run. How to run one: `CONTRIBUTING.md`.
+Each of these kernels ran as a guest (QEMU, emulated, x86-64) with as many tests as the table says, and showed
+exactly what this page says of it: a guest that shows more or less fails the run. A question mark: it did not take
+part in this run, so nothing is said of it. How to run one: `CONTRIBUTING.md`.
 """
 _FEATURES = """\
 Found by loading or attaching something that needs them, never by the version. A `.bpf.o` is an object of the BPF
 programs, which has to load as a whole.
 """
+
+
+_NOT_RUN = "not run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,16 @@ class Run:
 
 
 def render(runs: Iterable[Run]) -> str:
-    """The page for one run of every kernel, in the table's order."""
+    """The page for one run. Of kernels that did not take part it says nothing but that."""
     by_name = {run.kernel: run for run in runs}
-    ran = [
-        [kernel.name, kernel.suite, by_name[kernel.name].release, str(by_name[kernel.name].passed)]
-        for kernel in KERNELS
-    ]
     names = [kernel.name for kernel in KERNELS]
-    chosen = ["without options", *(_choice(*CHOICES[name]) for name in names)]
-    cells = [[cell.name, *("works" if name in cell.works_on else "no" for name in names)] for cell in CELLS]
-    features = [[feature, *("yes" if name in has else "no" for name in names)] for feature, has in FEATURES.items()]
+    ran = []
+    for kernel in KERNELS:
+        run = by_name.get(kernel.name)
+        ran.append([kernel.name, kernel.suite, *((run.release, str(run.passed)) if run else (_NOT_RUN, ""))])
+    chosen = ["without options", *(_choice(*CHOICES[name]) if name in by_name else "?" for name in names)]
+    cells = [[cell.name, *(_mark(by_name, name, "works", cell.works_on) for name in names)] for cell in CELLS]
+    features = [[feature, *(_mark(by_name, name, "yes", has) for name in names)] for feature, has in FEATURES.items()]
     parts = [
         _HEAD,
         _table(["kernel", "Debian suite", "release", "tests passed"], ran),
@@ -66,6 +70,12 @@ def read(page: str) -> list[Run]:
     suites = "|".join(kernel.suite for kernel in KERNELS)
     found = re.findall(rf"^\| (\S+) +\| (?:{suites}) +\| (\S+) +\| (\d+) +\|$", page, flags=re.MULTILINE)
     return [Run(kernel, release, int(passed)) for kernel, release, passed in found]
+
+
+def _mark(runs: Container[str], kernel: str, word: str, kernels: Container[str]) -> str:
+    if kernel not in runs:
+        return "?"
+    return word if kernel in kernels else "no"
 
 
 def _choice(strategy: str | None, hooks: str | None) -> str:
