@@ -166,7 +166,6 @@ def test_every_record_type_and_flag_of_the_header_is_known_to_python() -> None:
 OPTIONAL_TYPES = {"backing_file", "ovl_file", "btrfs_key", "btrfs_root", "btrfs_inode"}
 CTIMES = {"i_ctime_sec", "i_ctime_nsec", "__i_ctime", "i_ctime"}
 OPTIONAL_FIELDS = {
-    ("fanotify_perm_event", "ppos"),
     ("kernfs_node", "__parent"),
     ("kernfs_node", "parent"),
     *(("inode", name) for name in CTIMES),

@@ -8,45 +8,66 @@
  * (FILESYSTEM_MAX_STACK_DEPTH is 2). */
 #define MAX_STACK_DEPTH 3
 
-/* A macro, so BTF does not know it: bit 25 at first (6.5), bit 24 since fanotify took 25 (6.14). */
-static __always_inline unsigned int fmode_backing(void)
+/* linux/fs.h; a macro, so BTF does not know it. The kernel does not count these among open files. */
+#define FMODE_NOACCOUNT (1u << 29)
+
+static __always_inline struct path user_path_of(struct file *file)
 {
-	if (bpf_core_type_exists(struct fanotify_perm_event) &&
-	    !bpf_core_field_exists(((struct fanotify_perm_event *)0)->ppos))
-		return 1u << 25;
-	return 1u << 24;
+	struct backing_file *backing = TYPED(struct backing_file, container_of(file, struct backing_file, file));
+	struct path path;
+
+	path.mnt = READ(backing, user_path.mnt);
+	path.dentry = READ(backing, user_path.dentry);
+	return path;
+}
+
+/*
+ * Whether a stacked file system has opened this file below itself (6.5+). The bit that says so was
+ * moved in 6.14 and in some stable kernels, without a trace in BTF; but all of them are not
+ * counted, and hold a path, whose two halves belong to one file system.
+ */
+static __always_inline bool is_backing(struct file *file)
+{
+	struct super_block *sb;
+	struct path path;
+
+	if (!bpf_core_type_exists(struct backing_file) || !(READ(file, f_mode) & FMODE_NOACCOUNT))
+		return false;
+	path = user_path_of(file);
+	sb = BPF_CORE_READ(path.mnt, mnt_sb);
+	return sb && sb == BPF_CORE_READ(path.dentry, d_sb);
 }
 
 /*
  * The name of a mapped file. A vma below overlayfs holds a backing file whose own path lies in a
- * layer that the process cannot see; its user_path is what was opened (6.5+). Before that a vma's
- * f_path is the overlay's own already.
+ * layer that the process cannot see; its user_path is what was opened. Before 6.5 a vma's f_path is
+ * the overlay's own already.
  */
 static __always_inline struct path opened_path(struct file *file)
 {
 	struct path path;
 
-	if (bpf_core_type_exists(struct backing_file) && READ(file, f_mode) & fmode_backing()) {
-		struct backing_file *backing =
-			TYPED(struct backing_file, container_of(file, struct backing_file, file));
-
-		path.mnt = READ(backing, user_path.mnt);
-		path.dentry = READ(backing, user_path.dentry);
-		return path;
-	}
+	if (is_backing(file))
+		return user_path_of(file);
 	path.mnt = READ(file, f_path.mnt);
 	path.dentry = READ(file, f_path.dentry);
 	return path;
 }
 
-/* The file below overlayfs. private_data is a struct ovl_file from 6.13 on, the file itself before. */
+/*
+ * The file below overlayfs. private_data is a struct ovl_file from 6.13 on, the file itself before.
+ * If overlayfs is a module that came after this program, nobody has told which: what is a backing
+ * file is the file, and what is not points to it.
+ */
 static __always_inline struct file *one_layer_down(struct file *file)
 {
 	void *data = READ(file, private_data);
 
 	if (bpf_core_type_exists(struct ovl_file))
 		return BPF_CORE_READ((struct ovl_file *)data, realfile);
-	return data;
+	if (!bpf_core_type_exists(struct backing_file) || is_backing(TYPED(struct file, data)))
+		return data;
+	return load_pointer(data);
 }
 
 static __always_inline void identify(struct file *file, struct file_id *id)

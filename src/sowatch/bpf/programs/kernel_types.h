@@ -38,14 +38,21 @@ struct hlist_bl_node {
 	struct hlist_bl_node **pprev;
 };
 
+struct super_block {
+	__u32 s_dev;
+	unsigned long s_magic;
+};
+
 struct dentry {
 	struct hlist_bl_node d_hash;
 	struct dentry *d_parent;
 	struct qstr d_name;
+	struct super_block *d_sb;
 };
 
 struct vfsmount {
 	struct dentry *mnt_root;
+	struct super_block *mnt_sb;
 };
 
 struct mount {
@@ -57,11 +64,6 @@ struct mount {
 struct path {
 	struct vfsmount *mnt;
 	struct dentry *dentry;
-};
-
-struct super_block {
-	__u32 s_dev;
-	unsigned long s_magic;
 };
 
 struct inode {
@@ -103,11 +105,6 @@ struct backing_file {
 /* 6.13+: what private_data of an overlayfs file points to; before, it was the real file itself. */
 struct ovl_file {
 	struct file *realfile;
-};
-
-/* Only looked at for what it has: 6.14 gave it ppos when it moved FMODE_BACKING (fs.h). */
-struct fanotify_perm_event {
-	const void *ppos;
 };
 
 struct btrfs_key {

@@ -7,7 +7,7 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-SEC("fentry/perf_event_mmap")
+SEC("fentry/" SYSCALL_FUNCTION "munmap")
 int trampoline(void *context)
 {
 	return 0;
