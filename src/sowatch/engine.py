@@ -29,7 +29,8 @@ from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher
 from sowatch.rules import RuleSet
 from sowatch.sources import EventSource, Losses, Reading, Report
-from sowatch.tracker import LIVE, Causes, Change, Name, Tracker
+from sowatch.spaces import Change, Name
+from sowatch.tracker import LIVE, Causes, Tracker
 
 __all__ = ["Engine"]
 

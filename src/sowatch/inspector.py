@@ -22,7 +22,7 @@ from sowatch.elf import ElfError, read_exports, read_facts
 from sowatch.identity import FileId
 from sowatch.packages import open_below, shows_real_inode
 from sowatch.procfs import ProcFs
-from sowatch.tracker import Change, Name
+from sowatch.spaces import Change, Name
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
 

@@ -18,8 +18,8 @@ from sowatch.identity import FileId, ProcessId
 from sowatch.inspector import FileFacts, Inspection, Inspector, host_path
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
+from sowatch.spaces import Change, Name
 from sowatch.subscriptions import Held, Subscription
-from sowatch.tracker import Change, Name
 
 __all__ = ["Publisher", "Selection", "Subscription"]
 

@@ -31,7 +31,7 @@ __all__ = ["Look", "ProcReader", "text_of"]
 _KEY: Final = struct.Struct("=QQIIQQQQII")
 _FILE_ID: Final = struct.Struct("=QQII")
 _AT_BASE: Final = 7
-#: The kernel's own names hold slashes and are one component (see `sowatch.tracker.Name.is_anonymous`).
+#: The kernel's own names hold slashes and are one component (see `sowatch.spaces.Name.is_anonymous`).
 _ONE_COMPONENT: Final = (b"/memfd:", b"/SYSV", b"/dev/zero")
 #: What is followed: the value itself means nothing, only that it is not 0.
 _FOLLOWED: Final = 1

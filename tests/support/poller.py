@@ -13,7 +13,8 @@ from sowatch.config import Config
 from sowatch.identity import FileId
 from sowatch.polling import ProcfsSource
 from sowatch.rules import Rule, RuleSet
-from sowatch.tracker import Causes, Change, Tracker
+from sowatch.spaces import Change
+from sowatch.tracker import Causes, Tracker
 from support.programs import executable_images
 
 __all__ = ["Poller"]

@@ -44,7 +44,7 @@ from sowatch.procfs import Link, MapRow, Miss, ProcFs, Stat, executable_maps
 from sowatch.registry import BlockedFile, RegisteredFile
 from sowatch.rules import KINDS, Rule, RuleSet
 from sowatch.sources import Followed, Verdict
-from sowatch.tracker import Name
+from sowatch.spaces import Name
 from support.elf_files import Made
 from support.records import File, Proc, key_of
 

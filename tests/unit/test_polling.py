@@ -27,7 +27,7 @@ from sowatch.identity import FileId
 from sowatch.pacing import CpuClocks, Rhythm
 from sowatch.polling import REREAD_LOOKS, Row, compare, file_of
 from sowatch.procfs import MapRow, ProcFs
-from sowatch.tracker import Name, Tracked, subtract
+from sowatch.spaces import Name, Tracked, subtract
 from support.poller import Poller, mapped
 from support.programs import Mapper, make_libraries
 
@@ -472,7 +472,7 @@ def test_a_row_becomes_the_name_that_the_kernel_side_would_give() -> None:
 
 def kind_of(name: Name) -> str:
     from sowatch.identity import ProcessId
-    from sowatch.tracker import Mapping as Mapped
+    from sowatch.spaces import Mapping as Mapped
 
     return Tracked(ProcessId(1, 1), 0, lambda _: None).kind_of(Mapped(name, [], is_image=False))
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sowatch.bpf.records import FLAG_ASK, FLAG_DIRTY, FLAG_IMAGE, FLAG_SHARED_VM
 from sowatch.rules import Rule, RuleSet
 from sowatch.sources import group
-from sowatch.tracker import Causes, Tracker, subtract
+from sowatch.spaces import subtract
+from sowatch.tracker import Causes, Tracker
 from support.records import PAGE, File, Proc, reading
 
 LIVE = Causes("mmap", "munmap")

@@ -56,7 +56,7 @@ __all__ = [
     "verdict_of",
 ]
 
-#: Names that no directory holds; see `sowatch.tracker.Name.is_anonymous`.
+#: Names that no directory holds; see `sowatch.spaces.Name.is_anonymous`.
 _SEGMENTS: Final = ("/SYSV", "/dev/zero")
 
 

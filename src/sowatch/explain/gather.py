@@ -37,7 +37,7 @@ from sowatch.processes import container_id
 from sowatch.procfs import MapRow, Miss, ProcFs, Stat
 from sowatch.registry import FileRegistry
 from sowatch.rules import RuleSet
-from sowatch.tracker import Name
+from sowatch.spaces import Name
 
 __all__ = ["Desk", "check_process", "explain"]
 

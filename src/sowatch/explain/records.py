@@ -15,7 +15,7 @@ from sowatch.audit import Difference
 from sowatch.events import SCHEMA, Library, LibraryEvent, Process, library_dict, process_dict, ranges_list
 from sowatch.identity import FileId
 from sowatch.sources import Followed, Verdicts
-from sowatch.tracker import Name
+from sowatch.spaces import Name
 
 __all__ = [
     "Blocked",
@@ -89,7 +89,7 @@ class Known(NamedTuple):
     """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
 
     ``followed`` is the kernel's entry of the process that was asked for. ``own_view`` is the root of
-    the agent as `sowatch.tracker.Name.view` has it.
+    the agent as `sowatch.spaces.Name.view` has it.
     """
 
     processes: Mapping[int, KnownProcess]
