@@ -137,7 +137,7 @@ def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...],
         except SowatchError as error:
             found = _translate(error) if rung.needs_bpf else error
             attempts.append(LoadAttempt(strategy, False, _reason(found)))
-            LOG.warning("strategy %s does not work here: %s", strategy, attempts[-1].error)
+            LOG.info("strategy %s does not work here: %s", strategy, attempts[-1].error)
             first = first or found
             if isinstance(found, NotPermitted | LibbpfMissing):
                 no_bpf = found
