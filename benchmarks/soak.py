@@ -15,15 +15,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from benchmarks.common import Figure, machine, table
 
-from sowatch import Rule, Watcher
+from sowatch import LibraryEvent, Rule, Watcher
+from sowatch.identity import FileId
 from sowatch.rules import KINDS
+from sowatch.subscriptions import Subscription
 from support import workload
 
 WORKLOAD = Path(workload.__file__)
@@ -46,8 +47,8 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
     watcher = Watcher(Rule(None, kind=KINDS))
     subscription = watcher.subscribe()
     watcher.start()
-    events = threading.Thread(target=deque, args=(subscription, 0), daemon=True)
-    events.start()
+    reader = Reader(subscription)
+    reader.start()
     is_over = threading.Event()
     runs: list[int] = []
     worker = threading.Thread(target=work, args=(directory, is_over, runs))
@@ -83,6 +84,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
         Figure(f"audits in {seconds / 60:.3g} minutes", audits, ""),
         Figure("differences found", divergences, "", aim=0),
         Figure("workload runs of some 100 processes", len(runs), ""),
+        Figure("loads and unloads that do not alternate", reader.astray, "", aim=0),
         Figure("loads told", stats.loads, ""),
         Figure("unloads told", stats.unloads, ""),
         Figure("facts lost in the kernel", stats.lost_kernel, ""),
@@ -92,6 +94,26 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
         Figure("resident memory at the end", rss[-1], "MB", f"{min(settled):.4g} to {max(settled):.4g}"),
         Figure("descriptors, growth", fds[-1] - fds[0], ""),
     ]
+
+
+class Reader(threading.Thread):
+    """Reads every event; counts loads of what was loaded already, and unloads of what was not."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        super().__init__(daemon=True)
+        self.subscription = subscription
+        self.held: set[tuple[int, int, FileId]] = set()
+        self.astray = 0
+
+    def run(self) -> None:
+        for event in self.subscription:
+            if not isinstance(event, LibraryEvent) or event.process is None or event.event not in ("load", "unload"):
+                continue
+            key = event.process.pid, event.process.start_ns, event.library.id
+            if (event.event == "load") == (key in self.held):
+                self.astray += 1
+                print(f"   {event.event}, cause {event.cause}, does not alternate: {event.library.path}", flush=True)
+            (self.held.add if event.event == "load" else self.held.discard)(key)
 
 
 def work(directory: Path, is_over: threading.Event, runs: list[int]) -> None:
