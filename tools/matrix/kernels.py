@@ -177,18 +177,8 @@ class KnownFault:
 
 KNOWN_FAULTS: Final = (
     KnownFault(
-        "tests.kernel.test_identity::test_one_lower_file_through_two_overlays_is_one_file_under_two_paths",
-        _FROM_6_12,
-        "the flag of backing files is looked for in the wrong bit, so paths below an overlay are those of its layer",
-    ),
-    KnownFault(
         "tests.kernel.test_identity::test_one_btrfs_file_in_two_subvolumes_is_two_files",
-        _FROM_6_12,
+        _FROM_6_1,
         "btrfs as a module that comes after the programs were loaded: its types are unknown to them",
-    ),
-    KnownFault(
-        "tests.kernel.test_identity::test_a_memfd_is_called_by_its_name_and_deleted[jit code]",
-        frozenset({"newest"}),
-        "a memfd is told without its name",
     ),
 )

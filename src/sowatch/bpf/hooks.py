@@ -1,7 +1,7 @@
 """The two sets of hooks on the system calls that change mappings.
 
 May import ``errors`` and ``bpf.binding``. A set chooses its programs of an object before that is loaded,
-and attaches them afterwards. docs/decisions/0005-trampolines.md says why there are two.
+and attaches them afterwards. docs/decisions/0009-trampolines.md says why there are two.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@
  *
  * Two sets of hooks, of which user space loads one: syscall tracepoints, which every kernel has
  * and every system call pays for, and trampolines on the system calls' own functions, which cost
- * the others nothing. docs/decisions/0005-trampolines.md.
+ * the others nothing. docs/decisions/0009-trampolines.md.
  */
 #include "processes.bpf.h"
 #include "reader.bpf.h"
