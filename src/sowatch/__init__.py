@@ -32,8 +32,10 @@ explain     why a process or file is, or is not, in the map
 subscriptions  a reader's bounded queue, which knows how to catch up
 publisher   from changes of the map to events
 engine      the thread that drains, reads again, repairs
+workers     callbacks of rules
 watcher     puts it together
 telemetry   metrics, exporters, sinks for events
+agent       sowatch serve: configuration, HTTP, debugger
 cli         the command, one file a subcommand
 
 Importing this module loads none of them: names are fetched on first use.

@@ -27,9 +27,9 @@ from sowatch.identity import FileId, ProcessId
 from sowatch.polling import ProcfsSource
 from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher
-from sowatch.rules import RuleSet
+from sowatch.rules import Rule, RuleSet
 from sowatch.sources import EventSource, Losses, Reading, Report
-from sowatch.spaces import Change, Name
+from sowatch.spaces import Change, Name, Tracked
 from sowatch.tracker import LIVE, Causes, Tracker
 
 __all__ = ["Engine"]
@@ -60,7 +60,11 @@ SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
 
+#: A call that was under way when the rules changed has mapped its file after this.
+RULES_SECOND_LOOK_S: Final = 1.0
+
 REPAIR: Final = Causes("repair", "repair")
+RULES: Final = Causes("snapshot", "rules")
 SNAPSHOT: Final = Causes("snapshot", "repair")
 
 
@@ -103,6 +107,9 @@ class Engine:
         self._repair_at: float | None = None
         self._repair_wait_s = 0.1
         self._strangers_at = 0.0
+        self._rules_again_at: float | None = None
+        #: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
+        self.turned_s = time.monotonic()
         self._can_read_one = True
         #: Throttled processes that are to be read before their losses are repaired, and what that told.
         self._throttled: set[int] = set()
@@ -190,6 +197,57 @@ class Engine:
             process.id: {file_id: tuple(one.ranges) for file_id, one in process.space.files.items()}
             for process in self._tracker.processes()
         }
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread is there to answer; from any thread."""
+        return self._thread is not None and not self._has_ended
+
+    def set_rules(self, rules: RuleSet, take_over: Callable[[], None], done: Callable[[], None]) -> None:
+        """Watches by other rules from now on; on the engine's thread, see `ask`.
+
+        Args:
+            rules: the new ones.
+            take_over: called when the last event of the old rules was told.
+            done: called when everything that is mapped was told by the new ones.
+        """
+        self._flush()
+        self._publisher.in_turn(lambda: self._publisher.change_rules(rules, take_over))
+        self._tracker.set_rules(rules)
+        self._base = Report.IMAGES if rules.wants_images else Report.NOTHING
+        # In this order: whatever the kernel drops by an old answer is there to be read.
+        self._source.new_epoch()
+        self._read_for_rules()
+        self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
+        self._publisher.in_turn(done)
+        self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
+
+    def look_again(self, pid: int, rule: Rule) -> None:
+        """Reads a process, and tells of what the rule wants and it was not told to have; on the engine's thread."""
+        self._tracker.dirty.setdefault(pid, LIVE)
+        self._settle_doubts()
+        self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
+
+    def _mapped(
+        self, is_meant: Callable[[Tracked], bool], wants: Callable[[str], bool] = lambda _: True
+    ) -> list[Change]:
+        """What is mapped now, as if it were loaded now."""
+        now_ns = time.monotonic_ns()
+        return [
+            Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), one.name, tuple(one.ranges))
+            for process, one in self._tracker.mappings()
+            if is_meant(process) and wants(one.name.path)
+        ]
+
+    def _read_for_rules(self) -> None:
+        since_ns = time.monotonic_ns()
+        self._forget_vanished(self._read_everything(RULES), since_ns)
+        if self._silent:
+            # What was mapped before is not news, whatever the rules are.
+            changes = self._tracker.take_changes()
+            self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
+            self._publisher.publish([one for one in changes if one.cause != RULES.load])
+        self._flush()
 
     @property
     def poll_interval_s(self) -> float | None:
@@ -305,8 +363,7 @@ class Engine:
     def _next_work_at(self, next_tick: float) -> float:
         """When there is something to do even if the kernel says nothing."""
         times = [next_tick, *self._due.values(), *(when for when, _ in self._narrow_due.values())]
-        if self._repair_at is not None:
-            times.append(self._repair_at)
+        times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
         if self._tracker.has_strangers:
             times.append(self._strangers_at)
         return min(times)
@@ -318,6 +375,9 @@ class Engine:
             self._reread()
         if self._repair_at is not None and time.monotonic() >= self._repair_at:
             self._repair()
+        if self._rules_again_at is not None and now >= self._rules_again_at:
+            self._rules_again_at = None
+            self._read_for_rules()
         if self._tracker.has_strangers and now >= self._strangers_at:
             self._look_for_strangers()
 
@@ -373,6 +433,7 @@ class Engine:
                 self._tracker.settled(pid, start_ns)
 
     def _tick(self) -> None:
+        self.turned_s = time.monotonic()
         self._source.tick()
         self._check_losses()
         self._publisher.flush(time.monotonic())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
-from sowatch.events import EVENT_KINDS, Event, Library, LibraryEvent
+from sowatch.events import EVENT_KINDS, Event, Library, LibraryEvent, Process
 from sowatch.identity import FileId, ProcessId
 from sowatch.inspector import FileFacts, Inspection, Inspector, host_path
 from sowatch.registry import FileRegistry
@@ -62,7 +62,7 @@ class Publisher:
         self._proc_root = proc_root
         #: The agent's own view of the file system, as `tracker.Name.view` has it.
         self.own_view = b""
-        self._waiting: deque[tuple[Change, Inspection] | Callable[[], Event]] = deque()
+        self._waiting: deque[tuple[Change, Inspection] | Callable[[], None]] = deque()
         self._held: Held = {}
         self._silent: set[tuple[ProcessId, FileId]] = set()
         self._libraries: dict[tuple[int, str], tuple[Name, Library]] = {}
@@ -111,6 +111,10 @@ class Publisher:
         """The published map: the load event of every mapping."""
         return {process: dict(files) for process, files in list(self._held.items())}
 
+    def held_of(self, pid: int) -> list[LibraryEvent]:
+        """The load events of one process; on the engine's thread."""
+        return [event for process, files in self._held.items() if process.pid == pid for event in files.values()]
+
     def counts(self) -> tuple[int, int, int]:
         """Processes, files and mappings in the published map."""
         held = list(self._held.values())
@@ -136,6 +140,24 @@ class Publisher:
             self._waiting.append((change, self._inspect(change)))
         self.hand_over()
 
+    def look_again(self, changes: list[Change], *, only_held: bool = False) -> None:
+        """Takes loads of what is mapped already: each is told unless it was, under the rule that wants it now.
+
+        Args:
+            changes: loads.
+            only_held: leave out what is not published, such as the baseline that was taken silently.
+        """
+
+        def begin() -> None:
+            known = changes
+            if only_held:
+                known = [one for one in changes if one.name.file_id in self._held.get(one.process.id, {})]
+            wanted = [(one, self._inspect(one)) for one in known if self.selection.wants(one)]
+            self._waiting.extendleft(reversed(wanted))
+
+        self.in_turn(begin)
+        self.flush(time.monotonic())
+
     def take_silently(self, changes: list[Change]) -> None:
         """Takes the baseline of a watch without a snapshot: neither its loads nor their unloads are told."""
         self._silent.update((change.process.id, change.name.file_id) for change in changes if change.is_load)
@@ -149,11 +171,36 @@ class Publisher:
 
     def announce(self, make: Callable[[], Event]) -> None:
         """Takes a control event, made when its turn comes."""
+        self.in_turn(lambda: self.emit(make()))
+
+    def in_turn(self, action: Callable[[], None]) -> None:
+        """Does something once everything taken before it was told."""
         if self._waiting:
-            self._waiting.append(make)
+            self._waiting.append(action)
         else:
-            self.emit(make())
+            action()
             self.hand_over()
+
+    def change_rules(self, rules: RuleSet, take_over: Callable[[], None]) -> None:
+        """From its turn on, other rules hold. What a rule had that goes, or that calls others now, is unloaded.
+
+        Args:
+            rules: the new ones.
+            take_over: called when that was told, before anything is told of the new rules.
+        """
+        stays = {rule.name for rule in rules if (old := self._rules.named(rule.name)) and old.calls_the_same_as(rule)}
+        self._rules = rules
+        self.let_go(lambda load: load.rule not in stays)
+        take_over()
+
+    def let_go(self, is_meant: Callable[[LibraryEvent], bool]) -> int:
+        """Unloads by order, cause ``rules``, what was told by these load events; how many."""
+        found = [event for files in self._held.values() for event in files.values() if is_meant(event)]
+        now_ns = time.monotonic_ns()
+        for load in found:
+            assert load.process is not None
+            self._forget(load.process, load.library.id, "rules", now_ns)
+        return len(found)
 
     def flush(self, now_s: float) -> None:
         """Goes on with what waited for facts that are there, or that took too long."""
@@ -173,7 +220,7 @@ class Publisher:
                 self._tell(change, facts)
             else:
                 waiting.popleft()
-                self.emit(item())
+                item()
         self.hand_over()
 
     def flush_all(self) -> None:
@@ -224,10 +271,16 @@ class Publisher:
         if kind == "library" and (facts.is_elf is False or (name.is_anonymous and not facts.is_elf)):
             kind = "other"
         rule = self._rules.match(name.path, kind, facts.exports)
+        process = change.process
+        held = self._held.get(process.id, {}).get(name.file_id)
+        if held is not None:
+            # Looked at again, as rules have changed.
+            if isinstance(rule, Rule) and rule.name == held.rule:
+                return
+            self._forget(process, name.file_id, "rules", change.t_ns)
         if not isinstance(rule, Rule):
             self.unresolved += self._rules.needs_exports and facts.is_elf is None
             return
-        process = change.process
         library = self._library(change, kind, facts)
         now_ns = time.time_ns()
         event = LibraryEvent("load", rule.name, library, process, change.cause, change.t_ns, now_ns, change.ranges)
@@ -243,18 +296,21 @@ class Publisher:
         self.emit(event)
 
     def _unload(self, change: Change) -> None:
-        process_id = change.process.id
-        files = self._held.get(process_id)
-        load = files.pop(change.name.file_id, None) if files is not None else None
+        self._forget(change.process, change.name.file_id, change.cause, change.t_ns)
+
+    def _forget(self, process: Process, file: FileId, cause: str, t_ns: int) -> None:
+        """Tells that a process has a file no more, if it was told that it has."""
+        files = self._held.get(process.id)
+        load = files.pop(file, None) if files is not None else None
         if files is None or load is None:
             return
         if not files:
-            del self._held[process_id]
+            del self._held[process.id]
         now_ns = time.time_ns()
         self.unloads += 1
-        self.emit(LibraryEvent("unload", load.rule, load.library, change.process, change.cause, change.t_ns, now_ns))
-        if self._registry.release(load.rule, change.name.file_id, process_id):
-            self.emit(LibraryEvent("deactivate", load.rule, load.library, None, None, change.t_ns, now_ns))
+        self.emit(LibraryEvent("unload", load.rule, load.library, process, cause, t_ns, now_ns))
+        if self._registry.release(load.rule, file, process.id):
+            self.emit(LibraryEvent("deactivate", load.rule, load.library, None, None, t_ns, now_ns))
 
     def _library(self, change: Change, kind: str, facts: FileFacts) -> Library:
         name = change.name

@@ -103,6 +103,13 @@ class Rule:
         """Whether the rule needs a worker thread."""
         return any((self.on_load, self.on_unload, self.on_activate, self.on_deactivate))
 
+    def calls_the_same_as(self, other: Rule) -> bool:
+        """Whether both have the same name and the same callbacks, so that one can go on with the other's work."""
+        return self._works() == other._works()
+
+    def _works(self) -> tuple[Any, ...]:
+        return (self.name, self.on_load, self.on_unload, self.on_activate, self.on_deactivate)
+
     def matches_path(self, path: str) -> bool:
         """Whether the pattern is found in ``path`` (surrogate escapes stand for raw bytes)."""
         return self._search is None or self._search(path) is not None
@@ -142,6 +149,15 @@ class RuleSet:
 
     def __len__(self) -> int:
         return len(self._rules)
+
+    def named(self, name: str) -> Rule | None:
+        """The rule of that name."""
+        return next((rule for rule in self._rules if rule.name == name), None)
+
+    @property
+    def exports(self) -> frozenset[str]:
+        """Every symbol that some rule asks for."""
+        return frozenset[str]().union(*(rule.exports for rule in self._rules))
 
     @property
     def needs_exports(self) -> bool:

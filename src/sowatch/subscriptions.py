@@ -166,10 +166,19 @@ class Subscription:
 
     def catch_up(self) -> None:
         """Repairs the reader's view once it has made room; called from time to time."""
-        if self._seen is None or self.waiting > self._limit // 4:
-            return
+        if self._seen is not None and self.waiting <= self._limit // 4:
+            self._tell_what_it_missed(self._seen)
+
+    def finish(self) -> None:
+        """The last word to this reader alone, once it was told what it missed."""
+        if self._seen is not None:
+            self._tell_what_it_missed(self._seen)
+        self._publisher.unsubscribe(self)
+        self.end()
+
+    def _tell_what_it_missed(self, seen: Held) -> None:
         begun = time.monotonic()
-        seen, self._seen = self._seen, None
+        self._seen = None
         missed, self._missed = self._missed, 0
         now_ns = time.time_ns()
         self._put_control(Lost(now_ns, missed, "queue"))
@@ -220,7 +229,8 @@ def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
     activated: set[tuple[str, FileId]] = set()
     for process, files in seen.items():
         for file, old in files.items():
-            if file not in now.get(process, {}):
+            kept = now.get(process, {}).get(file)
+            if kept is None or kept.rule != old.rule:
                 yield _again(old, "unload", "repair", now_ns)
     gone: set[tuple[str, FileId]] = set()
     for files in seen.values():
@@ -231,7 +241,8 @@ def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
                 yield _again(old, "deactivate", None, now_ns)
     for process, files in now.items():
         for file, new in files.items():
-            if file in seen.get(process, {}):
+            known = seen.get(process, {}).get(file)
+            if known is not None and known.rule == new.rule:
                 continue
             key = (new.rule, file)
             if key not in before and key not in activated:

@@ -8,12 +8,11 @@ rule with callbacks has a worker thread of its own, so a slow callback delays on
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -21,28 +20,26 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from sowatch.audit import AuditReport, audit
 from sowatch.config import Config
 from sowatch.engine import Engine
-from sowatch.errors import ProcessGone, SowatchError, UsageError
+from sowatch.errors import SowatchError, UsageError
 from sowatch.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
 from sowatch.explain import Desk, PathReport, ProcessReport, explain
-from sowatch.identity import FileId
-from sowatch.inspector import Inspector, open_mapped
+from sowatch.inspector import Inspector
 from sowatch.ladder import open_source
-from sowatch.latency import CALLBACKS, RuleTimings
+from sowatch.latency import RuleTimings
 from sowatch.processes import container_id
-from sowatch.procfs import ProcFs
+from sowatch.procfs import Miss, ProcFs
 from sowatch.publisher import Publisher, Selection
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
 from sowatch.sources import EventSource, Losses
 from sowatch.subscriptions import Subscription
 from sowatch.tracker import Tracker
+from sowatch.workers import ActiveFile, RuleWorker
 
 if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"]
-
-LOG = logging.getLogger("sowatch")
 
 T = TypeVar("T")
 
@@ -94,163 +91,6 @@ class Stats:
     poll_interval_s: float | None = None
 
 
-class ActiveFile:
-    """What ``on_activate`` gets: the library, and an open descriptor of that very file.
-
-    The descriptor is the watcher's and is closed when ``on_activate`` has returned; ``os.dup`` it
-    to keep it. ``path`` opens the same inode, whatever has become of its name.
-    """
-
-    __slots__ = ("_fd", "library")
-
-    def __init__(self, library: Library, fd: int) -> None:
-        self.library = library
-        self._fd = fd
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the descriptor can be used."""
-        return self._fd >= 0
-
-    def fileno(self) -> int:
-        """The descriptor.
-
-        Raises:
-            SowatchError: it was closed.
-        """
-        if self._fd < 0:
-            raise SowatchError(
-                "the file was closed when on_activate returned. Use os.dup(file.fileno()) in on_activate to keep it."
-            )
-        return self._fd
-
-    @property
-    def path(self) -> str:
-        """``/proc/self/fd/N``: attach through this, never through a name that may change."""
-        return f"/proc/self/fd/{self.fileno()}"
-
-    def close(self) -> None:
-        """Closes the descriptor. Safe to call again."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
-class _Worker:
-    """Runs the callbacks of one rule, in the order things happened."""
-
-    def __init__(self, rule: Rule, subscription: Subscription, registry: FileRegistry, proc: ProcFs) -> None:
-        self._rule = rule
-        self._subscription = subscription
-        self._registry = registry
-        self._proc = proc
-        self._active: dict[FileId, ActiveFile] = {}
-        self.errors = 0
-        self.timings = RuleTimings([name for name in CALLBACKS if getattr(rule, name) is not None])
-        #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
-        self.live_since_ns = sys.maxsize
-        self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
-        self._thread.start()
-
-    @property
-    def rule_name(self) -> str:
-        return self._rule.name
-
-    def join(self, timeout_s: float) -> None:
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                LOG.warning("a callback of rule %r is still running after %.1f s", self._rule.name, timeout_s)
-
-    def _run(self) -> None:
-        for event in self._subscription:
-            if not isinstance(event, LibraryEvent):
-                continue
-            if event.event == "activate":
-                self._activate(event)
-            elif event.event == "deactivate":
-                self._deactivate(event)
-            elif event.event == "load":
-                self._call("on_load", self._rule.on_load, event)
-            elif event.event == "unload":
-                self._call("on_unload", self._rule.on_unload, event)
-
-    def _activate(self, event: LibraryEvent) -> None:
-        rule = self._rule
-        if rule.on_activate is None and rule.on_deactivate is None:
-            return
-        process = event.process
-        self._registry.activate(
-            rule.name,
-            event.library,
-            lambda library: self._open_and_call(event, library),
-            deactivate=self._after_failure,
-            process=None if process is None else process.id,
-        )
-
-    def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
-        begun_s = time.monotonic()
-        try:
-            self._attach(event, library)
-        finally:
-            self.timings.attach.observe(time.monotonic() - begun_s)
-
-    def _attach(self, event: LibraryEvent, library: Library) -> None:
-        assert event.process is not None
-        fd = open_mapped(
-            self._proc,
-            event.process.pid,
-            library.id,
-            library.path,
-            event.ranges,
-            is_own_view=library.host_path == library.path,
-            is_deleted=library.deleted,
-        )
-        if fd is None:
-            raise ProcessGone(event.process.pid)
-        file = ActiveFile(library, fd)
-        self._active[library.id] = file
-        try:
-            if self._rule.on_activate is not None:
-                self._note_delay("on_activate", event)
-                self._timed("on_activate", self._rule.on_activate, file)
-        finally:
-            file.close()
-
-    def _after_failure(self, library: Library) -> None:
-        self._call_deactivate(library)
-
-    def _deactivate(self, event: LibraryEvent) -> None:
-        self._registry.deactivate(self._rule.name, event.library.id, self._call_deactivate)
-
-    def _call_deactivate(self, library: Library) -> None:
-        file = self._active.pop(library.id, None)
-        if self._rule.on_deactivate is not None:
-            self._timed("on_deactivate", self._rule.on_deactivate, file or ActiveFile(library, -1))
-
-    def _timed(self, name: str, callback: Callable[[T], Any], argument: T) -> None:
-        begun_s = time.monotonic()
-        try:
-            callback(argument)
-        finally:
-            self.timings.callbacks[name].observe(time.monotonic() - begun_s)
-
-    def _note_delay(self, name: str, event: LibraryEvent) -> None:
-        if event.t_ns is not None and event.t_ns > self.live_since_ns and event.cause != "repair":
-            self.timings.delays[name].observe((time.monotonic_ns() - event.t_ns) / 1e9)
-
-    def _call(self, name: str, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
-        if callback is None:
-            return
-        if name == "on_load":
-            self._note_delay(name, event)
-        try:
-            self._timed(name, callback, event)
-        except Exception:
-            self.errors += 1
-            LOG.exception("a callback of rule %r raised", self._rule.name)
-
-
 class Watcher:
     r"""Watches the whole host, and tells of the libraries that its rules want.
 
@@ -292,7 +132,11 @@ class Watcher:
         self.registry = FileRegistry(config)
         self._inspector: Inspector | None = None
         self._engine: Engine | None = None
-        self._workers: list[_Worker] = []
+        #: Replaced as a whole, on the engine's thread once that runs.
+        self._workers: tuple[RuleWorker, ...] = ()
+        self._retired: tuple[RuleWorker, ...] = ()
+        self._retired_errors = 0
+        self._changing_rules = threading.Lock()
         self._lock = threading.RLock()
         self._is_started = False
         self._is_stopped = False
@@ -300,8 +144,6 @@ class Watcher:
         self._audits = 0
         self._audit_differences = 0
         self._stopped = threading.Event()
-        exports = frozenset[str]().union(*(rule.exports for rule in self._rules))
-        self._exports = exports
         self._publisher = Publisher(
             self._rules,
             self.registry,
@@ -341,12 +183,9 @@ class Watcher:
             silent_baseline=not self._wants_snapshot,
         )
         self._engine = engine
-        self._inspector = Inspector(proc=self._proc, exports=self._exports, on_done=engine.wake)
+        self._inspector = Inspector(proc=self._proc, exports=self._rules.exports, on_done=engine.wake)
         self._publisher.inspector = self._inspector
-        for rule in self._rules:
-            if rule.has_callbacks:
-                subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
-                self._workers.append(_Worker(rule, subscription, self.registry, self._proc))
+        self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
         engine.look_at_ourselves()
         self._publisher.selection = Selection(
             self._pids, self._container, engine.own_pid if self._exclude_self else None
@@ -355,6 +194,10 @@ class Watcher:
         for worker in self._workers:
             worker.live_since_ns = time.monotonic_ns()
         return ready
+
+    def _new_worker(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
+        subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
+        return RuleWorker(rule, subscription, self.registry, self._proc, after)
 
     def stop(self) -> None:
         """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
@@ -367,7 +210,7 @@ class Watcher:
             # Once more if the engine's thread did so: whoever waits for events must not wait for ever.
             self._publisher.end()
             deadline = time.monotonic() + WORKER_STOP_S
-            for worker in self._workers:
+            for worker in (*self._workers, *self._retired):
                 worker.join(max(0.0, deadline - time.monotonic()))
             if self._inspector is not None:
                 self._inspector.close(max(0.0, deadline - time.monotonic()))
@@ -447,7 +290,11 @@ class Watcher:
             SowatchError: the watch is not running.
         """
         engine = self._running_engine()
-        report = audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+        while True:
+            rules = self._rules
+            report = audit(lambda: engine.ask(engine.view), self._proc, rules)
+            if rules is self._rules:
+                break  # else the map followed others in the middle of it
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)
@@ -485,6 +332,154 @@ class Watcher:
         return engine
 
     @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules in force, in order."""
+        return tuple(self._rules)
+
+    def set_rules(self, *rules: Rule) -> None:
+        """Watches by other rules from now on, without a gap. Returns once everything mapped was told by them.
+
+        What no rule wants any more is unloaded with cause ``rules``, what is wanted now loaded with cause
+        ``snapshot`` (unless the watch began without a snapshot), and what another rule wants both. Rules
+        go on if their name and callbacks stay; a worker thread of the others ends or begins. Any thread
+        but a callback's may call.
+
+        Raises:
+            SowatchError: the watch is not running, or ended meanwhile.
+            UsageError: two rules of one name.
+        """
+        new = RuleSet(rules)
+        with self._changing_rules:
+            engine = self._running_engine()
+            before = self._inspector
+            if new.exports - self._rules.exports:
+                # What it knows of files lacks the symbols that are asked for now.
+                self._inspector = Inspector(proc=self._proc, exports=new.exports, on_done=engine.wake)
+            done: Future[None] = Future()
+
+            def change() -> None:
+                self._rules = new
+                self._publisher.inspector = self._inspector
+                engine.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
+
+            try:
+                engine.ask(change)
+                self._wait_for(done, engine)
+            finally:
+                if before is not None and before is not self._inspector:
+                    before.close()
+
+    def _hand_over_to(self, rules: RuleSet) -> None:
+        """Ends the workers of rules that are gone, and begins those of new ones; on the engine's thread."""
+        now = {rule.name: rule for rule in rules if rule.has_callbacks}
+        stay = [one for one in self._workers if (rule := now.get(one.rule.name)) and one.rule.calls_the_same_as(rule)]
+        leave = {one.rule.name: one for one in self._workers if one not in stay}
+        for worker in leave.values():
+            worker.retire()
+        begin = [rule for rule in now.values() if rule.name not in {one.rule.name for one in stay}]
+        self._retired_errors += sum(one.errors for one in self._retired if one.has_ended)
+        self._retired = (*(one for one in self._retired if not one.has_ended), *leave.values())
+        self._workers = (*stay, *(self._new_worker(rule, leave.get(rule.name)) for rule in begin))
+
+    def attach_pid(self, pid: int, rule: str) -> int:
+        """Looks at a process once more, by hand: what the rule wants is told and activated if it was not.
+
+        Activations that failed are tried again, unless their file is blocked.
+
+        Args:
+            pid: in the initial pid namespace.
+            rule: name of a rule in force.
+
+        Returns:
+            How many files the process holds under the rule now.
+
+        Raises:
+            SowatchError: there is no such process, or it has nothing that the rule wants.
+        """
+        wanted, engine = self._rule_named(rule), self._running_engine()
+        if isinstance(self._proc.stat(pid), Miss):
+            raise SowatchError(f"there is no process {pid}. Look for the right one with `ps -e`.")
+
+        def settle() -> int:
+            held = [one for one in self._publisher.held_of(pid) if one.rule == rule]
+            idle = {one.library.id for one in self.registry.files() if one.rule == rule and one.state == "held"}
+            for worker in self._workers:
+                if worker.rule.name == rule:
+                    for load in held:
+                        if load.library.id in idle:
+                            worker.retry(load)
+            return len(held)
+
+        answer: Future[int] = Future()
+
+        def look() -> None:
+            engine.look_again(pid, wanted)
+            self._publisher.in_turn(lambda: answer.set_result(settle()))
+
+        engine.ask(look)
+        held = self._wait_for(answer, engine)
+        if not held:
+            raise SowatchError(f"no rules matched for pid {pid}. See `sowatch explain {pid}`.")
+        return held
+
+    def detach_pid(self, pid: int, rule: str) -> int:
+        """Takes away by hand what a process holds under a rule: unloads with cause ``rules``, and deactivations.
+
+        It stays so until the process maps the file anew, or `attach_pid` or `set_rules` looks again.
+
+        Args:
+            pid: in the initial pid namespace.
+            rule: name of a rule in force.
+
+        Returns:
+            How many files it held.
+
+        Raises:
+            SowatchError: it held none.
+        """
+        self._rule_named(rule)
+        engine = self._running_engine()
+        answer: Future[int] = Future()
+
+        def let_go() -> None:
+            count = self._publisher.let_go(
+                lambda load: load.rule == rule and load.process is not None and load.process.pid == pid
+            )
+            answer.set_result(count)
+
+        engine.ask(lambda: self._publisher.in_turn(let_go))
+        held = self._wait_for(answer, engine)
+        if not held:
+            raise SowatchError(f"pid {pid} is not registered. See `sowatch debug traced`.")
+        return held
+
+    def _rule_named(self, name: str) -> Rule:
+        rule = self._rules.named(name)
+        if rule is None:
+            raise UsageError(f"there is no rule {name!r}. Use one of: {', '.join(one.name for one in self._rules)}.")
+        return rule
+
+    @staticmethod
+    def _wait_for(answer: Future[T], engine: Engine) -> T:
+        """What comes in the publisher's turn, which a file system that hangs may delay by seconds."""
+        while True:
+            try:
+                return answer.result(timeout=0.5)
+            except TimeoutError:
+                if not engine.is_running and not answer.done():
+                    raise SowatchError("the watch has ended. Ask before stop().") from None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has neither been stopped nor failed."""
+        return self._engine is not None and self._engine.is_running and not self._is_stopped
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the draining thread last went round; more than a few mean that it hangs."""
+        return 0.0 if self._engine is None else time.monotonic() - self._engine.turned_s
+
+    @property
     def stats(self) -> Stats:
         """Figures so far."""
         processes, libraries, mappings = self._publisher.counts()
@@ -502,7 +497,7 @@ class Watcher:
             repairs=0 if engine is None else engine.repairs,
             rereads=0 if engine is None else engine.rereads,
             unresolved=self._publisher.unresolved,
-            callback_errors=sum(worker.errors for worker in self._workers),
+            callback_errors=self._retired_errors + sum(one.errors for one in (*self._workers, *self._retired)),
             records=0 if engine is None else engine.records,
             losses=Losses() if engine is None else engine.losses,
             audits=self._audits,
@@ -513,7 +508,7 @@ class Watcher:
     @property
     def timings(self) -> dict[str, RuleTimings]:
         """How long callbacks took, by rule; rules without callbacks have none."""
-        return {worker.rule_name: worker.timings for worker in self._workers}
+        return {worker.rule.name: worker.timings for worker in self._workers}
 
     @property
     def is_repaired(self) -> bool:

@@ -1,6 +1,6 @@
 """The command `sowatch`: one file a command, whose docstring is its help.
 
-watch, list, doctor   the commands: `configure` adds options, `run` does it and returns the exit code
+watch, list, ...      the commands: `configure` adds options, `run` does it and returns the exit code
 _main                 from the words of a command line to an exit code
 _options              the options they share, and the seam to the watcher (`OpenWatcher`)
 _parser               argparse with errors that are ours

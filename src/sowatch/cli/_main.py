@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "list": "Which process has which library mapped, now.",
     "audit": "Is the map right? Compares it with an independent reading of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
+    "serve": "The agent: metrics, debugger, inventory and events over HTTP.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 

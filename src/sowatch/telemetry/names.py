@@ -74,6 +74,10 @@ UNRESOLVED: Final = _define(
 CALLBACK_ERRORS: Final = _define("counter", "watcher.callback_errors", "Exceptions that callbacks of rules raised.")
 AUDITS: Final = _define("counter", "audit.runs", "Comparisons of the map with /proc that ran to their end.")
 AUDIT_DIFFERENCES: Final = _define("gauge", "audit.differences", "Differences that the last comparison found.")
+AUDIT_SECONDS: Final = _define("gauge", "audit.duration_seconds", "Time that the agent's last comparison took.")
+AUDIT_TIME: Final = _define(
+    "gauge", "audit.timestamp_seconds", "When the agent's last comparison ended, in seconds since the epoch."
+)
 
 CALLBACK_SECONDS: Final = _define(
     "histogram", "callback.duration_seconds", "Time that callbacks of rules took.", "rule", "callback"
@@ -165,6 +169,13 @@ SINK_UP: Final = _define("gauge", "sink.up", "1 if a sink's last delivery succee
 
 EXPORTER_PUSHES: Final = _define("counter", "exporter.pushes", "Deliveries of metrics that succeeded.", "exporter")
 EXPORTER_ERRORS: Final = _define("counter", "exporter.errors", "Deliveries of metrics that failed.", "exporter")
+
+CONFIG_LOADS: Final = _define(
+    "counter", "config.loads", "Configurations that were read, by result: ok or invalid.", "result"
+)
+CONFIG_VALID: Final = _define(
+    "gauge", "config.valid", "1 if the configuration is the one in force, 0 if it cannot be used and an older one is."
+)
 
 OVERFLOW: Final = _define(
     "counter",

@@ -1,0 +1,14 @@
+"""The agent: `sowatch serve`. One process that watches the host and answers over HTTP.
+
+May import every room above it in ARCHITECTURE.md. Needs the extra ``sowatch[agent]``.
+
+* ``settings.py``: configuration file, environment and flags in one frozen value.
+* ``hub.py``: the events of the watch, for any number of HTTP clients.
+* ``debugger.py``: what is traced, what is blocked, attach and detach by hand.
+* ``webapp.py``: the routes; ``bounds.py``: what no client may exceed; ``servers.py``: sockets and the
+  thread that serves them.
+* ``outputs.py``: sinks and exporters, replaced while it runs.
+* ``reload.py``: notices changes of the configuration file.
+* ``privileges.py``, ``notify.py``, ``logs.py``: capabilities, systemd, log lines.
+* ``daemon.py``: puts them together, and ends them.
+"""

@@ -1,0 +1,139 @@
+"""What no client may exceed: time to say what it wants, time to read, size of a body, names of the host.
+
+May import nothing of the package. uvicorn bounds the size of heads and the number of
+connections, but waits for ever for a client that sends its head byte by byte, or reads nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any, Final
+
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+__all__ = ["BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "HostCheck", "read_body"]
+
+#: A connection without a request under way is closed after this.
+IDLE_S: Final = 10.0
+#: A client that takes nothing for so long is cut off.
+STUCK_S: Final = 30.0
+#: How long a body may take, and how large it may be: a pid and a name.
+BODY_S: Final = 5.0
+BODY_BYTES: Final = 16 << 10
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class BodyTooLarge(Exception):
+    """The client sent more than `BODY_BYTES`."""
+
+
+class BodyTooSlow(Exception):
+    """The body did not arrive within `BODY_S`, or the client went away."""
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with the two bounds that it lacks."""
+
+    _idle: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there; its first head is waited for."""
+        super().connection_made(transport)
+        self._expect_a_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        for timer in (self._idle, self._stuck):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """One request is answered; the next head is waited for."""
+        super().on_response_complete()
+        self._expect_a_request()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        if self._stuck is None:
+            self._stuck = self.loop.call_later(STUCK_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+        super().resume_writing()
+
+    def _expect_a_request(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = self.loop.call_later(IDLE_S, self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        # uvicorn's annotation leaves out that there is none before the first request.
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.abort()
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        BodyTooLarge: it is larger than `BODY_BYTES`.
+        BodyTooSlow: it did not come in time.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise BodyTooSlow
+                body += message.get("body", b"")
+                if len(body) > BODY_BYTES:
+                    raise BodyTooLarge
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError as error:
+        raise BodyTooSlow from error
+
+
+class HostCheck:
+    """Answers only requests that name this host as one of ``hosts``, without their ports.
+
+    A web page of somebody else may let its own name point to 127.0.0.1; the browser then sends that name.
+    """
+
+    def __init__(self, app: App, hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers 421."""
+        if scope["type"] == "http" and not self._is_ours(scope):
+            body = b"this name is not served here. Use localhost, or add the name to allowed_hosts.\n"
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": 421, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        await self._app(scope, receive, send)
+
+    def _is_ours(self, scope: Scope) -> bool:
+        named = [value for name, value in scope["headers"] if name == b"host"]
+        return len(named) == 1 and _host_of(named[0].decode("latin-1")) in self._hosts
+
+
+def _host_of(header: str) -> str:
+    """The name in a Host header, without the port; of IPv6 without the brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()

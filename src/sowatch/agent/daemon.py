@@ -1,0 +1,322 @@
+"""The agent put together: started in the right order, reloaded, ended in the reverse order.
+
+May import every room above ``cli`` and all of its own. The main thread waits for signals and for changes
+of the configuration; everything else runs on threads of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from sowatch.agent.hub import EventHub
+from sowatch.agent.logs import set_up_logging
+from sowatch.agent.notify import Notifier
+from sowatch.agent.outputs import Outputs
+from sowatch.agent.privileges import drop_privileges
+from sowatch.agent.reload import FileWatch
+from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
+from sowatch.agent.settings import Settings
+from sowatch.agent.webapp import Readiness, WebApp
+from sowatch.audit import AuditReport
+from sowatch.config import Config
+from sowatch.errors import SowatchError
+from sowatch.explain import stamp
+from sowatch.ladder import open_source
+from sowatch.sources import EventSource
+from sowatch.telemetry import MetricRegistry, Sampler, names
+from sowatch.watcher import Watcher
+
+__all__ = ["Daemon"]
+
+LOG = logging.getLogger("sowatch.agent")
+
+#: The main thread looks round this often even if nothing has happened.
+_TURN_S: Final = 1.0
+#: A draining thread that has not gone round for so long hangs: the watchdog is not fed any more.
+_HANGS_S: Final = 20.0
+#: Differences of an audit that are logged one by one.
+_LOGGED_DIFFERENCES: Final = 5
+#: What takes effect without a restart.
+_LIVE: Final = frozenset(
+    {"rules", "sinks", "exporters", "audit_interval_s", "log_level", "log_format", "allowed_hosts"}
+)
+
+
+class Daemon:
+    """One run of the agent.
+
+    Args:
+        settings: to begin with.
+        load: reads the settings anew; raises `SowatchError` if they cannot be used.
+        config_path: the file that is watched for changes.
+        version: of the program, for its metrics.
+        notifier: tells systemd.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        config_path: str,
+        *,
+        version: str,
+        notifier: Notifier | None = None,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._config_path = config_path
+        self._notifier = notifier or Notifier()
+        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._metrics = MetricRegistry(sample_interval_s=0.25)
+        self._sampler = Sampler(self._metrics, version=version)
+        self._watcher = Watcher(*settings.make_rules(), config=settings.watch, open_source=self._open_source)
+        self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
+        self._allowed_hosts: set[str] = set()
+        self._config_error: str | None = None
+        self._needs_restart: tuple[str, ...] = ()
+        self._loaded_ns = time.time_ns()
+        self._last_audit: tuple[int, AuditReport] | None = None
+        self._audit_interval_s = settings.audit_interval_s
+        self._audit_now = threading.Event()
+
+    def run(self) -> int:
+        """Starts, serves until SIGTERM or SIGINT, ends. On the main thread.
+
+        Returns:
+            0 after a signal, 1 if the watch ended by itself.
+
+        Raises:
+            SowatchError: it could not start.
+        """
+        settings = self._settings
+        set_up_logging(settings.log_level, settings.log_format)
+        _raise_file_limit()
+        with contextlib.ExitStack() as stack:
+            sockets = self._bind(stack)
+            start_outputs = self._outputs.prepare(settings)
+            stack.callback(self._outputs.close)
+            subscription = self._watcher.subscribe()
+            stack.enter_context(self._signals())
+            stack.callback(self._watcher.stop)
+            ready = self._watcher.start()
+            stack.callback(self._sampler.follow_watcher(self._watcher))
+            start_outputs()
+            self._serve(stack, sockets, EventHub(subscription))
+            self._start_thread(stack, self._audit_again_and_again, "sowatch-audit")
+            if settings.reload:
+                watch = FileWatch(self._config_path, lambda: self._orders.put("reload"))
+                stack.callback(watch.close)
+                watch.start()
+            self._note_config(None)
+            status = f"watching by {ready.strategy} ({ready.guarantee})"
+            self._notifier.ready(status)
+            facts = {"strategy": ready.strategy, "processes": ready.processes, "mappings": ready.mappings}
+            LOG.info("ready", extra={"facts": {**facts, "socket": settings.socket, "listen": settings.listen or "-"}})
+            code = self._wait(status)
+            self._notifier.stopping()
+            LOG.info("stopping")
+        LOG.info("stopped", extra={"facts": {"exit": code}})
+        return code
+
+    # ---- the start ----------------------------------------------------------------------------
+
+    def _bind(self, stack: contextlib.ExitStack) -> list[socket.socket]:
+        settings = self._settings
+        tcp = []
+        if settings.listen is not None:
+            tcp = [bind_tcp(settings.listen)]
+            stack.callback(tcp[0].close)
+            host, port = tcp[0].getsockname()[:2]
+            LOG.info("listening", extra={"facts": {"host": host, "port": port}})
+        unix = UnixSocket(settings.socket, owner=settings.socket_owner, group=settings.socket_group)
+        stack.callback(unix.close)
+        return [unix.socket, *tcp]
+
+    def _open_source(self, config: Config) -> EventSource:
+        source = open_source(config)
+        if self._settings.drop_privileges:
+            try:
+                left = drop_privileges()
+            except BaseException:
+                source.close()
+                raise
+            LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
+        return source
+
+    def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
+        app = WebApp(self._watcher, self._metrics, hub, self._readiness)
+        stack.callback(app.close)
+        served = [(sockets[0], app.for_socket())]
+        if len(sockets) > 1:
+            assert self._settings.listen is not None
+            host, _ = parse_listen(self._settings.listen)
+            self._allow_hosts(self._settings, host)
+            served.append((sockets[1], app.for_tcp(self._allowed_hosts)))
+        self._http = HttpThread(served, beside=[hub.run])
+        # The watch ends first, which ends the streams of events; they get its last word.
+        stack.callback(self._http.stop)
+        stack.callback(self._watcher.stop)
+        self._http.start()
+
+    def _allow_hosts(self, settings: Settings, host: str | None = None) -> None:
+        # In place: the check on the HTTP thread looks into this very set.
+        self._allowed_hosts |= {"localhost", *settings.allowed_hosts, *([host] if host else [])}
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        orders = {signal.SIGTERM: "stop", signal.SIGINT: "stop", signal.SIGHUP: "hangup"}
+        # SimpleQueue.put may be called from a handler that interrupts a get.
+        before = {
+            number: signal.signal(number, lambda *_, order=order: self._orders.put(order))
+            for number, order in orders.items()
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start_thread(self, stack: contextlib.ExitStack, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        stack.callback(thread.join, 5.0)
+        stack.callback(self._end_waiting)
+        thread.start()
+
+    # ---- while it runs ------------------------------------------------------------------------
+
+    def _wait(self, status: str) -> int:
+        every_s = min(_TURN_S, (self._notifier.watchdog_s or _TURN_S) / 3)
+        while True:
+            try:
+                order = self._orders.get(timeout=every_s)
+            except queue.Empty:
+                order = ""
+            if order == "stop":
+                return 0
+            if not self._watcher.is_running or not self._http.is_alive:
+                LOG.error("the watch or its HTTP server has ended by itself")
+                return 1
+            if order:
+                if order == "hangup":
+                    self._outputs.reopen()
+                self._reload(status)
+            if self._watcher.silent_s < _HANGS_S:
+                self._notifier.alive()
+
+    def _reload(self, status: str) -> None:
+        self._notifier.reloading()
+        try:
+            new = self._load()
+            self._take_over(new)
+        except SowatchError as error:
+            self._note_config(str(error))
+            LOG.warning("the configuration cannot be used, the one before stays in force: %s", error)
+        else:
+            self._note_config(None)
+        self._notifier.ready(status)
+
+    def _take_over(self, new: Settings) -> None:
+        old = self._settings
+        changed = [one.name for one in dataclasses.fields(Settings) if getattr(old, one.name) != getattr(new, one.name)]
+        self._needs_restart = tuple(name for name in changed if name not in _LIVE)
+        apply_outputs = self._outputs.prepare(new)
+        if "rules" in changed:
+            self._watcher.set_rules(*new.make_rules())
+        apply_outputs()
+        set_up_logging(new.log_level, new.log_format)
+        self._allow_hosts(new)
+        self._audit_interval_s = new.audit_interval_s
+        self._audit_now.set()
+        # What needs a restart is compared with what is in force the next time, too.
+        self._settings = dataclasses.replace(new, **{name: getattr(old, name) for name in self._needs_restart})
+        self._loaded_ns = time.time_ns()
+        LOG.info("took over the configuration", extra={"facts": {"changed": ",".join(changed) or "-"}})
+        if self._needs_restart:
+            LOG.warning("takes effect after a restart only: %s", ", ".join(self._needs_restart))
+
+    def _note_config(self, error: str | None) -> None:
+        self._config_error = error
+        self._metrics.counter(names.CONFIG_LOADS.name, f"result:{'invalid' if error else 'ok'}").add()
+        self._metrics.gauge(names.CONFIG_VALID.name).set(int(error is None))
+
+    def _audit_again_and_again(self) -> None:
+        while not self._stopping.is_set():
+            interval_s = self._audit_interval_s
+            self._audit_now.clear()
+            if self._audit_now.wait(interval_s or None) or self._stopping.is_set():
+                continue
+            try:
+                self._audit()
+            except SowatchError as error:
+                LOG.warning("no audit: %s", error)
+
+    def _end_waiting(self) -> None:
+        self._stopping.set()
+        self._audit_now.set()
+
+    def _audit(self) -> None:
+        report = self._watcher.audit()
+        self._last_audit = (time.time_ns(), report)
+        self._metrics.gauge(names.AUDIT_SECONDS.name).set(report.seconds)
+        self._metrics.gauge(names.AUDIT_TIME.name).set(time.time())
+        for one in report.differences[:_LOGGED_DIFFERENCES]:
+            LOG.warning(
+                "the map differs from /proc", extra={"facts": {"kind": one.kind, "pid": one.pid, "path": one.path}}
+            )
+
+    def _readiness(self) -> Readiness:
+        watcher = self._watcher
+        ready, stats = watcher.ready, watcher.stats
+        problems = []
+        if not watcher.is_running or ready is None:
+            problems.append("the watch is not running")
+        elif watcher.silent_s >= _HANGS_S:
+            problems.append(f"the draining thread has hung for {watcher.silent_s:.0f} s")
+        audit = None
+        if self._last_audit is not None:
+            time_ns, report = self._last_audit
+            audit = {
+                "time": stamp(time_ns),
+                "differences": len(report.differences),
+                "processes": report.processes,
+                "mappings": report.mappings,
+                "unreadable": report.unreadable,
+                "seconds": round(report.seconds, 3),
+            }
+        facts: dict[str, Any] = {
+            "strategy": ready and ready.strategy,
+            "guarantee": ready and ready.guarantee,
+            "limits": list(ready.limits) if ready else [],
+            "rules": [rule.name for rule in watcher.rules],
+            "repaired": watcher.is_repaired,
+            "lost": {"kernel": stats.lost_kernel, "queue": stats.lost_queue},
+            "audit": audit,
+            "config": {
+                "path": self._config_path,
+                "valid": self._config_error is None,
+                "error": self._config_error,
+                "loaded": stamp(self._loaded_ns),
+                "needs_restart": list(self._needs_restart),
+            },
+            "outputs": self._outputs.problems(),
+        }
+        return Readiness(tuple(problems), facts)
+
+
+def _raise_file_limit() -> None:
+    """As many descriptors as allowed: each client and each file that is looked at is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

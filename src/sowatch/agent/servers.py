@@ -1,0 +1,295 @@
+"""Sockets, and the thread that serves HTTP on them.
+
+May import ``errors`` and ``bounds``. Sockets are bound by whoever starts the agent, before privileges
+are dropped; the thread only accepts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import grp
+import ipaddress
+import logging
+import os
+import pwd
+import socket
+import stat
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+
+from sowatch.agent.bounds import App, BoundedProtocol
+from sowatch.errors import ConfigError, SowatchError
+
+__all__ = ["HttpThread", "UnixSocket", "bind_tcp", "parse_listen"]
+
+LOG = logging.getLogger("sowatch.agent")
+
+#: Connections at once on each socket; beyond it the answer is 503.
+MAX_CONNECTIONS: Final = 1024
+BACKLOG: Final = 1024
+#: Bytes of a head.
+MAX_HEAD_BYTES: Final = 16 << 10
+#: How long answers under way are waited for at the end.
+_STOP_S: Final = 2.0
+
+
+class UnixSocket:
+    """A listening unix socket with its owner and mode; `close` takes the path away again.
+
+    A lock beside it (``PATH.lock``) keeps a second agent out, also one that hangs; a socket that is
+    left over from an agent that died is replaced.
+
+    Args:
+        path: at most 107 bytes; its directory is made if only that is missing.
+        owner: user name or number; None: who we are.
+        group: group name or number, which then may use the socket, too (mode 0660); None: nobody else (0600).
+
+    Raises:
+        ConfigError: the path cannot be used, or there is no such user or group.
+        SowatchError: a server is there already.
+    """
+
+    def __init__(self, path: str, *, owner: str | None = None, group: str | None = None) -> None:
+        self.path = path
+        uid = -1 if owner is None else _id_of("socket_owner", owner, lambda name: pwd.getpwnam(name).pw_uid)
+        gid = -1 if group is None else _id_of("socket_group", group, lambda name: grp.getgrnam(name).gr_gid)
+        if len(os.fsencode(path)) > 107:
+            raise ConfigError("socket", f"{path!r} is longer than the 107 bytes of a socket's name. Use a shorter one.")
+        self._lock_fd = -1
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._lock()
+            self._make_way()
+            # Nobody may connect between bind and chmod.
+            before = os.umask(0o177)
+            try:
+                self.socket.bind(path)
+            finally:
+                os.umask(before)
+            if (uid, gid) != (-1, -1):
+                os.chown(path, uid, gid)
+            os.chmod(path, 0o600 if group is None else 0o660)
+            self._inode = os.stat(path).st_ino
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            self._give_up()
+            raise ConfigError(
+                "socket",
+                f"cannot listen on {path!r}: {error.strerror or error}. "
+                "Give a path in a directory that exists and that this user may write to.",
+            ) from error
+        except BaseException:
+            self._give_up()
+            raise
+
+    def close(self) -> None:
+        """Closes it and removes the path, if it is still ours. Safe to call again."""
+        with contextlib.suppress(OSError):
+            if self._lock_fd >= 0 and os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.socket.close()
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _lock(self) -> None:
+        parent = Path(self.path).parent
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(mode=0o755)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock_fd = os.open(f"{self.path}.lock", flags, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._taken() from error
+
+    def _make_way(self) -> None:
+        """Removes what an agent that died has left."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ConfigError("socket", f"{self.path!r} exists and is no socket. Give another path, or remove it.")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as caller:
+            caller.settimeout(1.0)
+            try:
+                caller.connect(self.path)
+            except ConnectionRefusedError:
+                os.unlink(self.path)
+                return
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return
+                raise self._taken() from error
+        raise self._taken()
+
+    def _taken(self) -> SowatchError:
+        return SowatchError(
+            f"a server is listening on {self.path!r} already. End it, or give another path with --socket."
+        )
+
+
+def _id_of(key: str, name: str, look_up: Callable[[str], int]) -> int:
+    if name.isascii() and name.isdigit():
+        return int(name)
+    try:
+        return look_up(name)
+    except KeyError as error:
+        raise ConfigError(key, f"there is no {name!r} on this host. Give a name or a number that exists.") from error
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Address and port of ``HOST:PORT``; the address must be of the loopback interface.
+
+    Raises:
+        ConfigError: it is not.
+
+    >>> parse_listen("localhost:9400")
+    ('127.0.0.1', 9400)
+    """
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not colon or not is_loopback or not (port.isascii() and port.isdigit() and 0 <= int(port[:6]) < 1 << 16):
+        raise ConfigError(
+            "listen",
+            f"{text!r} is no port of the loopback interface. Use 127.0.0.1:PORT or [::1]:PORT; "
+            "for other hosts put a proxy with authentication before it.",
+        )
+    return host, int(port)
+
+
+def bind_tcp(listen: str) -> socket.socket:
+    """A listening socket on a loopback address.
+
+    Raises:
+        ConfigError: the address is none, or the port is taken or not allowed.
+    """
+    host, port = parse_listen(listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        raise ConfigError(
+            "listen", f"cannot listen on {listen}: {error.strerror}. Give another port, or end who has it."
+        ) from error
+    return made
+
+
+class HttpThread:
+    """Serves applications on sockets, on one thread with one event loop.
+
+    Args:
+        served: each socket, listening, and its application. The sockets are closed at the end.
+        beside: coroutines that run on the same loop until `stop`.
+    """
+
+    def __init__(
+        self,
+        served: Sequence[tuple[socket.socket, App]],
+        beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+    ) -> None:
+        self._beside = tuple(beside)
+        self._sockets = [one for one, _ in served]
+        self._servers = [_Server(_config(app)) for _, app in served]
+        self._thread = threading.Thread(target=self._run, name="sowatch-http", daemon=True)
+        self._is_up = threading.Event()
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Starts the thread; returns once every socket is served.
+
+        Raises:
+            SowatchError: it could not.
+        """
+        self._thread.start()
+        self._is_up.wait()
+        if self._failure is not None:
+            raise SowatchError(f"cannot serve HTTP: {self._failure}. Please report it.") from self._failure
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it serves."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Takes no more connections, lets answers end for two seconds, ends the thread. Safe to call again."""
+        for server in self._servers:
+            server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(2 * _STOP_S + 1)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._failure = error
+            LOG.exception("HTTP is not served any more")
+        finally:
+            self._is_up.set()
+
+    async def _serve(self) -> None:
+        beside = [asyncio.create_task(make()) for make in self._beside]
+        servers = [
+            asyncio.create_task(server.serve(sockets=[one]))
+            for server, one in zip(self._servers, self._sockets, strict=True)
+        ]
+        await asyncio.gather(*(server.is_up.wait() for server in self._servers))
+        self._is_up.set()
+        try:
+            await asyncio.gather(*servers)
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept."""
+        await super().startup(sockets)
+        self.is_up.set()
+
+
+def _config(app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=BACKLOG,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=int(_STOP_S),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )

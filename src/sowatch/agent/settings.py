@@ -1,0 +1,401 @@
+"""The agent's configuration: file, environment and flags in one frozen value.
+
+May import the rooms down to ``rules`` and ``config``. Later ones win: defaults, file, environment, flags.
+An unknown key is an error, as is a value of a wrong type; errors name file, line and key.
+
+Not pydantic-settings: it does not know the lines of a file, and the tables are dataclasses already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from sowatch.config import Config
+from sowatch.errors import ConfigError, SowatchError
+from sowatch.rules import Rule, RuleSet
+
+__all__ = ["DEFAULT_PATH", "ExporterSettings", "RuleSettings", "Settings", "SinkSettings", "load_settings"]
+
+#: Read if no other file is named; it need not be there.
+DEFAULT_PATH: Final = "/etc/sowatch/config.toml"
+#: A file larger than this is none of ours.
+_MAX_BYTES: Final = 1 << 20
+_PREFIX: Final = "SOWATCH_"
+#: Variables that say something else: ours of the command line and of the tests, and what Kubernetes gives every
+#: container for a service named sowatch.
+_OTHER_VARIABLES: Final = re.compile(
+    r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|(MATRIX|MODEL|SERVICE|PORT)_\w+|PORT)"
+)
+_SYNTAX: Final = re.compile(r"(?P<what>.*) \(at (line (?P<line>\d+), column \d+|end of document)\)", re.DOTALL)
+_SCALARS: Final = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleSettings:
+    """One ``[[rules]]`` table; see `sowatch.Rule`.
+
+    Attributes:
+        name: how events and metrics call it. Default: the pattern.
+        pattern: a Python regular expression, searched in the path. None: every file of the kind.
+        kind: some of library, executable, interpreter, other.
+        exports: symbols that a file must all export.
+    """
+
+    name: str | None = None
+    pattern: str | None = None
+    kind: tuple[str, ...] = ("library",)
+    exports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            self.make()
+        except ConfigError:
+            raise
+        except SowatchError as error:
+            raise ConfigError("kind" if "kind" in str(error) else "pattern", str(error)) from error
+
+    def make(self) -> Rule:
+        """The rule."""
+        return Rule(self.pattern, name=self.name, kind=self.kind, exports=self.exports)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SinkSettings:
+    """One ``[[sinks]]`` table: where events go besides HTTP clients.
+
+    Attributes:
+        type: stdout, file or otlp.
+        name: how metrics and messages call it. Default: the type.
+        path: of a file sink; needed.
+        max_bytes: a file that would grow beyond it is rotated first; 0: never, leave it to logrotate and SIGHUP.
+        max_files: how many files there may be, the one being written among them.
+        endpoint: of an otlp sink, as http://HOST:PORT. Default: OTEL_EXPORTER_OTLP_ENDPOINT.
+        protocol: of an otlp sink: http or grpc.
+        queue_events: events that may wait in it before some are lost.
+    """
+
+    type: Literal["stdout", "file", "otlp"]
+    name: str | None = None
+    path: str | None = None
+    max_bytes: int = 100 << 20
+    max_files: int = 5
+    endpoint: str | None = None
+    protocol: Literal["http", "grpc"] = "http"
+    queue_events: int = 50_000
+
+    def __post_init__(self) -> None:
+        if self.type == "file" and not self.path:
+            raise ConfigError("path", 'a file sink needs one. Give path = "/var/log/sowatch/events.jsonl".')
+        _in_range("queue_events", self.queue_events, 1, 1 << 24)
+
+    @property
+    def title(self) -> str:
+        """Its name."""
+        return self.name or self.type
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExporterSettings:
+    """One ``[[exporters]]`` table: where metrics are sent besides being scraped.
+
+    Attributes:
+        type: statsd or otlp.
+        address: of a statsd exporter: udp://HOST:PORT or unixgram:///PATH.
+        tags: of a statsd exporter: dogstatsd, or name for servers that know no tags.
+        endpoint: of an otlp exporter, as http://HOST:PORT. Default: OTEL_EXPORTER_OTLP_ENDPOINT.
+        protocol: of an otlp exporter: http or grpc.
+        interval_s: seconds between two deliveries.
+    """
+
+    type: Literal["statsd", "otlp"]
+    address: str = "udp://127.0.0.1:8125"
+    tags: Literal["dogstatsd", "name"] = "dogstatsd"
+    endpoint: str | None = None
+    protocol: Literal["http", "grpc"] = "http"
+    interval_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _in_range("interval_s", self.interval_s, 0.1, 86_400)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How the agent runs.
+
+    Attributes:
+        socket: path of the unix socket.
+        socket_owner: user who owns the socket. Default: the one who runs the agent.
+        socket_group: group that may use the socket, too. Default: none, only the owner.
+        listen: HOST:PORT of the loopback interface for what only reads. Default: no TCP.
+        allowed_hosts: further names of this host that requests over TCP may use.
+        audit_interval_s: seconds between two comparisons of the map with /proc; 0: none.
+        log_level: debug, info, warning or error.
+        log_format: logfmt or json.
+        reload: take over changes of the file as they happen; without, SIGHUP does.
+        drop_privileges: keep only the capabilities that watching takes.
+        watch: how to watch; see `sowatch.Config`.
+        rules: what to watch. Default: every shared library.
+        sinks: where events go.
+        exporters: where metrics are sent.
+    """
+
+    socket: str = "/run/sowatch/sowatch.sock"
+    socket_owner: str | None = None
+    socket_group: str | None = None
+    listen: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    audit_interval_s: float = 300.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["logfmt", "json"] = "logfmt"
+    reload: bool = True
+    drop_privileges: bool = True
+    # An agent that silently polls is not what its operator asked for.
+    watch: Config = field(default_factory=lambda: Config(allow_procfs_fallback=False))
+    rules: tuple[RuleSettings, ...] = ()
+    sinks: tuple[SinkSettings, ...] = ()
+    exporters: tuple[ExporterSettings, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.socket or "\0" in self.socket:
+            raise ConfigError("socket", f"{self.socket!r} is no path. Give one, such as /run/sowatch/sowatch.sock.")
+        if self.audit_interval_s != 0:
+            _in_range("audit_interval_s", self.audit_interval_s, 1, 86_400)
+        try:
+            RuleSet([one.make() for one in self.rules])
+        except SowatchError as error:
+            raise ConfigError("rules", str(error)) from error
+        titles = [one.title for one in self.sinks]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ConfigError("sinks", f"two sinks are named {title!r}. Give each its own name.")
+
+    def make_rules(self) -> list[Rule]:
+        """The rules, made anew."""
+        return [one.make() for one in self.rules]
+
+
+#: What `load_settings` adds to the defaults of a table.
+_TABLE_DEFAULTS: Final[Mapping[type, Mapping[str, Any]]] = {Config: {"allow_procfs_fallback": False}}
+
+
+def load_settings(
+    path: str | None, *, environment: Mapping[str, str] = os.environ, flags: Mapping[str, Any] | None = None
+) -> Settings:
+    """Reads and checks everything.
+
+    Args:
+        path: of the file; None: `DEFAULT_PATH` if it is there.
+        environment: variables ``SOWATCH_KEY``, and ``SOWATCH_WATCH_KEY`` for the table ``[watch]``.
+        flags: keys that were given on the command line, with their values.
+
+    Raises:
+        ConfigError: something is wrong; ``source`` says where.
+    """
+    text, name = _read(path)
+    reader = _Reader(name, text)
+    found = reader.parse()
+    sources: dict[tuple[str, ...], str] = {}
+    for key, value in _from_environment(environment):
+        _put(found, key, value)
+        sources[key] = _PREFIX + "_".join(key).upper()
+    for flag, value in (flags or {}).items():
+        found[flag] = value
+        sources[flag,] = f"--{flag.replace('_', '-')}"
+    settings: Settings = _build(Settings, found, (), _Origin(reader, sources))
+    return settings
+
+
+def _read(path: str | None) -> tuple[str, str]:
+    """Text and name of the file."""
+    name = path or DEFAULT_PATH
+    try:
+        with open(name, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        if path is None:
+            return "", name
+        raise ConfigError("config", f"{name!r} does not exist. Write it, or leave --config out.") from None
+    except OSError as error:
+        raise ConfigError(
+            "config", f"cannot read {name!r}: {error.strerror}. Give a file that this user may read."
+        ) from error
+    if len(data) > _MAX_BYTES:
+        raise ConfigError("config", f"{name!r} is larger than 1 MiB. Give a configuration file.")
+    try:
+        return data.decode(), name
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError("config", "the line is not UTF-8. Save the file as such.", source=f"{name}:{line}") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]]:
+    """Keys and texts of variables that name a setting.
+
+    Raises:
+        ConfigError: one names none.
+    """
+    found: list[tuple[tuple[str, ...], str]] = []
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(_PREFIX) or _OTHER_VARIABLES.fullmatch(variable):
+            continue
+        name = variable.removeprefix(_PREFIX).lower()
+        key: tuple[str, ...] = ("watch", name[6:]) if name.startswith("watch_") else (name,)
+        kinds = get_type_hints(Config if len(key) == 2 else Settings)
+        if key[-1] not in kinds or kinds[key[-1]] is Config or "Settings" in str(kinds[key[-1]]):
+            raise ConfigError(
+                key[-1], "no setting has that name. Take the variable away, or correct it.", source=variable
+            )
+        found.append((key, text))
+    return found
+
+
+def _put(table: dict[str, Any], key: Sequence[str], text: str) -> None:
+    for part in key[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return  # wrong in the file already, which is told
+        table = inner
+    table[key[-1]] = _Text(text)
+
+
+class _Text(str):
+    """A value from the environment, which may stand for another type."""
+
+    __slots__ = ()
+
+
+class _Reader:
+    """The file, and where its keys are."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self._text = text
+
+    def parse(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads(self._text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            said = _SYNTAX.fullmatch(str(error))
+            line = int(said["line"]) if said and said["line"] else self._text.count("\n") + 1
+            what = (said["what"] if said else str(error)).lower()
+            raise ConfigError(
+                "config", f"it is no TOML: {what}. Correct the line.", source=f"{self.name}:{line}"
+            ) from error
+
+    def line_of(self, path: Sequence[str | int]) -> int | None:
+        """The line on which the value of a key ends: the first up to which the file has it."""
+        lines = self._text.splitlines()
+        for number in range(1, len(lines) + 1):
+            try:
+                found: Any = tomllib.loads("\n".join(lines[:number]))
+                for part in path:
+                    found = found[part]
+            except (tomllib.TOMLDecodeError, KeyError, IndexError, TypeError):
+                continue
+            return number
+        return None
+
+
+class _Origin:
+    """Where a value came from, for messages."""
+
+    def __init__(self, reader: _Reader, sources: Mapping[tuple[str, ...], str]) -> None:
+        self._reader = reader
+        self._sources = sources
+
+    def of(self, path: Sequence[str | int]) -> str | None:
+        source = self._sources.get(tuple(map(str, path)))
+        if source is not None:
+            return source
+        for length in range(len(path), 0, -1):  # a key that is missing: the table it is missing from
+            line = self._reader.line_of(path[:length])
+            if line is not None:
+                return f"{self._reader.name}:{line}"
+        return None
+
+    def error(self, path: Sequence[str | int], problem: str) -> ConfigError:
+        return ConfigError(_dotted(path), problem, source=self.of(path))
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    """``("rules", 0, "pattern")`` as ``rules[1].pattern``, as people count."""
+    return "".join(f"[{one + 1}]" if isinstance(one, int) else f".{one}" for one in path).removeprefix(".")
+
+
+def _build(kind: Any, table: Mapping[str, Any], path: tuple[str | int, ...], origin: _Origin) -> Any:
+    """A dataclass from a table."""
+    hints = get_type_hints(kind)
+    known = dataclasses.fields(kind)
+    names = [one.name for one in known]
+    for key in table:
+        if key not in names:
+            raise origin.error((*path, key), f"there is no such key. Known ones: {', '.join(names)}.")
+    values = dict(_TABLE_DEFAULTS.get(kind, {}))
+    for key, value in table.items():
+        values[key] = _convert(hints[key], value, (*path, key), origin)
+    for one in known:
+        if one.name not in values and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise origin.error((*path, one.name), "it is needed here and missing. Add it.")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise origin.error((*path, error.key), error.problem) from error
+
+
+def _convert(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin) -> Any:
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (one for one in arguments if one is not NoneType)
+        return _convert(hint, value, path, origin)
+    if get_origin(hint) is Literal:
+        if value not in arguments:
+            raise origin.error(path, f"{value!r} is none of {', '.join(arguments)}. Use one of them.")
+        return str(value)
+    if get_origin(hint) is tuple:
+        return _list(arguments[0], value, path, origin)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise origin.error(path, f"it is no table. Write [{_dotted(path)}] with its keys below.")
+        return _build(hint, value, path, origin)
+    return _scalar(hint, value, path, origin)
+
+
+def _list(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin) -> tuple[Any, ...]:
+    if isinstance(value, _Text):
+        value = [_Text(one.strip()) for one in value.split(",") if one.strip()]
+    if not isinstance(value, list):
+        what = f"tables. Write [[{_dotted(path)}]]" if dataclasses.is_dataclass(hint) else 'texts. Write ["one", "two"]'
+        raise origin.error(path, f"it is no list of {what}.")
+    return tuple(_convert(hint, one, (*path, place), origin) for place, one in enumerate(value))
+
+
+def _scalar(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin) -> Any:
+    if isinstance(value, _Text):
+        value = _from_text(hint, value)
+    elif hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise origin.error(path, f"{value!r} is not {_SCALARS[hint]}. Give {_SCALARS[hint]}.")
+    return value
+
+
+def _from_text(hint: Any, text: str) -> Any:
+    """A text as the type that is wanted; as it is if it is none."""
+    if hint is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
+    try:
+        return hint(str(text))
+    except ValueError:
+        return str(text)
+
+
+def _in_range(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(key, f"{value} is out of range. Use a number from {low} to {high}.")

@@ -1,0 +1,289 @@
+"""What the agent answers over HTTP: the routes, for the unix socket and for TCP.
+
+May import the rooms down to ``page``, and ``hub``, ``debugger`` and ``bounds`` of its own. Handlers run
+on the event loop; what takes long goes to a few threads of its own, so a slow question delays no scrape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qs
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from sowatch.agent.bounds import App, HostCheck
+from sowatch.agent.debugger import Debugger
+from sowatch.agent.hub import EventHub, HubIsFull
+from sowatch.audit import AuditReport
+from sowatch.errors import SowatchError, UsageError
+from sowatch.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
+from sowatch.explain import stamp, to_dict
+from sowatch.telemetry import MetricRegistry, PrometheusExporter
+from sowatch.watcher import Mapped, Watcher
+
+__all__ = ["Readiness", "WebApp", "audit_dict", "inventory_dict"]
+
+T = TypeVar("T")
+
+#: Slow questions under way at once; more wait for their turn.
+_THREADS: Final = 4
+#: A page that hundreds scrape in the same moment is made once.
+METRICS_AGE_S: Final = 0.25
+#: An audit is answered with the last one if that is no older.
+_AUDIT_AGE_S: Final = 1.0
+_NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+Handler = Callable[[Request], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What ``/readyz`` says; ``problems`` are why it is not ready, ``facts`` are for people and dashboards."""
+
+    problems: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+class WebApp:
+    """The routes of an agent. Used on one event loop.
+
+    Args:
+        watcher: started.
+        metrics: what ``/metrics`` shows.
+        hub: runs on the same loop.
+        readiness: asked for each ``/readyz``; any thread.
+        pages: further routes that only read, such as those of the page at ``/``.
+    """
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        metrics: MetricRegistry,
+        hub: EventHub,
+        readiness: Callable[[], Readiness],
+        pages: Sequence[BaseRoute] = (),
+    ) -> None:
+        self._watcher = watcher
+        self._hub = hub
+        self._readiness = readiness
+        self._pages = tuple(pages)
+        self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
+        self._debugger = Debugger(watcher, metrics)
+        self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
+        self._audit: Future[tuple[float, AuditReport]] | None = None
+
+    def for_socket(self) -> App:
+        """Everything."""
+        return Starlette(routes=[*self._reading_routes(), *self._debugger.changing_routes()])
+
+    def for_tcp(self, hosts: Collection[str]) -> App:
+        """What changes nothing, for requests that name one of ``hosts``."""
+        return HostCheck(Starlette(routes=self._reading_routes()), hosts)
+
+    def close(self) -> None:
+        """Ends the threads that are idle; the others as soon as they are."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _reading_routes(self) -> list[BaseRoute]:
+        return [
+            *self._pages,
+            Route("/inventory", self._inventory),
+            Route("/events", self._events),
+            Route("/explain", self._explain),
+            Route("/audit", self._audit_now),
+            Route("/metrics", self._metrics),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+            *self._debugger.reading_routes(),
+        ]
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    # ---- state --------------------------------------------------------------------------------
+
+    async def _healthz(self, _: Request) -> Response:
+        if self._watcher.is_running:
+            return PlainTextResponse("ok\n", headers=_NOT_TO_KEEP)
+        return PlainTextResponse("the watch has ended\n", 503, _NOT_TO_KEEP)
+
+    async def _readyz(self, _: Request) -> Response:
+        found = self._readiness()
+        body = {"ready": not found.problems, "problems": list(found.problems), **found.facts}
+        return _json(body, 503 if found.problems else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        content_type, body = self._prometheus.render(request.headers.get("accept"))
+        return Response(body, headers={"Content-Type": content_type, **_NOT_TO_KEEP})
+
+    # ---- the map ------------------------------------------------------------------------------
+
+    async def _inventory(self, _: Request) -> Response:
+        def make() -> bytes:
+            return _encode(inventory_dict(self._watcher.snapshot()))
+
+        return Response(await self._in_thread(make), media_type="application/json", headers=_NOT_TO_KEEP)
+
+    async def _events(self, request: Request) -> Response:
+        query = _query(request)
+        try:
+            events = _kinds(query.get("events", ""))
+            wants_snapshot = _flag("snapshot", query.get("snapshot", "1"))
+            client = self._hub.join(
+                events=events,
+                rule=query.get("rule"),
+                last_id=request.headers.get("last-event-id") or query.get("after"),
+                wants_snapshot=wants_snapshot,
+            )
+        except UsageError as error:
+            return _refusal(error, 400)
+        except HubIsFull:
+            full = SowatchError("too many clients follow the events, or the watch is ending. Try again later.")
+            return _refusal(full, 503)
+        if request.method == "HEAD":
+            self._hub.leave(client)
+            return Response(media_type="text/event-stream", headers=_NOT_TO_KEEP)
+        return StreamingResponse(self._hub.stream(client), media_type="text/event-stream", headers=_NOT_TO_KEEP)
+
+    async def _explain(self, request: Request) -> Response:
+        try:
+            target = _target(_query(request))
+            report = await self._in_thread(lambda: self._watcher.explain(target))
+        except UsageError as error:
+            return _refusal(error, 400)
+        except SowatchError as error:
+            return _refusal(error, 404 if self._watcher.is_running else 503)
+        return _json(to_dict(report))
+
+    async def _audit_now(self, _request: Request) -> Response:
+        try:
+            report = (await asyncio.wrap_future(self._shared_audit()))[1]
+        except SowatchError as error:
+            return _refusal(error, 503)
+        return _json(audit_dict(report))
+
+    def _shared_audit(self) -> Future[tuple[float, AuditReport]]:
+        """One audit for all who ask while it runs, or within a second after it."""
+        audit = self._audit
+        is_old = audit is None or (
+            audit.done() and (audit.exception() is not None or time.monotonic() - audit.result()[0] > _AUDIT_AGE_S)
+        )
+        if audit is None or is_old:
+
+            def run() -> tuple[float, AuditReport]:
+                report = self._watcher.audit()
+                return time.monotonic(), report
+
+            audit = self._audit = self._threads.submit(run)
+        return audit
+
+
+def inventory_dict(mapped: Sequence[Mapped]) -> dict[str, Any]:
+    """The map as the object of ``GET /inventory``: each process and each library once.
+
+    ``libraries[].processes`` are places in ``processes``, whose own ``libraries`` count how many they have.
+    """
+    processes: dict[Any, dict[str, Any]] = {}
+    places: dict[Any, int] = {}
+    libraries: dict[Any, dict[str, Any]] = {}
+    for one in mapped:
+        if one.process.id not in places:
+            places[one.process.id] = len(places)
+            processes[one.process.id] = {**process_dict(one.process), "libraries": 0}
+        key = (one.rule, one.library.id, one.library.path, one.library.kind, one.library.deleted)
+        if key not in libraries:
+            libraries[key] = {"rule": one.rule, **library_dict(one.library), "processes": []}
+        libraries[key]["processes"].append(places[one.process.id])
+        processes[one.process.id]["libraries"] += 1
+    return {
+        "schema": SCHEMA,
+        "event": "inventory",
+        "time": stamp(time.time_ns()),
+        "mappings": len(mapped),
+        "libraries": list(libraries.values()),
+        "processes": list(processes.values()),
+    }
+
+
+def audit_dict(report: AuditReport) -> dict[str, Any]:
+    """The report as the object of ``GET /audit``."""
+    return {
+        "schema": SCHEMA,
+        "event": "audit",
+        "processes": report.processes,
+        "mappings": report.mappings,
+        "unreadable": report.unreadable,
+        "seconds": round(report.seconds, 6),
+        "differences": [
+            {
+                "kind": one.kind,
+                "pid": one.pid,
+                "path": one.path,
+                "inode": one.inode,
+                "range": [f"{one.start:x}", f"{one.end:x}"],
+            }
+            for one in report.differences
+        ],
+    }
+
+
+# ---- requests and answers ---------------------------------------------------------------------
+
+
+def _query(request: Request) -> dict[str, str]:
+    """The parameters, the last of each name; bytes that are not UTF-8 as surrogate escapes."""
+    text = request.scope["query_string"].decode("latin-1")
+    try:
+        found = parse_qs(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=20)
+    except ValueError:
+        return {}
+    return {name: values[-1] for name, values in found.items()}
+
+
+def _kinds(text: str) -> Collection[str]:
+    names = [name for name in text.split(",") if name] or EVENT_KINDS
+    for name in names:
+        if name not in EVENT_KINDS:
+            raise UsageError(f"unknown event {name!r}. Use some of: {', '.join(EVENT_KINDS)}.")
+    return names
+
+
+def _flag(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise UsageError(f"{name}={text} is neither 0 nor 1. Use {name}=0 or {name}=1.")
+    return text == "1"
+
+
+def _target(query: dict[str, str]) -> int | str:
+    pid, path = query.get("pid"), query.get("path")
+    if (pid is None) == (path is None):
+        raise UsageError("say what to explain: /explain?pid=1234 or /explain?path=/usr/lib/libz.so.1.")
+    if pid is None:
+        assert path is not None
+        if not path.startswith("/") or "\0" in path:
+            raise UsageError("the path is not absolute. Give it from the root on, as this machine sees it.")
+        return path
+    if not (pid.isascii() and pid.isdigit() and 0 < int(pid[:10]) <= 1 << 22 and len(pid) < 9):
+        raise UsageError(f"{pid!r} is not a process id. Give a number, as `ps` shows it.")
+    return int(pid)
+
+
+def _encode(found: object) -> bytes:
+    return json.dumps(found, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _json(found: object, status: int = 200) -> Response:
+    return Response(_encode(found), status, _NOT_TO_KEEP, "application/json")
+
+
+def _refusal(error: SowatchError, status: int) -> Response:
+    return _json({"error": str(error)}, status)
