@@ -25,7 +25,8 @@ COMMANDS: Final = {
     "list": "Which process has which library mapped, now.",
     "audit": "Is the map right? Compares it with an independent reading of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
-    "serve": "The agent: metrics, debugger, inventory and events over HTTP.",
+    "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
+    "debug": "Asks or orders a running agent, over its unix socket.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 

@@ -1,0 +1,274 @@
+"""Asks or orders a running agent, over its unix socket.
+
+  traced         files that some process holds, by rule, and who
+  blocked        files whose activation failed, and why
+  clear-blocked  forgets those, so that the next load tries again
+  attach PID     look at a process once more; activate what a rule wants of it (--rule: only that one)
+  detach PID     take away what a process holds
+  telemetry      every metric
+  inventory      which library is mapped by how many processes
+  explain X      why a process (PID) or a file (PATH) is, or is not, covered
+  audit          compare the map with /proc; ends with 1 if they differ
+
+--json gives what the agent answers: one object or list. Ends with 1 if no agent answers or it refuses.
+
+Examples:
+  sowatch debug traced
+  sowatch debug explain /usr/lib/x86_64-linux-gnu/libssl.so.3
+  sowatch debug detach 1234 --rule tls
+"""
+
+# May import ``escape`` and ``errors``. Nothing of the agent: its answers are plain JSON, and a client needs no extra.
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+from urllib.parse import quote
+
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser, pid
+from sowatch.cli._table import write_table
+from sowatch.errors import NotPermitted, SowatchError, UsageError
+from sowatch.escape import one_line, visible
+
+DEFAULT_SOCKET: Final = "/run/sowatch/sowatch.sock"
+#: An audit of a large host takes seconds, and others may be waiting for their turn.
+TIMEOUT_S: Final = 120.0
+_ROUTES: Final = {
+    "traced": "/debug/traced_programs",
+    "blocked": "/debug/blocked_processes",
+    "clear-blocked": "/debug/clear_blocked",
+    "telemetry": "/debug/telemetry",
+    "inventory": "/inventory",
+    "audit": "/audit",
+}
+_ORDERS: Final = ("attach", "detach")
+_WITH_TARGET: Final = (*_ORDERS, "explain")
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("patterns", nargs="*", metavar="ACTION", help="one of those above, with PID, or X")
+    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help=f"default: {DEFAULT_SOCKET}")
+    parser.add_argument("--rule", metavar="NAME", help="of attach and detach. Default: every rule")
+    parser.add_argument("--json", action="store_true", help="the agent's answer as it is")
+
+
+def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
+    """Ask, print; returns the exit code."""
+    action, target = _action(args.patterns)
+    if args.rule is not None and action not in _ORDERS:
+        raise UsageError(f"--rule says nothing to {action}. Leave it out.")
+    agent = _Agent(args.socket)
+    if action in _ORDERS:
+        return _order(agent, action, _pid(target), args.rule, out, warn)
+    if action == "explain":
+        key = "pid" if target.isascii() and target.isdigit() else "path"
+        found = agent.get(f"/explain?{key}={quote(target.encode('utf-8', 'surrogateescape'))}")
+    else:
+        found = agent.get(_ROUTES[action])
+    if args.json or action == "telemetry":
+        lines = found if action == "telemetry" and not args.json else [found]
+        for line in lines:
+            out.write(json.dumps(line, separators=(",", ":")) + "\n")
+    else:
+        _SHOW[action](found, out)
+    out.flush()
+    return 1 if action == "audit" and found["differences"] else 0
+
+
+def _action(words: list[str]) -> tuple[str, str]:
+    known = [*_ROUTES, *_WITH_TARGET]
+    if not words:
+        raise UsageError(f"say what: one of {', '.join(known)}. See `sowatch debug --help`.")
+    action, *rest = words
+    if action not in known:
+        raise UsageError(f"unknown action {action!r}. Use one of: {', '.join(known)}.")
+    if len(rest) != (action in _WITH_TARGET):
+        needs = {"explain": "one PID or PATH", "attach": "one PID", "detach": "one PID"}.get(action, "nothing else")
+        raise UsageError(f"`sowatch debug {action}` takes {needs}. See `sowatch debug --help`.")
+    return action, "".join(rest)
+
+
+def _pid(text: str) -> int:
+    from argparse import ArgumentTypeError
+
+    try:
+        return pid(text)
+    except ArgumentTypeError as error:
+        raise UsageError(f"{error}. Give a number, as `ps -e` shows it.") from error
+
+
+# ---- the agent -----------------------------------------------------------------------------------
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class _Agent:
+    """The agent behind a socket.
+
+    Args:
+        path: of the socket.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def get(self, route: str) -> Any:
+        """The JSON that a route answers.
+
+        Raises:
+            SowatchError: nobody answers, or it refuses.
+        """
+        status, body = self._ask("GET", route)
+        try:
+            found = json.loads(body)
+        except ValueError as error:
+            raise SowatchError(
+                f"{self._path!r} gave no JSON (status {status}). Is it the socket of `sowatch serve`?"
+            ) from error
+        if status != 200:
+            said = found.get("error") if isinstance(found, dict) else None
+            raise SowatchError(said or f"the agent refused with status {status}. See its log.")
+        return found
+
+    def post(self, route: str, body: object) -> tuple[int, str]:
+        """Status and text."""
+        status, answer = self._ask("POST", route, json.dumps(body).encode())
+        return status, answer.decode("utf-8", "replace").strip()
+
+    def _ask(self, method: str, route: str, body: bytes | None = None) -> tuple[int, bytes]:
+        connection = _Connection(self._path)
+        try:
+            connection.request(method, route, body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except PermissionError as error:
+            raise NotPermitted(
+                f"cannot use {self._path!r}",
+                "it belongs to somebody else",
+                "Run it as the socket's owner: sudo sowatch debug ...",
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise SowatchError(
+                f"no agent answers on {self._path!r}: {reason}. Start it with `sowatch serve`, or give --socket."
+            ) from error
+        finally:
+            connection.close()
+
+
+def _order(agent: _Agent, action: str, target: int, rule: str | None, out: Out, warn: Callable[[str], None]) -> int:
+    """Attach or detach, for one rule or for all; 1 if none of them had anything to do."""
+    rules = [rule] if rule is not None else agent.get("/readyz")["rules"]
+    refusals = []
+    for name in rules:
+        status, text = agent.post(f"/debug/{action}-pid", {"pid": target, "type": name})
+        if status == 200:
+            out.write(f"{one_line(text)}\n")
+        else:
+            refusals.append(text)
+    out.flush()
+    if len(refusals) < len(rules):
+        return 0
+    for text in dict.fromkeys(refusals):
+        warn(text)
+    return 1
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def _traced(found: Any, out: Out) -> None:
+    rows = [
+        (visible(one["ProgramType"]), one["State"], str(len(one["PIDs"])), _pids(one["PIDs"]), visible(one["FilePath"]))
+        for one in found or []
+    ]
+    write_table(out, ("RULE", "STATE", "PROCESSES", "PIDS", "PATH"), rows, right=(2,))
+
+
+def _pids(pids: list[int], most: int = 5) -> str:
+    shown = ",".join(map(str, pids[:most]))
+    return shown + (",..." if len(pids) > most else "") or "-"
+
+
+def _blocked(found: Any, out: Out) -> None:
+    rows = [
+        (visible(group["ProgramType"]), visible(one["SamplePath"]), one_line(one["Reason"]))
+        for group in found or []
+        for one in group["PathIdentifiers"]
+    ]
+    write_table(out, ("RULE", "PATH", "REASON"), rows)
+
+
+def _cleared(found: Any, out: Out) -> None:
+    out.write(f"{found['cleared']} files are not blocked any more\n")
+
+
+def _inventory(found: Any, out: Out) -> None:
+    rows = sorted(
+        (visible(one["path"]), str(len(one["processes"])), visible(one["rule"]), (one["build_id"] or "-")[:12])
+        for one in found["libraries"]
+    )
+    table = [(count, rule, build_id, path) for path, count, rule, build_id in rows]
+    write_table(out, ("PROCESSES", "RULE", "BUILD ID", "PATH"), table, right=(0,))
+
+
+def _audit(found: Any, out: Out) -> None:
+    for one in found["differences"]:
+        out.write(f"{one['kind']:<8} {one['pid']:>8} {'-'.join(one['range'])} {visible(one['path'])}\n")
+    out.write(
+        f"{len(found['differences'])} differences; {found['processes']} processes, {found['mappings']} mappings, "
+        f"{found['unreadable']} unreadable\n"
+    )
+
+
+def _explain(found: Any, out: Out) -> None:
+    for line in _outline(found):
+        out.write(f"{line}\n")
+
+
+def _outline(value: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested objects as indented lines; what is null or empty is left out."""
+    for key, one in value.items():
+        if one is None or one in ([], {}, ""):
+            continue
+        if isinstance(one, dict):
+            yield f"{indent}{key}"
+            yield from _outline(one, indent + "  ")
+        elif isinstance(one, list) and isinstance(one[0], dict):
+            for item in one:
+                yield f"{indent}{key}"
+                yield from _outline(item, indent + "  ")
+        elif isinstance(one, list):
+            words = ["-".join(map(str, item)) if isinstance(item, list) else str(item) for item in one]
+            yield f"{indent}{key:<14} {visible(' '.join(words))}"
+        else:
+            text = str(one).lower() if isinstance(one, bool) else str(one)
+            yield f"{indent}{key:<14} {visible(text)}"
+
+
+_SHOW: Final[dict[str, Callable[[Any, Out], None]]] = {
+    "traced": _traced,
+    "blocked": _blocked,
+    "clear-blocked": _cleared,
+    "inventory": _inventory,
+    "audit": _audit,
+    "explain": _explain,
+}
