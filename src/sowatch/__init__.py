@@ -34,7 +34,9 @@ publisher   from changes of the map to events
 engine      the thread that drains, reads again, repairs
 workers     callbacks of rules
 watcher     puts it together
+inventory   what is mapped, put together for people who look
 telemetry   metrics, exporters, sinks for events
+page        the inventory page, and the feed behind it
 agent       sowatch serve: configuration, HTTP, debugger
 cli         the command, one file a subcommand
 

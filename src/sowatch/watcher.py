@@ -49,12 +49,18 @@ WORKER_STOP_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """One library in one process, as the map has it. ``ranges`` are executable address ranges."""
+    """One library in one process, as the map has it. ``ranges`` are executable address ranges.
+
+    ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was told, so
+    what was there before the watch has the time at which that found it, and the cause ``snapshot``.
+    """
 
     process: Process
     library: Library
     rule: str
     ranges: tuple[tuple[int, int], ...]
+    cause: str | None = None
+    time_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,20 +267,31 @@ class Watcher:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
         return self._publisher.subscribe(events=events, control=control, limit=limit or self._config.queue_events)
 
-    def snapshot(self) -> list[Mapped]:
+    def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
         """The map as published so far: every (process, library) that the rules want.
 
         Ranges are those of now, which may be others than its load had; of a watch that has ended, the
         load's.
+
+        Args:
+            with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
+                whoever looks again and again.
         """
         ranges = {}
-        if self.ready is not None:
+        if with_ranges and self.ready is not None:
             # The watch may end at any moment.
             with contextlib.suppress(SowatchError):
                 engine = self._running_engine()
                 ranges = engine.ask(engine.ranges, settled=False)
         return [
-            Mapped(event.process, event.library, event.rule, ranges.get(process, {}).get(file, event.ranges))
+            Mapped(
+                event.process,
+                event.library,
+                event.rule,
+                ranges.get(process, {}).get(file, event.ranges),
+                event.cause,
+                event.time_ns,
+            )
             for process, files in self._publisher.held_copy().items()
             for file, event in files.items()
             if event.process is not None

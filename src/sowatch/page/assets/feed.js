@@ -1,0 +1,66 @@
+// The connection: everything once, then changes; comes back by itself, and says in what state it is.
+
+const SILENCE_MS = 10_000; // the agent says something every second
+const FIRST_PAUSE_MS = 500;
+const LAST_PAUSE_MS = 10_000;
+
+/** The latest of all that was told. */
+export class Inventory {
+  libraries = new Map();
+  processes = new Map();
+  seconds = [];
+  status = {};
+
+  replace(told) {
+    this.libraries = new Map(told.libraries.map((row) => [row.number, row]));
+    this.processes = new Map(told.processes.map((row) => [row.number, row]));
+    this.seconds = told.seconds;
+    this.status = told.status;
+  }
+
+  change(told) {
+    for (const row of told.libraries) this.libraries.set(row.number, row);
+    for (const row of told.processes) this.processes.set(row.number, row);
+    for (const number of told.gone_libraries) this.libraries.delete(number);
+    for (const number of told.gone_processes) this.processes.delete(number);
+    this.seconds = this.seconds.concat(told.seconds).slice(-600);
+    this.status = told.status;
+  }
+}
+
+/** Follows the agent. `changed(inventory)` comes after each frame, `state(word)` when the connection changes. */
+export function follow({ changed, state }) {
+  const inventory = new Inventory();
+  let pause = FIRST_PAUSE_MS;
+  let source = null;
+  let watchdog = 0;
+
+  function again() {
+    source.close();
+    clearTimeout(watchdog);
+    state("reconnecting");
+    setTimeout(open, pause);
+    pause = Math.min(LAST_PAUSE_MS, 2 * pause);
+  }
+
+  function heard(take) {
+    return (event) => {
+      clearTimeout(watchdog);
+      watchdog = setTimeout(again, SILENCE_MS);
+      pause = FIRST_PAUSE_MS;
+      take(JSON.parse(event.data));
+      state("live");
+      changed(inventory);
+    };
+  }
+
+  function open() {
+    source = new EventSource("/page/updates");
+    watchdog = setTimeout(again, SILENCE_MS);
+    source.addEventListener("everything", heard((told) => inventory.replace(told)));
+    source.addEventListener("change", heard((told) => inventory.change(told)));
+    source.addEventListener("error", again);
+  }
+
+  open();
+}
