@@ -191,7 +191,7 @@ class Inventory:
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._count, name="sowatch-history", daemon=True),
-            threading.Thread(target=self._compare, name="sowatch-stale", daemon=True),
+            threading.Thread(target=self._keep_comparing, name="sowatch-stale", daemon=True),
         ]
 
     def start(self) -> None:
@@ -231,6 +231,13 @@ class Inventory:
         self._looked.set()
         with self._lock:
             return self._look(self.watcher.snapshot())
+
+    def compare(self) -> None:
+        """Compares what is mapped with the disk, now and in this thread; the next look has it.
+
+        For whoever looks only once. Waits as long as the file systems do.
+        """
+        self._stale = _stale(self.watcher.snapshot(), Disk(self._proc), self._closing.is_set)
 
     def _look(self, mapped: Sequence[MappedLike]) -> Picture:
         shown = mapped[:MAX_MAPPINGS]
@@ -294,7 +301,7 @@ class Inventory:
         stats = self.watcher.stats
         return stats.loads, stats.unloads, stats.lost_kernel + stats.lost_queue
 
-    def _compare(self) -> None:
+    def _keep_comparing(self) -> None:
         while not self._closing.is_set():
             if time.monotonic() - self._looked_s > _UNWATCHED_S:
                 self._looked.clear()
@@ -302,7 +309,7 @@ class Inventory:
                 continue
             begun_s = time.monotonic()
             try:
-                self._stale = _stale(self.watcher.snapshot(), Disk(self._proc), self._closing.is_set)
+                self.compare()
             except Exception:
                 LOG.exception("the files on disk could not be compared with those that are mapped")
             self._closing.wait(max(_DISK_EVERY_S, (time.monotonic() - begun_s) / _DISK_SHARE))

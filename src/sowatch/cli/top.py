@@ -1,0 +1,109 @@
+"""Libraries and who shares them, live, in the terminal.
+
+Keys: tab changes between libraries and processes, arrows and page keys move, s and S choose the column
+to sort by, r turns the order around, / filters (Enter keeps, Escape drops it), q ends.
+Where stdout is no terminal, one table is printed, as with --once; --json prints the same as objects.
+
+Examples:
+  sowatch top                      everything that is mapped
+  sowatch top libssl --by process  processes that have some libssl
+  sowatch top --once | head        the biggest sharers
+"""
+
+# May import everything up to `inventory`; what is heavy (the watcher, rich) only where it is used.
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from sowatch.cli._options import OpenWatcher, add_common, open_watcher, selection_of, wants_json
+from sowatch.cli._out import Out, PipeClosed
+from sowatch.cli._parser import Parser
+from sowatch.cli._stop import Stopper
+from sowatch.cli._table import write_table
+from sowatch.cli._top import VIEWS, State, cells, head, rows_of
+from sowatch.cli.watch import warn_of_fallback
+from sowatch.errors import UsageError
+from sowatch.events import SCHEMA, library_dict, process_dict
+from sowatch.procfs import ProcFs
+
+if TYPE_CHECKING:
+    from sowatch.inventory import Inventory, LibraryRow, Picture, ProcessRow, Watched
+
+_ORDERS: Final = ("library", "process")
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    add_common(parser)
+    parser.add_argument("--by", default="library", metavar="WHAT", help="library or process. Default: library")
+    parser.add_argument("--once", action="store_true", help="print one table and end")
+
+
+def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
+    """Show what is mapped until told to stop; returns the exit code."""
+    if args.by not in _ORDERS:
+        raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
+    if args.no_snapshot:
+        raise UsageError("--no-snapshot leaves `sowatch top` nothing to show. Use it with `sowatch watch`.")
+    as_json = wants_json(args, out, when_piped=False)
+    selection = selection_of(args)
+    from sowatch.inventory import Inventory
+
+    watcher = open_watcher(selection)
+    state = State(view="libraries" if args.by == "library" else "processes")
+    inventory = Inventory(cast("Watched", watcher), proc=ProcFs(selection.config.proc_root))
+    with Stopper(watcher.stop) as stopper:
+        try:
+            warn_of_fallback(watcher.start(), warn)
+            if as_json or args.once or not out.is_terminal:
+                if args.duration is not None:
+                    watcher.wait(args.duration)
+                _print_once(inventory, state, out, as_json=as_json)
+                return 0
+            from sowatch.cli._screen import show
+
+            if args.duration is not None:
+                stopper.stop_after(args.duration)
+            with inventory:
+                show(inventory, state, out, is_over=lambda: watcher.wait(0))
+        except PipeClosed:
+            out.discard()
+        finally:
+            watcher.stop()
+    return 0
+
+
+def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) -> None:
+    inventory.compare()
+    picture = inventory.look()
+    rows = rows_of(picture, state)
+    if as_json:
+        for seq, row in enumerate(rows, 1):
+            out.write(json.dumps(_object(picture, row, seq, state.view), separators=(",", ":")) + "\n")
+        out.flush()
+        return
+    numbers = [at for at, column in enumerate(VIEWS[state.view]) if column.is_number]
+    write_table(out, head(state.view), [cells(row, state.view) for row in rows], right=numbers)
+
+
+def _object(picture: Picture, row: LibraryRow | ProcessRow, seq: int, view: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"schema": SCHEMA, "event": "library" if view == "libraries" else "process", "seq": seq}
+    if view == "libraries":
+        library = cast("LibraryRow", row)
+        pids = sorted(picture.processes[number].process.pid for number in library.holders)
+        return found | {
+            "library": library_dict(library.library),
+            "pids": pids,
+            "containers": library.containers,
+            "stale": library.staleness,
+        }
+    process = cast("ProcessRow", row)
+    return found | {
+        "process": process_dict(process.process),
+        "libraries": process.libraries,
+        "stale_libraries": process.stale_libraries,
+    }
