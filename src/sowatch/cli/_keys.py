@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import termios
 import time
@@ -12,8 +13,10 @@ from typing import Final, Self
 
 __all__ = ["Keys"]
 
+#: CSI and SS3 sequences (ECMA-48).
+_SEQUENCE: Final = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.)")
 #: As xterm, the Linux console and those that follow them send them.
-_SEQUENCES: Final = {
+_NAMES: Final = {
     "\x1b[A": "up",
     "\x1b[B": "down",
     "\x1bOA": "up",
@@ -27,7 +30,14 @@ _SEQUENCES: Final = {
     "\x1bOH": "home",
     "\x1bOF": "end",
 }
-_CHARACTERS: Final = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\x08": "backspace"}
+_CHARACTERS: Final = {
+    "\x1b": "escape",
+    "\t": "tab",
+    "\r": "enter",
+    "\n": "enter",
+    "\x7f": "backspace",
+    "\x08": "backspace",
+}
 #: The rest of a sequence comes at once; after a lone Escape nothing does.
 _REST_S: Final = 0.05
 
@@ -68,23 +78,15 @@ class Keys:
             return None
         if not self._unread:
             self._read(timeout_s)
-        if self._unread == "\x1b" or (self._unread.startswith("\x1b") and len(self._unread) < 3):
+        if self._unread.startswith("\x1b") and not _SEQUENCE.match(self._unread):
             self._read(_REST_S)
-        return self._take()
-
-    def _take(self) -> str | None:
         if not self._unread:
             return None
-        for sequence, name in _SEQUENCES.items():
-            if self._unread.startswith(sequence):
-                self._unread = self._unread[len(sequence) :]
-                return name
-        key, self._unread = self._unread[0], self._unread[1:]
-        if key == "\x1b":
-            # A sequence that says nothing to us is dropped whole: its letters are no keys.
-            is_alone = not self._unread.startswith(("[", "O"))
-            self._unread = self._unread if is_alone else ""
-            return "escape" if is_alone else "unknown"
+        sequence = _SEQUENCE.match(self._unread)
+        key = self._unread[0] if sequence is None else sequence[0]
+        self._unread = self._unread[len(key) :]
+        if sequence is not None:
+            return _NAMES.get(key, "unknown")
         return _CHARACTERS.get(key, key)
 
     def _read(self, timeout_s: float) -> None:
