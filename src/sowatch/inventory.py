@@ -70,8 +70,8 @@ class StatsLike(Protocol):
 class Watched(Protocol):
     """What is asked of a `sowatch.watcher.Watcher`."""
 
-    def snapshot(self) -> Sequence[MappedLike]:
-        """The published map."""
+    def snapshot(self, *, with_ranges: bool = True) -> Sequence[MappedLike]:
+        """The published map; ``with_ranges`` as they are now."""
 
     @property
     def stats(self) -> StatsLike:
@@ -230,7 +230,7 @@ class Inventory:
         self._looked_s = time.monotonic()
         self._looked.set()
         with self._lock:
-            return self._look(self.watcher.snapshot())
+            return self._look(self.watcher.snapshot(with_ranges=False))
 
     def compare(self) -> None:
         """Compares what is mapped with the disk, now and in this thread; the next look has it.

@@ -42,7 +42,7 @@ class Map:
     ready: Ready | None = READY
     is_repaired: bool = True
 
-    def snapshot(self) -> Sequence[Mapped]:
+    def snapshot(self, *, with_ranges: bool = True) -> Sequence[Mapped]:
         return list(self.mapped)
 
 
@@ -220,11 +220,11 @@ def test_a_look_that_fails_is_not_the_end_of_the_feed(caplog: pytest.LogCaptureF
     class Failing(Map):
         failures = 1
 
-        def snapshot(self) -> Sequence[Mapped]:
+        def snapshot(self, *, with_ranges: bool = True) -> Sequence[Mapped]:
             if self.failures:
                 self.failures -= 1
                 raise RuntimeError("not now")
-            return super().snapshot()
+            return super().snapshot(with_ranges=with_ranges)
 
     async def run() -> None:
         feed = Feed(Inventory(Failing()))
