@@ -1,7 +1,7 @@
 """Real processes do random things under one watch, which has to agree with a model and with ``/proc`` after each.
 
-SOWATCH_MODEL_EXAMPLES is the number of sequences (default 240; with thousands give pytest a longer --timeout, too),
-SOWATCH_MODEL_STEPS how long one may be. With CI set they are the same each time; a failure tells its steps in any
+SOWATCH_MODEL_EXAMPLES is the number of sequences (default 240, in four settings), SOWATCH_MODEL_STEPS
+how long one may be. With CI set they are the same each time; a failure tells its steps in any
 case, for the kernel's timing is not.
 """
 
@@ -42,6 +42,8 @@ SETTINGS = settings(
     phases=[Phase.generate, *([Phase.shrink] if os.environ.get("SOWATCH_MODEL_SHRINK") else [])],
     suppress_health_check=list(HealthCheck),
 )
+#: Two minutes are enough for this many on a machine of one's own, not on a busy one.
+pytestmark = pytest.mark.timeout(max(600, 3 * EXAMPLES))
 LIBRARIES = 3
 MAX_ACTORS = 5
 MAX_LOOPS = 2

@@ -29,7 +29,8 @@ PIDS = range(10, 16)
 #: What a task can do, and how often.
 CALLS = [
     *["mmap"] * 3,
-    *["munmap", "fork", "thread"] * 2,
+    *["munmap", "fork"] * 2,
+    *["thread"] * 4,
     *["mmap_fixed", "mprotect_off", "mprotect_on", "mremap", "vfork", "exec", "exit", "thread_exit"],
 ]
 
@@ -518,7 +519,7 @@ class Kernel:
                 flags = FLAG_ASK if verdict is None else 0
                 rows.append(words.map(file, first * PAGE, end * PAGE, t=self.tick_ns(), flags=flags))
                 entry.introduced = True
-            if len(vmas) == 1:  # the buffer is full: the lock is given up, and taken again behind this vma
+            if vmas:  # the buffer may be full: the lock is given up, and taken again behind this vma
                 self.between()
                 vmas = mm.vmas(end)
         return rows

@@ -176,7 +176,7 @@ class EngineOwner(Owner):
 
 
 calls = st.tuples(st.integers(0, 11), st.sampled_from(CALLS), st.integers(0, 11), st.integers(0, 11))
-scripts = st.lists(calls, max_size=14)
+scripts = st.lists(calls, max_size=24)
 
 
 class Machine(RuleBasedStateMachine):
@@ -232,9 +232,9 @@ class Machine(RuleBasedStateMachine):
         script = list(script)
 
         def between():
-            for _ in range(2):
-                if script:
-                    self.kernel.act(*script.pop(0))
+            # Several steps, so that a whole call may fit into the middle of a visit.
+            for _ in range(min(len(script), 1 + len(script) % 5)):
+                self.kernel.act(*script.pop(0))
 
         self.kernel.between = between
         work()
