@@ -176,7 +176,7 @@ def test_without_a_terminal_one_table_is_printed(mapper: Mapper, make_library: A
 
 
 def test_json_has_a_line_for_each_row_and_names_the_holders(
-    mapper: Mapper, make_library: Any, tmp_path: Path, programs: Any
+    mapper: Mapper, make_library: Any, tmp_path: Path, programs: Any, schema: Any
 ) -> None:
     gone, kept = make_library("libgone.so"), make_library("libkept.so")
     mapper.map(gone)
@@ -186,7 +186,7 @@ def test_json_has_a_line_for_each_row_and_names_the_holders(
         other.map(kept)
         asked = [json_of(tmp_path), json_of(tmp_path, "--by", "process")]
         pids = sorted([mapper.pid, other.pid])
-    libraries, processes = asked
+    libraries, processes = ([schema(line) for line in lines] for lines in asked)
     assert [(line["library"]["path"], line["pids"], line["stale"]) for line in libraries] == [
         (str(kept), pids, None),
         (str(gone), [mapper.pid], "deleted"),
