@@ -142,3 +142,11 @@ struct process_record {
 	__u32 cgroup_bytes;
 	__u32 path_bytes;
 };
+
+/* The same on every architecture: all fields have a width, and none needs padding. */
+_Static_assert(sizeof(struct file_id) == 24, "sowatch.bpf.records.FILE_ID");
+_Static_assert(sizeof(struct file_key) == 64, "sowatch.sources.FILE_KEY");
+_Static_assert(sizeof(struct record) == 40, "sowatch.bpf.records.HEAD");
+_Static_assert(sizeof(struct range_record) == 56, "sowatch.bpf.records.RANGE");
+_Static_assert(sizeof(struct map_record) == 160, "sowatch.bpf.records.MAP");
+_Static_assert(sizeof(struct process_record) == 160, "sowatch.bpf.records.PROCESS");
