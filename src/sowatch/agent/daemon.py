@@ -210,21 +210,26 @@ class Daemon:
             if order:
                 if order == "hangup":
                     self._outputs.reopen()
-                self._reload(status)
+                self._reload(status, is_asked=order == "hangup")
             if self._watcher.silent_s < _HANGS_S:
                 self._notifier.alive()
 
-    def _reload(self, status: str) -> None:
-        self._notifier.reloading()
+    def _reload(self, status: str, *, is_asked: bool) -> None:
         try:
             new = self._load()
-            self._take_over(new)
+            if new == self._settings and self._config_error is None and not is_asked:
+                self._needs_restart = ()
+                return
+            self._notifier.reloading()
+            try:
+                self._take_over(new)
+            finally:
+                self._notifier.ready(status)
         except SowatchError as error:
             self._note_config(str(error))
             LOG.warning("the configuration cannot be used, the one before stays in force: %s", error)
         else:
             self._note_config(None)
-        self._notifier.ready(status)
 
     def _take_over(self, new: Settings) -> None:
         old = self._settings

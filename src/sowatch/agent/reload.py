@@ -22,8 +22,9 @@ LOG = logging.getLogger("sowatch.agent")
 
 #: A file has to stay the same for so long: who writes in place is given the time to finish.
 _QUIET_S: Final = 0.15
-#: Looked at this often even if nothing is said: network file systems say nothing.
-_EVERY_S: Final = 5.0
+#: Looked at this often even if nothing is said: network file systems say nothing, and a change in the moment
+#: before the directories are watched is not told.
+_EVERY_S: Final = 2.0
 _MAX_LINKS: Final = 40
 
 
@@ -56,7 +57,9 @@ def _first_link(path: str) -> str | None:
 
 
 class FileWatch:
-    """A thread that calls back when the content of a file is another one than before.
+    """A thread that calls back when the content of a file is another one than before, and once at its start.
+
+    What was read before the start may have changed since, so the first look counts as a change.
 
     Args:
         path: the file; it need not be there.
@@ -67,7 +70,7 @@ class FileWatch:
         self._path = path
         self._on_change = on_change
         self._stop = threading.Event()
-        self._seen = _digest(path)
+        self._seen: bytes | str = b""
         self._thread = threading.Thread(target=self._run, name="sowatch-reload", daemon=True)
 
     def start(self) -> None:

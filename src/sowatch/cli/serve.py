@@ -51,6 +51,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:  # no
     settings = load()
     if args.check:
         out.write("the settings are right\n")
+        out.flush()
         return 0
     try:
         from sowatch.agent.daemon import Daemon

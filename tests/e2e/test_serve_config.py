@@ -1,0 +1,269 @@
+"""The agent's configuration while it runs: however the file is changed, and whatever stands in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.agent import Agent
+from support.programs import Mapper
+from support.receivers import free_port
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
+
+NewAgent = Callable[..., Agent]
+
+
+def rule(name: str) -> str:
+    return f"[[rules]]\nname = '{name}'\npattern = '/sow-[^/]*/lib{name}\\.so$'\n"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def new_agent(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> NewAgent:
+    return lambda *words, **more: Agent(spawn, wait_until, place, *words, timeout_s=deadline(20), **more)
+
+
+@pytest.fixture
+def mapper(programs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapper]:
+    with Mapper(programs["mapper"], tmp_path_factory.mktemp("m")) as running:
+        yield running
+
+
+def rules(agent: Agent) -> list[str]:
+    found: list[str] = agent.get("/readyz").json["rules"]
+    return found
+
+
+def replace(path: Path, text: str) -> None:
+    new = path.with_name(".new")
+    new.write_text(text, encoding="utf-8")
+    new.rename(path)
+
+
+def test_a_file_written_in_place_takes_effect_without_a_restart(
+    new_agent: NewAgent, mapper: Mapper, make_library: Any, place: Path, wait_until: Any
+) -> None:
+    one, two = (shutil.copyfile(make_library(), place / f"lib{name}.so") for name in ("one", "two"))
+    mapper.map(one)
+    mapper.map(two)
+    agent = new_agent(rule("one")).start()
+    stream = agent.events()
+    stream.until(lambda event: event["event"] == "ready")
+    agent.config_path.write_text(rule("two"), encoding="utf-8")
+    found = stream.until(lambda event: event["event"] == "load")
+    stream.close()
+    assert [(event["event"], event.get("cause"), event["rule"]) for event in found] == [
+        ("unload", "rules", "one"),
+        ("deactivate", None, "one"),
+        ("activate", None, "two"),
+        ("load", "snapshot", "two"),
+    ]
+    wait_until(lambda: agent.get("/readyz").json["config"]["valid"] and rules(agent) == ["two"])
+    assert 'sowatch_config_loads_total{result="ok"} 2.0' in agent.get("/metrics").text
+
+
+def test_a_file_replaced_by_a_rename_takes_effect_again_and_again(new_agent: NewAgent, wait_until: Any) -> None:
+    agent = new_agent(rule("a")).start()
+    for name in ("b", "c", "d"):
+        replace(agent.config_path, rule(name))
+        wait_until(lambda name=name: rules(agent) == [name])
+
+
+def test_a_file_replaced_through_links_as_kubernetes_does_takes_effect(
+    new_agent: NewAgent, place: Path, wait_until: Any
+) -> None:
+    volume = place / "volume"
+
+    def publish(version: str, text: str) -> None:
+        directory = volume / f"..{version}"
+        directory.mkdir(parents=True)
+        (directory / "config.toml").write_text(text, encoding="utf-8")
+        (volume / "..data_tmp").symlink_to(directory.name)
+        (volume / "..data_tmp").rename(volume / "..data")
+
+    publish("1", rule("a"))
+    (volume / "config.toml").symlink_to("..data/config.toml")
+    agent = new_agent(options=["--config", os.fspath(volume / "config.toml")]).start()
+    assert rules(agent) == ["a"]
+    for version, name in (("2", "b"), ("3", "c")):
+        publish(version, rule(name))
+        wait_until(lambda name=name: rules(agent) == [name])
+        shutil.rmtree(volume / f"..{int(version) - 1}")
+    replace(volume / "..3" / "config.toml", rule("d"))
+    wait_until(lambda: rules(agent) == ["d"])
+
+
+def test_a_hangup_reads_the_file_where_it_is_not_watched(new_agent: NewAgent, wait_until: Any) -> None:
+    agent = new_agent("reload = false\n" + rule("a")).start()
+    agent.config_path.write_text("reload = false\n" + rule("b"), encoding="utf-8")
+    assert agent.process is not None
+    agent.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: rules(agent) == ["b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[rules]]\npattern = '('\n", ["config.toml:2", "rules[1].pattern", "bad pattern"]),
+        ("log_level = 'info'\nnonsense = 1\n", ["config.toml:2", "nonsense", "no such key"]),
+        ("audit_interval_s = 'often'\n", ["config.toml:1", "audit_interval_s", "is not a number"]),
+        ("[[rules]\n", ["config.toml:1", "no TOML"]),
+        ("[[sinks]]\ntype = 'file'\npath = '/nothing/here'\n", ["file sink", "No such file or directory"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_leaves_the_old_in_force_and_is_told(
+    text: str, said: list[str], new_agent: NewAgent, wait_until: Any
+) -> None:
+    agent = new_agent(rule("a")).start()
+    agent.config_path.write_text(text, encoding="utf-8")
+    wait_until(lambda: not agent.get("/readyz").json["config"]["valid"])
+    ready = agent.get("/readyz")
+    assert (ready.status, ready.json["rules"]) == (200, ["a"])
+    for word in said:
+        assert word in ready.json["config"]["error"]
+        assert word in agent.log
+    metrics = agent.get("/metrics").text
+    assert 'sowatch_config_loads_total{result="invalid"} 1.0' in metrics
+    assert "sowatch_config_valid 0.0" in metrics
+    replace(agent.config_path, rule("b"))
+    wait_until(lambda: rules(agent) == ["b"] and agent.get("/readyz").json["config"]["valid"])
+
+
+def test_a_file_that_goes_away_or_may_not_be_read_leaves_the_old_in_force(new_agent: NewAgent, wait_until: Any) -> None:
+    agent = new_agent(rule("a")).start()
+    agent.config_path.unlink()
+    wait_until(lambda: "does not exist" in (agent.get("/readyz").json["config"]["error"] or ""))
+    agent.config_path.mkdir()
+    wait_until(lambda: "cannot read" in (agent.get("/readyz").json["config"]["error"] or ""))
+    agent.config_path.rmdir()
+    agent.config_path.write_text(rule("b"), encoding="utf-8")
+    wait_until(lambda: rules(agent) == ["b"])
+
+
+def test_what_needs_a_restart_is_named_and_everything_else_takes_effect(new_agent: NewAgent, wait_until: Any) -> None:
+    agent = new_agent(rule("a")).start()
+    replace(agent.config_path, f'listen = "127.0.0.1:{free_port()}"\n[watch]\nring_bytes = 4096\n{rule("b")}')
+    wait_until(lambda: rules(agent) == ["b"])
+    wait_until(lambda: agent.get("/readyz").json["config"]["needs_restart"] == ["listen", "watch"])
+    replace(agent.config_path, rule("c"))
+    wait_until(lambda: agent.get("/readyz").json["config"]["needs_restart"] == [])
+
+
+def test_a_sink_of_a_changed_file_gets_events_and_one_that_is_gone_is_closed(
+    new_agent: NewAgent, mapper: Mapper, make_library: Any, place: Path, wait_until: Any
+) -> None:
+    library = shutil.copyfile(make_library(), place / "liba.so")
+    agent = new_agent(rule("a")).start()
+    path = place / "events.jsonl"
+    replace(agent.config_path, f"{rule('a')}[[sinks]]\ntype = 'file'\npath = '{path}'\n")
+    wait_until(path.exists)
+    at = mapper.map(library)
+    wait_until(lambda: path.read_text(encoding="utf-8").count('"event":"load"') == 1)
+    path.rename(place / "rotated")
+    assert agent.process is not None
+    agent.process.send_signal(signal.SIGHUP)
+    # The next event is what has the file opened anew.
+    wait_until(lambda: agent.log.count("took over") >= 2)
+    mapper.unmap(*at)
+    wait_until(lambda: path.exists() and '"event":"unload"' in path.read_text(encoding="utf-8"))
+    replace(agent.config_path, rule("a"))
+    wait_until(lambda: str(path) not in {os.readlink(one) for one in open_files(agent.pid)})
+
+
+def open_files(pid: int) -> list[Path]:
+    found = []
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            os.readlink(one)
+        except FileNotFoundError:
+            continue
+        found.append(one)
+    return found
+
+
+def test_wrong_settings_end_the_command_with_the_place_of_the_fault(place: Path) -> None:
+    path = place / "c.toml"
+    path.write_text("socket = '/x'\nsokcet = 1\n", encoding="utf-8")
+    words = [os.sys.executable, "-m", "sowatch", "serve", "--config", path]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"sokcet (from {path}:2): there is no such key." in done.stderr
+    path.write_text("audit_interval_s = 5\n", encoding="utf-8")
+    done = subprocess.run([*words, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the settings are right\n", "")
+
+
+def test_systemd_is_told_of_readiness_reloads_life_and_the_end(
+    new_agent: NewAgent, place: Path, wait_until: Any
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(os.fspath(place / "notify"))
+        systemd.settimeout(20)
+        environment = {"NOTIFY_SOCKET": os.fspath(place / "notify"), "WATCHDOG_USEC": "600000"}
+        agent = new_agent(rule("a"), environment=environment).start()
+        assert systemd.recv(4096) == b"READY=1\nSTATUS=watching by core (exact)"
+        assert systemd.recv(4096) == b"WATCHDOG=1"
+        replace(agent.config_path, rule("b"))
+        said = [b""]
+        while not said[-1].startswith(b"READY=1"):
+            said.append(systemd.recv(4096))
+        assert any(one.startswith(b"RELOADING=1\nMONOTONIC_USEC=") for one in said)
+        assert agent.stop() == 0
+        while (last := systemd.recv(4096)) == b"WATCHDOG=1":
+            pass
+        assert last == b"STOPPING=1"
+
+
+def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
+    new_agent: NewAgent, mapper: Mapper, make_library: Any, place: Path, wait_until: Any
+) -> None:
+    from sowatch.agent.privileges import NEEDED
+
+    library = shutil.copyfile(make_library(), place / "liba.so")
+    mapper.map(library)
+    os.chown(place, 65534, 65534)
+    capabilities = ",".join("+" + name.removeprefix("CAP_").lower() for name in NEEDED)
+    sets = [f"--{one}={'-all,' if one == 'bounding-set' else ''}{capabilities}" for one in ("inh-caps", "ambient-caps")]
+    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *sets]
+    agent = new_agent(rule("a"), prefix=prefix).start()
+    status = Path(f"/proc/{agent.pid}/status").read_text(encoding="ascii")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    mask = sum(1 << bit for bit, _ in NEEDED.values())
+    assert fields["Uid"].split() == ["65534"] * 4
+    assert (int(fields["CapEff"], 16), int(fields["CapInh"], 16), int(fields["CapAmb"], 16)) == (mask, 0, 0)
+    assert agent.get("/readyz").json["strategy"] == "core"
+    found = agent.get("/inventory").json
+    assert [(one["path"], bool(one["build_id"])) for one in found["libraries"]] == [(str(library), True)]
+    assert agent.get("/audit").json["differences"] == []
+    (look,) = agent.get(f"/explain?pid={mapper.pid}").json["mappings"][:0] or [None]
+    assert look is None
+    assert agent.get(f"/explain?path={library}").json["file"]["opened_by"] is not None
+
+
+def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(new_agent: NewAgent) -> None:
+    from sowatch.agent.privileges import NEEDED
+
+    agent = new_agent(rule("a")).start()
+    mask = sum(1 << bit for bit, _ in NEEDED.values())
+    for thread in Path(f"/proc/{agent.pid}/task").iterdir():
+        fields = dict(line.split(":\t", 1) for line in (thread / "status").read_text(encoding="ascii").splitlines())
+        sets = {name: int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")}
+        assert sets == {"CapEff": mask, "CapPrm": mask, "CapBnd": mask, "CapInh": 0, "CapAmb": 0}
+        assert fields["NoNewPrivs"] == "1"
