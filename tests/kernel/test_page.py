@@ -312,3 +312,24 @@ def test_names_look_the_same_on_the_page_as_in_the_terminal(open_ledger: OpenLed
         "async text => JSON.parse(text).map((await import('/page/text.js')).visible)", json.dumps(names)
     )
     assert shown == [visible(name) for name in names]
+
+
+def test_the_agent_serves_the_page_and_explains_on_it(
+    start: Start, library: NewLibrary, scratch: Path, spawn: Any, browser: Any, closing: Any, deadline: Any
+) -> None:
+    new, mapper = library(), start()
+    words = ["serve", "--socket", scratch / "socket", "--listen", "127.0.0.1:0"]
+    agent = spawn([sys.executable, "-m", "sowatch", *words], stderr=PIPE, text=True)
+    (port,) = next(found for line in agent.stderr if (found := re.findall(r"listening.*port=(\d+)", line)))
+    next(line for line in agent.stderr if re.search(r"\bready\b", line))
+    page = closing.enter_context(Visit(browser, f"http://127.0.0.1:{port}/", deadline(20)))
+    page.search(TAG)
+    mapper.map(new)
+    page.wait_for_paths(str(new))
+    page.open(str(new))
+    assert "yes: rule" in page.details()
+    agent.terminate()
+    page.page.wait_for_selector("#state[data-state=reconnecting]", state="attached")
+    agent.stderr.read()
+    assert agent.wait(deadline(20)) == 0
+    assert [fault for fault in page.faults if "ERR_" not in fault] == []

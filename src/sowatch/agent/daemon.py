@@ -31,7 +31,10 @@ from sowatch.audit import AuditReport
 from sowatch.config import Config
 from sowatch.errors import SowatchError
 from sowatch.explain import stamp
+from sowatch.inventory import Inventory
 from sowatch.ladder import open_source
+from sowatch.page import routes
+from sowatch.procfs import ProcFs
 from sowatch.sources import EventSource
 from sowatch.telemetry import MetricRegistry, Sampler, names
 from sowatch.watcher import Watcher
@@ -155,7 +158,8 @@ class Daemon:
         return source
 
     def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
-        app = WebApp(self._watcher, self._metrics, hub, self._readiness)
+        inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
+        app = WebApp(self._watcher, self._metrics, hub, self._readiness, routes(inventory))
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]
         if len(sockets) > 1:
@@ -167,6 +171,8 @@ class Daemon:
         # The watch ends first, which ends the streams of events; they get its last word.
         stack.callback(self._http.stop)
         stack.callback(self._watcher.stop)
+        # The streams of pages end with the inventory.
+        stack.enter_context(inventory)
         self._http.start()
 
     def _allow_hosts(self, settings: Settings, host: str | None = None) -> None:
