@@ -93,6 +93,8 @@ class Reading:
     is_narrow: bool = False
     #: It was within exec, so nothing could be read; to be read again.
     is_void: bool = False
+    #: How often the process has executed a program; None: not known.
+    exec_id: int | None = None
     #: Processes with equal numbers share their address space; 0: not known.
     space: int = 0
     #: A process that is not followed may share it.
@@ -475,6 +477,7 @@ def group(rows: Sequence[Record]) -> list[Reading]:
         if reading is None:
             reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
         reading.end_ns = row.t_ns
+        reading.exec_id = row.exec_id
         # An intro has them even while somebody else may be about to map something.
         if row.type != RecordType.INTRO:
             reading.touches = max(reading.touches, row.touches)

@@ -372,18 +372,19 @@ class Tracker:
             self.apply(record)
         for reading in waiting.values():
             self._take_reading(reading)
-        self._note_strangers(readings)
-        for pid in void | again:
-            if pid in self._processes:
-                self._processes[pid].space.is_doubted = True
+        self._note_doubts(readings, void | again)
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
 
-    def _note_strangers(self, readings: Iterable[Reading]) -> None:
+    def _note_doubts(self, readings: Iterable[Reading], again: Iterable[int]) -> None:
+        """What the readings have left open."""
         for reading in readings:
             known = self._processes.get(reading.tgid)
             if reading.has_strangers and known is not None and len(known.space.holders) == 1:
                 self.has_strangers = True
+        for pid in again:
+            if pid in self._processes:
+                self._processes[pid].space.is_doubted = True
 
     def _merge_fork(
         self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]
@@ -429,9 +430,7 @@ class Tracker:
             known.learn(reading.intro)
         elif reading.maps:
             known.rename(reading.maps[0].comm)
-        if len(known.space.holders) > 1 and reading.maps and reading.maps[0].exec_id != known.exec_id:
-            self._leave(known)  # its exec was lost: the space is not its own any more
-        known.exec_id = reading.maps[0].exec_id if reading.maps else known.exec_id
+        self._notice_exec(known, reading)
         known.was_read = True
         self._join(known, reading, causes)
         self.announce(known, reading.begin_ns)
@@ -457,6 +456,13 @@ class Tracker:
                             self.changes.append(self._change(holder, is_load, cause, reading.begin_ns, mapping))
             holder.space = space
         space.holders += old.holders
+
+    def _notice_exec(self, process: Tracked, reading: Reading) -> None:
+        """If its exec was lost, it shares nobody's space any more."""
+        if reading.exec_id is not None and reading.exec_id != process.exec_id:
+            process.exec_id = reading.exec_id
+            if len(process.space.holders) > 1:
+                self._leave(process)
 
     def _leave(self, process: Tracked) -> None:
         """It shares nobody's space any more; what it was told to have there it has not."""

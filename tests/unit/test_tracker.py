@@ -1008,6 +1008,15 @@ def test_what_a_holder_claimed_while_it_was_read_is_read_through_another_if_it_i
     assert list(tracker.dirty) == [10]
 
 
+def test_a_child_whose_exec_was_lost_and_that_has_nothing_leaves_its_parent_what_that_one_has(tracker):
+    parent, child = Proc(10), Proc(11)
+    feed(tracker, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM))
+    child.exec()
+    tracker.merge([reading(child, 5, 6)], [], LIVE)
+    assert told(tracker) == []
+    assert the_map(tracker).keys() == {(10, 100)}
+
+
 def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(tracker):
     p = Proc()
     feed(tracker, p.map(SSL, BASE))

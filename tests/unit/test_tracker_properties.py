@@ -176,7 +176,7 @@ class EngineOwner(Owner):
 
 
 calls = st.tuples(st.integers(0, 11), st.sampled_from(CALLS), st.integers(0, 11), st.integers(0, 11))
-scripts = st.lists(calls, max_size=24)
+scripts = st.lists(calls, min_size=4, max_size=24)
 
 
 class Machine(RuleBasedStateMachine):
@@ -201,9 +201,10 @@ class Machine(RuleBasedStateMachine):
         self.owner = self.owner_type(self.kernel)
         self.during(meanwhile, self.owner.start)
 
-    @rule(call=calls)
-    def act(self, call):
-        self.kernel.act(*call)
+    @rule(script=scripts)
+    def act(self, script):
+        for call in script:
+            self.kernel.act(*call)
 
     @rule(which=st.integers(0, 11))
     def finish_one(self, which):
