@@ -22,6 +22,7 @@ sources     where records and readings come from
 pacing      when to look at /proc again, and at whom
 polling     the map from looks at /proc, without BPF
 readings    /proc in the form of the kernel's iterator
+old_kernels kernels that can load these programs but lack what they read with
 prebuilt    strategy prebuilt: the kernel says where and when, /proc which file
 ladder      which strategy is used, and why not another
 feeds       the kernel's process events, for ProcessMonitor

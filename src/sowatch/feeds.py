@@ -1,8 +1,8 @@
 """Exec, fork and exit of every process, for the `ProcessMonitor`: from the kernel, or from looks at ``/proc``.
 
-May import ``bpf``, ``sources``, ``pacing``, ``ladder`` and ``processes``. `KernelProcessFeed` loads three of the
-programs that `BpfSource` loads, with maps of the smallest size; a watch beside it does not notice.
-`PolledProcessFeed` needs no right.
+May import ``bpf``, ``sources``, ``old_kernels``, ``pacing``, ``ladder`` and ``processes``. `KernelProcessFeed`
+loads three of the programs that `BpfSource` loads, with maps of the smallest size; a watch beside it does not
+notice. `PolledProcessFeed` needs no right.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from sowatch.errors import NotPermitted, SowatchError
 from sowatch.events import Process
 from sowatch.identity import ProcessId
 from sowatch.ladder import missing_capabilities
+from sowatch.old_kernels import OLD_OBJECT, READERS
 from sowatch.pacing import CpuClocks, Rhythm
 from sowatch.processes import ProcessEvent, ProcessMonitor, container_id
 from sowatch.procfs import ProcFs, ProcReadError, Stat
-from sowatch.sources import OBJECTS, PROCESS_HOOKS, READER, Report, read_losses
+from sowatch.sources import PROCESS_HOOKS, Report, read_losses
 
 __all__ = ["KernelProcessFeed", "PolledProcessFeed", "process_monitor"]
 
@@ -48,11 +49,11 @@ class KernelProcessFeed:
             NotPermitted: a capability is missing.
             SowatchError: the kernel refused.
         """
-        # Probe reads cost nothing that matters here, and load on every kernel.
-        bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OBJECTS[-1]))
+        # What these three need the oldest kernel has.
+        bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OLD_OBJECT))
         try:
-            bpf.skip(READER)
-            bpf.skip("settle")
+            for name in (*READERS, "settle"):
+                bpf.skip(name)
             bpf.set_max_entries("ring", self._config.ring_bytes)
             for name in ("processes", "verdicts", "pending_calls"):
                 bpf.set_max_entries(name, 1)

@@ -11,11 +11,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.compile import compile_programs
 from sowatch.config import Config
 from sowatch.errors import BpfError, CompileError, LibbpfMissing, LoadAttempt, LoadError, NotPermitted, SowatchError
+from sowatch.old_kernels import OLD_OBJECT, OldKernelSource
 from sowatch.polling import ProcfsSource
 from sowatch.prebuilt import PrebuiltSource
 from sowatch.sources import OBJECTS, BpfSource, EventSource
@@ -43,14 +44,41 @@ class Rung(NamedTuple):
     needs_bpf: bool
 
 
+def _open_core(config: Config) -> EventSource:
+    try:
+        return BpfSource(config)
+    except BpfError as error:
+        return _open_for_old_kernel(config, error)
+
+
 def _open_runtime(config: Config) -> EventSource:
     with compile_programs(config, [name.replace(".o", ".c") for name in OBJECTS]) as paths:
-        return BpfSource(config, strategy="runtime", objects=paths)
+        try:
+            return BpfSource(config, strategy="runtime", objects=paths)
+        except BpfError as error:
+            refusal = error
+    with compile_programs(config, [OLD_OBJECT.replace(".o", ".c")]) as paths:
+        return _open_for_old_kernel(config, refusal, strategy="runtime", objects=paths)
+
+
+def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> EventSource:
+    """Where the programs of today were refused, those for kernels before 5.17.
+
+    Raises:
+        BpfError: the first refusal, if that does not work either: it is about what most kernels run.
+    """
+    if missing_capabilities():
+        raise refusal
+    try:
+        return OldKernelSource(config, **options)
+    except BpfError as error:
+        LOG.debug("%s: %s", OLD_OBJECT, error)
+        raise refusal from error
 
 
 #: Every rung by its strategy. What comes after what is said by `rungs_to_try`.
 RUNGS: Final[Mapping[str, Rung]] = {
-    "core": Rung(BpfSource, needs_bpf=True),
+    "core": Rung(_open_core, needs_bpf=True),
     "runtime": Rung(_open_runtime, needs_bpf=True),
     "prebuilt": Rung(PrebuiltSource, needs_bpf=True),
     "procfs": Rung(ProcfsSource, needs_bpf=False),

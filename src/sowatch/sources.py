@@ -247,7 +247,7 @@ class BpfSource:
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
         self._can_read_one = True
-        builds = self._builds(config, objects or [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS])
+        builds = self._builds(config, objects or self._shipped())
         for program, hook_set in builds:
             try:
                 self._open(program, hook_set, config)
@@ -258,6 +258,9 @@ class BpfSource:
                 LOG.debug("%s with hooks %s: %s", program, hook_set.name, error)
             else:
                 break
+
+    def _shipped(self) -> Sequence[str]:
+        return [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS]
 
     def _builds(self, config: Config, objects: Sequence[str]) -> list[tuple[str, type[HookSet]]]:
         """Objects and hooks to try, best first: what the one cannot for want of a newer kernel, the next may."""
@@ -307,7 +310,7 @@ class BpfSource:
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         rows: list[Record] = []
         meanwhile: list[Record] = []
-        for chunk in self._iterate(0):
+        for chunk in self._iterate(READER):
             rows += parse(chunk)
             meanwhile += self.drain()
         return group(rows), meanwhile
@@ -330,18 +333,18 @@ class BpfSource:
     def _rows_of(self, pid: int) -> list[Record]:
         if self._can_read_one:
             try:
-                return [row for chunk in self._iterate(pid) for row in parse(chunk)]
+                return [row for chunk in self._iterate(READER, pid) for row in parse(chunk)]
             except BpfError as error:
                 if error.errno == ESRCH:
                     return []
                 if error.errno != E2BIG:
                     raise
                 self._can_read_one = False  # before 6.1 an iterator goes over all processes
-        return [row for chunk in self._iterate(0) for row in parse(chunk) if row.tgid == pid]
+        return [row for chunk in self._iterate(READER) for row in parse(chunk) if row.tgid == pid]
 
-    def _iterate(self, pid: int) -> Iterable[bytes]:
+    def _iterate(self, program: str, pid: int = 0) -> Iterable[bytes]:
         self._run.value += 1
-        fd = self._object.iterate(READER, pid)
+        fd = self._object.iterate(program, pid)
         try:
             while True:
                 try:

@@ -7,6 +7,7 @@ hold of every stream of events. `Stall` and `Trick` drive ``tests/programs/stall
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import select
@@ -22,6 +23,7 @@ from sowatch.bpf.records import MapRecord, RangeRecord, Record, RecordType, file
 from sowatch.config import Config
 from sowatch.events import Event, LibraryEvent, Ready
 from sowatch.identity import FileId, ProcessId
+from sowatch.ladder import RUNGS
 from sowatch.rules import KINDS
 from sowatch.sources import BpfSource, Reading, Report
 from sowatch.watcher import ActiveFile
@@ -46,12 +48,16 @@ class Tap:
             ring after all that happened before, so that "nothing was sent" needs no waiting.
         scratch: a directory of the test.
         timeout_s: how long to wait for a record.
+        kind: of source, that of this kernel if it is not given.
         config: for `sowatch.config.Config`.
     """
 
-    def __init__(self, mapper: Path, scratch: Path, timeout_s: float, **config: Any) -> None:
+    def __init__(
+        self, mapper: Path, scratch: Path, timeout_s: float, kind: type[BpfSource] | None = None, **config: Any
+    ) -> None:
         self._timeout_s = timeout_s
-        self.source = BpfSource(Config(**config))
+        kind = kind or type_of_core()
+        self.source = kind(Config(**config))
         self.records: list[Record] = []
         try:
             self._marker_file = scratch / "marker"
@@ -120,6 +126,15 @@ class Tap:
         key = self.maps(pid, path)[-1].key
         assert isinstance(key, bytes)
         return key
+
+
+@functools.cache
+def type_of_core() -> type[BpfSource]:
+    """The class that strategy core uses on this kernel."""
+    source = RUNGS["core"].open(Config())
+    source.close()
+    assert isinstance(source, BpfSource)
+    return type(source)
 
 
 def kinds_of(records: Sequence[Record]) -> list[int]:

@@ -155,16 +155,22 @@ static __always_inline __u32 pid_in_own_namespace(struct task_struct *task)
 
 enum process_text { WITHOUT_EXE, WITH_EXE };
 
+/* Whether the reader counts among the holders of the address space that it reads. */
+#ifdef OLD_KERNEL
+#define READER_HOLDS 0
+#else
+#define READER_HOLDS 1
+#endif
+
 /*
  * What user space may settle a process by after a mapping or a reading: nothing, while a thread
- * may be on its way to map a file, which is counted already and not told yet. The reader holds the
- * address space itself.
+ * may be on its way to map a file, which is counted already and not told yet.
  */
 static __always_inline __u32 touches_of(enum scratch_owner owner, struct task_struct *task, struct process *process)
 {
 	int holders = BPF_CORE_READ(task, mm, mm_users.counter);
 
-	return process && holders == (owner == SCRATCH_READER ? 2 : 1) ? process->touches : 0;
+	return process && holders == (owner == SCRATCH_READER ? 1 + READER_HOLDS : 1) ? process->touches : 0;
 }
 
 /* All that user space could not read any more if the process were gone by then. */
@@ -212,13 +218,31 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	return sent;
 }
 
+/* What is the same for everyone who maps the file under this name: its path, its state. */
+static __always_inline void describe_file(enum scratch_owner owner, struct scratch *scratch, struct file *file,
+					  const struct file_key *key)
+{
+	struct map_record *record = &scratch->record.map;
+	struct path opened = opened_path(TYPED(struct file, file)), root;
+
+	record->key = *key;
+	record->changed_ns = changed_ns_of(TYPED(struct file, file));
+	record->mode = BPF_CORE_READ(file, f_inode, i_mode);
+	root.mnt = (void *)key->root_mnt;
+	root.dentry = (void *)key->root_dentry;
+	if (!BPF_CORE_READ(opened.dentry, d_hash.pprev))
+		record->head.flags |= FLAG_DELETED;
+	record->path_bytes = walk_path(owner, scratch, opened, root, PATH_TEXT_BYTES);
+	if (scratch->is_partial)
+		record->head.flags |= FLAG_PARTIAL;
+}
+
 /* A file mapped executable at [start, end), with the path that the process sees. */
 static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
 				     struct process *process, struct file *file, const struct file_key *key,
 				     __u64 start, __u64 end, __u64 offset_bytes, __u32 flags)
 {
 	struct scratch *scratch = take_scratch(owner);
-	struct path opened, root;
 	struct map_record *record;
 	bool sent;
 
@@ -227,21 +251,11 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 	record = &scratch->record.map;
 	fill_head(&record->head, task, RECORD_MAP, flags, 0);
 	record->head.touches = touches_of(owner, task, process);
-	record->key = *key;
 	record->start = start;
 	record->end = end;
 	record->offset_bytes = offset_bytes;
-	record->changed_ns = changed_ns_of(TYPED(struct file, file));
-	record->mode = BPF_CORE_READ(file, f_inode, i_mode);
 	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
-	opened = opened_path(TYPED(struct file, file));
-	root.mnt = (void *)key->root_mnt;
-	root.dentry = (void *)key->root_dentry;
-	if (!BPF_CORE_READ(opened.dentry, d_hash.pprev))
-		record->head.flags |= FLAG_DELETED;
-	record->path_bytes = walk_path(owner, scratch, opened, root, PATH_TEXT_BYTES);
-	if (scratch->is_partial)
-		record->head.flags |= FLAG_PARTIAL;
+	describe_file(owner, scratch, file, key);
 	sent = send_scratch(seq, scratch);
 	give_back(scratch);
 	return sent;

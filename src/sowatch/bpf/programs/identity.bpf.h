@@ -187,6 +187,16 @@ struct found_vma {
 	bool is_executable;
 };
 
+#ifdef OLD_KERNEL
+
+/* Nobody can be asked; whoever wanted to know makes a claim. */
+static __always_inline long find_vma_at(__u64 address, struct found_vma *found)
+{
+	return -1;
+}
+
+#else
+
 static long take_vma(struct task_struct *task, struct vm_area_struct *vma, void *context)
 {
 	struct found_vma *found = context;
@@ -212,3 +222,5 @@ static __always_inline long find_vma_at(__u64 address, struct found_vma *found)
 		return -1;
 	return bpf_find_vma(bpf_get_current_task_btf(), address, take_vma, found, 0);
 }
+
+#endif

@@ -227,6 +227,11 @@ struct task_struct {
 	char comm[16];
 };
 
+/* Before 5.14; libbpf ignores what follows the three underscores. */
+struct task_struct___v5_10 {
+	volatile long state;
+};
+
 /* Registers as a system call's own function gets them; ARGUMENT is one of its arguments. */
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
@@ -261,6 +266,11 @@ struct bpf_iter_meta {
 	struct seq_file *seq;
 	__u64 session_id;
 	__u64 seq_num;
+};
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
 };
 
 struct bpf_iter__task_vma {

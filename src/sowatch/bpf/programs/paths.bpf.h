@@ -7,6 +7,11 @@
 
 #include "state.bpf.h"
 
+#ifdef OLD_KERNEL
+/* The deepest path that is walked without bpf_loop (5.17); what is deeper is sent with FLAG_PARTIAL. */
+#define MAX_COMPONENTS 128
+#endif
+
 #define TEXT_BYTES (PATH_TEXT_BYTES + CGROUP_TEXT_BYTES)
 /* A place to build one record in; too large for the stack of 512 bytes. */
 struct scratch {
@@ -98,12 +103,35 @@ static __always_inline bool step_up(struct scratch *scratch)
 	return parent != dentry; /* its own parent: a memfd or another file without a directory */
 }
 
+#ifdef OLD_KERNEL
+
+/* What the loop walks with is in a map, so that all its rounds are one to the verifier. */
+static __always_inline void walk_up(enum scratch_owner owner, struct scratch *scratch)
+{
+	for (int i = 0; i < MAX_COMPONENTS; i++) {
+		if (!step_up(scratch))
+			return;
+		/* Kernels before 6.2 refuse a loop whose head stands right behind a call. */
+		asm volatile("%0 = %0" : "+r"(i));
+	}
+	scratch->is_partial = 1;
+}
+
+#else
+
 static long step_up_from_loop(__u32 index, void *context)
 {
 	struct scratch *scratch = scratch_of(*(enum scratch_owner *)context);
 
 	return !scratch || !step_up(scratch);
 }
+
+static __always_inline void walk_up(enum scratch_owner owner, struct scratch *scratch)
+{
+	bpf_loop(PATH_TEXT_BYTES, step_up_from_loop, &owner, 0);
+}
+
+#endif
 
 /* Appends the path to scratch->text; gives the number of bytes it took. */
 static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch *scratch, struct path from,
@@ -116,7 +144,7 @@ static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch 
 	scratch->root = root;
 	scratch->text_limit = before + limit;
 	scratch->is_partial = 0;
-	bpf_loop(PATH_TEXT_BYTES, step_up_from_loop, &owner, 0);
+	walk_up(owner, scratch);
 	return scratch->text_end - before;
 }
 

@@ -43,6 +43,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 	}
 	if (inherited) {
 		inherited->touches = 0;
+		begin_following(inherited, child_tgid);
 		follow(inherited, child_tgid);
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
@@ -104,6 +105,11 @@ static __noinline int report_images(struct task_struct *task)
 		image.end = whole_pages(BPF_CORE_READ(mm, end_code));
 		report_image(task, &image);
 	}
+#ifdef OLD_KERNEL
+	/* Only a reading finds it. */
+	if (base)
+		send_dirty(task, touch_process(task));
+#endif
 	/* Usually the headers are mapped before the code, readable only. */
 	if (base && find_vma_at(base, &image) == 0 && !image.is_executable)
 		find_vma_at(image.end, &image);
@@ -165,8 +171,13 @@ int settle(struct bpf_raw_tracepoint_args *context)
 	if (!process || process->start_ns != context->args[1] || !touches)
 		return 0;
 	process->introduced = 0; /* user space forgets it; before the swap, for it may come back at once */
+#ifdef OLD_KERNEL
+	process->first_touch = touches;
+	return !is_followed(process);
+#else
 	if (__sync_val_compare_and_swap(&process->touches, touches, 0) != touches)
 		return 0;
 	__sync_fetch_and_sub(slot_of(tgid), 1);
 	return 1;
+#endif
 }

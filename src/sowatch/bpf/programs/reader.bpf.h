@@ -24,6 +24,13 @@ struct {
 	__type(value, struct reader);
 } reader_state SEC(".maps");
 
+static __always_inline __u32 state_of(struct task_struct *task)
+{
+	if (bpf_core_field_exists(task->__state))
+		return BPF_CORE_READ(task, __state);
+	return BPF_CORE_READ((struct task_struct___v5_10 *)task, state);
+}
+
 /*
  * The first vma of a task. The lock of its mappings is held for reading, so what we mark here
  * comes before any change that this reading will not see.
@@ -50,7 +57,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	 * or one of the many threads that are visited once the leader is dead, but not the first.
 	 */
 	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
-			     BPF_CORE_READ(task, vfork_done) != NULL || BPF_CORE_READ(task, __state) & TASK_NEW;
+			     BPF_CORE_READ(task, vfork_done) != NULL || state_of(task) & TASK_NEW;
 	/*
 	 * Within exec a task shows what is neither the old program's nor all of the new one's; a
 	 * vfork child shows its parent's still, although vfork_done is gone already.
@@ -66,20 +73,27 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	}
 	if (reader->is_skipped)
 		return 0;
-	/* What another holder of its address space may map tomorrow is its own, too. */
-	if (!process && (narrow_flag(task) || has_strangers(task, 1)))
+	/*
+	 * What another holder of its address space may map tomorrow is its own, too. And where nothing
+	 * keeps a process from changing while it is read, it is followed first: each change is told then.
+	 */
+	if (!process && (!READER_HOLDS || narrow_flag(task) || has_strangers(task, READER_HOLDS)))
 		process = touch_process(task);
 	if (process) {
 		process->visit_run = reading_run;
 		process->visit_tid = tid;
 		process->dirty = 0;
-		reader->visit_flags |= sharing_flag(task, process, 1);
+		reader->visit_flags |= sharing_flag(task, process, READER_HOLDS);
 		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
 		if (process->range_count > MAX_RANGES) {
 			process->range_count = 0;
 			process->min_start = 0;
 			process->max_end = 0;
 		}
+#ifdef OLD_KERNEL
+		if (process->covered_count > MAX_RANGES)
+			process->covered_count = 0;
+#endif
 	}
 	mm = BPF_CORE_READ(task, mm);
 	exe = BPF_CORE_READ(mm, exe_file);
@@ -101,6 +115,7 @@ static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct 
 	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
 }
 
+#ifndef OLD_KERNEL
 SEC("iter/task_vma")
 int read_mappings(struct bpf_iter__task_vma *context)
 {
@@ -187,3 +202,4 @@ shown:
 		reader->visit_sent = 1;
 	return 0;
 }
+#endif

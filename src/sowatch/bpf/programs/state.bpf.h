@@ -33,7 +33,17 @@ struct process {
 	__u32 visit_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
-	__u32 touches; /* mappings that brought it here; 0: settled, nothing of it is wanted */
+#ifdef OLD_KERNEL
+	/* What readings have found, by their own hand: without atomics two may not fill one list. */
+	__u32 covered_count; /* above MAX_RANGES: every range counts */
+	struct {
+		__u64 start;
+		__u64 end;
+	} covered[MAX_RANGES];
+	__u32 reserved;
+#endif
+	/* Mappings that brought it here. 0, or first_touch on an old kernel: settled, nothing of it is wanted. */
+	__u32 touches;
 	struct {
 		__u64 start;
 		__u64 end;
@@ -170,6 +180,15 @@ static __always_inline __u32 *slot_of(__u32 tgid)
 	return &process_slots[tgid & (SLOTS - 1)];
 }
 
+static __always_inline bool is_followed(struct process *process)
+{
+#ifdef OLD_KERNEL
+	return process->touches != process->first_touch;
+#else
+	return process->touches;
+#endif
+}
+
 /* The process if it is here and not settled. */
 static __always_inline struct process *find_process(__u32 tgid)
 {
@@ -178,7 +197,47 @@ static __always_inline struct process *find_process(__u32 tgid)
 	if (!*slot_of(tgid))
 		return NULL;
 	process = bpf_map_lookup_elem(&processes, &tgid);
-	return process && process->touches ? process : NULL;
+	return process && is_followed(process) ? process : NULL;
+}
+
+#ifdef OLD_KERNEL
+
+/*
+ * Before 5.12 an atomic addition gives no value, and there is no other atomic operation. So touches
+ * are only ever counted, from a random number on, and a process is settled by setting first_touch to
+ * the count up to which all is known: any mapping that was counted since makes the two differ. A slot
+ * once taken stays taken: after as many processes as there are slots each call pays for a look-up.
+ */
+static __always_inline void begin_following(struct process *process, __u32 tgid)
+{
+	__u32 from = bpf_get_prandom_u32() >> 1;
+
+	*slot_of(tgid) = 1;
+	process->first_touch = from;
+	/* Two threads may both begin: then the sum is as random, and fits no first_touch. */
+	__sync_fetch_and_add(&process->touches, from);
+}
+
+static __always_inline void follow(struct process *process, __u32 tgid)
+{
+	__sync_fetch_and_add(&process->touches, 1);
+}
+
+static __always_inline void unfollow(struct process *process, __u32 tgid)
+{
+	if (process)
+		__sync_fetch_and_sub(&process->touches, 1);
+}
+
+static __always_inline void remove_process(__u32 tgid)
+{
+	bpf_map_delete_elem(&processes, &tgid);
+}
+
+#else
+
+static __always_inline void begin_following(struct process *process, __u32 tgid)
+{
 }
 
 /*
@@ -219,6 +278,8 @@ static __always_inline void remove_process(__u32 tgid)
 	bpf_map_delete_elem(&processes, &tgid);
 }
 
+#endif
+
 /*
  * The process, made if it is not here; from now on it is followed. NULL when the map is full,
  * which is counted.
@@ -237,20 +298,37 @@ static __always_inline struct process *touch_process(struct task_struct *task)
 		count(LOST_PROCESSES);
 		return NULL;
 	}
-	if (!process->start_ns)
+	if (!process->start_ns) {
 		process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+		begin_following(process, tgid);
+	}
 	follow(process, tgid);
 	return process;
 }
 
+/* From now on until the next reading every range counts. */
+static __always_inline void forget_ranges(struct process *process)
+{
+	process->range_count = MAX_RANGES + 1;
+	process->min_start = 0;
+	process->max_end = ~0ULL;
+}
+
 /*
  * Threads may add at once: the slot is taken atomically, and one that is not filled in yet can
- * only be overlooked while its owner's claim, which comes after, is still to be sent.
+ * only be overlooked while its owner's claim, which comes after, is still to be sent. Where a slot
+ * cannot be taken so (before 5.12) only one who is alone adds, and in company every range counts.
  */
 static __always_inline void add_range(struct process *process, __u64 start, __u64 end)
 {
 	__u32 slot;
 
+#ifdef OLD_KERNEL
+	if (!is_alone(current_task())) {
+		forget_ranges(process);
+		return;
+	}
+#endif
 	if (!process->max_end || start < process->min_start)
 		process->min_start = start;
 	if (end > process->max_end)
@@ -258,11 +336,19 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 	for (slot = 0; slot < MAX_RANGES && slot < process->range_count; slot++)
 		if (process->ranges[slot].start <= start && process->ranges[slot].end >= end)
 			return;
+#ifdef OLD_KERNEL
+	slot = process->range_count;
+#else
 	slot = __sync_fetch_and_add(&process->range_count, 1);
+#endif
 	if (slot < MAX_RANGES) {
 		process->ranges[slot].start = start;
 		process->ranges[slot].end = end;
 	}
+#ifdef OLD_KERNEL
+	/* Still added atomically: a reading may have set it back to 0, which is to last. */
+	__sync_fetch_and_add(&process->range_count, 1);
+#endif
 }
 
 /*
@@ -288,16 +374,18 @@ static __noinline int add_shared_range(struct process *process, __u64 start, __u
 	return 0;
 }
 
-/* From now on until the next reading every range counts. */
-static __always_inline void forget_ranges(struct process *process)
-{
-	process->range_count = MAX_RANGES + 1;
-	process->min_start = 0;
-	process->max_end = ~0ULL;
-}
-
 static __always_inline bool overlaps(struct process *process, __u64 start, __u64 end)
 {
+#ifdef OLD_KERNEL
+	if (process->covered_count > MAX_RANGES)
+		return true;
+	for (__u32 slot = 0; slot < MAX_RANGES; slot++) {
+		if (slot >= process->covered_count)
+			break;
+		if (start < process->covered[slot].end && end > process->covered[slot].start)
+			return true;
+	}
+#endif
 	if (end <= process->min_start || start >= process->max_end)
 		return false;
 	if (process->range_count > MAX_RANGES)
@@ -314,7 +402,15 @@ static __always_inline bool overlaps(struct process *process, __u64 start, __u64
 /* True for the one who turns the bit on: that one sends the word. */
 static __always_inline bool mark_dirty(struct process *process)
 {
+#ifdef OLD_KERNEL
+	/* Two may both turn it on, and one word too many be sent. None is missed: see the decision 0011. */
+	if (process->dirty)
+		return false;
+	process->dirty = 1;
+	return true;
+#else
 	return __sync_lock_test_and_set(&process->dirty, 1) == 0;
+#endif
 }
 
 /*

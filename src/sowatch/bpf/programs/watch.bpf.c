@@ -23,6 +23,9 @@
  */
 #include "processes.bpf.h"
 #include "reader.bpf.h"
+#ifdef OLD_KERNEL
+#include "lookup.bpf.h"
+#endif
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
