@@ -242,6 +242,20 @@ def test_traced_files_are_listed_with_their_processes(
     assert (one["ProgramType"], one["PIDs"]) == ("mine", [mapper.pid])
 
 
+def test_a_traced_file_whose_name_is_not_utf_8_is_listed_with_its_bytes(
+    agent: Agent, mapper: Mapper, library: Path, place: Path, wait_until: Any
+) -> None:
+    hostile = place / os.fsdecode(b"libbad-\xff\xed\xa0\x80\x1b[2J.so")
+    shutil.copyfile(library, hostile)
+    mapper.map(hostile)
+
+    def mine() -> list[dict[str, Any]]:
+        return [one for one in agent.get("/debug/traced_programs").json or [] if one["FilePath"] == str(hostile)]
+
+    assert wait_until(mine)
+    assert agent.get("/debug/traced_programs").text.isascii()
+
+
 def test_nothing_is_blocked_where_no_rule_attaches_anything(agent: Agent) -> None:
     assert agent.get("/debug/blocked_processes").json is None
     assert agent.get("/debug/clear_blocked").json == {"cleared": 0}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from sowatch.agent.bounds import BodyTooLarge, BodyTooSlow, read_body
@@ -78,18 +78,18 @@ class Debugger:
         ]
 
     async def _traced(self, _: Request) -> Response:
-        return JSONResponse(traced_files(self._watcher.registry))
+        return _json(traced_files(self._watcher.registry))
 
     async def _blocked(self, _: Request) -> Response:
-        return JSONResponse(blocked_files(self._watcher.registry))
+        return _json(blocked_files(self._watcher.registry))
 
     async def _clear_blocked(self, request: Request) -> Response:
         if request.method != "GET":  # HEAD is served wherever GET is, and must not change anything
             return PlainTextResponse(status_code=405, headers={"Allow": "GET"})
-        return JSONResponse({"cleared": self._watcher.registry.clear_blocked()})
+        return _json({"cleared": self._watcher.registry.clear_blocked()})
 
     async def _telemetry(self, _: Request) -> Response:
-        return JSONResponse(self._metrics.report())
+        return _json(self._metrics.report())
 
     async def _attach(self, request: Request) -> Response:
         return await self._by_hand(request, "attaching", "attached", self._watcher.attach_pid)
@@ -116,6 +116,11 @@ class Debugger:
             text = f"Error {doing} PID: {error}\n"
             return PlainTextResponse(text.encode("utf-8", "backslashreplace"), 500)
         return PlainTextResponse(f"{rule} successfully {done} PID {pid}\n".encode("utf-8", "backslashreplace"))
+
+
+def _json(found: object) -> Response:
+    """In ASCII: names that are not UTF-8 are written as surrogate escapes."""
+    return Response(json.dumps(found, separators=(",", ":")).encode("ascii"), media_type="application/json")
 
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
