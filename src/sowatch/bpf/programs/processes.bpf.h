@@ -118,6 +118,14 @@ static __noinline int report_images(struct task_struct *task)
 	return 0;
 }
 
+/* Not inlined: its stack would not fit beside those of the images' reports. */
+static __noinline int report_exec(struct task_struct *task)
+{
+	send_process(SCRATCH_HOOKS, NULL, task, NULL, NULL, RECORD_EXEC, 0,
+		     report & REPORT_PROCESSES ? WITH_EXE : WITHOUT_EXE);
+	return 0;
+}
+
 /* Every mapping of the old image is gone, and every other thread. */
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(process_execs, struct task_struct *task)
@@ -126,8 +134,7 @@ int BPF_PROG(process_execs, struct task_struct *task)
 	bool is_followed = find_process(tgid);
 
 	if (is_followed || report & REPORT_PROCESSES)
-		send_process(SCRATCH_HOOKS, NULL, task, NULL, NULL, RECORD_EXEC, 0,
-			     report & REPORT_PROCESSES ? WITH_EXE : WITHOUT_EXE);
+		report_exec(task);
 	remove_process(tgid);
 	if (narrow_flag(task) && touch_process(task))
 		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_NARROW, 0, 0);
