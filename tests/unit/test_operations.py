@@ -1,0 +1,57 @@
+"""What docs/operations.md, the unit and the example say of the agent is so."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sowatch.agent.privileges import NEEDED
+from sowatch.telemetry.names import CATALOGUE, prometheus_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+UNIT = ROOT / "deploy" / "systemd" / "sowatch.service"
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+def values(key: str) -> list[str]:
+    return re.findall(rf"^{key}=(.*)$", UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_page_and_the_unit_have_the_capabilities_that_are_kept() -> None:
+    assert set(re.findall(r"^\| `(CAP_\w+)` \|", PAGE, flags=re.MULTILINE)) == set(NEEDED)
+    for key in ("AmbientCapabilities", "CapabilityBoundingSet"):
+        assert [set(one.split()) for one in values(key)] == [set(NEEDED)]
+
+
+def test_every_metric_to_alert_on_exists() -> None:
+    known = {prometheus_name(one.name, one.kind) for one in CATALOGUE.values()}
+    named = set(re.findall(r"\bsowatch_\w+", PAGE))
+    assert len(named) > 8
+    assert named <= known
+
+
+@pytest.fixture
+def runnable_unit(tmp_path: Path) -> Path:
+    """The unit with a command that is there, whatever is installed where."""
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/local/bin/sowatch", "/bin/true"), encoding="utf-8")
+    return path
+
+
+@needs_systemd
+def test_systemd_finds_no_fault_in_the_unit(runnable_unit: Path) -> None:
+    done = subprocess.run(["systemd-analyze", "verify", runnable_unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_systemd
+def test_systemd_finds_the_unit_little_exposed(runnable_unit: Path) -> None:
+    words = ["systemd-analyze", "security", "--offline=true", "--threshold=40", runnable_unit]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
