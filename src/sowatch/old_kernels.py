@@ -96,6 +96,7 @@ class OldKernelSource(BpfSource):
             raise BpfError(
                 f"looking up our own mappings in {root}, which has to be of the host's pid namespace,", EXDEV, ""
             )
+        self.settle(own.tgid, own.start_ns, own.touches)
 
     def drain(self) -> list[Record]:
         records = super().drain()

@@ -70,8 +70,14 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 	return 0;
 }
 
+#ifdef OLD_KERNEL
+#define EACH_IMAGE static __always_inline /* there is only one, and no room for another frame on the stack */
+#else
+#define EACH_IMAGE static __noinline
+#endif
+
 /* What exec itself mapped never passed mmap: told here, as if it had, with FLAG_IMAGE. */
-static __noinline int report_image(struct task_struct *task, struct found_vma *image)
+EACH_IMAGE int report_image(struct task_struct *task, struct found_vma *image)
 {
 	struct process *process;
 	__u32 flags = FLAG_IMAGE;
@@ -109,12 +115,13 @@ static __noinline int report_images(struct task_struct *task)
 	/* Only a reading finds it. */
 	if (base)
 		send_dirty(task, touch_process(task));
-#endif
+#else
 	/* Usually the headers are mapped before the code, readable only. */
 	if (base && find_vma_at(base, &image) == 0 && !image.is_executable)
 		find_vma_at(image.end, &image);
 	if (image.is_executable)
 		report_image(task, &image);
+#endif
 	return 0;
 }
 
