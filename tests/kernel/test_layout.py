@@ -168,6 +168,8 @@ CTIMES = {"i_ctime_sec", "i_ctime_nsec", "__i_ctime", "i_ctime"}
 OPTIONAL_FIELDS = {
     ("kernfs_node", "__parent"),
     ("kernfs_node", "parent"),
+    ("task_struct", "__state"),
+    ("task_struct", "state"),
     *(("inode", name) for name in CTIMES),
 }
 #: Ours, not the kernel's: see the end of kernel_types.h.
@@ -236,6 +238,7 @@ def test_every_kernel_field_that_a_program_reads_exists_in_the_running_kernel(
     assert missing == []
     assert kernel_fields["kernfs_node"] & {"__parent", "parent"}
     assert kernel_fields["inode"] & CTIMES
+    assert kernel_fields["task_struct"] & {"__state", "state"}
 
 
 def test_the_check_of_kernel_fields_reads_the_header(kernel_fields: dict[str, set[str]]) -> None:
