@@ -80,6 +80,12 @@ class Stream:
                 return found
         raise AssertionError(f"the stream ended after {len(found)} events")
 
+    def hang_up(self) -> None:
+        """Ends the stream for whoever reads it on another thread."""
+        with contextlib.suppress(OSError):
+            if self._connection.sock is not None:
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._answer.close()
         self._connection.close()

@@ -22,6 +22,8 @@ LOG = logging.getLogger("sowatch.agent")
 
 #: A file has to stay the same for so long: who writes in place is given the time to finish.
 _QUIET_S: Final = 0.15
+#: One that never does is taken as it is after so many.
+_MAX_LOOKS: Final = 20
 #: Looked at this often even if nothing is said: network file systems say nothing, and a change in the moment
 #: before the directories are watched is not told.
 _EVERY_S: Final = 2.0
@@ -115,9 +117,11 @@ class FileWatch:
 
     def _look(self) -> None:
         now = _digest(self._path)
-        while now != self._seen and not self._stop.wait(_QUIET_S):
+        for number in range(_MAX_LOOKS):
+            if now == self._seen or self._stop.wait(_QUIET_S):
+                return
             before, now = now, _digest(self._path)
-            if now == before:
+            if now == before or number == _MAX_LOOKS - 1:
                 self._seen = now
                 self._on_change()
 
