@@ -80,6 +80,7 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "watch.bpf.o": _FROM_6_12,
     "prebuilt.bpf.o": _ALL,
     "watch_probe.bpf.o": _FROM_6_1,
+    "watch_old.bpf.o": _ALL,
 }
 
 
@@ -121,8 +122,7 @@ CELLS: Final = (
         "core",
         "syscall",
         ("--strategy", "core", "--hooks", "syscall"),
-        works_on=_FROM_6_1,
-        refused_on={"5.10": "loading the BPF programs failed"},
+        works_on=_ALL,
     ),
     Cell(
         "procfs",
@@ -140,7 +140,7 @@ CELLS: Final = (
 
 #: What a command without options must choose: (strategy, hooks), both None where nothing works.
 CHOICES: Final[Mapping[str, tuple[str | None, str | None]]] = {
-    "5.10": ("procfs", None),
+    "5.10": ("core", "syscall"),
     "6.1": ("core", "trampoline"),
     "6.12": ("core", "trampoline"),
     "newest": ("core", "trampoline"),
