@@ -43,6 +43,13 @@ static __always_inline void fill_head(struct record *head, struct task_struct *t
 	head->touches = 0;
 }
 
+/* Up to its NUL: before 5.17 what follows that is left of an earlier, longer name. */
+static __always_inline void read_comm(struct task_struct *task, char comm[COMM_BYTES])
+{
+	__builtin_memset(comm, 0, COMM_BYTES);
+	bpf_probe_read_kernel_str(comm, COMM_BYTES, BPF_CORE_READ(task, group_leader)->comm);
+}
+
 /* 32-bit programs on a 64-bit kernel make calls that the syscall tracepoints leave out. */
 static __always_inline __u32 narrow_flag(struct task_struct *task)
 {
@@ -200,7 +207,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	record->ns_pid = pid_in_own_namespace(task);
 	record->root_dentry = (__u64)root.dentry;
 	record->root_mnt = (__u64)root.mnt;
-	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
+	read_comm(task, record->comm);
 	record->cgroup_bytes = append_cgroup(scratch, task);
 	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
 	if (exe) {
@@ -254,7 +261,7 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 	record->start = start;
 	record->end = end;
 	record->offset_bytes = offset_bytes;
-	BPF_CORE_READ_INTO(&record->comm, task, group_leader, comm);
+	read_comm(task, record->comm);
 	describe_file(owner, scratch, file, key);
 	sent = send_scratch(seq, scratch);
 	give_back(scratch);
