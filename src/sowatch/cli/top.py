@@ -14,6 +14,7 @@ Examples:
 
 from __future__ import annotations
 
+import errno
 import json
 from argparse import Namespace
 from collections.abc import Callable
@@ -71,6 +72,10 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
             with inventory:
                 show(inventory, state, out, is_over=lambda: watcher.wait(0))
         except PipeClosed:
+            out.discard()
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal went while it was drawn to
+                raise
             out.discard()
         finally:
             watcher.stop()
