@@ -373,8 +373,7 @@ class Engine:
             self._look_at_narrow(now)
         if self._tracker.dirty or self._due:
             self._reread()
-        if self._repair_at is not None and time.monotonic() >= self._repair_at:
-            self._repair()
+        self._repair_if_due()
         if self._rules_again_at is not None and now >= self._rules_again_at:
             self._rules_again_at = None
             self._read_for_rules()
@@ -394,10 +393,15 @@ class Engine:
                 answer.set_exception(error)
 
     def _settle_doubts(self) -> None:
-        """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most."""
+        """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
+
+        Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
+        """
         for pid in self._tracker.narrow:
             self._tracker.dirty.setdefault(pid, LIVE)
         self._source.refresh()
+        self._check_losses()
+        self._repair_if_due()
         for _ in range(10):
             self._drain()
             if self._tracker.has_strangers:
@@ -604,6 +608,10 @@ class Engine:
         self.repairs += 1
         self.is_repaired = True
         self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
+
+    def _repair_if_due(self) -> None:
+        if self._repair_at is not None and time.monotonic() >= self._repair_at:
+            self._repair()
 
     def _repair(self) -> None:
         """Compares the map with what is there. Done when nothing was lost while it ran; else again."""

@@ -529,7 +529,10 @@ class Watcher:
 
     @property
     def is_repaired(self) -> bool:
-        """Whether every loss in the kernel was repaired."""
+        """Whether every loss in the kernel that was noticed is repaired; within a second each is noticed.
+
+        `audit` and `explain` notice and repair before they answer.
+        """
         return self._engine is None or self._engine.is_repaired
 
 
