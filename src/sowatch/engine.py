@@ -371,7 +371,7 @@ class Engine:
     def _read_what_is_due(self, now: float) -> None:
         if self._tracker.narrow:
             self._look_at_narrow(now)
-        if self._tracker.dirty or self._due:
+        if self._tracker.dirty or self._due or self._throttled:
             self._reread()
         self._repair_if_due()
         if self._rules_again_at is not None and now >= self._rules_again_at:
@@ -517,6 +517,8 @@ class Engine:
                 del self._due[pid]  # it has gone meanwhile
             elif when <= now:
                 due[pid] = causes
+        if self._throttled:
+            self._unthrottle(())  # those that have gone meanwhile are in nobody's debt
         if not due:
             return
         for pid in due:

@@ -15,7 +15,7 @@ from sowatch.events import Process
 from sowatch.identity import FileId, ProcessId
 from sowatch.rules import RuleSet
 
-__all__ = ["Change", "Found", "Mapping", "Name", "Range", "Space", "Tracked", "subtract"]
+__all__ = ["Change", "Found", "Mapping", "Name", "Range", "Sketch", "Space", "Tracked", "subtract"]
 
 Range = tuple[int, int]
 
@@ -139,6 +139,44 @@ def subtract(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
         if known_end > end:
             left.append((end, known_end))
     return left
+
+
+class Sketch:
+    """Which file is where in an address space, and nothing else: to compare, and to try out what records do."""
+
+    def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
+        self._ranges: dict[FileId, list[Range]] = {one.name.file_id: list(one.ranges) for one in mappings}
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[tuple[FileId, int, int]]) -> Sketch:
+        """Of files and where they are mapped."""
+        made = cls()
+        for file_id, start, end in rows:
+            made._ranges.setdefault(file_id, []).append((start, end))
+        return made
+
+    def put(self, file_id: FileId | None, start: int, end: int) -> None:
+        """From now on this file is there, and no other; None: none at all."""
+        self._ranges = {known: left for known, ranges in self._ranges.items() if (left := subtract(ranges, start, end))}
+        if file_id is not None:
+            self._ranges.setdefault(file_id, []).append((start, end))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sketch) and self._whole() == other._whole()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _whole(self) -> dict[FileId, list[Range]]:
+        """Without seams: neighbours are one range."""
+        whole: dict[FileId, list[Range]] = {}
+        for file_id, ranges in self._ranges.items():
+            joined = whole[file_id] = []
+            for start, end in sorted(ranges):
+                if joined and start <= joined[-1][1]:
+                    joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+                else:
+                    joined.append((start, end))
+        return whole
 
 
 class Tracked:

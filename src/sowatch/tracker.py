@@ -32,10 +32,12 @@ from sowatch.bpf.records import (
 from sowatch.identity import FileId, ProcessId
 from sowatch.rules import RuleSet
 from sowatch.sources import Reading
-from sowatch.spaces import Change, Found, Mapping, Name, Range, Space, Tracked
+from sowatch.spaces import Change, Found, Mapping, Name, Range, Sketch, Space, Tracked
 
 __all__ = ["LIVE", "Causes", "Tracker"]
 
+#: A call that a reading has seen is told after the visit, but no later than this.
+RETURN_NS = 1_000_000
 #: Names kept for processes that may come; a name is some 800 bytes.
 MAX_NAMES = 10_000
 
@@ -86,8 +88,9 @@ class Tracker:
         self.narrow: dict[int, int] = {}
         self.throttled: set[int] = set()
         self.has_strangers = False
-        #: In `merge`: who was read, by address space.
+        #: In `merge`: who was read, by address space; and where each reading belongs among the records.
         self._by_space: dict[int, Tracked] = {}
+        self._places: dict[int, Record | None] = {}
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
 
@@ -217,6 +220,8 @@ class Tracker:
             self._tell(space, True, cause, record.t_ns, mapping)
 
     def _range(self, record: RangeRecord) -> None:
+        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
+            self._doubt(record)
         known = self._processes.get(record.tgid)
         if known is not None and known.id.start_ns == record.start_ns:
             self._take_away(known.space, record.start, record.end, record.t_ns)
@@ -331,8 +336,9 @@ class Tracker:
         """Takes over readings and the records that came while they were made, in the right order.
 
         A record older than its process's visit was seen by the reading already; a later one comes
-        on top of it; one that falls into the visit may or may not have been seen, so that process
-        is read once more.
+        on top of it. One that falls into the visit may or may not have been seen, and a call is told
+        some time after its work is done: the reading is taken over where it fits in between them, so
+        that it tells nothing anew, and the process is read once more.
 
         Args:
             readings: at most one a process.
@@ -352,19 +358,20 @@ class Tracker:
         visited = set(waiting)
         ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
         again: set[int] = set()
+        later = None if is_start else _since_visits(waiting, records)
         for record in records:
             reading = waiting.get(record.tgid)
             if reading is not None and reading.start_ns == record.start_ns:
-                if record.t_ns > reading.end_ns:
+                is_inside = reading.begin_ns <= record.t_ns <= reading.end_ns
+                if is_inside:
+                    again.add(record.tgid)
+                if is_inside and record.type in (RecordType.EXIT, RecordType.EXEC):
+                    del waiting[record.tgid]  # what it saw is of the past
+                elif is_start and record.t_ns <= reading.end_ns:
+                    self._learn_only(record)
+                    continue
+                elif record.t_ns >= reading.begin_ns and self._is_next(reading, record, later):
                     self._take_reading(waiting.pop(record.tgid))
-                else:
-                    if record.t_ns >= reading.begin_ns:
-                        again.add(record.tgid)
-                        if record.type in (RecordType.EXIT, RecordType.EXEC):
-                            del waiting[record.tgid]  # what it saw is of the past
-                    if is_start:
-                        self._learn_only(record)
-                        continue
             elif record.t_ns <= ends.get((record.tgid, record.start_ns), 0):
                 again.add(record.tgid)  # overtaken on its way to the ring: told after what came later
             if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
@@ -375,6 +382,47 @@ class Tracker:
         self._note_doubts(readings, void | again)
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
+
+    def _is_next(self, reading: Reading, record: Record, later: dict[int, list[Record]] | None) -> bool:
+        """Whether the reading is to be taken over before this record; ``later`` is None at the start."""
+        if later is None:
+            return record.t_ns > reading.end_ns
+        if record is later[record.tgid][0]:
+            self._places[record.tgid] = self._place(reading, later[record.tgid])
+        return record is self._places[record.tgid]
+
+    def _place(self, reading: Reading, records: Sequence[Record]) -> Record | None:
+        """Which of the records since its visit began a reading is to be taken over before; None: after all.
+
+        Where the map, as the records change it, equals what was read. If it does nowhere: before the
+        first that came after the visit.
+        """
+        known = self._processes.get(reading.tgid)
+        is_known = known is not None and known.id.start_ns == reading.start_ns
+        sketch = Sketch(known.space.files.values() if known is not None and is_known else ())
+        names = ((self._name_of(row), row) for row in reading.maps)
+        read = Sketch.of_rows((name.file_id, row.start, row.end) for name, row in names if name.is_wanted)
+        first_after = None
+        for record in records:
+            if sketch == read:
+                return record
+            if record.t_ns > reading.end_ns:
+                first_after = first_after or record
+                # What is in doubt has to come after a reading, to be read again.
+                if record.t_ns > reading.end_ns + RETURN_NS or record.flags & FLAG_DIRTY:
+                    return first_after
+            if isinstance(record, MapRecord):
+                name = self._name_of(record)
+                sketch.put(name.file_id if name.is_wanted else None, record.start, record.end)
+            elif record.type == RecordType.RANGE and isinstance(record, RangeRecord):
+                sketch.put(None, record.start, record.end)
+            elif record.t_ns > reading.end_ns:
+                return first_after
+        return None if sketch == read else first_after
+
+    def _name_of(self, record: MapRecord) -> Name:
+        name = self._names.get(record.key)
+        return name if name is not None and name.text == record.text else Name(record, self._rules)
 
     def _note_doubts(self, readings: Iterable[Reading], again: Iterable[int]) -> None:
         """What the readings have left open."""
@@ -492,3 +540,13 @@ class Tracker:
         """Forgets every answer; the owner raises the epoch and makes a reading of all."""
         self._rules = rules
         self._names.clear()
+
+
+def _since_visits(waiting: dict[int, Reading], records: Iterable[Record]) -> dict[int, list[Record]]:
+    """By tgid, the records from the beginning of its reading's visit on."""
+    found: dict[int, list[Record]] = {}
+    for record in records:
+        reading = waiting.get(record.tgid)
+        if reading is not None and reading.start_ns == record.start_ns and record.t_ns >= reading.begin_ns:
+            found.setdefault(record.tgid, []).append(record)
+    return found

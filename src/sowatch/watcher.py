@@ -301,17 +301,14 @@ class Watcher:
         """Compares the map with an independent reading of ``/proc``, every live process tried.
 
         A difference counts if it is still there after a few looks some 50 ms apart. Takes about as
-        long as reading every process's maps. Any thread but a callback's may ask.
+        long as reading every process's maps; `set_rules` waits for it. Any thread but a callback's may ask.
 
         Raises:
             SowatchError: the watch is not running.
         """
         engine = self._running_engine()
-        while True:
-            rules = self._rules
-            report = audit(lambda: engine.ask(engine.view), self._proc, rules)
-            if rules is self._rules:
-                break  # else the map followed others in the middle of it
+        with self._changing_rules:  # the map must not follow others in the middle of it
+            report = audit(lambda: engine.ask(engine.view), self._proc, self._rules)
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)

@@ -131,6 +131,21 @@ def ledger(long_ledger: Ledger) -> Iterator[Ledger]:
 
 
 @pytest.fixture
+def pin(programs: Any, spawn: Any) -> Callable[..., subprocess.Popen[bytes]]:
+    """``pin(pid, address)`` holds the address space of a process, as a reader of its maps does, until it is killed."""
+    program = programs.variant("pin", "-pthread")
+
+    def hold(pid: int, address: int) -> subprocess.Popen[bytes]:
+        words = [program, str(pid), f"{address:x}"]
+        held: subprocess.Popen[bytes] = spawn(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert held.stdout
+        assert held.stdout.readline() == b"ok\n"
+        return held
+
+    return hold
+
+
+@pytest.fixture
 def stall(programs: Any, closing: contextlib.ExitStack) -> Callable[..., Stall]:
     """``stall(way, first, other)`` is a running Stall."""
     program = programs.variant("stall", "-pthread")

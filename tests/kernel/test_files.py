@@ -133,6 +133,8 @@ def test_hard_links_are_one_file_that_is_active_once(
     second.map(two)
     loads = [wait_path(ledger, first.pid, one), wait_path(ledger, second.pid, two)]
     assert loads[0].library.id == loads[1].library.id
+    # Callbacks come after events, and none for what is gone by then.
+    ledger.wait_for(lambda: contents, "on_activate was not called")
     first.exit()
     ledger.wait_unload(first.pid, inode(one))
     second.exit()

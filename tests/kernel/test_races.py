@@ -18,7 +18,7 @@ import pytest
 from sowatch import Rule
 from sowatch.config import Config
 from sowatch.rules import KINDS
-from support.kernel import TAG, Ledger, Stall, executable_inodes
+from support.kernel import TAG, Ledger, Stall, executable_inodes, standing_still
 from support.programs import Mapper
 
 PAGE = 4096
@@ -199,7 +199,7 @@ def test_threads_that_map_and_unmap_at_once_leave_the_map_as_proc_has_it(
     rounds = int(mapper.tell("thread", "stop")[0])
     assert rounds > 1000
     settle(ledger, mapper, marker)
-    ledger.wait_for(lambda: ledger.watcher.is_repaired, "the repair")
+    ledger.wait_for(lambda: ledger.watcher.is_repaired, "the repair", 30)
     ledger.wait_equal(mapper.pid)
     assert ledger.story(mapper.pid, inode(stays))[-1][0] == "load"
 
@@ -395,6 +395,22 @@ def test_a_wanted_file_whose_mmap_has_not_returned_yet_is_followed_although_all_
     ledger.wait_unload(held.pid, inode(wanted))
 
 
+def test_what_comes_and_goes_while_somebody_reads_the_process_is_told_each_time(
+    ledger: Ledger, start: Start, library: NewLibrary, pin: Any
+) -> None:
+    mapper, new, first = start(), library(), library("libfirst.so")
+    at, _ = mapper.map(first)
+    ledger.wait_load(mapper.pid, inode(first))
+    held = pin(mapper.pid, at)
+    for _ in range(100):
+        mapper.unmap(*mapper.map(new))
+    held.kill()
+    held.wait()
+    settle(ledger, mapper, library("libmarker.so"))
+    assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap"), ("unload", "munmap")] * 100
+    ledger.wait_equal(mapper.pid)
+
+
 # ---- losses and repairs --------------------------------------------------------------------------
 
 
@@ -405,7 +421,11 @@ def test_after_a_storm_that_a_tiny_ring_cannot_hold_the_map_is_repaired(
     libraries = [library(f"lib{number}.so") for number in range(5)]
     rule = Rule(rf"{libraries[0].parent}/", kind=KINDS, name="ours")
     ledger = open_ledger(rule, config=Config(ring_bytes=4096))
+    flooder = start()
     with storm(mappers, libraries):
+        with standing_still(ledger.watcher):
+            for _ in range(100):
+                flooder.unmap(*flooder.map(libraries[0]))
         ledger.wait_for(lambda: "lost" in ledger.controls(), "a ring of one page was enough")
     for number, mapper in enumerate(mappers):
         mapper.map(libraries[number])
@@ -438,11 +458,10 @@ def test_the_exit_of_a_process_that_was_lost_is_found_by_the_repair(
     ledger = open_ledger(Rule(rf"{new.parent}/", name="ours"), config=Config(ring_bytes=4096))
     victim.map(new)
     ledger.wait_load(victim.pid, inode(new))
-    # While this runs the ring of one page is full most of the time.
-    flooder.send("loop", library("libflood.so"), 20_000)
-    victim.exit()
-    assert flooder._answer() == []
+    with standing_still(ledger.watcher):
+        flooder.tell("loop", library("libflood.so"), 1000)
+        victim.exit()
     ledger.wait_for(lambda: "lost" in ledger.controls(), "nothing was lost")
     ledger.wait_unload(victim.pid, inode(new))
-    ledger.wait_for(lambda: ledger.controls()[-1] == "repaired", "no repair")
+    ledger.wait_for(lambda: ledger.controls()[-1] == "repaired", "no repair", 30)
     assert ledger.inodes(flooder.pid) == set()

@@ -58,7 +58,7 @@ def test_a_reader_that_falls_behind_is_told_so_and_then_what_is(
     other = ledger.watcher.subscribe(events=("load", "unload"))
     mapper.tell("loop", new, 500)
     mapper.map(new)
-    ledger.wait_for(lambda: ledger.controls()[-1:] == ["repaired"], lambda: f"no repair: {ledger.controls()}")
+    ledger.wait_for(lambda: ledger.controls()[-1:] == ["repaired"], lambda: f"no repair: {ledger.controls()}", 30)
     ledger.wait_equal_of(mapper.pid, new.stat().st_ino)
     assert ledger.watcher.stats.lost_queue > 0
     assert ledger.watcher.stats.lost_kernel == 0

@@ -124,7 +124,6 @@ int main(int count, char **words)
 		return 0;
 	if (pthread_create(&thread, NULL, second_thread, NULL))
 		return 1;
-	pthread_detach(thread);
 	if (!strcmp(words[1], "unmap"))
 		munmap(base, 2 * PAGE);
 	else if (!strcmp(words[1], "fixed"))
@@ -140,6 +139,8 @@ int main(int count, char **words)
 	}
 	snprintf(text, sizeof(text), "done %d\n", child);
 	say(text);
+	/* The second thread goes on to obey, unless it has left. */
+	pthread_join(thread, NULL);
 	while (read_line(line, sizeof(line)))
 		;
 	return 0;

@@ -6,15 +6,17 @@ hold of every stream of events. `Stall` and `Trick` drive ``tests/programs/stall
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import select
 import subprocess
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +31,18 @@ from sowatch.sources import BpfSource, Reading, Report
 from sowatch.watcher import ActiveFile
 from support.programs import Mapper
 
-__all__ = ["TAG", "Ledger", "Stall", "Tap", "Trick", "executable_inodes", "host_pid", "id_by_stat", "with_prelude"]
+__all__ = [
+    "TAG",
+    "Ledger",
+    "Stall",
+    "Tap",
+    "Trick",
+    "executable_inodes",
+    "host_pid",
+    "id_by_stat",
+    "standing_still",
+    "with_prelude",
+]
 
 #: In the names of files that rules look for: two runs of the tests on one machine do not meet.
 TAG = f"-{os.getpid()}"
@@ -233,6 +246,27 @@ def with_prelude(scratch: Path, program: Path, commands: str, *, launcher: str =
 
 #: Runs commands in a mount namespace of their own: what they mount goes with the process.
 IN_OWN_MOUNTS = "unshare --mount --propagation private sh -c"
+
+
+@contextlib.contextmanager
+def standing_still(watcher: Watcher) -> Iterator[None]:
+    """Nothing is taken from the kernel meanwhile: a small ring overflows for certain, however fast the machine is."""
+    engine = watcher._engine
+    assert engine is not None
+    stands, over = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        stands.set()
+        over.wait()
+
+    asker = threading.Thread(target=lambda: engine.ask(stand, settled=False))
+    asker.start()
+    stands.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        asker.join()
 
 
 class Ledger:

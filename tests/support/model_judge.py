@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from sowatch import Rule
-from support.kernel import Ledger
+from support.kernel import Ledger, standing_still
 from support.model import ARENA, PAGE, File, Ranges, World, mapped_by_proc, merged, subreaper
 
 __all__ = ["Judge", "Stage"]
@@ -106,6 +106,17 @@ class Judge:
         self._ledger.wait_for(
             lambda: (inode in self._ledger.inodes(actor.pid)) == self._is_marked, "the marker was not told of"
         )
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """The watch hears nothing of what is done meanwhile: its ring, which has to be small, is full."""
+        (actor,) = self._marker.actors
+        with standing_still(self._ledger.watcher):
+            for _ in range(50):
+                self._marker.run([(actor, self._marker.map(actor, 0, ARENA + PAGE, 1, sharing="private"))])
+                self._marker.run([(actor, self._marker.unmap(actor, ARENA + PAGE, 1))])
+            self._marker.steps.clear()
+            yield
 
     def told(self, world: World) -> set[tuple[int, File]]:
         """Who has what by the events so far."""

@@ -222,16 +222,18 @@ class Kernel:
         if not is_alone:
             self.send_dirty(process, entry)
 
-    def report_gone(self, process, pages, *, is_alone):
-        if is_alone:
-            self.send(process.words.range(pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns()))
-        else:
-            self.send_dirty(process, self.find(process.pid))
+    def report_gone(self, process, pages, *, is_alone, has_threads):
+        entry = self.find(process.pid)
+        if has_threads:
+            self.send_dirty(process, entry)
+            return
+        flags = FLAG_DIRTY if not is_alone and entry and entry.mark_dirty() else 0
+        self.send(process.words.range(pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns(), flags=flags))
 
     # ---- system calls; each yield is a moment in which anything may happen ----------------------
 
     def mmap(self, process, file, at, count, *, is_fixed):
-        mm = process.mm
+        mm, has_threads = process.mm, len(process.tasks) > 1
         is_alone = mm.users == 1
         maps = self.verdicts.get(file.key) is not False
         if maps:
@@ -254,13 +256,13 @@ class Kernel:
         if maps or unmaps:
             yield
         if unmaps:
-            self.report_gone(process, pages, is_alone=is_alone)
+            self.report_gone(process, pages, is_alone=is_alone, has_threads=has_threads)
         if maps:
             yield from self.report_mapping(process, file, pages, is_alone=is_alone)
         mm.in_flight.subtract(pages)
 
     def munmap(self, process, at, count, *, only_hides=False, moves=False):
-        mm, pages = process.mm, range(at, at + count)
+        mm, pages, has_threads = process.mm, range(at, at + count), len(process.tasks) > 1
         if any(mm.in_flight[page] for page in pages):
             return
         is_alone = mm.users == 1
@@ -279,7 +281,7 @@ class Kernel:
         if not is_noted:
             return
         yield
-        self.report_gone(process, pages, is_alone=is_alone and not moves)
+        self.report_gone(process, pages, is_alone=is_alone, has_threads=has_threads or moves)
 
     def mprotect_exec(self, process, at, *, is_busy):
         mm = process.mm

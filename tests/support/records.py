@@ -114,9 +114,9 @@ class Proc:
         """The same with FLAG_DIRTY: the one that turned the bit on."""
         return self.map(file, start, end, t=t, flags=flags | wire.FLAG_DIRTY)
 
-    def range(self, start: int, end: int, *, t: int = 0) -> RangeRecord:
+    def range(self, start: int, end: int, *, t: int = 0, flags: int = 0) -> RangeRecord:
         """RECORD_RANGE."""
-        return _sized(RangeRecord(*self._head(RecordType.RANGE, t, 0), start, end))
+        return _sized(RangeRecord(*self._head(RecordType.RANGE, t, flags), start, end))
 
     def dirty(self, *, t: int = 0) -> RangeRecord:
         """RECORD_DIRTY."""

@@ -45,8 +45,13 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
  * meanwhile and be gone by its end. */
 static __always_inline void note(__u64 pid_tgid, struct pending *call)
 {
-	if (!is_alone(current_task()))
+	struct task_struct *task = current_task();
+
+	if (!is_alone(task)) {
 		call->kind |= PENDING_IN_COMPANY;
+		if (BPF_CORE_READ(task, signal, nr_threads) > 1)
+			call->kind |= PENDING_AMONG_THREADS;
+	}
 	if (bpf_map_update_elem(&pending_calls, &pid_tgid, call, BPF_ANY)) {
 		count(LOST_PENDING);
 		return;
@@ -288,6 +293,33 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	return 0;
 }
 
+/*
+ * In company a reading decides. So it does after a failure: mmap and mprotect may have taken
+ * something away before they failed. A failed munmap changes nothing, but that is rare and a
+ * reading cheap.
+ * If no thread is beside this one, the company is mostly somebody who reads /proc/PID/maps, the
+ * reader of these programs among them: the range is told, so that what comes and goes meanwhile is
+ * told too, and a reading corrects it if there was another process after all.
+ */
+static __always_inline void report_unmapping(struct task_struct *task, struct process *process,
+					     const struct pending *call, long ret)
+{
+	__u32 flags = 0;
+
+	if (is_error(ret) || call->kind & PENDING_AMONG_THREADS) {
+		send_dirty(task, process);
+		return;
+	}
+	if (is_throttled(task, process))
+		return;
+	if (process && !was_alone(call, task)) {
+		flags = sharing_flag(task, process, 0);
+		if (mark_dirty(process))
+			flags |= FLAG_DIRTY;
+	}
+	send_small(task, RECORD_RANGE, flags, call->start, call->start + call->length);
+}
+
 #define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)
 
 /* For every call: what has to be known was noted at the entry. kinds: those that this call can be. */
@@ -305,20 +337,12 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 		return 0;
 	task = current_task();
 	if (call->kind & kinds & PENDING_UNMAP) {
-		/*
-		 * In company a reading decides. So it does after a failure: mmap and mprotect may
-		 * have taken something away before they failed. A failed munmap changes nothing,
-		 * but that is rare and a reading cheap.
-		 */
 		struct process *process = find_process(pid_tgid >> 32);
 
 		/* The reader may have found in another holder what this has taken away. */
 		if (!process && report & REPORT_RANGES && has_strangers(task, 0))
 			process = touch_process(task);
-		if (!was_alone(call, task) || is_error(ret))
-			send_dirty(task, process);
-		else if (!is_throttled(task, process))
-			send_small(task, RECORD_RANGE, 0, call->start, call->start + call->length);
+		report_unmapping(task, process, call, ret);
 	}
 	if (call->kind & kinds & PENDING_REREAD) {
 		struct process *process = find_process(pid_tgid >> 32);
