@@ -32,7 +32,8 @@ inspector   opens mapped files safely, reads their facts
 explain     why a process or file is, or is not, in the map
 subscriptions  a reader's bounded queue, which knows how to catch up
 publisher   from changes of the map to events
-engine      the thread that drains, reads again, repairs
+keeper      keeps the map true: drains, reads again, repairs
+engine      the thread that the keeper works on
 workers     callbacks of rules
 watcher     puts it together
 inventory   what is mapped, put together for people who look

@@ -192,9 +192,9 @@ class Watcher:
         self._inspector = Inspector(proc=self._proc, exports=self._rules.exports, on_done=engine.wake)
         self._publisher.inspector = self._inspector
         self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
-        engine.look_at_ourselves()
+        engine.keeper.look_at_ourselves()
         self._publisher.selection = Selection(
-            self._pids, self._container, engine.own_pid if self._exclude_self else None
+            self._pids, self._container, engine.keeper.own_pid if self._exclude_self else None
         )
         ready = engine.start()
         for worker in self._workers:
@@ -335,7 +335,7 @@ class Watcher:
             self.registry,
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
             view=lambda: engine.ask(engine.view),
-            is_repaired=lambda: engine.is_repaired,
+            is_repaired=lambda: engine.keeper.is_repaired,
         )
         return explain(target, desk)
 
@@ -374,7 +374,7 @@ class Watcher:
             def change() -> None:
                 self._rules = new
                 self._publisher.inspector = self._inspector
-                engine.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
+                engine.keeper.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
 
             try:
                 engine.ask(change)
@@ -427,7 +427,7 @@ class Watcher:
         answer: Future[int] = Future()
 
         def look() -> None:
-            engine.look_again(pid, wanted)
+            engine.keeper.look_again(pid, wanted)
             self._publisher.in_turn(lambda: answer.set_result(settle()))
 
         engine.ask(look)
@@ -505,15 +505,15 @@ class Watcher:
             events=self._publisher.events,
             loads=self._publisher.loads,
             unloads=self._publisher.unloads,
-            lost_kernel=0 if engine is None else engine.lost,
-            lost_throttled=0 if engine is None else engine.throttled,
+            lost_kernel=0 if engine is None else engine.keeper.lost,
+            lost_throttled=0 if engine is None else engine.keeper.throttled,
             lost_queue=self._publisher.lost_in_queues,
-            repairs=0 if engine is None else engine.repairs,
-            rereads=0 if engine is None else engine.rereads,
+            repairs=0 if engine is None else engine.keeper.repairs,
+            rereads=0 if engine is None else engine.keeper.rereads,
             unresolved=self._publisher.unresolved,
             callback_errors=self._retired_errors + sum(one.errors for one in (*self._workers, *self._retired)),
-            records=0 if engine is None else engine.records,
-            losses=Losses() if engine is None else engine.losses,
+            records=0 if engine is None else engine.keeper.records,
+            losses=Losses() if engine is None else engine.keeper.losses,
             audits=self._audits,
             audit_differences=self._audit_differences,
             poll_interval_s=None if engine is None else engine.poll_interval_s,
@@ -530,7 +530,7 @@ class Watcher:
 
         `audit` and `explain` notice and repair before they answer.
         """
-        return self._engine is None or self._engine.is_repaired
+        return self._engine is None or self._engine.keeper.is_repaired
 
 
 def _rules_of(patterns: tuple[str | Rule, ...]) -> list[Rule]:

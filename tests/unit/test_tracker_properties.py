@@ -110,7 +110,7 @@ class Facts:
 
 
 class EngineOwner(Owner):
-    """The engine itself, without its thread; what it publishes stands for the tracker's changes."""
+    """The engine's keeper itself, without its thread; what it publishes stands for the tracker's changes."""
 
     clock = time.monotonic_ns
 
@@ -122,11 +122,13 @@ class EngineOwner(Owner):
         self.events = publisher.subscribe(control=True, limit=1 << 20)
         self.engine = Engine(kernel, self.tracker, publisher, RULES, Config(), silent_baseline=False)
         self.engine._proc = self
+        self.keeper = self.engine.keeper
+        self.keeper._proc = self
         self.active = {}
 
     @property
     def seen_losses(self):
-        return self.engine.losses.ring if self.engine.is_repaired else None
+        return self.keeper.losses.ring if self.keeper.is_repaired else None
 
     @seen_losses.setter
     def seen_losses(self, count):
@@ -136,7 +138,7 @@ class EngineOwner(Owner):
         return None
 
     def stat(self, pid):
-        """The engine's look at ``/proc``."""
+        """The keeper's look at ``/proc``."""
         there = self.kernel.processes.get(pid)
         if there is None:
             return Miss.GONE
@@ -157,19 +159,18 @@ class EngineOwner(Owner):
             yield SimpleNamespace(is_load=event.event == "load", process=event.process, name=name)
 
     def drain(self):
-        self.engine._drain()
+        self.keeper.drain()
 
     def start(self):
-        self.engine._snapshot()
+        self.keeper.take_snapshot(self.engine._make_ready)
 
     def reread(self):
-        self.engine._due.clear()
-        self.engine._pace.clear()
-        self.engine._reread()
+        self.keeper._turns.hurry(self.tracker.dirty)
+        self.keeper._reread()
 
     def repair(self):
-        self.engine._check_losses()
-        self.engine._repair()
+        self.keeper._check_losses()
+        self.keeper._repair()
 
     def close(self):
         self.engine.stop()
