@@ -1,0 +1,43 @@
+"""What the tests of the tracker share: files, and what a tracker said of them.
+
+May import ``sowatch.tracker`` and ``support.records``.
+"""
+
+from __future__ import annotations
+
+from sowatch.bpf.records import Record
+from sowatch.tracker import Causes, Tracker
+from support.records import File
+
+__all__ = ["BASE", "CRYPTO", "LIBC", "LIVE", "REPAIR", "SNAPSHOT", "SSL", "feed", "the_map", "told"]
+
+LIVE = Causes("mmap", "munmap")
+REPAIR = Causes("repair", "repair")
+SNAPSHOT = Causes("snapshot", "repair")
+
+SSL = File("/usr/lib/libssl.so.3", 100)
+CRYPTO = File("/usr/lib/libcrypto.so.3", 101)
+LIBC = File("/usr/lib/libc.so.6", 102)
+BASE = 0x7F0000000000
+
+
+def told(tracker: Tracker) -> list[str]:
+    """What came (+) and went (-) since the last look."""
+    return [
+        f"{'+' if one.is_load else '-'}{one.process.pid} {one.name.path.rsplit('/', 1)[-1]} {one.cause}"
+        for one in tracker.take_changes()
+    ]
+
+
+def the_map(tracker: Tracker) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """The ranges of each (pid, inode)."""
+    return {
+        (process.id.pid, mapping.name.file_id.inode): sorted(mapping.ranges) for process, mapping in tracker.mappings()
+    }
+
+
+def feed(tracker: Tracker, *records: Record) -> list[str]:
+    """What these records told, as `told` says it."""
+    for record in records:
+        tracker.apply(record)
+    return told(tracker)

@@ -1,0 +1,121 @@
+"""Looks at the files themselves, some of which hang."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch.explain import FileLook
+from sowatch.explain.looks import MAX_STUCK, Aside, Subject, look_at, look_at_path
+from sowatch.procfs import ProcFs
+from support.elf_files import Made
+
+# ---- looks at files -----------------------------------------------------------------------------
+
+
+def subject(path: Path | str, **changes: Any) -> Subject:
+    inode = os.stat(path).st_ino if os.path.exists(path) else 0
+    facts: dict[str, Any] = {
+        "pid": os.getpid(),
+        "path": str(path),
+        "inode": inode,
+        "ranges": (),
+        "is_own_view": False,
+        "is_deleted": False,
+    }
+    return Subject(**(facts | changes))
+
+
+def tries(look: FileLook) -> list[tuple[str, str | None]]:
+    return [(one.by, one.error) for one in look.tries]
+
+
+def test_a_file_is_opened_below_the_root_of_its_process(make_library: Callable[..., Path]) -> None:
+    made = make_library("libx.so", ["one", "two"])
+    look = look_at(ProcFs(), subject(made), {"one", "three"})
+    assert (look.elf, look.opened_by, look.soname) == ("elf", "root", "libx.so")
+    assert look.exports == {"one"}
+    assert tries(look) == [("map_files", "nothing is mapped any more"), ("root", None)]
+
+
+def test_another_file_under_the_name_is_not_taken_for_it(make_library: Callable[..., Path]) -> None:
+    look = look_at(ProcFs(), subject(make_library(), inode=1, is_own_view=True), ())
+    assert (look.elf, look.opened_by) == ("gone", None)
+    assert tries(look)[1:] == [
+        ("root", "another file has that name now"),
+        ("own_view", "another file has that name now"),
+    ]
+
+
+def test_a_deleted_file_is_not_looked_for_by_its_name(make_library: Callable[..., Path]) -> None:
+    look = look_at(ProcFs(), subject(make_library(), is_deleted=True), ())
+    assert (look.elf, tries(look)[1:]) == ("gone", [("root", "its name is gone")])
+
+
+def test_a_fifo_is_never_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert look_at(ProcFs(), subject(fifo), ()).elf == "not_regular"
+
+
+def test_a_process_that_is_gone_leaves_no_way_to_the_file(tmp_path: Path) -> None:
+    look = look_at(ProcFs(), subject(tmp_path / "x.so", pid=(1 << 22) - 1), ())
+    assert (look.elf, {error for _, error in tries(look)}) == ("gone", {"the process is gone"})
+
+
+def test_a_file_that_is_no_elf_says_so(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("#!/bin/sh\n")
+    look = look_at(ProcFs(), subject(tmp_path / "text"), {"one"})
+    assert (look.elf, look.exports) == ("not_elf", frozenset())
+
+
+def test_a_file_that_lies_says_what_about(tmp_path: Path) -> None:
+    lying = tmp_path / "lying.so"
+    made = Made()
+    made.gnu["buckets"] = 1 << 30
+    lying.write_bytes(made.data())
+    look = look_at_path(str(lying), {"made_read"})
+    assert (look.elf, look.soname, look.exports) == ("partial", "libmade.so.1", frozenset())
+    assert look.reason == "it claims 1073741824 dynamic symbols; the limit is 300000"
+
+
+def test_a_path_that_is_gone_when_it_is_opened_is_no_error(tmp_path: Path) -> None:
+    look = look_at_path(str(tmp_path / "none"), ())
+    assert (look.elf, tries(look)) == ("gone", [("own_view", "No such file or directory")])
+
+
+# ---- what hangs ---------------------------------------------------------------------------------
+
+
+def test_what_hangs_is_left_behind_and_the_rest_goes_on(dam: threading.Event) -> None:
+    with Aside(patience_s=0.05) as aside:
+        assert aside.run(lambda: 1) == 1
+        assert aside.run(dam.wait) is None
+        assert aside.run(lambda: 2) == 2
+
+
+def test_after_a_few_that_hang_nothing_more_is_tried(dam: threading.Event) -> None:
+    with Aside(patience_s=0.01) as aside:
+        for _ in range(MAX_STUCK):
+            assert aside.run(dam.wait) is None
+        assert aside.run(lambda: 1) is None
+
+
+def test_what_a_look_raises_comes_out() -> None:
+    def fail() -> None:
+        raise TimeoutError("of its own")
+
+    with Aside() as aside, pytest.raises(TimeoutError, match="of its own"):
+        aside.run(fail)
+
+
+def test_no_thread_is_left() -> None:
+    before = threading.active_count()
+    with Aside() as aside:
+        aside.run(lambda: 1)
+    assert threading.active_count() == before
