@@ -36,6 +36,7 @@ keeper      keeps the map true: drains, reads again, repairs
 engine      the thread that the keeper works on
 workers     callbacks of rules
 watcher     puts it together
+streams     watch and awatch
 inventory   what is mapped, put together for people who look
 telemetry   metrics, exporters, sinks for events
 page        the inventory page, and the feed behind it
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
     from sowatch.processes import ProcessMonitor
     from sowatch.registry import FileRegistry
     from sowatch.rules import Rule
-    from sowatch.watcher import ActiveFile, Mapped, Stats, Watcher, awatch, watch
+    from sowatch.streams import awatch, watch
+    from sowatch.watcher import ActiveFile, Mapped, Stats, Watcher
 
 __version__ = "0.1.0"
 
@@ -105,7 +107,8 @@ _ROOMS = {
     "processes": ("ProcessMonitor",),
     "registry": ("FileRegistry",),
     "rules": ("Rule",),
-    "watcher": ("ActiveFile", "Mapped", "Stats", "Watcher", "awatch", "watch"),
+    "streams": ("awatch", "watch"),
+    "watcher": ("ActiveFile", "Mapped", "Stats", "Watcher"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
