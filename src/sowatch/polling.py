@@ -231,7 +231,7 @@ class ProcfsSource:
         return True
 
     def set_report(self, report: Report) -> None:
-        pass  # every look sees everything
+        """Every look sees everything."""
 
     def new_epoch(self) -> None:
         self._verdicts.clear()
@@ -250,7 +250,7 @@ class ProcfsSource:
         return _Verdicts(dict(self._verdicts))
 
     def tick(self) -> None:
-        pass  # answers do not grow old: a look shows each path as it is
+        """Answers do not grow old: a look shows each path as it is."""
 
     def close(self) -> None:
         self._rhythm.close()

@@ -305,7 +305,7 @@ class BpfSource:
         return parse(self._object.drain())
 
     def refresh(self) -> None:
-        pass  # the ring has everything
+        """The ring has everything."""
 
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         rows: list[Record] = []
