@@ -31,6 +31,7 @@ from sowatch.bpf.records import (
     RangeRecord,
     Record,
     RecordType,
+    text_of,
 )
 from sowatch.config import Config
 from sowatch.errors import LoadAttempt
@@ -487,24 +488,14 @@ def file_of(row: MapRow, root: bytes, view: bytes) -> File:
     digest = blake2b(path + bytes([row.is_deleted]), digest_size=16).digest()
     # struct file_key: inode; subvolume, device, generation; then whatever tells names and views apart; epoch.
     rest = struct.pack("=QII", 0, device, 0) + digest + view + bytes(4)
-    is_anonymous = row.is_deleted and (path.startswith((b"/memfd:", b"/SYSV")) or path == b"/dev/zero")
     return File(
         key=FILE_KEY.pack(row.inode, rest, 0),
-        text=path[1:] + b"\0" if is_anonymous else text_of(path),
+        text=text_of(path, is_deleted=row.is_deleted),
         # maps does not tell. What has no path (anon_inode:) is not regular; a device is taken for a file.
         mode=file_types.S_IFREG if path.startswith(b"/") else 0,
         flags=FLAG_DELETED if row.is_deleted else 0,
         since_ns=0,
     )
-
-
-def text_of(path: bytes) -> bytes:
-    r"""A path as records have it: components from the leaf up.
-
-    >>> text_of(b"/usr/lib/libz.so.1")
-    b'libz.so.1\x00lib\x00usr\x00'
-    """
-    return b"\0".join(reversed(path.split(b"/"))) if path != b"/" else b""
 
 
 def _auxv_base(data: bytes) -> int:

@@ -21,32 +21,19 @@ from sowatch.bpf.records import (
     MapRecord,
     ProcessRecord,
     RecordType,
+    text_of,
 )
 from sowatch.procfs import MapRow, Miss, ProcFs, Stat, seen_path
 from sowatch.sources import Reading
 
-__all__ = ["Look", "ProcReader", "text_of"]
+__all__ = ["Look", "ProcReader"]
 
 #: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
 _KEY: Final = struct.Struct("=QQIIQQQQII")
 _FILE_ID: Final = struct.Struct("=QQII")
 _AT_BASE: Final = 7
-#: The kernel's own names hold slashes and are one component (see `sowatch.spaces.Name.is_anonymous`).
-_ONE_COMPONENT: Final = (b"/memfd:", b"/SYSV", b"/dev/zero")
 #: What is followed: the value itself means nothing, only that it is not 0.
 _FOLLOWED: Final = 1
-
-
-def text_of(path: bytes, *, is_deleted: bool = False) -> bytes:
-    r"""A path as records carry it: components from the leaf up, each ended by a NUL.
-
-    >>> text_of(b"/usr/lib/libz.so.1")
-    b'libz.so.1\x00lib\x00usr\x00'
-    """
-    if is_deleted and path.startswith(_ONE_COMPONENT):
-        return path[1:] + b"\0"
-    parts = path.removeprefix(b"/").split(b"/")
-    return b"".join(part + b"\0" for part in reversed(parts))
 
 
 #: What tells views of the file system apart (root inode, device and mount namespace), and the root's path.
@@ -171,7 +158,7 @@ class ProcReader:
         exe = process.exe if process is not None else None
         path = text_of(os.fsencode(exe)) if exe else b""
         cgroup = process.cgroup if process is not None else None
-        cgroup_text = text_of(os.fsencode(cgroup)) if cgroup and cgroup != "/" else b""
+        cgroup_text = text_of(os.fsencode(cgroup)) if cgroup else b""
         return ProcessRecord(
             **_head(of, kind, 0, t_ns),
             parent_start_ns=0,

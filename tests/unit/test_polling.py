@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import logging
 import os
@@ -18,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sowatch import polling
 from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
 from sowatch.config import Config
 from sowatch.errors import SowatchError
@@ -437,10 +435,6 @@ def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
 
 
 # -- the pure parts --------------------------------------------------------------------------
-
-
-def test_the_examples_of_the_module_are_right() -> None:
-    assert doctest.testmod(polling).failed == 0
 
 
 def map_row(path: bytes, *, inode: int = 7, is_deleted: bool = False) -> MapRow:

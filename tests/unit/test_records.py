@@ -151,6 +151,14 @@ def test_any_path_survives_with_every_byte_of_it(parts):
     (record,) = parse(to_bytes(P.map(File(path))))
     assert path_of(record.text) == path
     assert path_of(record.text).encode("utf-8", "surrogateescape") == b"/" + b"/".join(parts)
+    assert wire.text_of(b"/" + b"/".join(parts), is_deleted=False) == record.text
+
+
+@pytest.mark.parametrize("path", [b"/memfd:jit code/1", b"/SYSV00000000", b"/dev/zero"])
+def test_what_the_kernel_names_is_one_component_whatever_slashes_it_holds(path):
+    assert wire.text_of(path, is_deleted=True) == path[1:] + b"\0"
+    assert wire.text_of(path, is_deleted=False) == text_of(path.decode())
+    assert path_of(wire.text_of(path, is_deleted=True)) == path.decode()
 
 
 @settings(max_examples=100, derandomize=True)
@@ -162,7 +170,7 @@ def test_text_of_any_length_never_shifts_what_follows(records, path):
 
 
 def test_an_empty_text_is_no_path_component():
-    assert text_of("/") == b""
+    assert text_of("/") == wire.text_of(b"/", is_deleted=False) == b""
     assert parse(to_bytes(P.map(File("/")))) == [P.map(File("/"))]
 
 

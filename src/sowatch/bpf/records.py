@@ -32,6 +32,7 @@ __all__ = [
     "file_id_of",
     "parse",
     "path_of",
+    "text_of",
 ]
 
 
@@ -182,3 +183,15 @@ def path_of(text: bytes) -> str:
     parts = text.split(b"\0")
     parts.reverse()
     return b"/".join(parts).decode("utf-8", "surrogateescape")
+
+
+def text_of(path: bytes, *, is_deleted: bool = False) -> bytes:
+    """A path as ``text``, as the programs would write it: what `path_of` reads.
+
+    Args:
+        path: as ``/proc`` shows it.
+        is_deleted: it has no name any more. The kernel's own names may hold slashes, and are one component.
+    """
+    if is_deleted and (path.startswith((b"/memfd:", b"/SYSV")) or path == b"/dev/zero"):
+        return path[1:] + b"\0"
+    return b"\0".join(reversed(path.split(b"/"))) if path != b"/" else b""
