@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,6 @@ OFTEN = Config(strategy="procfs", poll_interval_s=0.05, poll_cpu_percent=100)
 LIBC = r"/libc\.so\.6$"
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
-
-
-@pytest.fixture
-def mapper(programs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapper]:
-    with Mapper(programs["mapper"], tmp_path_factory.mktemp("s")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -11,20 +11,18 @@ import signal
 import socket
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.agent import Agent, Answer, ask
+from support.agent import Agent, Answer, NewAgent, ask, short_directory
 from support.programs import Mapper
 from support.receivers import free_port
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
-NewAgent = Callable[..., Agent]
 RULES = """
 [[rules]]
 name = "mine"
@@ -33,11 +31,9 @@ pattern = '/sow-[^/]*/lib[^/]*\\.so$'
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
+def long_place() -> Iterator[Path]:
+    with short_directory() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -46,36 +42,17 @@ def port() -> int:
 
 
 @pytest.fixture(scope="module")
-def agent(place: Path, port: int, deadline: Any) -> Iterator[Agent]:
+def agent(long_place: Path, port: int, deadline: Any) -> Iterator[Agent]:
     """An agent for all tests that leave it as it is."""
     options = ["--listen", f"127.0.0.1:{port}"]
-    running = Agent(subprocess.Popen, deadline.wait_until, place, RULES, options, timeout_s=deadline(20)).start()
+    running = Agent(subprocess.Popen, deadline.wait_until, long_place, RULES, options, timeout_s=deadline(20)).start()
     yield running
     assert running.stop() == 0, running.log
 
 
 @pytest.fixture
-def own_place() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def new_agent(spawn: Any, wait_until: Any, own_place: Path, deadline: Any) -> NewAgent:
-    """``new_agent(config=None, options=(), ...)`` is an agent that is not started yet."""
-    return lambda *words, **more: Agent(spawn, wait_until, own_place, *words, timeout_s=deadline(20), **more)
-
-
-@pytest.fixture
-def mapper(programs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapper]:
-    with Mapper(programs["mapper"], tmp_path_factory.mktemp("m")) as running:
-        yield running
-
-
-@pytest.fixture
-def library(make_library: Any, place: Path) -> Iterator[Path]:
-    made = place / f"libours-{os.urandom(4).hex()}.so"
+def library(make_library: Any, long_place: Path) -> Iterator[Path]:
+    made = long_place / f"libours-{os.urandom(4).hex()}.so"
     shutil.copyfile(make_library(), made)
     yield made
     made.unlink()
@@ -243,9 +220,9 @@ def test_traced_files_are_listed_with_their_processes(
 
 
 def test_a_traced_file_whose_name_is_not_utf_8_is_listed_with_its_bytes(
-    agent: Agent, mapper: Mapper, library: Path, place: Path, wait_until: Any
+    agent: Agent, mapper: Mapper, library: Path, long_place: Path, wait_until: Any
 ) -> None:
-    hostile = place / os.fsdecode(b"libbad-\xff\xed\xa0\x80\x1b[2J.so")
+    hostile = long_place / os.fsdecode(b"libbad-\xff\xed\xa0\x80\x1b[2J.so")
     shutil.copyfile(library, hostile)
     mapper.map(hostile)
 
@@ -431,9 +408,9 @@ def refused(agent: Agent) -> str:
 
 
 def test_a_path_with_a_live_agent_is_refused_and_that_one_goes_on(
-    agent: Agent, spawn: Any, wait_until: Any, own_place: Path
+    agent: Agent, spawn: Any, wait_until: Any, place: Path
 ) -> None:
-    second = Agent(spawn, wait_until, own_place, options=["--socket", str(agent.socket)])
+    second = Agent(spawn, wait_until, place, options=["--socket", str(agent.socket)])
     assert "a server is listening on" in refused(second)
     assert agent.get("/healthz").status == 200
 

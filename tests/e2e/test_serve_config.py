@@ -7,43 +7,20 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.agent import Agent
+from support.agent import Agent, NewAgent
 from support.programs import Mapper
 from support.receivers import free_port
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
-NewAgent = Callable[..., Agent]
-
 
 def rule(name: str) -> str:
     return f"[[rules]]\nname = '{name}'\npattern = '/sow-[^/]*/lib{name}\\.so$'\n"
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def new_agent(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> NewAgent:
-    return lambda *words, **more: Agent(spawn, wait_until, place, *words, timeout_s=deadline(20), **more)
-
-
-@pytest.fixture
-def mapper(programs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapper]:
-    with Mapper(programs["mapper"], tmp_path_factory.mktemp("m")) as running:
-        yield running
 
 
 def rules(agent: Agent) -> list[str]:

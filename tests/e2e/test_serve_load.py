@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from support.agent import Agent
+from support.agent import Agent, NewAgent
 from support.programs import Mapper
 from support.prometheus import Prometheus
 from support.receivers import free_port
@@ -27,7 +26,6 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-NewAgent = Callable[..., Agent]
 Event = dict[str, Any]
 
 TINY = "[[rules]]\nname = 'tiny'\npattern = '/sow-[^/]*/libtiny[^/]*\\.so$'\n"
@@ -35,22 +33,9 @@ MORE = TINY + "[[rules]]\nname = 'libc'\npattern = '/libc\\.so\\.6$'\n"
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def new_agent(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> NewAgent:
-    return lambda *words, **more: Agent(spawn, wait_until, place, *words, timeout_s=deadline(60), **more)
-
-
-@pytest.fixture
-def closing() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
+def new_agent(new_agent: NewAgent, deadline: Any) -> NewAgent:
+    """A loaded one may take its time."""
+    return functools.partial(new_agent, timeout_s=deadline(60))
 
 
 @pytest.fixture

@@ -9,16 +9,18 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Agent", "Answer", "Stream", "UnixConnection"]
+__all__ = ["Agent", "Answer", "NewAgent", "Stream", "UnixConnection", "short_directory"]
 
 #: Ours, whatever is on PATH.
 SOWATCH = [sys.executable, "-m", "sowatch"]
@@ -191,3 +193,16 @@ def ask(
         return Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
     finally:
         connection.close()
+
+
+#: The type of a fixture.
+NewAgent = Callable[..., Agent]
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """A directory that any user may enter, with a name that leaves room for a socket's; gone afterwards."""
+    made = Path(tempfile.mkdtemp(prefix="sow-", dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
