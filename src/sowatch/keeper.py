@@ -239,7 +239,11 @@ class Keeper:
     def tick(self) -> None:
         """Looks for losses, and lets old things go."""
         self._source.tick()
+        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._tracker.throttled):
+            self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
         self._check_losses()
+        if not self.is_repaired:
+            self._note_throttled()
         self._publisher.flush(time.monotonic())
         self._publisher.catch_up()
         for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
@@ -352,9 +356,9 @@ class Keeper:
     def _reread(self) -> None:
         """Reads the processes in doubt, each as soon as its pace allows."""
         due = self._turns.take(self._tracker.dirty, time.monotonic())
-        if self._throttled:
-            self._unthrottle(())  # those that have gone meanwhile are in nobody's debt
         if not due:
+            if self._throttled:
+                self._unthrottle(())  # some may have ended before they were read
             return
         self._source.set_report(self._base | Report.RANGES)
         readings, meanwhile = self._read(due)
@@ -442,6 +446,10 @@ class Keeper:
         """Processes that said too much: a reading of each repairs what the kernel dropped of it."""
         self._lose(count)
         self.throttled += count
+        self._note_throttled()
+
+    def _note_throttled(self) -> None:
+        """Those that have told so by now are to be read; what was lost of them is told before."""
         if not self._throttled:
             self._throttled_since = time.monotonic()
         self._throttled |= self._tracker.throttled

@@ -1,0 +1,148 @@
+"""Losses of processes that said too much: told, and made up for, in whatever order the words arrive."""
+
+from __future__ import annotations
+
+import pytest
+
+from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
+from sowatch.config import Config
+from sowatch.keeper import Keeper
+from sowatch.procfs import ProcFs
+from sowatch.publisher import Publisher, Selection
+from sowatch.registry import FileRegistry
+from sowatch.rules import Rule, RuleSet
+from sowatch.sources import Losses, Report
+from sowatch.tracker import Tracker
+from support.records import Proc, reading
+
+FLOODER = Proc(10)
+
+
+class Scripted:
+    """A source that says what it is told to."""
+
+    def __init__(self):
+        self.records = []
+        self.lost = Losses()
+        self.read = []
+
+    def drain(self):
+        taken, self.records = self.records, []
+        return taken
+
+    def read_process(self, pid):
+        self.read.append(pid)
+        return reading(FLOODER, 10, 20) if pid == FLOODER.pid else None
+
+    def read_all(self):
+        self.read.append("all")
+        return [reading(FLOODER, 10, 20)], []
+
+    def losses(self):
+        return self.lost
+
+    def set_report(self, report):
+        assert isinstance(report, Report)
+
+    def answer(self, keys, *, is_wanted):
+        pass
+
+    def settle(self, pid, start_ns, touches):
+        return False
+
+    def tick(self):
+        pass
+
+
+@pytest.fixture
+def source():
+    return Scripted()
+
+
+@pytest.fixture
+def publisher():
+    return Publisher(RuleSet([Rule("libssl")]), FileRegistry(Config()), Selection(), proc_root="/proc")
+
+
+@pytest.fixture
+def told(publisher):
+    """``told()`` are the control events since the last call."""
+    subscription = publisher.subscribe(control=True, limit=100)
+
+    def take():
+        publisher.hand_over()
+        found = []
+        while (event := subscription.get(0)) is not None:
+            found.append(event.event)
+        return found
+
+    return take
+
+
+@pytest.fixture
+def keeper(source, publisher):
+    rules = RuleSet([Rule("libssl")])
+    return Keeper(source, Tracker(rules), publisher, rules, ProcFs("/proc"), silent_baseline=False)
+
+
+def throttled():
+    return FLOODER.dirty(t=1)._replace(flags=FLAG_DIRTY | FLAG_THROTTLED)
+
+
+def turn(keeper, now=1e9):
+    keeper.drain()
+    keeper.do_what_is_due(now)
+
+
+def test_a_process_that_said_too_much_is_read_and_nobody_else(keeper, source, told):
+    source.records, source.lost = [throttled()], Losses(throttled=5)
+    turn(keeper)
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert set(source.read) == {FLOODER.pid}
+    assert keeper.is_repaired
+
+
+def test_who_it_was_may_be_said_after_the_loss_was_counted(keeper, source, told):
+    source.lost = Losses(throttled=5)
+    keeper.tick()
+    assert told() == ["lost"]
+    source.records = [throttled()]
+    turn(keeper)
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["repaired"]
+    assert set(source.read) == {FLOODER.pid}
+
+
+def test_if_nobody_says_who_it_was_all_are_read(keeper, source, told):
+    source.lost = Losses(throttled=5)
+    keeper.tick()
+    turn(keeper)
+    assert not keeper.is_repaired
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert source.read == ["all"]
+
+
+def test_one_that_ended_before_it_was_read_is_in_nobodys_debt(keeper, source, told):
+    source.records, source.lost = [FLOODER.intro(t=1), throttled()], Losses(throttled=5)
+    keeper.drain()
+    keeper.tick()
+    source.records = [FLOODER.exit(t=2)]
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert source.read == []
+
+
+def test_nothing_is_repaired_while_the_reading_is_still_to_come(keeper, source, told):
+    source.records, source.lost = [throttled()], Losses(throttled=5)
+    keeper.drain()
+    keeper.tick()
+    seen = []
+    source.read_process = lambda pid: seen.append((pid, keeper.is_repaired))
+    keeper.do_what_is_due(1e9)
+    assert seen == [(FLOODER.pid, False)]
+    assert told() == ["lost", "repaired"]
