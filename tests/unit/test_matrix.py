@@ -25,7 +25,7 @@ from matrix.kernels import (
     TESTS,
     KnownFault,
 )
-from matrix.page import Run, read, render
+from matrix.page import Run, is_news, read, render
 from sowatch.bpf.probes import run_probes
 from sowatch.config import Config
 
@@ -225,6 +225,12 @@ def test_the_page_is_what_the_table_and_its_run_give() -> None:
 
     assert read(page), "no kernel ran"
     assert render(read(page)) == page, "run `scripts/matrix --write`"
+
+
+def test_only_the_newest_kernel_may_differ_and_only_in_a_release_that_the_page_does_not_have() -> None:
+    page = render([Run(kernel.name, f"{kernel.name}.1", 5) for kernel in KERNELS])
+    assert [kernel.name for kernel in KERNELS if is_news(kernel, f"{kernel.name}.2", page)] == ["newest"]
+    assert not [kernel for kernel in KERNELS if is_news(kernel, f"{kernel.name}.1", page) or is_news(kernel, "", page)]
 
 
 def test_the_page_names_every_kernel_and_marks_those_that_did_not_run() -> None:

@@ -8,7 +8,7 @@ Without kernels: all of them. After `--`: run these tests and not the chosen one
 what guests wrote are kept in ~/.cache/sowatch/matrix, or where SOWATCH_MATRIX_CACHE says.
 
 Exit codes: 0 each guest is as the table (tools/matrix/kernels.py) says; 1 one is not, or could not be run;
-2 wrong usage.
+2 wrong usage. The newest kernel moves on by itself: a release that docs/kernels.md does not have yet may differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from matrix.image import make_image
 from matrix.judge import Verdict, judge
 from matrix.kernels import CI_KERNELS, KERNELS, Kernel
 from matrix.packages import Unpacked, fetch, unpacked
-from matrix.page import Run, render
+from matrix.page import Run, is_news, render
 
 PAGE: Final = ROOT / "docs/kernels.md"
 #: Each has two virtual CPUs but emulates them in one thread.
@@ -137,8 +137,17 @@ def _run(kernels: list[Kernel], asked: list[str], *, write: bool) -> int:
     ready, is_complete = _prepare(kernels, anew=False)
     _warm()
     verdicts = asyncio.run(_run_all(ready, asked))
-    is_good = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
-    if write and is_good and not asked:
+    is_flawless = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
+    is_good = is_complete and bool(verdicts)
+    for one, verdict in zip(ready, verdicts, strict=True):
+        if verdict.faults and is_news(one.kernel, verdict.release, PAGE.read_text(encoding="utf-8")):
+            print(
+                f"{one.kernel.name}: {verdict.release} is not the release of {PAGE.relative_to(ROOT)}, so this is no "
+                "failure. Look at it, correct the table, and run `scripts/matrix --write`."
+            )
+        elif verdict.faults:
+            is_good = False
+    if write and is_flawless and not asked:
         runs = [
             Run(one.kernel.name, verdict.release, verdict.passed) for one, verdict in zip(ready, verdicts, strict=True)
         ]

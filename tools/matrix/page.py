@@ -9,9 +9,9 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from matrix.kernels import CELLS, CHOICES, FEATURES, KERNELS, KNOWN_FAULTS, Cell, KnownFault
+from matrix.kernels import CELLS, CHOICES, FEATURES, KERNELS, KNOWN_FAULTS, Cell, Kernel, KnownFault
 
-__all__ = ["Run", "read", "render"]
+__all__ = ["Run", "is_news", "read", "render"]
 
 _HEAD = """\
 # Kernels
@@ -70,6 +70,11 @@ def read(page: str) -> list[Run]:
     suites = "|".join(kernel.suite for kernel in KERNELS)
     found = re.findall(rf"^\| (\S+) +\| (?:{suites}) +\| (\S+) +\| (\d+) +\|$", page, flags=re.MULTILINE)
     return [Run(kernel, release, int(passed)) for kernel, release, passed in found]
+
+
+def is_news(kernel: Kernel, release: str, page: str) -> bool:
+    """Whether a kernel that moves on by itself has done so since the page was written: then it may differ."""
+    return kernel.may_be_absent and bool(release) and release not in {run.release for run in read(page)}
 
 
 def _mark(runs: Container[str], kernel: str, word: str, kernels: Container[str]) -> str:
