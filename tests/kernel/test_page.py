@@ -87,6 +87,24 @@ def test_a_library_appears_when_it_is_loaded_and_goes_with_its_last_process(
     assert page.faults == []
 
 
+def test_a_row_that_changes_between_the_press_of_a_button_and_its_release_is_still_clicked(
+    open_ledger: OpenLedger, start: Start, library: NewLibrary, visit: OpenPage
+) -> None:
+    new, kept, mapper = library(), library(f"libkept{TAG}.so"), start()
+    mapper.map(kept)
+    page = visit(open_ledger(own()))
+    page.wait_for_paths(str(kept))
+    page.hover(str(kept))
+    page.page.mouse.down()
+    mapper.map(new)
+    page.wait_for_total("libraries", "value === 2")
+    page.page.mouse.up()
+    assert str(kept) in page.details()
+    page.close_details()
+    page.wait_for_paths(str(kept), str(new))
+    assert page.faults == []
+
+
 def test_hostile_names_are_shown_as_the_terminal_shows_them_and_are_never_more_than_text(
     open_ledger: OpenLedger, start: Start, library: NewLibrary, visit: OpenPage, scratch: Path, programs: Any
 ) -> None:

@@ -151,6 +151,10 @@ class Visit:
         self._link(path).click()
         self.page.wait_for_selector("#details[open]")
 
+    def hover(self, path: str) -> None:
+        """Puts the pointer on the row that is shown as ``path``."""
+        self._link(path).hover()
+
     def _link(self, text: str) -> Locator:
         return self.page.locator("#table, #details").get_by_role("link", name=text, exact=True)
 

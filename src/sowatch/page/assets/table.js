@@ -15,6 +15,8 @@ export class Table {
   #sorted = null;
   #parts;
   #drawn = "";
+  #isPressed = false;
+  #isOwed = false;
 
   constructor(place, columns, { label, order, isDown }) {
     this.#columns = columns;
@@ -33,6 +35,7 @@ export class Table {
     table.append(element("thead", {}, element("tr", { "aria-rowindex": 1 }, ...heads)), body);
     scroller.append(table);
     scroller.addEventListener("scroll", () => requestAnimationFrame(() => this.#draw()));
+    body.addEventListener("pointerdown", () => this.#press());
     new ResizeObserver(() => this.#draw()).observe(scroller);
     place.replaceChildren(scroller);
     this.#markOrder();
@@ -75,7 +78,26 @@ export class Table {
     return this.#sorted;
   }
 
+  // Of a button that is pressed on one element and let go on its successor the browser makes no click.
+  #press() {
+    this.#isPressed = true;
+    const release = () => {
+      for (const end of ["pointerup", "pointercancel"]) removeEventListener(end, release);
+      // Once the click has got to where it belongs.
+      setTimeout(() => {
+        this.#isPressed = false;
+        if (this.#isOwed) this.#draw(true);
+      });
+    };
+    for (const end of ["pointerup", "pointercancel"]) addEventListener(end, release);
+  }
+
   #draw(isNew = false) {
+    if (this.#isPressed) {
+      this.#isOwed = true;
+      return;
+    }
+    this.#isOwed = false;
     const { scroller, table, body, above, below } = this.#parts;
     const rows = this.#inOrder();
     const first = Math.max(0, Math.min(rows.length, Math.floor(scroller.scrollTop / ROW_PX)) - SPARE_ROWS);
