@@ -44,6 +44,7 @@ class Config:
         max_pending: system calls of interest that can be under way at once.
         max_records_s: changes one process may report in a second. What it does beyond that is counted
             as lost, and readings tell what it has mapped; the other processes are not kept waiting.
+            While the watch falls behind it is fewer, down to 1,000.
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.

@@ -74,7 +74,7 @@ class Engine:
         self._publisher = publisher
         self._silent = silent_baseline
         self._proc = ProcFs(config.proc_root)
-        self.keeper = Keeper(source, tracker, publisher, rules, self._proc, silent_baseline=silent_baseline)
+        self.keeper = Keeper(source, tracker, publisher, rules, config, silent_baseline=silent_baseline)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = threading.Event()
         self._ready = threading.Event()

@@ -6,12 +6,14 @@ runs no user code, reads no file but ``/proc``, and waits for nobody.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from sowatch.bpf.records import Record
+from sowatch.config import Config
 from sowatch.events import Event, Lost, Repaired
 from sowatch.identity import ProcessId
 from sowatch.procfs import ProcFs
@@ -23,6 +25,13 @@ from sowatch.tracker import LIVE, Causes, Tracker
 
 __all__ = ["Keeper"]
 
+LOG = logging.getLogger("sowatch")
+
+#: The oldest record that waits is this old: the watch falls behind, and processes may send fewer from now on,
+#: down to the least that a process may send; and this young: more again.
+LATE_NS: Final = 250_000_000
+EARLY_NS: Final = 50_000_000
+FEWEST_RECORDS_S: Final = 1_000
 #: More owed readings than this are one reading of all.
 MANY_READINGS: Final = 64
 #: A process that is dirty again at once is read at most this often in the long run.
@@ -108,6 +117,37 @@ class _Turns:
         self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > before}
 
 
+class _Guard:
+    """How many records a second one process may send: what the configuration says, fewer while the watch falls behind.
+
+    So that what floods, whoever and however many they are, cost the others a second or two and no more.
+    """
+
+    def __init__(self, source: EventSource, max_records_s: int) -> None:
+        self._source = source
+        self._most = self._now = max_records_s
+
+    def adapt(self, oldest_ns: int) -> None:
+        """To be called about once a second with the age of the oldest record that waited; 0: none did."""
+        before = self._now
+        if oldest_ns > LATE_NS:
+            self._now = max(min(FEWEST_RECORDS_S, self._most), min(before, 8 * FEWEST_RECORDS_S) // 2)
+        elif oldest_ns < EARLY_NS:
+            self._now = min(self._most, 2 * before)
+        if self._now == before:
+            return
+        self._source.limit_records(self._now)
+        if before == self._most:
+            LOG.warning(
+                "the watch falls behind by %.1f s: until it has caught up, what a process reports beyond some %d "
+                "changes a second is counted as lost and read from it instead.",
+                oldest_ns / 1e9,
+                self._now,
+            )
+        elif self._now == self._most:
+            LOG.info("the watch has caught up")
+
+
 class Keeper:
     """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
 
@@ -133,14 +173,15 @@ class Keeper:
         tracker: Tracker,
         publisher: Publisher,
         rules: RuleSet,
-        proc: ProcFs,
+        config: Config,
         *,
         silent_baseline: bool,
     ) -> None:
         self._source = source
         self._tracker = tracker
         self._publisher = publisher
-        self._proc = proc
+        self._proc = ProcFs(config.proc_root)
+        self._guard = _Guard(source, config.max_records_s)
         self._silent = silent_baseline
         self._base = _base_report(rules)
         self._turns = _Turns()
@@ -207,7 +248,9 @@ class Keeper:
 
     def drain(self) -> None:
         """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""
-        records = self._source.drain()
+        self._take(self._source.drain())
+
+    def _take(self, records: list[Record]) -> None:
         apply = self._tracker.apply
         for record in records:
             apply(record)
@@ -239,6 +282,10 @@ class Keeper:
     def tick(self) -> None:
         """Looks for losses, and lets old things go."""
         self._source.tick()
+        now_ns = time.monotonic_ns()
+        waiting = self._source.drain()
+        self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
+        self._take(waiting)
         if not self.is_repaired and self._repair_at is None and not (self._throttled or self._tracker.throttled):
             self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
         self._check_losses()

@@ -234,6 +234,9 @@ class ProcfsSource:
     def set_report(self, report: Report) -> None:
         """Every look sees everything."""
 
+    def limit_records(self, max_records_s: int) -> None:
+        """A look costs the same, however much has happened."""
+
     def new_epoch(self) -> None:
         self._verdicts.clear()
 

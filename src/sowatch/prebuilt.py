@@ -335,6 +335,9 @@ class PrebuiltSource:
     def set_report(self, report: Report) -> None:
         self._report.value = int(report)
 
+    def limit_records(self, max_records_s: int) -> None:
+        """Its programs have no such guard."""
+
     def new_epoch(self) -> None:
         self._ignored.clear()
 

@@ -191,6 +191,9 @@ class EventSource(Protocol):
     def open_verdicts(self) -> Verdicts:
         """The answers that are remembered; the caller closes it."""
 
+    def limit_records(self, max_records_s: int) -> None:
+        """How many records one process may send in a second from now on; see `Config.max_records_s`."""
+
     def tick(self) -> None:
         """To be called about once a second: lets answers grow old."""
 
@@ -293,7 +296,8 @@ class BpfSource:
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._now_s.value = 1
-        bpf.variable(".bss", "max_records_s").value = config.max_records_s
+        self._max_records_s = bpf.variable(".bss", "max_records_s")
+        self._max_records_s.value = config.max_records_s
         for program in PROCESS_HOOKS:
             bpf.attach(program)
         hooks.attach()
@@ -369,6 +373,9 @@ class BpfSource:
 
     def set_report(self, report: Report) -> None:
         self._report.value = int(report)
+
+    def limit_records(self, max_records_s: int) -> None:
+        self._max_records_s.value = max_records_s
 
     def new_epoch(self) -> None:
         self._epoch.value += 1

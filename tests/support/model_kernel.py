@@ -543,6 +543,9 @@ class Kernel:
     def set_report(self, report):
         self.report = report
 
+    def limit_records(self, max_records_s):
+        pass
+
     def new_epoch(self):
         self.verdicts.clear()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
 from sowatch.config import Config
 from sowatch.keeper import Keeper
-from sowatch.procfs import ProcFs
 from sowatch.publisher import Publisher, Selection
 from sowatch.registry import FileRegistry
 from sowatch.rules import Rule, RuleSet
@@ -25,6 +26,7 @@ class Scripted:
         self.records = []
         self.lost = Losses()
         self.read = []
+        self.limits = []
 
     def drain(self):
         taken, self.records = self.records, []
@@ -49,6 +51,9 @@ class Scripted:
 
     def settle(self, pid, start_ns, touches):
         return False
+
+    def limit_records(self, max_records_s):
+        self.limits.append(max_records_s)
 
     def tick(self):
         pass
@@ -82,7 +87,7 @@ def told(publisher):
 @pytest.fixture
 def keeper(source, publisher):
     rules = RuleSet([Rule("libssl")])
-    return Keeper(source, Tracker(rules), publisher, rules, ProcFs("/proc"), silent_baseline=False)
+    return Keeper(source, Tracker(rules), publisher, rules, Config(), silent_baseline=False)
 
 
 def throttled():
@@ -146,3 +151,40 @@ def test_nothing_is_repaired_while_the_reading_is_still_to_come(keeper, source, 
     keeper.do_what_is_due(1e9)
     assert seen == [(FLOODER.pid, False)]
     assert told() == ["lost", "repaired"]
+
+
+def waited(age_s):
+    """A record that says nothing and has waited for so long."""
+    return FLOODER.range(0, 4096, t=time.monotonic_ns() - int(1e9 * age_s))
+
+
+def test_while_the_watch_falls_behind_processes_may_say_less_and_then_more_again(keeper, source, caplog):
+    for _ in range(5):
+        source.records = [waited(3), waited(0)]
+        keeper.tick()
+    assert source.limits == [4000, 2000, 1000]
+    for _ in range(6):
+        source.records = [waited(0)]
+        keeper.tick()
+    assert source.limits[3:] == [2000, 4000, 8000, 16000, Config().max_records_s]
+    keeper.tick()
+    assert len(source.limits) == 8
+    (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert "the watch falls behind by 3.0 s" in warning
+
+
+def test_what_waits_no_longer_than_usual_changes_nothing(keeper, source):
+    for _ in range(3):
+        source.records = [waited(0.1)]
+        keeper.tick()
+        keeper.tick()
+    assert source.limits == []
+
+
+@pytest.mark.parametrize("configured", [1, 500])
+def test_a_guard_that_was_set_lower_stays_there(source, publisher, configured):
+    rules = RuleSet([Rule("libssl")])
+    keeper = Keeper(source, Tracker(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False)
+    source.records = [waited(3)]
+    keeper.tick()
+    assert source.limits == []
