@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.agent import Agent, NewAgent
+from support.agent import Agent, NewAgent, ask
 from support.programs import Mapper
 from support.receivers import free_port
 
@@ -54,6 +55,22 @@ def test_a_file_written_in_place_takes_effect_without_a_restart(
     ]
     wait_until(lambda: agent.get("/readyz").json["config"]["valid"] and rules(agent) == ["two"])
     assert 'sowatch_config_loads_total{result="ok"} 2.0' in agent.get("/metrics").text
+
+
+def test_a_name_of_this_host_is_served_as_long_as_it_is_in_the_file(new_agent: NewAgent, wait_until: Any) -> None:
+    port = free_port()
+
+    def status_under(name: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        return ask(connection, "GET", "/healthz", None, {"Host": name}).status
+
+    agent = new_agent(rule("a"), options=["--listen", f"127.0.0.1:{port}"]).start()
+    assert (status_under("one.example"), status_under("localhost")) == (421, 200)
+    replace(agent.config_path, f"allowed_hosts = ['one.example']\n{rule('a')}")
+    wait_until(lambda: status_under("one.example") == 200)
+    replace(agent.config_path, f"allowed_hosts = ['two.example']\n{rule('a')}")
+    wait_until(lambda: status_under("one.example") == 421)
+    assert (status_under("two.example"), status_under("localhost"), status_under("127.0.0.1")) == (200, 200, 200)
 
 
 def test_a_file_replaced_by_a_rename_takes_effect_again_and_again(new_agent: NewAgent, wait_until: Any) -> None:

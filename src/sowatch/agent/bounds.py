@@ -110,12 +110,14 @@ async def read_body(receive: Receive) -> bytes:
 class HostCheck:
     """Answers only requests that name this host as one of ``hosts``, without their ports.
 
+    They are in lower case, and looked up at each request: their owner may change them.
+
     A web page of somebody else may let its own name point to 127.0.0.1; the browser then sends that name.
     """
 
     def __init__(self, app: App, hosts: Collection[str]) -> None:
         self._app = app
-        self._hosts = {host.lower() for host in hosts}
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 421."""

@@ -86,6 +86,7 @@ class Daemon:
         self._watcher = Watcher(*settings.make_rules(), config=settings.watch, open_source=self._open_source)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
         self._allowed_hosts: set[str] = set()
+        self._own_hosts = {"localhost"}
         self._config_error: str | None = None
         self._needs_restart: tuple[str, ...] = ()
         self._loaded_ns = time.time_ns()
@@ -165,7 +166,8 @@ class Daemon:
         if len(sockets) > 1:
             assert self._settings.listen is not None
             host, _ = parse_listen(self._settings.listen)
-            self._allow_hosts(self._settings, host)
+            self._own_hosts = {"localhost", host}
+            self._allow_hosts(self._settings)
             served.append((sockets[1], app.for_tcp(self._allowed_hosts)))
         self._http = HttpThread(served, beside=[hub.run])
         # The watch ends first, which ends the streams of events; they get its last word.
@@ -175,9 +177,11 @@ class Daemon:
         stack.enter_context(inventory)
         self._http.start()
 
-    def _allow_hosts(self, settings: Settings, host: str | None = None) -> None:
+    def _allow_hosts(self, settings: Settings) -> None:
         # In place: the check on the HTTP thread looks into this very set.
-        self._allowed_hosts |= {"localhost", *settings.allowed_hosts, *([host] if host else [])}
+        allowed = {name.lower() for name in (*self._own_hosts, *settings.allowed_hosts)}
+        self._allowed_hosts |= allowed
+        self._allowed_hosts &= allowed
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
