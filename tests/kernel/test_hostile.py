@@ -408,10 +408,10 @@ def test_a_process_that_says_too_much_is_read_instead_and_costs_the_others_nothi
         for mapper in honest:
             at, length = mapper.map(new)
             mapper.unmap(at, length)
-    for new in libraries:
-        for mapper in honest:
-            ledger.wait_unload(mapper.pid, inode(new))
-            assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap"), ("unload", "munmap")]
+    stories = {(mapper.pid, inode(new)) for new in libraries for mapper in honest}
+    for pid, number in stories:
+        ledger.wait_for(lambda p=pid, n=number: len(ledger.story(p, n)) == 2, "both events of an honest process", 30)
+        assert ledger.story(pid, number) == [("load", "mmap"), ("unload", "munmap")]
     stats = ledger.watcher.stats
     assert stats.lost_throttled == stats.lost_kernel
     assert flooder._process
