@@ -1,6 +1,7 @@
 """One set of scenarios under every strategy: each gives the events that its guarantee promises.
 
-What a strategy does otherwise is said in `DIFFERENCES`, as data, and nowhere else.
+What a strategy does otherwise is said in `DIFFERENCES`, as data, and nowhere else. If `support.forced` has options,
+the scenarios run under these alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 from sowatch import Config, Rule
 from sowatch.ladder import RUNGS
 from support import bpfsys
+from support.forced import FORCED
 from support.kernel import TAG, Ledger
 from support.programs import Mapper
 
@@ -28,6 +30,7 @@ GUARANTEES = {
     "prebuilt": ("exact events, files found in /proc",),
     "procfs": ("sampled",),
 }
+STRATEGIES = [FORCED["strategy"]] if FORCED else list(GUARANTEES)
 #: One second between two looks, the default, would be most of what this module takes.
 OFTEN = {"poll_interval_s": 0.05, "poll_cpu_percent": 100}
 
@@ -245,13 +248,13 @@ DIFFERENCES: dict[str, dict[Callable[[Stage], list[Told]], list[tuple[Story, Sto
 }
 
 
-@pytest.fixture(scope="module", params=GUARANTEES)
+@pytest.fixture(scope="module", params=STRATEGIES)
 def watched(request: pytest.FixtureRequest, schema: Any, deadline: Any, programs: Any) -> Iterator[Ledger]:
     """A Ledger of the tests' own files under one strategy, which its scenarios share."""
     error = bpfsys.why_no_bpf()
     if error is not None:
         pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
-    config = Config(strategy=request.param, **OFTEN)
+    config = Config(**{"strategy": request.param, **FORCED, **OFTEN})
     rules = (Rule(rf"{TAG}\.so$"), Rule(re.escape(str(programs.directory)), kind="executable"))
     with Ledger(*rules, timeout_s=deadline(20), check=schema, config=config) as ledger:
         yield ledger
@@ -297,7 +300,7 @@ def test_the_map_is_right_when_nothing_moves(watched: Ledger, start: Any, librar
     assert ours == []
 
 
-@pytest.mark.parametrize("strategy", GUARANTEES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_mapped_before_the_start_is_in_the_snapshot(
     strategy: str, open_ledger: Callable[..., Ledger], start: Any, library: Any
 ) -> None:
@@ -305,7 +308,7 @@ def test_what_is_mapped_before_the_start_is_in_the_snapshot(
     mapper.map(file)
     child = mapper.fork()
 
-    ledger = open_ledger(Rule(rf"{TAG}\.so$"), config=Config(strategy=strategy, **OFTEN))
+    ledger = open_ledger(Rule(rf"{TAG}\.so$"), config=Config(**{"strategy": strategy, **FORCED, **OFTEN}))
 
     for pid in (mapper.pid, child.pid):
         assert ledger.wait_load(pid, file.stat().st_ino).cause == "snapshot"
