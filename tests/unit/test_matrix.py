@@ -18,6 +18,7 @@ from matrix.kernels import (
     CELLS,
     CHOICES,
     CI_KERNELS,
+    CI_WITHOUT_CELLS,
     FEATURES,
     HELPERS,
     KERNELS,
@@ -28,6 +29,7 @@ from matrix.kernels import (
 from matrix.page import Run, is_news, read, render
 from sowatch.bpf.probes import run_probes
 from sowatch.config import Config
+from sowatch.ladder import RUNGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/kernels.md"
@@ -80,6 +82,14 @@ def test_every_cell_says_of_every_kernel_that_it_works_or_why_not() -> None:
         assert not cell.works_on & cell.refused_on.keys(), cell.name
 
 
+def test_every_strategy_has_a_cell_that_its_options_force() -> None:
+    for cell in CELLS:
+        forced = dict(zip(cell.options[::2], cell.options[1::2], strict=True))
+        assert forced.pop("--strategy") == cell.strategy
+        assert forced in ({}, {"--hooks": cell.hooks})
+    assert {cell.strategy for cell in CELLS} == RUNGS.keys()
+
+
 def test_what_doctor_asks_is_in_the_table_of_features() -> None:
     asked = {probe.name for probe in run_probes(Config())}
     objects = {name for name in FEATURES if name.endswith(".bpf.o")}
@@ -88,8 +98,10 @@ def test_what_doctor_asks_is_in_the_table_of_features() -> None:
 
 
 def test_ci_runs_two_guests_at_least() -> None:
-    assert len(set(CI_KERNELS)) >= 2
     assert set(CI_KERNELS) <= {kernel.name for kernel in KERNELS}
+    assert CI_WITHOUT_CELLS.issubset(CI_KERNELS)
+    # One that may be absent does not count.
+    assert len(set(CI_KERNELS) - {kernel.name for kernel in KERNELS if kernel.may_be_absent}) >= 2
 
 
 # -- facts against the table -------------------------------------------------------------------
@@ -154,6 +166,15 @@ def test_what_an_object_was_refused_with_is_told() -> None:
     facts["refusals"][name] = "the verifier's words"
 
     assert list(faults_of_facts(KERNEL, facts)) == [f"{name}: no, and must be yes\nthe verifier's words"]
+
+
+def test_a_cell_that_nobody_tried_is_a_fault_unless_it_was_not_asked_for() -> None:
+    facts = facts_of(KERNEL)
+    first = facts["cells"].pop(CELLS[0].name)
+
+    assert list(faults_of_facts(KERNEL, facts)) == [f"{CELLS[0].name}: in the table, but nobody tried"]
+    assert list(faults_of_facts(KERNEL, {**facts, "cells": {}}, cells=())) == []
+    assert list(faults_of_facts(KERNEL, {**facts, "cells": {CELLS[0].name: first}}, cells=CELLS[:1])) == []
 
 
 # -- tests in a guest --------------------------------------------------------------------------
@@ -266,7 +287,8 @@ def matrix(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [("2.6",), ("start",), ("start", "2.6"), ("start", "--write", "6.1"), ("prepare", "--what")]
+    "words",
+    [("2.6",), ("start",), ("start", "2.6"), ("start", "--write", "6.1"), ("--ci", "--write"), ("prepare", "--what")],
 )
 def test_wrong_usage_says_so(words: tuple[str, ...]) -> None:
     done = matrix(*words)

@@ -29,7 +29,7 @@ from matrix.cache import ROOT, MatrixError, cache_directory, only_one, results_d
 from matrix.guest import run_guest
 from matrix.image import make_image
 from matrix.judge import Verdict, judge
-from matrix.kernels import CI_KERNELS, KERNELS, Kernel
+from matrix.kernels import CELLS, CI_KERNELS, CI_WITHOUT_CELLS, KERNELS, TESTS, Kernel
 from matrix.packages import Unpacked, fetch, unpacked
 from matrix.page import Run, is_news, render
 
@@ -61,7 +61,7 @@ def main() -> int:
         if args.verb == "start":
             return _start(args.kernels[0])
         with only_one(results_directory(), "Wait for it to end."):
-            return _run(args.kernels, asked, write=args.write)
+            return _run(args.kernels, asked, is_ci=args.ci, write=args.write)
     except MatrixError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 1
@@ -87,8 +87,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     args.kernels = [by_name[name] for name in dict.fromkeys(names)]
     if verb == "start" and len(args.names) != 1:
         parser.error("start takes one kernel.")
-    if args.write and verb != "run":
-        parser.error("--write goes with a run.")
+    if args.write and (verb != "run" or args.ci):
+        parser.error("--write goes with a run, and not with --ci.")
     return args
 
 
@@ -133,10 +133,11 @@ def _start(kernel: Kernel) -> int:
     return 1 if rc is None else rc
 
 
-def _run(kernels: list[Kernel], asked: list[str], *, write: bool) -> int:
+def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool) -> int:
     ready, is_complete = _prepare(kernels, anew=False)
     _warm()
-    verdicts = asyncio.run(_run_all(ready, asked))
+    chosen = {one.kernel.name: asked or _tests_of_ci(one.kernel, is_ci=is_ci) for one in ready}
+    verdicts = asyncio.run(_run_all(ready, chosen))
     is_flawless = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
     is_good = is_complete and bool(verdicts)
     for one, verdict in zip(ready, verdicts, strict=True):
@@ -160,6 +161,11 @@ def _run(kernels: list[Kernel], asked: list[str], *, write: bool) -> int:
     return 0 if is_good else 1
 
 
+def _tests_of_ci(kernel: Kernel, *, is_ci: bool) -> list[str]:
+    """The tests to which a run is limited; none if it is not."""
+    return [*TESTS] if is_ci and kernel.name in CI_WITHOUT_CELLS else []
+
+
 def _warm() -> None:
     """Has Python and pytest compile every module now: a guest cannot keep it, and needs many times as long."""
     python = Path(sys.executable)
@@ -170,7 +176,7 @@ def _warm() -> None:
     )
 
 
-async def _run_all(ready: list[Ready], asked: list[str]) -> list[Verdict]:
+async def _run_all(ready: list[Ready], asked: dict[str, list[str]]) -> list[Verdict]:
     task = asyncio.current_task()
     assert task is not None
     # So that the guests end with us, as they do on SIGINT.
@@ -179,7 +185,7 @@ async def _run_all(ready: list[Ready], asked: list[str]) -> list[Verdict]:
 
     async def run_one(one: Ready) -> Verdict:
         async with free:
-            return await _run_one(one, asked)
+            return await _run_one(one, asked[one.kernel.name])
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run_one(one)) for one in ready]
@@ -221,7 +227,7 @@ async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
         return Verdict("", 0, (f"not done after {LIMIT_S:g} s; see {out / 'console.log'}",))
     if rc:
         return Verdict("", 0, (f"looking at it ended with {rc}; see {out / 'console.log'}",))
-    return None if rc is None else judge(one.kernel.name, out)
+    return None if rc is None else judge(one.kernel.name, out, () if asked else CELLS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m matrix.inside KERNEL DIRECTORY [PYTEST-ARGUMENT...]
 
+With arguments for pytest no cell is tried, and these are the tests.
 Writes ``facts.json`` and one ``*.xml`` (JUnit) for each run of pytest into the directory; ends with 0 whatever
 the tests say, because `judge` decides. May import ``kernels``, ``cache`` and the package.
 """
@@ -13,24 +14,29 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from matrix.cache import ROOT
-from matrix.kernels import CELLS, HELPERS, TESTS
+from matrix.kernels import CELLS, HELPERS, TESTS, Cell
 from sowatch.bpf.binding import BpfObject, probe
+from sowatch.config import Config
 from sowatch.errors import BpfError
+from sowatch.ladder import plan
 
 __all__: list[str] = []
 
 #: Emulated guests need about this much longer than the machines for which deadlines were chosen.
 _DEADLINE_SCALE = "20"
+#: For one object: half a minute on a quiet machine. What was compiled is kept for the tests.
+_COMPILE_TIMEOUT_S = 400.0
 
 
 def main(kernel: str, out: Path, arguments: list[str]) -> None:
     """Look, write down, test."""
-    facts = _look()
+    facts = _look(() if arguments else CELLS)
     (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if arguments:
         _pytest(out / "asked.xml", arguments)
@@ -42,15 +48,14 @@ def main(kernel: str, out: Path, arguments: list[str]) -> None:
         _pytest(out / "kernel.xml", [*TESTS])
 
 
-def _look() -> dict[str, Any]:
+def _look(cells: Sequence[Cell]) -> dict[str, Any]:
     """What `judge` reads.
 
-    ``features``: name to yes, no or unknown. ``choice``: the decision of `sowatch doctor`. ``cells``: name to the
-    decision that options force. ``refusals``: object to the words of the verifier.
+    ``features``: name to yes, no or unknown. ``choice``: the decision of `sowatch doctor`. ``cells``: name to what is
+    used if the cell is forced. ``refusals``: object to the words of the verifier.
     """
-    report = _doctor(())
+    report = _doctor()
     features: dict[str, str] = {one["name"]: one["answer"] for one in report["probes"]}
-    cells = {cell.name: _doctor(cell.options)["decision"] for cell in CELLS}
     for name, (program_type, helper) in HELPERS.items():
         features[name] = {True: "yes", False: "no", None: "unknown"}[probe("helper", program_type, helper)]
     refusals: dict[str, str] = {}
@@ -65,15 +70,21 @@ def _look() -> dict[str, Any]:
         "release": platform.release(),
         "features": features,
         "choice": report["decision"],
-        "cells": cells,
+        "cells": {cell.name: _force(cell) for cell in cells},
         "refusals": refusals,
     }
 
 
-def _doctor(options: tuple[str, ...]) -> Any:
-    command = [sys.executable, "-m", "sowatch", "doctor", "--json", *options]
+def _doctor() -> Any:
+    command = [sys.executable, "-m", "sowatch", "doctor", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     return json.loads(done.stdout)
+
+
+def _force(cell: Cell) -> dict[str, Any]:
+    found = plan(Config(strategy=cell.strategy, hooks=cell.hooks or "auto", compile_timeout_s=_COMPILE_TIMEOUT_S))
+    attempts = [attempt._asdict() for attempt in found.attempts]
+    return {"strategy": found.strategy, "hooks": found.hooks, "attempts": attempts}
 
 
 def _refusal(path: str) -> str | None:

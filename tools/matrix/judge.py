@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def judge(kernel: str, out: Path) -> Verdict:
-    """Reads what `inside` left in its directory."""
+def judge(kernel: str, out: Path, cells: Sequence[Cell] = CELLS) -> Verdict:
+    """Reads what `inside` left in its directory; ``cells``: those that had to be tried."""
     try:
         facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return Verdict("", 0, (f"it told nothing of itself ({error}); see {out / 'console.log'}",))
     passed = 0
-    faults = list(faults_of_facts(kernel, facts))
+    faults = list(faults_of_facts(kernel, facts, cells))
     for status in sorted(out.glob("*.rc")):
         report = status.with_suffix(".xml")
         rc = int(status.read_text(encoding="ascii"))
@@ -46,7 +46,7 @@ def judge(kernel: str, out: Path) -> Verdict:
     return Verdict(facts["release"], passed, tuple(faults))
 
 
-def faults_of_facts(kernel: str, facts: Mapping[str, Any]) -> Iterator[str]:
+def faults_of_facts(kernel: str, facts: Mapping[str, Any], cells: Sequence[Cell] = CELLS) -> Iterator[str]:
     """Where ``facts`` (see `inside`) and the table differ."""
     found: Mapping[str, str] = facts["features"]
     for name in FEATURES.keys() - found.keys():
@@ -62,8 +62,11 @@ def faults_of_facts(kernel: str, facts: Mapping[str, Any]) -> Iterator[str]:
     chosen = facts["choice"]
     if (chosen["strategy"], chosen["hooks"]) != CHOICES[kernel]:
         yield f"without options it chooses {chosen['strategy']}, {chosen['hooks']}, and must choose {CHOICES[kernel]}"
-    for cell in CELLS:
-        yield from _faults_of_cell(kernel, cell, facts["cells"][cell.name])
+    for cell in cells:
+        if cell.name in facts["cells"]:
+            yield from _faults_of_cell(kernel, cell, facts["cells"][cell.name])
+        else:
+            yield f"{cell.name}: in the table, but nobody tried"
 
 
 def _faults_of_cell(kernel: str, cell: Cell, decision: Mapping[str, Any]) -> Iterator[str]:
