@@ -65,6 +65,8 @@ SYSCALL_HOOKS: Final = (
 CLONE_HOOKS: Final = ("clone", "clone3", "fork", "vfork")
 #: Which of the two programs fits, by where the kernel puts the child's pid.
 FORK_PROGRAMS: Final = {44: "process_forks_44", 20: "process_forks_20"}
+#: Likewise, by where it says that this was the last thread; None: nowhere, before 6.16.
+EXIT_PROGRAMS: Final = {None: "process_exits", 32: "process_exits_32"}
 #: The ring is emptied after so many processes while all are read.
 DRAIN_EVERY: Final = 64
 MAX_IGNORED: Final = 65_536
@@ -121,7 +123,7 @@ class PrebuiltSource:
         bpf.set_max_entries("pending_calls", config.max_pending)
         with Tracefs() as tracefs:
             hooks = list(_find_hooks(tracefs))
-        for program in FORK_PROGRAMS.values():
+        for program in (*FORK_PROGRAMS.values(), *EXIT_PROGRAMS.values()):
             if program not in [name for name, _ in hooks]:
                 bpf.skip(program)
         bpf.load()
@@ -268,8 +270,8 @@ class PrebuiltSource:
                     yield record
 
     def _on_exit(self, seen: RangeRecord) -> Iterator[Record]:
-        # Each thread has given up its address space by then; so the last one's word finds none left.
-        if not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
+        # Before 6.16 each thread has given up its address space by then; so the last one's word finds none left.
+        if not seen.start and not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
             return
         self._processes.delete(struct.pack("=I", seen.tgid))
         known = self._known.pop(seen.tgid, None)
@@ -423,10 +425,13 @@ def _find_hooks(tracefs: Tracefs) -> Iterator[tuple[str, int]]:
     offset = tracefs.field_offset("sched", "sched_process_fork", "child_pid")
     if offset not in FORK_PROGRAMS:
         raise BpfError(f"reading the layout of tracepoint sched/sched_process_fork (child_pid at {offset})", ENOENT, "")
+    last = tracefs.field_offset("sched", "sched_process_exit", "group_dead")
+    if last not in EXIT_PROGRAMS:
+        raise BpfError(f"reading the layout of tracepoint sched/sched_process_exit (group_dead at {last})", ENOENT, "")
     for program, name in (
         (FORK_PROGRAMS[offset], "sched_process_fork"),
         ("process_execs", "sched_process_exec"),
-        ("process_exits", "sched_process_exit"),
+        (EXIT_PROGRAMS[last], "sched_process_exit"),
     ):
         found = tracefs.tracepoint_id("sched", name)
         if found is None:

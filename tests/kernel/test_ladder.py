@@ -21,6 +21,7 @@ from sowatch.bpf.compile import PROGRAMS, find_compiler, run_compiler
 from sowatch.errors import BpfError, LoadError
 from sowatch.ladder import open_source, plan
 from sowatch.prebuilt import PrebuiltSource
+from sowatch.procfs import ProcFs
 from sowatch.sources import BpfSource, EventSource
 from support import bpfsys
 from support.kernel import TAG, Ledger
@@ -221,6 +222,22 @@ def test_ready_lists_what_was_tried(no_compiler: None, open_ledger: Callable[...
         ("prebuilt", True),
     ]
     assert "counted as lost" in " ".join(ledger.ready.limits)
+
+
+def test_prebuilt_tells_the_end_of_a_process_whose_address_space_is_still_there(
+    open_ledger: Callable[..., Ledger], start: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_ledger(Rule(rf"{TAG}\.so$"), config=Config(strategy="prebuilt"))
+    mapper, file = start(), library()
+    mapper.map(file)
+    ledger.wait_load(mapper.pid, file.stat().st_ino)
+    with Tracefs() as tracefs:
+        is_told_before = tracefs.field_offset("sched", "sched_process_exit", "group_dead") is not None
+    if is_told_before:  # from 6.16 on; the last thread then needs its time to give it up
+        monkeypatch.setattr(ProcFs, "live_thread", lambda self, pid: pid)
+    mapper.exit()
+
+    ledger.wait_unload(mapper.pid, file.stat().st_ino)
 
 
 def test_the_error_of_a_ladder_without_a_rung_lists_every_attempt(no_compiler: None, bad_btf: str) -> None:

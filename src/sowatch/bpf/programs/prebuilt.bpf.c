@@ -39,7 +39,7 @@ enum seen_type {
 	SEEN_DIRTY = 18, /* only a reading can tell what has changed */
 	SEEN_FORK = 19,  /* start: the child's pid; end: its clone flags, UNKNOWN_FLAGS if nobody knows */
 	SEEN_EXEC = 20,
-	SEEN_EXIT = 21, /* of a thread; perhaps the last one */
+	SEEN_EXIT = 21, /* of a thread; start: 1 if it is the last one, 0 if nobody knows */
 };
 
 #define UNKNOWN_FLAGS (~0ULL)
@@ -478,6 +478,26 @@ int process_exits(void *context)
 	else if (!bpf_map_lookup_elem(&headless, &tgid))
 		return 0;
 	send(SEEN_EXIT, 0, 0, 0);
+	return 0;
+}
+
+/*
+ * From 6.16 on the tracepoint tells the last thread, and comes before that gives up its address space: to look
+ * for one would find it.
+ */
+struct exit_with_group_dead {
+	__u64 common;
+	char comm[16];
+	__u32 pid;
+	__u32 prio;
+	__u8 group_dead;
+};
+
+SEC("tp/sched/sched_process_exit")
+int process_exits_32(struct exit_with_group_dead *context)
+{
+	if (context->group_dead)
+		send(SEEN_EXIT, 0, 1, 0);
 	return 0;
 }
 
