@@ -554,16 +554,18 @@ class ProcFs:
         leader = self.stat(pid)
         if isinstance(leader, Miss):
             return leader
-        if not leader.is_dead:
-            return Miss.DENIED if answer is Miss.DENIED else Miss.ABSENT
-        tids = self.threads(pid)
+        if leader.is_kernel_thread or (answer is Miss.DENIED and not leader.is_dead):
+            return answer if answer is Miss.DENIED else Miss.ABSENT
+        tids = self.threads(pid) if leader.is_dead else []
         answers = {Miss.ABSENT}
         for tid in tids if isinstance(tids, list) else ():
             answer = Miss.ABSENT if tid == pid else ask(f"{self.root}/{pid}/task/{tid}")
             if not isinstance(answer, Miss):
                 return answer
             answers.add(answer)
-        return Miss.DENIED if Miss.DENIED in answers else Miss.ABSENT
+        # A thread that executes another program takes the place of the leader, perhaps meanwhile.
+        answer = ask(f"{self.root}/{pid}")
+        return answer if not isinstance(answer, Miss) else Miss.DENIED if Miss.DENIED in answers else Miss.ABSENT
 
     def _check(self, given: str) -> None:
         try:

@@ -30,6 +30,7 @@ from sowatch.procfs import (
     ProcReadError,
     parse_maps,
 )
+from support.programs import Mapper
 
 ME = os.getpid()
 NOBODY = 65534
@@ -217,6 +218,22 @@ threading.Thread(target=lambda: (os.read(0, 1), os._exit(0))).start()
 ctypes.CDLL(None).syscall({exit}, 0)
 """
 EXIT = {"x86_64": 60, "aarch64": 93, "riscv64": 93, "s390x": 1, "ppc64le": 1}
+
+
+def test_a_process_whose_other_thread_executes_a_program_while_it_is_looked_at_has_a_live_thread(
+    programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Mapper(programs["mapper"], tmp_path) as mapper:
+        mapper.tell("leaderexit")
+        list_threads = ProcFs.threads
+
+        def then_execute(self: ProcFs, pid: int) -> list[int] | Miss:
+            tids = list_threads(self, pid)
+            mapper.exec()
+            return tids
+
+        monkeypatch.setattr(ProcFs, "threads", then_execute)
+        assert ProcFs().live_thread(mapper.pid) == mapper.pid
 
 
 @pytest.mark.skipif(os.uname().machine not in EXIT, reason="the number of the exit system call is not known here")
