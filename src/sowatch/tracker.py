@@ -355,6 +355,7 @@ class Tracker:
         void = {reading.tgid for reading in readings if reading.is_void}
         self._causes = (causes, own_causes or {})
         self._by_space.clear()
+        self._places.clear()
         visited = set(waiting)
         ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
         again: set[int] = set()
