@@ -12,13 +12,16 @@ from typing import Any, Final, Self
 
 from sowatch.errors import ConfigError
 
-__all__ = ["HOOKS", "STRATEGIES", "Config"]
+__all__ = ["HOOKS", "NO_GUARD", "STRATEGIES", "Config"]
 
 #: The rungs of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
 STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
 
 #: Sets of hooks of the BPF strategies.
 HOOKS: Final = ("auto", "trampoline", "syscall")
+
+#: The most that a limit may be; as ``max_records_s`` no limit, which is not lowered either.
+NO_GUARD: Final = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,7 @@ class Config:
         max_pending: system calls of interest that can be under way at once.
         max_records_s: changes one process may report in a second. What it does beyond that is counted
             as lost, and readings tell what it has mapped; the other processes are not kept waiting.
-            While the watch falls behind it is fewer, down to 1,000.
+            While the watch falls behind it is fewer, down to 1,000; not so if it is `NO_GUARD`.
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.
@@ -87,8 +90,8 @@ class Config:
             raise ConfigError("ring_bytes", f"{ring} is not a power of two from 4096 to {1 << 30}. Use 8388608.")
         for name in ("max_processes", "max_verdicts", "max_pending", "max_records_s", "queue_events", "max_blocked"):
             value = getattr(self, name)
-            if not 1 <= value <= 1 << 24:
-                raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {1 << 24}.")
+            if not 1 <= value <= NO_GUARD:
+                raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {NO_GUARD}.")
         if not 0 < self.poll_cpu_percent <= 100:
             raise ConfigError(
                 "poll_cpu_percent", f"{self.poll_cpu_percent} is no share of one CPU. Use a number up to 100."

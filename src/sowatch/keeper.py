@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from sowatch.bpf.records import Record
-from sowatch.config import Config
+from sowatch.config import NO_GUARD, Config
 from sowatch.events import Event, Lost, Repaired
 from sowatch.identity import ProcessId
 from sowatch.procfs import ProcFs
@@ -130,6 +130,8 @@ class _Guard:
     def adapt(self, oldest_ns: int) -> None:
         """To be called about once a second with the age of the oldest record that waited; 0: none did."""
         before = self._now
+        if self._most == NO_GUARD:
+            return
         if oldest_ns > LATE_NS:
             self._now = max(min(FEWEST_RECORDS_S, self._most), min(before, 8 * FEWEST_RECORDS_S) // 2)
         elif oldest_ns < EARLY_NS:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.config import Config
+from sowatch.config import NO_GUARD, Config
 from support import bpfsys
 from support.kernel import TAG, Ledger, Stall, Tap, Trick
 from support.programs import Mapper, compile_library
@@ -116,7 +116,7 @@ def long_ledger(schema: Any, deadline: Any) -> Iterator[Ledger]:
     if error is not None:
         pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
     # The guard against floods is off: here it is the protocol that is tried, as fast as threads can map.
-    with Ledger(timeout_s=deadline(10), check=schema, config=Config(max_records_s=1 << 24)) as ledger:
+    with Ledger(timeout_s=deadline(10), check=schema, config=Config(max_records_s=NO_GUARD)) as ledger:
         yield ledger
         ledger.stop()
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
-from sowatch.config import Config
+from sowatch.config import NO_GUARD, Config
 from sowatch.keeper import Keeper
 from sowatch.publisher import Publisher, Selection
 from sowatch.registry import FileRegistry
@@ -181,8 +181,8 @@ def test_what_waits_no_longer_than_usual_changes_nothing(keeper, source):
     assert source.limits == []
 
 
-@pytest.mark.parametrize("configured", [1, 500])
-def test_a_guard_that_was_set_lower_stays_there(source, publisher, configured):
+@pytest.mark.parametrize("configured", [1, 500, NO_GUARD])
+def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, configured):
     rules = RuleSet([Rule("libssl")])
     keeper = Keeper(source, Tracker(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False)
     source.records = [waited(3)]

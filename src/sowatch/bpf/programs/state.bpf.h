@@ -71,10 +71,10 @@ enum pending_kind {
 	PENDING_REREAD = 1 << 2,        /* changes it in a way only a reading can tell */
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
-	PENDING_IN_COMPANY = 1 << 7,    /* others could interfere when it began */
-	PENDING_AMONG_THREADS = 1 << 8, /* and they were threads of the same process */
-	PENDING_TOUCHED = 1 << 6,       /* counted in its process's touches */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
+	PENDING_TOUCHED = 1 << 6,       /* counted in its process's touches */
+	PENDING_IN_COMPANY = 1 << 7,    /* others could interfere when it began */
+	PENDING_AMONG_THREADS = 1 << 8, /* and there were other threads of its process among them */
 };
 
 struct pending {
