@@ -15,8 +15,9 @@ import pytest
 
 from sowatch.config import NO_GUARD, Config
 from support import bpfsys
-from support.kernel import TAG, Ledger, Stall, Tap, Trick
+from support.kernel import TAG, Ledger, Tap
 from support.programs import Mapper, compile_library
+from support.stepped import Stall, Trick
 
 
 @pytest.fixture

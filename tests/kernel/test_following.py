@@ -18,8 +18,9 @@ from sowatch.bpf.records import (
     RecordType,
     path_of,
 )
-from support.kernel import Stall, Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
+from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
 from support.programs import Mapper
+from support.stepped import Stall
 
 PAGE = 4096
 MAP, RANGE, DIRTY, FORK, EXEC, EXIT, INTRO = (

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sowatch import Rule
-from support.kernel import TAG, Ledger, Trick, executable_inodes
+from support.kernel import TAG, Ledger, executable_inodes
 from support.programs import Mapper
+from support.stepped import Trick
 
 PAGE = 4096
 Start = Callable[..., Mapper]

@@ -21,8 +21,9 @@ from sowatch.bpf.records import (
     path_of,
 )
 from sowatch.sources import Report
-from support.kernel import Tap, Trick, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
+from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
 from support.programs import Mapper, Refused
+from support.stepped import Trick
 
 PAGE = 4096
 MAP, RANGE, DIRTY, FORK, EXEC, EXIT, INTRO = (

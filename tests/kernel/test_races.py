@@ -18,8 +18,9 @@ import pytest
 from sowatch import Rule
 from sowatch.config import Config
 from sowatch.rules import KINDS
-from support.kernel import TAG, Ledger, Stall, executable_inodes, standing_still
+from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper
+from support.stepped import Stall
 
 PAGE = 4096
 Start = Callable[..., Mapper]
