@@ -16,9 +16,9 @@ from pathlib import Path
 
 from benchmarks.common import Command, Figure, crowd, main, make_libraries, median, spread, tool
 
-from sowatch.config import Config
-from sowatch.pacing import CpuClocks
-from sowatch.polling import ProcfsSource
+from sowatch.model.config import Config
+from sowatch.sources.poll_timer import CpuClocks
+from sowatch.sources.polling import ProcfsSource
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:

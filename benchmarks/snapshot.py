@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.common import Figure, crowd, main, make_libraries, median, spread, tool
 
 from sowatch import Config, Rule, Watcher
-from sowatch.sources import BpfSource
+from sowatch.sources.core import BpfSource
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:

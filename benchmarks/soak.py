@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from benchmarks.common import Figure, machine, table
 
 from sowatch import LibraryEvent, Rule, Watcher
-from sowatch.identity import FileId
-from sowatch.rules import KINDS
-from sowatch.subscriptions import Subscription
+from sowatch.engine.subscription import Subscription
+from sowatch.model.identity import FileId
+from sowatch.model.rules import KINDS
 from support import workload
 
 WORKLOAD = Path(workload.__file__)

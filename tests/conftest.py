@@ -268,7 +268,7 @@ def schema() -> Callable[[Any], Any]:
     """
     import jsonschema
 
-    from sowatch.events import to_dict
+    from sowatch.model.events import to_dict
 
     text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
     validator = jsonschema.Draft202012Validator(

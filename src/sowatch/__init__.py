@@ -3,45 +3,19 @@
 The product in two functions: `watch` gives events one after the other, `awatch` does so for
 asyncio. `Watcher` with `Rule` s runs your callbacks and knows the whole map.
 
-Where things are, from the ground up:
+The packages, lowest first; each imports only what stands before it:
 
-errors      every error, with its facts and the next step
-identity    FileId and ProcessId
-escape      names that others chose, made safe to show
-latency     how long things took, counted by bucket
-events      what is told: LibraryEvent, Process, Library, and the wire form
-rules       Rule and RuleSet
-procfs      /proc: bytes in, records out
-packages    who owns a file on disk, and whether it was replaced
-elf         build id, soname, exported symbols, on files nobody trusts
-config      limits and policy
-registry    activation once, deactivation once, blocklist
-processes   ProcessMonitor: exec, fork, exit; container labels
-bpf         the kernel side: programs, libbpf binding, records, probes
-sources     where records and readings come from
-pacing      when to look at /proc again, and at whom
-polling     the map from looks at /proc, without BPF
-readings    /proc in the form of the kernel's iterator
-old_kernels kernels that can load these programs but lack what they read with
-prebuilt    strategy prebuilt: the kernel says where and when, /proc which file
-ladder      which strategy is used, and why not another
-feeds       the kernel's process events, for ProcessMonitor
-tracker     the map itself
-audit       is the map right? /proc, compared with it
-inspector   opens mapped files safely, reads their facts
-explain     why a process or file is, or is not, in the map
-subscriptions  a reader's bounded queue, which knows how to catch up
-publisher   from changes of the map to events
-keeper      keeps the map true: drains, reads again, repairs
-engine      the thread that the keeper works on
-workers     callbacks of rules
-watcher     puts it together
-streams     watch and awatch
-inventory   what is mapped, put together for people who look
-telemetry   metrics, exporters, sinks for events
-page        the inventory page, and the feed behind it
-agent       sowatch serve: configuration, HTTP, debugger
-cli         the command, one file a subcommand
+model      values: what everything else speaks of
+linux      everything that reads Linux: /proc, ELF files, descriptors, capabilities, containers
+bpf        the kernel side: programs, libbpf binding, records, features
+sources    producers of records: BPF programs and /proc as equals
+engine     the mapping table, and what keeps it right
+explain    audit, and why something is or is not covered
+watcher    the public API: Watcher, watch, awatch, ProcessMonitor
+inventory  what is mapped, for people; staleness and owners
+telemetry  metrics, exporters, sinks for events
+agent      `sowatch serve`, with the inventory page
+cli        the command, one file a subcommand
 
 Importing this module loads none of them: names are fetched on first use.
 """
@@ -51,18 +25,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sowatch.audit import AuditReport, Difference
-    from sowatch.config import Config
-    from sowatch.errors import EnvironmentFault, LoadAttempt, SowatchError
-    from sowatch.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.engine.activation import FileRegistry
     from sowatch.explain import PathReport, ProcessReport
-    from sowatch.feeds import process_monitor
-    from sowatch.identity import FileId, ProcessId
-    from sowatch.processes import ProcessMonitor
-    from sowatch.registry import FileRegistry
-    from sowatch.rules import Rule
-    from sowatch.streams import awatch, watch
-    from sowatch.watcher import ActiveFile, Mapped, Stats, Watcher
+    from sowatch.explain.audit import AuditReport, Difference
+    from sowatch.model.config import Config
+    from sowatch.model.errors import EnvironmentFault, LoadAttempt, SowatchError
+    from sowatch.model.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.model.identity import FileId, ProcessId
+    from sowatch.model.rules import Rule
+    from sowatch.watcher.monitor import ProcessMonitor, process_monitor
+    from sowatch.watcher.streams import awatch, watch
+    from sowatch.watcher.watcher import ActiveFile, Mapped, Stats, Watcher
 
 __version__ = "0.1.0"
 
@@ -96,30 +69,29 @@ __all__ = [
     "watch",
 ]
 
-_ROOMS = {
-    "audit": ("AuditReport", "Difference"),
-    "config": ("Config",),
-    "errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
-    "events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+_MODULES = {
+    "engine.activation": ("FileRegistry",),
     "explain": ("PathReport", "ProcessReport"),
-    "feeds": ("process_monitor",),
-    "identity": ("FileId", "ProcessId"),
-    "processes": ("ProcessMonitor",),
-    "registry": ("FileRegistry",),
-    "rules": ("Rule",),
-    "streams": ("awatch", "watch"),
-    "watcher": ("ActiveFile", "Mapped", "Stats", "Watcher"),
+    "explain.audit": ("AuditReport", "Difference"),
+    "model.config": ("Config",),
+    "model.errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
+    "model.events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+    "model.identity": ("FileId", "ProcessId"),
+    "model.rules": ("Rule",),
+    "watcher.monitor": ("ProcessMonitor", "process_monitor"),
+    "watcher.streams": ("awatch", "watch"),
+    "watcher.watcher": ("ActiveFile", "Mapped", "Stats", "Watcher"),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOM_OF.get(name)
-    if room is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module 'sowatch' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"sowatch.{room}"), name)
+    value = getattr(import_module(f"sowatch.{module}"), name)
     globals()[name] = value
     return value
 

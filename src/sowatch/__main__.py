@@ -1,4 +1,4 @@
-"""`python -m sowatch` is the command `sowatch`. May import only ``cli``."""
+"""`python -m sowatch` is the command `sowatch`."""
 
 from __future__ import annotations
 

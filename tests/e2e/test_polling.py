@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from sowatch import Config, ProcessMonitor, Rule, Watcher
-from sowatch.feeds import PolledProcessFeed
-from sowatch.processes import ProcessEvent
+from sowatch.model.process_events import ProcessEvent
+from sowatch.sources.process_feeds import PolledProcessFeed
 from support.programs import Mapper, make_libraries
 
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
@@ -159,7 +159,7 @@ def test_nobody_gets_an_explanation_of_its_own_process(sleeper: Any) -> None:
 @needs_root
 def test_without_the_fallback_nobody_is_not_permitted() -> None:
     code = (
-        "from sowatch import Config, Watcher; from sowatch.errors import NotPermitted\n"
+        "from sowatch import Config, Watcher; from sowatch.model.errors import NotPermitted\n"
         "try:\n    Watcher(config=Config(allow_procfs_fallback=False)).start()\n"
         "except NotPermitted as error:\n    print(error.exit_code)\n"
     )

@@ -228,7 +228,7 @@ def test_systemd_is_told_of_readiness_reloads_life_and_the_end(
 def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
     new_agent: NewAgent, mapper: Mapper, make_library: Any, place: Path, wait_until: Any
 ) -> None:
-    from sowatch.agent.privileges import NEEDED
+    from sowatch.linux.capabilities import NEEDED
 
     library = shutil.copyfile(make_library(), place / "liba.so")
     mapper.map(library)
@@ -252,7 +252,7 @@ def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
 
 
 def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(new_agent: NewAgent) -> None:
-    from sowatch.agent.privileges import NEEDED
+    from sowatch.linux.capabilities import NEEDED
 
     agent = new_agent(rule("a")).start()
     mask = sum(1 << bit for bit, _ in NEEDED.values())

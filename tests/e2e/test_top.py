@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.escape import visible
+from sowatch.model.escape import visible
 from support.programs import Mapper
 from support.screen import Terminal
 

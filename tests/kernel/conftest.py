@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.config import NO_GUARD, Config
+from sowatch.model.config import NO_GUARD, Config
 from support import bpfsys
 from support.kernel import TAG, Ledger, Tap
 from support.programs import Mapper, compile_library

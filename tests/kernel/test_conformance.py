@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from sowatch import Config, Rule
-from sowatch.ladder import RUNGS
+from sowatch.sources.select import RUNGS
 from support import bpfsys
 from support.forced import FORCED
 from support.kernel import TAG, Ledger

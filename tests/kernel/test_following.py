@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from sowatch import sources
-from sowatch.bpf.records import (
-    FLAG_ASK,
-    FLAG_DIRTY,
-    MapRecord,
-    Record,
-    RecordType,
-    path_of,
-)
+from sowatch.bpf.records import FLAG_ASK, FLAG_DIRTY, MapRecord, Record, RecordType, path_of
+from sowatch.sources import core as sources
 from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
 from support.programs import Mapper
 from support.stepped import Stall

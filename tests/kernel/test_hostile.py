@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher
-from sowatch.config import Config
-from sowatch.events import LibraryEvent
-from sowatch.rules import KINDS
+from sowatch.model.config import Config
+from sowatch.model.events import LibraryEvent
+from sowatch.model.rules import KINDS
 from support import bpfsys
 from support.elf_files import Made
 from support.hostile import SOWATCH, Command, Opens, deep_path, is_shown_safely

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sowatch.bpf.records import FLAG_ASK, FLAG_DELETED, FLAG_PARTIAL, MapRecord, ProcessRecord, RecordType, path_of
-from sowatch.identity import FileId
-from sowatch.sources import Report
+from sowatch.model.identity import FileId
+from sowatch.sources.core import Report
 from support.kernel import IN_OWN_MOUNTS, Tap, host_pid, id_by_stat, id_of, with_prelude
 from support.programs import Mapper
 

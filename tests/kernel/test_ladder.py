@@ -18,11 +18,11 @@ import pytest
 from sowatch import Config, Rule
 from sowatch.bpf.binding import Tracefs
 from sowatch.bpf.compile import PROGRAMS, find_compiler, run_compiler
-from sowatch.errors import BpfError, LoadError
-from sowatch.ladder import open_source, plan
-from sowatch.prebuilt import PrebuiltSource
-from sowatch.procfs import ProcFs
-from sowatch.sources import BpfSource, EventSource
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import BpfError, LoadError
+from sowatch.sources.core import BpfSource, EventSource
+from sowatch.sources.prebuilt import PrebuiltSource
+from sowatch.sources.select import open_source, plan
 from support import bpfsys
 from support.kernel import TAG, Ledger
 
@@ -261,7 +261,7 @@ WITHOUT_BTF = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /sys/ke
 ASK_FOR_THE_PLAN = """
 import json
 from sowatch import Config
-from sowatch.ladder import plan
+from sowatch.sources.select import plan
 
 found = plan(Config(allow_procfs_fallback=False))
 print(json.dumps([found.strategy, [attempt[:2] for attempt in found.attempts], found.guarantee]))

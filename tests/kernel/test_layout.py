@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import sowatch.bpf
-from sowatch import sources
 from sowatch.bpf import records
+from sowatch.sources import core as sources
 
 PROGRAMS = Path(sowatch.bpf.__file__).parent / "programs"
 

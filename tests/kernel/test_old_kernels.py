@@ -16,10 +16,10 @@ import pytest
 
 import sowatch.bpf
 from sowatch.bpf.records import FLAG_DIRTY, FLAG_IMAGE, MapRecord, RecordType, path_of
-from sowatch.config import Config
-from sowatch.old_kernels import FIRST_TOUCH, OLD_OBJECT, PROCESS_TAIL
-from sowatch.old_kernels import OldKernelSource as Old
-from sowatch.sources import PROCESS_HEAD, Report, value_bytes
+from sowatch.model.config import Config
+from sowatch.sources.core import PROCESS_HEAD, Report, value_bytes
+from sowatch.sources.legacy import FIRST_TOUCH, OLD_OBJECT, PROCESS_TAIL
+from sowatch.sources.legacy import OldKernelSource as Old
 from support import bpfsys
 from support.kernel import (
     IN_OWN_MOUNTS,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sowatch import Rule
-from sowatch.escape import visible
+from sowatch.model.escape import visible
 from support.kernel import TAG, Ledger
 from support.pages import PageServer, Visit, chromium
 from support.programs import Mapper

@@ -20,7 +20,7 @@ from sowatch.bpf.records import (
     RecordType,
     path_of,
 )
-from sowatch.sources import Report
+from sowatch.sources.core import Report
 from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
 from support.programs import Mapper, Refused
 from support.stepped import Trick

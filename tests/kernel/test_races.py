@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from sowatch import Rule
-from sowatch.config import Config
-from sowatch.rules import KINDS
+from sowatch.model.config import Config
+from sowatch.model.rules import KINDS
 from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper
 from support.stepped import Stall

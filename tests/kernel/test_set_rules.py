@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sowatch import Rule
-from sowatch.errors import SowatchError, UsageError
-from sowatch.events import LibraryEvent
-from sowatch.rules import KINDS
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.events import LibraryEvent
+from sowatch.model.rules import KINDS
 from support.kernel import TAG, Calls, Ledger
 from support.programs import Mapper
 

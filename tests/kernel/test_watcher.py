@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sowatch import EnvironmentFault, Rule
-from sowatch.errors import SowatchError
-from sowatch.events import LibraryEvent
-from sowatch.watcher import ActiveFile
+from sowatch.model.errors import SowatchError
+from sowatch.model.events import LibraryEvent
+from sowatch.watcher.watcher import ActiveFile
 from support.kernel import IN_OWN_MOUNTS, TAG, Calls, Ledger, different, digest, with_prelude
 from support.programs import Mapper
 

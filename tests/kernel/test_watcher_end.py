@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher, awatch, watch
-from sowatch.config import Config
-from sowatch.errors import BpfError, UsageError
-from sowatch.events import LibraryEvent
-from sowatch.sources import BpfSource, Reading
+from sowatch.model.config import Config
+from sowatch.model.errors import BpfError, UsageError
+from sowatch.model.events import LibraryEvent
+from sowatch.sources.core import BpfSource, Reading
 from support import bpfsys, leaks
 from support.kernel import TAG, Calls, Ledger
 from support.programs import Mapper

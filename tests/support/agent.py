@@ -1,7 +1,4 @@
-"""A real agent: ``sowatch serve`` as a process of its own, and HTTP to its sockets.
-
-May import nothing of the package: the agent is driven from outside, as its users do.
-"""
+"""A real agent: ``sowatch serve`` as a process of its own, and HTTP to its sockets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the kernel tests of explanations share: libraries, and what a running watcher says when it is asked.
-
-May import ``sowatch`` and ``support``.
-"""
+"""What the kernel tests of explanations share: libraries, and what a running watcher says when it is asked."""
 
 from __future__ import annotations
 

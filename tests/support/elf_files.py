@@ -1,7 +1,4 @@
-"""Writes small ELF shared objects field by field, honest or spoiled, in every class and byte order.
-
-May import nothing of the package: what is checked here must not lean on what is being checked.
-"""
+"""Writes small ELF shared objects field by field, honest or spoiled, in every class and byte order."""
 
 from __future__ import annotations
 

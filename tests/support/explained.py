@@ -1,7 +1,4 @@
-"""A process with one library, as `sowatch.explain` finds it: facts to change one at a time, and their report.
-
-May import ``sowatch.explain`` and what it is made of, and ``support.records``.
-"""
+"""A process with one library, as `sowatch.explain` finds it: facts to change one at a time, and their report."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sowatch.audit import Difference
-from sowatch.events import Library, LibraryEvent, Process
-from sowatch.explain import FileLook, Known, KnownFile, KnownProcess, MappedIn, Try
+from sowatch.engine.activation import BlockedFile, RegisteredFile
+from sowatch.engine.address_space import Name
+from sowatch.engine.queries import Known, KnownFile, KnownProcess
+from sowatch.explain import FileLook, MappedIn, Try
 from sowatch.explain.assemble import (
     Group,
     Memory,
@@ -23,13 +21,13 @@ from sowatch.explain.assemble import (
     path_report,
     process_report,
 )
+from sowatch.explain.audit import Difference
 from sowatch.explain.records import Candidate
-from sowatch.identity import FileId
-from sowatch.procfs import Link, MapRow, Miss, Stat
-from sowatch.registry import BlockedFile, RegisteredFile
-from sowatch.rules import Rule, RuleSet
-from sowatch.sources import Followed, Verdict
-from sowatch.spaces import Name
+from sowatch.linux.proc import Link, MapRow, Miss, Stat
+from sowatch.model.events import Library, LibraryEvent, Process
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import Followed, Verdict
 from support.records import File, Proc, key_of
 
 __all__ = [

@@ -8,10 +8,11 @@ import threading
 import time
 from typing import Any
 
-from sowatch.events import Process
-from sowatch.identity import TICK_NS, ProcessId
-from sowatch.processes import ProcessEvent, ProcessKind, container_id
-from sowatch.procfs import ProcFs
+from sowatch.linux.containers import container_id
+from sowatch.linux.proc import ProcFs
+from sowatch.model.events import Process
+from sowatch.model.identity import TICK_NS, ProcessId
+from sowatch.model.process_events import ProcessEvent, ProcessKind
 
 #: No process has these pids (pid_max is at most 2**22), so only the feed can speak of them.
 NOWHERE = 2**22 + 1

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sowatch.latency import RuleTimings
-from sowatch.processes import ProcessMonitorStats
-from sowatch.registry import FileRegistry
-from sowatch.sources import Losses
-from sowatch.watcher import Stats
+from sowatch.engine.activation import FileRegistry
+from sowatch.model.histogram import RuleTimings
+from sowatch.model.process_events import ProcessMonitorStats
+from sowatch.sources.core import Losses
+from sowatch.watcher.watcher import Stats
 
 __all__ = ["Figures", "Monitor", "changed", "timings"]
 

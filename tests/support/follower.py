@@ -1,7 +1,4 @@
-"""Runs a Watcher for a test and keeps all it tells.
-
-May import the package; what it is compared with comes from ``witness`` and ``programs``.
-"""
+"""Runs a Watcher for a test and keeps all it tells."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from sowatch import Rule, Watcher
-from sowatch.events import Event, LibraryEvent, Lost, Ready
-from sowatch.rules import KINDS
+from sowatch.model.events import Event, LibraryEvent, Lost, Ready
+from sowatch.model.rules import KINDS
 
 __all__ = ["Follower"]
 

@@ -1,7 +1,4 @@
-"""For tests of hostile input: who opens a file, an open that hangs, small C programs, the installed command.
-
-May import nothing of the package.
-"""
+"""For tests of hostile input: who opens a file, an open that hangs, small C programs, the installed command."""
 
 from __future__ import annotations
 

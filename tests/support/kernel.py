@@ -20,13 +20,13 @@ from typing import Any, Self
 
 from sowatch import Rule, Watcher
 from sowatch.bpf.records import MapRecord, RangeRecord, Record, RecordType, file_id_of, path_of
-from sowatch.config import Config
-from sowatch.events import Event, LibraryEvent, Ready
-from sowatch.identity import FileId, ProcessId
-from sowatch.ladder import RUNGS
-from sowatch.rules import KINDS
-from sowatch.sources import BpfSource, Reading, Report
-from sowatch.watcher import ActiveFile
+from sowatch.model.config import Config
+from sowatch.model.events import Event, LibraryEvent, Ready
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.rules import KINDS
+from sowatch.sources.core import BpfSource, Reading, Report
+from sowatch.sources.select import RUNGS
+from sowatch.watcher.watcher import ActiveFile
 from support.programs import Mapper
 
 __all__ = [
@@ -53,7 +53,7 @@ class Tap:
         scratch: a directory of the test.
         timeout_s: how long to wait for a record.
         kind: of source, that of this kernel if it is not given.
-        config: for `sowatch.config.Config`.
+        config: for `sowatch.model.config.Config`.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
 """A model of a machine that ``programs/watch.bpf.c`` looks at, small enough to try everything on it.
 
-Calls take several steps, and anything may come between two of them; there are claims, the dirty bit,
-verdicts, settled processes, readings that take their time, and a ring that may be full. It leaves
-out what nobody can follow yet (see docs/decisions): processes that shared an address space before
-anybody looked, or whose parent was not followed when they began to. And its programs are well
-behaved in one point: none maps over or unmaps what another thread's mmap has not returned yet.
-May import ``sowatch.bpf.records``, ``sowatch.sources`` and ``support.records``.
+Calls take several steps, and anything may come between two of them; there are claims, the dirty bit, verdicts,
+settled processes, readings that take their time, and a ring that may be full. It leaves out what nobody can follow
+yet (see docs/decisions): processes that shared an address space before anybody looked, or whose parent was not
+followed when they began to. And its programs are well behaved in one point: none maps over or unmaps what another
+thread's mmap has not returned yet.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
-from sowatch.sources import Losses, Report, group
+from sowatch.sources.core import Losses, Report, group
 from support.records import PAGE, File, Proc
 
 __all__ = ["CALLS", "PIDS", "RULE", "Kernel"]

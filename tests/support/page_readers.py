@@ -1,7 +1,7 @@
 """page_readers.py PORT COUNT: that many pages at once, without browsers.
 
-Says "COUNT pages are open", reads how many loads there will be, and says when every page knows of them.
-May import nothing of the package. A process of its own, so that the readers' work is not the watcher's.
+Says "COUNT pages are open", reads how many loads there will be, and says when every page knows of them. A process of
+its own, so that the readers' work is not the watcher's.
 """
 
 from __future__ import annotations

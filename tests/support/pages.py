@@ -1,7 +1,4 @@
-"""Serves the inventory page of a watch on loopback, as the agent does, and opens it in a real Chromium.
-
-May import the package: it puts its rooms together the way a program would.
-"""
+"""Serves the inventory page of a watch on loopback, as the agent does, and opens it in a real Chromium."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sowatch.errors import SowatchError
+from sowatch.agent.page import routes
 from sowatch.explain import to_dict
-from sowatch.inventory import Inventory
-from sowatch.page import routes
-from sowatch.watcher import Watcher
+from sowatch.inventory.inventory import Inventory
+from sowatch.model.errors import SowatchError
+from sowatch.watcher.watcher import Watcher
 
 __all__ = ["PageServer", "Visit", "chromium"]
 

@@ -1,7 +1,4 @@
-"""A `ProcfsSource` and a `Tracker` that a test drives by hand: a look when it says so, and what came of it.
-
-May import the package; what it is compared with comes from ``programs``.
-"""
+"""A `ProcfsSource` and a `Tracker` that a test drives by hand: a look when it says so, and what came of it."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Self
 
-from sowatch.config import Config
-from sowatch.identity import FileId
-from sowatch.polling import ProcfsSource
-from sowatch.rules import Rule, RuleSet
-from sowatch.spaces import Change
-from sowatch.tracker import Causes, Tracker
+from sowatch.engine.address_space import Change
+from sowatch.engine.table import Causes, Tracker
+from sowatch.model.config import Config
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.polling import ProcfsSource
 from support.programs import executable_images
 
 __all__ = ["Poller"]

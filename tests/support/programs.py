@@ -1,7 +1,4 @@
-"""Compiles the C programs of ``tests/programs`` and drives the one that takes commands.
-
-May import nothing of the package: what is checked here must not lean on what is being checked.
-"""
+"""Compiles the C programs of ``tests/programs`` and drives the one that takes commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes one target. May import nothing of the package."""
+"""A real Prometheus that scrapes one target."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Servers that exporters send to: an OpenTelemetry collector over HTTP and gRPC, and a page for Prometheus.
 
-May import nothing of the package. Each answers on a port of its own of the loopback address.
+Each answers on a port of its own of the loopback address.
 """
 
 from __future__ import annotations

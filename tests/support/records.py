@@ -1,7 +1,7 @@
 """Writers of the records and readings that the kernel side sends, as values and as bytes.
 
-May import ``sowatch.bpf.records`` and ``sowatch.sources``. The bytes are put together by hand from
-``programs/records.h``, not with the parser's own structs, so that the two check each other.
+The bytes are put together by hand from ``programs/records.h``, not with the parser's own structs, so that the two
+check each other.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from sowatch.bpf import records as wire
 from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType
-from sowatch.identity import TICK_NS, FileId
-from sowatch.sources import Reading, group
+from sowatch.model.identity import TICK_NS, FileId
+from sowatch.sources.core import Reading, group
 
 __all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "reading", "text_of", "to_bytes"]
 

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sowatch.events import Library
-from sowatch.identity import TICK_NS, FileId, ProcessId
-from sowatch.procfs import Miss, ProcFs
-from sowatch.registry import FileRegistry
+from sowatch.engine.activation import FileRegistry
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.events import Library
+from sowatch.model.identity import TICK_NS, FileId, ProcessId
 
 P1 = ProcessId(101, 1 * TICK_NS)
 P2 = ProcessId(102, 2 * TICK_NS)

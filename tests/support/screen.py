@@ -1,4 +1,4 @@
-"""A terminal of a given size that a command runs in, and what it shows. May import nothing of the package."""
+"""A terminal of a given size that a command runs in, and what it shows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A watcher whose events a test writes down, in the place of the real one behind the commands.
 
-It keeps the promises a command leans on: `Ready` comes from ``start``, `Stopped` once from ``stop``,
-and what was sent before either can still be read. May import ``events`` and ``identity``.
+It keeps the promises a command leans on: `Ready` comes from ``start``, `Stopped` once from ``stop``, and what was
+sent before either can still be read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sowatch.errors import LoadAttempt
-from sowatch.events import Event, Library, LibraryEvent, Process, Ready, Stopped
-from sowatch.identity import FileId
+from sowatch.model.errors import LoadAttempt
+from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
+from sowatch.model.identity import FileId
 
 __all__ = ["PROCESS", "READY", "SSL", "Entry", "ScriptedWatcher", "event"]
 

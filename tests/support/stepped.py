@@ -1,6 +1,6 @@
 """Processes whose every step a test commands: held inside a system call, or doing one odd thing after the other.
 
-`Stall` drives ``tests/programs/stall.c``, `Trick` drives ``tricks.c``. May import nothing of the package.
+`Stall` drives ``tests/programs/stall.c``, `Trick` drives ``tricks.c``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""What the tests of the tracker share: files, and what a tracker said of them.
-
-May import ``sowatch.tracker`` and ``support.records``.
-"""
+"""What the tests of the tracker share: files, and what a tracker said of them."""
 
 from __future__ import annotations
 
 from sowatch.bpf.records import Record
-from sowatch.tracker import Causes, Tracker
+from sowatch.engine.table import Causes, Tracker
 from support.records import File
 
 __all__ = ["BASE", "CRYPTO", "LIBC", "LIVE", "REPAIR", "SNAPSHOT", "SSL", "feed", "the_map", "told"]

@@ -3,8 +3,6 @@
 perf's dummy event makes the kernel write an MMAP2 record for each executable mapping (exec-time
 ones and those made by mprotect included), with the real inode, and records of fork, exec and
 exit, for all processes, through code that has nothing to do with BPF.
-
-May import nothing of the package: what is checked here must not lean on what is being checked.
 """
 
 from __future__ import annotations

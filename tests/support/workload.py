@@ -1,7 +1,7 @@
 """A mixed workload: several hundred processes, most of which live for a few milliseconds.
 
-``python workload.py SEED DIRECTORY ROUNDS`` runs it, four things at a time in an order that SEED
-shuffles, with the programs and libraries that `prepare` put into DIRECTORY. May import nothing of the package.
+``python workload.py SEED DIRECTORY ROUNDS`` runs it, four things at a time in an order that SEED shuffles, with the
+programs and libraries that `prepare` put into DIRECTORY.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rooms of ARCHITECTURE.md import downwards only; importing the package does nothing."""
+"""The packages of ARCHITECTURE.md import only what stands before them; importing them does nothing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ import sowatch
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(sowatch.__file__).resolve().parent
 
-#: The package itself hands out what the rooms hold, so only what stands above every room may use it.
-DOOR = "__init__"
-ABOVE_THE_DOOR = {"cli", "__main__"}
+#: The root package hands out what the others hold, so only the last one may use it.
+ROOT_PACKAGE = "__init__"
+ABOVE_THE_ROOT = {"cli", "__main__"}
+#: Packages that stand side by side: neither may import the other.
+SIDE_BY_SIDE = {"linux", "bpf"}
+MAX_NAMES = 16
 
 
-def rooms() -> list[str]:
-    """The rooms in the order of the table of ARCHITECTURE.md, lowest first."""
+def packages() -> list[str]:
+    """The packages in the order of the table of ARCHITECTURE.md, lowest first."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
-    return [name.removesuffix("/").removesuffix(".py") for cell in found for name in re.findall(r"`([\w./]+)`", cell)]
+    return re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
 
 
 def modules() -> dict[str, Path]:
@@ -38,8 +40,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room_of(module: str) -> str:
-    return module.split(".", maxsplit=1)[0] or DOOR
+def package_of(module: str) -> str:
+    return module.split(".", maxsplit=1)[0] or ROOT_PACKAGE
 
 
 def imports(path: Path, package: str) -> Iterator[str]:
@@ -92,31 +94,37 @@ def edges() -> set[tuple[str, str]]:
     return {(one, other) for one, other in found if one != other}
 
 
-def test_every_module_belongs_to_a_room_of_the_architecture() -> None:
-    strangers = {module for module in modules() if room_of(module) not in {*rooms(), DOOR, "__main__"}}
+def test_every_module_belongs_to_a_package_of_the_architecture() -> None:
+    others = {module for module in modules() if package_of(module) not in {*packages(), ROOT_PACKAGE, "__main__"}}
 
-    assert strangers == set()
-
-
-def test_every_room_of_the_architecture_exists() -> None:
-    present = {room_of(module) for module in modules()}
-
-    assert [room for room in rooms() if room not in present] == []
+    assert others == set()
 
 
-def test_imports_go_downwards_only() -> None:
-    order = {room: place for place, room in enumerate(rooms())}
-    order[DOOR] = len(order)
+def test_every_package_of_the_architecture_exists() -> None:
+    present = {package_of(module) for module in modules()}
+
+    assert [package for package in packages() if package not in present] == []
+
+
+def test_the_root_has_few_names() -> None:
+    present = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+
+    assert len(present) <= MAX_NAMES, sorted(present)
+
+
+def test_a_package_imports_only_what_stands_before_it() -> None:
+    order = {package: place for place, package in enumerate(packages())}
+    order[ROOT_PACKAGE] = len(order)
     order["__main__"] = len(order)
     upwards = []
     for module, imported in sorted(edges()):
-        mine, theirs = room_of(module), room_of(imported)
+        mine, theirs = package_of(module), package_of(imported)
         if not {mine, theirs} <= order.keys():
             continue  # not in the table: the test above says so
         allowed = (
             mine == theirs
-            or (theirs == DOOR and mine in ABOVE_THE_DOOR)
-            or (theirs != DOOR and order[theirs] < order[mine])
+            or (theirs == ROOT_PACKAGE and mine in ABOVE_THE_ROOT)
+            or (theirs != ROOT_PACKAGE and order[theirs] < order[mine] and {mine, theirs} != SIDE_BY_SIDE)
         )
         if not allowed:
             upwards.append(f"{module or 'sowatch'} imports {imported or 'sowatch'}")
@@ -124,11 +132,11 @@ def test_imports_go_downwards_only() -> None:
     assert upwards == []
 
 
-def test_modules_of_one_room_do_not_import_each_other_in_circles() -> None:
+def test_modules_of_one_package_do_not_import_each_other_in_circles() -> None:
     wanted: dict[str, set[str]] = {}
     for module, imported in edges():
-        # A package room is the door of its modules: it may import them while they load it.
-        if room_of(module) == room_of(imported) and imported not in ("", room_of(module)):
+        # `__init__` of a package may import its modules while they load it.
+        if package_of(module) == package_of(imported) and imported not in ("", package_of(module)):
             wanted.setdefault(module, set()).add(imported)
     free = {module for module in modules() if not wanted.get(module)}
     while True:

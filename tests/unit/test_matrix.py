@@ -27,9 +27,9 @@ from matrix.kernels import (
     KnownFault,
 )
 from matrix.page import Run, is_news, read, render
-from sowatch.bpf.probes import run_probes
-from sowatch.config import Config
-from sowatch.ladder import RUNGS
+from sowatch.bpf.features import run_probes
+from sowatch.model.config import Config
+from sowatch.sources.select import RUNGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/kernels.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sowatch.agent.privileges import NEEDED
+from sowatch.linux.capabilities import NEEDED
 from sowatch.telemetry.names import CATALOGUE, prometheus_name
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,9 +22,9 @@ from typing import Any
 from matrix.cache import ROOT
 from matrix.kernels import CELLS, HELPERS, TESTS, Cell
 from sowatch.bpf.binding import BpfObject, probe
-from sowatch.config import Config
-from sowatch.errors import BpfError
-from sowatch.ladder import plan
+from sowatch.model.config import Config
+from sowatch.model.errors import BpfError
+from sowatch.sources.select import plan
 
 __all__: list[str] = []
 

@@ -1,6 +1,6 @@
 """The agent: `sowatch serve`. One process that watches the host and answers over HTTP.
 
-May import every room above it in ARCHITECTURE.md. Needs the extra ``sowatch[agent]``.
+Needs the extra ``sowatch[agent]``.
 
 * ``settings.py``: configuration file, environment and flags in one frozen value.
 * ``hub.py``: the events of the watch, for any number of HTTP clients.

@@ -1,7 +1,7 @@
 """What no client may exceed: time to say what it wants, time to read, size of a body, names of the host.
 
-May import nothing of the package. uvicorn bounds the size of heads and the number of
-connections, but waits for ever for a client that sends its head byte by byte, or reads nothing.
+uvicorn bounds the size of heads and the number of connections, but waits for ever for a client that sends its head
+byte by byte, or reads nothing.
 """
 
 from __future__ import annotations

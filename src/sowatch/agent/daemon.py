@@ -1,7 +1,6 @@
 """The agent put together: started in the right order, reloaded, ended in the reverse order.
 
-May import every room above ``cli`` and all of its own. The main thread waits for signals and for changes
-of the configuration; everything else runs on threads of its own.
+The main thread waits for signals and for changes of the configuration; everything else runs on threads of its own.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from sowatch.agent.hub import EventHub
 from sowatch.agent.logs import set_up_logging
 from sowatch.agent.notify import Notifier
 from sowatch.agent.outputs import Outputs
-from sowatch.agent.privileges import drop_privileges
+from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
 from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 from sowatch.agent.settings import Settings
 from sowatch.agent.webapp import Readiness, WebApp
-from sowatch.audit import AuditReport
-from sowatch.config import Config
-from sowatch.errors import SowatchError
 from sowatch.explain import stamp
-from sowatch.inventory import Inventory
-from sowatch.ladder import open_source
-from sowatch.page import routes
-from sowatch.procfs import ProcFs
-from sowatch.sources import EventSource
+from sowatch.explain.audit import AuditReport
+from sowatch.inventory.inventory import Inventory
+from sowatch.linux.capabilities import drop_privileges
+from sowatch.linux.proc import ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import SowatchError
+from sowatch.sources.core import EventSource
+from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
-from sowatch.watcher import Watcher
+from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Daemon"]
 

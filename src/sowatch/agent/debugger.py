@@ -1,7 +1,6 @@
 """What is traced, what is blocked, and orders by hand: the routes that the origin's debugger has.
 
-May import the rooms down to ``telemetry`` and ``bounds``, and starlette. Answers and status codes are the origin's;
-a ``ProgramType`` is a rule here.
+Answers and status codes are the origin's; a ``ProgramType`` is a rule here.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from sowatch.agent.bounds import BodyTooLarge, BodyTooSlow, read_body
-from sowatch.errors import SowatchError
-from sowatch.registry import FileRegistry
+from sowatch.engine.activation import FileRegistry
+from sowatch.model.errors import SowatchError
 from sowatch.telemetry import MetricRegistry
-from sowatch.watcher import Watcher
+from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Debugger", "blocked_files", "traced_files"]
 

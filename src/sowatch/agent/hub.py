@@ -1,8 +1,7 @@
 """The events of the watch for many HTTP clients: one subscription, each event encoded once.
 
-May import ``events``, ``subscriptions`` and ``telemetry``. Everything here runs on the event loop of
-the HTTP thread. A subscription for each client would cost the draining thread a step an event and
-client; this way a hundred clients cost it as much as one.
+Everything here runs on the event loop of the HTTP thread. A subscription for each client would cost the draining
+thread a step an event and client; this way a hundred clients cost it as much as one.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from typing import Final
 
-from sowatch.events import EVENT_KINDS, Event, JsonLines, LibraryEvent, Lost, Ready
-from sowatch.identity import FileId, ProcessId
-from sowatch.subscriptions import Subscription
+from sowatch.engine.subscription import Subscription
+from sowatch.model.events import EVENT_KINDS, Event, JsonLines, LibraryEvent, Lost, Ready
+from sowatch.model.identity import FileId, ProcessId
 
 __all__ = ["Client", "EventHub", "HubIsFull"]
 

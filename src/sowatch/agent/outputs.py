@@ -1,6 +1,6 @@
 """Sinks and exporters by configuration, replaced one by one when it changes.
 
-May import ``errors``, ``watcher``, ``telemetry`` and ``settings``. Used by the main thread.
+Used by the main thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sowatch.telemetry import (
     StatsdExporter,
     StdoutSink,
 )
-from sowatch.watcher import Watcher
+from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Outputs"]
 

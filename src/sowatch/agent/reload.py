@@ -1,8 +1,7 @@
 """Notices that the configuration file has changed, however it is changed.
 
-May import nothing of the package. watchfiles (inotify) watches directories, never the file itself: it may
-be written in place, replaced by a rename, or be reached through links of which one is replaced, as
-Kubernetes does with ``..data``.
+watchfiles (inotify) watches directories, never the file itself: it may be written in place, replaced by a rename, or
+be reached through links of which one is replaced, as Kubernetes does with ``..data``.
 """
 
 from __future__ import annotations

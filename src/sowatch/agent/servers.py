@@ -1,7 +1,6 @@
 """Sockets, and the thread that serves HTTP on them.
 
-May import ``errors`` and ``bounds``. Sockets are bound by whoever starts the agent, before privileges
-are dropped; the thread only accepts.
+Sockets are bound by whoever starts the agent, before privileges are dropped; the thread only accepts.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any, Final
 import uvicorn
 
 from sowatch.agent.bounds import App, BoundedProtocol
-from sowatch.errors import ConfigError, SowatchError
+from sowatch.model.errors import ConfigError, SowatchError
 
 __all__ = ["HttpThread", "UnixSocket", "bind_tcp", "parse_listen"]
 

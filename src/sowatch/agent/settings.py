@@ -1,7 +1,7 @@
 """The agent's configuration: file, environment and flags in one frozen value.
 
-May import the rooms down to ``rules`` and ``config``. Later ones win: defaults, file, environment, flags.
-An unknown key is an error, as is a value of a wrong type; errors name file, line and key.
+Later ones win: defaults, file, environment, flags. An unknown key is an error, as is a value of a wrong type; errors
+name file, line and key.
 
 Not pydantic-settings: it does not know the lines of a file, and the tables are dataclasses already.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from sowatch.config import Config
-from sowatch.errors import ConfigError, SowatchError
-from sowatch.rules import Rule, RuleSet
+from sowatch.model.config import Config
+from sowatch.model.errors import ConfigError, SowatchError
+from sowatch.model.rules import Rule, RuleSet
 
 __all__ = ["DEFAULT_PATH", "ExporterSettings", "RuleSettings", "Settings", "SinkSettings", "load_settings"]
 

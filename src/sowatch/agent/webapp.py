@@ -1,7 +1,6 @@
 """What the agent answers over HTTP: the routes, for the unix socket and for TCP.
 
-May import the rooms down to ``page``, and ``hub``, ``debugger`` and ``bounds`` of its own. Handlers run
-on the event loop; what takes long goes to a few threads of its own, so a slow question delays no scrape.
+Handlers run on the event loop; what takes long goes to a few threads of its own, so a slow question delays no scrape.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from starlette.routing import BaseRoute, Route
 from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
-from sowatch.audit import AuditReport
-from sowatch.errors import SowatchError, UsageError
-from sowatch.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
 from sowatch.explain import stamp, to_dict
+from sowatch.explain.audit import AuditReport
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
-from sowatch.watcher import Mapped, Watcher
+from sowatch.watcher.watcher import Mapped, Watcher
 
 __all__ = ["Readiness", "WebApp", "audit_dict", "inventory_dict"]
 

@@ -7,5 +7,5 @@ records      what the programs send, as Python tuples
 compile      compiles the programs on this machine, and keeps what came out
 probes       what this kernel and this user can do, found out by trying
 
-May import ``errors``, ``identity`` and ``config``. Nothing outside this room sees libbpf.
+Nothing outside this room sees libbpf.
 """

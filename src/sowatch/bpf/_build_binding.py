@@ -1,7 +1,4 @@
-"""Builds the binding to libbpf: shim.h is what Python sees, shim.c what it calls. Build time only.
-
-May import nothing of the package: setup.py runs this file by its path, before anything is installed.
-"""
+"""Builds the binding to libbpf: shim.h is what Python sees, shim.c what it calls. Build time only."""
 
 from __future__ import annotations
 

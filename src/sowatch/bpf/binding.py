@@ -1,7 +1,7 @@
 """`BpfObject`: the one class that talks to libbpf. A context manager; every handle is closed once.
 
-May import ``errors`` and, on first use, the compiled ``_libbpf``. Nothing here knows what the
-programs are for. One thread at a time may use an object, but for `BpfMap`, which any may use.
+Nothing here knows what the programs are for. One thread at a time may use an object, but for `BpfMap`, which any may
+use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sowatch.errors import BpfError, LibbpfMissing
+from sowatch.model.errors import BpfError, LibbpfMissing
 
 __all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf_version"]
 

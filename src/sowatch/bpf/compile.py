@@ -1,8 +1,7 @@
 """Compiles the shipped BPF programs on this machine, and keeps what came out: strategy ``runtime``.
 
-May import ``errors`` and ``config``. What is kept is loaded into the kernel later, so it lies in a
-directory that nobody but this user can write, and each file's name tells the hash of its content.
-Nothing here loads a program.
+What is kept is loaded into the kernel later, so it lies in a directory that nobody but this user can write, and each
+file's name tells the hash of its content. Nothing here loads a program.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from sowatch.config import Config
-from sowatch.errors import CompileError
+from sowatch.model.config import Config
+from sowatch.model.errors import CompileError
 
 __all__ = ["Cache", "Compiler", "cache_key", "compile_programs", "find_compiler", "run_compiler"]
 

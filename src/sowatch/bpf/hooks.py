@@ -1,7 +1,7 @@
 """The two sets of hooks on the system calls that change mappings.
 
-May import ``errors`` and ``bpf.binding``. A set chooses its programs of an object before that is loaded,
-and attaches them afterwards. docs/decisions/0009-trampolines.md says why there are two.
+A set chooses its programs of an object before that is loaded, and attaches them afterwards.
+docs/decisions/0009-trampolines.md says why there are two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import platform
 from typing import ClassVar, Final, Protocol
 
 from sowatch.bpf.binding import BpfObject, Tracefs
-from sowatch.errors import BpfError
+from sowatch.model.errors import BpfError
 
 __all__ = ["HOOK_SETS", "HookSet", "Syscalls", "Trampolines"]
 

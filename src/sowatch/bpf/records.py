@@ -1,7 +1,6 @@
 """What the BPF programs send, as tuples. The layout is ``programs/records.h``'s; a test compares them.
 
-May import ``identity``. Integers are unsigned; times are in ns; ``text`` is a path as NUL-ended
-components from the leaf up.
+Integers are unsigned; times are in ns; ``text`` is a path as NUL-ended components from the leaf up.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from sowatch.identity import FileId
+from sowatch.model.identity import FileId
 
 __all__ = [
     "FLAG_AGAIN",

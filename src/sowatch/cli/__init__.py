@@ -9,8 +9,8 @@ _lines, _live, _table what people see: event lines, the terminal view, tables
 _host                 what `doctor` reads off this machine
 _schema               the JSON Schema of the lines
 
-May import every other room. What is heavy (the watcher with its binding, rich) is imported where
-it is used, so that ``sowatch --help`` answers at once.
+What is heavy (the watcher with its binding, rich) is imported where it is used, so that ``sowatch --help`` answers at
+once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Single keys from a terminal. May import nothing of the package."""
+"""Single keys from a terminal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An event as a line for people: pieces of text, each with the name of its look.
 
-Pure but for the local time zone. May import ``events`` and ``escape``. The pieces are joined as
-they are for plain text; ``_live`` gives the looks their colours.
+Pure but for the local time zone. The pieces are joined as they are for plain text; ``_live`` gives the looks their
+colours.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import time
 from functools import lru_cache
 from typing import Final
 
-from sowatch.escape import visible
-from sowatch.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired
+from sowatch.model.escape import visible
+from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired
 
 __all__ = ["Pieces", "pieces_of", "plain"]
 

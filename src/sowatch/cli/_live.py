@@ -1,8 +1,7 @@
 """The view of ``watch`` on a terminal: coloured lines that scroll, above a status line that stays.
 
-May import ``events``, ``_lines`` and rich; imported only when stdout is a terminal. The status
-line is redrawn with each batch of lines and a few times a second between them, never from a
-thread of its own.
+The status line is redrawn with each batch of lines and a few times a second between them, never from a thread of its
+own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sowatch.cli._lines import pieces_of
-from sowatch.events import Event, LibraryEvent, Ready
+from sowatch.model.events import Event, LibraryEvent, Ready
 
 if TYPE_CHECKING:
     from sowatch.cli._options import StatsLike

@@ -1,4 +1,4 @@
-"""From the words of a command line to an exit code. May import every room.
+"""From the words of a command line to an exit code.
 
 The commands are imported one at a time, and what they need only when they run.
 """
@@ -15,7 +15,7 @@ from typing import Any, Final
 from sowatch import __version__
 from sowatch.cli._out import Out, PipeClosed, reserve_standard_fds
 from sowatch.cli._parser import Parser, TextAsked
-from sowatch.errors import SowatchError, UsageError
+from sowatch.model.errors import SowatchError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -107,7 +107,7 @@ def _command(name: str) -> Any:
 
 def _warn(message: str) -> None:
     """One line on stderr. Nobody there to read it is no reason to stop."""
-    from sowatch.escape import one_line
+    from sowatch.model.escape import one_line
 
     text = f"sowatch: {one_line(message)}\n"
     with suppress(OSError):

@@ -1,8 +1,4 @@
-"""The options that the reading commands share, and the seam to the watcher behind them.
-
-May import everything up to ``watcher``, but imports ``watcher`` only when one is opened: it pulls
-in the BPF binding, which ``--help`` and a wrong option have no use for.
-"""
+"""The options that the reading commands share, and the seam to the watcher behind them."""
 
 from __future__ import annotations
 
@@ -11,15 +7,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sowatch.config import HOOKS, STRATEGIES, Config
-from sowatch.errors import SowatchError, UsageError
-from sowatch.procfs import Miss, ProcFs
-from sowatch.rules import KINDS, Rule, RuleSet
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.config import HOOKS, STRATEGIES, Config
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.rules import KINDS, Rule, RuleSet
 
 if TYPE_CHECKING:
     from sowatch.cli._out import Out
     from sowatch.cli._parser import Parser
-    from sowatch.events import Event, Library, Process, Ready
+    from sowatch.model.events import Event, Library, Process, Ready
 
 __all__ = [
     "MappedLike",
@@ -40,7 +36,7 @@ FORMATS = ("json", "table", "text")
 
 
 class MappedLike(Protocol):
-    """One entry of `sowatch.watcher.Watcher.snapshot`."""
+    """One entry of `sowatch.watcher.watcher.Watcher.snapshot`."""
 
     @property
     def process(self) -> Process: ...
@@ -68,14 +64,14 @@ class StatsLike(Protocol):
 
 
 class SubscriptionLike(Protocol):
-    """What a command uses of `sowatch.watcher.Subscription`."""
+    """What a command uses of `sowatch.watcher.watcher.Subscription`."""
 
     def get(self, timeout_s: float) -> Event | None: ...
     def close(self) -> None: ...
 
 
 class WatcherLike(Protocol):
-    """What a command uses of `sowatch.watcher.Watcher`; tests put their own in its place."""
+    """What a command uses of `sowatch.watcher.watcher.Watcher`; tests put their own in its place."""
 
     def start(self) -> Ready: ...
     def stop(self) -> None: ...
@@ -108,7 +104,7 @@ OpenWatcher = Callable[[Selection], WatcherLike]
 
 def open_watcher(selection: Selection) -> WatcherLike:
     """The real watcher for a selection, not started yet."""
-    from sowatch.watcher import Watcher
+    from sowatch.watcher.watcher import Watcher
 
     return Watcher(
         *selection.rules,

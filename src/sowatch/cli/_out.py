@@ -1,7 +1,7 @@
 """Standard output that never blocks for good and never ends in a traceback.
 
-May import ``errors``. Python's own ``sys.stdout`` is not used for data: it blocks in one long
-write when the reader stops reading, and complains at exit when the reader went away.
+Python's own ``sys.stdout`` is not used for data: it blocks in one long write when the reader stops reading, and
+complains at exit when the reader went away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 
-from sowatch.errors import SowatchError
+from sowatch.model.errors import SowatchError
 
 __all__ = ["Out", "PipeClosed", "reserve_standard_fds"]
 

@@ -1,7 +1,7 @@
 """Command lines into values: argparse, but every mistake is one `UsageError`.
 
-argparse and not click: it is in the standard library and costs 10 ms of start-up where click costs
-30, and ``sowatch --help`` has to answer at once. May import ``errors``.
+argparse and not click: it is in the standard library and costs 10 ms of start-up where click costs 30, and ``sowatch
+--help`` has to answer at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from sowatch.errors import UsageError
+from sowatch.model.errors import UsageError
 
 __all__ = ["Parser", "TextAsked", "event_list", "pid", "seconds"]
 

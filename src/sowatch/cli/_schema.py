@@ -1,4 +1,4 @@
-"""The JSON Schema of what ``--json`` prints. May import nothing else of the package."""
+"""The JSON Schema of what ``--json`` prints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The screen of ``top``: a header, a table that fits, a line of keys. Redrawn a few times a second.
 
-May import ``inventory``, ``_top``, ``_keys`` and rich; imported only when stdout is a terminal. rich asks the
-terminal for its size with each drawing, so a resized one is right at the next.
+rich asks the terminal for its size with each drawing, so a resized one is right at the next.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from sowatch.cli._keys import Keys
 from sowatch.cli._live import terminal_console
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._top import VIEWS, Column, State, press, rows_of
-from sowatch.escape import visible
+from sowatch.model.escape import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sowatch.inventory import Inventory, Picture
+    from sowatch.inventory.inventory import Inventory, Picture
 
 __all__ = ["show"]
 

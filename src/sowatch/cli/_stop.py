@@ -1,4 +1,4 @@
-"""Ending a watch: by signal, by the clock, or because nobody reads. May import nothing else.
+"""Ending a watch: by signal, by the clock, or because nobody reads.
 
 A signal handler may only do what is safe between any two instructions, and stopping a watcher is
 not. So the handler writes one byte into a pipe, and a thread that waits there does the work.

@@ -1,4 +1,4 @@
-"""Columns of text. May import ``_out``; rich only for colours, on a terminal.
+"""Columns of text.
 
 Cells are never cut and lines never folded: a terminal wraps them, ``grep`` and ``awk`` need them
 whole. The caller escapes what it puts in.

@@ -1,7 +1,4 @@
-"""What ``top`` shows and in which order: columns, sorting, filtering, and what a key does to them. Pure.
-
-May import ``escape`` and ``inventory``.
-"""
+"""What ``top`` shows and in which order: columns, sorting, filtering, and what a key does to them. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sowatch.escape import visible
-from sowatch.inventory import LibraryRow, Picture, ProcessRow
+from sowatch.inventory.inventory import LibraryRow, Picture, ProcessRow
+from sowatch.model.escape import visible
 
 __all__ = ["VIEWS", "Column", "State", "cells", "head", "press", "rows_of"]
 

@@ -1,7 +1,4 @@
-"""How ``watch`` shows its events: `JsonView`, `TextView`, and in ``_live`` the one for terminals.
-
-May import ``events``, ``_lines``, ``_out``.
-"""
+"""How ``watch`` shows its events: `JsonView`, `TextView`, and in ``_live`` the one for terminals."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import Final, Protocol
 
 from sowatch.cli._lines import pieces_of, plain
 from sowatch.cli._out import Out
-from sowatch.events import Event, JsonLines
+from sowatch.model.events import Event, JsonLines
 
 __all__ = ["JsonView", "TextView", "View"]
 

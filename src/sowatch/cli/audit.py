@@ -9,7 +9,7 @@ Examples:
   sowatch audit --duration 60 --json
 """
 
-# May import everything up to `watcher`; what is heavy (the watcher, rich) only where it is used.
+# Heavy modules (the watcher, rich) are imported only where they are used.
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sowatch.cli._options import add_common, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.escape import visible
-from sowatch.events import SCHEMA
+from sowatch.model.escape import visible
+from sowatch.model.events import SCHEMA
 
 DEFAULT_S = 1.0
 
@@ -36,7 +36,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     """Watch, compare, print; returns the exit code."""
     as_json = wants_json(args, out)
     selection = selection_of(args)
-    from sowatch.watcher import Watcher
+    from sowatch.watcher.watcher import Watcher
 
     # Not narrowed down to processes: the map that is compared is that of the whole host.
     with Watcher(*selection.rules, config=selection.config) as watcher:

@@ -18,7 +18,7 @@ Examples:
   sowatch debug detach 1234 --rule tls
 """
 
-# May import ``escape`` and ``errors``. Nothing of the agent: its answers are plain JSON, and a client needs no extra.
+# Nothing of the agent: its answers are plain JSON, and a client needs no extra.
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from urllib.parse import quote
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser, pid
 from sowatch.cli._table import write_table
-from sowatch.errors import NotPermitted, SowatchError, UsageError
-from sowatch.escape import one_line, visible
+from sowatch.model.errors import NotPermitted, SowatchError, UsageError
+from sowatch.model.escape import one_line, visible
 
 DEFAULT_SOCKET: Final = "/run/sowatch/sowatch.sock"
 #: An audit of a large host takes seconds, and others may be waiting for their turn.

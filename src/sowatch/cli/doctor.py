@@ -6,7 +6,7 @@ versions are compared for one thing only: to say which reports of others concern
 Exit codes: 0 something can watch; 3 only permission is missing; 1 otherwise.
 """
 
-# May import everything up to `watcher`; `bpf` only in `run`, because it may fail to load.
+# `bpf` is imported only in `run`, because it may fail to load.
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
-from sowatch.cli._host import KNOWN_RISKS, Host, read_host, risk_here
 from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
-from sowatch.config import Config
-from sowatch.errors import LoadAttempt, NotPermitted, SowatchError
-from sowatch.escape import visible
-from sowatch.events import SCHEMA
-from sowatch.procfs import ProcFs
+from sowatch.linux.host import KNOWN_RISKS, Host, read_host, risk_here
+from sowatch.linux.proc import ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError
+from sowatch.model.escape import visible
+from sowatch.model.events import SCHEMA
 
 _LOOKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
 
 
 class _Probe(Protocol):
-    """One answer of `sowatch.bpf.probes.run_probes`."""
+    """One answer of `sowatch.bpf.features.run_probes`."""
 
     @property
     def name(self) -> str: ...
@@ -44,7 +44,7 @@ class _Probe(Protocol):
 
 
 class _Plan(Protocol):
-    """What `sowatch.ladder.plan` decides; ``strategy`` is ``None`` if nothing works."""
+    """What `sowatch.sources.select.plan` decides; ``strategy`` is ``None`` if nothing works."""
 
     @property
     def strategy(self) -> str | None: ...
@@ -74,8 +74,8 @@ class Examiner:
 def kernel_examiner() -> Examiner:
     """The real one: asks the kernel."""
     from sowatch.bpf.binding import libbpf_version
-    from sowatch.bpf.probes import run_probes
-    from sowatch.ladder import plan
+    from sowatch.bpf.features import run_probes
+    from sowatch.sources.select import plan
 
     return Examiner(lambda: ".".join(map(str, libbpf_version())), run_probes, plan)
 

@@ -40,7 +40,7 @@ Examples:
   sowatch explain /usr/lib/x86_64-linux-gnu/libssl.so.3
 """
 
-# May import everything up to `watcher`; what is heavy (the watcher) only where it is used.
+# Heavy modules (the watcher) are imported only where they are used.
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ from sowatch.cli._options import add_format, add_strategy, selection_of, wants_j
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.errors import SowatchError, UsageError
-from sowatch.escape import one_line, visible
-from sowatch.procfs import ProcFs
-from sowatch.rules import KINDS
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.escape import one_line, visible
+from sowatch.model.rules import KINDS
 
 if TYPE_CHECKING:
     from sowatch.explain import (
@@ -159,7 +159,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
     selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
     from sowatch.explain import ProcessReport, check_process, to_dict
-    from sowatch.watcher import Watcher
+    from sowatch.watcher.watcher import Watcher
 
     pid = _pid(target, selection.config.proc_root)
     if pid is not None:

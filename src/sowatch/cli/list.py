@@ -11,7 +11,7 @@ Examples:
   sowatch list --json | jq -r .library.build_id | sort | uniq -c
 """
 
-# May import everything up to `watcher`; what is heavy (the watcher, rich) only where it is used.
+# Heavy modules (the watcher, rich) are imported only where they are used.
 
 from __future__ import annotations
 
@@ -21,25 +21,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sowatch.cli._options import (
-    MappedLike,
-    OpenWatcher,
-    add_common,
-    open_watcher,
-    selection_of,
-    wants_json,
-)
+from sowatch.cli._options import MappedLike, OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.errors import UsageError
-from sowatch.escape import visible
-from sowatch.events import SCHEMA, library_dict, process_dict, ranges_list
-from sowatch.procfs import ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import UsageError
+from sowatch.model.escape import visible
+from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
 if TYPE_CHECKING:
-    from sowatch.packages import Disk, Staleness
+    from sowatch.inventory.packages import Disk, Staleness
 
 _ORDERS = ("library", "process")
 _ID_LENGTH = 12
@@ -62,7 +55,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
     as_json = wants_json(args, out)
     selection = selection_of(args)
-    from sowatch.packages import Disk
+    from sowatch.inventory.packages import Disk
 
     watcher = open_watcher(selection)
     try:
@@ -120,7 +113,7 @@ class _Entry:
 
 
 def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:
-    from sowatch.packages import unit_of
+    from sowatch.inventory.packages import unit_of
 
     owners = disk.owners((entry.mapped.process.pid, entry.mapped.library.path) for entry in entries)
     return [

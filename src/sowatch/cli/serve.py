@@ -14,7 +14,7 @@ Examples:
   sowatch serve --config sowatch.toml --check      is this file right?
 """
 
-# May import everything; what is heavy only where it is used.
+# Heavy modules are imported only where they are used.
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from typing import Any
 from sowatch import __version__
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
-from sowatch.errors import UsageError
+from sowatch.model.errors import UsageError
 
 
 def configure(parser: Parser) -> None:

@@ -10,7 +10,7 @@ Examples:
   sowatch top --once | head        the biggest sharers
 """
 
-# May import everything up to `inventory`; what is heavy (the watcher, rich) only where it is used.
+# Heavy modules (the watcher, rich) are imported only where they are used.
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from sowatch.cli._stop import Stopper
 from sowatch.cli._table import write_table
 from sowatch.cli._top import VIEWS, State, cells, head, rows_of
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.errors import UsageError
-from sowatch.events import SCHEMA, library_dict, process_dict
-from sowatch.procfs import ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import UsageError
+from sowatch.model.events import SCHEMA, library_dict, process_dict
 
 if TYPE_CHECKING:
-    from sowatch.inventory import Inventory, LibraryRow, Picture, ProcessRow, Watched
+    from sowatch.inventory.inventory import Inventory, LibraryRow, Picture, ProcessRow, Watched
 
 _ORDERS: Final = ("library", "process")
 
@@ -52,7 +52,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         raise UsageError("--no-snapshot leaves `sowatch top` nothing to show. Use it with `sowatch watch`.")
     as_json = wants_json(args, out, when_piped=False)
     selection = selection_of(args)
-    from sowatch.inventory import Inventory
+    from sowatch.inventory.inventory import Inventory
 
     watcher = open_watcher(selection)
     state = State(view="libraries" if args.by == "library" else "processes")

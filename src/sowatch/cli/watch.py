@@ -11,7 +11,7 @@ Examples:
   sowatch watch --json libcuda | jq .process     for programs
 """
 
-# May import everything up to `watcher`; what is heavy (the watcher, rich) only where it is used.
+# Heavy modules (the watcher, rich) are imported only where they are used.
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser, event_list
 from sowatch.cli._stop import Stopper
 from sowatch.cli._views import JsonView, TextView, View
-from sowatch.errors import UsageError
-from sowatch.events import EVENT_KINDS, Event, Lost, Ready, Repaired, Stopped
+from sowatch.model.errors import UsageError
+from sowatch.model.events import EVENT_KINDS, Event, Lost, Ready, Repaired, Stopped
 
 #: Events written between two flushes while more are waiting.
 _BATCH: Final = 256

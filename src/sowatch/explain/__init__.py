@@ -1,9 +1,8 @@
 """Why is it, or is it not, in the map? The decision trail of one process or one file.
 
-May import the rooms down to ``inspector``. `explain` looks at ``/proc``, the map, the kernel side's
-memory and the files themselves; what it finds is put together by pure functions (``assemble``) into
-frozen records (``records``). It changes nothing, runs no user code, and gives up on a file system
-that does not answer.
+`explain` looks at ``/proc``, the map, the kernel side's memory and the files themselves; what it finds is put
+together by pure functions (``assemble``) into frozen records (``records``). It changes nothing, runs no user code,
+and gives up on a file system that does not answer.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from sowatch.explain.gather import Desk, check_process, explain
 from sowatch.explain.records import (
     Blocked,
     FileLook,
-    Known,
-    KnownFile,
-    KnownProcess,
     MappedIn,
     MappingReport,
     PathReport,
@@ -31,9 +27,6 @@ __all__ = [
     "Blocked",
     "Desk",
     "FileLook",
-    "Known",
-    "KnownFile",
-    "KnownProcess",
     "MappedIn",
     "MappingReport",
     "PathReport",

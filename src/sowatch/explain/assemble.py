@@ -1,7 +1,4 @@
-"""From what was found to reports. Pure: no I/O, no threads, no clock.
-
-May import what the room may.
-"""
+"""From what was found to reports. Pure: no I/O, no threads, no clock."""
 
 from __future__ import annotations
 
@@ -10,17 +7,15 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Self
 
-from sowatch.audit import Difference
 from sowatch.bpf.records import ROOT, file_id_of
-from sowatch.events import Library, Process
+from sowatch.engine.activation import BlockedFile, RegisteredFile
+from sowatch.engine.queries import Known, KnownFile, KnownProcess
+from sowatch.explain.audit import Difference
 from sowatch.explain.records import (
     Blocked,
     Candidate,
     FileLook,
     IdSource,
-    Known,
-    KnownFile,
-    KnownProcess,
     MappedIn,
     MappingReport,
     PathReport,
@@ -33,11 +28,11 @@ from sowatch.explain.records import (
     VerdictAnswer,
     Why,
 )
-from sowatch.identity import FileId
-from sowatch.procfs import Link, MapRow, Miss, Stat, seen_path
-from sowatch.registry import BlockedFile, RegisteredFile
-from sowatch.rules import RuleSet
-from sowatch.sources import Verdict
+from sowatch.linux.proc import Link, MapRow, Miss, Stat, seen_path
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId
+from sowatch.model.rules import RuleSet
+from sowatch.sources.core import Verdict
 
 __all__ = [
     "FilesByAddress",
@@ -56,7 +51,7 @@ __all__ = [
     "verdict_of",
 ]
 
-#: Names that no directory holds; see `sowatch.spaces.Name.is_anonymous`.
+#: Names that no directory holds; see `sowatch.engine.address_space.Name.is_anonymous`.
 _SEGMENTS: Final = ("/SYSV", "/dev/zero")
 
 
@@ -196,9 +191,9 @@ class PathFacts:
 
 
 def answers(rules: RuleSet, path: str, kind: str, exports: frozenset[str] | None) -> tuple[RuleAnswer, ...]:
-    """What each rule says of a file, in order; at most one wants it. As `sowatch.rules.RuleSet.match`.
+    """What each rule says of a file, in order; at most one wants it. As `sowatch.model.rules.RuleSet.match`.
 
-    >>> from sowatch.rules import Rule
+    >>> from sowatch.model.rules import Rule
     >>> answers(RuleSet([Rule("ssl"), Rule("/usr")]), "/usr/lib/libz.so", "library", None)[0].why
     'pattern'
     """

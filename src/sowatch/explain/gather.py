@@ -1,6 +1,6 @@
 """Collects what an explanation is made of: `/proc`, the map, the kernel side's memory, the files.
 
-May import what the room may. Runs on the caller's thread; whatever may hang is done aside.
+Runs on the caller's thread; whatever may hang is done aside.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from sowatch.audit import Difference, View, audit
-from sowatch.errors import SowatchError, UsageError
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.address_space import Name
+from sowatch.engine.queries import Known, View
 from sowatch.explain.assemble import (
     FilesByAddress,
     Group,
@@ -31,13 +32,13 @@ from sowatch.explain.assemble import (
     relation_of,
     same_file,
 )
+from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Aside, Subject, look_at, look_at_path
-from sowatch.explain.records import Candidate, FileLook, Known, MappedIn, PathReport, ProcessReport, Seen
-from sowatch.processes import container_id
-from sowatch.procfs import MapRow, Miss, ProcFs, Stat
-from sowatch.registry import FileRegistry
-from sowatch.rules import RuleSet
-from sowatch.spaces import Name
+from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
+from sowatch.linux.containers import container_id
+from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.rules import RuleSet
 
 __all__ = ["Desk", "check_process", "explain"]
 
@@ -58,7 +59,7 @@ _TYPES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What is asked: ``ask_map`` is `sowatch.engine.Engine.known`, ``view`` its `view`, on its thread."""
+    """What is asked: ``ask_map`` is `sowatch.engine.loop.Engine.known`, ``view`` its `view`, on its thread."""
 
     proc: ProcFs
     rules: RuleSet

@@ -1,7 +1,7 @@
 """Looks at files that others control: can the very file be opened, and what does it say of itself?
 
-May import what the room may. The ways are those of `sowatch.inspector.open_mapped`, in its order, but
-each says what became of it. A file is looked up before it is opened, so that no device is.
+The ways are those of `sowatch.engine.file_inspector.open_mapped`, in its order, but each says what became of it. A
+file is looked up before it is opened, so that no device is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
-from sowatch.elf import ElfError, read_exports, read_facts
+from sowatch.engine.file_inspector import OPEN_FLAGS
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
-from sowatch.inspector import OPEN_FLAGS
-from sowatch.packages import open_below
-from sowatch.procfs import Miss, ProcFs
+from sowatch.linux.elf import ElfError, read_exports, read_facts
+from sowatch.linux.openat import open_below
+from sowatch.linux.proc import Miss, ProcFs
 
 __all__ = ["Aside", "Subject", "look_at", "look_at_path"]
 

@@ -1,29 +1,24 @@
 """What an explanation is made of, and its wire form. Frozen values, no I/O.
 
-May import what the room may. The texts of ``why``, ``untold`` and the like are fixed words, for
-programs; the command line has the sentences.
+The texts of ``why``, ``untold`` and the like are fixed words, for programs; the command line has the sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from sowatch.audit import Difference
-from sowatch.events import SCHEMA, Library, LibraryEvent, Process, library_dict, process_dict, ranges_list
-from sowatch.identity import FileId
-from sowatch.sources import Followed, Verdicts
-from sowatch.spaces import Name
+from sowatch.engine.queries import KnownProcess
+from sowatch.explain.audit import Difference
+from sowatch.model.events import SCHEMA, Library, Process, library_dict, process_dict, ranges_list
+from sowatch.model.identity import FileId
+from sowatch.sources.core import Followed
 
 __all__ = [
     "Blocked",
     "Candidate",
     "FileLook",
-    "Known",
-    "KnownFile",
-    "KnownProcess",
     "MappedIn",
     "MappingReport",
     "PathReport",
@@ -59,45 +54,6 @@ IdSource: TypeAlias = Literal["map", "verdict", "proc"]
 #: How a mapped file is related to a path: it is that file under that path; that file under another
 #: name; another file under that path; a deleted file that had that path.
 Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted"]
-
-
-# ---- what the engine knows ------------------------------------------------------------------------
-
-
-class KnownFile(NamedTuple):
-    """One file in one process, as the map has it. ``load`` is None if it was not told of."""
-
-    name: Name
-    kind: str
-    ranges: tuple[Range, ...]
-    is_selected: bool
-    load: LibraryEvent | None
-
-
-class KnownProcess(NamedTuple):
-    """One process that the map knows, since ``since_ns`` (CLOCK_MONOTONIC)."""
-
-    process: Process
-    since_ns: int
-    is_announced: bool
-    awaits_reading: bool
-    is_narrow: bool
-    files: tuple[KnownFile, ...]
-
-
-class Known(NamedTuple):
-    """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
-
-    ``followed`` is the kernel's entry of the process that was asked for. ``own_view`` is the root of
-    the agent as `sowatch.spaces.Name.view` has it.
-    """
-
-    processes: Mapping[int, KnownProcess]
-    followed: Followed | None
-    verdicts: Verdicts
-    own_view: bytes
-    is_waiting_for_facts: bool
-    is_silent_start: bool
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -168,7 +124,7 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The load that was told: see `sowatch.events.LibraryEvent`."""
+    """The load that was told: see `sowatch.model.events.LibraryEvent`."""
 
     rule: str
     cause: str | None

@@ -1,7 +1,6 @@
 """Metrics and sinks: what sowatch tells of itself, and where its events go besides its subscribers.
 
-May import every room above it in ARCHITECTURE.md; none of them imports this one. The core counts
-what it does in plain fields; a `Sampler` reads those when somebody asks, so that nothing here costs
+The core counts what it does in plain fields; a `Sampler` reads those when somebody asks, so that nothing here costs
 the draining thread anything.
 
 * ``metrics.py``: Counter, Gauge, Histogram, MetricGroup, MetricRegistry.

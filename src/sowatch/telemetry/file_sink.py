@@ -1,7 +1,4 @@
-"""Events as JSON lines in a file that rotates.
-
-May import ``errors``, ``events`` and its own room.
-"""
+"""Events as JSON lines in a file that rotates."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from sowatch.errors import ConfigError, SinkError
-from sowatch.events import Event, JsonLines
+from sowatch.model.errors import ConfigError, SinkError
+from sowatch.model.events import Event, JsonLines
 
 __all__ = ["FileSink"]
 

@@ -1,6 +1,6 @@
 """Counter, Gauge, Histogram, MetricGroup and the registry that finds or makes them.
 
-May import ``errors``, ``latency`` and ``names``, ``deltas`` of this room. Knows no exporter.
+Knows no exporter.
 
 A metric is its name and its sorted tags (``rule:tls``). Words that begin with ``_`` are options, not
 tags: ``_prometheus``, ``_statsd`` and ``_otlp`` name the exporters that get it (none: all of them),
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, TypeVar
 
-from sowatch.errors import UsageError
-from sowatch.latency import BOUNDS_S, Distribution, Latency
+from sowatch.model.errors import UsageError
+from sowatch.model.histogram import BOUNDS_S, Distribution, Latency
 from sowatch.telemetry import names
 from sowatch.telemetry.deltas import Deltas
 

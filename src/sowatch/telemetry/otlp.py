@@ -1,7 +1,7 @@
 """What metrics and logs for an OpenTelemetry collector have in common. Needs the extra ``sowatch[otlp]``.
 
-May import ``errors``. The SDK's exporters bring the protocols, retries, TLS and the environment
-variables that operators know; they take most of a second to import, so they are imported when used.
+The SDK's exporters bring the protocols, retries, TLS and the environment variables that operators know; they take
+most of a second to import, so they are imported when used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from sowatch.errors import ConfigError, UsageError
+from sowatch.model.errors import ConfigError, UsageError
 
 __all__ = ["Otlp", "Protocol"]
 

@@ -1,7 +1,7 @@
 """Events as logs for an OpenTelemetry collector, over HTTP or gRPC. Needs the extra ``sowatch[otlp]``.
 
-May import ``errors``, ``escape``, ``events`` and its own room. The SDK's batching is not used: it drops
-without telling how much. A `SinkRunner` batches, waits and counts; the SDK's exporter sends.
+The SDK's batching is not used: it drops without telling how much. A `SinkRunner` batches, waits and counts; the SDK's
+exporter sends.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sowatch.errors import SinkError
-from sowatch.escape import visible
-from sowatch.events import Event, JsonLines, LibraryEvent
+from sowatch.model.errors import SinkError
+from sowatch.model.escape import visible
+from sowatch.model.events import Event, JsonLines, LibraryEvent
 from sowatch.telemetry.otlp import Otlp, Protocol
 
 __all__ = ["OtlpLogSink"]

@@ -1,8 +1,7 @@
 """The metrics for an OpenTelemetry collector, over HTTP or gRPC. Needs the extra ``sowatch[otlp]``.
 
-May import ``errors`` and its own room. The SDK's instruments would count a second time what is counted
-already, so its data model is filled from the registry and given to its exporters, which know the
-protocols, the environment variables (``OTEL_EXPORTER_OTLP_*``) and TLS.
+The SDK's instruments would count a second time what is counted already, so its data model is filled from the registry
+and given to its exporters, which know the protocols, the environment variables (``OTEL_EXPORTER_OTLP_*``) and TLS.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sowatch.errors import SowatchError
+from sowatch.model.errors import SowatchError
 from sowatch.telemetry.metrics import Counter, Gauge, Histogram, Metric, MetricRegistry
 from sowatch.telemetry.names import CATALOGUE
 from sowatch.telemetry.otlp import Otlp, Protocol

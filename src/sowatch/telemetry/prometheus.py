@@ -1,7 +1,4 @@
-"""The metrics as Prometheus text and OpenMetrics. Needs the extra ``sowatch[agent]`` (prometheus_client).
-
-May import ``errors`` and its own room.
-"""
+"""The metrics as Prometheus text and OpenMetrics. Needs the extra ``sowatch[agent]`` (prometheus_client)."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from collections.abc import Iterable
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
-from sowatch.errors import UsageError
-from sowatch.latency import Distribution
+from sowatch.model.errors import UsageError
+from sowatch.model.histogram import Distribution
 from sowatch.telemetry.metrics import Counter, Gauge, Histogram, Metric, MetricRegistry
 from sowatch.telemetry.names import CATALOGUE, prometheus_name
 

@@ -1,7 +1,6 @@
 """From the figures that the core keeps to metrics, when somebody asks.
 
-May import ``watcher``, ``registry``, ``processes``, ``latency`` and its own room. The core pays
-nothing for being watched: its plain fields are read here, at a scrape.
+The core pays nothing for being watched: its plain fields are read here, at a scrape.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
-from sowatch.events import Ready
-from sowatch.latency import Distribution, RuleTimings
-from sowatch.processes import ProcessMonitorStats
-from sowatch.registry import RegistryStats
+from sowatch.engine.activation import RegistryStats
+from sowatch.model.events import Ready
+from sowatch.model.histogram import Distribution, RuleTimings
+from sowatch.model.process_events import ProcessMonitorStats
 from sowatch.telemetry import names
 from sowatch.telemetry.metrics import Gauge, MetricRegistry
 from sowatch.telemetry.pusher import Pusher
 from sowatch.telemetry.sinks import SinkRunner
-from sowatch.watcher import Stats
+from sowatch.watcher.watcher import Stats
 
 __all__ = ["Sampler", "WatcherFigures"]
 

@@ -1,8 +1,7 @@
 """Where events go besides subscribers: the `Sink` protocol, and the thread that feeds one.
 
-May import ``errors``, ``events`` and ``subscriptions``. The queue between the watcher and a sink is a
-subscription like any reader's: bounded, never waited for by the watcher, its losses counted apart from
-the kernel's and made good by a repair once the sink has caught up.
+The queue between the watcher and a sink is a subscription like any reader's: bounded, never waited for by the
+watcher, its losses counted apart from the kernel's and made good by a repair once the sink has caught up.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from sowatch.errors import SinkError
-from sowatch.events import Event
-from sowatch.subscriptions import Subscription
+from sowatch.engine.subscription import Subscription
+from sowatch.model.errors import SinkError
+from sowatch.model.events import Event
 
 __all__ = ["Sink", "SinkRunner", "SinkStats"]
 

@@ -1,7 +1,7 @@
 """The metrics as StatsD lines over UDP or a unix datagram socket.
 
-May import ``errors`` and its own room. Written here, because a line is a name, a number and a letter:
-the packages for it either know no tags and no unix sockets or are the client of one vendor's product.
+Written here, because a line is a name, a number and a letter: the packages for it either know no tags and no unix
+sockets or are the client of one vendor's product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from sowatch.errors import ConfigError, SowatchError
+from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.telemetry.metrics import Counter, Gauge, Histogram, Metric, MetricRegistry
 
 __all__ = ["StatsdExporter"]

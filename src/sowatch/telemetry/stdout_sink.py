@@ -1,7 +1,4 @@
-"""Events as JSON lines on standard output, or another descriptor.
-
-May import ``errors``, ``events`` and its own room.
-"""
+"""Events as JSON lines on standard output, or another descriptor."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import select
 from collections.abc import Sequence
 from typing import Final
 
-from sowatch.errors import SinkError
-from sowatch.events import Event, JsonLines
+from sowatch.model.errors import SinkError
+from sowatch.model.events import Event, JsonLines
 
 __all__ = ["StdoutSink"]
 

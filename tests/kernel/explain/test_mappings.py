@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sowatch import ActiveFile, Rule, Watcher
-from sowatch.config import Config
-from sowatch.inspector import open_mapped
-from sowatch.procfs import ProcFs
-from sowatch.rules import KINDS
+from sowatch.engine.file_inspector import open_mapped
+from sowatch.linux.proc import ProcFs
+from sowatch.model.config import Config
+from sowatch.model.rules import KINDS
 from support.asked import OTHER, PAGE, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
 from support.kernel import TAG, id_by_stat
 

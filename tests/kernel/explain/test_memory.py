@@ -9,8 +9,8 @@ from typing import Any
 
 import sowatch.bpf
 from sowatch import Watcher
-from sowatch.config import Config
-from sowatch.sources import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, BpfSource, value_bytes
+from sowatch.model.config import Config
+from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, BpfSource, value_bytes
 from support.asked import OTHER, WANTED, NewLibrary, Start, pages, process
 
 PROGRAMS = Path(sowatch.bpf.__file__).parent / "programs"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher
-from sowatch.errors import SowatchError, UsageError
-from sowatch.procfs import ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import SowatchError, UsageError
 from support.asked import OTHER, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
 from support.kernel import IN_OWN_MOUNTS, TAG, executable_ranges, host_pid, id_by_stat, with_prelude
 

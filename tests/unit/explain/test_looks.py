@@ -12,7 +12,7 @@ import pytest
 
 from sowatch.explain import FileLook
 from sowatch.explain.looks import MAX_STUCK, Aside, Subject, look_at, look_at_path
-from sowatch.procfs import ProcFs
+from sowatch.linux.proc import ProcFs
 from support.elf_files import Made
 
 # ---- looks at files -----------------------------------------------------------------------------

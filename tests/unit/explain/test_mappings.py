@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.audit import Difference
 from sowatch.bpf.records import file_id_of
-from sowatch.events import Library, Process
-from sowatch.explain import FileLook, KnownFile, KnownProcess, VerdictAnswer
+from sowatch.engine.activation import BlockedFile, RegisteredFile
+from sowatch.engine.queries import KnownFile, KnownProcess
+from sowatch.explain import FileLook, VerdictAnswer
 from sowatch.explain.assemble import FilesByAddress, answers, group_rows, verdict_of
-from sowatch.identity import FileId
-from sowatch.procfs import MapRow
-from sowatch.registry import BlockedFile, RegisteredFile
-from sowatch.rules import KINDS, Rule, RuleSet
-from sowatch.sources import Verdict
+from sowatch.explain.audit import Difference
+from sowatch.linux.proc import MapRow
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId
+from sowatch.model.rules import KINDS, Rule, RuleSet
+from sowatch.sources.core import Verdict
 from support.explained import ELF, LIBRARY, NOW_NS, OTHER_VIEW, UNTOLD, Case, group, known_file, no_rule, row
 from support.records import File, key_of
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from sowatch.engine.activation import BlockedFile
 from sowatch.explain import FileLook, VerdictAnswer
 from sowatch.explain.assemble import PathFacts, Shown, ids_of, relation_of, same_file
 from sowatch.explain.records import Candidate
-from sowatch.identity import FileId
-from sowatch.registry import BlockedFile
-from sowatch.rules import Rule, RuleSet
-from sowatch.sources import Followed, Verdict
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import Followed, Verdict
 from support.explained import (
     ELF,
     HERE,

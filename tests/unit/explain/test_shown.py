@@ -10,17 +10,17 @@ from dataclasses import replace
 import pytest
 
 from sowatch import cli
-from sowatch.audit import Difference
 from sowatch.cli import explain as command
-from sowatch.events import Library
+from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.explain import FileLook, Try, to_dict
 from sowatch.explain.assemble import PathFacts, Shown
+from sowatch.explain.audit import Difference
 from sowatch.explain.gather import explain
-from sowatch.identity import FileId
-from sowatch.procfs import Miss, executable_maps
-from sowatch.registry import BlockedFile, RegisteredFile
-from sowatch.rules import Rule, RuleSet
-from sowatch.sources import Verdict
+from sowatch.linux.proc import Miss, executable_maps
+from sowatch.model.events import Library
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import Verdict
 from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row
 from support.records import File
 

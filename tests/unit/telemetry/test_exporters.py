@@ -13,17 +13,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from sowatch.errors import ConfigError, SowatchError
-from sowatch.processes import ProcessMonitorStats
-from sowatch.registry import FileRegistry
-from sowatch.telemetry import (
-    MetricRegistry,
-    OtlpMetricsExporter,
-    PrometheusExporter,
-    Pusher,
-    Sampler,
-    StatsdExporter,
-)
+from sowatch.engine.activation import FileRegistry
+from sowatch.model.errors import ConfigError, SowatchError
+from sowatch.model.process_events import ProcessMonitorStats
+from sowatch.telemetry import MetricRegistry, OtlpMetricsExporter, PrometheusExporter, Pusher, Sampler, StatsdExporter
 from support.figures import Figures, Monitor, changed, timings
 from support.prometheus import Prometheus
 from support.receivers import free_port, grpc_collector, http_collector, serve
@@ -326,7 +319,7 @@ def test_without_the_extra_the_error_says_which_one_to_install(blocked, make, ex
     code = (
         f"import sys; sys.modules[{blocked!r}] = None\n"
         "from sowatch.telemetry import *\n"
-        "from sowatch.errors import UsageError\n"
+        "from sowatch.model.errors import UsageError\n"
         f"try: {make}\n"
         "except UsageError as error: print(error)\n"
     )

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.errors import UsageError
-from sowatch.latency import Latency
+from sowatch.model.errors import UsageError
+from sowatch.model.histogram import Latency
 from sowatch.telemetry.metrics import OVERFLOW_TAG, Counter, MetricGroup, MetricRegistry, default_registry, split_tags
 
 TAGS = st.lists(st.sampled_from(["a:1", "b:2", "c:3", "flag"]), max_size=4)

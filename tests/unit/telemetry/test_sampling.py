@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.config import Config
-from sowatch.events import Library
-from sowatch.identity import FileId, ProcessId
-from sowatch.latency import RuleTimings
-from sowatch.processes import ProcessMonitorStats
-from sowatch.registry import FileRegistry, RegistryStats
-from sowatch.sources import Losses
+from sowatch.engine.activation import FileRegistry, RegistryStats
+from sowatch.model.config import Config
+from sowatch.model.events import Library
+from sowatch.model.histogram import RuleTimings
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.process_events import ProcessMonitorStats
+from sowatch.sources.core import Losses
 from sowatch.telemetry import MetricRegistry, Sampler
-from sowatch.watcher import Watcher
+from sowatch.watcher.watcher import Watcher
 from support.figures import Figures, Monitor, changed
 from support.scripted import READY
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.errors import ConfigError, SinkError
-from sowatch.events import Lost, Stopped
-from sowatch.publisher import Publisher, Selection
-from sowatch.registry import FileRegistry
-from sowatch.rules import RuleSet
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.model.errors import ConfigError, SinkError
+from sowatch.model.events import Lost, Stopped
+from sowatch.model.rules import RuleSet
 from sowatch.telemetry import FileSink, MetricRegistry, OtlpLogSink, Sampler, SinkRunner, StdoutSink
 from support.receivers import free_port, grpc_collector, http_collector
 from support.scripted import PROCESS, READY, SSL, TIME_NS, event

@@ -64,7 +64,7 @@ enum counter {
 	COUNTERS = 7,
 };
 
-/* 24 bytes: the real inode, see sowatch.identity.FileId. dev is the kernel's: major << 20 | minor. */
+/* 24 bytes: the real inode, see sowatch.model.identity.FileId. dev is the kernel's: major << 20 | minor. */
 struct file_id {
 	__u64 inode;
 	__u64 subvolume;
@@ -145,7 +145,7 @@ struct process_record {
 
 /* The same on every architecture: all fields have a width, and none needs padding. */
 _Static_assert(sizeof(struct file_id) == 24, "sowatch.bpf.records.FILE_ID");
-_Static_assert(sizeof(struct file_key) == 64, "sowatch.sources.FILE_KEY");
+_Static_assert(sizeof(struct file_key) == 64, "sowatch.sources.core.FILE_KEY");
 _Static_assert(sizeof(struct record) == 40, "sowatch.bpf.records.HEAD");
 _Static_assert(sizeof(struct range_record) == 56, "sowatch.bpf.records.RANGE");
 _Static_assert(sizeof(struct map_record) == 160, "sowatch.bpf.records.MAP");

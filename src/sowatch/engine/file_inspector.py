@@ -1,0 +1,264 @@
+"""Opens mapped files safely and reads what they say of themselves, off the draining thread.
+
+Files are under the control of whoever made the container: they are opened through the kernel's own link to the
+mapping, or below the process's own root, never by following a link out of it; without blocking on a FIFO; and only
+regular files are read.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from cachetools import LRUCache
+
+from sowatch.engine.address_space import Change, Name
+from sowatch.linux.elf import ElfError, read_exports, read_facts
+from sowatch.linux.openat import open_below, shows_real_inode
+from sowatch.linux.proc import ProcFs
+from sowatch.model.identity import FileId
+
+__all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
+
+#: A look that takes longer hangs; those behind it get another thread, up to so many.
+STUCK_S: Final = 0.5
+MAX_THREADS: Final = 16
+#: Files whose facts are kept; a few hundred bytes each.
+MAX_FACTS: Final = 5_000
+OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+#: A file as it was at one time: its ctime in ns says which.
+Version = tuple[FileId, int]
+
+
+class FileFacts(NamedTuple):
+    """What a file says of itself. ``is_elf`` is None if it could not be read; ``exports`` if not asked for."""
+
+    is_elf: bool | None = None
+    build_id: str | None = None
+    soname: str | None = None
+    exports: frozenset[str] | None = None
+
+
+class Inspection:
+    """A look at one file that was asked for. ``facts`` is None until it is done."""
+
+    __slots__ = ("asked_s", "facts")
+
+    def __init__(self, asked_s: float) -> None:
+        self.asked_s = asked_s
+        self.facts: FileFacts | None = None
+
+
+class _Order(NamedTuple):
+    inspection: Inspection
+    version: Version
+    pid: int
+    path: str
+    is_own_view: bool
+    is_deleted: bool
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Inspector:
+    """One thread that opens and reads files on demand, and remembers what it found by FileId.
+
+    Args:
+        proc: the host's.
+        exports: symbols that some rule asks for; read only if there are any.
+        on_done: called on the inspector's thread after each look.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self, *, proc: ProcFs, exports: frozenset[str], on_done: Callable[[], None]) -> None:
+        self._proc = proc
+        self._exports = exports
+        self._on_done = on_done
+        self._known: LRUCache[Version, FileFacts] = LRUCache(MAX_FACTS)
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._under_way: dict[Version, Inspection] = {}
+        self._looking: dict[threading.Thread, tuple[float, FileId]] = {}
+        self._threads: list[threading.Thread] = []
+        self._add_thread()
+
+    def _add_thread(self) -> None:
+        # A daemon: a read that hangs in a dead network file system must not keep the process.
+        thread = threading.Thread(target=self._work, name="sowatch-inspector", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def relieve(self, now_s: float) -> None:
+        """Another thread for what waits behind a look that hangs; to be called from time to time."""
+        with self._lock:
+            stuck = sum(now_s - since > STUCK_S for since, _ in self._looking.values())
+        if stuck == len(self._threads) < MAX_THREADS:
+            self._add_thread()
+
+    def known(self, name: Name) -> FileFacts | None:
+        """The facts, if the file was read before and has not changed since."""
+        with self._lock:
+            return self._known.get((name.file_id, name.changed_ns))
+
+    def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
+        """Asks for a look at the file of a change; one look serves all who wait for that file."""
+        name = change.name
+        with self._lock:
+            version = name.file_id, name.changed_ns
+            inspection = self._under_way.get(version)
+            if inspection is None:
+                inspection = self._under_way[version] = Inspection(now_s)
+                self._orders.put(
+                    _Order(
+                        inspection,
+                        version,
+                        change.process.pid,
+                        name.path,
+                        is_own_view,
+                        name.is_deleted,
+                        change.ranges,
+                    )
+                )
+            return inspection
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Ends the thread, if it can within the time. Safe to call again."""
+        for _ in self._threads:
+            self._orders.put(None)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while (order := self._orders.get()) is not None:
+            now_s = time.monotonic()
+            with self._lock:
+                # One thread a file system that hangs is enough.
+                is_hopeless = any(
+                    now_s - since > STUCK_S and file_id[:2] == order.version[0][:2]
+                    for since, file_id in self._looking.values()
+                )
+                self._looking[me] = (now_s, order.version[0])
+            facts = FileFacts() if is_hopeless else self._look(order)
+            with self._lock:
+                del self._looking[me]
+                if facts.is_elf is not None:
+                    self._known[order.version] = facts
+                order.inspection.facts = facts
+                self._under_way.pop(order.version, None)
+            self._on_done()
+
+    def _look(self, order: _Order) -> FileFacts:
+        fd = open_mapped(
+            self._proc,
+            order.pid,
+            order.version[0],
+            order.path,
+            order.ranges,
+            is_own_view=order.is_own_view,
+            is_deleted=order.is_deleted,
+        )
+        if fd is None:
+            return FileFacts()
+        try:
+            facts = read_facts(fd)
+            if facts is None:
+                return FileFacts(is_elf=False)
+            return FileFacts(facts.is_elf, facts.build_id, facts.soname, self._exports_of(fd) if facts.is_elf else None)
+        except ElfError:
+            return FileFacts()  # it could not be read, and may be tried again
+        finally:
+            os.close(fd)
+
+    def _exports_of(self, fd: int) -> frozenset[str] | None:
+        if not self._exports:
+            return None
+        try:
+            return read_exports(fd, self._exports)
+        except ElfError as error:
+            # A file that lies exports nothing; one that could not be read may do so yet.
+            return frozenset() if error.errno is None else None
+
+
+def open_mapped(
+    proc: ProcFs,
+    pid: int,
+    file_id: FileId,
+    path: str,
+    ranges: tuple[tuple[int, int], ...],
+    *,
+    is_own_view: bool,
+    is_deleted: bool,
+) -> int | None:
+    """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
+
+    Tried in order: the kernel's link to the mapping, the path below the process's root, the path
+    in our own view if it is the same. Nothing is opened before it is known to be that file: the
+    process may have mapped another one in its place, or put a link, a FIFO or a device there.
+    """
+    for found, is_link in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
+        try:
+            if _is_it(found, file_id, is_link=is_link):
+                return os.open(f"/proc/self/fd/{found}", OPEN_FLAGS)
+        except OSError:
+            continue
+        finally:
+            os.close(found)
+    return None
+
+
+def _is_it(fd: int, file_id: FileId, *, is_link: bool) -> bool:
+    """Whether a descriptor (O_PATH will do) is of that file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if shows_real_inode(fd):
+        return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
+    # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
+    return is_link or status.st_ino == file_id.inode
+
+
+def _candidates(
+    proc: ProcFs, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
+) -> Iterator[tuple[int, bool]]:
+    """Descriptors that open nothing yet (O_PATH), and whether it is the kernel's link to the mapping."""
+    links = proc.map_files_dir(pid) if ranges else None
+    for start, end in ranges if links else ():
+        try:
+            yield os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC), True
+        except OSError:
+            continue
+    if is_deleted:
+        return
+    for root in (proc.root_dir(pid), "/" if is_own_view else None):
+        if not root:
+            continue
+        try:
+            directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            yield open_below(directory, path, os.O_PATH, follows_links=False), False
+        except OSError:
+            continue
+        finally:
+            os.close(directory)
+
+
+def host_path(
+    proc_root: str, pid: int, name: Name, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool
+) -> str | None:
+    """A path that opens the same file from here, as far as can be said without looking."""
+    if name.is_deleted:
+        return f"{proc_root}/{pid}/map_files/{ranges[0][0]:x}-{ranges[0][1]:x}" if ranges else None
+    if name.is_partial:
+        return None
+    return name.path if is_own_view else f"{proc_root}/{pid}/root{name.path}"

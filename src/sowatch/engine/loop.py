@@ -1,0 +1,292 @@
+"""The thread that drains the kernel: it turns round for its `Keeper`, and answers what others ask about the map.
+
+It never runs user code, reads no file but ``/proc`` and waits for nobody, so that the ring is emptied as fast as one
+thread can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, TypeVar
+
+from sowatch.engine.address_space import Change, Name
+from sowatch.engine.publisher import Publisher
+from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
+from sowatch.engine.reconciler import Keeper
+from sowatch.engine.table import Tracker
+from sowatch.linux.proc import ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import SowatchError
+from sowatch.model.events import Event, Ready, Stopped
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.rules import RuleSet
+from sowatch.sources.core import EventSource
+from sowatch.sources.polling import ProcfsSource
+
+__all__ = ["Engine"]
+
+LOG = logging.getLogger("sowatch")
+
+T = TypeVar("T")
+
+#: Counters are polled and answers grow old this often.
+TICK_S: Final = 1.0
+#: So many wakes within so many seconds are a storm; records of the next milliseconds then come together.
+BUSY_WAKES: Final = 10
+BUSY_WINDOW_S: Final = 0.005
+BATCH_S: Final = 0.005
+
+
+class Engine:
+    """Drives one source, one tracker and one publisher on a thread of its own.
+
+    Args:
+        source: open; the engine closes it.
+        silent_baseline: take the start-up snapshot without telling of it.
+
+    Attributes:
+        keeper: what works on that thread. Others may read its figures.
+        ready: what `start` returned.
+        turned_s: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
+    """
+
+    def __init__(
+        self,
+        source: EventSource,
+        tracker: Tracker,
+        publisher: Publisher,
+        rules: RuleSet,
+        config: Config,
+        *,
+        silent_baseline: bool,
+    ) -> None:
+        self._source = source
+        self._tracker = tracker
+        self._publisher = publisher
+        self._silent = silent_baseline
+        self._proc = ProcFs(config.proc_root)
+        self.keeper = Keeper(source, tracker, publisher, rules, config, silent_baseline=silent_baseline)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self.ready: Ready | None = None
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.turned_s = time.monotonic()
+        self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
+        self._has_ended = False
+        self._jobs_lock = threading.Lock()
+
+    # ---- other threads ------------------------------------------------------------------------
+
+    def start(self) -> Ready:
+        """Takes the snapshot and starts the thread; returns once `Ready` was published."""
+        self._thread = threading.Thread(target=self._run, name="sowatch-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self.ready is not None
+        return self.ready
+
+    def stop(self) -> None:
+        """Ends the thread and closes the source. Safe to call again."""
+        self._stop.set()
+        self.wake()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._source.close()
+        fd, self._wake_fd = self._wake_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def wake(self) -> None:
+        """Makes the thread look round; from any thread."""
+        fd = self._wake_fd
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+
+    def ask(self, question: Callable[[], T], *, settled: bool = True) -> T:
+        """Answers a question about the map on the engine's thread.
+
+        Args:
+            question: what to call there.
+            settled: with everything on its way taken in, and every doubt read away.
+
+        Raises:
+            SowatchError: the watch has ended.
+        """
+        answer: Future[T] = Future()
+
+        def job() -> None:
+            if settled:
+                self.keeper.settle_doubts()
+            answer.set_result(question())
+
+        with self._jobs_lock:
+            if self._has_ended:
+                raise SowatchError("the watch has ended. Ask before stop().")
+            self._jobs.append((job, answer))
+        self.wake()
+        return answer.result()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread is there to answer; from any thread."""
+        return self._thread is not None and not self._has_ended
+
+    @property
+    def poll_interval_s(self) -> float | None:
+        """Between two looks of a source that polls, now; from any thread."""
+        return self._source.interval_s if isinstance(self._source, ProcfsSource) else None
+
+    # ---- questions about the map, on the thread: see `ask` -----------------------------------------
+
+    def view(self) -> View:
+        """The map for an audit."""
+        found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
+        for process in self._tracker.processes():
+            if not process.is_announced:
+                found[process.id.pid] = None
+                continue
+            files = process.space.files.values()
+            held = [Held(one.name.file_id, one.name.path, tuple(one.ranges)) for one in files]
+            found[process.id.pid] = (process.id, held)
+        return found
+
+    def ranges(self) -> dict[ProcessId, dict[FileId, tuple[tuple[int, int], ...]]]:
+        """Where everything is mapped by now."""
+        return {
+            process.id: {file_id: tuple(one.ranges) for file_id, one in process.space.files.items()}
+            for process in self._tracker.processes()
+        }
+
+    def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
+        """What an explanation needs. The caller closes its ``verdicts``.
+
+        Args:
+            pid: of one process; None: all that have a file that is wanted.
+            wants: which files.
+        """
+        one = None if pid is None else self._tracker.get(pid)
+        told = self._publisher.held_copy()
+        processes: dict[int, KnownProcess] = {}
+        for process in self._tracker.processes() if pid is None else [one] if one is not None else []:
+            record = process.record()
+            loads = told.get(process.id, {})
+            files = []
+            for file_id, mapping in process.space.files.items():
+                if wants(mapping.name):
+                    kind = process.kind_of(mapping)
+                    change = Change(True, "", 0, record, kind, mapping.name, tuple(mapping.ranges))
+                    is_selected = self._publisher.selection.wants(change)
+                    files.append(KnownFile(change.name, kind, change.ranges, is_selected, loads.get(file_id)))
+            if files or pid is not None:
+                processes[process.id.pid] = KnownProcess(
+                    record,
+                    process.seen_ns,
+                    process.is_announced,
+                    process.id.pid in self._tracker.dirty,
+                    process.id.pid in self._tracker.narrow,
+                    tuple(files),
+                )
+        return Known(
+            processes,
+            None if pid is None else self._source.followed(pid),
+            self._source.open_verdicts(),
+            self._publisher.own_view,
+            self._publisher.is_waiting,
+            self._silent,
+        )
+
+    # ---- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = select.epoll()
+        try:
+            poller.register(self._source.fileno(), select.EPOLLIN)
+            poller.register(self._wake_fd, select.EPOLLIN)
+            self.keeper.take_snapshot(self._make_ready)
+            self._loop(poller)
+            self.keeper.finish()
+        except BaseException as error:
+            self._failure = error
+            LOG.exception("the watch ended")
+        finally:
+            with self._jobs_lock:
+                self._has_ended = True
+                jobs, self._jobs = self._jobs, []
+            for _, answer in jobs:
+                answer.set_exception(SowatchError("the watch has ended. Ask before stop()."))
+            poller.close()
+            now_ns = time.time_ns()
+            self._publisher.stop(now_ns)
+            self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.keeper.lost))
+            self._publisher.end()
+            self._ready.set()
+
+    def _loop(self, poller: select.epoll) -> None:
+        keeper = self.keeper
+        next_tick = time.monotonic() + TICK_S
+        wakes, window = 0, 0.0
+        while not self._stop.is_set():
+            now = time.monotonic()
+            # In a storm the kernel wakes us for each record, which costs more than the record.
+            wakes = wakes + 1 if now - window < BUSY_WINDOW_S else 0
+            if not wakes:
+                window = now
+            elif wakes >= BUSY_WAKES:
+                wakes = 0
+                time.sleep(BATCH_S)
+                now = time.monotonic()
+            if now >= next_tick:
+                self.turned_s = now
+                keeper.tick()
+                next_tick = now + TICK_S
+            try:
+                ready = poller.poll(max(0.0, keeper.next_work_at(next_tick) - now))
+            except InterruptedError:
+                continue
+            if any(fd == self._wake_fd for fd, _ in ready):
+                self._on_wake()
+            keeper.drain()
+            keeper.do_what_is_due(now)
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        self._publisher.flush(time.monotonic())
+        with self._jobs_lock:
+            jobs, self._jobs = self._jobs, []
+        for job, answer in jobs:
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001 - it goes to whoever asked
+                answer.set_exception(error)
+
+    def _make_ready(self, processes: int, seconds: float) -> Event:
+        source = self._source
+        self.ready = Ready(
+            time_ns=time.time_ns(),
+            host=socket.gethostname(),
+            boot_id=self._proc.boot_id(),
+            strategy=source.strategy,
+            guarantee=source.guarantee,
+            hooks=source.hooks,
+            limits=source.limits,
+            attempts=source.attempts,
+            processes=processes,
+            mappings=self._publisher.counts()[2],
+            seconds=seconds,
+        )
+        self._ready.set()
+        return self.ready

@@ -1,0 +1,63 @@
+"""What others ask about the mapping table: values, taken on the engine's thread and read on any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+from sowatch.engine.address_space import Name
+from sowatch.model.events import LibraryEvent, Process
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.sources.core import Followed, Verdicts
+
+__all__ = ["Held", "Known", "KnownFile", "KnownProcess", "View"]
+
+Range: TypeAlias = tuple[int, int]
+
+
+class Held(NamedTuple):
+    """One file in one process, as the map has it."""
+
+    file_id: FileId
+    path: str
+    ranges: tuple[tuple[int, int], ...]
+
+
+#: What the map says, by pid; a process that is only passing through (vfork) has None.
+View = Mapping[int, tuple[ProcessId, list[Held]] | None]
+
+
+class KnownFile(NamedTuple):
+    """One file in one process, as the map has it. ``load`` is None if it was not told of."""
+
+    name: Name
+    kind: str
+    ranges: tuple[Range, ...]
+    is_selected: bool
+    load: LibraryEvent | None
+
+
+class KnownProcess(NamedTuple):
+    """One process that the map knows, since ``since_ns`` (CLOCK_MONOTONIC)."""
+
+    process: Process
+    since_ns: int
+    is_announced: bool
+    awaits_reading: bool
+    is_narrow: bool
+    files: tuple[KnownFile, ...]
+
+
+class Known(NamedTuple):
+    """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
+
+    ``followed`` is the kernel's entry of the process that was asked for. ``own_view`` is the root of
+    the agent as `sowatch.engine.address_space.Name.view` has it.
+    """
+
+    processes: Mapping[int, KnownProcess]
+    followed: Followed | None
+    verdicts: Verdicts
+    own_view: bytes
+    is_waiting_for_facts: bool
+    is_silent_start: bool

@@ -1,0 +1,552 @@
+"""`Keeper`: keeps the map true. Takes records in, reads the processes in doubt, repairs losses.
+
+Everything here happens on the thread of the ``engine``: it runs no user code, reads no file but ``/proc``, and waits
+for nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import Final
+
+from sowatch.bpf.records import Record
+from sowatch.engine.address_space import Change, Tracked
+from sowatch.engine.publisher import Publisher
+from sowatch.engine.table import LIVE, Causes, Tracker
+from sowatch.linux.proc import ProcFs
+from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.events import Event, Lost, Repaired
+from sowatch.model.identity import ProcessId
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import EventSource, Losses, Reading, Report
+
+__all__ = ["Keeper"]
+
+LOG = logging.getLogger("sowatch")
+
+#: The oldest record that waits is this old: the watch falls behind, and processes may send fewer from now on,
+#: down to the least that a process may send; and this young: more again.
+LATE_NS: Final = 250_000_000
+EARLY_NS: Final = 50_000_000
+FEWEST_RECORDS_S: Final = 1_000
+#: More owed readings than this are one reading of all.
+MANY_READINGS: Final = 64
+#: A process that is dirty again at once is read at most this often in the long run.
+SLOWEST_REREAD_S: Final = 0.25
+#: So long after its last reading nobody need know how often a process was read.
+PACE_MEMORY_S: Final = 10
+#: A repair that found losses going on is tried again after this, then after twice that, up to the second.
+FIRST_REPAIR_S: Final = 0.1
+SLOWEST_REPAIR_S: Final = 5.0
+#: After a reading of all for the sake of shared address spaces so many times its CPU time without one.
+STRANGERS_REST: Final = 20
+#: A 32-bit process is read this long after its exec, then after twice that, up to the second.
+FIRST_NARROW_S: Final = 0.002
+SLOWEST_NARROW_S: Final = 1.0
+#: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
+SLACK_NS: Final = 1_000_000
+#: A CLONE_VM child that is still there after this is not on its way to exec.
+VFORK_PATIENCE_NS: Final = 500_000_000
+#: A call that was under way when the rules changed has mapped its file after this.
+RULES_SECOND_LOOK_S: Final = 1.0
+
+REPAIR: Final = Causes("repair", "repair")
+RULES: Final = Causes("snapshot", "rules")
+SNAPSHOT: Final = Causes("snapshot", "repair")
+
+
+class _Turns:
+    """When each process in doubt is read: at once, or more and more rarely if it is in doubt all the time.
+
+    Times are seconds of CLOCK_MONOTONIC.
+    """
+
+    def __init__(self) -> None:
+        #: When processes that wait for a reading get it.
+        self.due: dict[int, float] = {}
+        #: Of 32-bit processes: when the next reading is, and how long after it the one that follows.
+        self._narrow: dict[int, tuple[float, float]] = {}
+        #: When processes were read last, and how long they have to wait from then on.
+        self._pace: dict[int, tuple[float, float]] = {}
+
+    def times(self) -> Iterable[float]:
+        """When something is due."""
+        return [*self.due.values(), *(when for when, _ in self._narrow.values())]
+
+    def hurry(self, pids: Iterable[int]) -> None:
+        """Whatever their pace, it is their turn now."""
+        self.due = dict.fromkeys(pids, 0.0)
+
+    def take(self, dirty: dict[int, Causes], now: float) -> dict[int, Causes]:
+        """Takes those out of ``dirty`` whose turn it is."""
+        for pid in dirty:
+            if pid not in self.due:
+                last, interval = self._pace.get(pid, (0.0, 0.0))
+                self.due[pid] = max(now, last + interval)
+        turn = {}
+        for pid, when in list(self.due.items()):
+            causes = dirty.get(pid)
+            if causes is None:
+                del self.due[pid]  # it has gone meanwhile
+            elif when <= now:
+                turn[pid] = causes
+        for pid in turn:
+            del self.due[pid]
+            del dirty[pid]
+            last, interval = self._pace.get(pid, (0.0, 0.0))
+            is_busy = now - last < 2 * interval + 0.002
+            self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
+        return turn
+
+    def take_narrow(self, narrow: Collection[int], now: float) -> list[int]:
+        """Those 32-bit processes whose turn it is: when they start, then less and less often."""
+        self._narrow = {pid: due for pid, due in self._narrow.items() if pid in narrow}
+        turn = []
+        for pid in narrow:
+            when, interval = self._narrow.get(pid, (now, FIRST_NARROW_S))
+            if when <= now:
+                turn.append(pid)
+                self._narrow[pid] = (now + interval, min(SLOWEST_NARROW_S, 2 * interval))
+        return turn
+
+    def forget(self, before: float) -> None:
+        """The pace of processes that were not read since."""
+        self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > before}
+
+
+class _Guard:
+    """How many records a second one process may send: what the configuration says, fewer while the watch falls behind.
+
+    So that what floods, whoever and however many they are, cost the others a second or two and no more.
+    """
+
+    def __init__(self, source: EventSource, max_records_s: int) -> None:
+        self._source = source
+        self._most = self._now = max_records_s
+
+    def adapt(self, oldest_ns: int) -> None:
+        """To be called about once a second with the age of the oldest record that waited; 0: none did."""
+        before = self._now
+        if self._most == NO_GUARD:
+            return
+        if oldest_ns > LATE_NS:
+            self._now = max(min(FEWEST_RECORDS_S, self._most), min(before, 8 * FEWEST_RECORDS_S) // 2)
+        elif oldest_ns < EARLY_NS:
+            self._now = min(self._most, 2 * before)
+        if self._now == before:
+            return
+        self._source.limit_records(self._now)
+        if before == self._most:
+            LOG.warning(
+                "the watch falls behind by %.1f s: until it has caught up, what a process reports beyond some %d "
+                "changes a second is counted as lost and read from it instead.",
+                oldest_ns / 1e9,
+                self._now,
+            )
+        elif self._now == self._most:
+            LOG.info("the watch has caught up")
+
+
+class Keeper:
+    """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
+
+    Its figures may be read by any thread; everything else is for one thread, the engine's, which calls
+    `take_snapshot` first, then again and again `drain` and `do_what_is_due`, `tick` about once a second,
+    and `finish` last.
+
+    Args:
+        silent_baseline: take the start-up snapshot without telling of it.
+
+    Attributes:
+        losses: what the source has lost, by where, as far as it was told.
+        lost: all of them together; ``throttled`` of those were of processes that said too much.
+        is_repaired: whether each of them is made up for; ``repairs`` says how often that was done.
+        records: how many `drain` took; those that came while a reading was made are not among them.
+        rereads: readings of single processes.
+        own_pid: ours, as the source counts.
+    """
+
+    def __init__(
+        self,
+        source: EventSource,
+        tracker: Tracker,
+        publisher: Publisher,
+        rules: RuleSet,
+        config: Config,
+        *,
+        silent_baseline: bool,
+    ) -> None:
+        self._source = source
+        self._tracker = tracker
+        self._publisher = publisher
+        self._proc = ProcFs(config.proc_root)
+        self._guard = _Guard(source, config.max_records_s)
+        self._silent = silent_baseline
+        self._base = _base_report(rules)
+        self._turns = _Turns()
+        self._repair_at: float | None = None
+        self._repair_wait_s = FIRST_REPAIR_S
+        self._strangers_at = 0.0
+        self._rules_again_at: float | None = None
+        self._can_read_one = True
+        #: Throttled processes that are to be read before their losses are repaired, and since when.
+        self._throttled: set[int] = set()
+        self._throttled_since = 0.0
+        self.own_pid = os.getpid()
+        self.losses = Losses()
+        self.lost = 0
+        self.throttled = 0
+        self.is_repaired = True
+        self.repairs = 0
+        self.records = 0
+        self.rereads = 0
+
+    def look_at_ourselves(self) -> None:
+        """Our own root, to tell which processes see the paths that we see; and our real pid."""
+        reading = self._source.read_process(os.getpid())
+        if reading is None:
+            return
+        self.own_pid = reading.tgid
+        # In a pid namespace the kernel's numbers are not ours, and it would look up the wrong process.
+        self._can_read_one = reading.tgid == os.getpid()
+        for row in reading.maps:
+            if isinstance(row.key, bytes):
+                self._publisher.own_view = row.key[40:56]
+                break
+
+    # ---- the thread's round -------------------------------------------------------------------
+
+    def take_snapshot(self, make_ready: Callable[[int, float], Event]) -> None:
+        """Fills the map with what is there.
+
+        Args:
+            make_ready: called with the number of processes and the seconds that it took, once that was told.
+        """
+        begun = time.monotonic()
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        early = self._source.drain()
+        readings, meanwhile = self._source.read_all()
+        again = self._tracker.merge(readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
+        self._source.set_report(self._base)
+        changes = self._tracker.take_changes()
+        wanted, ignored = self._tracker.take_answers()
+        self._source.answer(wanted, is_wanted=True)
+        self._source.answer(ignored, is_wanted=False)
+        for pid in again:
+            self._tracker.dirty.setdefault(pid, LIVE)
+        self._settle()
+        found = [change for change in changes if change.cause == "snapshot"]
+        seconds = time.monotonic() - begun
+        if not self._silent:
+            self._publisher.publish(found)
+        else:
+            self._publisher.take_silently(found)
+        self._publisher.announce(lambda: make_ready(len(readings), seconds))
+        self._publisher.publish([change for change in changes if change.cause != "snapshot"])
+        self._check_losses()
+
+    def drain(self) -> None:
+        """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""
+        self._take(self._source.drain())
+
+    def _take(self, records: list[Record]) -> None:
+        apply = self._tracker.apply
+        for record in records:
+            apply(record)
+        self.records += len(records)
+        self._flush()
+
+    def next_work_at(self, next_tick: float) -> float:
+        """When there is something to do even if the kernel says nothing."""
+        times = [next_tick, *self._turns.times()]
+        times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
+        if self._tracker.has_strangers:
+            times.append(self._strangers_at)
+        return min(times)
+
+    def do_what_is_due(self, now: float) -> None:
+        """Readings and repairs whose time has come."""
+        if self._tracker.narrow:
+            for pid in self._turns.take_narrow(self._tracker.narrow, now):
+                self._tracker.dirty.setdefault(pid, LIVE)
+        if self._tracker.dirty or self._turns.due or self._throttled:
+            self._reread()
+        self._repair_if_due()
+        if self._rules_again_at is not None and now >= self._rules_again_at:
+            self._rules_again_at = None
+            self._read_for_rules()
+        if self._tracker.has_strangers and now >= self._strangers_at:
+            self._look_for_strangers()
+
+    def tick(self) -> None:
+        """Looks for losses, and lets old things go."""
+        self._source.tick()
+        now_ns = time.monotonic_ns()
+        waiting = self._source.drain()
+        self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
+        self._take(waiting)
+        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._tracker.throttled):
+            self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
+        self._check_losses()
+        if not self.is_repaired:
+            self._note_throttled()
+        self._publisher.flush(time.monotonic())
+        self._publisher.catch_up()
+        for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
+            self._tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+        self._turns.forget(time.monotonic() - PACE_MEMORY_S)
+
+    def settle_doubts(self) -> None:
+        """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
+
+        Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
+        """
+        for pid in self._tracker.narrow:
+            self._tracker.dirty.setdefault(pid, LIVE)
+        self._source.refresh()
+        self._check_losses()
+        self._repair_if_due()
+        for _ in range(10):
+            self.drain()
+            if self._tracker.has_strangers:
+                self._look_for_strangers()
+            if not self._tracker.dirty:
+                return
+            self._turns.hurry(self._tracker.dirty)
+            self._reread()
+
+    def finish(self) -> None:
+        """Takes in what is still on its way, and tells everything."""
+        self.drain()
+        self._check_losses()
+        if not self.is_repaired:
+            self._repair()
+        self._publisher.flush_all()
+
+    def _drain_all(self) -> list[Record]:
+        # No longer than needed: in a flood the ring is never empty.
+        until_ns = time.monotonic_ns() + SLACK_NS
+        records: list[Record] = []
+        while more := self._source.drain():
+            records += more
+            if more[-1].t_ns > until_ns:
+                break
+        return records
+
+    def _flush(self) -> None:
+        """Sends answers to the kernel and changes to the publisher."""
+        if self._tracker.answers:
+            wanted, ignored = self._tracker.take_answers()
+            self._source.answer(wanted, is_wanted=True)
+            self._source.answer(ignored, is_wanted=False)
+        if self._tracker.idle:
+            self._settle()
+        if self._tracker.changes:
+            self._publisher.publish(self._tracker.take_changes())
+
+    def _settle(self) -> None:
+        for pid, start_ns, touches in self._tracker.take_idle():
+            if self._source.settle(pid, start_ns, touches):
+                self._tracker.settled(pid, start_ns)
+
+    # ---- other rules --------------------------------------------------------------------------
+
+    def set_rules(self, rules: RuleSet, take_over: Callable[[], None], done: Callable[[], None]) -> None:
+        """Watches by other rules from now on.
+
+        Args:
+            rules: the new ones.
+            take_over: called when the last event of the old rules was told.
+            done: called when everything that is mapped was told by the new ones.
+        """
+        self._flush()
+        self._publisher.in_turn(lambda: self._publisher.change_rules(rules, take_over))
+        self._tracker.set_rules(rules)
+        self._base = _base_report(rules)
+        # In this order: whatever the kernel drops by an old answer is there to be read.
+        self._source.new_epoch()
+        self._read_for_rules()
+        self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
+        self._publisher.in_turn(done)
+        self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
+
+    def look_again(self, pid: int, rule: Rule) -> None:
+        """Reads a process, and tells of what the rule wants and it was not told to have."""
+        self._tracker.dirty.setdefault(pid, LIVE)
+        self.settle_doubts()
+        self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
+
+    def _mapped(
+        self, is_meant: Callable[[Tracked], bool], wants: Callable[[str], bool] = lambda _: True
+    ) -> list[Change]:
+        """What is mapped now, as if it were loaded now."""
+        now_ns = time.monotonic_ns()
+        return [
+            Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), one.name, tuple(one.ranges))
+            for process, one in self._tracker.mappings()
+            if is_meant(process) and wants(one.name.path)
+        ]
+
+    def _read_for_rules(self) -> None:
+        since_ns = time.monotonic_ns()
+        self._forget_vanished(self._read_everything(RULES), since_ns)
+        if self._silent:
+            # What was mapped before is not news, whatever the rules are.
+            changes = self._tracker.take_changes()
+            self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
+            self._publisher.publish([one for one in changes if one.cause != RULES.load])
+        self._flush()
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def _reread(self) -> None:
+        """Reads the processes in doubt, each as soon as its pace allows."""
+        due = self._turns.take(self._tracker.dirty, time.monotonic())
+        if not due:
+            if self._throttled:
+                self._unthrottle(())  # some may have ended before they were read
+            return
+        self._source.set_report(self._base | Report.RANGES)
+        readings, meanwhile = self._read(due)
+        records = [*meanwhile, *self._drain_all()]
+        self._source.set_report(self._base)
+        self.rereads += len(due)
+        again = self._tracker.merge(readings, records, LIVE, own_causes=due)
+        for pid in again:
+            self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
+        if self._throttled:
+            self._unthrottle(due)
+        self._flush()
+
+    def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
+        if len(due) > MANY_READINGS or not self._can_read_one:
+            readings, meanwhile = self._source.read_all()
+            return [reading for reading in readings if reading.tgid in due], list(meanwhile)
+        found = [self._source.read_process(pid) for pid in due]
+        return [reading for reading in found if reading is not None], []
+
+    def _read_everything(self, causes: Causes) -> set[int]:
+        """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        early = self._source.drain()
+        readings, meanwhile = self._source.read_all()
+        records = [*early, *meanwhile, *self._drain_all()]
+        self._source.set_report(self._base)
+        for reading in readings:
+            self._tracker.dirty.pop(reading.tgid, None)
+        for pid in self._tracker.merge(readings, records, causes):
+            self._tracker.dirty.setdefault(pid, causes)
+        return {reading.tgid for reading in readings}
+
+    def _look_for_strangers(self) -> None:
+        """Finds who shares an address space, by a reading of all."""
+        begun_s = time.thread_time()
+        self._tracker.has_strangers = False
+        self._read_everything(LIVE)
+        self._flush()
+        self._strangers_at = time.monotonic() + STRANGERS_REST * (time.thread_time() - begun_s)
+
+    def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
+        """Processes whose exit was lost: known for longer than the reading runs, and not met by it."""
+        for process in self._tracker.processes():
+            if process.id.pid in visited or process.seen_ns >= since_ns or not process.is_announced:
+                continue
+            stat = self._proc.stat(process.id.pid)
+            # A second look: a live process of that start was only not followed in the kernel.
+            is_alive = stat and (stat.threads > 1 or not stat.is_dead)
+            if stat and is_alive and process.id.same_tick(ProcessId(stat.pid, stat.start_ns)):
+                self._tracker.dirty.setdefault(process.id.pid, REPAIR)
+            else:
+                self._tracker.forget(process, "repair", since_ns)
+
+    # ---- losses and repairs -------------------------------------------------------------------
+
+    def _check_losses(self) -> None:
+        before, self.losses = self.losses, self._source.losses()
+        if throttled := self.losses.throttled - before.throttled:
+            self._throttle(throttled)
+        unresolved = self.losses.unresolved - before.unresolved
+        if others := sum(self.losses) - sum(before) - throttled - unresolved:
+            self._lose(others)
+            if self._repair_at is None:
+                self._repair_at = time.monotonic()
+        if unresolved:
+            self._lose(unresolved)
+            self._make_up_for_unresolved()
+
+    def _make_up_for_unresolved(self) -> None:
+        """Mappings whose file could not be found out: what is left of their processes is in doubt already."""
+        if self._repair_at is not None or self._throttled:
+            return
+        begun = time.monotonic()
+        self._turns.hurry(self._tracker.dirty)
+        self._reread()
+        self._has_repaired((), time.monotonic() - begun)
+
+    def _lose(self, count: int) -> None:
+        self.lost += count
+        self.is_repaired = False
+        self._publisher.announce(lambda: Lost(time.time_ns(), count, "kernel"))
+
+    def _throttle(self, count: int) -> None:
+        """Processes that said too much: a reading of each repairs what the kernel dropped of it."""
+        self._lose(count)
+        self.throttled += count
+        self._note_throttled()
+
+    def _note_throttled(self) -> None:
+        """Those that have told so by now are to be read; what was lost of them is told before."""
+        if not self._throttled:
+            self._throttled_since = time.monotonic()
+        self._throttled |= self._tracker.throttled
+        self._tracker.throttled.clear()
+        for pid in self._throttled:
+            self._tracker.dirty[pid] = REPAIR
+
+    def _unthrottle(self, was_read: Collection[int]) -> None:
+        """Readings of these processes were taken over, their changes are still to be flushed."""
+        self._throttled = {pid for pid in self._throttled if pid not in was_read and pid in self._tracker.dirty}
+        if self._throttled or self._repair_at is not None:
+            return
+        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        self._has_repaired(found, time.monotonic() - self._throttled_since)
+
+    def _has_repaired(self, found: Collection[Change], seconds: float) -> None:
+        loads = sum(change.is_load for change in found)
+        self._flush()
+        self.repairs += 1
+        self.is_repaired = True
+        self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
+
+    def _repair_if_due(self) -> None:
+        if self._repair_at is not None and time.monotonic() >= self._repair_at:
+            self._repair()
+
+    def _repair(self) -> None:
+        """Compares the map with what is there. Done when nothing was lost while it ran; else again."""
+        begun = time.monotonic()
+        self._check_losses()
+        self._repair_at = None
+        before = self.losses
+        since_ns = time.monotonic_ns()
+        self._forget_vanished(self._read_everything(REPAIR), since_ns)
+        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        after = self._source.losses()
+        # What is dropped of a process that floods is made up for by readings of that process alone.
+        if after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0):
+            self._repair_wait_s = FIRST_REPAIR_S
+            self._throttled.clear()
+            self._has_repaired(found, time.monotonic() - begun)
+            return
+        self._flush()
+        self._check_losses()
+        self._repair_at = time.monotonic() + self._repair_wait_s
+        self._repair_wait_s = min(SLOWEST_REPAIR_S, 2 * self._repair_wait_s)
+
+
+def _base_report(rules: RuleSet) -> Report:
+    """What is reported all the time."""
+    return Report.IMAGES if rules.wants_images else Report.NOTHING

@@ -1,0 +1,264 @@
+"""What a reader holds: `Subscription`, a bounded queue of events that knows how to catch up.
+
+The engine's thread offers, any one thread reads.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
+from typing import Protocol, Self
+
+from sowatch.model.events import Event, LibraryEvent, Lost, Repaired
+from sowatch.model.identity import FileId, ProcessId
+
+__all__ = ["Held", "Subscription"]
+
+#: The published map: the load event of every mapping.
+Held = dict[ProcessId, dict[FileId, LibraryEvent]]
+
+
+class Origin(Protocol):
+    """What a subscription needs of its publisher."""
+
+    lost_in_queues: int
+
+    def held_copy(self) -> Held:
+        """The published map."""
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """No further offers."""
+
+
+class Subscription:
+    """One reader's queue of events. Iterate over it, or `get`; a context manager.
+
+    A reader that falls behind by more than the limit loses events; when it has caught up it gets
+    `Lost` (where ``queue``), then whatever changed meanwhile with cause ``repair``, then
+    `Repaired`. Iteration ends after `Stopped`, or after `close`. Any one thread may read.
+    """
+
+    def __init__(
+        self,
+        publisher: Origin,
+        *,
+        events: Collection[str],
+        control: bool,
+        limit: int,
+        rule: str | None = None,
+    ) -> None:
+        self._publisher = publisher
+        self._events = frozenset(events)
+        self._control = control
+        self._limit = limit
+        self._rule = rule
+        # Whole batches: one wake of the reader for each, not one for each event.
+        self._queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        self._batch: list[Event] = []  # the engine's
+        self._open: deque[Event] = deque()  # the reader's
+        self._offered = 0
+        self._taken = 0
+        #: The (rule, file) whose activate was the last event offered.
+        self._activated: tuple[str, FileId] | None = None
+        self._missed = 0
+        self._seen: Held | None = None
+        self._is_closed = False
+        self._has_ended = False
+        self._on_event: Callable[[], None] | None = None
+        #: Events lost in this queue so far.
+        self.lost = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.get()) is not None:
+            yield event
+
+    def get(self, timeout_s: float | None = None) -> Event | None:
+        """The next event; None after the last one, or if none came within the time.
+
+        `has_ended` tells the two apart.
+        """
+        opened = self._open
+        if not opened:
+            if self._has_ended:
+                return None
+            try:
+                batch = self._queue.get(timeout=timeout_s) if timeout_s != 0 else self._queue.get_nowait()
+            except queue.Empty:
+                return None
+            if batch is None:
+                self._has_ended = True
+                return None
+            opened.extend(batch)
+        self._taken += 1
+        return opened.popleft()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `get` will give nothing any more."""
+        return self._has_ended and not self._open
+
+    @property
+    def waiting(self) -> int:
+        """Events that were queued and not yet read."""
+        return self._offered - self._taken
+
+    def close(self) -> None:
+        """No further events; wakes a reader. Safe to call again, from any thread."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._publisher.unsubscribe(self)
+            self._queue.put(None)
+            self._signal()
+
+    def call_on_event(self, callback: Callable[[], None] | None) -> None:
+        """A callback on the engine's thread whenever there is something to `get`; it must not block."""
+        self._on_event = callback
+
+    # ---- the engine's side --------------------------------------------------------------------
+
+    def offer(self, event: Event) -> None:
+        """Queues the event if this reader wants it and has room."""
+        if isinstance(event, LibraryEvent):
+            if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
+                return
+        elif not self._control:
+            return
+        if self._seen is None and self._offered - self._taken >= self._limit and not self._belongs_to_the_last(event):
+            self._seen = self._publisher.held_copy()
+            # The event that did not fit has been taken into account already.
+            if isinstance(event, LibraryEvent):
+                self._undo(self._seen, event)
+        if self._seen is not None and event.event != "stopped":
+            self._missed += 1
+            self.lost += 1
+            self._publisher.lost_in_queues += 1
+            return
+        self._put(event)
+
+    def _belongs_to_the_last(self, event: Event) -> bool:
+        """A deactivate, and the load right after its activate, end what the reader was told before."""
+        if not isinstance(event, LibraryEvent):
+            return False
+        return event.event == "deactivate" or (
+            event.event == "load" and self._activated == (event.rule, event.library.id)
+        )
+
+    @staticmethod
+    def _undo(held: Held, event: LibraryEvent) -> None:
+        if event.process is None:
+            return
+        process_id, file_id = event.process.id, event.library.id
+        if event.event in ("load", "activate"):
+            held.get(process_id, {}).pop(file_id, None)
+        elif event.event == "unload":
+            held.setdefault(process_id, {})[file_id] = event
+
+    def catch_up(self) -> None:
+        """Repairs the reader's view once it has made room; called from time to time."""
+        if self._seen is not None and self.waiting <= self._limit // 4:
+            self._tell_what_it_missed(self._seen)
+
+    def finish(self) -> None:
+        """The last word to this reader alone, once it was told what it missed."""
+        if self._seen is not None:
+            self._tell_what_it_missed(self._seen)
+        self._publisher.unsubscribe(self)
+        self.end()
+
+    def _tell_what_it_missed(self, seen: Held) -> None:
+        begun = time.monotonic()
+        self._seen = None
+        missed, self._missed = self._missed, 0
+        now_ns = time.time_ns()
+        self._put_control(Lost(now_ns, missed, "queue"))
+        loads = unloads = 0
+        for event in difference(seen, self._publisher.held_copy(), now_ns):
+            if self._rule is not None and event.rule != self._rule:
+                continue
+            loads += event.event == "load"
+            unloads += event.event == "unload"
+            if event.event in self._events:
+                self._put(event)
+        self._put_control(Repaired(now_ns, loads, unloads, time.monotonic() - begun))
+
+    def hand_over(self) -> None:
+        """Gives the reader what was offered since the last time."""
+        batch = self._batch
+        if batch:
+            self._batch = []
+            self._queue.put(batch)
+            self._signal()
+
+    def end(self) -> None:
+        """The last word."""
+        self._is_closed = True
+        self.hand_over()
+        self._queue.put(None)
+        self._signal()
+
+    def _put_control(self, event: Event) -> None:
+        if self._control:
+            self._put(event)
+
+    def _put(self, event: Event) -> None:
+        is_activate = isinstance(event, LibraryEvent) and event.event == "activate"
+        self._activated = (event.rule, event.library.id) if is_activate else None  # type: ignore[union-attr]
+        self._offered += 1
+        self._batch.append(event)
+
+    def _signal(self) -> None:
+        if self._on_event is not None:
+            self._on_event()
+
+
+def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
+    """The events that lead from one published map to another, cause ``repair``."""
+    before = {(event.rule, file) for files in seen.values() for file, event in files.items()}
+    after = {(event.rule, file) for files in now.values() for file, event in files.items()}
+    activated: set[tuple[str, FileId]] = set()
+    for process, files in seen.items():
+        for file, old in files.items():
+            kept = now.get(process, {}).get(file)
+            if kept is None or kept.rule != old.rule:
+                yield _again(old, "unload", "repair", now_ns)
+    gone: set[tuple[str, FileId]] = set()
+    for files in seen.values():
+        for file, old in files.items():
+            key = (old.rule, file)
+            if key not in after and key not in gone:
+                gone.add(key)
+                yield _again(old, "deactivate", None, now_ns)
+    for process, files in now.items():
+        for file, new in files.items():
+            known = seen.get(process, {}).get(file)
+            if known is not None and known.rule == new.rule:
+                continue
+            key = (new.rule, file)
+            if key not in before and key not in activated:
+                activated.add(key)
+                yield _again(new, "activate", None, now_ns)
+            yield _again(new, "load", "repair", now_ns)
+
+
+def _again(event: LibraryEvent, kind: str, cause: str | None, now_ns: int) -> LibraryEvent:
+    return LibraryEvent(
+        kind,
+        event.rule,
+        event.library,
+        None if kind == "deactivate" else event.process,
+        cause,
+        event.t_ns,
+        now_ns,
+        event.ranges if kind == "load" else (),
+    )

@@ -1,0 +1,552 @@
+"""The map: which process has which wanted file mapped. Records and readings in, changes out.
+
+Pure: no I/O, no threads, no clock; one thread uses it.
+
+A *fact* (a record of a process that nobody could interfere with) changes the map as it stands. A
+*claim* (``FLAG_DIRTY``) is applied at once and puts the process into `Tracker.dirty`: its owner
+reads the process's real mappings and hands the reading to `Tracker.merge`, which corrects the map.
+docs/decisions/0002-facts-and-claims.md has the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from sowatch.bpf.records import (
+    FLAG_ASK,
+    FLAG_DELETED,
+    FLAG_DIRTY,
+    FLAG_IMAGE,
+    FLAG_NARROW,
+    FLAG_SHARED_VM,
+    FLAG_THROTTLED,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+)
+from sowatch.engine.address_space import Change, Found, Mapping, Name, Range, Sketch, Space, Tracked
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.rules import RuleSet
+from sowatch.sources.core import Reading
+
+__all__ = ["LIVE", "Causes", "Tracker"]
+
+#: A call that a reading has seen is told after the visit, but no later than this.
+RETURN_NS = 1_000_000
+#: Names kept for processes that may come; a name is some 800 bytes.
+MAX_NAMES = 10_000
+
+
+class Causes(NamedTuple):
+    """What a reading's findings are called: a mapping it found, and one it did not find."""
+
+    load: str
+    unload: str
+
+
+#: What was not seen as it happened, but is not the repair of a loss either.
+LIVE = Causes("mmap", "munmap")
+
+
+class Tracker:
+    """The map and its rules of change.
+
+    Args:
+        rules: which paths are wanted.
+        label: container id from a cgroup path.
+
+    Attributes:
+        changes: what happened since `take_changes`, in order.
+        dirty: tgids whose mappings must be read, in order, with what the findings are called.
+        answers: keys the kernel asked about, and whether they are wanted.
+        idle: (tgid, start_ns, touches) of processes the kernel follows although nothing of theirs
+            is wanted, as far as these touches go.
+        narrow: tgid and start_ns of 32-bit processes, whose calls nobody reports: their owner reads
+            them again and again.
+        throttled: tgids whose changes were dropped in the kernel, being too many; their owner
+            empties it.
+        has_strangers: a process was told of whose address space another one holds, nobody knows
+            who: the owner reads all, and clears it.
+    """
+
+    def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
+        self._rules = rules
+        #: Many processes have one cgroup.
+        self._label = lru_cache(4096)(label)
+        self._processes: dict[int, Tracked] = {}
+        self._names: dict[Hashable, Name] = {}
+        self._causes: tuple[Causes, dict[int, Causes]] = (Causes("repair", "repair"), {})
+        self.changes: list[Change] = []
+        self.dirty: dict[int, Causes] = {}
+        self.answers: list[tuple[Hashable, bool]] = []
+        self.idle: list[tuple[int, int, int]] = []
+        self.narrow: dict[int, int] = {}
+        self.throttled: set[int] = set()
+        self.has_strangers = False
+        #: In `merge`: who was read, by address space; and where each reading belongs among the records.
+        self._by_space: dict[int, Tracked] = {}
+        self._places: dict[int, Record | None] = {}
+        #: Forks of a parent that were copied before a reading could confirm them, and never were.
+        self.unverified = 0
+
+    # ---- what is known ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def processes(self) -> Iterator[Tracked]:
+        return iter(list(self._processes.values()))
+
+    def get(self, pid: int) -> Tracked | None:
+        return self._processes.get(pid)
+
+    def mappings(self) -> Iterator[tuple[Tracked, Mapping]]:
+        """Every (process, mapping) that was announced."""
+        for process in self.processes():
+            if process.is_announced:
+                for mapping in list(process.space.files.values()):
+                    yield process, mapping
+
+    def take_changes(self) -> list[Change]:
+        taken, self.changes = self.changes, []
+        return taken
+
+    def take_answers(self) -> tuple[list[Hashable], list[Hashable]]:
+        """Keys to answer with yes, and with no."""
+        taken, self.answers = self.answers, []
+        return [key for key, wanted in taken if wanted], [key for key, wanted in taken if not wanted]
+
+    # ---- records ------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:
+        """Takes over one record, as a fact or as a claim."""
+        kind = record.type
+        if record.flags & FLAG_NARROW:
+            self.narrow[record.tgid] = record.start_ns
+        if kind == RecordType.MAP:
+            assert isinstance(record, MapRecord)
+            self._map(record)
+        elif kind == RecordType.RANGE:
+            assert isinstance(record, RangeRecord)
+            self._range(record)
+        elif kind == RecordType.EXIT:
+            self.narrow.pop(record.tgid, None)
+            self._forget(record.tgid, record.start_ns, "exit", record.t_ns)
+        elif kind == RecordType.EXEC:
+            self.narrow.pop(record.tgid, None)
+            self._forget(record.tgid, record.start_ns, "exec", record.t_ns)
+        elif kind == RecordType.FORK:
+            assert isinstance(record, ProcessRecord)
+            self._fork(record)
+        elif kind == RecordType.INTRO:
+            assert isinstance(record, ProcessRecord)
+            self._process(record).learn(record)
+        elif kind == RecordType.DIRTY:
+            self._doubt(record)
+            if record.flags & FLAG_THROTTLED:
+                self.throttled.add(record.tgid)
+
+    def _doubt(self, claim: Record) -> None:
+        """The process has to be read."""
+        self.dirty.setdefault(claim.tgid, LIVE)
+        known = self._processes.get(claim.tgid)
+        if known is not None and known.id.start_ns == claim.start_ns:
+            known.space.is_doubted = True
+        if claim.flags & FLAG_SHARED_VM:
+            self.has_strangers = True
+
+    def _process(self, record: Record) -> Tracked:
+        """The process of a record, made if it is new. A pid with another start is another process."""
+        known = self._processes.get(record.tgid)
+        if known is not None:
+            if known.id.start_ns == record.start_ns:
+                return known
+            self._forget(record.tgid, known.id.start_ns, "repair", record.t_ns)
+        new = Tracked(ProcessId(record.tgid, record.start_ns), record.t_ns, self._label)
+        new.exec_id = record.exec_id
+        self._processes[record.tgid] = new
+        return new
+
+    def _see(self, record: MapRecord) -> Name:
+        """The name of a mapped file, with the answer the kernel may be waiting for."""
+        name = self._names.get(record.key)
+        if (
+            name is None
+            or name.text != record.text
+            or name.changed_ns != record.changed_ns
+            or name.is_deleted != bool(record.flags & FLAG_DELETED)
+        ):
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()  # a cache; the kernel sends each path again
+            name = Name(record, self._rules)
+            if name.is_wanted:
+                self._names[record.key] = name
+            else:
+                self._names.pop(record.key, None)
+        if record.flags & FLAG_ASK or not name.is_wanted:
+            self.answers.append((record.key, name.is_wanted))
+        return name
+
+    def _map(self, record: MapRecord) -> None:
+        name = self._see(record)
+        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
+            self._doubt(record)
+        if not name.is_wanted:
+            known = self._processes.get(record.tgid)
+            if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.dirty:
+                self._take_away(known.space, record.start, record.end, record.t_ns)
+            self._note_if_idle(record.tgid, record.start_ns, record.touches)
+            return
+        process = self._process(record)
+        process.rename(record.comm)
+        cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
+        if record.tgid not in self.dirty:
+            self._take_away(process.space, record.start, record.end, record.t_ns, but=name.file_id)
+        self._add(process.space, name, [(record.start, record.end)], cause, record)
+
+    def _add(self, space: Space, name: Name, ranges: Sequence[Range], cause: str, record: MapRecord) -> None:
+        mapping = space.files.get(name.file_id)
+        is_new = mapping is None
+        if mapping is None:
+            mapping = space.files[name.file_id] = Mapping(name, [], is_image=bool(record.flags & FLAG_IMAGE))
+        for start, end in ranges:
+            space.add(mapping, start, end)
+        if is_new:
+            self._tell(space, True, cause, record.t_ns, mapping)
+
+    def _range(self, record: RangeRecord) -> None:
+        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
+            self._doubt(record)
+        known = self._processes.get(record.tgid)
+        if known is not None and known.id.start_ns == record.start_ns:
+            self._take_away(known.space, record.start, record.end, record.t_ns)
+
+    def _take_away(self, space: Space, start: int, end: int, t_ns: int, *, but: FileId | None = None) -> None:
+        for file_id in space.take_away(start, end, but=but):
+            self._tell(space, False, "munmap", t_ns, space.files.pop(file_id))
+
+    def _fork(self, record: ProcessRecord) -> None:
+        if not record.touches:
+            return  # the kernel does not follow it: nothing of its parent's was wanted
+        parent = self._processes.get(record.parent_tgid)
+        child = self._process(record)
+        child.learn(record)
+        is_known = parent is not None and parent.id.start_ns == record.parent_start_ns
+        if record.flags & FLAG_DIRTY or (is_known and record.parent_tgid in self.dirty):
+            self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+        if parent is None or not is_known or child.was_read:
+            # A child is visible to a reading a moment before its fork is told: it was copied already.
+            if record.flags & FLAG_SHARED_VM:
+                self.has_strangers = True
+            self._note_if_idle(record.tgid, record.start_ns, record.touches)
+            return
+        if not record.path:
+            child.exe = parent.exe
+        if record.flags & FLAG_SHARED_VM:
+            child.space = parent.space
+            child.space.holders.append(child)
+            child.is_announced = False
+            return
+        child.space = parent.space.copy()
+        child.space.holders.append(child)
+        for mapping in child.space.files.values():
+            self._tell(child.space, True, "fork", record.t_ns, mapping)
+        self._note_if_idle(record.tgid, record.start_ns, record.touches)
+
+    def _note_if_idle(self, pid: int, start_ns: int, touches: int) -> None:
+        known = self._processes.get(pid)
+        if touches and (known is None or not known.space.files) and pid not in self.dirty:
+            self.idle.append((pid, start_ns, touches))
+
+    def take_idle(self) -> list[tuple[int, int, int]]:
+        """Processes to settle, each once."""
+        taken, self.idle = self.idle, []
+        return [one for one in dict.fromkeys(taken) if self._is_idle(one[0])]
+
+    def _is_idle(self, pid: int) -> bool:
+        if pid in self.narrow or pid in self.dirty:
+            return False
+        known = self._processes.get(pid)
+        return known is None or not known.space.files
+
+    def settled(self, pid: int, start_ns: int) -> None:
+        """The kernel does not follow it any more: no exit will be told."""
+        self._forget(pid, start_ns, "exit", 0)
+
+    def announce(self, process: Tracked, t_ns: int) -> None:
+        """A CLONE_VM child is still there without exec: from now on it has what its parent has."""
+        if not process.is_announced:
+            process.is_announced = True
+            for mapping in process.space.files.values():
+                self.changes.append(self._change(process, True, "fork", t_ns, mapping))
+
+    def unannounced(self, before_ns: int) -> list[Tracked]:
+        """CLONE_VM children that have been silent since before that time."""
+        return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
+
+    def forget(self, process: Tracked, cause: str, t_ns: int) -> None:
+        """The process is gone, as somebody outside found out."""
+        self._forget(process.id.pid, process.id.start_ns, cause, t_ns)
+
+    def _forget(self, pid: int, start_ns: int, cause: str, t_ns: int) -> None:
+        known = self._processes.get(pid)
+        if known is None or known.id.start_ns != start_ns:
+            return
+        if pid in self.dirty and self.dirty[pid].load == "fork":
+            self.unverified += 1
+        self.dirty.pop(pid, None)
+        del self._processes[pid]
+        space = known.space
+        space.holders.remove(known)
+        if not any(holder.is_announced for holder in space.holders):
+            for holder in space.holders:
+                self.announce(holder, t_ns)  # it outlives the one whose space it shares
+        if space.is_doubted and space.holders:
+            self.dirty.setdefault(space.holders[0].id.pid, LIVE)
+        if known.is_announced:
+            for mapping in space.files.values():
+                self.changes.append(self._change(known, False, cause, t_ns, mapping))
+
+    def _tell(self, space: Space, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
+        for holder in space.holders:
+            if holder.is_announced:
+                self.changes.append(self._change(holder, is_load, cause, t_ns, mapping))
+
+    def _change(self, process: Tracked, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
+        return Change(
+            is_load, cause, t_ns, process.record(), process.kind_of(mapping), mapping.name, tuple(mapping.ranges)
+        )
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def merge(
+        self,
+        readings: Iterable[Reading],
+        records: Sequence[Record],
+        causes: Causes,
+        *,
+        own_causes: dict[int, Causes] | None = None,
+        is_start: bool = False,
+    ) -> set[int]:
+        """Takes over readings and the records that came while they were made, in the right order.
+
+        A record older than its process's visit was seen by the reading already; a later one comes
+        on top of it. One that falls into the visit may or may not have been seen, and a call is told
+        some time after its work is done: the reading is taken over where it fits in between them, so
+        that it tells nothing anew, and the process is read once more.
+
+        Args:
+            readings: at most one a process.
+            records: a list, in ring order, drained after the last reading ended.
+            causes: what the findings are called.
+            own_causes: and for some tgids otherwise.
+            is_start: nothing was known before, so older records tell nothing new.
+
+        Returns:
+            tgids to read again.
+        """
+        readings = list(readings)
+        waiting = {reading.tgid: reading for reading in readings if not reading.is_void}
+        void = {reading.tgid for reading in readings if reading.is_void}
+        self._causes = (causes, own_causes or {})
+        self._by_space.clear()
+        self._places.clear()
+        visited = set(waiting)
+        ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
+        again: set[int] = set()
+        later = None if is_start else _since_visits(waiting, records)
+        for record in records:
+            reading = waiting.get(record.tgid)
+            if reading is not None and reading.start_ns == record.start_ns:
+                is_inside = reading.begin_ns <= record.t_ns <= reading.end_ns
+                if is_inside:
+                    again.add(record.tgid)
+                if is_inside and record.type in (RecordType.EXIT, RecordType.EXEC):
+                    del waiting[record.tgid]  # what it saw is of the past
+                elif is_start and record.t_ns <= reading.end_ns:
+                    self._learn_only(record)
+                    continue
+                elif record.t_ns >= reading.begin_ns and self._is_next(reading, record, later):
+                    self._take_reading(waiting.pop(record.tgid))
+            elif record.t_ns <= ends.get((record.tgid, record.start_ns), 0):
+                again.add(record.tgid)  # overtaken on its way to the ring: told after what came later
+            if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
+                self._merge_fork(record, waiting, visited, again)
+            self.apply(record)
+        for reading in waiting.values():
+            self._take_reading(reading)
+        self._note_doubts(readings, void | again)
+        last_word = {record.tgid: record.type for record in records}
+        return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
+
+    def _is_next(self, reading: Reading, record: Record, later: dict[int, list[Record]] | None) -> bool:
+        """Whether the reading is to be taken over before this record; ``later`` is None at the start."""
+        if later is None:
+            return record.t_ns > reading.end_ns
+        if record is later[record.tgid][0]:
+            self._places[record.tgid] = self._place(reading, later[record.tgid])
+        return record is self._places[record.tgid]
+
+    def _place(self, reading: Reading, records: Sequence[Record]) -> Record | None:
+        """Which of the records since its visit began a reading is to be taken over before; None: after all.
+
+        Where the map, as the records change it, equals what was read. If it does nowhere: before the
+        first that came after the visit.
+        """
+        known = self._processes.get(reading.tgid)
+        is_known = known is not None and known.id.start_ns == reading.start_ns
+        sketch = Sketch(known.space.files.values() if known is not None and is_known else ())
+        names = ((self._name_of(row), row) for row in reading.maps)
+        read = Sketch.of_rows((name.file_id, row.start, row.end) for name, row in names if name.is_wanted)
+        first_after = None
+        for record in records:
+            if sketch == read:
+                return record
+            if record.t_ns > reading.end_ns:
+                first_after = first_after or record
+                # What is in doubt has to come after a reading, to be read again.
+                if record.t_ns > reading.end_ns + RETURN_NS or record.flags & FLAG_DIRTY:
+                    return first_after
+            if isinstance(record, MapRecord):
+                name = self._name_of(record)
+                sketch.put(name.file_id if name.is_wanted else None, record.start, record.end)
+            elif record.type == RecordType.RANGE and isinstance(record, RangeRecord):
+                sketch.put(None, record.start, record.end)
+            elif record.t_ns > reading.end_ns:
+                return first_after
+        return None if sketch == read else first_after
+
+    def _name_of(self, record: MapRecord) -> Name:
+        name = self._names.get(record.key)
+        return name if name is not None and name.text == record.text else Name(record, self._rules)
+
+    def _note_doubts(self, readings: Iterable[Reading], again: Iterable[int]) -> None:
+        """What the readings have left open."""
+        for reading in readings:
+            known = self._processes.get(reading.tgid)
+            if reading.has_strangers and known is not None and len(known.space.holders) == 1:
+                self.has_strangers = True
+        for pid in again:
+            if pid in self._processes:
+                self._processes[pid].space.is_doubted = True
+
+    def _merge_fork(
+        self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]
+    ) -> None:
+        parent = waiting.get(record.parent_tgid)
+        if parent is None or parent.start_ns != record.parent_start_ns:
+            return
+        if record.t_ns > parent.end_ns:
+            self._take_reading(waiting.pop(record.parent_tgid))
+        elif record.tgid not in visited:
+            # Forked before its parent was read, and behind the reader's back: look at it on its own.
+            self._process(record).learn(record)
+            again.add(record.tgid)
+
+    def _learn_only(self, record: Record) -> None:
+        if isinstance(record, ProcessRecord) and record.type in (RecordType.INTRO, RecordType.FORK):
+            self._process(record).learn(record)
+        elif isinstance(record, MapRecord):
+            self._see(record)
+
+    def _take_reading(self, reading: Reading) -> None:
+        causes = self._causes[1].get(reading.tgid, self._causes[0])
+        if reading.is_narrow:
+            self.narrow[reading.tgid] = reading.start_ns
+        known = self._processes.get(reading.tgid)
+        if known is not None and known.id.start_ns != reading.start_ns:
+            self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)
+            known = None
+        found: Found = {}
+        for row in reading.maps:
+            name = self._see(row)
+            if name.is_wanted:
+                found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
+        if known is None and not found and not (reading.has_strangers and reading.intro):
+            if reading.intro is not None:
+                # The kernel will not introduce it again unless it is settled, which may fail.
+                self._process(reading.intro).learn(reading.intro)
+            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+            return
+        if known is None:
+            known = self._process(reading.intro or reading.maps[0])
+        if reading.intro is not None:
+            known.learn(reading.intro)
+        elif reading.maps:
+            known.rename(reading.maps[0].comm)
+        self._notice_exec(known, reading)
+        known.was_read = True
+        self._join(known, reading, causes)
+        self.announce(known, reading.begin_ns)
+        self._replace(known.space, found, causes, reading.end_ns)
+        if reading.touches and not found:
+            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+
+    def _join(self, process: Tracked, reading: Reading, causes: Causes) -> None:
+        """Processes with one address space may have been told of each on its own: from now on together."""
+        other = self._by_space.setdefault(reading.space, process) if reading.space else process
+        if self._processes.get(other.id.pid) is not other:
+            self._by_space[reading.space] = process  # it has gone since, and its space with it
+            return
+        old, space = process.space, other.space
+        if space is old:
+            return
+        for holder in old.holders:
+            if holder.is_announced:
+                for is_load, ours, theirs in ((False, old, space), (True, space, old)):
+                    for file_id, mapping in ours.files.items():
+                        if file_id not in theirs.files:
+                            cause = causes.load if is_load else causes.unload
+                            self.changes.append(self._change(holder, is_load, cause, reading.begin_ns, mapping))
+            holder.space = space
+        space.holders += old.holders
+
+    def _notice_exec(self, process: Tracked, reading: Reading) -> None:
+        """If its exec was lost, it shares nobody's space any more."""
+        if reading.exec_id is not None and reading.exec_id != process.exec_id:
+            process.exec_id = reading.exec_id
+            if len(process.space.holders) > 1:
+                self._leave(process)
+
+    def _leave(self, process: Tracked) -> None:
+        """It shares nobody's space any more; what it was told to have there it has not."""
+        space = process.space
+        if process.is_announced:
+            for mapping in space.files.values():
+                self.changes.append(self._change(process, False, "repair", process.seen_ns, mapping))
+        space.holders.remove(process)
+        process.space = Space()
+        process.space.holders.append(process)
+        process.is_announced = True
+
+    def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
+        """Makes the space hold what was found, and tells the difference."""
+        space.is_doubted = False
+        for file_id in [one for one in space.files if one not in found]:
+            self._tell(space, False, causes.unload, t_ns, space.files.pop(file_id))
+        for file_id, (name, ranges, row) in found.items():
+            mapping = space.files.get(file_id)
+            if mapping is not None:
+                mapping.ranges = []
+            self._add(space, name, ranges, causes.load, row)
+
+    # ---- rules --------------------------------------------------------------------------------
+
+    def set_rules(self, rules: RuleSet) -> None:
+        """Forgets every answer; the owner raises the epoch and makes a reading of all."""
+        self._rules = rules
+        self._names.clear()
+
+
+def _since_visits(waiting: dict[int, Reading], records: Iterable[Record]) -> dict[int, list[Record]]:
+    """By tgid, the records from the beginning of its reading's visit on."""
+    found: dict[int, list[Record]] = {}
+    for record in records:
+        reading = waiting.get(record.tgid)
+        if reading is not None and reading.start_ns == record.start_ns and record.t_ns >= reading.begin_ns:
+            found.setdefault(record.tgid, []).append(record)
+    return found

@@ -1,0 +1,229 @@
+"""Callbacks of rules: what ``on_activate`` gets, and the thread that runs those of one rule.
+
+A slow callback delays only its own rule.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.file_inspector import open_mapped
+from sowatch.engine.subscription import Subscription
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import ProcessGone, SowatchError
+from sowatch.model.events import Library, LibraryEvent
+from sowatch.model.histogram import CALLBACKS, RuleTimings
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule
+
+__all__ = ["ActiveFile", "RuleWorker"]
+
+LOG = logging.getLogger("sowatch")
+
+T = TypeVar("T")
+
+
+class ActiveFile:
+    """What ``on_activate`` gets: the library, and an open descriptor of that very file.
+
+    The descriptor is the watcher's and is closed when ``on_activate`` has returned; ``os.dup`` it
+    to keep it. ``path`` opens the same inode, whatever has become of its name.
+    """
+
+    __slots__ = ("_fd", "library")
+
+    def __init__(self, library: Library, fd: int) -> None:
+        self.library = library
+        self._fd = fd
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the descriptor can be used."""
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises:
+            SowatchError: it was closed.
+        """
+        if self._fd < 0:
+            raise SowatchError(
+                "the file was closed when on_activate returned. Use os.dup(file.fileno()) in on_activate to keep it."
+            )
+        return self._fd
+
+    @property
+    def path(self) -> str:
+        """``/proc/self/fd/N``: attach through this, never through a name that may change."""
+        return f"/proc/self/fd/{self.fileno()}"
+
+    def close(self) -> None:
+        """Closes the descriptor. Safe to call again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class RuleWorker:
+    """Runs the callbacks of one rule, in the order things happened.
+
+    Args:
+        rule: whose callbacks.
+        subscription: the rule's events; the worker ends when it ends.
+        registry: activates.
+        proc: the host's.
+        after: the worker of a rule of the same name that this one replaces; it has to end first.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        subscription: Subscription,
+        registry: FileRegistry,
+        proc: ProcFs,
+        after: RuleWorker | None = None,
+    ) -> None:
+        self._rule = rule
+        self._after = after
+        self._subscription = subscription
+        self._registry = registry
+        self._proc = proc
+        self._active: dict[FileId, ActiveFile] = {}
+        self.errors = 0
+        self.timings = RuleTimings([name for name in CALLBACKS if getattr(rule, name) is not None])
+        #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
+        self.live_since_ns = sys.maxsize
+        self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
+        self._thread.start()
+
+    @property
+    def rule(self) -> Rule:
+        """Whose callbacks it runs."""
+        return self._rule
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has run its last callback."""
+        return not self._thread.is_alive()
+
+    def retire(self) -> None:
+        """Its rule is gone: it ends after what it was offered so far. On the engine's thread."""
+        self._subscription.finish()
+
+    def retry(self, load: LibraryEvent) -> None:
+        """Activates the file of a load once more, as its activation has failed. On the engine's thread."""
+        again = LibraryEvent(
+            "activate", load.rule, load.library, load.process, None, load.t_ns, time.time_ns(), load.ranges
+        )
+        self._subscription.offer(again)
+        self._subscription.hand_over()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the last callback, and says so if it takes longer than that."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                LOG.warning("a callback of rule %r is still running after %.1f s", self._rule.name, timeout_s)
+
+    def _run(self) -> None:
+        if self._after is not None:
+            self._after.join_at_last()
+            self._after = None
+        for event in self._subscription:
+            if not isinstance(event, LibraryEvent):
+                continue
+            if event.event == "activate":
+                self._activate(event)
+            elif event.event == "deactivate":
+                self._deactivate(event)
+            elif event.event == "load":
+                self._call("on_load", self._rule.on_load, event)
+            elif event.event == "unload":
+                self._call("on_unload", self._rule.on_unload, event)
+
+    def join_at_last(self) -> None:
+        """Waits for the last callback, however long it takes."""
+        self._thread.join()
+
+    def _activate(self, event: LibraryEvent) -> None:
+        rule = self._rule
+        if rule.on_activate is None and rule.on_deactivate is None:
+            return
+        process = event.process
+        self._registry.activate(
+            rule.name,
+            event.library,
+            lambda library: self._open_and_call(event, library),
+            deactivate=self._after_failure,
+            process=None if process is None else process.id,
+        )
+
+    def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
+        begun_s = time.monotonic()
+        try:
+            self._attach(event, library)
+        finally:
+            self.timings.attach.observe(time.monotonic() - begun_s)
+
+    def _attach(self, event: LibraryEvent, library: Library) -> None:
+        assert event.process is not None
+        fd = open_mapped(
+            self._proc,
+            event.process.pid,
+            library.id,
+            library.path,
+            event.ranges,
+            is_own_view=library.host_path == library.path,
+            is_deleted=library.deleted,
+        )
+        if fd is None:
+            raise ProcessGone(event.process.pid)
+        file = ActiveFile(library, fd)
+        self._active[library.id] = file
+        try:
+            if self._rule.on_activate is not None:
+                self._note_delay("on_activate", event)
+                self._timed("on_activate", self._rule.on_activate, file)
+        finally:
+            file.close()
+
+    def _after_failure(self, library: Library) -> None:
+        self._call_deactivate(library)
+
+    def _deactivate(self, event: LibraryEvent) -> None:
+        self._registry.deactivate(self._rule.name, event.library.id, self._call_deactivate)
+
+    def _call_deactivate(self, library: Library) -> None:
+        file = self._active.pop(library.id, None)
+        if self._rule.on_deactivate is not None:
+            self._timed("on_deactivate", self._rule.on_deactivate, file or ActiveFile(library, -1))
+
+    def _timed(self, name: str, callback: Callable[[T], Any], argument: T) -> None:
+        begun_s = time.monotonic()
+        try:
+            callback(argument)
+        finally:
+            self.timings.callbacks[name].observe(time.monotonic() - begun_s)
+
+    def _note_delay(self, name: str, event: LibraryEvent) -> None:
+        if event.t_ns is not None and event.t_ns > self.live_since_ns and event.cause != "repair":
+            self.timings.delays[name].observe((time.monotonic_ns() - event.t_ns) / 1e9)
+
+    def _call(self, name: str, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
+        if callback is None:
+            return
+        if name == "on_load":
+            self._note_delay(name, event)
+        try:
+            self._timed(name, callback, event)
+        except Exception:
+            self.errors += 1
+            LOG.exception("a callback of rule %r raised", self._rule.name)

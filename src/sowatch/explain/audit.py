@@ -1,0 +1,201 @@
+"""Is the map right? An independent reading of ``/proc``, compared with it.
+
+Nothing here uses the kernel side: rows come from ``/proc/PID/maps``, so a fault of the programs, the records or the
+map shows as a difference.
+
+Rows and mappings are compared by address and inode, never by path: ``/proc`` shows a path as the
+reader sees it, and on overlayfs another device than the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final, Literal
+
+from sowatch.engine.queries import Held, View
+from sowatch.linux.proc import MapRow, ProcFs, seen_path
+from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.rules import RuleSet
+
+__all__ = ["AuditReport", "Difference", "audit"]
+
+#: A difference counts if it is still the same after being looked at this often, this far apart.
+LOOKS: Final = 4
+PAUSE_S: Final = 0.05
+AT_BASE: Final = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that the map and ``/proc`` do not agree on.
+
+    ``missing``: mapped, and not in the map. ``extra``: in the map, and not mapped.
+    """
+
+    kind: Literal["missing", "extra"]
+    pid: int
+    path: str
+    inode: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """``processes`` that were read, their wanted ``mappings``, and what differs.
+
+    ``unreadable`` processes are there but may not be read by this user.
+    """
+
+    processes: int
+    mappings: int
+    unreadable: int
+    differences: tuple[Difference, ...]
+    seconds: float
+
+
+def audit(look: Callable[[], View], proc: ProcFs, rules: RuleSet) -> AuditReport:
+    """Compares all live processes.
+
+    Args:
+        look: gives the map as it is now, everything on its way taken in.
+        proc: where to read.
+        rules: which files the map should have.
+    """
+    begun = time.monotonic()
+    pids = proc.pids()
+    differences: set[Difference] = set()
+    processes = mappings = unreadable = 0
+    view = look()
+    for pid in pids:
+        found = _compare(pid, view, proc, rules)
+        if found is None:
+            stat = proc.stat(pid)
+            if stat and not (stat.is_kernel_thread or stat.is_dead):
+                unreadable += 1
+            continue
+        processes += 1
+        mappings += len(held[1]) if (held := view.get(pid)) else 0
+        differences |= found
+    differences |= {one for pid, held in view.items() if held and pid not in pids for one in _all_of(pid, held[1])}
+    for _ in range(LOOKS - 1):
+        if not differences:
+            break
+        time.sleep(PAUSE_S)
+        view = look()
+        again: set[Difference] = set()
+        for pid in {one.pid for one in differences}:
+            found = _compare(pid, view, proc, rules)
+            if found is None and not proc.stat(pid) and (held := view.get(pid)):
+                found = set(_all_of(pid, held[1]))
+            again |= found or set()
+        differences &= again
+    ordered = tuple(sorted(differences, key=lambda one: (one.pid, one.start, one.kind)))
+    return AuditReport(processes, mappings, unreadable, ordered, time.monotonic() - begun)
+
+
+def _all_of(pid: int, held: Iterable[Held]) -> Iterable[Difference]:
+    for one in held:
+        for start, end in one.ranges:
+            yield Difference("extra", pid, one.path, one.file_id.inode, start, end)
+
+
+def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Difference] | None:
+    """What differs for one process; None if it cannot be read."""
+    if pid in view and view[pid] is None:
+        return set()
+    rows = proc.executable_maps(pid)
+    stat = proc.stat(pid)
+    if not isinstance(rows, list) or not stat or stat.is_kernel_thread or (stat.is_dead and stat.threads < 2):
+        return None
+    entry = view.get(pid)
+    held: list[Held] = []
+    if entry is not None:
+        process, held = entry
+        if not process.same_tick(ProcessId(pid, stat.start_ns)):
+            return set(_all_of(pid, held))
+    rows.sort(key=lambda row: row.start)
+    ends = [row.end for row in rows]
+    found = {
+        Difference("extra", pid, one.path, one.file_id.inode, start, end)
+        for one in held
+        for start, end in one.ranges
+        if not _is_covered(start, end, one.file_id, rows, ends)
+    }
+    return found | _missing(pid, held, proc, rules, rows)
+
+
+def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows: Collection[MapRow]) -> set[Difference]:
+    """Rows of wanted files that the map does not have."""
+    found: set[Difference] = set()
+    ours = sorted(span for one in held for span in one.ranges)
+    starts = [start for start, _ in ours]
+    reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
+    images = root = None
+    for row in rows:
+        if row.end <= reach[bisect_right(starts, row.start)]:
+            continue
+        if root is None:
+            root = _root_of(pid, proc)
+        # Rules look at the path below the root of the process; maps shows ours.
+        path = seen_path(row.path, root).decode("utf-8", "surrogateescape")
+        if not rules.could_match(path):
+            continue
+        if images is None:
+            images = _images(pid, proc, rows)
+        if row in images and not rules.wants_images:
+            continue
+        found.add(Difference("missing", pid, path, row.inode, row.start, row.end))
+    return found
+
+
+def _root_of(pid: int, proc: ProcFs) -> bytes:
+    """The root directory of a process, seen from ours; ours if it cannot be told."""
+    link = proc.root_dir(pid)
+    try:
+        return os.readlink(link.encode()) if link else b"/"
+    except OSError:
+        return b"/"
+
+
+def _is_covered(start: int, end: int, file_id: FileId, rows: Sequence[MapRow], ends: Sequence[int]) -> bool:
+    """Whether rows of one file that could be this one cover the range without a gap; ``ends`` are those of rows."""
+    at = start
+    for number in range(bisect_right(ends, start), len(rows)):
+        row = rows[number]
+        # On overlayfs and btrfs the device differs, on overlayfs across layers the inode may too.
+        if row.start > at or (row.inode != file_id.inode and (row.major, row.minor) == (file_id.major, file_id.minor)):
+            return False
+        at = row.end
+        if at >= end:
+            return True
+    return False
+
+
+def _images(pid: int, proc: ProcFs, rows: Iterable[MapRow]) -> set[MapRow]:
+    """Rows of the main executable and of the interpreter, which exec mapped."""
+    exe = None
+    base = 0
+    tid = proc.live_thread(pid)
+    try:
+        with open(f"{proc.root}/{tid}/auxv", "rb") as file:
+            for key, value in struct.iter_unpack("=QQ", file.read(1024)):
+                if key == AT_BASE:
+                    base = value
+    except (OSError, struct.error):
+        pass
+    link = proc.exe(pid)
+    if link:
+        exe = link.path
+    return {
+        row
+        for row in rows
+        if (exe is not None and row.path == exe.encode("utf-8", "surrogateescape"))
+        or (base and row.start - row.offset_bytes == base)
+    }

@@ -1,0 +1,1 @@
+"""What is mapped, for people: rows of libraries and processes, staleness, owners."""

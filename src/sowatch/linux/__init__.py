@@ -1,0 +1,1 @@
+"""Everything that reads Linux: /proc, ELF files, descriptors, capabilities, containers."""

@@ -1,0 +1,52 @@
+"""Whether a process is still there."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError, Stat
+from sowatch.model.identity import TICK_NS, ProcessId
+
+__all__ = ["process_is_alive", "running_stat"]
+
+#: ``task_struct.flags`` of a task past exit_signals(), which is before its sched_process_exit
+#: (kernel/exit.c, do_exit). So whoever looks after that event finds the process gone.
+_PF_EXITING: Final = 0x4
+
+
+def running_stat(proc: ProcFs, pid: int) -> Stat | Miss:
+    """The stat of a process of which at least one thread is not on its way out.
+
+    A zombie and a process in the middle of its exit are ``Miss.GONE``, although ``/proc`` lists
+    them. A process whose leader left before the other threads is there.
+
+    Raises:
+        ProcReadError: ``/proc`` could not be read, and not because of the process.
+    """
+    stat = proc.stat(pid)
+    if isinstance(stat, Miss) or not stat.flags & _PF_EXITING:
+        return stat
+    threads = proc.threads(pid) if stat.threads > 1 else Miss.GONE
+    if isinstance(threads, Miss):
+        return Miss.GONE
+    for thread in threads:
+        # Every thread has a directory below /proc, although only leaders are listed there.
+        of_thread = proc.stat(thread)
+        if not isinstance(of_thread, Miss) and not of_thread.flags & _PF_EXITING:
+            return stat
+    return Miss.GONE
+
+
+def process_is_alive(process: ProcessId, proc: ProcFs) -> bool:
+    """Whether that very process still runs; a later one with its pid does not count.
+
+    Start times are compared at tick precision. Where ``/proc`` cannot tell (no permission, no
+    file descriptors left) the answer is yes.
+    """
+    try:
+        stat = running_stat(proc, process.pid)
+    except ProcReadError:
+        return True
+    if isinstance(stat, Miss):
+        return stat is Miss.DENIED
+    return stat.start_ticks == process.start_ns // TICK_NS

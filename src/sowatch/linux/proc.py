@@ -1,0 +1,601 @@
+"""What ``/proc`` says of processes: bytes in, frozen records out. Never raises for a vanished process.
+
+The ``parse_*`` functions and `executable_maps` are pure; `ProcFs` reads below one proc root. A process that ended, or
+may not be looked at, is an answer (`Miss`), not an error: what else goes wrong (no file descriptors left, say) is a
+`ProcReadError`.
+
+While the thread-group leader is dead and other threads live, ``/proc/PID/maps`` is empty and ``exe``,
+``root`` and the v1 cgroups are gone. `ProcFs` then reads them through a live thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import AnyStr, Final, Literal, NamedTuple, TypeVar
+
+from sowatch.model.errors import ProcRootError, SowatchError
+from sowatch.model.events import Process
+from sowatch.model.identity import TICK_NS
+
+__all__ = [
+    "Link",
+    "MapRow",
+    "Miss",
+    "ProcFs",
+    "ProcReadError",
+    "Stat",
+    "Status",
+    "executable_maps",
+    "parse_auxv_is_32bit",
+    "parse_cgroup",
+    "parse_maps",
+    "parse_stat",
+    "parse_status",
+    "seen_path",
+]
+
+
+_T = TypeVar("_T")
+
+
+class Miss(Enum):
+    """Why a reader has no answer. Every member is false, so ``if not proc.stat(pid)`` works."""
+
+    #: The process (or thread) ended, never was, or is hidden by the mount option ``hidepid``.
+    GONE = "gone"
+    #: It is there, and this user may not look at it.
+    DENIED = "denied"
+    #: It is there and has no such thing: a kernel thread or a zombie, or a path longer than the
+    #: kernel can tell (`exe`: 4,095 bytes).
+    ABSENT = "absent"
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+class ProcReadError(SowatchError):
+    """Something below the proc root could not be read, and not because of the process."""
+
+    def __init__(self, path: str, errno: int) -> None:
+        self.path = path
+        self.errno = errno
+        super().__init__(
+            f"cannot read {path}: {os.strerror(errno)}. "
+            "Look at the limits of this process (`ulimit -n`, memory) and try again."
+        )
+
+
+class MapRow(NamedTuple):
+    r"""One row of ``/proc/PID/maps``.
+
+    ``major``, ``minor`` and ``inode`` are what the row says: on overlayfs (kernel 6.8 and newer)
+    the overlay's own, so they are no `FileId`. An anonymous mapping has 0 in all three.
+
+    ``path`` has the kernel's mark for a name that is gone taken off and put into ``is_deleted``.
+    Like every path in maps it is seen from *our* root; see `seen_path`. Two things cannot be told
+    from the text alone, because the kernel (``show_map_vma``, ``seq_path(m, path, "\n")``,
+    ``path_with_deleted``) escapes nothing but the newline:
+
+    * ``\012`` is a newline, or a backslash and three digits in a name. It is read as a newline.
+    * `` (deleted)`` at the end is the mark, or the end of a name. It is read as the mark
+      (of a file "x (deleted)" that was deleted the last one is); `ProcFs.settle_deleted` asks.
+
+    Anywhere else in the name neither is special, and spaces never are: the path goes to the end of
+    the line. No name starts with a space (paths start with ``/``, the kernel's own names with
+    ``[`` or ``anon_inode:`` and the like), so the padding before it can be taken off safely.
+    """
+
+    start: int
+    end: int
+    perms: str
+    offset_bytes: int
+    major: int
+    minor: int
+    inode: int
+    path: bytes
+    is_deleted: bool
+
+    @property
+    def shown_path(self) -> bytes:
+        """The path with the mark, as maps and the links in ``map_files`` show it."""
+        return self.path + _DELETED if self.is_deleted else self.path
+
+
+class Link(NamedTuple):
+    """Where a link such as ``/proc/PID/exe`` points; ``is_deleted`` as in `MapRow`."""
+
+    path: str
+    is_deleted: bool
+
+
+class Stat(NamedTuple):
+    """What is used of ``/proc/PID/stat``. ``comm`` is raw; ``start_ticks`` are 1/100 s since boot.
+
+    ``image`` is where the last exec put code and stack: inherited by fork and, as addresses are random, different
+    after every exec. Empty where it may not be seen, within exec, and of kernel threads.
+    """
+
+    pid: int
+    comm: bytes
+    state: str
+    ppid: int
+    pgrp: int
+    session: int
+    flags: int
+    threads: int
+    start_ticks: int
+    image: tuple[bytes, ...] = ()
+
+    @property
+    def start_ns(self) -> int:
+        """Start in ns since boot, rounded down to the tick."""
+        return self.start_ticks * TICK_NS
+
+    @property
+    def is_kernel_thread(self) -> bool:
+        """Whether it has no program at all."""
+        return bool(self.flags & _PF_KTHREAD)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether this task ended or is ending; with ``threads`` above 1 only the leader is.
+
+        The flag comes before the address space is given up (exit_signals, exit_mm), the state after.
+        """
+        return self.state in ("Z", "X", "x") or bool(self.flags & _PF_EXITING)
+
+
+class Status(NamedTuple):
+    """What is used of ``/proc/PID/status``.
+
+    ``uid`` is the real one, in our user namespace. ``ns_pid`` is the process id in the innermost
+    pid namespace of the process (``None`` before kernel 4.1, which does not tell).
+    """
+
+    tgid: int
+    ppid: int
+    uid: int
+    ns_pid: int | None
+    threads: int
+
+
+_DELETED: Final = b" (deleted)"
+_PF_EXITING: Final = 0x00000004  # include/linux/sched.h, like the next
+_PF_KTHREAD: Final = 0x00200000
+_PERMS: Final = {f"{r}{w}{x}{s}".encode(): f"{r}{w}{x}{s}" for r in "r-" for w in "w-" for x in "x-" for s in "ps"}
+# Rows are matched from the newline before them: sre finds a literal first byte with memchr, which makes
+# passing over the rows without x three times as fast as with ^. A row without its own newline is cut off,
+# so the look-ahead leaves it out. Possessive, so that no input makes it backtrack.
+_RANGE: Final = rb"\n([0-9a-f]++)-([0-9a-f]++) "
+_FILE: Final = rb"([0-9a-f]++):([0-9a-f]++) ([0-9]++) *+([^\n]*+)(?=\n)"
+_ROW: Final = re.compile(_RANGE + rb"([r-][w-][x-][ps]) ([0-9a-f]++) " + _FILE)
+_EXECUTABLE_ROW: Final = re.compile(_RANGE + rb"([r-][w-]x[ps]) ([0-9a-f]++) (?!00:00 0 )" + _FILE)
+_STATUS_LINE: Final = re.compile(rb"\n(Tgid|PPid|Uid|NStgid|Threads):[ \t]*+([^\n]*+)")
+
+#: The v1 hierarchies whose path most likely names the container, best first.
+_V1_ORDER: Final = (b"memory", b"pids", b"cpu", b"name=systemd")
+
+_READ_BYTES: Final = 1 << 16
+#: Maps are parsed in pieces of about this size: a process may have a million mappings with long paths.
+_BATCH_BYTES: Final = 1 << 18
+
+
+def parse_maps(data: bytes) -> list[MapRow]:
+    r"""Every complete row of a maps file, in its order.
+
+    >>> parse_maps(b"7f00-8f00 r-xp 00001000 fe:01 42" + b" " * 40 + b"/lib/a b.so (deleted)\n")[0].path
+    b'/lib/a b.so'
+    """
+    return _rows(_ROW, b"\n" + data)
+
+
+def executable_maps(data: bytes) -> list[MapRow]:
+    """The rows of a maps file that map a file executable: about 0.3 µs for each row passed over.
+
+    A row is of a file if it has an inode or a device: a FUSE file system may give inode 0.
+    """
+    return _rows(_EXECUTABLE_ROW, b"\n" + data)
+
+
+def _rows(pattern: re.Pattern[bytes], data: bytes) -> list[MapRow]:
+    return [
+        MapRow(
+            int(start, 16), int(end, 16), _PERMS[perms], int(offset, 16), int(major, 16), int(minor, 16), int(inode),
+            *_unmarked(path.replace(b"\\012", b"\n")),
+        )
+        for start, end, perms, offset, major, minor, inode, path in pattern.findall(data)
+    ]  # fmt: skip
+
+
+def _unmarked(path: bytes) -> tuple[bytes, bool]:
+    return (path[: -len(_DELETED)], True) if path.endswith(_DELETED) else (path, False)
+
+
+def parse_stat(data: bytes) -> Stat | None:
+    """The record of a stat file, ``None`` if it is not one.
+
+    The comm may hold anything, ``) R 1`` and newlines included, so it ends at the *last* ``)``.
+    """
+    head, _, tail = data.rpartition(b")")
+    pid, _, comm = head.partition(b" (")
+    fields = tail.split()
+    try:
+        ppid, pgrp, session, flags, threads, start_ticks = (int(fields[at]) for at in (1, 2, 3, 6, 17, 19))
+        # 0: no program; 1: we may not know where (do_task_stat without ptrace access).
+        image = () if fields[23:24] in ([], [b"0"], [b"1"]) else tuple(fields[23:26])
+        return Stat(int(pid), comm, fields[0].decode("ascii"), ppid, pgrp, session, flags, threads, start_ticks, image)
+    except (IndexError, ValueError):
+        return None
+
+
+def parse_status(data: bytes) -> Status | None:
+    """The record of a status file, ``None`` if it is not one. Its Name line is escaped by the kernel."""
+    lines = {key: value.split() for key, value in _STATUS_LINE.findall(data)}
+    try:
+        tgid, ppid, uid, threads = (int(lines[key][0]) for key in (b"Tgid", b"PPid", b"Uid", b"Threads"))
+        ns_pid = int(lines[b"NStgid"][-1]) if b"NStgid" in lines else None
+    except (IndexError, KeyError, ValueError):
+        return None
+    return Status(tgid, ppid, uid, ns_pid, threads)
+
+
+def parse_cgroup(data: bytes) -> str | None:
+    """The one path that says most: the v2 path if it is not the root, else the longest of the v1 ones.
+
+    Of v1 paths of one length that of memory, pids, cpu, name=systemd comes first. ``/`` if all are the
+    root, ``None`` without cgroups. It is seen from our cgroup namespace (``/../..`` leads out of it).
+    """
+    v1: dict[bytes, bytes] = {}
+    v2 = b""
+    for line in data.split(b"\n"):
+        hierarchy, _, rest = line.partition(b":")
+        controllers, _, path = rest.partition(b":")
+        if not path:
+            continue
+        if hierarchy == b"0":
+            v2 = path
+        else:
+            v1 |= dict.fromkeys(controllers.split(b","), path)
+    if v2 not in (b"", b"/"):
+        return _text(v2)
+    ordered = [v1[name] for name in _V1_ORDER if name in v1] + list(v1.values())
+    best = max(ordered, key=lambda path: len(path) if path != b"/" else 0, default=v2)
+    return _text(best) or None
+
+
+def parse_auxv_is_32bit(data: bytes) -> bool | None:
+    """Whether an auxiliary vector is of a 32-bit process, ``None`` if it is empty.
+
+    Read as pairs of 64-bit words a 32-bit vector has "types" above 2**32, because its AT_PAGESZ,
+    which is never 0, fills the upper half of one.
+    """
+    if not data:
+        return None
+    return any(int.from_bytes(data[at : at + 8], sys.byteorder) >> 32 for at in range(0, len(data) - 7, 16))
+
+
+def seen_path(path: AnyStr, root: AnyStr) -> AnyStr:
+    """A path as a process with the root directory ``root`` sees it; both as ``/proc`` shows them to us.
+
+    In a mount tree of its own (most containers) its root is ``/`` and the path right already; in a
+    plain chroot it is not. A file outside the root keeps its path.
+
+    >>> seen_path("/srv/jail/lib/libz.so.1", "/srv/jail")
+    '/lib/libz.so.1'
+    """
+    if len(root) > 1 and path.startswith(root) and path[len(root) : len(root) + 1] in ("/", b"/"):
+        return path[len(root) :]
+    return path
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _miss(error: OSError, path: str) -> Miss:
+    if error.errno in (errno.ENOENT, errno.ESRCH):
+        return Miss.GONE
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Miss.DENIED
+    raise ProcReadError(path, error.errno or errno.EIO) from error
+
+
+def _read(path: str, size: int = -1) -> bytes | Miss:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(size)
+    except OSError as error:
+        return _miss(error, path)
+
+
+def _numbers(path: str) -> list[int]:
+    return sorted(int(name) for name in os.listdir(path) if name.isdecimal())
+
+
+def _read_rows(path: str, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
+    """The rows of one maps file that match; ``ABSENT`` if it is empty."""
+    rows: list[MapRow] = []
+    pieces, size, is_empty = [b"\n"], 0, True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while True:
+                piece = os.read(fd, _READ_BYTES)
+                pieces.append(piece)
+                size += len(piece)
+                if piece and size < _BATCH_BYTES:
+                    continue
+                data = b"".join(pieces)
+                cut = data.rfind(b"\n")
+                rows += _rows(pattern, data[: cut + 1])
+                is_empty = is_empty and size == 0
+                if not piece:
+                    return Miss.ABSENT if is_empty else rows
+                pieces, size = [data[cut:]], 0
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return _miss(error, path)
+
+
+class ProcFs:
+    """Readers below one proc root. Holds no file descriptor and no state; any thread may use it.
+
+    Pids are those of the pid namespace that the proc file system was mounted in. Readers give
+    their record or a `Miss`.
+
+    Args:
+        root: where a proc file system is mounted.
+
+    Raises:
+        ProcRootError: nothing is mounted there, or something else.
+
+    >>> import os
+    >>> ProcFs().stat(os.getpid()).pid == os.getpid()
+    True
+    """
+
+    __slots__ = ("root",)
+
+    def __init__(self, root: str | os.PathLike[str] = "/proc") -> None:
+        self.root = os.path.abspath(root)
+        self._check(os.fspath(root))
+
+    def pids(self) -> list[int]:
+        """Every process there is, ascending. Threads are not in it.
+
+        Raises:
+            ProcRootError: the root is no proc file system any more.
+        """
+        try:
+            found = _numbers(self.root)
+        except OSError as error:
+            raise ProcRootError(self.root, os.strerror(error.errno or errno.EIO)) from error
+        if not found:  # an unmounted proc is an empty directory: that is no news of everybody's death
+            raise ProcRootError(self.root, "it shows no process")
+        return found
+
+    def threads(self, pid: int) -> list[int] | Miss:
+        """The ids of the threads of a process, ascending; a dead leader is listed while others live."""
+        path = f"{self.root}/{pid}/task"
+        try:
+            return _numbers(path)
+        except OSError as error:
+            return _miss(error, path)
+
+    def maps(self, pid: int) -> list[MapRow] | Miss:
+        """Every mapping of a process; none for a kernel thread or a zombie.
+
+        Not atomic: the kernel hands it out a page at a time, and rows of mappings that were made or
+        dropped between two pages may be missing or stale.
+        """
+        return self._maps(pid, _ROW)
+
+    def executable_maps(self, pid: int) -> list[MapRow] | Miss:
+        """The mappings of a process that map a file executable; see `maps` and the function of that name."""
+        return self._maps(pid, _EXECUTABLE_ROW)
+
+    def _maps(self, pid: int, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
+        found = self._first(pid, lambda base: _read_rows(f"{base}/maps", pattern))
+        return [] if found is Miss.ABSENT else found
+
+    def settle_deleted(self, pid: int, row: MapRow) -> MapRow:
+        """A row with ``is_deleted`` corrected if a file whose name ends in `` (deleted)`` is what is mapped.
+
+        Looks for a file of that very name below the root of the process, which needs the right to, may
+        wait for a file system that hangs, and follows links that the process controls: no more comes of
+        it than a comparison of inode numbers. Where it cannot be made the row stays as it is.
+        """
+        if not row.is_deleted or not row.path.startswith(b"/"):
+            return row
+        base, root = self.root_dir(pid), self._link(pid, "root")
+        if isinstance(base, Miss) or isinstance(root, Miss):
+            return row
+        try:
+            found = os.lstat(base.encode() + seen_path(row.shown_path, os.fsencode(root)))
+        except OSError:  # most often there is no such file, which is what the mark says
+            return row
+        if stat.S_ISREG(found.st_mode) and found.st_ino == row.inode:
+            return row._replace(path=row.shown_path, is_deleted=False)
+        return row
+
+    def live_thread(self, pid: int) -> int | Miss:
+        """A thread of the process that still has its address space: the leader if it can be.
+
+        ``ABSENT`` for a kernel thread or a zombie.
+        """
+
+        def ask(base: str) -> int | Miss:
+            data = _read(f"{base}/maps", 1)
+            return data if isinstance(data, Miss) else int(base.rpartition("/")[2]) if data else Miss.ABSENT
+
+        return self._first(pid, ask)
+
+    def map_files_dir(self, pid: int) -> str | Miss:
+        """The directory with a link for each mapped file, named by its range in hexadecimal.
+
+        It is that of a live thread: ``/proc/TID`` exists for every one, though it is not listed. Its
+        links can be opened with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE in the initial user namespace
+        only, even those of one's own process.
+        """
+        tid = self.live_thread(pid)
+        return tid if isinstance(tid, Miss) else f"{self.root}/{tid}/map_files"
+
+    def root_dir(self, pid: int) -> str | Miss:
+        """A path that leads to the root directory of the process, through a live thread."""
+        tid = self.live_thread(pid)
+        return tid if isinstance(tid, Miss) else f"{self.root}/{tid}/root"
+
+    def stat(self, pid: int) -> Stat | Miss:
+        """State, parent, start time and comm. Works for every user on every process."""
+        data = _read(f"{self.root}/{pid}/stat")
+        return data if isinstance(data, Miss) else parse_stat(data) or Miss.GONE
+
+    def status(self, pid: int) -> Status | Miss:
+        """Owner and pid in its own namespace. Works for every user on every process."""
+        data = _read(f"{self.root}/{pid}/status")
+        return data if isinstance(data, Miss) else parse_status(data) or Miss.GONE
+
+    def cgroup(self, pid: int) -> str | Miss:
+        """The path of its cgroup, chosen as `parse_cgroup` says; ``ABSENT`` without cgroups."""
+        is_root = False
+
+        def ask(base: str) -> str | Miss:
+            nonlocal is_root
+            data = _read(f"{base}/cgroup")
+            path = data if isinstance(data, Miss) else parse_cgroup(data) or Miss.ABSENT
+            is_root |= path == "/"
+            return Miss.ABSENT if path == "/" else path  # v1 shows a dead leader in the root (proc_cgroup_show)
+
+        found = self._first(pid, ask)
+        return "/" if is_root and found is Miss.ABSENT else found
+
+    def exe(self, pid: int) -> Link | Miss:
+        """The main executable, seen from our root; ``ABSENT`` for a kernel thread or a zombie."""
+        path = self._link(pid, "exe")
+        if isinstance(path, Miss):
+            return path
+        plain = path.removesuffix(_text(_DELETED))
+        return Link(plain, plain != path)
+
+    def is_32bit(self, pid: int) -> bool | Miss:
+        """Whether its program is a 32-bit one, told from the auxiliary vector; opens no file of it."""
+
+        def ask(base: str) -> bool | Miss:
+            data = _read(f"{base}/auxv")
+            answer = data if isinstance(data, Miss) else parse_auxv_is_32bit(data)
+            return Miss.ABSENT if answer is None else answer
+
+        return self._first(pid, ask)
+
+    def process(self, pid: int, *, container_of: Callable[[str], str | None] | None = None) -> Process | None:
+        """The whole record of a process; what may not be read or is not there is ``None`` in it.
+
+        Args:
+            pid: of the process; that of a thread gives ``None``.
+            container_of: takes the path of a cgroup and gives the id of the container, if it is one.
+
+        Returns:
+            ``None`` if there is no such process. If it ends while it is read, what its stat said:
+            never a mixture with another process that got the pid.
+        """
+        first = self.stat(pid)
+        if isinstance(first, Miss):
+            return None
+        status, exe, root, cgroup = self.status(pid), self.exe(pid), self._link(pid, "root"), self.cgroup(pid)
+        last = self.stat(pid)
+        known = Process(pid=pid, start_ns=first.start_ns, ppid=first.ppid, comm=_text(first.comm))
+        if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
+            return known
+        if not isinstance(status, Miss) and status.tgid != pid:
+            return None
+        return Process(
+            pid=pid,
+            start_ns=known.start_ns,
+            ns_pid=None if isinstance(status, Miss) else status.ns_pid,
+            ppid=known.ppid,
+            comm=known.comm,
+            exe=None if isinstance(exe, Miss) else seen_path(exe.path, "/" if isinstance(root, Miss) else root),
+            uid=None if isinstance(status, Miss) else status.uid,
+            container=None if container_of is None or isinstance(cgroup, Miss) else container_of(cgroup),
+            cgroup=None if isinstance(cgroup, Miss) else cgroup,
+        )
+
+    def boot_id(self) -> str | None:
+        """The random id of this boot of the kernel; ``None`` where proc shows processes only."""
+        data = _read(f"{self.root}/sys/kernel/random/boot_id")
+        return None if isinstance(data, Miss) else data.decode("ascii", "replace").strip()
+
+    def _link(self, pid: int, name: str) -> str | Miss:
+        def ask(base: str) -> str | Miss:
+            try:
+                return os.readlink(f"{base}/{name}")
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:  # do_proc_readlink has one page for it
+                    return Miss.ABSENT
+                return _miss(error, f"{base}/{name}")
+
+        return self._first(pid, ask)
+
+    def _first(self, pid: int, ask: Callable[[str], _T | Miss]) -> _T | Miss:
+        """The answer of the process's directory or, if the leader is dead, of the first live thread's."""
+        answer = ask(f"{self.root}/{pid}")
+        if not isinstance(answer, Miss):
+            return answer
+        # A second look at the world: ENOENT and ESRCH also mean a kernel thread and a zombie, and the files
+        # of a task without memory belong to root, so that its owner is refused (task_dump_owner).
+        leader = self.stat(pid)
+        if isinstance(leader, Miss):
+            return leader
+        if leader.is_kernel_thread or (answer is Miss.DENIED and not leader.is_dead):
+            return answer if answer is Miss.DENIED else Miss.ABSENT
+        tids = self.threads(pid) if leader.is_dead else []
+        answers = {Miss.ABSENT}
+        for tid in tids if isinstance(tids, list) else ():
+            answer = Miss.ABSENT if tid == pid else ask(f"{self.root}/{pid}/task/{tid}")
+            if not isinstance(answer, Miss):
+                return answer
+            answers.add(answer)
+        # A thread that executes another program takes the place of the leader, perhaps meanwhile.
+        answer = ask(f"{self.root}/{pid}")
+        return answer if not isinstance(answer, Miss) else Miss.DENIED if Miss.DENIED in answers else Miss.ABSENT
+
+    def _check(self, given: str) -> None:
+        try:
+            info = os.stat(self.root)
+        except (OSError, ValueError) as error:
+            reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else str(error)
+            raise ProcRootError(given, reason) from error
+        if not stat.S_ISDIR(info.st_mode):
+            raise ProcRootError(given, "it is not a directory")
+        kind = _filesystem(info.st_dev)
+        if kind not in (None, "proc"):
+            raise ProcRootError(given, f"it is on {kind}")
+        if not os.path.islink(f"{self.root}/self"):
+            raise ProcRootError(given, "it has no link named self")
+        # GONE: it ended since it was listed. DENIED: hidepid=1, which only a proc file system has.
+        for pid in self.pids():
+            data = _read(f"{self.root}/{pid}/stat")
+            if isinstance(data, bytes) and ((found := parse_stat(data)) is None or found.pid != pid):
+                raise ProcRootError(given, f"{pid}/stat is not the stat of process {pid}")
+            if data is not Miss.GONE:
+                return
+
+
+def _filesystem(device: int) -> str | None:
+    """The type of the file system on a device, ``None`` where our mount table does not have it (btrfs)."""
+    table = _read("/proc/self/mountinfo")
+    if isinstance(table, Miss):
+        return None
+    wanted = b"%d:%d" % (os.major(device), os.minor(device))
+    for line in table.split(b"\n"):
+        mount, _, rest = line.partition(b" - ")
+        if mount.split(b" ")[2:3] == [wanted]:
+            return _text(rest.partition(b" ")[0])
+    return None

@@ -1,0 +1,1 @@
+"""Values: what every other package speaks of. No I/O, no threads."""

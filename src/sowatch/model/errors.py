@@ -1,0 +1,240 @@
+"""Every error sowatch raises, each with its facts as attributes and the next step at its end.
+
+An ``OSError`` is translated into one of these at the edge where it happens, so callers only ever see ``SowatchError``
+and its kinds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+__all__ = [
+    "AlreadyRegistered",
+    "BpfError",
+    "CallbackMissing",
+    "CompileError",
+    "ConfigError",
+    "EnvironmentFault",
+    "FileBlocked",
+    "LibbpfMissing",
+    "LoadAttempt",
+    "LoadError",
+    "NotPermitted",
+    "PatternError",
+    "ProcRootError",
+    "ProcessGone",
+    "RegistryError",
+    "RegistryStopped",
+    "SinkError",
+    "SowatchError",
+    "UsageError",
+]
+
+
+class SowatchError(Exception):
+    """Base of every error of this package.
+
+    ``exit_code`` is what the command line ends with: 1 could not do it, 2 wrong usage,
+    3 not permitted. Subclasses rebuild from ``args`` so they survive pickling.
+    """
+
+    exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(kind: type[SowatchError], args: tuple[Any, ...], facts: dict[str, Any]) -> Any:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class UsageError(SowatchError):
+    """Options that contradict each other, or a value outside its range."""
+
+    exit_code = 2
+
+
+class PatternError(UsageError):
+    """A pattern that is not a Python regular expression."""
+
+    def __init__(self, pattern: str, reason: str, position: int | None) -> None:
+        self.pattern = pattern
+        self.reason = reason
+        self.position = position
+        where = "" if position is None else f" at position {position}"
+        super().__init__(
+            f"bad pattern {pattern!r}: {reason}{where}. "
+            "Patterns are Python regular expressions; escape special characters with a backslash."
+        )
+
+
+class ConfigError(UsageError):
+    """A configuration value that cannot be used; ``source`` names file, variable or flag."""
+
+    def __init__(self, key: str, problem: str, *, source: str | None = None) -> None:
+        self.key = key
+        self.problem = problem
+        self.source = source
+        origin = "" if source is None else f" (from {source})"
+        super().__init__(f"{key}{origin}: {problem}")
+
+
+class ProcRootError(UsageError):
+    """The given proc root does not hold a proc file system."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(
+            f"{path!r} is not a proc file system: {reason}. "
+            "Give the directory where the host's proc is mounted, usually /proc."
+        )
+
+
+class NotPermitted(SowatchError):
+    """The kernel allows this user neither to load BPF programs nor to read what is needed."""
+
+    exit_code = 3
+
+    def __init__(self, what: str, missing: str, remedy: str) -> None:
+        self.what = what
+        self.missing = missing
+        self.remedy = remedy
+        super().__init__(f"{what}: {missing}. {remedy}")
+
+
+class BpfError(SowatchError):
+    """One call into libbpf or bpf(2) failed.
+
+    ``errno`` is the positive error number, ``log`` what libbpf and the verifier said.
+    """
+
+    def __init__(self, operation: str, errno: int, log: str = "") -> None:
+        self.operation = operation
+        self.errno = errno
+        self.log = log
+        first = _telling_line(log)
+        said = f"; {first}" if first else ""
+        super().__init__(
+            f"{operation} failed: {os.strerror(errno)}{said}. See `sowatch doctor` for what this kernel can do."
+        )
+
+
+def _telling_line(log: str) -> str:
+    """The line of a libbpf log that names the cause: the last one that is not only a frame."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for line in reversed(lines):
+        text = line.removeprefix("libbpf: ")
+        if not text.startswith(("-- ", "processed ", "failed to load object", "failed to load BPF")):
+            return text
+    return ""
+
+
+class LibbpfMissing(SowatchError):
+    """The compiled binding or the libbpf shared library could not be loaded."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"cannot load libbpf: {reason}. Install libbpf 1.1 or newer (Debian, Ubuntu: "
+            "apt-get install libbpf1) and reinstall sowatch if the binding was not built."
+        )
+
+
+class CompileError(SowatchError):
+    """The BPF programs could not be compiled on this machine; ``reason`` is one clause."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(f"cannot compile the BPF programs: {reason}. {remedy}")
+
+
+class LoadAttempt(NamedTuple):
+    """One rung of the load ladder that was tried: which, whether it worked, why not."""
+
+    strategy: str
+    ok: bool
+    error: str | None
+
+
+class LoadError(SowatchError):
+    """No strategy could be loaded; ``attempts`` has every one that was tried, in order."""
+
+    def __init__(self, attempts: Sequence[LoadAttempt], remedy: str) -> None:
+        self.attempts = tuple(attempts)
+        self.remedy = remedy
+        tried = "; ".join(f"{attempt.strategy}: {attempt.error}" for attempt in self.attempts)
+        super().__init__(f"cannot watch. {tried}. {remedy}")
+
+
+class EnvironmentFault(SowatchError):
+    """Raised by a callback to say: the surroundings are at fault, not this file.
+
+    A file whose activation ends with this is not blocked and may be tried again.
+    """
+
+
+class RegistryError(SowatchError):
+    """Base of what FileRegistry.register refuses with."""
+
+
+class ProcessGone(RegistryError):
+    """The process ended before the work on it could be done."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        super().__init__(f"process {pid} does not exist any more. Nothing to do; it is not blocked.")
+
+
+class AlreadyRegistered(RegistryError):
+    """The file is already active; the process was added to its holders."""
+
+    def __init__(self, file: object) -> None:
+        self.file = file
+        super().__init__(
+            f"{file} is already registered. Its activation ran once and stands; the process was added to its holders."
+        )
+
+
+class FileBlocked(RegistryError):
+    """The file's activation failed before; ``reason`` says how."""
+
+    def __init__(self, file: object, reason: str) -> None:
+        self.file = file
+        self.reason = reason
+        super().__init__(
+            f"{file} is blocked: {reason}. "
+            "Clear the blocklist (`FileRegistry.clear_blocked()`) or wait for the block to expire."
+        )
+
+
+class CallbackMissing(RegistryError):
+    """An activation without a deactivation, or the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "activate and deactivate must both be given. Pass a function that does nothing if one is not needed."
+        )
+
+
+class RegistryStopped(RegistryError):
+    """The registry was cleared for good; make a new one."""
+
+    def __init__(self) -> None:
+        super().__init__("the registry was stopped. Make a new FileRegistry to register again.")
+
+
+class SinkError(SowatchError):
+    """A sink did not take all events. ``delivered`` of them it did; ``is_final`` says that it never will."""
+
+    def __init__(self, what: str, *, delivered: int = 0, is_final: bool = False) -> None:
+        self.what = what
+        self.delivered = delivered
+        self.is_final = is_final
+        super().__init__(f"{what}. {'It is closed.' if is_final else 'It is tried again.'}")

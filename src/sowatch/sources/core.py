@@ -1,0 +1,505 @@
+"""Where records and readings come from: `EventSource`, and `BpfSource`, the kernel's own word.
+
+A source knows nothing of rules or of the map; it hands on what the kernel says and carries answers back.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import struct
+import time
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag
+from errno import E2BIG, EINVAL, EPERM, ESRCH
+from importlib.resources import files
+from types import TracebackType
+from typing import Final, NamedTuple, Protocol, Self
+
+from sowatch.bpf.binding import BpfMap, BpfObject, probe
+from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
+from sowatch.bpf.records import (
+    FLAG_AGAIN,
+    FLAG_NARROW,
+    FLAG_SHARED_VM,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+    parse,
+)
+from sowatch.model.config import Config
+from sowatch.model.errors import BpfError, LoadAttempt
+
+__all__ = [
+    "BpfSource",
+    "EventSource",
+    "Followed",
+    "Losses",
+    "Reading",
+    "Report",
+    "Verdict",
+    "Verdicts",
+    "read_losses",
+]
+
+
+class Report(IntFlag):
+    """enum report_bit: what the kernel side reports beyond the processes it follows."""
+
+    NOTHING = 0
+    PROCESSES = 1
+    RANGES = 2
+    IMAGES = 4
+    VISITS = 8
+
+
+class Losses(NamedTuple):
+    """What the kernel side could not send or follow, counted since the source was opened."""
+
+    ring: int = 0
+    processes: int = 0
+    pending: int = 0
+    scratch: int = 0
+    #: Dropped because one process said more than ``Config.max_records_s`` of them in a second.
+    throttled: int = 0
+    #: Runs of a program that the kernel left out, as another was under way on that CPU.
+    skipped: int = 0
+    #: Mappings whose file could not be found out any more (strategy ``prebuilt``).
+    unresolved: int = 0
+
+
+@dataclass(slots=True)
+class Reading:
+    """What one process really has mapped, read from the kernel between ``begin_ns`` and ``end_ns``.
+
+    ``maps`` has one record for each executable mapping of a file that is not ignored. Times are
+    CLOCK_MONOTONIC.
+    """
+
+    tgid: int
+    start_ns: int
+    begin_ns: int
+    end_ns: int
+    intro: ProcessRecord | None = None
+    maps: list[MapRecord] = field(default_factory=list)
+    #: The highest count of mappings that made the kernel follow it; see `EventSource.settle`.
+    touches: int = 0
+    #: A 32-bit process, whose calls are not seen.
+    is_narrow: bool = False
+    #: It was within exec, so nothing could be read; to be read again.
+    is_void: bool = False
+    #: How often the process has executed a program; None: not known.
+    exec_id: int | None = None
+    #: Processes with equal numbers share their address space; 0: not known.
+    space: int = 0
+    #: A process that is not followed may share it.
+    has_strangers: bool = False
+
+
+class Followed(NamedTuple):
+    """What the kernel side remembers of a process: struct process of ``state.bpf.h``.
+
+    ``touches`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
+    ``ranges`` are the first of the ``range_count`` executable ranges that it knows.
+    """
+
+    start_ns: int
+    range_count: int
+    is_dirty: bool
+    is_introduced: bool
+    shares_vm: bool
+    touches: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Verdict(NamedTuple):
+    """An answer that the kernel side remembers, by its struct file_key. ``seconds_left`` of an ignore."""
+
+    key: bytes
+    is_match: bool
+    seconds_left: int | None
+
+
+class Verdicts(Protocol):
+    """The answers that the kernel side remembers, those that grew too old left out. A context manager.
+
+    Any one thread may use it, also after its source was closed.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        """The answer for a file under one name in one view."""
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        """Every answer for a file with one of these inode numbers, whatever its device, name and view."""
+
+    def close(self) -> None:
+        """Safe to call again."""
+
+
+class EventSource(Protocol):
+    """The seam between the kernel and the map. One thread uses a source, but for `close`."""
+
+    strategy: str
+    guarantee: str
+    hooks: str | None
+    limits: tuple[str, ...]
+    attempts: tuple[LoadAttempt, ...]
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when `drain` has something."""
+
+    def drain(self) -> list[Record]:
+        """What happened since the last call, in the order of the ring."""
+
+    def refresh(self) -> None:
+        """Makes the next `drain` bring everything up to now, where a source looks only from time to time."""
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        """Every process's mappings, and what was drained meanwhile."""
+
+    def read_process(self, pid: int) -> Reading | None:
+        """One process's mappings, perhaps none at all; None if the process is gone."""
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        """Says whether files are wanted: what is not will not be reported again for a while."""
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+        """Stops following a process of which nothing is wanted; False if it has done more since."""
+
+    def set_report(self, report: Report) -> None:
+        """Chooses what is reported beyond the processes that are followed."""
+
+    def new_epoch(self) -> None:
+        """Makes every earlier answer void."""
+
+    def losses(self) -> Losses:
+        """What was lost so far."""
+
+    def followed(self, pid: int) -> Followed | None:
+        """What is remembered of a process, None if nothing. It may be of an earlier process with that pid."""
+
+    def open_verdicts(self) -> Verdicts:
+        """The answers that are remembered; the caller closes it."""
+
+    def limit_records(self, max_records_s: int) -> None:
+        """How many records one process may send in a second from now on; see `Config.max_records_s`."""
+
+    def tick(self) -> None:
+        """To be called about once a second: lets answers grow old."""
+
+    def close(self) -> None:
+        """Detaches everything. Safe to call again."""
+
+
+LOG = logging.getLogger("sowatch")
+
+#: enum counter; what lies between the two is lost.
+COUNT_RECORDS: Final = 0
+LOST: Final = range(1, 6)
+COUNT_IGNORED: Final = 6
+#: enum verdict, and the value of the map `verdicts`.
+VERDICT_MATCH: Final = 1
+VERDICT_IGNORE: Final = 2
+VERDICT_VALUE: Final = struct.Struct("=II")
+#: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
+FILE_KEY: Final = struct.Struct("=Q52sI")
+#: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, dirty, introduced,
+#: shares_vm; and how it ends, 516 bytes: touches, then MAX_RANGES pairs of start and end. What lies
+#: between is for the programs only.
+PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
+PROCESS_TAIL: Final = struct.Struct("=I64Q")
+
+PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
+READER: Final = "read_mappings"
+#: The same programs twice: with typed loads (6.2+), and with probe reads (5.17+).
+OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
+
+
+class BpfSource:
+    """Strategies ``core`` and ``runtime``: CO-RE programs on the syscall tracepoints and the scheduler's.
+
+    Opening loads and attaches everything; if any step fails, nothing stays attached.
+
+    Args:
+        config: sizes of maps and ring.
+        strategy: what it is called.
+        objects: paths of `OBJECTS`, if they were compiled here.
+
+    Raises:
+        LibbpfMissing: no libbpf.
+        BpfError: the kernel refused; the log says what.
+    """
+
+    guarantee: str = "exact"
+
+    def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
+        self.strategy = strategy
+        self.hooks: str | None = None
+        self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
+        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
+        self._ttl_s = config.ignore_ttl_s
+        self._started = time.monotonic()
+        self._can_read_one = True
+        builds = self._builds(config, objects or self._shipped())
+        for program, hook_set in builds:
+            try:
+                self._open(program, hook_set, config)
+            except BpfError as error:
+                may_not = error.errno == EPERM and hook_set is not Trampolines
+                if may_not or (program, hook_set) == builds[-1]:
+                    raise
+                LOG.debug("%s with hooks %s: %s", program, hook_set.name, error)
+            else:
+                break
+
+    def _shipped(self) -> Sequence[str]:
+        return [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS]
+
+    def _builds(self, config: Config, objects: Sequence[str]) -> list[tuple[str, type[HookSet]]]:
+        """Objects and hooks to try, best first: what the one cannot for want of a newer kernel, the next may."""
+        sets = [one for one in HOOK_SETS if config.hooks in ("auto", one.name)]
+        if config.hooks == "auto" and not probe("trampoline"):
+            sets.remove(Trampolines)
+        return [(program, one) for one in sets for program in objects]
+
+    def _open(self, program: str, hook_set: type[HookSet], config: Config) -> None:
+        self._object = BpfObject(program, btf_path=config.btf_path)
+        try:
+            self._load(hook_set(self._object), config)
+        except BaseException:
+            self._object.close()
+            raise
+        self.hooks = hook_set.name
+
+    def _load(self, hooks: HookSet, config: Config) -> None:
+        bpf = self._object
+        bpf.set_max_entries("ring", config.ring_bytes)
+        bpf.set_max_entries("processes", config.max_processes)
+        bpf.set_max_entries("verdicts", config.max_verdicts)
+        bpf.set_max_entries("pending_calls", config.max_pending)
+        bpf.load()
+        self._report = bpf.variable(".bss", "report")
+        self._epoch = bpf.variable(".bss", "rules_epoch")
+        self._now_s = bpf.variable(".bss", "now_s")
+        self._run = bpf.variable(".bss", "reading_run")
+        self._verdicts = bpf.map("verdicts")
+        self._processes = bpf.map("processes")
+        self._ring_fd = bpf.open_ring("ring")
+        self._now_s.value = 1
+        self._max_records_s = bpf.variable(".bss", "max_records_s")
+        self._max_records_s.value = config.max_records_s
+        for program in PROCESS_HOOKS:
+            bpf.attach(program)
+        hooks.attach()
+
+    def fileno(self) -> int:
+        return self._ring_fd
+
+    def drain(self) -> list[Record]:
+        return parse(self._object.drain())
+
+    def refresh(self) -> None:
+        """The ring has everything."""
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        rows: list[Record] = []
+        meanwhile: list[Record] = []
+        for chunk in self._iterate(READER):
+            rows += parse(chunk)
+            meanwhile += self.drain()
+        return group(rows), meanwhile
+
+    def read_process(self, pid: int) -> Reading | None:
+        begin_ns = time.monotonic_ns()
+        report = self._report.value
+        self._report.value = report | Report.VISITS
+        try:
+            rows = self._rows_of(pid)
+        finally:
+            self._report.value = report
+        readings = group(rows)
+        if not readings:
+            return None
+        (reading,) = readings
+        reading.begin_ns = min(begin_ns, reading.begin_ns)
+        return reading
+
+    def _rows_of(self, pid: int) -> list[Record]:
+        if self._can_read_one:
+            try:
+                return [row for chunk in self._iterate(READER, pid) for row in parse(chunk)]
+            except BpfError as error:
+                if error.errno == ESRCH:
+                    return []
+                if error.errno != E2BIG:
+                    raise
+                self._can_read_one = False  # before 6.1 an iterator goes over all processes
+        return [row for chunk in self._iterate(READER) for row in parse(chunk) if row.tgid == pid]
+
+    def _iterate(self, program: str, pid: int = 0) -> Iterable[bytes]:
+        self._run.value += 1
+        fd = self._object.iterate(program, pid)
+        try:
+            while True:
+                try:
+                    chunk = os.read(fd, 1 << 16)
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    raise BpfError("reading the iterator", error.errno or 5, "") from error
+                if not chunk:
+                    return
+                yield chunk
+        finally:
+            os.close(fd)
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        expires_s = self._now_s.value + max(1, round(self._ttl_s))
+        verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
+        self._verdicts.update_many(list(keys), VERDICT_VALUE.pack(verdict, expires_s))  # type: ignore[arg-type]
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+        return self._object.run("settle", pid, start_ns, touches) == 1
+
+    def set_report(self, report: Report) -> None:
+        self._report.value = int(report)
+
+    def limit_records(self, max_records_s: int) -> None:
+        self._max_records_s.value = max_records_s
+
+    def new_epoch(self) -> None:
+        self._epoch.value += 1
+
+    def losses(self) -> Losses:
+        return read_losses(self._object)
+
+    def followed(self, pid: int) -> Followed | None:
+        value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
+        if value is None:
+            return None
+        start_ns, _, _, count, dirty, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
+        touches, *ends = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
+        ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
+        return Followed(start_ns, count, bool(dirty), bool(introduced), bool(shares_vm), touches, ranges)
+
+    def open_verdicts(self) -> Verdicts:
+        return KernelVerdicts(self._verdicts, self._epoch.value, self._now_s.value)
+
+    def records_sent(self) -> int:
+        """Records the kernel side put into the ring."""
+        return self._object.per_cpu_sum("counters", COUNT_RECORDS)
+
+    def mappings_ignored(self) -> int:
+        """Executable mappings that a verdict dropped in the kernel."""
+        return self._object.per_cpu_sum("counters", COUNT_IGNORED)
+
+    def tick(self) -> None:
+        self._now_s.value = 1 + int(time.monotonic() - self._started)
+
+    def close(self) -> None:
+        self._object.close()
+
+
+class KernelVerdicts:
+    """`Verdicts` of a loaded object, through a descriptor of their own, so that closing the source does no harm.
+
+    Args:
+        table: the map ``verdicts``.
+        epoch: answers of others are void.
+        now_s: the time by which they grow old.
+    """
+
+    def __init__(self, table: BpfMap, epoch: int, now_s: int) -> None:
+        self._table = copy.copy(table)
+        self._table.fd = os.dup(table.fd)
+        self._epoch = epoch
+        self._now_s = now_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        assert isinstance(key, bytes)
+        if self._table.fd < 0 or FILE_KEY.unpack(key)[2] != self._epoch:
+            return None
+        value = self._table.lookup(key, VERDICT_VALUE.size)
+        if value is None:
+            return None
+        verdict, expires_s = VERDICT_VALUE.unpack(value)
+        if verdict == VERDICT_MATCH:
+            return Verdict(key, True, None)
+        # The comparison of look_up_verdict() in identity.bpf.h.
+        return Verdict(key, False, expires_s - self._now_s) if expires_s > self._now_s else None
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        if self._table.fd < 0:
+            return []
+        wanted = {inode.to_bytes(8, "little") for inode in inodes}
+        # A key that is moved about while it is read may come twice.
+        keys = dict.fromkeys(key for key in self._table.keys(FILE_KEY.size) if key[:8] in wanted)
+        return [found for key in keys if (found := self.look_up(key)) is not None]
+
+    def close(self) -> None:
+        fd, self._table.fd = self._table.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def value_bytes(table: BpfMap) -> int:
+    """The size of a map's values. Asked of the kernel, which writes that much whatever the room for it.
+
+    Raises:
+        BpfError: it cannot be read.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{table.fd}", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("value_size:"))
+    except (OSError, StopIteration) as error:
+        raise BpfError(f"sizing values of map {table.name}", getattr(error, "errno", None) or EINVAL, "") from error
+
+
+def read_losses(bpf: BpfObject) -> Losses:
+    """What a loaded ``watch.bpf.o`` has lost: its own counters, and the kernel's."""
+    counted = (bpf.per_cpu_sum("counters", number) for number in LOST)
+    return Losses(*counted)._replace(skipped=bpf.skipped_runs())
+
+
+def group(rows: Sequence[Record]) -> list[Reading]:
+    """Sorts what the iterator wrote into one Reading a process."""
+    found: dict[int, Reading] = {}
+    for row in rows:
+        reading = found.get(row.tgid)
+        if reading is None:
+            reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
+        reading.end_ns = row.t_ns
+        reading.exec_id = row.exec_id
+        # An intro has them even while somebody else may be about to map something.
+        if row.type != RecordType.INTRO:
+            reading.touches = max(reading.touches, row.touches)
+        if row.flags & FLAG_NARROW:
+            reading.is_narrow = True
+        if row.flags & FLAG_AGAIN:
+            reading.is_void = True
+        if row.type == RecordType.VISIT:
+            assert isinstance(row, RangeRecord)
+            reading.space = row.start
+            reading.has_strangers = bool(row.flags & FLAG_SHARED_VM)
+        if row.type == RecordType.MAP:
+            reading.maps.append(row)  # type: ignore[arg-type]
+        elif row.type == RecordType.INTRO:
+            reading.intro = row  # type: ignore[assignment]
+    return list(found.values())

@@ -1,0 +1,284 @@
+"""`OldKernelSource`: strategies ``core`` and ``runtime`` on kernels from 5.10 to 5.16.
+
+The events are those of `BpfSource`. Such kernels cannot show a process's mappings to a program (``iter/task_vma``,
+5.12) nor look one up for it (``bpf_find_vma``, 5.17), so a reading is made of three words: the kernel says who the
+process is, ``/proc`` what it has mapped where, and the kernel again which file that is, of a descriptor of our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import struct
+import time
+from collections.abc import Hashable, Sequence
+from errno import EXDEV
+from importlib.resources import files
+from typing import Final, NamedTuple
+
+from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.linux.proc import MapRow, Miss, ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import BpfError
+from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, Report, group, value_bytes
+
+__all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
+
+LOG = logging.getLogger("sowatch")
+
+OLD_OBJECT: Final = "watch_old.bpf.o"
+VISITOR: Final = "visit_processes"
+#: Programs that only readings need.
+READERS: Final = (VISITOR, "look_up_file", "cover")
+
+#: enum lookup_result of lookup.bpf.h, and where in reader_scratch the answer stands.
+LOOKUP_TO_OPEN: Final = 1
+LOOKUP_DONE: Final = 2
+LOOKUP_IGNORED: Final = 3
+ANSWER_OFFSET: Final = 56
+ROOT: Final = struct.Struct("=QQ")
+#: The number of the inode, and the kernel's dev_t (major << 20 | minor), in struct file_key.
+INODE: Final = struct.Struct("=Q8xI")
+FILE_ID_BYTES: Final = 24
+#: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, touches, as many
+#: pairs; and where first_touch is in it.
+PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
+FIRST_TOUCH: Final = struct.Struct("=56xI")
+#: So many looks at a process whose mappings come and go while they are looked up; then it is read again later.
+LOOKS: Final = 8
+MAX_FILES: Final = 65_536
+
+
+class _Answer(NamedTuple):
+    """What the kernel says of one file under one name; ``record`` lacks whose and where it is. None: no file."""
+
+    record: MapRecord | None
+    is_ignored: bool
+
+
+class OldKernelSource(BpfSource):
+    """See the module, and `BpfSource`, whose arguments it takes. ``config.proc_root`` must be the host's.
+
+    Raises:
+        LibbpfMissing: no libbpf.
+        BpfError: the kernel refused, or ``proc_root`` does not show our own mappings as the kernel does.
+    """
+
+    guarantee: str = "exact, but for what only a reading can find"
+
+    def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
+        self._proc = ProcFs(config.proc_root)
+        #: The identity of each file that was told, by its inode and device.
+        self._files: dict[bytes, bytes] = {}
+        super().__init__(config, strategy=strategy, objects=objects)
+        self.limits += (
+            "what mprotect makes executable, and interpreters, are not seen in a process that ends at once",
+            "a file of overlayfs that was copied up before it was told of has no inode generation",
+        )
+        self._reading_tgid = self._object.variable(".bss", "reading_tgid")
+        self._answer_map = self._object.map("reader_scratch")
+        self._answer_bytes = value_bytes(self._answer_map)
+        try:
+            self._check_proc()
+        except BaseException:
+            self.close()
+            raise
+
+    def _shipped(self) -> Sequence[str]:
+        return [str(files("sowatch.bpf") / "programs" / OLD_OBJECT)]
+
+    def _check_proc(self) -> None:
+        own = self.read_process(os.getpid())
+        if own is None or own.is_void:
+            root = self._proc.root
+            raise BpfError(
+                f"looking up our own mappings in {root}, which has to be of the host's pid namespace,", EXDEV, ""
+            )
+        self.settle(own.tgid, own.start_ns, own.touches)
+
+    def drain(self) -> list[Record]:
+        records = super().drain()
+        for record in records:
+            if record.type == RecordType.MAP:
+                self._remember(record.key)  # type: ignore[union-attr]
+        return records
+
+    def _remember(self, key: Hashable) -> None:
+        assert isinstance(key, bytes)
+        if len(self._files) >= MAX_FILES:
+            self._files.clear()
+        self._files[key[:8] + key[16:20]] = key[:FILE_ID_BYTES]
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        readings: list[Reading] = []
+        meanwhile: list[Record] = []
+        known: dict[Hashable, _Answer] = {}
+        self._reading_tgid.value = 0
+        # A chunk holds whole processes, and the kernel waits with the next while we look at these.
+        for chunk in self._iterate(VISITOR):
+            for visited in group(parse(chunk)):
+                reading = self._look(visited, known)
+                if reading is not None:
+                    readings.append(reading)
+            meanwhile += self.drain()
+        return readings, meanwhile
+
+    def read_process(self, pid: int) -> Reading | None:
+        self._reading_tgid.value = pid
+        rows = [row for chunk in self._iterate(VISITOR) for row in parse(chunk)]
+        visited = group(rows)
+        return self._look(visited[0], {}) if visited else None
+
+    def _look(self, reading: Reading, known: dict[Hashable, _Answer]) -> Reading | None:
+        """Completes what a visit began; None if the process has gone since."""
+        if reading.is_void or reading.intro is None:
+            return reading
+        found: dict[MapRow, _Answer] = {}
+        rows = self._rows(reading.tgid)
+        if rows is None:
+            return None
+        for _ in range(LOOKS):
+            directory = self._proc.map_files_dir(reading.tgid)
+            for row in rows:
+                if row not in found and not isinstance(directory, Miss):
+                    answer = self._identify(directory, reading.intro, row, known)
+                    if answer is not None:
+                        found[row] = answer
+            if len(found) == len(rows):
+                break
+            # What has gone was told to be: its process is followed since the visit.
+            there = {(row.start, row.inode) for row in self._rows(reading.tgid) or ()}
+            rows = [row for row in rows if row in found or (row.start, row.inode) in there]
+        else:
+            reading.is_void = len(found) < len(rows)
+        if not reading.is_void:
+            self._take(reading, found)
+        reading.end_ns = max(reading.end_ns, time.monotonic_ns())
+        return reading
+
+    def _rows(self, pid: int) -> list[MapRow] | None:
+        rows = self._proc.executable_maps(pid)
+        return None if isinstance(rows, Miss) else rows
+
+    def _take(self, reading: Reading, found: dict[MapRow, _Answer]) -> None:
+        """Turns what was found into the records of a reading; from now on the kernel side knows the ranges, too."""
+        intro = reading.intro
+        assert intro is not None
+        with_images = bool(self._report.value & Report.IMAGES)
+        for row, answer in found.items():
+            record = answer.record
+            if record is None or answer.is_ignored:
+                continue
+            assert isinstance(record.key, bytes)
+            flags = record.flags
+            if record.key[:FILE_ID_BYTES] == intro.exe or (
+                intro.interpreter_base and row.start - row.offset_bytes == intro.interpreter_base
+            ):
+                if not with_images:
+                    continue
+                flags |= FLAG_IMAGE
+            self._object.run("cover", reading.tgid, reading.start_ns, row.start, row.end)
+            reading.maps.append(
+                record._replace(
+                    flags=flags,
+                    tgid=intro.tgid,
+                    tid=intro.tid,
+                    start_ns=intro.start_ns,
+                    t_ns=intro.t_ns,
+                    exec_id=intro.exec_id,
+                    touches=reading.touches,
+                    start=row.start,
+                    end=row.end,
+                    offset_bytes=row.offset_bytes,
+                    comm=intro.comm,
+                )
+            )
+        if reading.has_strangers:
+            self._object.run("cover", reading.tgid, reading.start_ns, 0, 0)
+        elif not reading.maps:
+            reading.intro = None  # nobody needs it now, and `cover` was not told that it was taken
+
+    def _identify(
+        self, directory: str, intro: ProcessRecord, row: MapRow, known: dict[Hashable, _Answer]
+    ) -> _Answer | None:
+        """The file of a row; None if it is not there any more. ``known`` keeps answers for one reading of all."""
+        name = (intro.root, row.major, row.minor, row.inode, row.path)
+        if not row.is_deleted and name in known:
+            return known[name]
+        try:
+            # O_PATH asks nothing of the file system: not of one that hangs, nor of a device.
+            fd = os.open(f"{directory}/{row.start:x}-{row.end:x}", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            answer = self._ask(fd, intro.root, row)
+        except OSError as error:
+            LOG.debug("cannot look up %r of process %d: %s", row.path, intro.tgid, error)
+            return None
+        finally:
+            os.close(fd)
+        if answer is not None and not row.is_deleted:
+            known[name] = answer
+        return answer
+
+    def _ask(self, fd: int, root: bytes, row: MapRow) -> _Answer | None:
+        result = self._object.run("look_up_file", fd, *ROOT.unpack(root))
+        is_stacked = result == LOOKUP_TO_OPEN
+        if is_stacked:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return _Answer(None, True)  # a device node in a container's own /dev is no library
+            opened = os.open(f"{self._proc.root}/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                result = self._object.run("look_up_file", opened, *ROOT.unpack(root))
+            finally:
+                os.close(opened)
+        if result not in (LOOKUP_DONE, LOOKUP_IGNORED):
+            return None
+        record = self._read_answer()
+        assert isinstance(record.key, bytes)
+        shown = (row.inode, row.major << 20 | row.minor)
+        # maps shows the real file, from 6.8 on the one of overlayfs.
+        if shown not in (INODE.unpack_from(record.key), (record.end, record.start)):
+            if not is_stacked or os.readlink(f"{self._proc.root}/self/fd/{fd}".encode()) != row.shown_path:
+                return None  # another mapping has taken its place
+            record = record._replace(key=self._before_copy_up(record.key, *shown))
+        self._remember(record.key)
+        return _Answer(record, result == LOOKUP_IGNORED)
+
+    def _before_copy_up(self, key: bytes, inode: int, dev: int) -> bytes:
+        """The same name, but for the file that it had when it was mapped: of a layer below."""
+        place = struct.pack("=QI", inode, dev)
+        return self._files.get(place, struct.pack("=QQII", inode, 0, dev, 0)) + key[FILE_ID_BYTES:]
+
+    def _read_answer(self) -> MapRecord:
+        value = self._answer_map.lookup(bytes(4), self._answer_bytes)
+        assert value is not None  # an array has all its elements
+        fields = MAP.unpack_from(value, ANSWER_OFFSET)
+        text = ANSWER_OFFSET + MAP.size
+        return MapRecord._make((*fields, value[text : text + fields[-1]]))._replace(type=RecordType.MAP)
+
+    def followed(self, pid: int) -> Followed | None:
+        value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
+        if value is None:
+            return None
+        start_ns, _, _, count, dirty, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
+        covered_count, *numbers = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
+        covered, touches, own = numbers[:64], numbers[64], numbers[65:]
+        if touches == FIRST_TOUCH.unpack_from(value)[0]:
+            touches = 0
+        ranges = [
+            *zip(covered[: 2 * covered_count : 2], covered[1 : 2 * covered_count : 2], strict=True),
+            *zip(own[: 2 * count : 2], own[1 : 2 * count : 2], strict=True),
+        ]
+        return Followed(
+            start_ns,
+            count + covered_count,
+            bool(dirty),
+            bool(introduced),
+            bool(shares_vm),
+            touches,
+            tuple(dict.fromkeys(ranges)),
+        )

@@ -1,0 +1,534 @@
+"""Strategy ``procfs``: the map from looks at ``/proc``, without BPF and without any right.
+
+`ProcfsSource` looks from time to time and tells what changed as the records that the kernel side would have sent, so
+everything above it is the same. docs/decisions/0006-polling.md has the reasons and the guarantee.
+
+A process cannot change its mappings without running, so its CPU clock tells that it need not be read.
+`compare` is the pure part.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat as file_types
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from sowatch.bpf.records import (
+    FLAG_ASK,
+    FLAG_DELETED,
+    FLAG_IMAGE,
+    MapRecord,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+    text_of,
+)
+from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
+from sowatch.model.config import Config
+from sowatch.model.errors import LoadAttempt
+from sowatch.sources.core import FILE_KEY, Followed, Losses, Reading, Report, Verdict, Verdicts
+from sowatch.sources.poll_timer import CpuClocks, Rhythm
+
+__all__ = ["File", "ProcfsSource", "Row", "compare"]
+
+LOG = logging.getLogger("sowatch")
+
+#: A process that did not run is read anyway each time it has been passed over this often: another that
+#: shares its memory (CLONE_VM without CLONE_THREAD) may have changed it.
+REREAD_LOOKS: Final = 60
+#: Looks at one process that changes its program all the while; then it is left for the next time.
+TRIES: Final = 3
+#: Names of files kept; some 300 bytes each.
+MAX_FILES: Final = 65_536
+AT_BASE: Final = 7
+#: Where struct file_key has what tells one file from another.
+IDENTITY: Final = slice(0, 24)
+#: Identity and name, in whatever view.
+NAME: Final = slice(0, 40)
+NO_ROOT: Final = bytes(16)
+
+
+class File(NamedTuple):
+    """A file under one name in one view: what a verdict is about.
+
+    ``key`` is a struct file_key whose device and inode are those that maps shows, with generation and
+    subvolume 0; ``text`` the path as records have it. ``since_ns`` is when it was met after nobody had it
+    mapped, which is when its inode may have become another file's.
+    """
+
+    key: bytes
+    text: bytes
+    mode: int
+    flags: int
+    since_ns: int
+
+
+class Row(NamedTuple):
+    """One executable mapping of a file."""
+
+    start: int
+    end: int
+    offset_bytes: int
+    file: File
+
+    @property
+    def what(self) -> tuple[int, int, bytes]:
+        """The same for two rows of which one can be said to be the other: the name may change."""
+        return self.start, self.end, self.file.key[IDENTITY]
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], list[tuple[int, int]]]:
+    """What turns one set of mappings into the other; both by address, no two overlapping.
+
+    Returns:
+        The rows that are new, and the ranges that nothing has any more. To be told in this order, so
+        that a file that only moved does not go in between.
+    """
+    known = {row.what for row in before}
+    ends = [row.end for row in after]
+    gone = []
+    for row in before:
+        at = row.start
+        for other in after[bisect_right(ends, at) :]:
+            if other.start >= row.end:
+                break
+            if other.start > at:
+                gone.append((at, other.start))
+            at = other.end
+        if at < row.end:
+            gone.append((at, row.end))
+    return [row for row in after if row.what not in known], gone
+
+
+@dataclass(slots=True)
+class _Process:
+    """A process as the last look found it, and what was told of it."""
+
+    pid: int
+    stat: Stat
+    rows: Sequence[Row]
+    seen_ns: int
+    cpu_ns: int | None
+    #: It may not be read by us.
+    is_denied: bool = False
+    #: What was told of it; None while nothing is.
+    intro: ProcessRecord | None = None
+    #: How often mappings of it were told; see `EventSource.settle`.
+    touches: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        return self.stat.is_dead and self.stat.threads < 2
+
+    def is_same_program(self, stat: Stat) -> bool:
+        return self.stat.start_ticks == stat.start_ticks and self.stat.image == stat.image
+
+    def is_image(self, row: Row) -> bool:
+        """Whether exec mapped it: the program itself or its interpreter."""
+        intro = self.intro
+        return intro is not None and (
+            row.file.key[IDENTITY] == intro.exe or row.start - row.offset_bytes == intro.interpreter_base
+        )
+
+
+class ProcfsSource:
+    """Looks at every process that may be read, once in ``poll_interval_s``.
+
+    A look finds what every process has mapped at that moment; what came and went since the one before is
+    not seen. Opening reads nothing.
+
+    Args:
+        config: ``proc_root``, ``poll_interval_s``, ``poll_cpu_percent``, ``max_verdicts``.
+
+    Raises:
+        ProcRootError: there is no proc file system.
+        SowatchError: there is no descriptor left.
+    """
+
+    strategy: str = "procfs"
+    guarantee: str = "sampled"
+    hooks: str | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("procfs", True, None),)
+        self._proc = ProcFs(config.proc_root)
+        self._clocks = CpuClocks(self._proc)
+        self._max_verdicts = config.max_verdicts
+        self._processes: dict[int, _Process] = {}
+        self._files: dict[tuple[MapRow, bytes, bytes], File] = {}
+        self._since_ns: dict[bytes, int] = {}
+        self._verdicts: dict[Hashable, bool] = {}
+        #: How many processes may not be read is added by `read_all`.
+        self.limits: tuple[str, ...] = ()
+        self._looks = 0
+        self._has_begun = False
+        self._rhythm = Rhythm(config, f"looking at {config.proc_root}")
+        self._note_limits()
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two looks, as it is now."""
+        return self._rhythm.interval_s
+
+    def fileno(self) -> int:
+        return self._rhythm.fileno()
+
+    def refresh(self) -> None:
+        self._rhythm.ask()
+
+    def drain(self) -> list[Record]:
+        if not self._rhythm.is_due() or not self._has_begun:
+            return []
+        with self._rhythm.look():
+            try:
+                return self._look_at_all()
+            except ProcReadError as error:
+                # Nothing is lost by it: the next look sees what this one would have.
+                LOG.warning("a look at %s failed and is repeated: %s", self._proc.root, error)
+                return []
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        is_first, self._has_begun = not self._has_begun, True
+        with self._rhythm.look(counts=False):
+            records = self._look_at_all()
+            readings = [self._reading(process) for process in self._processes.values() if process.rows]
+        self._note_limits()
+        # What the first look found new is in the readings.
+        return [one for one in readings if one is not None], [] if is_first else records
+
+    def read_process(self, pid: int) -> Reading | None:
+        if pid == os.getpid():
+            pid = self._own_pid()
+        found = self._look_at(pid, self._processes.get(pid))
+        if found is None or not found.rows:
+            return None
+        known = self._processes.get(pid)
+        if known is not None and known.is_same_program(found.stat):
+            found.rows, found.intro, found.touches = _with_old_names(known.rows, found.rows), known.intro, known.touches
+        self._processes[pid] = found
+        return self._reading(found)
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        if len(self._verdicts) > self._max_verdicts:
+            self._verdicts.clear()  # what is not known is told again, and answered again
+        self._verdicts.update(dict.fromkeys(keys, is_wanted))
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+        process = self._processes.get(pid)
+        if process is not None and process.stat.start_ns == start_ns:
+            if process.touches != touches:
+                return False
+            process.intro = None
+        return True
+
+    def set_report(self, report: Report) -> None:
+        """Every look sees everything."""
+
+    def limit_records(self, max_records_s: int) -> None:
+        """A look costs the same, however much has happened."""
+
+    def new_epoch(self) -> None:
+        self._verdicts.clear()
+
+    def losses(self) -> Losses:
+        return Losses()  # what is between two looks cannot be counted
+
+    def followed(self, pid: int) -> Followed | None:
+        process = self._processes.get(pid)
+        if process is None or process.intro is None:
+            return None
+        ranges = tuple((row.start, row.end) for row in process.rows)
+        return Followed(process.stat.start_ns, len(ranges), False, True, False, process.touches, ranges)
+
+    def open_verdicts(self) -> Verdicts:
+        return _Verdicts(dict(self._verdicts))
+
+    def tick(self) -> None:
+        """Answers do not grow old: a look shows each path as it is."""
+
+    def close(self) -> None:
+        self._rhythm.close()
+
+    def _note_limits(self) -> None:
+        denied = sum(process.is_denied for process in self._processes.values())
+        self.limits = (
+            f"looks every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
+            *([f"processes that this user may not read: {denied}"] if denied else []),
+            "files are told apart by device and inode as /proc shows them, without generation",
+        )
+
+    # ---- looking ------------------------------------------------------------------------------
+
+    def _own_pid(self) -> int:
+        """Ours, as the proc file system counts."""
+        try:
+            return int(os.readlink(f"{self._proc.root}/self"))
+        except (OSError, ValueError):
+            return os.getpid()
+
+    def _look_at_all(self) -> list[Record]:
+        """Looks at each process that may have changed, and tells what did."""
+        self._looks += 1
+        records: list[Record] = []
+        pids = self._proc.pids()
+        for pid in self._processes.keys() - set(pids):
+            self._tell_end(self._processes.pop(pid), RecordType.EXIT, records)
+        new: list[_Process] = []
+        for pid in pids:
+            known = self._processes.get(pid)
+            if known is not None and self._did_not_run(known):
+                continue
+            found = self._look_at(pid, known)
+            if found is None:
+                if known is not None:
+                    known.cpu_ns = None
+            elif known is not None and known.stat.start_ticks == found.stat.start_ticks:
+                self._tell_change(known, found, records)
+            else:
+                if known is not None:
+                    self._tell_end(self._processes.pop(pid), RecordType.EXIT, records)
+                new.append(found)
+        # Parents first, as they are by now.
+        for process in sorted(new, key=lambda one: (one.stat.start_ticks, one.pid)):
+            self._processes[process.pid] = process
+            self._tell_new(process, self._processes.get(process.stat.ppid), records)
+        if any(isinstance(record, RangeRecord) for record in records):
+            self._forget_files()
+        return records
+
+    def _did_not_run(self, known: _Process) -> bool:
+        if known.cpu_ns is None or (known.pid + self._looks) % REREAD_LOOKS == 0:
+            return False
+        return self._clocks.read_ns(known.pid) == known.cpu_ns
+
+    def _look_at(self, pid: int, known: _Process | None) -> _Process | None:
+        """The process as it is now; None if it is gone, or cannot be caught between two execs."""
+        before = None if known is None else known.stat
+        for _ in range(TRIES):
+            cpu_ns = self._clocks.read_ns(pid)
+            before = before or self._stat(pid)
+            rows = self._proc.executable_maps(pid) if before else Miss.GONE
+            after = self._stat(pid)
+            if after is None:
+                return None
+            if before and (before.start_ticks, before.image) == (after.start_ticks, after.image):
+                break
+            before = after
+        else:
+            return None
+        found = _Process(pid, after, (), time.monotonic_ns(), cpu_ns, is_denied=rows is Miss.DENIED)
+        if isinstance(rows, list) and rows:
+            if not after.image:
+                return None  # within exec, where some of the new program is mapped
+            found.rows = self._rows(after, rows)
+        return found
+
+    def _stat(self, pid: int) -> Stat | None:
+        """The stat of a process that has not ended; with the image that a live thread shows if the leader is dead."""
+        leader = self._proc.stat(pid)
+        if not leader:
+            return None
+        if not leader.is_dead:
+            return leader
+        if leader.threads < 2:
+            return leader._replace(image=())
+        tid = self._proc.live_thread(pid)
+        thread = self._proc.stat(tid) if isinstance(tid, int) else Miss.GONE
+        return leader._replace(image=thread.image) if thread else None
+
+    def _base(self, stat: Stat) -> bytes:
+        """The directory of a thread of the process that has its memory."""
+        tid = self._proc.live_thread(stat.pid) if stat.is_dead else stat.pid
+        return f"{self._proc.root}/{tid}".encode()
+
+    def _rows(self, stat: Stat, rows: Sequence[MapRow]) -> list[Row]:
+        base = self._base(stat)
+        try:
+            root = os.readlink(base + b"/root")
+            view = blake2b(os.readlink(base + b"/ns/mnt") + b"\0" + root, digest_size=16).digest()
+        except OSError:
+            root, view = b"/", blake2b(base, digest_size=16).digest()  # nobody else's
+        return [Row(row.start, row.end, row.offset_bytes, self._file(row, root, view)) for row in rows]
+
+    def _file(self, row: MapRow, root: bytes, view: bytes) -> File:
+        name = row._replace(start=0, end=0, perms="", offset_bytes=0)
+        file = self._files.get((name, root, view))
+        if file is None:
+            if len(self._files) >= MAX_FILES:
+                self._files.clear()
+            file = file_of(row, root, view)
+            since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
+            file = self._files[name, root, view] = file._replace(since_ns=since_ns)
+        return file
+
+    def _forget_files(self) -> None:
+        """Those that nobody has mapped any more."""
+        used = {row.file.key[NAME] for process in self._processes.values() for row in process.rows}
+        if used != self._since_ns.keys():
+            self._since_ns = {name: since_ns for name, since_ns in self._since_ns.items() if name in used}
+            self._files = {which: file for which, file in self._files.items() if file.key[NAME] in used}
+
+    # ---- telling ------------------------------------------------------------------------------
+
+    def _tell_new(self, process: _Process, parent: _Process | None, records: list[Record]) -> None:
+        """As a fork if it has all that its parent has and runs the same program; what it has more was mapped."""
+        rows: Sequence[Row] = process.rows
+        if parent is not None and parent.intro is not None and parent.stat.image == process.stat.image:
+            more, gone = compare(parent.rows, process.rows)
+            if not gone and (intro := self._introduction(process, RecordType.FORK, parent)):
+                process.rows = _with_old_names(parent.rows, process.rows)
+                process.intro, process.touches = intro, 1
+                records.append(intro)
+                rows = more
+        self._tell_maps(process, rows, records)
+
+    def _tell_change(self, known: _Process, found: _Process, records: list[Record]) -> None:
+        self._processes[known.pid] = found
+        if not known.is_same_program(found.stat) or found.is_denied:
+            # One that must not be read any more has, as a rule, executed a set-user-ID program.
+            self._tell_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
+            self._tell_maps(found, found.rows, records)
+            return
+        found.rows, found.intro, found.touches = _with_old_names(known.rows, found.rows), known.intro, known.touches
+        added, gone = compare(known.rows, found.rows)
+        self._tell_maps(found, added, records)
+        if found.intro is not None:
+            for start, end in gone:
+                records.append(self._range_record(found, RecordType.RANGE, start, end))
+
+    def _tell_maps(self, process: _Process, rows: Sequence[Row], records: list[Record]) -> None:
+        wanted = [row for row in rows if self._verdicts.get(row.file.key) is not False]
+        if not wanted:
+            return
+        if process.intro is None:
+            process.intro = self._introduction(process, RecordType.INTRO, None)
+            if process.intro is None:
+                process.cpu_ns, process.rows = None, ()  # it is gone, or another look will find it
+                return
+            records.append(process.intro)
+        process.touches += 1
+        records += [self._map_record(process, row) for row in wanted]
+
+    def _tell_end(self, process: _Process, kind: int, records: list[Record]) -> None:
+        if process.intro is not None:
+            records.append(self._range_record(process, kind, 0, 0)._replace(t_ns=time.monotonic_ns()))
+
+    def _reading(self, process: _Process) -> Reading | None:
+        """The process as the last look found it."""
+        rows = [row for row in process.rows if self._verdicts.get(row.file.key) is not False]
+        if rows and process.intro is None:
+            process.intro = self._introduction(process, RecordType.INTRO, None)
+            if process.intro is None:
+                process.cpu_ns = None
+                return None
+            process.touches += 1
+        now_ns = time.monotonic_ns()
+        maps = [self._map_record(process, row) for row in rows]
+        return Reading(process.pid, process.stat.start_ns, now_ns, now_ns, process.intro, maps, process.touches)
+
+    def _map_record(self, process: _Process, row: Row) -> MapRecord:
+        file = row.file
+        flags = file.flags | (FLAG_IMAGE if process.is_image(row) else 0)
+        if file.key not in self._verdicts:
+            flags |= FLAG_ASK
+        return MapRecord(
+            0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
+            process.touches, file.key, row.start, row.end, row.offset_bytes, file.since_ns, process.stat.comm,
+            file.mode, len(file.text), file.text,
+        )  # fmt: skip
+
+    def _range_record(self, process: _Process, kind: int, start: int, end: int) -> RangeRecord:
+        return RangeRecord(
+            0, kind, 0, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0, 0, start, end
+        )
+
+    def _introduction(self, process: _Process, kind: int, parent: _Process | None) -> ProcessRecord | None:
+        """Who it is, read now; None if it has ended or changed its program since the look."""
+        pid, stat = process.pid, process.stat
+        status, cgroup = self._proc.status(pid), self._proc.cgroup(pid)
+        base = self._base(stat)
+        try:
+            exe, root = os.readlink(base + b"/exe"), os.readlink(base + b"/root")
+            with open(base + b"/auxv", "rb") as file:
+                interpreter_base = _auxv_base(file.read(4096))
+        except OSError:
+            return None
+        now = self._stat(pid)
+        if not status or now is None or not process.is_same_program(now):
+            return None
+        code = int(stat.image[0])
+        identity = next((row.file.key[IDENTITY] for row in process.rows if row.start <= code < row.end), bytes(24))
+        path = text_of(seen_path(exe.removesuffix(b" (deleted)"), root))
+        group = b"" if isinstance(cgroup, Miss) else text_of(os.fsencode(cgroup))
+        return ProcessRecord(
+            0, kind, 0, pid, pid, stat.start_ns, process.seen_ns, 0, 1,
+            0 if parent is None else parent.stat.start_ns, 0 if parent is None else parent.pid, stat.ppid,
+            status.uid, status.ns_pid or pid, identity, interpreter_base, NO_ROOT, stat.comm,
+            len(group), len(path), group, path,
+        )  # fmt: skip
+
+
+def _with_old_names(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """The rows, those that were there before under the name they had: a rename is no news of a mapping."""
+    known = {row.what: row for row in before}
+    return [known.get(row.what, row) for row in after]
+
+
+def file_of(row: MapRow, root: bytes, view: bytes) -> File:
+    """The file of a row of maps, in a process whose root directory and view of the file system these are."""
+    path = seen_path(row.path, root)
+    device = row.major << 20 | row.minor
+    digest = blake2b(path + bytes([row.is_deleted]), digest_size=16).digest()
+    # struct file_key: inode; subvolume, device, generation; then whatever tells names and views apart; epoch.
+    rest = struct.pack("=QII", 0, device, 0) + digest + view + bytes(4)
+    return File(
+        key=FILE_KEY.pack(row.inode, rest, 0),
+        text=text_of(path, is_deleted=row.is_deleted),
+        # maps does not tell. What has no path (anon_inode:) is not regular; a device is taken for a file.
+        mode=file_types.S_IFREG if path.startswith(b"/") else 0,
+        flags=FLAG_DELETED if row.is_deleted else 0,
+        since_ns=0,
+    )
+
+
+def _auxv_base(data: bytes) -> int:
+    """Where exec put the interpreter; 0 if there is none."""
+    words = struct.Struct("=II" if parse_auxv_is_32bit(data) else "=QQ")
+    pairs = words.iter_unpack(data[: len(data) // words.size * words.size])
+    return next((value for key, value in pairs if key == AT_BASE), 0)
+
+
+class _Verdicts:
+    """`Verdicts` that were copied; they do not grow old."""
+
+    def __init__(self, verdicts: dict[Hashable, bool]) -> None:
+        self._verdicts = verdicts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        is_match = self._verdicts.get(key)
+        return None if is_match is None or not isinstance(key, bytes) else Verdict(key, is_match, None)
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        wanted = {inode.to_bytes(8, "little") for inode in inodes}
+        found = [self.look_up(key) for key in self._verdicts if isinstance(key, bytes) and key[:8] in wanted]
+        return [one for one in found if one is not None]
+
+    def close(self) -> None:
+        self._verdicts = {}

@@ -1,0 +1,438 @@
+"""`PrebuiltSource`: strategy ``prebuilt``. The kernel says where and when, ``/proc`` says which file.
+
+The programs know no kernel type, so they load on every kernel from 5.8 on, without BTF and without a compiler.
+
+What each record of ``prebuilt.bpf.c`` becomes: a mapping becomes the files that are there when it is
+drained, which is at once; if there is none any more it is counted as ``unresolved``, a loss like any
+other, and the process is read. All times and orders are the kernel's.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from errno import ENOENT, EXDEV
+from importlib.resources import files
+from types import TracebackType
+from typing import Final, Self
+
+from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.bpf.hooks import OPTIONAL_CALLS
+from sowatch.bpf.records import (
+    FLAG_DIRTY,
+    FLAG_IMAGE,
+    FLAG_NARROW,
+    FLAG_SHARED_VM,
+    ProcessRecord,
+    RangeRecord,
+    Record,
+    RecordType,
+    parse,
+)
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import BpfError, LoadAttempt
+from sowatch.sources.core import LOST, Followed, Losses, Reading, Report, Verdict
+from sowatch.sources.proc_scan import Look, ProcReader
+
+__all__ = ["PrebuiltSource"]
+
+#: enum seen_type of prebuilt.bpf.c.
+SEEN_MAP: Final = 16
+SEEN_RANGE: Final = 17
+SEEN_DIRTY: Final = 18
+SEEN_FORK: Final = 19
+SEEN_EXEC: Final = 20
+SEEN_EXIT: Final = 21
+UNKNOWN_FLAGS: Final = (1 << 64) - 1
+CLONE_VM: Final = 0x100
+#: struct seen: min_start, max_end, range_count, has_company, then pairs of start and end; 536 bytes.
+SEEN: Final = struct.Struct("=QQII64Q")
+#: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
+#: would wait for ever.
+SYSCALL_HOOKS: Final = (
+    ("leave", "exit", ("mmap", "munmap", "mprotect", "mremap", "pkey_mprotect", "shmat", "shmdt")),
+    ("enter_mmap", "enter", ("mmap",)),
+    ("enter_munmap", "enter", ("munmap",)),
+    ("enter_mprotect", "enter", ("mprotect", "pkey_mprotect")),
+    ("enter_mremap", "enter", ("mremap",)),
+    ("enter_shmat", "enter", ("shmat",)),
+    ("enter_shmdt", "enter", ("shmdt",)),
+)
+#: Further programs, on calls that not every architecture has.
+CLONE_HOOKS: Final = ("clone", "clone3", "fork", "vfork")
+#: Which of the two programs fits, by where the kernel puts the child's pid.
+FORK_PROGRAMS: Final = {44: "process_forks_44", 20: "process_forks_20"}
+#: Likewise, by where it says that this was the last thread; None: nowhere, before 6.16.
+EXIT_PROGRAMS: Final = {None: "process_exits", 32: "process_exits_32"}
+#: The ring is emptied after so many processes while all are read.
+DRAIN_EVERY: Final = 64
+MAX_IGNORED: Final = 65_536
+
+
+class _Known:
+    """A process that something was said of: its start, and what the map was told of it."""
+
+    __slots__ = ("intro", "start_ns")
+
+    def __init__(self, start_ns: int) -> None:
+        self.start_ns = start_ns
+        #: None: it is not in the map, as far as this source told.
+        self.intro: ProcessRecord | None = None
+
+
+class PrebuiltSource:
+    """See the module. Opening loads and attaches everything; if any step fails, nothing stays attached.
+
+    Args:
+        config: sizes of maps and ring; ``proc_root`` must be of the host's pid namespace.
+
+    Raises:
+        LibbpfMissing: no libbpf.
+        BpfError: the kernel refused, or ``proc_root`` numbers processes otherwise than the kernel (EXDEV).
+    """
+
+    strategy: str = "prebuilt"
+    guarantee: str = "exact events, files found in /proc"
+    hooks: str | None = "syscall"
+
+    def __init__(self, config: Config) -> None:
+        self.limits: tuple[str, ...] = (
+            "a mapping that ends before it is looked up in /proc is counted as lost",
+            "files are told apart as /proc shows them: inode generations and btrfs subvolumes are not seen",
+            "32-bit processes are watched by reads",
+        )
+        self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("prebuilt", True, None),)
+        self._reader = ProcReader(ProcFs(config.proc_root))
+        self._known: dict[int, _Known] = {}
+        self._ignored: dict[Hashable, None] = {}
+        self._unresolved = 0
+        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / "prebuilt.bpf.o"))
+        try:
+            self._load(config)
+        except BaseException:
+            self._object.close()
+            raise
+
+    def _load(self, config: Config) -> None:
+        bpf = self._object
+        bpf.set_max_entries("ring", config.ring_bytes)
+        bpf.set_max_entries("processes", config.max_processes)
+        bpf.set_max_entries("pending_calls", config.max_pending)
+        with Tracefs() as tracefs:
+            hooks = list(_find_hooks(tracefs))
+        for program in (*FORK_PROGRAMS.values(), *EXIT_PROGRAMS.values()):
+            if program not in [name for name, _ in hooks]:
+                bpf.skip(program)
+        bpf.load()
+        self._report = bpf.variable(".bss", "report")
+        self._processes = bpf.map("processes")
+        self._ring_fd = bpf.open_ring("ring")
+        self._check_numbers()
+        for program, tracepoint in hooks:
+            bpf.attach_tracepoint(program, tracepoint)
+
+    def _check_numbers(self) -> None:
+        ours = os.readlink(f"{self._reader.proc.root}/self")
+        if int(ours) != self._object.run("own_tgid", 0):
+            raise BpfError(f"matching {self._reader.proc.root}, which is not of the host's pid namespace,", EXDEV, "")
+
+    def fileno(self) -> int:
+        return self._ring_fd
+
+    # ---- records ------------------------------------------------------------------------------
+
+    def drain(self) -> list[Record]:
+        seen = [record for record in parse(self._object.drain()) if isinstance(record, RangeRecord)]
+        if not seen:
+            return []
+        # The last time a process became another one: what it had mapped before cannot be looked up.
+        renewed = {one.tgid: place for place, one in enumerate(seen) if one.type == SEEN_EXEC}
+        looks: dict[int, Look | None] = {}
+
+        def look_at(pid: int) -> Look | None:
+            if pid not in looks:
+                looks[pid] = self._reader.look(pid)
+            return looks[pid]
+
+        records: list[Record] = []
+        for place, one in enumerate(seen):
+            if one.type == SEEN_MAP:
+                records += self._on_map(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
+            elif one.type == SEEN_FORK:
+                records += self._on_fork(one)
+            elif one.type == SEEN_EXEC:
+                records += self._on_exec(one)
+            elif one.type == SEEN_EXIT:
+                records += self._on_exit(one)
+            else:
+                records += self._on_range(one)
+        return records
+
+    def refresh(self) -> None:
+        """The ring has everything already."""
+
+    def _on_map(self, seen: RangeRecord, look_at: Callable[[int], Look | None]) -> Iterator[Record]:
+        look = look_at(seen.tgid)
+        if look is None:
+            self._unresolved += 1  # it is gone, or another program by now
+            return
+        known = self._known.get(seen.tgid)
+        if known is None or known.start_ns != look.stat.start_ns:
+            known = self._known[seen.tgid] = _Known(look.stat.start_ns)
+        rows = [row for row in look.rows if row.start < seen.end and row.end > seen.start]
+        if not rows:
+            self._unresolved += 1
+            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+            return
+        view = self._reader.view_of(seen.tgid)
+        for row in rows:
+            record = self._reader.map_record(look.stat, view, row, t_ns=seen.t_ns, flags=seen.flags)
+            if record.key not in self._ignored:
+                if known.intro is None:
+                    known.intro = self._reader.introduce(look.stat, look.rows, RecordType.INTRO, seen.t_ns)
+                    yield known.intro
+                yield record
+            elif known.intro is not None:
+                yield self._small(RecordType.RANGE, seen, row.start, row.end)
+
+    def _on_range(self, seen: RangeRecord) -> Iterator[Record]:
+        known = self._known.get(seen.tgid)
+        if known is None or (known.intro is None and not self._report.value & Report.RANGES):
+            return
+        if seen.type == SEEN_RANGE:
+            yield self._small(RecordType.RANGE, seen, seen.start, seen.end)
+        else:
+            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+
+    def _on_fork(self, seen: RangeRecord) -> Iterator[Record]:
+        pid, flags = seen.start, seen.end
+        parent = self._known.get(seen.tgid)
+        is_told = parent is not None and parent.intro is not None
+        self._known.pop(pid, None)
+        if not is_told and not self._report.value & Report.PROCESSES:
+            return
+        stat = self._reader.proc.stat(pid)
+        if flags == UNKNOWN_FLAGS:
+            status = self._reader.proc.status(pid)
+            if isinstance(status, Miss) or status.tgid != pid:
+                return  # a thread, or gone before anybody could tell
+        # One that is gone already began now; no other source will name it.
+        child = self._known[pid] = _Known(seen.t_ns if isinstance(stat, Miss) else stat.start_ns)
+        if parent is None or parent.intro is None:
+            if isinstance(stat, Miss):
+                return
+            intro = self._reader.introduce(stat, (), RecordType.FORK, seen.t_ns)
+        else:
+            # In a pid namespace of its own the child's number there is not known.
+            ns_pid = pid if parent.intro.ns_pid == seen.tgid else None
+            intro = parent.intro._replace(ns_pid=ns_pid)  # type: ignore[arg-type]
+        intro = intro._replace(
+            type=RecordType.FORK,
+            flags=seen.flags | (FLAG_SHARED_VM if flags & CLONE_VM and flags != UNKNOWN_FLAGS else 0),
+            tgid=pid,
+            tid=pid,
+            start_ns=child.start_ns,
+            t_ns=seen.t_ns,
+            parent_tgid=seen.tgid,
+            parent_start_ns=parent.start_ns if parent is not None else 0,
+            ppid=seen.tgid,
+            path_bytes=0,
+            path=b"",
+        )
+        child.intro = intro
+        yield intro
+
+    def _on_exec(self, seen: RangeRecord) -> Iterator[Record]:
+        known = self._known.pop(seen.tgid, None)
+        if known is not None:
+            yield self._small(RecordType.EXEC, seen, start_ns=known.start_ns)
+        is_narrow = self._reader.proc.is_32bit(seen.tgid)
+        wants_images = self._report.value & Report.IMAGES
+        if not is_narrow and not wants_images:
+            return
+        look = self._reader.look(seen.tgid)
+        if look is None:
+            return
+        known = self._known[seen.tgid] = _Known(look.stat.start_ns)
+        if is_narrow:
+            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY | FLAG_NARROW)
+        if wants_images:
+            known.intro = self._reader.introduce(look.stat, look.rows, RecordType.INTRO, seen.t_ns)
+            yield known.intro
+            view = self._reader.view_of(seen.tgid)
+            for row in self._reader.images(seen.tgid, look.rows):
+                record = self._reader.map_record(look.stat, view, row, t_ns=seen.t_ns, flags=FLAG_IMAGE)
+                if record.key not in self._ignored:
+                    self._object.run("cover", seen.tgid, row.start, row.end, 0)
+                    yield record
+
+    def _on_exit(self, seen: RangeRecord) -> Iterator[Record]:
+        # Before 6.16 each thread has given up its address space by then; so the last one's word finds none left.
+        if not seen.start and not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
+            return
+        self._processes.delete(struct.pack("=I", seen.tgid))
+        known = self._known.pop(seen.tgid, None)
+        if known is not None:
+            yield self._small(RecordType.EXIT, seen, start_ns=known.start_ns)
+
+    def _small(
+        self, kind: int, seen: RangeRecord, start: int = 0, end: int = 0, *, flags: int = 0, start_ns: int | None = None
+    ) -> RangeRecord:
+        begun = self._known[seen.tgid].start_ns if start_ns is None else start_ns
+        return RangeRecord(0, kind, flags, seen.tgid, seen.tid, begun, seen.t_ns, 0, 0, start, end)
+
+    # ---- readings -----------------------------------------------------------------------------
+
+    def read_all(self) -> tuple[list[Reading], list[Record]]:
+        readings: list[Reading] = []
+        meanwhile: list[Record] = []
+        for place, pid in enumerate(self._reader.proc.pids()):
+            reading = self.read_process(pid)
+            if reading is not None:
+                readings.append(reading)
+            if place % DRAIN_EVERY == 0:
+                meanwhile += self.drain()
+        return readings, meanwhile
+
+    def read_process(self, pid: int) -> Reading | None:
+        look = self._reader.look(pid)
+        if look is None:
+            return None
+        reading = self._reader.reading_of(look, with_images=bool(self._report.value & Report.IMAGES))
+        known = self._known.get(pid)
+        if known is None or known.start_ns != reading.start_ns:
+            known = self._known[pid] = _Known(reading.start_ns)
+        known.intro = reading.intro or known.intro
+        has_company = look.stat.threads > 1
+        wanted = [one for one in reading.maps if one.key not in self._ignored]
+        # While anything is read every range is told (Report.RANGES), so what is covered now was not missed.
+        for one in wanted:
+            self._object.run("cover", pid, one.start, one.end, has_company)
+        if has_company and not wanted:
+            self._object.run("cover", pid, 0, 0, True)
+        reading.maps = wanted
+        return reading
+
+    # ---- answers ------------------------------------------------------------------------------
+
+    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+        for key in keys:
+            if is_wanted:
+                self._ignored.pop(key, None)
+                continue
+            if len(self._ignored) >= MAX_IGNORED:
+                del self._ignored[next(iter(self._ignored))]
+            self._ignored[key] = None
+
+    def settle(self, pid: int, start_ns: int, touches: int) -> bool:  # noqa: ARG002 - nobody else counts
+        """The map forgets it. Nothing is on its way: records and answers pass through one thread."""
+        known = self._known.get(pid)
+        if known is not None and known.start_ns == start_ns:
+            known.intro = None
+        return True
+
+    def set_report(self, report: Report) -> None:
+        self._report.value = int(report)
+
+    def limit_records(self, max_records_s: int) -> None:
+        """Its programs have no such guard."""
+
+    def new_epoch(self) -> None:
+        self._ignored.clear()
+
+    def losses(self) -> Losses:
+        ring, processes, pending, *_ = (self._object.per_cpu_sum("counters", number) for number in LOST)
+        return Losses(
+            ring=ring,
+            processes=processes,
+            pending=pending,
+            skipped=self._object.skipped_runs(),
+            unresolved=self._unresolved,
+        )
+
+    def followed(self, pid: int) -> Followed | None:
+        known = self._known.get(pid)
+        value = self._processes.lookup(struct.pack("=I", pid), SEEN.size)
+        if known is None or value is None:
+            return None
+        _, _, count, _, *ends = SEEN.unpack(value)
+        ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
+        is_told = known.intro is not None
+        return Followed(known.start_ns, count, False, is_told, count > len(ends) // 2, int(is_told), ranges)
+
+    def open_verdicts(self) -> _Ignored:
+        return _Ignored(self._ignored)
+
+    def tick(self) -> None:
+        """Nothing grows old: a file under another path has another key."""
+
+    def close(self) -> None:
+        self._object.close()
+
+
+class _Ignored:
+    """`sowatch.sources.core.Verdicts` of what this source was told to ignore, as it was then."""
+
+    def __init__(self, keys: Iterable[Hashable]) -> None:
+        self._keys = frozenset(keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def look_up(self, key: Hashable) -> Verdict | None:
+        if key not in self._keys:
+            return None
+        assert isinstance(key, bytes)
+        return Verdict(key, False, None)
+
+    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
+        wanted = {inode.to_bytes(8, "little") for inode in inodes}
+        return [Verdict(key, False, None) for key in self._keys if isinstance(key, bytes) and key[:8] in wanted]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _see_nothing(_: int) -> None:
+    return None
+
+
+def _find_hooks(tracefs: Tracefs) -> Iterator[tuple[str, int]]:
+    """Each program with the id of its tracepoint, exits first, as in `SYSCALL_HOOKS`.
+
+    Raises:
+        BpfError: the kernel has no such tracepoint, or it has another layout than both we know.
+    """
+    for program, side, calls in SYSCALL_HOOKS:
+        for call in calls:
+            found = tracefs.tracepoint_id("syscalls", f"sys_{side}_{call}")
+            if found is not None:
+                yield program, found
+            elif call not in OPTIONAL_CALLS:
+                raise BpfError(f"finding tracepoint syscalls/sys_{side}_{call}", ENOENT, "")
+    for call in CLONE_HOOKS:
+        found = tracefs.tracepoint_id("syscalls", f"sys_enter_{call}")
+        if found is not None:
+            yield f"enter_{call}", found
+    offset = tracefs.field_offset("sched", "sched_process_fork", "child_pid")
+    if offset not in FORK_PROGRAMS:
+        raise BpfError(f"reading the layout of tracepoint sched/sched_process_fork (child_pid at {offset})", ENOENT, "")
+    last = tracefs.field_offset("sched", "sched_process_exit", "group_dead")
+    if last not in EXIT_PROGRAMS:
+        raise BpfError(f"reading the layout of tracepoint sched/sched_process_exit (group_dead at {last})", ENOENT, "")
+    for program, name in (
+        (FORK_PROGRAMS[offset], "sched_process_fork"),
+        ("process_execs", "sched_process_exec"),
+        (EXIT_PROGRAMS[last], "sched_process_exit"),
+    ):
+        found = tracefs.tracepoint_id("sched", name)
+        if found is None:
+            raise BpfError(f"finding tracepoint sched/{name}", ENOENT, "")
+        yield program, found

@@ -1,0 +1,198 @@
+"""`ProcReader`: what a process has mapped, read from ``/proc`` in the form the kernel's iterator gives it.
+
+For strategies, and kernels, that have no iterator. Names nothing but what ``/proc`` shows: the generation of an inode
+is 0, and on overlayfs (6.8 and newer) and btrfs the device is the one that stat shows.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from sowatch.bpf.records import FLAG_DELETED, FLAG_IMAGE, MapRecord, ProcessRecord, RecordType, text_of
+from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat, seen_path
+from sowatch.sources.core import Reading
+
+__all__ = ["Look", "ProcReader"]
+
+#: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
+_KEY: Final = struct.Struct("=QQIIQQQQII")
+_FILE_ID: Final = struct.Struct("=QQII")
+_AT_BASE: Final = 7
+#: What is followed: the value itself means nothing, only that it is not 0.
+_FOLLOWED: Final = 1
+
+
+#: What tells views of the file system apart (root inode, device and mount namespace), and the root's path.
+View = tuple[int, int, bytes]
+
+
+class Look(NamedTuple):
+    """One look at a process: its stat, its executable mappings of files, and when."""
+
+    stat: Stat
+    rows: list[MapRow]
+    begin_ns: int
+    end_ns: int
+
+
+class ProcReader:
+    """Reads processes below one proc root. Holds nothing open; any thread may use it."""
+
+    def __init__(self, proc: ProcFs) -> None:
+        self.proc = proc
+
+    def look(self, pid: int) -> Look | None:
+        """The mappings of a process; None if it is gone, a kernel thread or not ours to see."""
+        begin_ns = time.monotonic_ns()
+        first = self.proc.stat(pid)
+        if isinstance(first, Miss) or first.is_kernel_thread:
+            return None
+        rows = self.proc.executable_maps(pid)
+        last = self.proc.stat(pid)
+        if isinstance(rows, Miss) or isinstance(last, Miss) or last.start_ticks != first.start_ticks:
+            return None
+        if not rows and isinstance(self.proc.live_thread(pid), Miss):
+            return None
+        return Look(last, rows, begin_ns, time.monotonic_ns())
+
+    def read(self, pid: int, *, with_images: bool) -> Reading | None:
+        """The reading of one process, as `sowatch.sources.core.EventSource.read_process` gives it."""
+        look = self.look(pid)
+        return None if look is None else self.reading_of(look, with_images=with_images)
+
+    def reading_of(self, look: Look, *, with_images: bool) -> Reading:
+        """The same from a look that was taken already."""
+        pid, start_ns = look.stat.pid, look.stat.start_ns
+        reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, touches=_FOLLOWED)
+        reading.is_narrow = bool(self.proc.is_32bit(pid))
+        if look.rows:
+            reading.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
+            view = self.view_of(pid)
+            images = self.images(pid, look.rows)
+            for row in look.rows:
+                if row not in images:
+                    reading.maps.append(self.map_record(look.stat, view, row, t_ns=look.end_ns))
+                elif with_images:
+                    reading.maps.append(self.map_record(look.stat, view, row, t_ns=look.end_ns, flags=FLAG_IMAGE))
+        return reading
+
+    def view_of(self, pid: int) -> View:
+        """Its view of the file system; all zero if it is gone."""
+        base = self.proc.root_dir(pid)
+        if isinstance(base, Miss):
+            return (0, 0, b"/")
+        try:
+            root = os.stat(base)
+            namespace = os.stat(base.removesuffix("root") + "ns/mnt")
+            path = os.readlink(base.encode())
+        except OSError:
+            return (0, 0, b"/")
+        return (root.st_ino, (root.st_dev << 32 ^ namespace.st_ino) & (1 << 64) - 1, path)
+
+    def images(self, pid: int, rows: list[MapRow]) -> set[MapRow]:
+        """The rows that exec itself mapped: of the main executable and of the interpreter."""
+        exe = self.proc.exe(pid)
+        path = os.fsencode(exe.path) if not isinstance(exe, Miss) else None
+        base = self._interpreter_base(pid)
+        return {row for row in rows if row.path == path or (base and row.start - row.offset_bytes == base)}
+
+    def _interpreter_base(self, pid: int) -> int:
+        tid = self.proc.live_thread(pid)
+        try:
+            with open(f"{self.proc.root}/{tid}/auxv", "rb", buffering=0) as file:
+                words = struct.iter_unpack("=QQ", file.read(1024))
+                return next((value for key, value in words if key == _AT_BASE), 0)
+        except (OSError, struct.error):
+            return 0
+
+    def map_record(
+        self, of: Stat, view: tuple[int, int, bytes], row: MapRow, *, t_ns: int, flags: int = 0
+    ) -> MapRecord:
+        """A row as the record of an executable mapping."""
+        if row.is_deleted:
+            row = self.proc.settle_deleted(of.pid, row)
+            flags |= FLAG_DELETED if row.is_deleted else 0
+        path = seen_path(row.path, view[2])
+        name = zlib.crc32(path)
+        key = _KEY.pack(*_inode_of(row), name, 0, view[0], view[1], name, 0)
+        text = text_of(path, is_deleted=row.is_deleted)
+        return MapRecord(
+            **_head(of, RecordType.MAP, flags, t_ns),
+            key=key,
+            start=row.start,
+            end=row.end,
+            offset_bytes=row.offset_bytes,
+            changed_ns=0,  # maps does not tell
+            comm=of.comm,
+            # Devices and FIFOs can be mapped too, but only their inode would tell.
+            mode=stat.S_IFREG,
+            path_bytes=len(text),
+            text=text,
+        )
+
+    def introduce(self, of: Stat, rows: Sequence[MapRow], kind: int, t_ns: int) -> ProcessRecord:
+        """Who a process is. What is gone by now, or not ours to see, is left empty.
+
+        Args:
+            of: what its stat said.
+            rows: its mappings, to find the main executable among them.
+            kind: FORK, EXEC or INTRO.
+            t_ns: the time of the record.
+        """
+        pid = of.pid
+        process = self.proc.process(pid)
+        exe = process.exe if process is not None else None
+        path = text_of(os.fsencode(exe)) if exe else b""
+        cgroup = process.cgroup if process is not None else None
+        cgroup_text = text_of(os.fsencode(cgroup)) if cgroup else b""
+        return ProcessRecord(
+            **_head(of, kind, 0, t_ns),
+            parent_start_ns=0,
+            parent_tgid=0,
+            ppid=of.ppid,
+            uid=process.uid if process is not None else None,  # type: ignore[arg-type]
+            ns_pid=process.ns_pid if process is not None else None,  # type: ignore[arg-type]
+            exe=self._exe_id(pid, rows),
+            interpreter_base=0,
+            root=bytes(16),
+            comm=of.comm,
+            cgroup_bytes=len(cgroup_text),
+            path_bytes=len(path),
+            cgroup=cgroup_text,
+            path=path,
+        )
+
+    def _exe_id(self, pid: int, rows: Sequence[MapRow]) -> bytes:
+        """The struct file_id of the main executable, as its own row shows it."""
+        exe = self.proc.exe(pid) if rows else Miss.ABSENT
+        if isinstance(exe, Miss):
+            return bytes(_FILE_ID.size)
+        shown = (os.fsencode(exe.path), exe.is_deleted)
+        ids = (_FILE_ID.pack(*_inode_of(row)) for row in rows if (row.path, row.is_deleted) == shown)
+        return next(ids, bytes(_FILE_ID.size))
+
+
+def _inode_of(row: MapRow) -> tuple[int, int, int, int]:
+    """The fields of struct file_id; the kernel's dev_t is major << 20 | minor."""
+    return row.inode, 0, row.major << 20 | row.minor, 0
+
+
+def _head(of: Stat, kind: int, flags: int, t_ns: int) -> dict[str, Any]:
+    """The fields of struct record."""
+    return {
+        "size": 0,
+        "type": kind,
+        "flags": flags,
+        "tgid": of.pid,
+        "tid": of.pid,
+        "start_ns": of.start_ns,
+        "t_ns": t_ns,
+        "exec_id": 0,
+        "touches": _FOLLOWED,
+    }

@@ -1,0 +1,238 @@
+"""Which strategy is used, and why not another: the load ladder.
+
+`rungs_to_try` is the policy, `RUNGS` what there is to try. A rung that fails has taken everything down again before
+the next is tried.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from sowatch.bpf.compile import compile_programs
+from sowatch.model.config import Config
+from sowatch.model.errors import (
+    BpfError,
+    CompileError,
+    LibbpfMissing,
+    LoadAttempt,
+    LoadError,
+    NotPermitted,
+    SowatchError,
+)
+from sowatch.sources.core import OBJECTS, BpfSource, EventSource
+from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
+from sowatch.sources.polling import ProcfsSource
+from sowatch.sources.prebuilt import PrebuiltSource
+
+__all__ = ["RUNGS", "Plan", "Rung", "missing_capabilities", "open_source", "plan", "rungs_to_try"]
+
+LOG = logging.getLogger("sowatch")
+
+#: What BPF strategies need, by bit number (include/uapi/linux/capability.h). CAP_SYS_ADMIN implies the
+#: first two (bpf(2), perf_event_open(2)); it is needed itself to open tracefs where it is not mounted.
+NEEDED = {"CAP_PERFMON": 38, "CAP_BPF": 39}
+CAP_SYS_ADMIN = 21
+CAP_SYS_PTRACE = 19
+
+_REMEDY_ROOT = (
+    "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
+)
+_REMEDY = "See `sowatch doctor` for what this kernel can do."
+
+
+class Rung(NamedTuple):
+    """One strategy. ``open`` raises a `SowatchError` if it does not work here, and leaves nothing behind."""
+
+    open: Callable[[Config], EventSource]
+    needs_bpf: bool
+
+
+def _open_core(config: Config) -> EventSource:
+    try:
+        return BpfSource(config)
+    except BpfError as error:
+        return _open_for_old_kernel(config, error)
+
+
+def _open_runtime(config: Config) -> EventSource:
+    with compile_programs(config, [name.replace(".o", ".c") for name in OBJECTS]) as paths:
+        try:
+            return BpfSource(config, strategy="runtime", objects=paths)
+        except BpfError as error:
+            refusal = error
+    with compile_programs(config, [OLD_OBJECT.replace(".o", ".c")]) as paths:
+        return _open_for_old_kernel(config, refusal, strategy="runtime", objects=paths)
+
+
+def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> EventSource:
+    """Where the programs of today were refused, those for kernels before 5.17.
+
+    Raises:
+        BpfError: the first refusal, if that does not work either: it is about what most kernels run.
+    """
+    if missing_capabilities():
+        raise refusal
+    try:
+        return OldKernelSource(config, **options)
+    except BpfError as error:
+        LOG.debug("%s: %s", OLD_OBJECT, error)
+        raise refusal from error
+
+
+#: Every rung by its strategy. What comes after what is said by `rungs_to_try`.
+RUNGS: Final[Mapping[str, Rung]] = {
+    "core": Rung(_open_core, needs_bpf=True),
+    "runtime": Rung(_open_runtime, needs_bpf=True),
+    "prebuilt": Rung(PrebuiltSource, needs_bpf=True),
+    "procfs": Rung(ProcfsSource, needs_bpf=False),
+}
+
+
+def rungs_to_try(config: Config) -> Iterator[str]:
+    """The strategies in the order in which they are tried: the next one is asked for if the last failed.
+
+    As in the origin, but for ``procfs``: with nothing enabled, ``prebuilt`` is what is left; a strategy
+    that failed is followed by another only if a flag allows it.
+
+    >>> list(rungs_to_try(Config(allow_runtime_compiled_fallback=False)))
+    ['core', 'prebuilt', 'procfs']
+    """
+    if config.strategy != "auto":
+        yield config.strategy
+        return
+    goes_on = True
+    if config.enable_core:
+        yield "core"
+        goes_on = config.allow_runtime_compiled_fallback or config.allow_prebuilt_fallback
+    if goes_on and (config.enable_runtime_compiler or (config.enable_core and config.allow_runtime_compiled_fallback)):
+        yield "runtime"
+        goes_on = config.allow_prebuilt_fallback
+    if goes_on:
+        yield "prebuilt"
+    if config.allow_procfs_fallback:
+        yield "procfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would be used: ``strategy`` is None if nothing works; ``remedy`` then says what to do."""
+
+    strategy: str | None
+    hooks: str | None
+    guarantee: str | None
+    attempts: tuple[LoadAttempt, ...]
+    remedy: str
+    is_only_permission: bool = False
+    limits: tuple[str, ...] = ()
+
+
+def missing_capabilities() -> tuple[str, ...]:
+    """Capabilities this process would need and has not."""
+    effective = 0
+    with open("/proc/thread-self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"CapEff:"):
+                effective = int(line.split()[1], 16)
+    if effective >> CAP_SYS_ADMIN & 1:
+        return ()
+    return tuple(name for name, bit in NEEDED.items() if not effective >> bit & 1)
+
+
+def open_source(config: Config) -> EventSource:
+    """The best source that works; its ``attempts`` say what was tried before it.
+
+    Raises:
+        NotPermitted: a capability is missing.
+        LibbpfMissing: libbpf is, and nothing else may be tried.
+        LoadError: nothing works; ``attempts`` has each rung that was tried.
+    """
+    source, attempts, error = _climb(config)
+    if error is not None:
+        raise error
+    assert source is not None
+    source.attempts = attempts
+    return source
+
+
+def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:
+    """The source or the error, and what was tried. Rungs that need what was found missing are not."""
+    attempts: list[LoadAttempt] = []
+    first: SowatchError | None = None
+    no_bpf: SowatchError | None = None
+    for strategy in rungs_to_try(config):
+        rung = RUNGS[strategy]
+        if rung.needs_bpf and no_bpf is not None:
+            continue
+        try:
+            source = rung.open(config)
+        except SowatchError as error:
+            found = _translate(error) if rung.needs_bpf else error
+            attempts.append(LoadAttempt(strategy, False, _reason(found)))
+            LOG.info("strategy %s does not work here: %s", strategy, attempts[-1].error)
+            first = first or found
+            if isinstance(found, NotPermitted | LibbpfMissing):
+                no_bpf = found
+        else:
+            return source, (*attempts, LoadAttempt(strategy, True, None)), None
+    assert first is not None
+    if isinstance(no_bpf, NotPermitted) or (len(attempts) == 1 and isinstance(first, LibbpfMissing)):
+        return None, tuple(attempts), no_bpf
+    failure = LoadError(attempts, first.remedy if len(attempts) == 1 and isinstance(first, CompileError) else _REMEDY)
+    failure.__cause__ = first
+    return None, tuple(attempts), failure
+
+
+def _translate(error: SowatchError) -> SowatchError:
+    """A kernel's refusal is a missing capability's if one is missing."""
+    missing = missing_capabilities() if isinstance(error, BpfError) else ()
+    if not missing:
+        return error
+    found = NotPermitted("cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT)
+    found.__cause__ = error
+    return found
+
+
+def _reason(error: SowatchError) -> str:
+    """The reason in one clause, with what is behind the usual error numbers."""
+    if isinstance(error, NotPermitted):
+        return error.missing
+    if isinstance(error, CompileError):
+        return error.reason
+    reason = str(error).removesuffix(" See `sowatch doctor` for what this kernel can do.").rstrip(".")
+    if not isinstance(error, BpfError):
+        return reason
+    if error.errno == errno.ENOSYS:
+        return "this kernel was built without bpf(2)"
+    lockdown = _lockdown()
+    if error.errno == errno.EPERM and lockdown == "confidentiality":
+        return f"{reason} (the kernel is locked down: {lockdown})"
+    if not os.path.exists("/sys/kernel/btf/vmlinux"):
+        return f"{reason} (the kernel has no BTF)"
+    return reason
+
+
+def _lockdown() -> str | None:
+    """The mode in brackets in the lockdown file, None where it cannot be read."""
+    try:
+        with open("/sys/kernel/security/lockdown") as file:
+            return file.read().partition("[")[2].partition("]")[0] or None
+    except OSError:
+        return None
+
+
+def plan(config: Config) -> Plan:
+    """Tries what `open_source` would do, and takes it down again."""
+    source, attempts, error = _climb(config)
+    if source is None:
+        is_only_permission = isinstance(error, NotPermitted)
+        remedy = error.remedy if isinstance(error, NotPermitted | LoadError) else str(error)
+        return Plan(None, None, None, attempts, remedy, is_only_permission)
+    remedy = _REMEDY_ROOT if not RUNGS[source.strategy].needs_bpf and missing_capabilities() else ""
+    found = Plan(source.strategy, source.hooks, source.guarantee, attempts, remedy, limits=source.limits)
+    source.close()
+    return found

@@ -1,0 +1,1 @@
+"""The public API: `Watcher`, `watch`, `awatch` and `ProcessMonitor`."""

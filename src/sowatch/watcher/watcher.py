@@ -1,0 +1,530 @@
+"""`Watcher`: source, map, rules and subscribers put together.
+
+This is the room to read first to see how the parts meet: a `Watcher` opens a source, gives it to an `Engine` thread,
+and hands out what that publishes; each rule with callbacks has a worker thread of its own, so a slow callback delays
+only its own rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.file_inspector import Inspector
+from sowatch.engine.loop import Engine
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.subscription import Subscription
+from sowatch.engine.table import Tracker
+from sowatch.engine.workers import ActiveFile, RuleWorker
+from sowatch.explain import Desk, PathReport, ProcessReport, explain
+from sowatch.explain.audit import AuditReport, audit
+from sowatch.linux.containers import container_id
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
+from sowatch.model.histogram import RuleTimings
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import EventSource, Losses
+from sowatch.sources.select import open_source
+
+__all__ = ["ActiveFile", "Mapped", "Stats", "Watcher"]
+
+T = TypeVar("T")
+
+#: How long stop() waits for the callbacks of one rule that are under way.
+WORKER_STOP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """One library in one process, as the map has it. ``ranges`` are executable address ranges.
+
+    ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was told, so
+    what was there before the watch has the time at which that found it, and the cause ``snapshot``.
+    """
+
+    process: Process
+    library: Library
+    rule: str
+    ranges: tuple[tuple[int, int], ...]
+    cause: str | None = None
+    time_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
+
+    ``lost_throttled`` of the facts were dropped because one process said more than
+    ``Config.max_records_s`` of them in a second.
+
+    ``rereads`` are single processes whose mappings were read because other threads might have
+    interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
+    the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
+    end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
+    at ``/proc`` as it is now, None with a strategy that does not poll.
+    """
+
+    processes: int
+    libraries: int
+    mappings: int
+    events: int
+    loads: int
+    unloads: int
+    lost_kernel: int
+    lost_throttled: int
+    lost_queue: int
+    repairs: int
+    rereads: int
+    unresolved: int
+    callback_errors: int
+    records: int
+    losses: Losses
+    audits: int
+    audit_differences: int
+    poll_interval_s: float | None = None
+
+
+class Watcher:
+    r"""Watches the whole host, and tells of the libraries that its rules want.
+
+    Args:
+        rules: the first that matches a file wins; without any, every shared library.
+        config: limits and policy.
+        pids: only these processes (pids in the initial pid namespace).
+        container: only processes of containers whose id starts with this.
+        exclude_self: leave this very process out.
+        snapshot: tell of what is mapped already. Without, only news is told.
+        open_source: where records come from; the default climbs the load ladder.
+
+    Use it as a context manager, or `start` and `stop` it. All methods may be called from any
+    thread. Iterating gives the library events from before the start on.
+
+    >>> with Watcher(Rule(r"libc\.so", name="libc")) as watcher:  # doctest: +SKIP
+    ...     print(len(watcher.snapshot()))
+    """
+
+    def __init__(
+        self,
+        *rules: Rule,
+        config: Config = Config(),  # noqa: B008 - frozen
+        pids: Collection[int] = (),
+        container: str | None = None,
+        exclude_self: bool = False,
+        snapshot: bool = True,
+        open_source: Callable[[Config], EventSource] = open_source,
+    ) -> None:
+        self._rules = RuleSet(rules)
+        self._config = config
+        self._pids = frozenset(pids)
+        self._container = container
+        self._exclude_self = exclude_self
+        self._wants_snapshot = snapshot
+        self._open_source = open_source
+        self._proc = ProcFs(config.proc_root)
+        #: Who has what, what is active, what is blocked.
+        self.registry = FileRegistry(config)
+        self._inspector: Inspector | None = None
+        self._engine: Engine | None = None
+        #: Replaced as a whole, on the engine's thread once that runs.
+        self._workers: tuple[RuleWorker, ...] = ()
+        self._retired: tuple[RuleWorker, ...] = ()
+        self._retired_errors = 0
+        self._changing_rules = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_started = False
+        self._is_stopped = False
+        self._audit_lock = threading.Lock()
+        self._audits = 0
+        self._audit_differences = 0
+        self._stopped = threading.Event()
+        self._publisher = Publisher(
+            self._rules,
+            self.registry,
+            Selection(self._pids, container),
+            proc_root=config.proc_root,
+        )
+        self._own: Subscription | None = None
+
+    def start(self) -> Ready:
+        """Loads, attaches, takes the snapshot. Returns what the ``ready`` event says.
+
+        Raises:
+            NotPermitted: this user may not load BPF programs.
+            LoadError: no strategy works; ``attempts`` has each.
+            LibbpfMissing: the binding to libbpf does not load.
+            UsageError: it was started before.
+        """
+        with self._lock:
+            if self._is_started:
+                raise UsageError("a Watcher can be started once. Make a new one.")
+            source = self._open_source(self._config)
+            self._is_started = True
+            try:
+                return self._start(source)
+            except BaseException:
+                source.close()
+                self.stop()
+                raise
+
+    def _start(self, source: EventSource) -> Ready:
+        engine = Engine(
+            source,
+            Tracker(self._rules, container_id),
+            self._publisher,
+            self._rules,
+            self._config,
+            silent_baseline=not self._wants_snapshot,
+        )
+        self._engine = engine
+        self._inspector = Inspector(proc=self._proc, exports=self._rules.exports, on_done=engine.wake)
+        self._publisher.inspector = self._inspector
+        self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
+        engine.keeper.look_at_ourselves()
+        self._publisher.selection = Selection(
+            self._pids, self._container, engine.keeper.own_pid if self._exclude_self else None
+        )
+        ready = engine.start()
+        for worker in self._workers:
+            worker.live_since_ns = time.monotonic_ns()
+        return ready
+
+    def _new_worker(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
+        subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
+        return RuleWorker(rule, subscription, self.registry, self._proc, after)
+
+    def stop(self) -> None:
+        """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
+        with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            if self._engine is not None:
+                self._engine.stop()
+            # Once more if the engine's thread did so: whoever waits for events must not wait for ever.
+            self._publisher.end()
+            deadline = time.monotonic() + WORKER_STOP_S
+            for worker in (*self._workers, *self._retired):
+                worker.join(max(0.0, deadline - time.monotonic()))
+            if self._inspector is not None:
+                self._inspector.close(max(0.0, deadline - time.monotonic()))
+            self.registry.clear(timeout_s=max(0.0, deadline - time.monotonic()))
+            self._stopped.set()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __iter__(self) -> Iterator[LibraryEvent]:
+        with self._lock:
+            if self._own is None:
+                self._own = self.subscribe(control=False)
+            own = self._own
+        # Not a generator: the subscription has to be there before the start.
+        return (event for event in own if isinstance(event, LibraryEvent))
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the ``ready`` event said; None before the start."""
+        return None if self._engine is None else self._engine.ready
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until `stop` was called, or the time is up; whether it was stopped."""
+        return self._stopped.wait(timeout_s)
+
+    def subscribe(
+        self, *, events: Collection[str] = EVENT_KINDS, control: bool = True, limit: int | None = None
+    ) -> Subscription:
+        """A queue of events from now on; subscribe before `start` to get the snapshot too.
+
+        Args:
+            events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
+            control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
+            limit: events that may wait in it before some are lost; default ``config.queue_events``.
+
+        Raises:
+            UsageError: an unknown event.
+        """
+        for one in events:
+            if one not in EVENT_KINDS:
+                raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
+        return self._publisher.subscribe(events=events, control=control, limit=limit or self._config.queue_events)
+
+    def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
+        """The map as published so far: every (process, library) that the rules want.
+
+        Ranges are those of now, which may be others than its load had; of a watch that has ended, the
+        load's.
+
+        Args:
+            with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
+                whoever looks again and again.
+        """
+        ranges = {}
+        if with_ranges and self.ready is not None:
+            # The watch may end at any moment.
+            with contextlib.suppress(SowatchError):
+                engine = self._running_engine()
+                ranges = engine.ask(engine.ranges, settled=False)
+        return [
+            Mapped(
+                event.process,
+                event.library,
+                event.rule,
+                ranges.get(process, {}).get(file, event.ranges),
+                event.cause,
+                event.time_ns,
+            )
+            for process, files in self._publisher.held_copy().items()
+            for file, event in files.items()
+            if event.process is not None
+        ]
+
+    def audit(self) -> AuditReport:
+        """Compares the map with an independent reading of ``/proc``, every live process tried.
+
+        A difference counts if it is still there after a few looks some 50 ms apart. Takes about as
+        long as reading every process's maps; `set_rules` waits for it. Any thread but a callback's may ask.
+
+        Raises:
+            SowatchError: the watch is not running.
+        """
+        engine = self._running_engine()
+        with self._changing_rules:  # the map must not follow others in the middle of it
+            report = audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+        with self._audit_lock:
+            self._audits += 1
+            self._audit_differences = len(report.differences)
+        return report
+
+    def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
+        """The decision trail of one process or one file: what was seen of it, and why no more.
+
+        Looks at ``/proc``, the map, what the kernel side remembers, and the files themselves, each of
+        which is given up after 2 s. Changes nothing. Any thread but a callback's may ask.
+
+        Args:
+            target: a pid, or the path of a file as this process sees it; the file may be gone.
+
+        Raises:
+            SowatchError: the watch is not running, there is no such process, or nothing of that name
+                exists or is mapped.
+            UsageError: the id of a thread, or no path.
+        """
+        engine = self._running_engine()
+        desk = Desk(
+            self._proc,
+            self._rules,
+            self.registry,
+            ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
+            view=lambda: engine.ask(engine.view),
+            is_repaired=lambda: engine.keeper.is_repaired,
+        )
+        return explain(target, desk)
+
+    def _running_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None or self._is_stopped:
+            raise SowatchError("the watch is not running. Call start() first.")
+        return engine
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules in force, in order."""
+        return tuple(self._rules)
+
+    def set_rules(self, *rules: Rule) -> None:
+        """Watches by other rules from now on, without a gap. Returns once everything mapped was told by them.
+
+        What no rule wants any more is unloaded with cause ``rules``, what is wanted now loaded with cause
+        ``snapshot`` (unless the watch began without a snapshot), and what another rule wants both. Rules
+        go on if their name and callbacks stay; a worker thread of the others ends or begins. Any thread
+        but a callback's may call.
+
+        Raises:
+            SowatchError: the watch is not running, or ended meanwhile.
+            UsageError: two rules of one name.
+        """
+        new = RuleSet(rules)
+        with self._changing_rules:
+            engine = self._running_engine()
+            before = self._inspector
+            if new.exports - self._rules.exports:
+                # What it knows of files lacks the symbols that are asked for now.
+                self._inspector = Inspector(proc=self._proc, exports=new.exports, on_done=engine.wake)
+            done: Future[None] = Future()
+
+            def change() -> None:
+                self._rules = new
+                self._publisher.inspector = self._inspector
+                engine.keeper.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
+
+            try:
+                engine.ask(change)
+                self._wait_for(done, engine)
+            finally:
+                if before is not None and before is not self._inspector:
+                    before.close()
+
+    def _hand_over_to(self, rules: RuleSet) -> None:
+        """Ends the workers of rules that are gone, and begins those of new ones; on the engine's thread."""
+        now = {rule.name: rule for rule in rules if rule.has_callbacks}
+        stay = [one for one in self._workers if (rule := now.get(one.rule.name)) and one.rule.calls_the_same_as(rule)]
+        leave = {one.rule.name: one for one in self._workers if one not in stay}
+        for worker in leave.values():
+            worker.retire()
+        begin = [rule for rule in now.values() if rule.name not in {one.rule.name for one in stay}]
+        self._retired_errors += sum(one.errors for one in self._retired if one.has_ended)
+        self._retired = (*(one for one in self._retired if not one.has_ended), *leave.values())
+        self._workers = (*stay, *(self._new_worker(rule, leave.get(rule.name)) for rule in begin))
+
+    def attach_pid(self, pid: int, rule: str) -> int:
+        """Looks at a process once more, by hand: what the rule wants is told and activated if it was not.
+
+        Activations that failed are tried again, unless their file is blocked.
+
+        Args:
+            pid: in the initial pid namespace.
+            rule: name of a rule in force.
+
+        Returns:
+            How many files the process holds under the rule now.
+
+        Raises:
+            SowatchError: there is no such process, or it has nothing that the rule wants.
+        """
+        wanted, engine = self._rule_named(rule), self._running_engine()
+        if isinstance(self._proc.stat(pid), Miss):
+            raise SowatchError(f"there is no process {pid}. Look for the right one with `ps -e`.")
+
+        def settle() -> int:
+            held = [one for one in self._publisher.held_of(pid) if one.rule == rule]
+            idle = {one.library.id for one in self.registry.files() if one.rule == rule and one.state == "held"}
+            for worker in self._workers:
+                if worker.rule.name == rule:
+                    for load in held:
+                        if load.library.id in idle:
+                            worker.retry(load)
+            return len(held)
+
+        answer: Future[int] = Future()
+
+        def look() -> None:
+            engine.keeper.look_again(pid, wanted)
+            self._publisher.in_turn(lambda: answer.set_result(settle()))
+
+        engine.ask(look)
+        held = self._wait_for(answer, engine)
+        if not held:
+            raise SowatchError(f"no rules matched for pid {pid}. See `sowatch explain {pid}`.")
+        return held
+
+    def detach_pid(self, pid: int, rule: str) -> int:
+        """Takes away by hand what a process holds under a rule: unloads with cause ``rules``, and deactivations.
+
+        It stays so until the process maps the file anew, or `attach_pid` or `set_rules` looks again.
+
+        Args:
+            pid: in the initial pid namespace.
+            rule: name of a rule in force.
+
+        Returns:
+            How many files it held.
+
+        Raises:
+            SowatchError: it held none.
+        """
+        self._rule_named(rule)
+        engine = self._running_engine()
+        answer: Future[int] = Future()
+
+        def let_go() -> None:
+            count = self._publisher.let_go(
+                lambda load: load.rule == rule and load.process is not None and load.process.pid == pid
+            )
+            answer.set_result(count)
+
+        engine.ask(lambda: self._publisher.in_turn(let_go))
+        held = self._wait_for(answer, engine)
+        if not held:
+            raise SowatchError(f"pid {pid} is not registered. See `sowatch debug traced`.")
+        return held
+
+    def _rule_named(self, name: str) -> Rule:
+        rule = self._rules.named(name)
+        if rule is None:
+            raise UsageError(f"there is no rule {name!r}. Use one of: {', '.join(one.name for one in self._rules)}.")
+        return rule
+
+    @staticmethod
+    def _wait_for(answer: Future[T], engine: Engine) -> T:
+        """What comes in the publisher's turn, which a file system that hangs may delay by seconds."""
+        while True:
+            try:
+                return answer.result(timeout=0.5)
+            except TimeoutError:
+                if not engine.is_running and not answer.done():
+                    raise SowatchError("the watch has ended. Ask before stop().") from None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has neither been stopped nor failed."""
+        return self._engine is not None and self._engine.is_running and not self._is_stopped
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the draining thread last went round; more than a few mean that it hangs."""
+        return 0.0 if self._engine is None else time.monotonic() - self._engine.turned_s
+
+    @property
+    def stats(self) -> Stats:
+        """Figures so far."""
+        processes, libraries, mappings = self._publisher.counts()
+        engine = self._engine
+        return Stats(
+            processes=processes,
+            libraries=libraries,
+            mappings=mappings,
+            events=self._publisher.events,
+            loads=self._publisher.loads,
+            unloads=self._publisher.unloads,
+            lost_kernel=0 if engine is None else engine.keeper.lost,
+            lost_throttled=0 if engine is None else engine.keeper.throttled,
+            lost_queue=self._publisher.lost_in_queues,
+            repairs=0 if engine is None else engine.keeper.repairs,
+            rereads=0 if engine is None else engine.keeper.rereads,
+            unresolved=self._publisher.unresolved,
+            callback_errors=self._retired_errors + sum(one.errors for one in (*self._workers, *self._retired)),
+            records=0 if engine is None else engine.keeper.records,
+            losses=Losses() if engine is None else engine.keeper.losses,
+            audits=self._audits,
+            audit_differences=self._audit_differences,
+            poll_interval_s=None if engine is None else engine.poll_interval_s,
+        )
+
+    @property
+    def timings(self) -> dict[str, RuleTimings]:
+        """How long callbacks took, by rule; rules without callbacks have none."""
+        return {worker.rule.name: worker.timings for worker in self._workers}
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether every loss in the kernel that was noticed is repaired; within a second each is noticed.
+
+        `audit` and `explain` notice and repair before they answer.
+        """
+        return self._engine is None or self._engine.keeper.is_repaired

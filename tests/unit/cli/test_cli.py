@@ -1,0 +1,583 @@
+"""The command line: words into selections, errors into one line, and the feed of `sowatch watch`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import jsonschema
+import pytest
+
+from sowatch import cli
+from sowatch.cli import _main, watch
+from sowatch.cli._options import Selection, selection_of
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser
+from sowatch.cli._schema import load_schema
+from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError, UsageError
+from sowatch.model.events import Library, Lost, Ready, Repaired
+from support.scripted import SSL, TIME_NS, ScriptedWatcher, event
+
+VALIDATOR = jsonschema.Draft202012Validator(load_schema(strict=True))
+
+
+def parsed(*words: str, command: str = "watch") -> Namespace:
+    module = importlib.import_module(f"sowatch.cli.{command}")
+    parser = Parser(prog=f"sowatch {command}", description=module.__doc__)
+    module.configure(parser)
+    return parser.parse_words(words)
+
+
+class Running:
+    """`sowatch watch` with a scripted watcher behind it, its stdout a pipe that the test reads."""
+
+    def __init__(self, watcher: ScriptedWatcher, *words: str) -> None:
+        self.watcher = watcher
+        self.warnings: list[str] = []
+        self._words = words
+        self._read_fd, self._write_fd = os.pipe()
+        self.stdout: IO[str] = os.fdopen(self._read_fd, encoding="ascii")
+
+    def run(self) -> int:
+        """Run the command here, on the main thread, because it handles signals."""
+        try:
+            return watch.run(
+                parsed(*self._words),
+                out=Out(self._write_fd),
+                warn=self.warnings.append,
+                open_watcher=self.watcher.open,
+            )
+        finally:
+            os.close(self._write_fd)
+
+    def meanwhile(self, script: Callable[[], None]) -> threading.Thread:
+        """Run the test's part of the story beside the command; ends it if that fails."""
+
+        def play() -> None:
+            try:
+                script()
+            except BaseException:
+                self.watcher.stop()
+                raise
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        return thread
+
+    def lines(self) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.stdout]
+        for line in found:
+            VALIDATOR.validate(line)
+        return found
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def start(watcher: ScriptedWatcher, *words: str) -> Running:
+        started.append(Running(watcher, *words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stdout.close()
+
+
+# --- the feed -----------------------------------------------------------------------------------
+
+
+def test_the_feed_is_one_numbered_json_object_a_line_from_the_snapshot_to_stopped(running: Any) -> None:
+    watcher = ScriptedWatcher(
+        before=[event("activate"), event("load", "snapshot")],
+        after=[event("unload", "exit"), event("deactivate")],
+    )
+    command = running(watcher, "--json", "--duration", "0")
+
+    code = command.run()
+    lines = command.lines()
+
+    assert code == 0
+    assert [line["event"] for line in lines] == ["activate", "load", "ready", "unload", "deactivate", "stopped"]
+    assert [line["seq"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert command.warnings == []
+
+
+def test_each_line_can_be_read_before_the_next_thing_happens(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    command = running(watcher, "--json")
+    seen = []
+
+    def script() -> None:
+        for number in range(3):
+            seen.append(json.loads(command.stdout.readline())["event"])
+            watcher.send(event("load", t_ns=number))
+        seen.append(json.loads(command.stdout.readline())["t_ns"])
+        watcher.stop()
+
+    thread = command.meanwhile(script)
+    code = command.run()
+    thread.join()
+
+    assert code == 0
+    assert seen == ["ready", "load", "load", 2]
+
+
+def test_more_events_than_fit_into_the_pipe_all_come_through(running: Any) -> None:
+    watcher = ScriptedWatcher(before=[event("load", t_ns=number) for number in range(3000)])
+    command = running(watcher, "--json", "--duration", "0")
+    lines: list[dict[str, Any]] = []
+
+    thread = command.meanwhile(lambda: lines.extend(json.loads(line) for line in command.stdout))
+    code = command.run()
+    thread.join()
+
+    assert code == 0
+    assert [line["t_ns"] for line in lines[:3000]] == list(range(3000))
+    assert [line["event"] for line in lines[3000:]] == ["ready", "stopped"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_feed_with_stopped_and_0(running: Any, number: signal.Signals) -> None:
+    command = running(ScriptedWatcher(), "--json")
+    before = signal.getsignal(number)
+    seen = []
+
+    def script() -> None:
+        seen.append(json.loads(command.stdout.readline())["event"])
+        os.kill(os.getpid(), number)
+        seen.extend(json.loads(line)["event"] for line in command.stdout)
+
+    thread = command.meanwhile(script)
+    code = command.run()
+    thread.join()
+
+    assert code == 0
+    assert seen == ["ready", "stopped"]
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_while_the_watcher_starts_waits_until_it_can_be_stopped(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    start = watcher.start
+
+    def slow_start() -> Ready:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signalled.wait()
+        return start()
+
+    signalled = threading.Event()
+    watcher.start = slow_start  # type: ignore[method-assign]
+    command = running(watcher, "--json")
+    original = watch.Stopper._on_signal
+
+    def on_signal(self: Any, *args: Any) -> None:
+        original(self, *args)
+        signalled.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.Stopper, "_on_signal", on_signal)
+        code = command.run()
+
+    assert code == 0
+    assert [line["event"] for line in command.lines()] == ["ready", "stopped"]
+
+
+def test_a_reader_that_goes_away_ends_the_feed_quietly(running: Any) -> None:
+    watcher = ScriptedWatcher(after=[event() for _ in range(3000)])
+    command = running(watcher, "--json")
+
+    def script() -> None:
+        command.stdout.readline()
+        command.stdout.close()
+
+    thread = command.meanwhile(script)
+    code = command.run()
+    thread.join()
+
+    assert code == 0
+    assert command.warnings == []
+    assert watcher.is_stopped.is_set()
+
+
+def test_a_reader_that_goes_away_is_noticed_though_nothing_happens(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    command = running(watcher, "--json")
+
+    def script() -> None:
+        command.stdout.readline()
+        command.stdout.close()
+
+    thread = command.meanwhile(script)
+    code = command.run()
+    thread.join()
+
+    assert code == 0
+    assert watcher.is_stopped.is_set()
+
+
+def test_an_error_at_the_start_is_raised_and_the_watcher_is_stopped(running: Any) -> None:
+    error = NotPermitted("cannot load BPF programs", "CAP_BPF is missing", "Run it as root.")
+    watcher = ScriptedWatcher(start_error=error)
+    command = running(watcher, "--json")
+
+    with pytest.raises(NotPermitted):
+        command.run()
+
+    assert watcher.is_stopped.is_set()
+    assert command.lines() == []
+
+
+def test_a_loss_that_stayed_unrepaired_is_exit_code_1(running: Any) -> None:
+    watcher = ScriptedWatcher(after=[Lost(TIME_NS, count=12, where="kernel")])
+    command = running(watcher, "--json", "--duration", "0")
+
+    assert command.run() == 1
+    assert command.warnings == ["12 events were lost and not made good before the end."]
+
+
+def test_a_loss_that_was_repaired_is_exit_code_0(running: Any) -> None:
+    lost, repaired = Lost(TIME_NS, count=12, where="queue"), Repaired(TIME_NS, loads=1, unloads=0, seconds=0.01)
+    command = running(ScriptedWatcher(after=[lost, lost, repaired]), "--json", "--duration", "0")
+
+    assert command.run() == 0
+    assert command.warnings == []
+
+
+def test_a_watch_that_ends_without_stopped_is_exit_code_1(running: Any) -> None:
+    watcher = ScriptedWatcher(says_stopped=False)
+    command = running(watcher, "--json", "--duration", "0")
+
+    assert command.run() == 1
+    assert command.warnings == ["the watch ended before it was stopped. The lines so far are right."]
+
+
+def test_a_weaker_strategy_is_said_on_stderr_with_what_failed_before(running: Any) -> None:
+    ready = Ready(
+        time_ns=TIME_NS,
+        host="box",
+        boot_id=None,
+        strategy="procfs",
+        guarantee="sampled",
+        hooks=None,
+        limits=(),
+        attempts=(LoadAttempt("core", ok=False, error="no BTF"), LoadAttempt("procfs", ok=True, error=None)),
+        processes=1,
+        mappings=1,
+        seconds=0.1,
+    )
+    command = running(ScriptedWatcher(ready=ready), "--json", "--duration", "0")
+
+    assert command.run() == 0
+    assert command.warnings == ["watching with procfs (sampled) because core: no BTF. See `sowatch doctor`."]
+
+
+def test_only_the_events_asked_for_are_subscribed_to(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    command = running(watcher, "--events", "load, unload,load", "--duration", "0")
+
+    command.run()
+
+    assert watcher.asked_for == ("load", "unload")
+
+
+def test_all_four_events_are_the_default(running: Any) -> None:
+    watcher = ScriptedWatcher()
+
+    running(watcher, "--duration", "0").run()
+
+    assert watcher.asked_for == ("load", "unload", "activate", "deactivate")
+
+
+def test_text_is_one_plain_line_an_event_with_names_made_visible(running: Any) -> None:
+    evil = Library(path="/tmp/a\x1b[2J\n\udcffb\\.so", id=SSL.id, deleted=True)
+    watcher = ScriptedWatcher(
+        before=[event("activate"), event("load", "snapshot", library=evil), event("deactivate")],
+    )
+    command = running(watcher, "--format", "text", "--duration", "0")
+
+    command.run()
+    lines = [line[13:] for line in command.stdout]
+
+    assert lines == [
+        "* first       1234 nginx           [3f2a9c8b1d0e] /usr/lib/libssl.so.3\n",
+        "+ snapshot    1234 nginx           [3f2a9c8b1d0e] /tmp/a\\x1b[2J\\n\\xffb\\\\.so (deleted)\n",
+        "o last                             /usr/lib/libssl.so.3\n",
+        "ready: 212 processes, 5120 mappings; strategy core (exact, syscall hooks)\n",
+        "stopped: 1 load, 0 unloads, 0 lost\n",
+    ]
+
+
+def test_text_names_the_rule_only_where_there_are_several(running: Any) -> None:
+    command = running(ScriptedWatcher(after=[event(rule="ssl")]), "--format", "text", "--duration", "0", "ssl", "z")
+
+    command.run()
+
+    assert "<ssl> /usr/lib/libssl.so.3" in command.stdout.read()
+
+
+# --- words into selections ----------------------------------------------------------------------
+
+
+def selection(*words: str) -> Selection:
+    return selection_of(parsed(*words))
+
+
+def test_without_options_every_library_of_every_process_is_watched() -> None:
+    chosen = selection()
+
+    assert [(rule.name, rule.pattern, rule.kind) for rule in chosen.rules] == [("all", None, {"library"})]
+    assert chosen.pids == frozenset()
+    assert chosen.container is None
+    assert not chosen.exclude_self
+    assert chosen.snapshot
+    assert chosen.config.strategy == "auto"
+    assert not chosen.is_narrow
+
+
+def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
+    chosen = selection("ssl", "--kind", "library", "z", "ssl", "--kind", "executable")
+
+    assert [(rule.name, rule.kind) for rule in chosen.rules] == [
+        ("ssl", {"library", "executable"}),
+        ("z", {"library", "executable"}),
+    ]
+    assert chosen.is_narrow
+
+
+def test_an_empty_pattern_is_found_in_every_path_so_it_is_the_only_rule() -> None:
+    assert [rule.name for rule in selection("ssl", "").rules] == ["all"]
+
+
+def test_a_pattern_may_begin_with_a_dash_after_two_of_them() -> None:
+    assert [rule.pattern for rule in selection("--json", "--", "-foo").rules] == ["-foo"]
+
+
+def test_processes_containers_and_switches_are_handed_on() -> None:
+    words = ["--pid", str(os.getpid()), "--pid", "1", "--container", "3f2a", "--exclude-self", "--no-snapshot"]
+    chosen = selection(*words, "--strategy", "procfs")
+
+    assert chosen.pids == {os.getpid(), 1}
+    assert chosen.container == "3f2a"
+    assert chosen.exclude_self
+    assert not chosen.snapshot
+    assert chosen.config.strategy == "procfs"
+
+
+def test_a_process_that_does_not_exist_cannot_be_watched() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    with pytest.raises(SowatchError, match=f"there is no process {gone.pid} in /proc") as error:
+        selection("--pid", str(gone.pid))
+    assert error.value.exit_code == 1
+
+
+def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with pytest.raises(UsageError, match=f"{thread.native_id} is a thread of process {os.getpid()}"):
+            selection("--pid", str(thread.native_id))
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["watch", "("], "bad pattern '(': missing ), unterminated subpattern at position 0"),
+        (["watch", "ok", "a["], "bad pattern 'a[': unterminated character set at position 1"),
+        (["watch", "--kind", "plugin"], "unknown kind 'plugin'"),
+        (["watch", "--strategy", "magic"], "unknown strategy 'magic'"),
+        (["watch", "--hooks", "magic"], "unknown hooks 'magic'"),
+        (["watch", "--events", "load,open"], "unknown event 'open' (known: load, unload, activate, deactivate)"),
+        (["watch", "--events", ""], "unknown event ''"),
+        (["watch", "--pid", "0"], "'0' is not a process id"),
+        (["watch", "--pid", "-5"], "'-5' is not a process id"),
+        (["watch", "--pid", "nginx"], "'nginx' is not a process id"),
+        (["watch", "--duration", "soon"], "'soon' is not a number of seconds"),
+        (["watch", "--duration", "-1"], "'-1' is not a number of seconds"),
+        (["watch", "--duration", "inf"], "'inf' is not a number of seconds"),
+        (["watch", "--container", ""], "--container needs at least one character"),
+        (["watch", "--format", "xml"], "unknown format 'xml'. Use one of: json, table, text."),
+        (["watch", "--json", "--format", "table"], "--json and --format table contradict each other"),
+        (["watch", "--proc-root", "/tmp"], "'/tmp' is not a proc file system"),
+        (["watch", "--proc-root", "/nonexistent"], "'/nonexistent' is not a proc file system"),
+        (["watch", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["watch", "--dur", "1"], "unrecognized arguments: --dur"),
+        (["list", "--by", "colour"], "unknown --by 'colour'. Use one of: library, process."),
+        (["list", "--no-snapshot"], "--no-snapshot leaves `sowatch list` nothing to show"),
+        (["list", "--events", "load"], "unrecognized arguments: --events"),
+        (["doctor", "--strategy", "magic"], "unknown strategy 'magic'"),
+        (["doctor", "--proc-root", "/tmp"], "'/tmp' is not a proc file system"),
+        (["doctor", "libssl"], "unrecognized arguments: libssl"),
+        (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
+        (["wach"], "unknown command 'wach'. Use one of: watch, list, top, audit, explain, serve, debug, doctor"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        ([], "no command given. Use one of: watch, list, top, audit, explain, serve, debug, doctor"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(words)
+    stdout, stderr = capfd.readouterr()
+
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("sowatch: ")
+    assert said in stderr
+    assert stderr.count("\n") == 1
+
+
+# --- help and version ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_names_every_command_with_the_first_line_of_its_file(
+    option: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([option]) == 0
+    stdout, stderr = capfd.readouterr()
+
+    width = max(map(len, _main.COMMANDS))
+    for name in _main.COMMANDS:
+        module = importlib.import_module(f"sowatch.cli.{name}")
+        assert f"  {name:<{width}}  {module.__doc__.splitlines()[0]}\n" in stdout
+    assert stderr == ""
+
+
+@pytest.mark.parametrize("name", _main.COMMANDS)
+def test_the_docstring_of_a_command_is_its_help(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    stdout, stderr = capfd.readouterr()
+
+    assert importlib.import_module(f"sowatch.cli.{name}").__doc__.strip() in stdout
+    assert stdout.startswith(f"usage: sowatch {name} ")
+    assert stderr == ""
+
+
+def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+
+    assert capfd.readouterr().out.startswith("sowatch")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["watch", "--help"], ["list", "--help"], ["watch", "("]])
+def test_neither_help_nor_wrong_usage_imports_what_is_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from sowatch.cli import main; main(sys.argv[1:])\n"
+        "heavy = {'rich', 'ctypes', 'cffi', '_cffi_backend', 'elftools', 'sowatch.watcher.watcher', 'sowatch.bpf'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(_main, "_dispatch", fail)
+
+
+def test_an_unexpected_error_is_one_line_that_says_how_to_report_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SOWATCH_TRACEBACK", raising=False)
+    failing_with(ValueError("first\nsecond"), monkeypatch)
+
+    assert cli.main(["watch"]) == 1
+    assert capfd.readouterr().err == (
+        "sowatch: internal error: ValueError: first\\nsecond. Please report it with the output of "
+        "`sowatch doctor` and of this command under SOWATCH_TRACEBACK=1.\n"
+    )
+
+
+def test_the_traceback_is_shown_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOWATCH_TRACEBACK", "1")
+    failing_with(ValueError("broken"), monkeypatch)
+
+    assert cli.main(["watch"]) == 1
+    stderr = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in stderr
+    assert stderr.endswith("ValueError: broken\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(SowatchError("cannot."), 1), (UsageError("wrong."), 2), (NotPermitted("what", "missing", "Do this."), 3)],
+)
+def test_an_error_ends_with_its_own_exit_code(
+    error: SowatchError, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing_with(error, monkeypatch)
+
+    assert cli.main(["watch"]) == code
+    assert capfd.readouterr().err == f"sowatch: {error}\n"
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    failing_with(KeyboardInterrupt(), monkeypatch)
+
+    assert cli.main(["list"]) == 1
+    assert capfd.readouterr().err == "sowatch: interrupted before it was done.\n"
+
+
+def sowatch(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sowatch", *words], stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+
+
+def test_a_closed_stdout_is_an_error_of_one_line() -> None:
+    done = sowatch("watch", preexec_fn=lambda: os.close(1))
+
+    assert done.returncode == 1
+    assert done.stderr == "sowatch: standard output is closed. Redirect it to a file, a pipe or /dev/null.\n"
+
+
+def test_a_closed_stderr_is_no_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sowatch", "--help"], stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2), check=False
+    )
+
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"usage: sowatch")
+
+
+def test_a_full_disk_is_an_error_of_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = sowatch("--help", stdout=full)
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        "sowatch: cannot write to standard output: No space left on device. Give it somewhere that takes the data.\n"
+    )
+
+
+def test_a_pipe_that_nobody_reads_ends_the_help_quietly() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    done = sowatch("--help", stdout=write_fd)
+    os.close(write_fd)
+
+    assert (done.returncode, done.stderr) == (0, "")

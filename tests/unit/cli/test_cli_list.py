@@ -1,0 +1,255 @@
+"""`sowatch list`: the snapshot as lines and tables, and what of it is stale. Stale files are real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+# The module, not the attribute of the package: `import sowatch.cli.list as ...` is the same.
+from sowatch.cli import list as list_command
+from sowatch.cli._out import Out
+from sowatch.cli._parser import Parser
+from sowatch.cli._schema import load_schema
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import LoadAttempt, NotPermitted
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId
+from support.programs import Mapper
+from support.scripted import PROCESS, READY, SSL, Entry, ScriptedWatcher
+
+VALIDATOR = jsonschema.Draft202012Validator(load_schema(strict=True))
+
+#: A pid that no process has: its entries are never looked up on disk.
+NOBODY = (1 << 22) - 1
+NGINX = replace(PROCESS, pid=NOBODY)
+CURL = Process(pid=NOBODY - 1, start_ns=1, comm="c\turl", container=None)
+ZLIB = Library(path="/usr/lib/libz.so.1", id=FileId(254, 0, 100))
+
+
+class Listed:
+    def __init__(self, code: int, text: str, warnings: list[str]) -> None:
+        self.code, self.text, self.warnings = code, text, warnings
+
+    def lines(self) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.text.splitlines()]
+        for line in found:
+            VALIDATOR.validate(line)
+        return found
+
+    def rows(self) -> list[list[str]]:
+        return [line.split() for line in self.text.splitlines()]
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Callable[..., Listed]:
+    def run(watcher: ScriptedWatcher | Sequence[Entry], *words: str) -> Listed:
+        if not isinstance(watcher, ScriptedWatcher):
+            watcher = ScriptedWatcher(entries=watcher)
+        parser = Parser(prog="sowatch list", description=None)
+        list_command.configure(parser)
+        warnings: list[str] = []
+        with (tmp_path / "out").open("w+", encoding="utf-8") as file:
+            code = list_command.run(
+                parser.parse_words(words), out=Out(file.fileno()), warn=warnings.append, open_watcher=watcher.open
+            )
+            file.seek(0)
+            text = file.read()
+        assert watcher.is_stopped.is_set()
+        return Listed(code, text, warnings)
+
+    return run
+
+
+def test_json_is_one_mapping_a_line_ordered_by_library(listed: Any) -> None:
+    done = listed([Entry(CURL, ZLIB, rule="z"), Entry(NGINX), Entry(CURL)])
+    lines = done.lines()
+
+    assert done.code == 0
+    assert [line["event"] for line in lines] == ["mapping"] * 3
+    assert [line["seq"] for line in lines] == [1, 2, 3]
+    assert [(line["library"]["path"], line["process"]["pid"]) for line in lines] == [
+        ("/usr/lib/libssl.so.3", NOBODY - 1),
+        ("/usr/lib/libssl.so.3", NOBODY),
+        ("/usr/lib/libz.so.1", NOBODY - 1),
+    ]
+    assert lines[2]["rule"] == "z"
+    assert lines[0]["ranges"] == [["1000", "2000"]]
+    assert "package" not in lines[0]
+
+
+def test_json_by_process_is_the_same_lines_ordered_by_process(listed: Any) -> None:
+    lines = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)], "--by", "process").lines()
+
+    assert [(line["process"]["pid"], line["library"]["path"]) for line in lines] == [
+        (NOBODY - 1, "/usr/lib/libssl.so.3"),
+        (NOBODY - 1, "/usr/lib/libz.so.1"),
+        (NOBODY, "/usr/lib/libssl.so.3"),
+    ]
+
+
+def test_the_table_by_library_counts_the_processes_of_each_file(listed: Any) -> None:
+    done = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)], "--format", "table")
+
+    assert done.text == (
+        "PROCESSES  KIND     BUILD ID      STALE  PATH\n"
+        "        2  library  00ff00ff00ff  -      /usr/lib/libssl.so.3\n"
+        "        1  library  -             -      /usr/lib/libz.so.1\n"
+    )
+
+
+def test_two_files_of_one_path_are_two_rows(listed: Any) -> None:
+    other = replace(SSL, id=FileId(254, 0, 5))
+
+    assert len(listed([Entry(NGINX), Entry(CURL, other)], "--format", "table").rows()) == 3
+
+
+def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
+    done = listed([Entry(NGINX), Entry(CURL, ZLIB)], "--by", "process", "--format", "table")
+
+    assert done.text == (
+        "    PID  COMM    CONTAINER     KIND     STALE  PATH\n"
+        "4194302  c\\turl  -             library  -      /usr/lib/libz.so.1\n"
+        "4194303  nginx   3f2a9c8b1d0e  library  -      /usr/lib/libssl.so.3\n"
+    )
+
+
+def test_an_empty_list_is_no_json_line_and_a_table_without_rows(listed: Any) -> None:
+    assert listed([]).text == ""
+    assert listed([], "--format", "table").text == "PROCESSES  KIND  BUILD ID  STALE  PATH\n"
+
+
+def test_a_duration_is_waited_for_before_the_list_is_taken(listed: Any) -> None:
+    waited: list[float | None] = []
+    watcher = ScriptedWatcher(entries=[Entry(NGINX)])
+    watcher.wait = lambda timeout_s=None: bool(waited.append(timeout_s))  # type: ignore[method-assign]
+
+    assert len(listed(watcher, "--duration", "2.5").lines()) == 1
+    assert waited == [2.5]
+
+
+def test_the_watcher_is_stopped_if_it_cannot_start(listed: Any) -> None:
+    watcher = ScriptedWatcher(start_error=NotPermitted("what", "missing", "Do this."))
+
+    with pytest.raises(NotPermitted):
+        listed(watcher)
+    assert watcher.is_stopped.is_set()
+
+
+def test_a_weaker_strategy_is_said_on_stderr(listed: Any) -> None:
+    ready = replace(
+        READY, strategy="procfs", guarantee="sampled", attempts=(LoadAttempt("core", ok=False, error="no BTF"),)
+    )
+
+    (line,) = listed(ScriptedWatcher(ready=ready)).warnings
+    assert line == (
+        "watching with procfs (sampled) because core: no BTF. Limits: 32-bit processes are watched by reads. "
+        "See `sowatch doctor`."
+    )
+
+
+# --- stale --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapper(programs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapper]:
+    with Mapper(programs["mapper"], tmp_path_factory.mktemp("s")) as running:
+        yield running
+
+
+def entries_of(pid: int) -> list[Entry]:
+    """What a watcher would list of a real process, read from its maps."""
+    proc = ProcFs()
+    rows, stats = proc.executable_maps(pid), proc.stat(pid)
+    assert isinstance(rows, list)
+    assert stats
+    process = Process(pid, stats.start_ns, comm="mapper", cgroup="/system.slice/old.service")
+    return [
+        Entry(
+            process,
+            Library(os.fsdecode(row.path), FileId(row.major, row.minor, row.inode), deleted=row.is_deleted),
+            ranges=((row.start, row.end),),
+        )
+        for row in rows
+        if row.inode
+    ]
+
+
+def test_only_what_is_gone_or_replaced_on_disk_is_stale(listed: Any, mapper: Mapper, make_library: Any) -> None:
+    kept, gone, replaced = (make_library(name) for name in ("libkept.so", "libgone.so", "libreplaced.so"))
+    for library in (kept, gone, replaced):
+        mapper.map(library)
+    mapper.tell("memfd", "libjit.so", kept)
+    gone.unlink()
+    make_library("libreplaced.so.new").rename(replaced)
+
+    lines = listed(entries_of(mapper.pid), "--stale").lines()
+
+    assert [(line["library"]["path"], line["stale"]) for line in lines] == [
+        (str(gone), "deleted"),
+        (str(replaced), "replaced"),
+    ]
+    assert [(line["package"], line["unit"]) for line in lines] == [(None, "old.service")] * 2
+
+
+def test_the_whole_list_says_what_is_stale_too(listed: Any, mapper: Mapper, make_library: Any) -> None:
+    gone = make_library("libgone.so")
+    mapper.map(gone)
+    gone.unlink()
+
+    found = {line["library"]["path"]: line["stale"] for line in listed(entries_of(mapper.pid)).lines()}
+
+    assert found.pop(str(gone)) == "deleted"
+    assert set(found.values()) == {None}
+
+
+def test_the_table_of_stale_files_names_process_package_and_unit(
+    listed: Any, mapper: Mapper, make_library: Any
+) -> None:
+    gone = make_library("libgone.so")
+    mapper.map(gone)
+    gone.unlink()
+
+    rows = listed(entries_of(mapper.pid), "--stale", "--format", "table").rows()
+
+    assert rows == [
+        ["PID", "COMM", "STALE", "PACKAGE", "UNIT", "CONTAINER", "PATH"],
+        [str(mapper.pid), "mapper", "deleted", "-", "old.service", "-", str(gone)],
+    ]
+
+
+def test_the_package_is_found_in_the_root_of_the_process(
+    listed: Any, spawn: Any, make_library: Any, tmp_path: Path
+) -> None:
+    jail = tmp_path / "jail"
+    library = make_library("jail/usr/lib/libjailed.so")
+    info = jail / "var/lib/dpkg/info"
+    info.mkdir(parents=True)
+    (info / "libjailed1:amd64.list").write_text("/usr/lib/libjailed.so\n")
+    code = (
+        "import ctypes, os, sys\n"
+        "if os.geteuid(): ctypes.CDLL(None).unshare(0x10000000)\n"
+        "ctypes.CDLL(sys.argv[2]); os.chroot(sys.argv[1]); print(flush=True); sys.stdin.read()\n"
+    )
+    process = spawn(["/usr/bin/python3", "-c", code, jail, library], stdin=-1, stdout=-1)
+    assert process.stdout.readline() == b"\n"
+    [entry] = [entry for entry in entries_of(process.pid) if entry.library.path == str(library)]
+    library.unlink()
+    seen = replace(entry, library=replace(entry.library, path="/usr/lib/libjailed.so", deleted=True))
+
+    [line] = listed([seen], "--stale").lines()
+
+    assert (line["stale"], line["package"]) == ("deleted", "libjailed1:amd64")
+
+
+def test_a_host_without_stale_files_is_told_so_on_stderr(listed: Any) -> None:
+    done = listed([Entry(NGINX)], "--stale", "--format", "table")
+
+    assert done.warnings == ["nothing runs on deleted or replaced files."]
+    assert len(done.rows()) == 1

@@ -1,0 +1,13 @@
+"""A tracker of a few rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from sowatch.engine.table import Tracker
+from sowatch.model.rules import Rule, RuleSet
+
+
+@pytest.fixture
+def tracker():
+    return Tracker(RuleSet([Rule(r"libssl|libcrypto|nginx|memfd")]), label=lambda cgroup: cgroup and cgroup.strip("/"))

@@ -1,0 +1,319 @@
+"""The tracker against a kernel: random processes do random things, and the map has to follow."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.file_inspector import FileFacts
+from sowatch.engine.loop import Engine
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.table import Causes, Tracker
+from sowatch.linux.proc import Miss
+from sowatch.model.config import Config
+from sowatch.model.events import LibraryEvent
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import Report
+from support.model_kernel import CALLS, RULE, Kernel
+from support.records import PAGE
+
+RULES = RuleSet([Rule(RULE)])
+
+
+class Owner:
+    """What the engine does with a tracker, in its plainest form."""
+
+    clock = int
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.tracker = Tracker(RULES)
+        self.seen_losses = 0
+
+    def take_changes(self):
+        return self.tracker.take_changes()
+
+    def flush(self):
+        wanted, ignored = self.tracker.take_answers()
+        self.kernel.answer(wanted, is_wanted=True)
+        self.kernel.answer(ignored, is_wanted=False)
+        for idle in self.tracker.take_idle():
+            if self.kernel.settle(*idle):
+                self.tracker.settled(*idle[:2])
+
+    def drain(self):
+        for record in self.kernel.drain():
+            self.tracker.apply(record)
+        self.flush()
+
+    def start(self):
+        self.read_everything(Causes("snapshot", "repair"), is_start=True)
+
+    def reread(self):
+        due = dict(self.tracker.dirty)
+        self.tracker.dirty.clear()
+        self.kernel.set_report(Report.RANGES)
+        found = [self.kernel.read_process(pid) for pid in due]
+        records = self.kernel.drain()
+        self.kernel.set_report(Report.NOTHING)
+        again = self.tracker.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
+        for pid in again:
+            self.tracker.dirty.setdefault(pid, due.get(pid, Causes("mmap", "munmap")))
+        self.flush()
+
+    def repair(self):
+        self.seen_losses = self.kernel.lost
+        self.read_everything(Causes("repair", "repair"))
+
+    def read_everything(self, causes, *, is_start=False):
+        since_ns = self.kernel.tick_ns()
+        self.kernel.set_report(Report.PROCESSES | Report.RANGES)
+        early = self.kernel.drain()
+        readings, meanwhile = self.kernel.read_all()
+        records = [*early, *meanwhile, *self.kernel.drain()]
+        self.kernel.set_report(Report.NOTHING)
+        visited = {reading.tgid for reading in readings}
+        for pid in visited:
+            self.tracker.dirty.pop(pid, None)
+        for pid in self.tracker.merge(readings, records, causes, is_start=is_start):
+            self.tracker.dirty.setdefault(pid, causes)
+        for process in () if is_start else self.tracker.processes():
+            if process.id.pid not in visited and process.seen_ns < since_ns:
+                self.look_for(process, since_ns)
+        self.flush()
+
+    def look_for(self, process, since_ns):
+        there = self.kernel.processes.get(process.id.pid)
+        if there is None or not there.is_live or there.words.start_ns != process.id.start_ns:
+            self.tracker.forget(process, "repair", since_ns)
+        else:
+            self.tracker.dirty.setdefault(process.id.pid, Causes("repair", "repair"))
+
+    def close(self):
+        pass
+
+    def ask_for_the_silent(self):
+        for child in self.tracker.unannounced(before_ns=1 << 63):
+            self.tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+
+
+class Facts:
+    """An inspector that knows every file."""
+
+    def known(self, file_id):
+        return FileFacts(is_elf=True)
+
+
+class EngineOwner(Owner):
+    """The engine's keeper itself, without its thread; what it publishes stands for the tracker's changes."""
+
+    clock = time.monotonic_ns
+
+    def __init__(self, kernel):
+        super().__init__(kernel)
+        registry = FileRegistry(is_alive=lambda process: True)
+        publisher = Publisher(RULES, registry, Selection(), proc_root="/proc")
+        publisher.inspector = Facts()
+        self.events = publisher.subscribe(control=True, limit=1 << 20)
+        self.engine = Engine(kernel, self.tracker, publisher, RULES, Config(), silent_baseline=False)
+        self.engine._proc = self
+        self.keeper = self.engine.keeper
+        self.keeper._proc = self
+        self.active = {}
+
+    @property
+    def seen_losses(self):
+        return self.keeper.losses.ring if self.keeper.is_repaired else None
+
+    @seen_losses.setter
+    def seen_losses(self, count):
+        pass
+
+    def boot_id(self):
+        return None
+
+    def stat(self, pid):
+        """The keeper's look at ``/proc``."""
+        there = self.kernel.processes.get(pid)
+        if there is None:
+            return Miss.GONE
+        return SimpleNamespace(pid=pid, start_ns=there.words.start_ns, threads=1, is_dead=not there.is_live)
+
+    def take_changes(self):
+        active = self.active
+        while (event := self.events.get(0)) is not None:
+            if not isinstance(event, LibraryEvent):
+                continue
+            key = event.rule, event.library.id
+            if event.event in ("activate", "deactivate"):
+                assert (event.event == "activate") != (active.get(key, 0) > 0), f"{event} twice"
+                active[key] = int(event.event == "activate")
+                continue
+            assert active.get(key), f"{event} of a file that is not active"
+            name = SimpleNamespace(file_id=event.library.id)
+            yield SimpleNamespace(is_load=event.event == "load", process=event.process, name=name)
+
+    def drain(self):
+        self.keeper.drain()
+
+    def start(self):
+        self.keeper.take_snapshot(self.engine._make_ready)
+
+    def reread(self):
+        self.keeper._turns.hurry(self.tracker.dirty)
+        self.keeper._reread()
+
+    def repair(self):
+        self.keeper._check_losses()
+        self.keeper._repair()
+
+    def close(self):
+        self.engine.stop()
+
+
+calls = st.tuples(st.integers(0, 11), st.sampled_from(CALLS), st.integers(0, 11), st.integers(0, 11))
+scripts = st.lists(calls, min_size=4, max_size=24)
+
+
+class Machine(RuleBasedStateMachine):
+    """Random calls by random tasks, with draining, readings and losses anywhere between."""
+
+    owner_type = Owner
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = Kernel(self.owner_type.clock)
+        self.loaded = {}
+
+    @initialize(before=scripts, meanwhile=scripts)
+    def start(self, before, meanwhile):
+        for call in before:
+            if call[1] != "clone_vm":
+                self.kernel.act(*call)
+        # Nobody has listened yet, and nothing is followed yet.
+        self.kernel.finish_all()
+        self.kernel.ring.clear()
+        self.kernel.followed.clear()
+        self.owner = self.owner_type(self.kernel)
+        self.during(meanwhile, self.owner.start)
+
+    @rule(script=scripts)
+    def act(self, script):
+        for call in script:
+            self.kernel.act(*call)
+
+    @rule(which=st.integers(0, 11))
+    def finish_one(self, which):
+        tasks = self.kernel.tasks()
+        if tasks:
+            self.kernel.finish(tasks[which % len(tasks)])
+
+    @rule(meanwhile=scripts)
+    def drain(self, meanwhile):
+        self.during(meanwhile, self.owner.drain)
+
+    @precondition(lambda self: self.owner.tracker.dirty)
+    @rule(meanwhile=scripts)
+    def reread(self, meanwhile):
+        self.during(meanwhile, self.owner.reread)
+
+    @rule(meanwhile=scripts)
+    def repair(self, meanwhile):
+        self.during(meanwhile, self.owner.repair)
+
+    @rule(is_full=st.booleans())
+    def fill_the_ring(self, is_full):
+        self.kernel.is_full = is_full
+
+    def during(self, script, work):
+        script = list(script)
+
+        def between():
+            # Several steps, so that a whole call may fit into the middle of a visit.
+            for _ in range(min(len(script), 1 + len(script) % 5)):
+                self.kernel.act(*script.pop(0))
+
+        self.kernel.between = between
+        work()
+        self.kernel.between = lambda: None
+        self.check()
+
+    def check(self):
+        """Loads and unloads alternate, and each says who."""
+        for change in self.owner.take_changes():
+            key = change.process.id, change.name.file_id.inode
+            assert change.is_load != (key in self.loaded), f"{change} twice"
+            # Who shares a space may be told of for what another one does, before it says a word itself.
+            is_excused = self.kernel.lost or self.kernel.has_shared
+            assert change.process.uid is not None or is_excused, f"{change} of nobody"
+            if change.is_load:
+                self.loaded[key] = change
+            else:
+                del self.loaded[key]
+        tracked = {(process.id, mapping.name.file_id.inode) for process, mapping in self.owner.tracker.mappings()}
+        assert set(self.loaded) == tracked
+
+    def teardown(self):
+        self.kernel.is_full = False
+        self.kernel.finish_all()
+        try:
+            self.settle()
+        finally:
+            self.owner.close()
+
+    def settle(self):
+        """Once every reading that is owed was made, the map is what is there."""
+        self.owner.drain()
+        has_asked = False
+        for _ in range(30):
+            if self.kernel.lost != self.owner.seen_losses:
+                self.owner.repair()
+            elif not has_asked:
+                self.owner.ask_for_the_silent()
+                has_asked = True
+            elif self.owner.tracker.dirty:
+                self.owner.reread()
+            else:
+                break
+        assert not self.owner.tracker.dirty
+        self.check()
+        assert self.the_map() == self.kernel.truth()
+
+    def the_map(self):
+        found = {}
+        for process, mapping in self.owner.tracker.mappings():
+            there = self.kernel.processes.get(process.id.pid)
+            if there and there.is_spawning:
+                continue  # silent, unless a reading met it between its fork and the record of it
+            pages = {page for start, end in mapping.ranges for page in range(start // PAGE, end // PAGE)}
+            found.setdefault(tuple(process.id), {})[mapping.name.file_id.inode] = pages
+        return found
+
+
+class EngineMachine(Machine):
+    """The same with the real engine, publisher and registry around the tracker."""
+
+    owner_type = EngineOwner
+
+
+def budget(examples):
+    """The same examples each time; a failure is made small, but not explained, which takes minutes."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=30,
+        derandomize=True,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+
+
+TestTracker = Machine.TestCase
+TestTracker.settings = budget(200)
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = budget(100)

@@ -1,0 +1,190 @@
+"""Losses of processes that said too much: told, and made up for, in whatever order the words arrive."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.reconciler import Keeper
+from sowatch.engine.table import Tracker
+from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.core import Losses, Report
+from support.records import Proc, reading
+
+FLOODER = Proc(10)
+
+
+class Scripted:
+    """A source that says what it is told to."""
+
+    def __init__(self):
+        self.records = []
+        self.lost = Losses()
+        self.read = []
+        self.limits = []
+
+    def drain(self):
+        taken, self.records = self.records, []
+        return taken
+
+    def read_process(self, pid):
+        self.read.append(pid)
+        return reading(FLOODER, 10, 20) if pid == FLOODER.pid else None
+
+    def read_all(self):
+        self.read.append("all")
+        return [reading(FLOODER, 10, 20)], []
+
+    def losses(self):
+        return self.lost
+
+    def set_report(self, report):
+        assert isinstance(report, Report)
+
+    def answer(self, keys, *, is_wanted):
+        pass
+
+    def settle(self, pid, start_ns, touches):
+        return False
+
+    def limit_records(self, max_records_s):
+        self.limits.append(max_records_s)
+
+    def tick(self):
+        pass
+
+
+@pytest.fixture
+def source():
+    return Scripted()
+
+
+@pytest.fixture
+def publisher():
+    return Publisher(RuleSet([Rule("libssl")]), FileRegistry(Config()), Selection(), proc_root="/proc")
+
+
+@pytest.fixture
+def told(publisher):
+    """``told()`` are the control events since the last call."""
+    subscription = publisher.subscribe(control=True, limit=100)
+
+    def take():
+        publisher.hand_over()
+        found = []
+        while (event := subscription.get(0)) is not None:
+            found.append(event.event)
+        return found
+
+    return take
+
+
+@pytest.fixture
+def keeper(source, publisher):
+    rules = RuleSet([Rule("libssl")])
+    return Keeper(source, Tracker(rules), publisher, rules, Config(), silent_baseline=False)
+
+
+def throttled():
+    return FLOODER.dirty(t=1)._replace(flags=FLAG_DIRTY | FLAG_THROTTLED)
+
+
+def turn(keeper, now=1e9):
+    keeper.drain()
+    keeper.do_what_is_due(now)
+
+
+def test_a_process_that_said_too_much_is_read_and_nobody_else(keeper, source, told):
+    source.records, source.lost = [throttled()], Losses(throttled=5)
+    turn(keeper)
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert set(source.read) == {FLOODER.pid}
+    assert keeper.is_repaired
+
+
+def test_who_it_was_may_be_said_after_the_loss_was_counted(keeper, source, told):
+    source.lost = Losses(throttled=5)
+    keeper.tick()
+    assert told() == ["lost"]
+    source.records = [throttled()]
+    turn(keeper)
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["repaired"]
+    assert set(source.read) == {FLOODER.pid}
+
+
+def test_if_nobody_says_who_it_was_all_are_read(keeper, source, told):
+    source.lost = Losses(throttled=5)
+    keeper.tick()
+    turn(keeper)
+    assert not keeper.is_repaired
+    keeper.tick()
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert source.read == ["all"]
+
+
+def test_one_that_ended_before_it_was_read_is_in_nobodys_debt(keeper, source, told):
+    source.records, source.lost = [FLOODER.intro(t=1), throttled()], Losses(throttled=5)
+    keeper.drain()
+    keeper.tick()
+    source.records = [FLOODER.exit(t=2)]
+    turn(keeper)
+    assert told() == ["lost", "repaired"]
+    assert source.read == []
+
+
+def test_nothing_is_repaired_while_the_reading_is_still_to_come(keeper, source, told):
+    source.records, source.lost = [throttled()], Losses(throttled=5)
+    keeper.drain()
+    keeper.tick()
+    seen = []
+    source.read_process = lambda pid: seen.append((pid, keeper.is_repaired))
+    keeper.do_what_is_due(1e9)
+    assert seen == [(FLOODER.pid, False)]
+    assert told() == ["lost", "repaired"]
+
+
+def waited(age_s):
+    """A record that says nothing and has waited for so long."""
+    return FLOODER.range(0, 4096, t=time.monotonic_ns() - int(1e9 * age_s))
+
+
+def test_while_the_watch_falls_behind_processes_may_say_less_and_then_more_again(keeper, source, caplog):
+    for _ in range(5):
+        source.records = [waited(3), waited(0)]
+        keeper.tick()
+    assert source.limits == [4000, 2000, 1000]
+    for _ in range(6):
+        source.records = [waited(0)]
+        keeper.tick()
+    assert source.limits[3:] == [2000, 4000, 8000, 16000, Config().max_records_s]
+    keeper.tick()
+    assert len(source.limits) == 8
+    (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert "the watch falls behind by 3.0 s" in warning
+
+
+def test_what_waits_no_longer_than_usual_changes_nothing(keeper, source):
+    for _ in range(3):
+        source.records = [waited(0.1)]
+        keeper.tick()
+        keeper.tick()
+    assert source.limits == []
+
+
+@pytest.mark.parametrize("configured", [1, 500, NO_GUARD])
+def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, configured):
+    rules = RuleSet([Rule("libssl")])
+    keeper = Keeper(source, Tracker(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False)
+    source.records = [waited(3)]
+    keeper.tick()
+    assert source.limits == []

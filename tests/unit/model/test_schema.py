@@ -1,0 +1,209 @@
+"""The JSON Schema that ships: every event fits it, and what is no event does not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sowatch.cli._schema import load_schema
+from sowatch.model.errors import LoadAttempt
+from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped, to_dict, to_json
+from sowatch.model.identity import FileId
+from support.scripted import PROCESS, READY, SSL, TIME_NS, event
+
+STRICT = jsonschema.Draft202012Validator(load_schema(strict=True))
+OPEN = jsonschema.Draft202012Validator(load_schema())
+
+EVENTS: dict[str, Event] = {
+    "load": event("load", "mmap"),
+    "unload": event("unload", "exit"),
+    "activate": event("activate"),
+    "deactivate": event("deactivate"),
+    "ready": READY,
+    "lost": Lost(TIME_NS, count=12, where="kernel"),
+    "repaired": Repaired(TIME_NS, loads=3, unloads=1, seconds=0.01),
+    "stopped": Stopped(TIME_NS, loads=3, unloads=1, lost=0),
+}
+
+# Names as hostile processes choose them: control characters, and bytes that are not UTF-8 as surrogates.
+names = st.text(
+    st.one_of(
+        st.characters(), st.characters(max_codepoint=0x1F), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)
+    ),
+    max_size=40,
+)
+naturals = st.integers(min_value=0, max_value=2**64 - 1)
+pids = st.integers(min_value=1, max_value=1 << 22)
+file_ids = st.builds(FileId, naturals, naturals, naturals, naturals, naturals)
+processes = st.builds(
+    Process,
+    pid=pids,
+    start_ns=naturals,
+    ns_pid=st.none() | pids,
+    ppid=st.none() | st.integers(min_value=0, max_value=1 << 22),
+    comm=st.none() | names,
+    exe=st.none() | names,
+    uid=st.none() | st.integers(min_value=0, max_value=2**32 - 1),
+    container=st.none() | names,
+    cgroup=st.none() | names,
+)
+libraries = st.builds(
+    Library,
+    path=names,
+    id=file_ids,
+    host_path=st.none() | names,
+    kind=st.sampled_from(["library", "executable", "interpreter", "other"]),
+    build_id=st.none() | st.binary(min_size=1, max_size=20).map(bytes.hex),
+    soname=st.none() | names,
+    deleted=st.booleans(),
+    path_partial=st.booleans(),
+)
+rules = names.filter(bool)
+times = st.integers(min_value=0, max_value=4_000_000_000 * 10**9)
+causes = {
+    "load": ["mmap", "snapshot", "fork", "exec", "repair"],
+    "unload": ["munmap", "exec", "exit", "repair", "rules"],
+    "activate": [None],
+    "deactivate": [None, "stop"],
+}
+
+
+def library_events(kind: str) -> st.SearchStrategy[LibraryEvent]:
+    return st.builds(
+        LibraryEvent,
+        event=st.just(kind),
+        rule=rules,
+        library=libraries,
+        process=st.none() if kind == "deactivate" else processes,
+        cause=st.sampled_from(causes[kind]),
+        t_ns=st.none() | naturals,
+        time_ns=times,
+        ranges=st.lists(st.tuples(naturals, naturals), max_size=3).map(tuple),
+    )
+
+
+control_events = st.one_of(
+    st.builds(
+        Ready,
+        time_ns=times,
+        host=names,
+        boot_id=st.none() | names,
+        strategy=st.sampled_from(["core", "runtime", "prebuilt", "procfs"]),
+        guarantee=st.sampled_from(["exact", "sampled"]),
+        hooks=st.none() | st.sampled_from(["syscall", "trampoline"]),
+        limits=st.lists(names, max_size=2).map(tuple),
+        attempts=st.lists(st.builds(LoadAttempt, names, st.booleans(), st.none() | names), max_size=3).map(tuple),
+        processes=naturals,
+        mappings=naturals,
+        seconds=st.floats(min_value=0, max_value=1e6),
+        event=st.just("ready"),
+    ),
+    st.builds(Lost, times, st.integers(min_value=1), st.sampled_from(["kernel", "queue"]), event=st.just("lost")),
+    st.builds(Repaired, times, naturals, naturals, st.floats(min_value=0, max_value=1e6), event=st.just("repaired")),
+    st.builds(Stopped, times, naturals, naturals, naturals, event=st.just("stopped")),
+)
+
+
+def faults(validator: jsonschema.Draft202012Validator, line: Any) -> list[str]:
+    return [f"{fault.json_path}: {fault.message}" for fault in validator.iter_errors(line)]
+
+
+def test_the_schema_is_a_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(load_schema())
+    jsonschema.Draft202012Validator.check_schema(load_schema(strict=True))
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_an_event_of_each_kind_fits_and_has_no_field_the_schema_does_not_name(kind: str) -> None:
+    line = json.loads(to_json(EVENTS[kind], 1))
+
+    assert line["event"] == kind
+    assert faults(STRICT, line) == []
+
+
+@given(st.one_of(control_events, *map(library_events, causes)), st.integers(min_value=1))
+def test_every_event_fits_whatever_names_processes_and_files_have(one: Event, seq: int) -> None:
+    text = to_json(one, seq)
+
+    assert text.isascii()
+    assert "\n" not in text
+    assert json.loads(text) == to_dict(one, seq)
+    assert faults(STRICT, json.loads(text)) == []
+
+
+def test_bytes_that_are_not_utf8_are_surrogate_escapes_in_json() -> None:
+    library = Library(path="/tmp/\udcff\x1b[31m\n.so", id=SSL.id)
+
+    text = to_json(event(library=library), 1)
+
+    assert '"path":"/tmp/\\udcff\\u001b[31m\\n.so"' in text
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_every_field_of_an_event_is_required(kind: str) -> None:
+    line = to_dict(EVENTS[kind], 1)
+    optional = {"cause"} if kind in ("activate", "deactivate") else set()
+
+    for field in set(line) - optional:
+        without = {name: value for name, value in line.items() if name != field}
+        assert faults(STRICT, without), field
+
+
+@pytest.mark.parametrize("part", ["process", "library"])
+def test_every_field_of_a_process_and_a_library_is_required(part: str) -> None:
+    line = to_dict(EVENTS["load"], 1)
+
+    for field in line[part]:
+        without = copy.deepcopy(line)
+        del without[part][field]
+        assert faults(OPEN, without), field
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("load", {"event": "opened"}),
+        ("load", {"schema": 2}),
+        ("load", {"seq": -1}),
+        ("load", {"time": "2023-11-14T22:13:20Z"}),
+        ("load", {"cause": "exit"}),
+        ("load", {"process": None}),
+        ("load", {"ranges": [["1000"]]}),
+        ("load", {"ranges": [[4096, 8192]]}),
+        ("load", {"ranges": [["0x1000", "0x2000"]]}),
+        ("load", {"rule": ""}),
+        ("unload", {"cause": "mmap"}),
+        ("deactivate", {"cause": "snapshot"}),
+        ("ready", {"strategy": "auto"}),
+        ("ready", {"attempts": [{"strategy": "core"}]}),
+        ("lost", {"count": 0}),
+        ("lost", {"where": "disk"}),
+    ],
+)
+def test_a_wrong_value_does_not_fit(kind: str, change: dict[str, Any]) -> None:
+    assert faults(OPEN, to_dict(EVENTS[kind], 1) | change)
+
+
+def test_fields_added_later_fit_the_shipped_schema_but_not_the_strict_one() -> None:
+    line = to_dict(EVENTS["load"], 1)
+    line["cpu"] = 3
+    line["library"]["size_bytes"] = 4096
+
+    assert faults(OPEN, line) == []
+    assert len(faults(STRICT, line)) == 2
+
+
+def test_an_unload_may_not_carry_the_fields_of_a_ready() -> None:
+    assert faults(STRICT, to_dict(EVENTS["unload"], 1) | {"host": "box"})
+
+
+def test_a_deactivate_names_no_process_because_the_last_one_is_gone() -> None:
+    line = to_dict(event("deactivate", process=PROCESS), 1)
+
+    assert faults(STRICT, line)

@@ -1,0 +1,528 @@
+"""polling: what looks at ``/proc`` tell, of real processes; and the pure parts."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
+from sowatch.engine.address_space import Name, Tracked, subtract
+from sowatch.linux.proc import MapRow, ProcFs
+from sowatch.model.config import Config
+from sowatch.model.errors import SowatchError
+from sowatch.model.events import Process
+from sowatch.model.identity import FileId
+from sowatch.sources.poll_timer import CpuClocks, Rhythm
+from sowatch.sources.polling import REREAD_LOOKS, Row, compare, file_of
+from support.poller import Poller, mapped
+from support.programs import Mapper, make_libraries
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("polled")
+
+
+@pytest.fixture(scope="module")
+def libraries(place: Path) -> list[Path]:
+    return make_libraries(place, 3)
+
+
+@pytest.fixture
+def start(programs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Mapper]]:
+    started: list[Mapper] = []
+
+    def start_it() -> Mapper:
+        started.append(Mapper(programs["mapper"], tmp_path_factory.mktemp("s")))
+        return started[-1]
+
+    yield start_it
+    for mapper in started:
+        mapper.close()
+
+
+@pytest.fixture
+def poller(libraries: list[Path]) -> Iterator[Poller]:
+    with Poller(f"^{libraries[0].parent}/") as poller:
+        yield poller
+        poller.check_alternation()
+
+
+# -- what a look tells -----------------------------------------------------------------------
+
+
+def test_what_was_mapped_and_unmapped_since_the_last_look_is_told(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    at, length = mapper.map(libraries[0])
+    assert poller.look() == [f"+{mapper.pid} libtiny0.so mmap"]
+    assert poller.look() == []
+    mapper.unmap(at, length)
+    assert poller.look() == [f"-{mapper.pid} libtiny0.so munmap"]
+
+
+def test_what_is_there_at_the_first_look_is_a_snapshot(start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    with Poller(f"^{libraries[0].parent}/") as poller:
+        assert poller.told(poller.snapshot) == [f"+{mapper.pid} libtiny0.so snapshot"]
+        assert poller.look() == []
+
+
+def test_what_comes_and_goes_between_two_looks_is_not_told(poller: Poller, start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    mapper.map(libraries[1])
+    poller.look()
+    mapper.unmap(*mapper.map(libraries[0]))
+    start().exit()
+
+    assert poller.look() == []
+
+
+def test_a_file_that_only_moved_is_no_news(poller: Poller, start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    at, length = mapper.map(libraries[0])
+    poller.look()
+    elsewhere, _ = mapper.map(libraries[0])
+    mapper.unmap(at, length)
+    assert elsewhere != at
+    assert poller.look() == []
+    mapper.unmap(elsewhere, length)
+    assert poller.look() == [f"-{mapper.pid} libtiny0.so munmap"]
+
+
+def test_a_change_that_keeps_every_size_is_seen(poller: Poller, start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    at, length = mapper.map(libraries[0])
+    poller.look()
+    mapper.protect(at, length, "r")
+    assert poller.look() == [f"-{mapper.pid} libtiny0.so munmap"]
+    mapper.protect(at, length, "rx")
+    assert poller.look() == [f"+{mapper.pid} libtiny0.so mmap"]
+
+
+def test_a_file_that_is_renamed_or_deleted_while_it_is_mapped_is_no_news(start: Any, make_library: Any) -> None:
+    library = make_library("libmoved.so")
+    with Poller(f"^{library}$") as poller:
+        mapper = start()
+        at, length = mapper.map(library)
+        assert poller.look() == [f"+{mapper.pid} libmoved.so mmap"]
+        library.rename(library.with_name("other.so"))
+        mapper.map(library.with_name("other.so"), "noexec")  # it has to run to be read again
+        assert poller.look() == []
+        mapper.unmap(at, length)
+        assert poller.look() == [f"-{mapper.pid} libmoved.so munmap"]
+
+
+def test_a_child_has_what_its_parent_had_and_what_it_mapped_itself(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    poller.look()
+    child = mapper.fork()
+    child.map(libraries[1])
+    assert poller.look() == [f"+{child.pid} libtiny0.so fork", f"+{child.pid} libtiny1.so mmap"]
+    child.exit()
+    poller.look()
+    assert poller.held(mapper.pid) == {libraries[0].stat().st_ino}
+
+
+def test_a_child_whose_parent_was_never_seen_is_told_by_what_it_has(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    child = mapper.fork()
+    assert sorted(poller.look()) == sorted([f"+{mapper.pid} libtiny0.so mmap", f"+{child.pid} libtiny0.so fork"])
+    child.exit()
+
+
+def test_exec_unloads_what_was_mapped_and_keeps_the_process(poller: Poller, start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    poller.look()
+    mapper.exec()
+    mapper.map(libraries[1])
+    assert poller.look() == [f"-{mapper.pid} libtiny0.so exec", f"+{mapper.pid} libtiny1.so mmap"]
+
+
+def test_a_process_that_has_ended_but_was_not_waited_for_has_nothing_mapped(
+    poller: Poller, start: Any, libraries: list[Path], wait_until: Any
+) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    poller.look()
+    mapper.send("exit", 0)
+    wait_until(lambda: (found := ProcFs().stat(mapper.pid)) and found.state == "Z")
+    assert poller.look() == [f"-{mapper.pid} libtiny0.so exit"]
+    mapper.close()
+    assert poller.look() == []
+
+
+def test_a_process_whose_leader_is_dead_is_followed_to_its_end(
+    poller: Poller, start: Any, libraries: list[Path], wait_until: Any
+) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    poller.look()
+    mapper.tell("leaderexit")
+    wait_until(lambda: (found := ProcFs().stat(mapper.pid)) and found.is_dead)
+    assert poller.look() == []
+    mapper.map(libraries[1])
+    assert poller.look() == [f"+{mapper.pid} libtiny1.so mmap"]
+    mapper.exit()
+    assert sorted(poller.look()) == [f"-{mapper.pid} libtiny0.so exit", f"-{mapper.pid} libtiny1.so exit"]
+
+
+def test_who_shares_the_memory_of_another_is_read_again_although_it_does_not_run(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    child = mapper.fork(how="clonevm")
+    poller.look()
+    mapper.map(libraries[0])
+    poller.look(REREAD_LOOKS)
+    assert poller.held(mapper.pid) == poller.held(child.pid) == {libraries[0].stat().st_ino}
+    child.exit()
+
+
+def test_program_and_interpreter_have_their_kinds_and_their_cause(start: Any, wait_until: Any) -> None:
+    with Poller("") as poller:
+        mapper = start()
+        poller.look()
+        of_it = [change for change in poller.changes if change.process.pid == mapper.pid]
+        kinds = {Path(change.name.path).name.partition(".")[0]: (change.kind, change.cause) for change in of_it}
+        assert kinds["mapper"] == ("executable", "exec")
+        assert kinds["ld-linux-x86-64" if "ld-linux-x86-64" in kinds else "ld-linux-aarch64"] == ("interpreter", "exec")
+        assert kinds["libc"] == ("library", "mmap")
+
+
+def test_who_is_told_is_who_proc_shows(poller: Poller, start: Any, libraries: list[Path]) -> None:
+    mapper = start()
+    mapper.map(libraries[0])
+    poller.look()
+    expected = ProcFs().process(mapper.pid)
+    assert expected is not None
+    told = poller.changes[-1].process
+    assert told == Process(**{name: getattr(expected, name) for name in Process.__dataclass_fields__})
+
+
+def test_a_file_that_nobody_had_mapped_for_a_while_may_be_another_one_and_is_looked_into_again(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    at, length = mapper.map(libraries[0])
+    poller.look()
+    child = start()
+    child.map(libraries[0])
+    poller.look()
+    child.exit()
+    mapper.unmap(at, length)
+    poller.look()
+    mapper.map(libraries[0])
+    poller.look()
+    first, second, _, _, third = (change.name.changed_ns for change in poller.changes)
+
+    assert first == second < third
+
+
+def test_a_process_of_which_nothing_was_wanted_introduces_itself_later(
+    poller: Poller, start: Any, libraries: list[Path]
+) -> None:
+    mapper = start()
+    poller.look()
+    assert poller.tracker.get(mapper.pid) is None
+    assert poller.source.followed(mapper.pid) is None
+    mapper.map(libraries[0])
+    poller.look()
+    assert poller.changes[-1].process.uid == os.getuid()
+    followed = poller.source.followed(mapper.pid)
+    assert followed is not None
+    assert followed.range_count > 1
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["map", "map", "unmap", "protect", "fork", "exec", "exit", "look"]),
+            st.integers(0, 3),
+            st.integers(0, 3),
+        ),
+        max_size=25,
+    )
+)
+def test_after_any_history_the_map_is_what_is_mapped(
+    steps: list[tuple[str, int, int]], programs: Mapping[str, Path], libraries: list[Path], tmp_path_factory: Any
+) -> None:
+    below = libraries[0].parent
+    with Poller(f"^{below}/") as poller, Mapper(programs["mapper"], tmp_path_factory.mktemp("s")) as first:
+        actors = [first]
+        ranges: dict[int, list[tuple[int, int]]] = {first.pid: []}
+        for what, who, which in steps:
+            if what == "look":
+                poller.look()
+                continue
+            actor = actors[who % len(actors)]
+            own = ranges[actor.pid]
+            if what == "map":
+                own.append(actor.map(libraries[which % len(libraries)]))
+            elif what == "unmap" and own:
+                actor.unmap(*own.pop(which % len(own)))
+            elif what == "protect" and own:
+                actor.protect(*own[which % len(own)], "r" if which % 2 else "rx")
+            elif what == "fork" and len(actors) < 4:
+                actors.append(child := actor.fork())
+                ranges[child.pid] = list(own)
+            elif what == "exec" and actor is first:
+                actor.exec()
+                own.clear()
+            elif what == "exit" and actor is not first:
+                actors.remove(actor)
+                actor.exit()
+        poller.look()
+        for actor in actors:
+            assert poller.held(actor.pid) == mapped(actor.pid, below)
+        for actor in actors[1:]:
+            actor.exit()
+        poller.check_alternation()
+
+
+# -- what a look costs -----------------------------------------------------------------------
+
+
+class Counting(ProcFs):
+    """Notes whose mappings are read."""
+
+    __slots__ = ("read",)
+
+    def executable_maps(self, pid: int) -> Any:
+        self.read.append(pid)
+        return super().executable_maps(pid)
+
+
+@pytest.fixture
+def rest(wait_until: Any) -> Callable[[int], int]:
+    """Waits until a process has gone to sleep, and gives what its clock shows then."""
+
+    def rest_it(pid: int) -> int:
+        seen: list[int | None] = []
+
+        def is_still() -> bool:
+            seen.append(CpuClocks(ProcFs()).read_ns(pid))
+            return len(seen) > 3 and len(set(seen[-3:])) == 1
+
+        wait_until(is_still)
+        assert seen[-1] is not None
+        return seen[-1]
+
+    return rest_it
+
+
+def test_only_a_process_that_ran_is_read(poller: Poller, start: Any, libraries: list[Path], rest: Any) -> None:
+    idle, busy = start(), start()
+    rest(idle.pid)
+    poller.look()
+    proc = Counting()
+    proc.read = []
+    poller.source._proc = proc
+    poller.source._looks = 1 - idle.pid  # not its turn to be read anyway
+    busy.map(libraries[0])
+    poller.look()
+    assert busy.pid in proc.read
+    assert idle.pid not in proc.read
+
+
+def test_the_clock_of_a_process_stands_still_while_it_waits_and_goes_when_it_runs(start: Any, rest: Any) -> None:
+    mapper = start()
+    before = rest(mapper.pid)
+    mapper.unmap(*mapper.map("/proc/self/exe"))
+    after = rest(mapper.pid)
+    assert after > before > 0
+
+
+def test_a_process_that_is_gone_has_no_clock(start: Any) -> None:
+    mapper = start()
+    mapper.exit()
+    assert CpuClocks(ProcFs()).read_ns(mapper.pid) is None
+
+
+@needs_root
+def test_below_the_proc_of_another_pid_namespace_everything_is_read_and_nothing_mistaken() -> None:
+    code = (
+        "import os; from sowatch.model.config import Config\n"
+        "from sowatch.sources.polling import *; from sowatch.sources.poll_timer import *\n"
+        "from sowatch.linux.proc import ProcFs\n"
+        "source = ProcfsSource(Config()); reading = source.read_process(os.getpid())\n"
+        "print(os.getpid(), CpuClocks(ProcFs()).read_ns(1), reading.tgid == int(os.readlink('/proc/self')))\n"
+    )
+    # Its /proc is still that of the namespace outside.
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"no pid namespace: {done.stderr.strip()}")
+    assert (done.stdout, done.stderr) == ("1 None True\n", "")
+
+
+def burn(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_looks_that_take_too_much_become_rarer_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    rhythm = Rhythm(Config(poll_interval_s=0.01, poll_cpu_percent=10), "looking")
+    try:
+        with caplog.at_level(logging.WARNING, "sowatch"):
+            for _ in range(2):
+                with rhythm.look():
+                    burn(0.02)
+        assert rhythm.interval_s >= 0.2
+        assert len(caplog.messages) == 1
+        assert "poll_cpu_percent" in caplog.text
+        with rhythm.look():
+            pass
+        assert rhythm.interval_s == pytest.approx(0.01, abs=0.01)
+        with rhythm.look(counts=False):
+            burn(0.02)
+        assert rhythm.interval_s < 0.2
+    finally:
+        rhythm.close()
+        rhythm.close()
+
+
+def test_it_is_time_when_the_descriptor_says_so_or_when_asked(deadline: Any) -> None:
+    rhythm = Rhythm(Config(poll_interval_s=0.01), "looking")
+    try:
+        assert not rhythm.is_due()
+        with rhythm.look():
+            pass
+        assert select.select([rhythm.fileno()], [], [], deadline(10))[0]
+        assert rhythm.is_due()
+        assert not rhythm.is_due()
+        rhythm.ask()
+        assert rhythm.is_due()
+    finally:
+        rhythm.close()
+
+
+def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
+    code = (
+        "import resource; from sowatch.model.config import Config; from sowatch.model.errors import SowatchError\n"
+        "from sowatch.sources.poll_timer import Rhythm\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "try:\n    Rhythm(Config(), 'x')\nexcept SowatchError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip().endswith("Look at the limits of this process (`ulimit -n`).")
+    assert issubclass(SowatchError, Exception)
+
+
+# -- the pure parts --------------------------------------------------------------------------
+
+
+def map_row(path: bytes, *, inode: int = 7, is_deleted: bool = False) -> MapRow:
+    return MapRow(0x1000, 0x2000, "r-xp", 0, 254, 1, inode, path, is_deleted)
+
+
+VIEW = bytes(range(16))
+
+
+def name_of(row: MapRow, root: bytes = b"/") -> Name:
+    file = file_of(row, root, VIEW)
+    from sowatch.bpf.records import MapRecord, RecordType
+    from sowatch.model.rules import Rule, RuleSet
+
+    record = MapRecord(
+        0, RecordType.MAP, file.flags, 1, 1, 1, 1, 0, 0, file.key, 0, 1, 0, 0, b"", file.mode, len(file.text), file.text
+    )
+    return Name(record, RuleSet([Rule(None)]))
+
+
+def test_a_row_becomes_the_name_that_the_kernel_side_would_give() -> None:
+    name = name_of(map_row(b"/srv/jail/lib/libz.so.1"), b"/srv/jail")
+
+    assert (name.path, name.file_id, name.view) == ("/lib/libz.so.1", FileId(254, 1, 7), VIEW)
+    assert name.is_regular
+    assert not name.is_deleted
+    assert not name.is_anonymous
+
+
+def kind_of(name: Name) -> str:
+    from sowatch.engine.address_space import Mapping as Mapped
+    from sowatch.model.identity import ProcessId
+
+    return Tracked(ProcessId(1, 1), 0, lambda _: None).kind_of(Mapped(name, [], is_image=False))
+
+
+@pytest.mark.parametrize(
+    ("path", "is_deleted", "kind"),
+    [
+        (b"/memfd:jit/a b", True, "library"),
+        (b"/SYSV00000000", True, "other"),
+        (b"/dev/zero", True, "other"),
+        (b"anon_inode:[perf_event]", False, "other"),
+        (b"/opt/libx.so", True, "library"),
+    ],
+)
+def test_what_is_no_file_on_disk_is_told_as_what_it_is(path: bytes, is_deleted: bool, kind: str) -> None:
+    name = name_of(map_row(path, is_deleted=is_deleted))
+
+    assert (name.path, name.is_deleted, kind_of(name)) == (path.decode(), is_deleted, kind)
+    assert bool(file_of(map_row(path, is_deleted=is_deleted), b"/", VIEW).flags & FLAG_DELETED) == is_deleted
+
+
+@given(st.binary(min_size=1).filter(lambda name: b"\0" not in name))
+def test_any_path_survives(name: bytes) -> None:
+    file = file_of(map_row(b"/lib/" + name), b"/", VIEW)
+
+    assert path_of(file.text) == (b"/lib/" + name).decode("utf-8", "surrogateescape")
+    assert file_id_of(file.key) == FileId(254, 1, 7)
+
+
+FILES = [file_of(map_row(b"/lib/%d" % number, inode=number), b"/", VIEW) for number in range(1, 4)]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Row]:
+    """Mappings by address that do not overlap."""
+    cuts = sorted(draw(st.sets(st.integers(0, 24), max_size=12)))
+    pairs = itertools.pairwise(cuts)
+    chosen = draw(st.lists(st.sampled_from([None, *FILES]), min_size=len(cuts), max_size=len(cuts)))
+    return [Row(start, end, 0, file) for (start, end), file in zip(pairs, chosen, strict=False) if file is not None]
+
+
+@given(rows(), rows())
+def test_what_differs_turns_one_set_of_mappings_into_the_other(before: list[Row], after: list[Row]) -> None:
+    added, gone = compare(before, after)
+
+    pages = {page: row.file for row in before for page in range(row.start, row.end)}
+    for row in added:
+        pages.update(dict.fromkeys(range(row.start, row.end), row.file))
+    for start, end in gone:
+        for page in range(start, end):
+            del pages[page]  # each once, and none that was not there
+    assert pages == {page: row.file for row in after for page in range(row.start, row.end)}
+    assert all(subtract(gone, row.start, row.end) == gone for row in after)
+
+
+@given(rows())
+def test_nothing_differs_from_itself(before: list[Row]) -> None:
+    assert compare(before, before) == ([], [])
