@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 PAGE = TESTS.parent / "docs" / "reliability.md"
 WRITTEN_FOR_IT = ("test_baits.py", "test_files.py", "test_hostile.py", "test_lifecycle.py")
 

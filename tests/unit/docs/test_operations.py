@@ -12,7 +12,7 @@ import pytest
 from sowatch.linux.capabilities import NEEDED
 from sowatch.telemetry.names import CATALOGUE, prometheus_name
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 UNIT = ROOT / "deploy" / "systemd" / "sowatch.service"
 

@@ -1,0 +1,42 @@
+"""Every Python example of README and docs runs, beside a process that has what it asks for."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from support.doc_blocks import Block, blocks
+
+#: Opens libssl by the module, says so, and ends when its standard input does.
+USER_OF_LIBSSL = "import ssl, sys; print('ready', flush=True); sys.stdin.read()"
+EXAMPLES = [block for block in blocks() if block.language == "python"]
+
+
+def test_there_are_examples() -> None:
+    assert len([block for block in EXAMPLES if block.page == "README.md"]) >= 2
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=str)
+def test_an_example_runs_and_shows_the_process_that_has_the_library(block: Block, spawn: Any, deadline: Any) -> None:
+    prelude = "" if "import" in block.text.split("def ")[0] else "from sowatch import Rule, Watcher\n"
+    user = spawn([sys.executable, "-c", USER_OF_LIBSSL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert user.stdout.readline() == "ready\n"
+    example = spawn(
+        [sys.executable, "-u", "-W", "error", "-c", prelude + block.text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = example.stdout.readline()
+    assert "libssl" in first, example.stderr.read()
+    if block.text.startswith("for ") or "\nfor event in" in block.text:
+        example.send_signal(signal.SIGINT)  # it goes on for ever
+        _, errors = example.communicate(timeout=deadline(20))
+        assert errors == "" or errors.rstrip().endswith("KeyboardInterrupt")
+    else:
+        _, errors = example.communicate(timeout=deadline(30))
+        assert (example.returncode, errors) == (0, "")
