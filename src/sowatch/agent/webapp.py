@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
@@ -22,7 +23,7 @@ from starlette.routing import BaseRoute, Route
 from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
-from sowatch.explain import stamp, to_dict
+from sowatch.explain import PathReport, ProcessReport, stamp, to_dict
 from sowatch.explain.audit import AuditReport
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
@@ -39,6 +40,8 @@ _THREADS: Final = 4
 METRICS_AGE_S: Final = 0.25
 #: An audit is answered with the last one if that is no older.
 _AUDIT_AGE_S: Final = 1.0
+#: A GNU build id has 20 bytes, others up to 64.
+_BUILD_ID: Final = re.compile("[0-9a-fA-F]{2,128}")
 _NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Handler = Callable[[Request], Any]
@@ -82,11 +85,17 @@ class WebApp:
 
     def for_socket(self) -> App:
         """Everything."""
-        return Starlette(routes=[*self._reading_routes(), *self._debugger.changing_routes()])
+        explain = Route("/explain", self._explain)
+        return Starlette(routes=[*self._reading_routes(), explain, *self._debugger.changing_routes()])
 
     def for_tcp(self, hosts: Collection[str]) -> App:
-        """What changes nothing, for requests that name one of ``hosts``."""
-        return HostCheck(Starlette(routes=self._reading_routes()), hosts)
+        """What changes nothing and needs none of the agent's rights, for requests that name one of ``hosts``.
+
+        Every local user may connect. So `/explain` answers from the published map alone: the agent opens, follows and
+        looks up nothing for who asks here.
+        """
+        explain = Route("/explain", self._explain_published)
+        return HostCheck(Starlette(routes=[*self._reading_routes(), explain]), hosts)
 
     def close(self) -> None:
         """Ends the threads that are idle; the others as soon as they are."""
@@ -97,7 +106,6 @@ class WebApp:
             *self._pages,
             Route("/inventory", self._inventory),
             Route("/events", self._events),
-            Route("/explain", self._explain),
             Route("/audit", self._audit_now),
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
@@ -154,9 +162,21 @@ class WebApp:
         return StreamingResponse(self._hub.stream(client), media_type="text/event-stream", headers=_NOT_TO_KEEP)
 
     async def _explain(self, request: Request) -> Response:
+        def explain(target: _Target) -> ProcessReport | PathReport:
+            wanted = target.path if target.pid is None else target.pid
+            if wanted is None:
+                return self._watcher.explain_published(build_id=target.build_id)
+            return self._watcher.explain(wanted)
+
+        return await self._answer_why(request, explain)
+
+    async def _explain_published(self, request: Request) -> Response:
+        return await self._answer_why(request, lambda target: self._watcher.explain_published(**target._asdict()))
+
+    async def _answer_why(self, request: Request, explain: Callable[[_Target], ProcessReport | PathReport]) -> Response:
         try:
             target = _target(_query(request))
-            report = await self._in_thread(lambda: self._watcher.explain(target))
+            report = await self._in_thread(lambda: explain(target))
         except UsageError as error:
             return _refusal(error, 400)
         except SowatchError as error:
@@ -262,18 +282,32 @@ def _flag(name: str, text: str) -> bool:
     return text == "1"
 
 
-def _target(query: dict[str, str]) -> int | str:
-    pid, path = query.get("pid"), query.get("path")
-    if (pid is None) == (path is None):
-        raise UsageError("say what to explain: /explain?pid=1234 or /explain?path=/usr/lib/libz.so.1.")
-    if pid is None:
-        assert path is not None
+class _Target(NamedTuple):
+    """What to explain: one of the three is not None."""
+
+    pid: int | None = None
+    path: str | None = None
+    build_id: str | None = None
+
+
+def _target(query: dict[str, str]) -> _Target:
+    pid, path, build_id = (query.get(name) for name in _Target._fields)
+    if (pid is None) + (path is None) + (build_id is None) != 2:
+        raise UsageError(
+            "say what to explain: /explain?pid=1234, /explain?path=/usr/lib/libz.so.1 or /explain?build_id=HEX."
+        )
+    if path is not None:
         if not path.startswith("/") or "\0" in path:
             raise UsageError("the path is not absolute. Give it from the root on, as this machine sees it.")
-        return path
+        return _Target(path=path)
+    if build_id is not None:
+        if not _BUILD_ID.fullmatch(build_id):
+            raise UsageError("the build id is none. Give its hexadecimal digits, as `readelf -n` shows them.")
+        return _Target(build_id=build_id.lower())
+    assert pid is not None
     if not (pid.isascii() and pid.isdigit() and 0 < int(pid[:10]) <= 1 << 22 and len(pid) < 9):
         raise UsageError(f"{pid!r} is not a process id. Give a number, as `ps` shows it.")
-    return int(pid)
+    return _Target(pid=int(pid))
 
 
 def _encode(found: object) -> bytes:

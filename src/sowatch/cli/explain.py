@@ -28,11 +28,12 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
     differences to the map: kind, path, inode, range
   extra   what the map has and the process has not; notes: kernel_thread, zombie, no_permission,
-          no_files, static, nothing_wanted, narrow, unrepaired
+          no_files, static, nothing_wanted, narrow, unrepaired, published_only (an agent's answer
+          over TCP: only what its load events name; withheld counts the other files)
 Of a path: target "path", path, resolved, type or null, error, ids (dev, inode, generation, subvol,
 id_from), kind, rule, rules, verdict, file, activations, blocked; mapped: process, path, inode,
 ranges, in_map, seen, relation same, other_name, other_file or deleted; notes: not_mapped,
-not_regular, nothing_wants, unrepaired.
+not_regular, nothing_wants, unrepaired, published_only.
 
 Examples:
   sowatch explain 1234                          everything it has mapped, and what became of it
@@ -125,6 +126,7 @@ _NOTES: Final = {
     "statically does not map it.",
     "not_regular": "only regular files and memfds can be libraries.",
     "nothing_wants": "no rule would want it.",
+    "published_only": "only what load events name is shown; `sowatch debug explain`, on the host, shows the rest.",
 }
 
 

@@ -8,6 +8,7 @@ and gives up on a file system that does not answer.
 from __future__ import annotations
 
 from sowatch.explain.gather import Desk, check_process, explain
+from sowatch.explain.published import Published, explain_published_file, explain_published_process
 from sowatch.explain.records import (
     Blocked,
     FileLook,
@@ -31,12 +32,15 @@ __all__ = [
     "MappingReport",
     "PathReport",
     "ProcessReport",
+    "Published",
     "RuleAnswer",
     "Seen",
     "Try",
     "VerdictAnswer",
     "check_process",
     "explain",
+    "explain_published_file",
+    "explain_published_process",
     "stamp",
     "to_dict",
 ]

@@ -161,9 +161,10 @@ class ProcessReport:
     They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``narrow``
     (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
     ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unrepaired`` (facts were lost
-    and the map is not repaired yet).
+    and the map is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
 
-    ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped.
+    ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped. ``withheld`` counts the files
+    of the map that no load event names, where those are left out.
     """
 
     process: Process
@@ -177,6 +178,7 @@ class ProcessReport:
     mappings: tuple[MappingReport, ...]
     extra: tuple[Difference, ...]
     notes: tuple[str, ...]
+    withheld: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ class PathReport:
 
     ``file_type`` is None if there is nothing; ``error`` then says what the kernel said. ``rules`` are
     the answers for a process that has it mapped as a library (as ``kind``). ``notes``:
-    ``not_mapped``, ``not_regular``, ``nothing_wants``, ``unrepaired``.
+    ``not_mapped``, ``not_regular``, ``nothing_wants``, ``unrepaired``, ``published_only``.
     """
 
     path: str
@@ -275,6 +277,7 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
         },
         "mappings": [_mapping(one) for one in report.mappings],
         "extra": [_difference(one) for one in report.extra],
+        "withheld": report.withheld,
         "notes": list(report.notes),
     }
 

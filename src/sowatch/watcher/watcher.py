@@ -24,7 +24,15 @@ from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.subscription import Subscription
 from sowatch.engine.table import Tracker
 from sowatch.engine.workers import ActiveFile, RuleWorker
-from sowatch.explain import Desk, PathReport, ProcessReport, explain
+from sowatch.explain import (
+    Desk,
+    PathReport,
+    ProcessReport,
+    Published,
+    explain,
+    explain_published_file,
+    explain_published_process,
+)
 from sowatch.explain.audit import AuditReport, audit
 from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
@@ -325,8 +333,35 @@ class Watcher:
                 exists or is mapped.
             UsageError: the id of a thread, or no path.
         """
+        return explain(target, self._desk())
+
+    def explain_published(
+        self, *, pid: int | None = None, path: str | None = None, build_id: str | None = None
+    ) -> ProcessReport | PathReport:
+        """The same from the published map alone, for askers who must not see more than its load events say.
+
+        No file is opened or looked up, no link followed. Exactly one argument is given. Any thread but a callback's
+        may ask.
+
+        Args:
+            pid: a process: what it has mapped of what load events name.
+            path: the path of load events.
+            build_id: hexadecimal digits.
+
+        Raises:
+            SowatchError: the watch is not running, there is no such process, or no load event in force names the file.
+            UsageError: the id of a thread, or not exactly one argument.
+        """
+        if (pid is not None) + (path is not None) + (build_id is not None) != 1:
+            raise UsageError("explain_published() takes one of pid, path and build_id. Give exactly one.")
+        published = Published(self._desk(), self._publisher.held_copy)
+        if pid is not None:
+            return explain_published_process(published, pid)
+        return explain_published_file(published, path=path, build_id=build_id)
+
+    def _desk(self) -> Desk:
         engine = self._running_engine()
-        desk = Desk(
+        return Desk(
             self._proc,
             self._rules,
             self.registry,
@@ -334,7 +369,6 @@ class Watcher:
             view=lambda: engine.ask(engine.view),
             is_repaired=lambda: engine.keeper.is_repaired,
         )
-        return explain(target, desk)
 
     def _running_engine(self) -> Engine:
         engine = self._engine

@@ -95,7 +95,7 @@ def test_the_object_of_a_process_has_every_part(case: Case) -> None:
     found = json.loads(json.dumps(to_dict(nasty(case).report())))
     assert list(found) == [
         *("schema", "event", "target", "process", "state", "threads", "leader_alive", "bits"),
-        *("kernel", "map", "mappings", "extra", "notes"),
+        *("kernel", "map", "mappings", "extra", "withheld", "notes"),
     ]
     assert (found["schema"], found["event"], found["target"], found["bits"]) == (1, "explain", "process", 64)
     assert found["kernel"] == {

@@ -30,6 +30,7 @@ const NOTES = {
   not_mapped: "no process has it mapped",
   not_regular: "it is no regular file",
   unrepaired: "facts were lost and the map is not repaired yet",
+  published_only: "only what this watch reports is shown here; `sowatch debug explain`, on the host, shows the rest",
 };
 
 const facts = (pairs) =>
@@ -142,6 +143,7 @@ function aboutProcess(told) {
       ["name", name(told.process.comm)],
       ["in the map", told.map ? `yes, with ${told.map.files} files${told.map.awaits_reading ? ", to be read again" : ""}` : "no"],
       ...told.notes.map((note) => ["note", NOTES[note] ?? note]),
+      ...(told.withheld ? [["not shown", `${told.withheld} files that no rule wants`]] : []),
       ...told.extra.map((one) => ["in the map, but not mapped", name(one.path)]),
     ]),
     ...told.mappings.flatMap((one) => [element("h3", {}, name(one.library.path)), facts(aboutMapping(one))]),
