@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from sowatch.linux.cgroups import parse_cgroup
 from sowatch.linux.elf import ElfError, ElfLimits, read_exports, read_facts, symbol_offsets
-from sowatch.linux.proc import executable_maps, parse_cgroup, parse_maps, parse_stat, parse_status
+from sowatch.linux.proc import executable_maps, parse_maps, parse_stat, parse_status
 from sowatch.model.escape import visible
 
 __all__ = ["TARGETS", "elf", "maps"]

@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 
-from sowatch.bpf.records import FLAG_ASK, FLAG_DELETED, FLAG_PARTIAL, MapRecord, ProcessRecord, RecordType, path_of
+from sowatch.bpf.records import (
+    FLAG_ASK,
+    FLAG_DELETED,
+    FLAG_PARTIAL,
+    MapRecord,
+    ProcessRecord,
+    RecordType,
+    path_of,
+    paths_of,
+)
+from sowatch.linux.cgroups import choose_cgroup, parse_cgroup
 from sowatch.model.identity import FileId
 from sowatch.sources.core import Report
 from support.kernel import IN_OWN_MOUNTS, Tap, host_pid, id_by_stat, id_of, with_prelude
@@ -432,7 +442,7 @@ def test_a_thread_that_maps_first_is_introduced_as_its_process(tap: Tap, start: 
 
 
 def cgroup_roots() -> list[Path]:
-    """Where a group of the test's own can be made: the v2 hierarchy, then the v1 ones the programs look at."""
+    """Where a group of the test's own can be made: the v2 hierarchy, then some v1 ones."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         left, _, right = line.partition(" - ")
@@ -444,18 +454,6 @@ def cgroup_roots() -> list[Path]:
             elif kind == "cgroup":
                 found |= {name: Path(at) for name in ("memory", "pids", "cpu") if name in options.split(",")}
     return [found[name] for name in ("v2", "memory", "pids", "cpu") if name in found]
-
-
-def cgroup_by_proc(pid: int) -> str:
-    """v2 if it is not the root for all, else memory, pids, cpu: the order that the programs look in."""
-    groups = {}
-    for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        groups |= dict.fromkeys(controllers.split(","), path)
-    for name in ("", "memory", "pids", "cpu"):
-        if groups.get(name, "/") != "/":
-            return groups[name]
-    return "/"
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -472,11 +470,11 @@ def test_the_cgroup_is_the_one_that_proc_names(
         # The shell's own dollar, not the one of the prelude's quotes.
         commands = f'echo $$ > "{inner}/cgroup.procs"'
         mapper = start(with_prelude(scratch, programs["mapper"], commands))
-        expected = cgroup_by_proc(mapper.pid)
+        expected = parse_cgroup(Path(f"/proc/{mapper.pid}/cgroup").read_bytes())
         assert "sowatch-test" in Path(f"/proc/{mapper.pid}/cgroup").read_text(encoding="utf-8")
         mapper.exit()
         record = introduction(tap, mapper.pid)
-        assert "/" + path_of(record.cgroup).strip("/") == expected
+        assert choose_cgroup(paths_of(record.cgroup)) == expected
     finally:
         inner.rmdir()
         outer.rmdir()

@@ -31,6 +31,7 @@ __all__ = [
     "file_id_of",
     "parse",
     "path_of",
+    "paths_of",
     "text_of",
 ]
 
@@ -182,6 +183,21 @@ def path_of(text: bytes) -> str:
     parts = text.split(b"\0")
     parts.reverse()
     return b"/".join(parts).decode("utf-8", "surrogateescape")
+
+
+@lru_cache(8192)
+def paths_of(text: bytes) -> tuple[str, ...]:
+    """The paths of a process's cgroups in ``text``: that of version 2, then those of other hierarchies that differ.
+
+    An empty component begins the next path. The root is ``/``.
+    """
+    groups: list[list[bytes]] = [[]]
+    for part in text.removesuffix(b"\0").split(b"\0") if text else ():
+        if part:
+            groups[-1].append(part)
+        else:
+            groups.append([])
+    return tuple("/" + b"/".join(reversed(group)).decode("utf-8", "surrogateescape") for group in groups)
 
 
 def text_of(path: bytes, *, is_deleted: bool = False) -> bytes:

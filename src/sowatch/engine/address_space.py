@@ -9,7 +9,8 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from sowatch.bpf.records import FLAG_DELETED, FLAG_PARTIAL, MapRecord, ProcessRecord, file_id_of, path_of
+from sowatch.bpf.records import FLAG_DELETED, FLAG_PARTIAL, MapRecord, ProcessRecord, file_id_of, path_of, paths_of
+from sowatch.linux.cgroups import choose_cgroup
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
@@ -231,7 +232,7 @@ class Tracked:
         self.ppid = record.ppid
         self.uid = record.uid
         self.ns_pid = record.ns_pid
-        self.cgroup = path_of(record.cgroup) if record.cgroup else "/"
+        self.cgroup = choose_cgroup(paths_of(record.cgroup))
         if record.path:
             self.exe = path_of(record.path)
         self.exe_id = file_id_of(record.exe)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["CONTAINER_FORMS", "ContainerForm", "container_id"]
+__all__ = ["CONTAINER_FORMS", "ContainerForm", "container_id", "container_levels"]
 
 
 class ContainerForm(NamedTuple):
@@ -22,6 +22,8 @@ class ContainerForm(NamedTuple):
 
 
 _HEX: Final = "(?P<id>[0-9a-f]{64})"
+#: As containerd has it (identifiers.Validate).
+_NAME: Final = "(?P<id>[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*)"
 _EXAMPLE: Final = "0123456789abcdef" * 4
 
 #: Every form that is known. Add a line and its test; order does not matter.
@@ -51,6 +53,21 @@ CONTAINER_FORMS: Final = (
         r"ecs/[0-9a-f]{32}/(?P<id>[0-9a-f]{32}-[0-9]{1,10})",
         f"/ecs/{_EXAMPLE[:32]}/{_EXAMPLE[:32]}-1234567890",
     ),
+    # Garden (Cloud Foundry): applications have handles of 8-4-4-4-4, tasks UUIDs.
+    ContainerForm(
+        "garden",
+        r"(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){4})",
+        "/system.slice/garden.service/garden/01234567-89ab-cdef-0123-4567",
+    ),
+    ContainerForm(
+        "garden, tasks",
+        r"garden/(?:(?:good|bad)/)?(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
+        "/garden/good/01234567-89ab-cdef-0123-456789abcdef",
+    ),
+    # containerd's ctr: /NAMESPACE/NAME at the top. Only its default namespace can be told from any other group.
+    ContainerForm("ctr", rf"(?<=^/)default/{_NAME}", "/default/web"),
+    ContainerForm("ctr, systemd", rf"ctr-{_NAME}\.scope", "/system.slice/ctr-web.scope"),
+    ContainerForm("ctr, systemd path taken literally", rf"[^/:]*:ctr:{_NAME}", "/system.slice:ctr:web"),
     # LXC, LXD and Incus: since 4.0 lxc.payload.NAME, before that lxc.payload/NAME and lxc/NAME.
     ContainerForm("lxc", r"lxc(?:\.payload[./]|/)(?P<id>[^/]+)", "/lxc.payload.web/system.slice/nginx.service"),
     # systemd-machined: names are escaped as in unit names. Virtual machines are no containers.
@@ -82,12 +99,23 @@ def container_id(cgroup: str | None) -> str | None:
     >>> container_id(r"/machine.slice/machine-web\x2d1.scope/payload")
     'web-1'
     """
-    if not cgroup:
-        return None
-    path = cgroup.removesuffix(" (deleted)")
-    found = [match for pattern in _COMPILED for match in pattern.finditer(path)]
+    found = _named(cgroup)
     if not found:
         return None
     innermost = max(found, key=lambda match: match.end())
     # Only machine names can hold a backslash; hexadecimal ids never do.
     return _UNIT_ESCAPE.sub(lambda code: chr(int(code[1], 16)), innermost["id"])
+
+
+def container_levels(cgroup: str | None) -> int:
+    """How many containers, one within the other, a cgroup path names.
+
+    >>> container_levels("/lxc.payload.web/lxc.payload.inner")
+    2
+    """
+    return len({match.end() for match in _named(cgroup)})
+
+
+def _named(cgroup: str | None) -> list[re.Match[str]]:
+    path = (cgroup or "").removesuffix(" (deleted)")
+    return [match for pattern in _COMPILED for match in pattern.finditer(path)] if path else []

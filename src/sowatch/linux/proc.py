@@ -19,6 +19,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import AnyStr, Final, Literal, NamedTuple, TypeVar
 
+from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
 from sowatch.model.errors import ProcRootError, SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import TICK_NS
@@ -33,7 +34,6 @@ __all__ = [
     "Status",
     "executable_maps",
     "parse_auxv_is_32bit",
-    "parse_cgroup",
     "parse_maps",
     "parse_stat",
     "parse_status",
@@ -178,9 +178,6 @@ _ROW: Final = re.compile(_RANGE + rb"([r-][w-][x-][ps]) ([0-9a-f]++) " + _FILE)
 _EXECUTABLE_ROW: Final = re.compile(_RANGE + rb"([r-][w-]x[ps]) ([0-9a-f]++) (?!00:00 0 )" + _FILE)
 _STATUS_LINE: Final = re.compile(rb"\n(Tgid|PPid|Uid|NStgid|Threads):[ \t]*+([^\n]*+)")
 
-#: The v1 hierarchies whose path most likely names the container, best first.
-_V1_ORDER: Final = (b"memory", b"pids", b"cpu", b"name=systemd")
-
 _READ_BYTES: Final = 1 << 16
 #: Maps are parsed in pieces of about this size: a process may have a million mappings with long paths.
 _BATCH_BYTES: Final = 1 << 18
@@ -243,30 +240,6 @@ def parse_status(data: bytes) -> Status | None:
     except (IndexError, KeyError, ValueError):
         return None
     return Status(tgid, ppid, uid, ns_pid, threads)
-
-
-def parse_cgroup(data: bytes) -> str | None:
-    """The one path that says most: the v2 path if it is not the root, else the longest of the v1 ones.
-
-    Of v1 paths of one length that of memory, pids, cpu, name=systemd comes first. ``/`` if all are the
-    root, ``None`` without cgroups. It is seen from our cgroup namespace (``/../..`` leads out of it).
-    """
-    v1: dict[bytes, bytes] = {}
-    v2 = b""
-    for line in data.split(b"\n"):
-        hierarchy, _, rest = line.partition(b":")
-        controllers, _, path = rest.partition(b":")
-        if not path:
-            continue
-        if hierarchy == b"0":
-            v2 = path
-        else:
-            v1 |= dict.fromkeys(controllers.split(b","), path)
-    if v2 not in (b"", b"/"):
-        return _text(v2)
-    ordered = [v1[name] for name in _V1_ORDER if name in v1] + list(v1.values())
-    best = max(ordered, key=lambda path: len(path) if path != b"/" else 0, default=v2)
-    return _text(best) or None
 
 
 def parse_auxv_is_32bit(data: bytes) -> bool | None:
@@ -463,18 +436,25 @@ class ProcFs:
         return data if isinstance(data, Miss) else parse_status(data) or Miss.GONE
 
     def cgroup(self, pid: int) -> str | Miss:
-        """The path of its cgroup, chosen as `parse_cgroup` says; ``ABSENT`` without cgroups."""
-        is_root = False
+        """The path of its cgroup, chosen as `choose_cgroup` says; ``ABSENT`` without cgroups."""
+        at_root: str | None = None
 
         def ask(base: str) -> str | Miss:
-            nonlocal is_root
+            nonlocal at_root
             data = _read(f"{base}/cgroup")
-            path = data if isinstance(data, Miss) else parse_cgroup(data) or Miss.ABSENT
-            is_root |= path == "/"
-            return Miss.ABSENT if path == "/" else path  # v1 shows a dead leader in the root (proc_cgroup_show)
+            if isinstance(data, Miss):
+                return data
+            paths = parse_cgroups(data)
+            if not paths:
+                return Miss.ABSENT
+            chosen = choose_cgroup(paths)
+            if chosen != "/" and paths[1:] != ("/",):
+                return chosen
+            at_root = at_root or chosen
+            return Miss.ABSENT  # v1 shows a dead leader in the root (proc_cgroup_show)
 
         found = self._first(pid, ask)
-        return "/" if is_root and found is Miss.ABSENT else found
+        return at_root if at_root is not None and found is Miss.ABSENT else found
 
     def exe(self, pid: int) -> Link | Miss:
         """The main executable, seen from our root; ``ABSENT`` for a kernel thread or a zombie."""

@@ -12,7 +12,8 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from sowatch.bpf.binding import BpfObject
-from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of
+from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of, paths_of
+from sowatch.linux.cgroups import choose_cgroup
 from sowatch.linux.containers import container_id
 from sowatch.linux.proc import ProcFs, ProcReadError, Stat
 from sowatch.model.config import Config
@@ -92,7 +93,7 @@ class KernelProcessFeed:
 
     def _event(self, record: Record) -> ProcessEvent:
         if isinstance(record, ProcessRecord):
-            cgroup = path_of(record.cgroup) if record.cgroup else "/"
+            cgroup = choose_cgroup(paths_of(record.cgroup))
             process = Process(
                 pid=record.tgid,
                 start_ns=record.start_ns,

@@ -17,7 +17,11 @@ OTHER = "f" * 64
     list(
         zip(
             CONTAINER_FORMS,
-            [HEX, HEX, HEX, HEX, HEX, HEX, "0123456789abcdef0123456789abcdef-1234567890", "web", "web-1", "web-1"],
+            [
+                *(HEX, HEX, HEX, HEX, HEX, HEX, "0123456789abcdef0123456789abcdef-1234567890"),
+                *("01234567-89ab-cdef-0123-4567", "01234567-89ab-cdef-0123-456789abcdef", "web", "web", "web"),
+                *("web", "web-1", "web-1"),
+            ],
             strict=True,
         )
     ),
@@ -38,6 +42,9 @@ def test_each_form_gives_the_id_of_its_example(form, expected):
         (f"/libpod_parent/libpod-{HEX}", HEX),
         (f"/system.slice/nerdctl-{HEX}.scope", HEX),
         (f"/default/{HEX}", HEX),
+        ("/default/web-1.a_b/init.scope", "web-1.a_b"),
+        ("/garden/01234567-89ab-cdef-0123-4567", "01234567-89ab-cdef-0123-4567"),
+        ("/garden/good/01234567-89ab-cdef-0123-4567/init", "01234567-89ab-cdef-0123-4567"),
         (f"/kubepods/pod1/crio-{HEX}", HEX),
         (f"/system.slice/docker-{HEX}.scope/init.scope", HEX),
         (f"docker-{HEX}.scope", HEX),
@@ -68,6 +75,11 @@ def test_other_spellings_and_the_innermost_of_nested_containers(cgroup, expected
         f"/system.slice/docker-{HEX}.service",
         f"/machine.slice/libpod-conmon-{HEX}.scope",
         f"/system.slice/crio-conmon-{HEX}.scope",
+        "/default",
+        "/default/-x",
+        "/user.slice/default/web",
+        "/kubepods/pod01234567-89ab-cdef-0123-4567",
+        "/system.slice/01234567-89ab-cdef-0123-456789abcdef",
         "/lxc.monitor.web",
         "/lxc.monitor/web",
         r"/machine.slice/machine-qemu\x2d1\x2dvm.scope/libvirt",

@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sowatch.linux import proc as procfs
+from sowatch.linux.cgroups import parse_cgroup
 from sowatch.linux.proc import (
     MapRow,
     executable_maps,
     parse_auxv_is_32bit,
-    parse_cgroup,
     parse_maps,
     parse_stat,
     parse_status,
@@ -208,6 +208,9 @@ def test_status_takes_the_innermost_pid_and_the_real_uid() -> None:
     assert parse_status(text.replace(b"NStgid", b"Other")) == (900, 1, 33, None, 2)
 
 
+HEX = b"0123456789abcdef" * 4
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [
@@ -215,7 +218,17 @@ def test_status_takes_the_innermost_pid_and_the_real_uid() -> None:
         (b"9:memory:/docker/abc\n0::/user.slice\n", "/user.slice"),
         (b"9:memory:/docker/abc\n8:pids:/x\n0::/\n", "/docker/abc"),
         (b"9:cpu,cpuacct:/docker/abc\n8:memory:/\n0::/\n", "/docker/abc"),
-        (b"4:name=systemd:/b\n3:cpu:/c\n2:pids:/d\n1:memory:/e\n", "/e"),
+        (b"4:name=systemd:/b\n3:cpu:/c\n2:pids:/d\n1:memory:/e\n", "/b"),
+        (b"1:name=systemd:/docker/%s\n0::/system.slice/containerd.service\n" % HEX, f"/docker/{HEX.decode()}"),
+        (
+            b"3:freezer:/default/web\n2:cpu:/user.slice/much-longer\n0::/system.slice/containerd.service\n",
+            "/default/web",
+        ),
+        (
+            b"1:memory:/docker/%s\n0::/system.slice/docker-%s.scope\n" % (HEX, HEX),
+            f"/system.slice/docker-{HEX.decode()}.scope",
+        ),
+        (b"1:memory:/lxc/a/lxc/b\n0::/lxc.payload.a\n", "/lxc/a/lxc/b"),
         (b"4:freezer:/only/here\n1:memory:/\n", "/only/here"),
         (b"1:name=systemd:/with:colon\n", "/with:colon"),
         (b"0::/../../sibling\n", "/../../sibling"),
@@ -225,7 +238,9 @@ def test_status_takes_the_innermost_pid_and_the_real_uid() -> None:
         (b"", None),
     ],
 )
-def test_the_cgroup_is_v2_unless_that_is_the_root_then_the_longest_v1(text: bytes, path: str | None) -> None:
+def test_the_cgroup_is_the_one_that_names_a_container_then_v2_unless_that_is_the_root_then_the_longest_v1(
+    text: bytes, path: str | None
+) -> None:
     assert parse_cgroup(text) == path
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "identity.bpf.h"
+#include "cgroups.bpf.h"
 #include "paths.bpf.h"
 
 /*
@@ -95,41 +96,6 @@ static __always_inline bool send_scratch(struct seq_file *seq, struct scratch *s
 	return true;
 }
 
-static __always_inline struct cgroup *cgroup_of_controller(struct css_set *set, __u32 id)
-{
-	struct cgroup_subsys_state *css = NULL;
-
-	bpf_probe_read_kernel(&css, sizeof(css), (void *)set + bpf_core_field_offset(set->subsys) + id * sizeof(css));
-	return css ? BPF_CORE_READ(css, cgroup) : NULL;
-}
-
-#define CONTROLLER(set, name)                                                                  \
-	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name)                               \
-		 ? cgroup_of_controller(set, bpf_core_enum_value(enum cgroup_subsys_id, name)) \
-		 : NULL)
-
-static __always_inline bool is_root_cgroup(struct cgroup *cgroup)
-{
-	struct kernfs_node *node = cgroup ? BPF_CORE_READ(cgroup, kn) : NULL;
-
-	return !node || !parent_node(node);
-}
-
-/* The v2 path; on v1 and hybrid hosts, where that is the root for all, one of a controller's. */
-static __always_inline __u32 append_cgroup(struct scratch *scratch, struct task_struct *task)
-{
-	struct css_set *set = BPF_CORE_READ(task, cgroups);
-	struct cgroup *cgroup = BPF_CORE_READ(set, dfl_cgrp);
-
-	if (is_root_cgroup(cgroup))
-		cgroup = CONTROLLER(set, memory_cgrp_id);
-	if (is_root_cgroup(cgroup))
-		cgroup = CONTROLLER(set, pids_cgrp_id);
-	if (is_root_cgroup(cgroup))
-		cgroup = CONTROLLER(set, cpu_cgrp_id);
-	return walk_cgroup(scratch, cgroup);
-}
-
 /* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. */
 static __always_inline __u64 interpreter_base_of(struct mm_struct *mm)
 {
@@ -208,7 +174,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	record->root_dentry = (__u64)root.dentry;
 	record->root_mnt = (__u64)root.mnt;
 	read_comm(task, record->comm);
-	record->cgroup_bytes = append_cgroup(scratch, task);
+	record->cgroup_bytes = append_cgroups(owner, scratch, task);
 	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
 	if (exe) {
 		identify(TYPED(struct file, exe), &record->exe);

@@ -176,6 +176,7 @@ struct cred {
 struct kernfs_node {
 	struct kernfs_node *__parent;
 	const char *name;
+	unsigned int hash;
 };
 
 /* Before 6.15 the field had no underscores; libbpf ignores what follows the three of them. */
@@ -187,19 +188,14 @@ struct cgroup {
 	struct kernfs_node *kn;
 };
 
-struct cgroup_subsys_state {
-	struct cgroup *cgroup;
-};
-
-enum cgroup_subsys_id {
-	cpu_cgrp_id,
-	memory_cgrp_id,
-	pids_cgrp_id,
-};
-
 struct css_set {
-	struct cgroup_subsys_state *subsys[16];
 	struct cgroup *dfl_cgrp;
+	struct list_head cgrp_links;
+};
+
+struct cgrp_cset_link {
+	struct cgroup *cgrp;
+	struct list_head cgrp_link;
 };
 
 struct completion {

@@ -13,6 +13,9 @@
 #endif
 
 #define TEXT_BYTES (PATH_TEXT_BYTES + CGROUP_TEXT_BYTES)
+/* As many different paths of one process's cgroups are sent. */
+#define CGROUP_PATHS 8
+
 /* A place to build one record in; too large for the stack of 512 bytes. */
 struct scratch {
 	__u32 is_taken;
@@ -29,6 +32,8 @@ struct scratch {
 		struct process_record process;
 	} record; /* both are of one size, so the text follows at once and one copy sends all */
 	char text[TEXT_BYTES + NAME_BYTES];
+	__u32 cgroup_count;
+	__u32 cgroup_hashes[CGROUP_PATHS];
 };
 
 _Static_assert(sizeof(struct map_record) == sizeof(struct process_record), "text must follow the record");
@@ -160,29 +165,4 @@ static __always_inline struct kernfs_node *parent_node(struct kernfs_node *node)
 	if (bpf_core_field_exists(node->__parent))
 		return BPF_CORE_READ(node, __parent);
 	return BPF_CORE_READ((struct kernfs_node___named_parent *)node, parent);
-}
-
-/* Containers nest deep, but a cgroup path of more levels than this is cut at its start. */
-#define CGROUP_LEVELS 16
-
-/* Appends the cgroup's components from the leaf up, without the nameless root. */
-static __always_inline __u32 walk_cgroup(struct scratch *scratch, struct cgroup *cgroup)
-{
-	struct kernfs_node *node = BPF_CORE_READ(cgroup, kn);
-	__u32 before = scratch->text_end;
-
-	scratch->text_limit = before + CGROUP_TEXT_BYTES - NAME_BYTES;
-	for (int i = 0; i < CGROUP_LEVELS; i++) {
-		struct kernfs_node *parent;
-
-		if (!node)
-			break;
-		parent = parent_node(node);
-		if (!parent)
-			break;
-		if (!append(scratch, (const unsigned char *)BPF_CORE_READ(node, name)))
-			break;
-		node = parent;
-	}
-	return scratch->text_end - before;
 }

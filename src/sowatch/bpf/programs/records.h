@@ -11,7 +11,7 @@
 
 #define COMM_BYTES 16
 #define PATH_TEXT_BYTES 4096
-#define CGROUP_TEXT_BYTES 512
+#define CGROUP_TEXT_BYTES 1024
 #define NAME_BYTES 256
 
 enum record_type {
@@ -125,7 +125,10 @@ struct map_record {
 	__u32 path_bytes;
 };
 
-/* 160 bytes, then the text: cgroup_bytes of the cgroup's path, then path_bytes of the executable's. */
+/*
+ * 160 bytes, then the text: cgroup_bytes of the paths of its cgroups, then path_bytes of the executable's. The first
+ * cgroup is that of version 2; an empty component begins the next one, of another hierarchy and with another path.
+ */
 struct process_record {
 	struct record head;
 	__u64 parent_start_ns;
