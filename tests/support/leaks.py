@@ -11,7 +11,8 @@ from pathlib import Path
 
 from support import bpfsys
 
-BPFFS = Path("/sys/fs/bpf")
+#: (kind, id) of a BPF program, map or link.
+BpfObject = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Holdings:
     fds: frozenset[tuple[str, str]]
     threads: frozenset[tuple[str, str]]
     children: frozenset[tuple[str, str]]
-    bpf: frozenset[tuple[str, int]]
-    pins: frozenset[str]
+    bpf: frozenset[BpfObject]
 
 
 def take() -> Holdings:
@@ -32,7 +32,6 @@ def take() -> Holdings:
         threads=frozenset(_threads()),
         children=frozenset(_children()),
         bpf=frozenset(bpfsys.all_ids()),
-        pins=frozenset(_pins()),
     )
 
 
@@ -57,7 +56,6 @@ def differences(before: Holdings, after: Holdings) -> list[str]:
     told += [f"fd {fd} -> {target} was closed, but was not the test's" for fd, target in sorted(before.fds - after.fds)]
     told += [f"thread {tid} ({name}) still runs" for tid, name in sorted(after.threads - before.threads)]
     told += [f"child {pid} ({what}) was not reaped" for pid, what in sorted(after.children - before.children)]
-    told += [f"{path} is pinned" for path in sorted(after.pins - before.pins)]
     told += [f"{kind} {number} is still loaded" for kind, number in sorted(after.bpf - before.bpf)]
     return told
 
@@ -65,18 +63,25 @@ def differences(before: Holdings, after: Holdings) -> list[str]:
 def settle(before: Holdings, timeout_s: float) -> list[str]:
     """What is left after garbage collection and up to ``timeout_s`` for the kernel to free things.
 
-    The kernel frees BPF objects after an RCU grace period, so the first look after a close may
-    still show them. Objects that other processes of the host loaded meanwhile do not count.
+    Other watchers of the host load and free BPF objects all the time. One that came since ``before`` counts
+    while this process or a descendant holds it, or while no process does: then it is pinned or attached to
+    something, by whoever ended. One that another process was once seen to hold is that process's. The kernel
+    frees objects after an RCU grace period, so those that the others just closed are held by nobody for a moment.
     """
     end = time.monotonic() + timeout_s
     gc.collect()
+    nobodys: frozenset[BpfObject] | None = None
     while True:
         after = take()
-        left = differences(before, after)
-        if left and after.bpf - before.bpf:
-            left = differences(before, replace(after, bpf=after.bpf - _held_by_others()))
+        new = after.bpf - before.bpf
+        if new:
+            ours, others = _held()
+            # Narrowed with each look: what appears after the test is over was not made by it.
+            nobodys = (new if nobodys is None else nobodys & new) - others - ours
+            new &= ours | nobodys
+        left = differences(before, replace(after, bpf=new))
         if not left or time.monotonic() >= end:
-            return left
+            return left + [f"{path} pins {kind} {number}" for path, (kind, number) in _pins(nobodys or frozenset())]
         time.sleep(0.02)
 
 
@@ -136,23 +141,30 @@ def _what(pid: str) -> str:
         return "gone"
 
 
-def _pins() -> set[str]:
-    found: set[str] = set()
-    for directory, directories, files in os.walk(BPFFS):
-        found.update(os.path.join(directory, name) for name in [*directories, *files])
-    return found
+def _pins(objects: frozenset[BpfObject]) -> list[tuple[str, BpfObject]]:
+    """Where objects are pinned, of those given."""
+    if not objects:
+        return []
+    return [
+        (os.path.join(directory, name), found)
+        for root in bpfsys.mounted_bpffs()
+        for directory, _, files in os.walk(root)
+        for name in files
+        for found in bpfsys.pinned_ids(os.path.join(directory, name)) & objects
+    ]
 
 
-def _held_by_others() -> set[tuple[str, int]]:
-    """BPF objects of processes that are neither this one nor descend from it."""
-    ours = {str(os.getpid())}
+def _held() -> tuple[frozenset[BpfObject], frozenset[BpfObject]]:
+    """BPF objects that this process and its descendants hold, and those that all other processes do."""
+    family = {str(os.getpid())}
     waiting = [os.getpid()]
     while waiting:
-        children = set(_child_pids(waiting.pop())) - ours
-        ours |= children
+        children = set(_child_pids(waiting.pop())) - family
+        family |= children
         waiting += [int(pid) for pid in children]
-    found: set[tuple[str, int]] = set()
+    ours: set[BpfObject] = set()
+    others: set[BpfObject] = set()
     for pid in os.listdir("/proc"):
-        if pid.isdigit() and pid not in ours:
-            found |= bpfsys.held_ids(pid)
-    return found
+        if pid.isdigit():
+            (ours if pid in family else others).update(bpfsys.held_ids(pid))
+    return frozenset(ours), frozenset(others)

@@ -174,3 +174,112 @@ def test_it():
     assert "the test left something behind" in output
     assert "anon_inode:bpf-map was left open" in output
     assert "is still loaded" in output
+
+
+#: Makes a BPF map for each line, closes the one before, and says its id.
+MAPS = """
+import os, sys
+from support import bpfsys
+fd = None
+for line in sys.stdin:
+    new = bpfsys.create_map()
+    if fd is not None:
+        os.close(fd)
+    fd = new
+    print(max(number for kind, number in bpfsys._ids_of(f"/proc/self/fdinfo/{fd}")), flush=True)
+"""
+
+
+@pytest.fixture
+def maker(spawn):
+    """Starts a process that makes maps as MAPS does; one that is not our descendant with ``is_other``."""
+
+    def start(is_other):
+        command = [sys.executable, "-c", MAPS]
+        if is_other:
+            # Its parent ends at once, so that it belongs to whoever adopts orphans.
+            command = ["sh", "-c", 'exec 3<&0; "$@" <&3 3<&- &', "sh", *command]
+        process = spawn(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
+        )
+        if is_other:
+            process.wait()
+
+        def make():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        return make
+
+    return start
+
+
+@needs_real_bpf()
+def test_a_bpf_map_of_another_process_is_not_the_tests(maker):
+    make = maker(is_other=True)
+    before = leaks.take()
+    number = make()
+
+    assert ("map", number) in bpfsys.all_ids()
+    assert leaks.settle(before, 0) == []
+
+
+@needs_real_bpf()
+def test_a_bpf_map_of_a_child_is_the_tests(maker):
+    make = maker(is_other=False)
+    before = leaks.take()
+    number = make()
+
+    assert f"map {number} is still loaded" in leaks.settle(before, 0)
+
+
+@needs_real_bpf()
+def test_bpf_maps_that_others_make_and_close_all_the_time_are_not_the_tests(monkeypatch, maker, deadline):
+    """Whoever looks first at what exists and then at what is held sees some that nobody holds."""
+    make = maker(is_other=True)
+    real = bpfsys.all_ids
+
+    def then_replaced():
+        make()
+        found = real()
+        make()
+        return found
+
+    before = leaks.take()
+    monkeypatch.setattr(bpfsys, "all_ids", then_replaced)
+
+    assert leaks.settle(before, deadline(10)) == []
+
+
+@needs_real_bpf()
+def test_a_pinned_map_that_no_process_holds_is_a_leak(tmp_path):
+    """In a mount namespace of its own, so that no bpffs of this machine is used."""
+    body = """
+import os, subprocess, sys
+from support import bpfsys, leaks
+root = sys.argv[1]
+subprocess.run(["mount", "-t", "bpf", "bpf", root], check=True)
+before = leaks.take()
+fd = bpfsys.create_map()
+(kind, number), = bpfsys._ids_of(f"/proc/self/fdinfo/{fd}")
+bpfsys.pin(fd, root + "/ours")
+os.close(fd)
+assert leaks.settle(before, 0) == [f"map {number} is still loaded", f"{root}/ours pins map {number}"]
+os.unlink(root + "/ours")
+assert leaks.settle(before, 10) == []
+print("both")
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", body, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+
+    assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
