@@ -25,8 +25,8 @@ Story = list[tuple[str, str | None]]
 
 #: What `ready` may say of each strategy: first what it says today, then what it says on kernels before 5.17.
 GUARANTEES = {
-    "core": ("exact", "exact, but for what only a reading can find"),
-    "runtime": ("exact", "exact, but for what only a reading can find"),
+    "core": ("exact", "exact, but for what only a scan can find"),
+    "runtime": ("exact", "exact, but for what only a scan can find"),
     "prebuilt": ("exact events, files found in /proc",),
     "procfs": ("sampled",),
 }

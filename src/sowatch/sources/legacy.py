@@ -65,7 +65,7 @@ class OldKernelSource(BpfSource):
         BpfError: the kernel refused, or ``proc_root`` does not show our own mappings as the kernel does.
     """
 
-    guarantee: str = "exact, but for what only a reading can find"
+    guarantee: str = "exact, but for what only a scan can find"
 
     def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
         self._proc = ProcFs(config.proc_root)
