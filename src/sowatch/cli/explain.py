@@ -208,7 +208,8 @@ def _process(report: ProcessReport) -> Iterator[str]:
     yield _line("process", ", ".join(about))
     yield _line("start", f"{process.start_ns / 1e9:.9f} s after boot")
     yield _line("exe", visible(process.exe or "-"))
-    yield _line("cgroup", visible(process.cgroup or "-"))
+    # Not doubled: backslashes are part of the names of units, which are made to be copied from here.
+    yield _line("cgroup", one_line(process.cgroup or "-"))
     if process.container:
         yield _line("container", visible(process.container))
     state = [report.state.replace("_", " "), f"{report.threads} thread{'s' * (report.threads != 1)}"]

@@ -2,7 +2,9 @@
 
 With --stale only mapped files that were deleted or replaced on disk: who must restart after an
 upgrade, with the package the file belongs to and the systemd unit or container of the process.
-JSON has one object for each process and file, whatever --by says; --by only orders it.
+JSON has one object for each process and file, whatever --by says; --by only orders it. A unit of
+a user's service manager, or of a container's, is shown with the unit that runs that manager, as
+dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
 
 Examples:
   sowatch list libssl                      who uses which libssl
@@ -28,11 +30,12 @@ from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import UsageError
-from sowatch.model.escape import visible
+from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
 if TYPE_CHECKING:
     from sowatch.inventory.packages import Disk, Staleness
+    from sowatch.linux.cgroups import Unit
 
 _ORDERS = ("library", "process")
 _ID_LENGTH = 12
@@ -94,7 +97,7 @@ class _Entry:
     mapped: MappedLike
     stale: Staleness | None
     package: str | None = None
-    unit: str | None = None
+    unit: Unit | None = None
 
     def to_dict(self, seq: int, *, with_owner: bool) -> dict[str, Any]:
         line: dict[str, Any] = {
@@ -108,12 +111,18 @@ class _Entry:
             "stale": None if self.stale is None else str(self.stale),
         }
         if with_owner:
-            line |= {"package": self.package, "unit": self.unit}
+            unit = self.unit
+            line |= {
+                "package": self.package,
+                "unit": unit and unit.name,
+                "unit_manager": unit and unit.manager,
+                "unit_uid": unit and unit.uid,
+            }
         return line
 
 
 def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:
-    from sowatch.inventory.packages import unit_of
+    from sowatch.linux.cgroups import unit_of
 
     owners = disk.owners((entry.mapped.process.pid, entry.mapped.library.path) for entry in entries)
     return [
@@ -162,13 +171,20 @@ def _stale_table(entries: Sequence[_Entry], out: Out) -> None:
             _word(entry.mapped.process.comm),
             _word(entry.stale),
             _word(entry.package),
-            _word(entry.unit),
+            _unit(entry.unit),
             _short(entry.mapped.process.container),
             visible(entry.mapped.library.path),
         )
         for entry in entries
     ]
     write_table(out, ("PID", "COMM", "STALE", "PACKAGE", "UNIT", "CONTAINER", "PATH"), rows, right=(0,), warning=2)
+
+
+def _unit(unit: Unit | None) -> str:
+    """The unit as systemctl takes it, with its backslashes, and whose it is if not the system's."""
+    if unit is None:
+        return "-"
+    return one_line(unit.name if unit.manager is None else f"{unit.name} ({unit.manager})")
 
 
 def _word(text: str | None) -> str:

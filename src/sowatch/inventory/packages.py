@@ -19,7 +19,7 @@ from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 
-__all__ = ["Disk", "Staleness", "is_on_disk", "unit_of"]
+__all__ = ["Disk", "Staleness", "is_on_disk"]
 
 
 _READ_BYTES: Final = 1 << 20
@@ -33,8 +33,6 @@ _MEMORY_PREFIXES: Final = ("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", "/
 
 #: Directories that a merged /usr turns into links, and that dpkg knows under either name.
 _MERGED: Final = ("/bin/", "/lib/", "/lib32/", "/lib64/", "/libo32/", "/libx32/", "/sbin/")
-
-_UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 
 #: What tells one root from another: its mount namespace, and the device and inode of the root.
 _RootKey = tuple[str, int, int]
@@ -379,23 +377,3 @@ def _rpm_owners(paths: Sequence[str]) -> dict[str, str | None]:
         if done.returncode == 0 and names:
             owners[path] = os.fsdecode(names[0])
     return owners
-
-
-# --- units --------------------------------------------------------------------------------------
-
-
-def unit_of(cgroup: str | None) -> str | None:
-    """The systemd unit that a cgroup path lies in, the innermost if units are nested.
-
-    >>> unit_of("/system.slice/nginx.service/workers")
-    'nginx.service'
-    >>> unit_of("/user.slice/user-0.slice/user@0.service/app.slice/foo.service")
-    'foo.service'
-    """
-    path = (cgroup or "").removesuffix(" (deleted)")
-    for component in reversed(path.split("/")):
-        # systemd puts "_" before a name that the kernel could take for a control file.
-        name = component.removeprefix("_")
-        if name.endswith(_UNIT_SUFFIXES) and not name.startswith("."):
-            return name
-    return None

@@ -224,6 +224,45 @@ def test_the_table_of_stale_files_names_process_package_and_unit(
     ]
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "shown", "parts"),
+    [
+        (
+            "/user.slice/user-1000.slice/user@1000.service/app.slice/dbus.service",
+            "dbus.service (user@1000.service)",
+            ("dbus.service", "user@1000.service", 1000),
+        ),
+        (
+            "/user.slice/user-7.slice/user@7.service/init.scope",
+            "init.scope (user@7.service)",
+            ("init.scope", "user@7.service", 7),
+        ),
+        ("/init.scope", "init.scope", ("init.scope", None, None)),
+        (
+            "/system.slice/docker-1.scope/system.slice/dbus.service",
+            "dbus.service (docker-1.scope)",
+            ("dbus.service", "docker-1.scope", None),
+        ),
+        (r"/system.slice/a\x2db.service", r"a\x2db.service", (r"a\x2db.service", None, None)),
+        ("/system.slice/\x1b[2J.service", r"\x1b[2J.service", ("\x1b[2J.service", None, None)),
+        ("/kubepods", "-", (None, None, None)),
+    ],
+)
+def test_a_unit_of_another_manager_is_shown_with_it_and_no_backslash_is_doubled(
+    listed: Any, mapper: Mapper, make_library: Any, cgroup: str, shown: str, parts: tuple[str | None, ...]
+) -> None:
+    gone = make_library("libgone.so")
+    mapper.map(gone)
+    gone.unlink()
+    entries = [replace(one, process=replace(one.process, cgroup=cgroup)) for one in entries_of(mapper.pid)]
+
+    _, row = listed(entries, "--stale", "--format", "table").text.splitlines()
+    (line,) = listed(entries, "--stale").lines()
+
+    assert f"  {shown}  " in row
+    assert (line["unit"], line["unit_manager"], line["unit_uid"]) == parts
+
+
 def test_the_package_is_found_in_the_root_of_the_process(
     listed: Any, spawn: Any, make_library: Any, tmp_path: Path
 ) -> None:

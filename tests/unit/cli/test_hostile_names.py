@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sowatch.bpf.records import path_of
 from sowatch.cli._lines import pieces_of, plain
-from sowatch.inventory.packages import unit_of
+from sowatch.linux.cgroups import unit_of
 from sowatch.linux.containers import container_id
 from sowatch.model.escape import one_line, visible
 from sowatch.model.events import JsonLines, Library, LibraryEvent, Process, to_dict

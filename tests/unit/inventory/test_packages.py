@@ -15,39 +15,12 @@ from typing import Any
 import pytest
 
 from sowatch.inventory import packages
-from sowatch.inventory.packages import Disk, Staleness, is_on_disk, unit_of
+from sowatch.inventory.packages import Disk, Staleness, is_on_disk
 from sowatch.linux.openat import open_below
 from sowatch.linux.proc import MapRow, ProcFs
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from support.programs import Mapper
-
-# --- units --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "unit"),
-    [
-        ("/system.slice/nginx.service", "nginx.service"),
-        ("/system.slice/nginx.service/workers/1", "nginx.service"),
-        ("/system.slice/system-getty.slice/getty@tty1.service", "getty@tty1.service"),
-        ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope"),
-        ("/user.slice/user-1000.slice/user@1000.service/app.slice/foo.service", "foo.service"),
-        ("/system.slice/docker-3f2a.scope", "docker-3f2a.scope"),
-        ("/system.slice/docker-3f2a.scope/system.slice/nginx.service", "nginx.service"),
-        ("/system.slice/_cpu.service", "cpu.service"),
-        ("/system.slice/nginx.service (deleted)", "nginx.service"),
-        ("/kubepods/besteffort/pod1/3f2a", None),
-        ("/system.slice", None),
-        ("/.service", None),
-        ("/", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_the_unit_is_the_innermost_one_of_the_cgroup_path(cgroup: str | None, unit: str | None) -> None:
-    assert unit_of(cgroup) == unit
-
 
 # --- opening below a root -----------------------------------------------------------------------
 
