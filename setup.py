@@ -42,7 +42,7 @@ def binding_builder() -> dict[str, Any]:
 
 
 class BuildBinding(build_ext):
-    """Compiles `sowatch.bpf._libbpf` from the declarations in shim.h and from shim.c."""
+    """Compiles `sowatch.bpf._libbpf` from the declarations in shim.h and from shim*.c."""
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != BINDING:
@@ -189,9 +189,13 @@ setup(
     ext_modules=[
         Extension(
             BINDING,
-            sources=[str(BPF / "shim.c")],
+            sources=[str(BPF / "shim.c"), str(BPF / "shim_uprobes.c")],
             include_dirs=[str(BPF)],
-            depends=[str(BPF / "shim.h"), *(str(header) for header in sorted(PROGRAMS.glob("*.h")))],
+            depends=[
+                str(BPF / "shim.h"),
+                str(BPF / "shim_object.h"),
+                *(str(header) for header in sorted(PROGRAMS.glob("*.h"))),
+            ],
             py_limited_api=LIMITED_API,
             define_macros=[("_GNU_SOURCE", None)],
             extra_compile_args=["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],

@@ -17,14 +17,14 @@ from typing import Any, Final, Self
 
 from sowatch.model.errors import BpfError, LibbpfMissing
 
-__all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf_version"]
+__all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf", "libbpf_version"]
 
 #: Room for what one drain of the ring brings; 128 KiB is some hundred records.
 DRAIN_BYTES: Final = 1 << 17
 
 
 @functools.cache
-def _libbpf() -> Any:
+def libbpf() -> Any:
     """The compiled binding, imported on first use.
 
     Raises:
@@ -42,7 +42,7 @@ def libbpf_version() -> tuple[int, int]:
     Raises:
         LibbpfMissing: see `BpfObject`.
     """
-    lib = _libbpf().lib
+    lib = libbpf().lib
     return lib.sow_libbpf_major(), lib.sow_libbpf_minor()
 
 
@@ -135,7 +135,7 @@ class BpfObject:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, btf_path: str | None = None) -> None:
-        self._lib = _libbpf()
+        self._lib = libbpf()
         self._variables: list[Variable] = []
         self._per_cpu: dict[str, BpfMap] = {}
         self._handle: Any = None
@@ -282,7 +282,7 @@ class Tracefs:
     """
 
     def __init__(self) -> None:
-        self._lib = _libbpf()
+        self._lib = libbpf()
         self._fd = self._lib.lib.sow_tracefs()
         if self._fd < 0:
             raise BpfError("opening tracefs", -self._fd, "")
@@ -338,7 +338,7 @@ def probe(what: str, *numbers: int) -> bool | None:
     Returns:
         Whether it works, None if it could not be told.
     """
-    function = getattr(_libbpf().lib, f"sow_probe_{what}")
+    function = getattr(libbpf().lib, f"sow_probe_{what}")
     result: int = function(*numbers)
     return None if result < 0 else bool(result)
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "shim.h"
+#include "shim_object.h"
 
 #include <bpf/bpf.h>
 #include <bpf/btf.h>
@@ -20,30 +20,10 @@
 #error "sowatch needs libbpf 1.1 or newer"
 #endif
 
-/* Enough for the links of every program; sow_attach refuses more. */
-#define MAX_LINKS 64
-#define MAX_SECTIONS 4
 /* The largest record: records.h's longest, with its text. */
 #define MAX_RECORD_BYTES 8192
 #define TRACEFS_MAGIC 0x74726163
 #define LOG_BYTES (1 << 20)
-
-struct sow_object {
-	struct bpf_object *object;
-	struct bpf_link *links[MAX_LINKS];
-	unsigned int link_count;
-	struct {
-		int fd;
-		char *memory;
-		size_t bytes;
-	} sections[MAX_SECTIONS];
-	unsigned int section_count;
-	struct ring_buffer *ring;
-	char *btf_path;
-	struct btf *kernel_btf; /* parsed when it is first asked for */
-	char *buffer;           /* where a drain under way copies to */
-	unsigned int used, capacity;
-};
 
 static __thread char *log_text;
 static __thread size_t log_used;
@@ -213,7 +193,7 @@ int sow_map_fd(sow_object *self, const char *name)
 	return bpf_object__find_map_fd_by_name(self->object, name);
 }
 
-static const struct btf_var_secinfo *find_variable(const struct btf *btf, const char *section, const char *name)
+const struct btf_var_secinfo *sow_find_variable(const struct btf *btf, const char *section, const char *name)
 {
 	int id = btf__find_by_name_kind(btf, section, BTF_KIND_DATASEC);
 	const struct btf_type *type;
@@ -253,7 +233,7 @@ static char *section_memory(sow_object *self, struct bpf_map *map, size_t bytes)
 
 void *sow_variable(sow_object *self, const char *section, const char *name, unsigned int *size)
 {
-	const struct btf_var_secinfo *info = find_variable(bpf_object__btf(self->object), section, name);
+	const struct btf_var_secinfo *info = sow_find_variable(bpf_object__btf(self->object), section, name);
 	struct bpf_map *map;
 
 	if (!info)

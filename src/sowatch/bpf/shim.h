@@ -66,3 +66,52 @@ int sow_probe_trampoline(void);
 
 /* A directory descriptor of tracefs: where it is mounted, else of a private mount nobody else sees. */
 int sow_tracefs(void);
+
+/*
+ * Uprobes: a descriptor each, attached until it is closed. Offsets are those of the file, not addresses.
+ * path: opened once; a link binds to the inode that it leads to (below overlayfs to the real one).
+ */
+
+/* Before loading: what kind of link the program is for. is_multi: one link for many offsets (6.6+). */
+int sow_set_uprobe(sow_object *object, const char *program, int is_multi);
+int sow_link_uprobe_multi(sow_object *object, const char *program, const char *path, int is_return,
+			  const unsigned long *offsets, const unsigned long long *cookies, unsigned int count);
+/* perf_type: the number in /sys/bus/event_source/devices/uprobe/type. has_cookie: bpf_get_attach_cookie (5.15+). */
+int sow_link_uprobe(sow_object *object, const char *program, const char *path, unsigned int perf_type, int is_return,
+		    unsigned long offset, int has_cookie, unsigned long long cookie);
+/* 1 if the kernel has uprobe.multi, 0 if not, -errno could not tell. */
+int sow_probe_uprobe_multi(void);
+
+struct sow_link_info {
+	unsigned int type; /* enum bpf_link_type */
+	unsigned int id;
+	unsigned int program_id;
+	unsigned int count; /* offsets of a uprobe.multi link */
+};
+int sow_link_info(int fd, struct sow_link_info *info);
+
+/* The programs and maps of an object, by index; -ENOENT behind the last one. The texts live as long as the object. */
+struct sow_program_info {
+	const char *name;
+	const char *section;
+	int type; /* enum bpf_prog_type as libbpf takes it from the section, 0: it does not know the section */
+};
+int sow_program_info(sow_object *object, unsigned int index, struct sow_program_info *info);
+struct sow_map_info {
+	const char *name;
+	int type; /* enum bpf_map_type */
+	int fd;   /* -1 before loading */
+	unsigned int key_bytes, value_bytes, max_entries;
+	int is_internal; /* a data section */
+};
+int sow_map_info(sow_object *object, unsigned int index, struct sow_map_info *info);
+/* Before loading: the value of a `const volatile` variable; -ENOENT: no such variable, -EMSGSIZE: another size. */
+int sow_set_constant(sow_object *object, const char *name, const void *value, unsigned int bytes);
+
+/* Rings of any map of type BPF_MAP_TYPE_RINGBUF. Records are copied as u32 length, 4 bytes of 0, data padded to 8. */
+typedef struct sow_ring sow_ring;
+sow_ring *sow_ring_new(int map_fd, int *error);
+void sow_ring_free(sow_ring *ring);
+int sow_ring_epoll_fd(sow_ring *ring);
+/* capacity: at least twice the ring's size, so that any record fits. */
+int sow_ring_take(sow_ring *ring, void *buffer, unsigned int capacity);

@@ -1,0 +1,279 @@
+"""`ProbeObject`: a BPF object whose programs are attached to functions in files, one link at a time.
+
+What a watch does not need and a probe does: the object's programs and maps by name, constants set before loading, rings
+with records of any size, and links that end one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+from sowatch.bpf.binding import BpfMap, BpfObject, libbpf
+from sowatch.model.errors import BpfError
+
+__all__ = ["Link", "MapSpec", "ProbeObject", "ProgramSpec", "Ring", "has_uprobe_multi", "uprobe_perf_type"]
+
+#: Where the kernel says which number perf_event_open takes for a uprobe.
+_PERF_TYPE: Final = Path("/sys/bus/event_source/devices/uprobe/type")
+#: Before each record in a ring's buffer (shim.h): u32 length, 4 bytes of 0.
+_FRAME: Final = struct.Struct("=II")
+#: enum bpf_map_type: arrays per CPU, hashes per CPU (plain and LRU).
+_PER_CPU: Final = frozenset({5, 6, 10})
+_RINGBUF: Final = 27
+
+
+class ProgramSpec(NamedTuple):
+    """A program of an object: its name and the ELF section that it stands in."""
+
+    name: str
+    section: str
+
+
+class MapSpec(NamedTuple):
+    """A map of an object, as the object file declares it; sizes in bytes, ``kind`` of enum bpf_map_type."""
+
+    name: str
+    kind: int
+    key_bytes: int
+    value_bytes: int
+    max_entries: int
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether it is a BPF ring buffer."""
+        return self.kind == _RINGBUF
+
+    @property
+    def is_per_cpu(self) -> bool:
+        """Whether it has a value for each CPU."""
+        return self.kind in _PER_CPU
+
+
+class Link:
+    """One attachment in the kernel: it lasts until `close`, or until this process ends. A context manager."""
+
+    __slots__ = ("_fd", "id")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        #: The kernel's number of the link; None where it is a perf event without one (before 5.15).
+        self.id: int | None = None
+        info = self._info()
+        if info is not None:
+            self.id = int(info.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the kernel still has this very link; for a bare perf event: whether it is open."""
+        if self._fd < 0:
+            return False
+        if self.id is None:
+            return True
+        info = self._info()
+        return info is not None and int(info.id) == self.id
+
+    @property
+    def program_id(self) -> int | None:
+        """The kernel's number of the program that is attached."""
+        info = self._info()
+        return None if info is None else int(info.program_id)
+
+    def close(self) -> None:
+        """Detaches; waits for the kernel to do it, some milliseconds. Safe to call again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _info(self) -> Any | None:
+        shim = libbpf()
+        info = shim.ffi.new("struct sow_link_info *")
+        return info if self._fd >= 0 and shim.lib.sow_link_info(self._fd, info) == 0 else None
+
+
+class Ring:
+    """A BPF ring buffer of an object. One thread at a time may take from it.
+
+    Args:
+        table: the map.
+        size_bytes: of the ring.
+    """
+
+    def __init__(self, table: BpfMap, size_bytes: int) -> None:
+        self._shim = libbpf()
+        error = self._shim.ffi.new("int *")
+        self._ring = self._shim.lib.sow_ring_new(table.fd, error)
+        if self._ring == self._shim.ffi.NULL:
+            raise BpfError(f"opening ring {table.name}", -error[0], "")
+        self._name = table.name
+        self._capacity = 2 * size_bytes
+        self._buffer = self._shim.ffi.new("char[]", self._capacity)
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable while there are records."""
+        self._check_open()
+        return int(self._shim.lib.sow_ring_epoll_fd(self._ring))
+
+    def take(self) -> Iterator[bytes]:
+        """The records that are there now, in order; never waits."""
+        self._check_open()
+        used = self._shim.lib.sow_ring_take(self._ring, self._buffer, self._capacity)
+        if used < 0:
+            raise BpfError(f"draining ring {self._name}", -used, "")
+        data = bytes(self._shim.ffi.buffer(self._buffer, used)) if used else b""
+        at = 0
+        while at < len(data):
+            size, _ = _FRAME.unpack_from(data, at)
+            at += _FRAME.size
+            yield data[at : at + size]
+            at += (size + 7) & ~7
+
+    def close(self) -> None:
+        """Gives the ring's memory back. Safe to call again."""
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            self._shim.lib.sow_ring_free(ring)
+
+    def _check_open(self) -> None:
+        if self._ring is None:
+            raise BpfError(f"draining ring {self._name}", 9, "the ring is closed")
+
+
+class ProbeObject(BpfObject):
+    """A BPF object for uprobes: see `sowatch.bpf.binding.BpfObject` for its life.
+
+    ``load`` and what comes before it belong to one thread; links may be made by any thread, one at a time.
+    """
+
+    def programs(self) -> list[ProgramSpec]:
+        """Its programs, in the order of the file."""
+        info = self._lib.ffi.new("struct sow_program_info *")
+        return [ProgramSpec(self._text(info.name), self._text(info.section)) for _ in self._each("program", info)]
+
+    def maps(self) -> list[MapSpec]:
+        """Its maps, in the order of the file, without data sections."""
+        info = self._lib.ffi.new("struct sow_map_info *")
+        return [
+            MapSpec(self._text(info.name), info.type, info.key_bytes, info.value_bytes, info.max_entries)
+            for _ in self._each("map", info)
+            if not info.is_internal
+        ]
+
+    def set_constant(self, name: str, value: bytes) -> None:
+        """Sets a ``const volatile`` variable; before `load`.
+
+        Raises:
+            BpfError: ENOENT: there is none of this name; EMSGSIZE: it has another size.
+        """
+        self._call(f"setting constant {name}", self._lib.lib.sow_set_constant, os.fsencode(name), value, len(value))
+
+    def use_uprobe(self, program: str, *, multi: bool) -> None:
+        """Says that a program is for uprobes, of the given kind of link; before `load`."""
+        self._call(f"preparing {program}", self._lib.lib.sow_set_uprobe, os.fsencode(program), int(multi))
+
+    def link_multi(
+        self, program: str, path: str, offsets: Sequence[int], cookies: Sequence[int], *, is_return: bool
+    ) -> Link:
+        """One link for many functions of a file (6.6+).
+
+        Args:
+            program: its name; prepared with ``multi=True``.
+            path: leads to the file now; ``/proc/self/fd/N`` for an open one. The link binds to the inode.
+            offsets: in the file, in bytes; each once.
+            cookies: what bpf_get_attach_cookie gives, one for each offset.
+            is_return: probe the return, not the entry.
+
+        Raises:
+            BpfError: EINVAL: an offset that is none of code; ENOENT: no file there; EPERM.
+        """
+        ffi = self._lib.ffi
+        return Link(
+            self._call(
+                f"attaching {program}",
+                self._lib.lib.sow_link_uprobe_multi,
+                os.fsencode(program),
+                os.fsencode(path),
+                int(is_return),
+                ffi.new("unsigned long[]", list(offsets)),
+                ffi.new("unsigned long long[]", list(cookies)),
+                len(offsets),
+            )
+        )
+
+    def link_one(self, program: str, path: str, offset: int, cookie: int | None, *, is_return: bool) -> Link:
+        """A perf-event uprobe: one function of a file, on every kernel.
+
+        Args:
+            program: its name; prepared with ``multi=False``.
+            path: as in `link_multi`.
+            offset: in the file, in bytes.
+            cookie: what bpf_get_attach_cookie gives (5.15+); None: the program does not ask for it.
+            is_return: probe the return, not the entry.
+
+        Raises:
+            BpfError: EPERM or EACCES: some stable kernels want CAP_SYS_ADMIN for it; else as `link_multi`.
+        """
+        return Link(
+            self._call(
+                f"attaching {program}",
+                self._lib.lib.sow_link_uprobe,
+                os.fsencode(program),
+                os.fsencode(path),
+                uprobe_perf_type(),
+                int(is_return),
+                offset,
+                int(cookie is not None),
+                cookie or 0,
+            )
+        )
+
+    def ring(self, name: str) -> Ring:
+        """A ring buffer by name; the caller closes it before the object.
+
+        Raises:
+            BpfError: there is no ring of that name.
+        """
+        for spec in self.maps():
+            if spec.name == name and spec.is_ring:
+                return Ring(self.map(name), spec.max_entries)
+        raise BpfError(f"opening ring {name}", 2, "")
+
+    def _each(self, kind: str, info: Any) -> Iterator[None]:
+        index = 0
+        function = getattr(self._lib.lib, f"sow_{kind}_info")
+        while function(self._open_handle(f"listing {kind}s"), index, info) == 0:
+            yield
+            index += 1
+
+    def _text(self, pointer: Any) -> str:
+        text: bytes = self._lib.ffi.string(pointer)
+        return text.decode("utf-8", "surrogateescape")
+
+
+@functools.cache
+def uprobe_perf_type() -> int:
+    """The number that perf_event_open takes for uprobes.
+
+    Raises:
+        BpfError: ENOENT: this kernel has no uprobes.
+    """
+    try:
+        return int(_PERF_TYPE.read_text(encoding="ascii"))
+    except OSError as error:
+        raise BpfError("finding the uprobe event source", error.errno or 2, "") from error
+
+
+def has_uprobe_multi() -> bool | None:
+    """Whether the kernel has uprobe.multi links (6.6+); None: this user may not try."""
+    found: int = libbpf().lib.sow_probe_uprobe_multi()
+    return None if found < 0 else bool(found)

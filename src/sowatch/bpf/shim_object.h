@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the parts of the shim share: the object behind the handle. */
+#pragma once
+
+#include "shim.h"
+
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <stddef.h>
+
+/* Enough for the links of every program of our own; sow_attach refuses more. Uprobes have links of their own. */
+#define MAX_LINKS 64
+#define MAX_SECTIONS 4
+
+struct sow_object {
+	struct bpf_object *object;
+	struct bpf_link *links[MAX_LINKS];
+	unsigned int link_count;
+	struct {
+		int fd;
+		char *memory;
+		size_t bytes;
+	} sections[MAX_SECTIONS];
+	unsigned int section_count;
+	struct ring_buffer *ring;
+	char *btf_path;
+	struct btf *kernel_btf; /* parsed when it is first asked for */
+	char *buffer;           /* where a drain under way copies to */
+	unsigned int used, capacity;
+};
+
+/* A global variable's place in its data section, NULL if there is none. */
+const struct btf_var_secinfo *sow_find_variable(const struct btf *btf, const char *section, const char *name);
