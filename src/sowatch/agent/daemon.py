@@ -30,9 +30,10 @@ from sowatch.explain import stamp
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
 from sowatch.linux.capabilities import drop_privileges
+from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
-from sowatch.model.errors import SowatchError
+from sowatch.model.errors import PidNamespaceError, SowatchError
 from sowatch.sources.core import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
@@ -147,6 +148,10 @@ class Daemon:
         return [unix.socket, *tcp]
 
     def _open_source(self, config: Config) -> EventSource:
+        # An agent stands for its host; whoever wants it for one pid namespace says so by naming the strategy.
+        reason = why_not_whole_host(ProcFs(config.proc_root))
+        if reason is not None and config.strategy != "procfs":
+            raise PidNamespaceError(reason)
         source = open_source(config)
         if self._settings.drop_privileges:
             try:

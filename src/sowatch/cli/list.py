@@ -28,8 +28,9 @@ from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
+from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import UsageError
+from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
@@ -69,6 +70,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         entries = [_Entry(one, disk.staleness(one.process, one.library, one.ranges)) for one in watcher.snapshot()]
     finally:
         watcher.stop()
+    elsewhere = why_not_whole_host(ProcFs(selection.config.proc_root)) if args.stale else None
     if args.stale:
         entries = _with_owners([entry for entry in entries if entry.stale], disk)
     if args.by == "process":
@@ -81,12 +83,16 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         out.flush()
     elif args.stale:
         _stale_table(entries, out)
-        if not entries:
+        if not entries and not elsewhere:
             warn("nothing runs on deleted or replaced files.")
     elif args.by == "process":
         _process_table(entries, out)
     else:
         _library_table(entries, out)
+    if elsewhere:
+        nothing = "" if entries else "nothing that can be seen runs on deleted or replaced files, but "
+        warn(f"{nothing}{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
+        return 3
     return 0
 
 

@@ -7,7 +7,6 @@ for nobody.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
@@ -16,6 +15,7 @@ from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, Tracked
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.table import LIVE, Causes, Tracker
+from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.events import Event, Lost, Repaired
@@ -195,7 +195,8 @@ class Keeper:
         #: Throttled processes that are to be read before their losses are repaired, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
-        self.own_pid = os.getpid()
+        #: Ours, as the source counts; 0 where its processes do not include us.
+        self.own_pid = own_pid(self._proc) or 0
         self.losses = Losses()
         self.lost = 0
         self.throttled = 0
@@ -206,12 +207,13 @@ class Keeper:
 
     def look_at_ourselves(self) -> None:
         """Our own root, to tell which processes see the paths that we see; and our real pid."""
-        reading = self._source.read_process(os.getpid())
+        own = self.own_pid
+        reading = self._source.read_process(own) if own else None
         if reading is None:
             return
         self.own_pid = reading.tgid
-        # In a pid namespace the kernel's numbers are not ours, and it would look up the wrong process.
-        self._can_read_one = reading.tgid == os.getpid()
+        # If the kernel's numbers are not those of /proc, it would look up the wrong process.
+        self._can_read_one = reading.tgid == own
         for row in reading.maps:
             if isinstance(row.key, bytes):
                 self._publisher.own_view = row.key[40:56]

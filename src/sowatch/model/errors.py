@@ -173,6 +173,19 @@ class LoadError(SowatchError):
         super().__init__(f"cannot watch. {tried}. {remedy}")
 
 
+class PidNamespaceError(SowatchError):
+    """Processes would be looked up by the numbers of another pid namespace than the kernel's."""
+
+    remedy = (
+        "Run it in the host's pid namespace: `docker run --pid=host`, `hostPID: true`, or "
+        "`nsenter --target PID --pid --mount` from the host; and give the host's proc file system with --proc-root."
+    )
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"cannot watch the whole host: {reason}. {self.remedy}")
+
+
 class EnvironmentFault(SowatchError):
     """Raised by a callback to say: the surroundings are at fault, not this file.
 

@@ -32,6 +32,7 @@ from sowatch.bpf.records import (
     RecordType,
     text_of,
 )
+from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
@@ -172,6 +173,7 @@ class ProcfsSource:
         self._looks = 0
         self._has_begun = False
         self._rhythm = Rhythm(config, f"looking at {config.proc_root}")
+        self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
 
     @property
@@ -206,8 +208,6 @@ class ProcfsSource:
         return [one for one in readings if one is not None], [] if is_first else records
 
     def read_process(self, pid: int) -> Reading | None:
-        if pid == os.getpid():
-            pid = self._own_pid()
         found = self._look_at(pid, self._processes.get(pid))
         if found is None or not found.rows:
             return None
@@ -264,16 +264,10 @@ class ProcfsSource:
             f"looks every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
             *([f"processes that this user may not read: {denied}"] if denied else []),
             "files are told apart by device and inode as /proc shows them, without generation",
+            *([f"{self._elsewhere}: processes outside it are not seen"] if self._elsewhere else []),
         )
 
     # ---- looking ------------------------------------------------------------------------------
-
-    def _own_pid(self) -> int:
-        """Ours, as the proc file system counts."""
-        try:
-            return int(os.readlink(f"{self._proc.root}/self"))
-        except (OSError, ValueError):
-            return os.getpid()
 
     def _look_at_all(self) -> list[Record]:
         """Looks at each process that may have changed, and tells what did."""

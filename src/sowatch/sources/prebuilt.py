@@ -9,7 +9,6 @@ other, and the process is read. All times and orders are the kernel's.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from errno import ENOENT, EXDEV
@@ -30,6 +29,7 @@ from sowatch.bpf.records import (
     RecordType,
     parse,
 )
+from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
@@ -134,8 +134,7 @@ class PrebuiltSource:
             bpf.attach_tracepoint(program, tracepoint)
 
     def _check_numbers(self) -> None:
-        ours = os.readlink(f"{self._reader.proc.root}/self")
-        if int(ours) != self._object.run("own_tgid", 0):
+        if own_pid(self._reader.proc) != self._object.run("own_tgid", 0):
             raise BpfError(f"matching {self._reader.proc.root}, which is not of the host's pid namespace,", EXDEV, "")
 
     def fileno(self) -> int:

@@ -15,9 +15,10 @@ from sowatch.bpf.binding import BpfObject
 from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of, paths_of
 from sowatch.linux.cgroups import choose_cgroup
 from sowatch.linux.containers import container_id
+from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs, ProcReadError, Stat
 from sowatch.model.config import Config
-from sowatch.model.errors import NotPermitted, SowatchError
+from sowatch.model.errors import NotPermitted, PidNamespaceError, SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import ProcessId
 from sowatch.model.process_events import ProcessEvent
@@ -48,8 +49,12 @@ class KernelProcessFeed:
 
         Raises:
             NotPermitted: a capability is missing.
+            PidNamespaceError: ``/proc`` would be read by other numbers than the kernel's.
             SowatchError: the kernel refused.
         """
+        reason = why_not_whole_host(ProcFs(self._config.proc_root))
+        if reason is not None:
+            raise PidNamespaceError(reason)
         # What these three need the oldest kernel has.
         bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OLD_OBJECT))
         try:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.compile import compile_programs
+from sowatch.linux.pid_namespaces import why_not_whole_host
+from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import (
     BpfError,
@@ -22,6 +24,7 @@ from sowatch.model.errors import (
     LoadAttempt,
     LoadError,
     NotPermitted,
+    PidNamespaceError,
     SowatchError,
 )
 from sowatch.sources.core import OBJECTS, BpfSource, EventSource
@@ -50,6 +53,8 @@ class Rung(NamedTuple):
 
     open: Callable[[Config], EventSource]
     needs_bpf: bool
+    #: It reads by kernel iterators, which visit the processes of our own pid namespace only.
+    iterates: bool = False
 
 
 def _open_core(config: Config) -> EventSource:
@@ -86,8 +91,8 @@ def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> E
 
 #: Every rung by its strategy. What comes after what is said by `rungs_to_try`.
 RUNGS: Final[Mapping[str, Rung]] = {
-    "core": Rung(_open_core, needs_bpf=True),
-    "runtime": Rung(_open_runtime, needs_bpf=True),
+    "core": Rung(_open_core, needs_bpf=True, iterates=True),
+    "runtime": Rung(_open_runtime, needs_bpf=True, iterates=True),
     "prebuilt": Rung(PrebuiltSource, needs_bpf=True),
     "procfs": Rung(ProcfsSource, needs_bpf=False),
 }
@@ -169,6 +174,8 @@ def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...],
         if rung.needs_bpf and no_bpf is not None:
             continue
         try:
+            if rung.needs_bpf:
+                _check_pid_namespace(config, needs_own=rung.iterates)
             source = rung.open(config)
         except SowatchError as error:
             found = _translate(error) if rung.needs_bpf else error
@@ -182,9 +189,16 @@ def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...],
     assert first is not None
     if isinstance(no_bpf, NotPermitted) or (len(attempts) == 1 and isinstance(first, LibbpfMissing)):
         return None, tuple(attempts), no_bpf
-    failure = LoadError(attempts, first.remedy if len(attempts) == 1 and isinstance(first, CompileError) else _REMEDY)
+    is_clear = isinstance(first, PidNamespaceError) or (len(attempts) == 1 and isinstance(first, CompileError))
+    failure = LoadError(attempts, first.remedy if is_clear else _REMEDY)  # type: ignore[attr-defined]
     failure.__cause__ = first
     return None, tuple(attempts), failure
+
+
+def _check_pid_namespace(config: Config, *, needs_own: bool) -> None:
+    reason = why_not_whole_host(ProcFs(config.proc_root), needs_own=needs_own)
+    if reason is not None:
+        raise PidNamespaceError(reason)
 
 
 def _translate(error: SowatchError) -> SowatchError:
@@ -201,7 +215,7 @@ def _reason(error: SowatchError) -> str:
     """The reason in one clause, with what is behind the usual error numbers."""
     if isinstance(error, NotPermitted):
         return error.missing
-    if isinstance(error, CompileError):
+    if isinstance(error, CompileError | PidNamespaceError):
         return error.reason
     reason = str(error).removesuffix(" See `sowatch doctor` for what this kernel can do.").rstrip(".")
     if not isinstance(error, BpfError):
@@ -232,7 +246,12 @@ def plan(config: Config) -> Plan:
         is_only_permission = isinstance(error, NotPermitted)
         remedy = error.remedy if isinstance(error, NotPermitted | LoadError) else str(error)
         return Plan(None, None, None, attempts, remedy, is_only_permission)
-    remedy = _REMEDY_ROOT if not RUNGS[source.strategy].needs_bpf and missing_capabilities() else ""
+    remedy = ""
+    if not RUNGS[source.strategy].needs_bpf:
+        if why_not_whole_host(ProcFs(config.proc_root)) is not None:
+            remedy = PidNamespaceError.remedy
+        elif missing_capabilities():
+            remedy = _REMEDY_ROOT
     found = Plan(source.strategy, source.hooks, source.guarantee, attempts, remedy, limits=source.limits)
     source.close()
     return found

@@ -369,7 +369,8 @@ def test_below_the_proc_of_another_pid_namespace_everything_is_read_and_nothing_
         "import os; from sowatch.model.config import Config\n"
         "from sowatch.sources.polling import *; from sowatch.sources.poll_timer import *\n"
         "from sowatch.linux.proc import ProcFs\n"
-        "source = ProcfsSource(Config()); reading = source.read_process(os.getpid())\n"
+        "from sowatch.linux.pid_namespaces import own_pid\n"
+        "source = ProcfsSource(Config()); reading = source.read_process(own_pid(ProcFs()))\n"
         "print(os.getpid(), CpuClocks(ProcFs()).read_ns(1), reading.tgid == int(os.readlink('/proc/self')))\n"
     )
     # Its /proc is still that of the namespace outside.
