@@ -33,6 +33,11 @@ def _since(row: LibraryRow | ProcessRow) -> str:
     return f"{sign}{seconds}s"
 
 
+def _stale_count(row: ProcessRow) -> str:
+    """How many are stale; with a question mark where it cannot be told of others."""
+    return f"{row.stale_libraries}{'?' if row.unknown_libraries else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column: its title, the text of a row's cell, and what it is sorted by.
@@ -62,7 +67,7 @@ VIEWS: Final[dict[str, tuple[Column, ...]]] = {
     "processes": (
         Column("PID", lambda row: str(row.process.pid), lambda row: row.process.pid, 7, 5, True),
         Column("LIBRARIES", lambda row: str(row.libraries), lambda row: row.libraries, 10, 4, True, True),
-        Column("STALE", lambda row: str(row.stale_libraries), lambda row: row.stale_libraries, 6, 3, True, True),
+        Column("STALE", _stale_count, lambda row: (row.stale_libraries, row.unknown_libraries), 6, 3, True, True),
         Column("SINCE", _since, lambda row: -row.since_ns, 8, 1),
         Column("CONTAINER", lambda row: _short(row.process.container), lambda row: row.process.container or "", 12, 0),
         Column("COMM", lambda row: _word(row.process.comm), lambda row: row.process.comm or "", 15, 2),

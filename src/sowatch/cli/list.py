@@ -35,7 +35,7 @@ from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
 if TYPE_CHECKING:
-    from sowatch.inventory.packages import Disk, Staleness
+    from sowatch.inventory.staleness import Disk, StaleAnswer
     from sowatch.linux.cgroups import Unit
 
 _ORDERS = ("library", "process")
@@ -59,7 +59,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
     as_json = wants_json(args, out)
     selection = selection_of(args)
-    from sowatch.inventory.packages import Disk
+    from sowatch.inventory.staleness import Disk
 
     watcher = open_watcher(selection)
     try:
@@ -72,7 +72,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         watcher.stop()
     elsewhere = why_not_whole_host(ProcFs(selection.config.proc_root)) if args.stale else None
     if args.stale:
-        entries = _with_owners([entry for entry in entries if entry.stale], disk)
+        entries = _with_owners([entry for entry in entries if entry.answer.stale], disk)
+    disk.close()
     if args.by == "process":
         entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
     else:
@@ -101,9 +102,14 @@ class _Entry:
     """One process and file; package and unit are looked up for ``--stale`` only."""
 
     mapped: MappedLike
-    stale: Staleness | None
+    answer: StaleAnswer
     package: str | None = None
     unit: Unit | None = None
+
+    @property
+    def path(self) -> str:
+        """The name under which the file is stale, or else its own."""
+        return self.answer.path or self.mapped.library.path
 
     def to_dict(self, seq: int, *, with_owner: bool) -> dict[str, Any]:
         line: dict[str, Any] = {
@@ -114,7 +120,7 @@ class _Entry:
             "process": process_dict(self.mapped.process),
             "library": library_dict(self.mapped.library),
             "ranges": ranges_list(self.mapped.ranges),
-            "stale": None if self.stale is None else str(self.stale),
+            **self.answer.to_dict(),
         }
         if with_owner:
             unit = self.unit
@@ -130,12 +136,12 @@ class _Entry:
 def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:
     from sowatch.linux.cgroups import unit_of
 
-    owners = disk.owners((entry.mapped.process.pid, entry.mapped.library.path) for entry in entries)
+    owners = disk.owners((entry.mapped.process.pid, entry.path) for entry in entries)
     return [
         _Entry(
             entry.mapped,
-            entry.stale,
-            owners[entry.mapped.process.pid, entry.mapped.library.path],
+            entry.answer,
+            owners[entry.mapped.process.pid, entry.path],
             unit_of(entry.mapped.process.cgroup),
         )
         for entry in entries
@@ -146,7 +152,7 @@ def _library_table(entries: Sequence[_Entry], out: Out) -> None:
     counts: dict[Any, int] = {}
     for entry in entries:
         library = entry.mapped.library
-        key = (library.path, library.id, library.build_id, library.kind, entry.stale)
+        key = (library.path, library.id, library.build_id, library.kind, entry.answer.stale)
         counts[key] = counts.get(key, 0) + 1
     rows = [
         (str(count), kind, _short(build_id), _word(stale), visible(path))
@@ -162,7 +168,7 @@ def _process_table(entries: Sequence[_Entry], out: Out) -> None:
             _word(entry.mapped.process.comm),
             _short(entry.mapped.process.container),
             entry.mapped.library.kind,
-            _word(entry.stale),
+            _word(entry.answer.stale),
             visible(entry.mapped.library.path),
         )
         for entry in entries
@@ -175,11 +181,11 @@ def _stale_table(entries: Sequence[_Entry], out: Out) -> None:
         (
             str(entry.mapped.process.pid),
             _word(entry.mapped.process.comm),
-            _word(entry.stale),
+            _word(entry.answer.stale),
             _word(entry.package),
             _unit(entry.unit),
             _short(entry.mapped.process.container),
-            visible(entry.mapped.library.path),
+            visible(entry.path) + (f" ({one_line(entry.answer.reason)})" if entry.answer.reason else ""),
         )
         for entry in entries
     ]

@@ -105,10 +105,12 @@ def _object(picture: Picture, row: LibraryRow | ProcessRow, seq: int, view: str)
             "pids": pids,
             "containers": library.containers,
             "stale": library.staleness,
+            "stale_reason": library.stale_reason,
         }
     process = cast("ProcessRow", row)
     return found | {
         "process": process_dict(process.process),
         "libraries": process.libraries,
         "stale_libraries": process.stale_libraries,
+        "unknown_libraries": process.unknown_libraries,
     }

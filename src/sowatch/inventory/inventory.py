@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from sowatch.inventory.packages import Disk
+from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Library, Process, Ready
 from sowatch.model.identity import FileId, ProcessId
@@ -94,7 +94,9 @@ class LibraryRow:
         library: the file, as one of its holders sees it.
         holders: numbers of `ProcessRow` s, rising.
         containers: ids, sorted.
-        staleness: ``replaced`` or ``deleted`` if a holder maps what its path no longer names.
+        staleness: ``replaced`` or ``deleted`` if a holder maps what its path no longer names, ``unknown`` if that
+            cannot be told of one.
+        stale_reason: see `StaleAnswer`.
         since_ns: wall clock, in ns since the epoch, of the first load since the row exists.
         is_older: it was mapped already when the watch began, at ``since_ns``.
     """
@@ -106,11 +108,15 @@ class LibraryRow:
     staleness: str | None
     since_ns: int
     is_older: bool
+    stale_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRow:
-    """A process that has something mapped. ``since_ns`` and ``is_older`` are of its first library."""
+    """A process that has something mapped. ``since_ns`` and ``is_older`` are of its first library.
+
+    ``unknown_libraries`` are those of which it cannot be told whether they are stale.
+    """
 
     number: int
     process: Process
@@ -118,6 +124,7 @@ class ProcessRow:
     stale_libraries: int
     since_ns: int
     is_older: bool
+    unknown_libraries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +172,7 @@ class Inventory:
     """Puts together what a watcher knows. A context manager; every method from any thread.
 
     Runs two threads from `start` to `close`: one counts loads each second, the other compares mapped
-    files with the disk while somebody looks. The second may hang on a file system that does not answer;
-    then staleness stays as it was, and nothing else waits.
+    files with the disk while somebody looks.
 
     Args:
         watcher: whose map is shown; not owned.
@@ -184,7 +190,7 @@ class Inventory:
         self._first: dict[_FileKey, tuple[int, bool]] = {}
         self._history: deque[Second] = deque(maxlen=int(HISTORY_S / sample_s))
         #: Replaced as a whole.
-        self._stale: dict[tuple[ProcessId, _FileKey], str] = {}
+        self._stale: dict[tuple[ProcessId, _FileKey], StaleAnswer] = {}
         self._looked_s = float("-inf")
         self._looked = threading.Event()
         self._closing = threading.Event()
@@ -234,9 +240,10 @@ class Inventory:
     def compare(self) -> None:
         """Compares what is mapped with the disk, now and in this thread; the next look has it.
 
-        For whoever looks only once. Waits as long as the file systems do.
+        For whoever looks only once. What lies on a file system that does not answer is ``unknown``.
         """
-        self._stale = _stale(self.watcher.snapshot(), Disk(self._proc), self._closing.is_set)
+        with Disk(self._proc) as disk:
+            self._stale = _stale(self.watcher.snapshot(), disk, self._closing.is_set)
 
     def _look(self, mapped: Sequence[MappedLike]) -> Picture:
         shown = mapped[:MAX_MAPPINGS]
@@ -259,31 +266,37 @@ class Inventory:
         )
 
     def _library(
-        self, key: _FileKey, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], str]
+        self, key: _FileKey, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], StaleAnswer]
     ) -> LibraryRow:
         since_ns, is_older = self._first[key]
-        states = {stale.get((one.process.id, key)) for one in group} if stale else {None}
+        answers = [answer for one in group if (answer := stale.get((one.process.id, key)))] if stale else []
+        worst = max(answers, key=_badness, default=None)
         return LibraryRow(
             number=self._files[key],
             library=group[0].library,
             holders=tuple(sorted(self._processes[one.process.id] for one in group)),
             containers=tuple(sorted({one.process.container for one in group if one.process.container})),
-            staleness=max((state for state in states if state), default=None),
+            staleness=None if worst is None else worst.stale,
             since_ns=since_ns,
             is_older=is_older,
+            stale_reason=None if worst is None else worst.reason,
         )
 
-    def _process(self, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], str]) -> ProcessRow:
+    def _process(self, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], StaleAnswer]) -> ProcessRow:
         # Of one that was gone before it could be read, the kernel's record says less.
         process = next((one.process for one in group if one.process.exe is not None), group[-1].process)
         since_ns, is_older = _first(group)
+        answers = [stale.get((process.id, _file_key(one))) for one in group] if stale else []
+        stale_count = sum(answer is not None for answer in answers)
+        unknown_count = sum(answer is not None and answer.stale is Staleness.UNKNOWN for answer in answers)
         return ProcessRow(
             number=self._processes[process.id],
             process=process,
             libraries=len(group),
-            stale_libraries=sum((process.id, _file_key(one)) in stale for one in group) if stale else 0,
+            stale_libraries=stale_count - unknown_count,
             since_ns=since_ns,
             is_older=is_older,
+            unknown_libraries=unknown_count,
         )
 
     # ---- the threads --------------------------------------------------------------------------
@@ -316,15 +329,19 @@ class Inventory:
 
 def _stale(
     mapped: Sequence[MappedLike], disk: Disk, is_over: Callable[[], bool]
-) -> dict[tuple[ProcessId, _FileKey], str]:
+) -> dict[tuple[ProcessId, _FileKey], StaleAnswer]:
     found = {}
     for one in mapped[:MAX_MAPPINGS]:
         if is_over():
             break
-        staleness = disk.staleness(one.process, one.library, one.ranges)
-        if staleness is not None:
-            found[one.process.id, _file_key(one)] = str(staleness)
+        answer = disk.staleness(one.process, one.library, one.ranges)
+        if answer.stale is not None:
+            found[one.process.id, _file_key(one)] = answer
     return found
+
+
+def _badness(answer: StaleAnswer) -> int:
+    return (Staleness.UNKNOWN, Staleness.DELETED, Staleness.REPLACED).index(answer.stale or Staleness.UNKNOWN)
 
 
 def _file_key(one: MappedLike) -> _FileKey:

@@ -191,6 +191,7 @@ def _library(row: LibraryRow) -> dict[str, Any]:
         "holders": row.holders,
         "containers": row.containers,
         "stale": row.staleness,
+        "stale_reason": row.stale_reason,
         "since_ms": row.since_ns // 1_000_000,
         "older": row.is_older,
     }
@@ -201,6 +202,7 @@ def _process(row: ProcessRow) -> dict[str, Any]:
         "number": row.number,
         "libraries": row.libraries,
         "stale_libraries": row.stale_libraries,
+        "unknown_libraries": row.unknown_libraries,
         "since_ms": row.since_ns // 1_000_000,
         "older": row.is_older,
     }

@@ -58,7 +58,7 @@ export function libraryFacts(row, inventory) {
       ["soname", name(row.soname)],
       ["kind", row.kind],
       ["file", `device ${row.dev}, inode ${row.inode}, generation ${orDash(row.generation)}`],
-      ["on disk", row.stale ? `${row.stale} since it was mapped: restart who has it` : "unchanged, as far as can be told"],
+      ["on disk", onDisk(row)],
       ["mapped since", whence(row)],
       ...same.map((other) => ["also as", link(`#library=${other.number}`, other.path)]),
     ]),
@@ -201,3 +201,9 @@ const verdict = ({ verdict: word, seconds_left: left }) =>
   })[word] ?? orDash(word);
 
 const fileState = (look) => (look.reason ? `${orDash(look.elf)}: ${orDash(look.reason)}` : orDash(look.elf));
+
+/** What became of a library's file since it was mapped. */
+function onDisk(row) {
+  if (row.stale === "unknown") return `unknown: ${row.stale_reason}`;
+  return row.stale ? `${row.stale} since it was mapped: restart who has it` : "unchanged";
+}

@@ -1,0 +1,403 @@
+"""Is a mapped file still the one on disk? `Disk` answers with yes, no and how, or unknown and why. Read-only.
+
+A process names its libraries inside its own root, which a container controls: no link is followed out of that root, and
+nothing is opened but with O_PATH. Every look has a deadline, for a file system may not answer.
+docs/decisions/0026-staleness.md has the rules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from functools import partial
+from types import TracebackType
+from typing import Final, NamedTuple, Self, TypeVar
+
+from sowatch.inventory.file_names import given_up_name
+from sowatch.inventory.owners import owners
+from sowatch.inventory.roots import RootKey, Roots
+from sowatch.linux.memory_files import is_memory
+from sowatch.linux.openat import open_below, shows_real_inode
+from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, seen_path
+from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import TICK_NS, FileId, ProcessId
+
+__all__ = ["FRESH", "Disk", "StaleAnswer", "Staleness"]
+
+T = TypeVar("T")
+
+#: A look that takes longer hangs. The more do already, the sooner the next one is given up.
+LOOK_TIMEOUT_S: Final = 1.0
+LEAST_TIMEOUT_S: Final = 0.05
+#: Package databases are large, and may lie on a slow disk.
+OWNERS_TIMEOUT_S: Final = 60.0
+MAX_HANGING: Final = 64
+_DELETED: Final = " (deleted)"
+
+
+class Staleness(StrEnum):
+    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be told."""
+
+    DELETED = "deleted"
+    REPLACED = "replaced"
+    UNKNOWN = "unknown"
+
+
+class StaleAnswer(NamedTuple):
+    """Whether a mapped file is stale.
+
+    ``stale`` is None if its path leads to it, or if it never was a file on disk. ``reason`` is given for ``unknown``,
+    and where the name of the file decided; ``path`` is the name under which it is stale if that is not its own.
+    """
+
+    stale: Staleness | None
+    reason: str | None = None
+    path: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The fields of schema 1; ``stale_path`` only where there is one."""
+        found = {"stale": None if self.stale is None else str(self.stale), "stale_reason": self.reason}
+        return found if self.path is None else found | {"stale_path": self.path}
+
+
+FRESH: Final = StaleAnswer(None)
+
+_NO_ANSWER: Final = "its file system does not answer"
+_TOO_MANY: Final = "too many file systems do not answer"
+_NOT_PERMITTED: Final = "this user may not look at the process"
+_OUTSIDE: Final = "it lies outside the root directory that the process has now"
+_COVERED: Final = "its path leads to another mount: its own was covered or unmounted"
+_NOWHERE: Final = (
+    "its path leads nowhere, but its name was not deleted: its file system was unmounted, or is out of reach"
+)
+_NO_PATH: Final = "the kernel shows no path of it"
+_MASKED: Final = "its file system does not show which file is mapped"
+
+
+class _Found(Enum):
+    """What a path leads to, compared with the mapped file."""
+
+    SAME = "same"
+    #: Another file, where the mapped one was.
+    OTHER = "other"
+    #: Another file, on another mount.
+    COVERED = "covered"
+    ABSENT = "absent"
+
+
+class _Mapped(NamedTuple):
+    """The mapped file as its link in ``map_files`` shows it."""
+
+    device: int
+    inode: int
+    mount: int | None
+
+
+class _Sight(NamedTuple):
+    """What can be seen of a process. ``trouble`` says why nothing can, ``is_gone`` that there is nothing to see."""
+
+    key: RootKey | None = None
+    root: str = "/"
+    starts: Mapping[int, MapRow] = {}
+    files: Mapping[tuple[int, int, int], MapRow] = {}
+    trouble: str | None = None
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A mapped file, under the name it has now."""
+
+    pid: int
+    library: Library
+    ranges: tuple[tuple[int, int], ...]
+    path: str
+    is_deleted: bool
+    is_outside: bool
+    row: MapRow | None
+
+
+class Disk:
+    """What is on disk where a process looks: for one look around, as it remembers what it saw. A context manager.
+
+    Processes that share root and mount namespace share the answers. One thread uses it.
+
+    Args:
+        proc: the proc file system to look through. Default: ``/proc``.
+
+    Raises:
+        ProcRootError: ``/proc`` is not mounted.
+    """
+
+    def __init__(self, proc: ProcFs | None = None) -> None:
+        self._proc = proc or ProcFs()
+        self._roots = Roots(self._proc)
+        self._worker = TimeoutWorker("sowatch-disk", max_abandoned=MAX_HANGING)
+        self._sights: dict[ProcessId, _Sight] = {}
+        self._answers: dict[tuple[object, ...], StaleAnswer] = {}
+        #: Directories of a root in which a look hung, with the device of the file that was looked for.
+        self._hanging: set[tuple[RootKey, str, int, int]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread that looks, unless it hangs. Safe to call again."""
+        self._worker.close()
+
+    def staleness(self, process: Process, library: Library, ranges: Sequence[tuple[int, int]] = ()) -> StaleAnswer:
+        """Whether the file that a process has mapped is no longer the one its path names.
+
+        The path is the one that the mapping has now, so a file that was renamed is judged under its new name. It is
+        looked up inside the process's own root. What is found there is compared with the mapped file as
+        ``/proc/PID/map_files`` shows it, because both are then seen through the same overlay or subvolume. Where that
+        cannot be read (it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE) the kernel's identity of the file is
+        compared, if the file system shows that in stat(2).
+
+        Args:
+            process: who maps it.
+            library: what is mapped.
+            ranges: executable ranges of the mapping, as ``(start, end)``.
+
+        Returns:
+            `FRESH`, too, if the process has ended.
+        """
+        if is_memory(library.id):
+            return FRESH
+        if not library.path.startswith("/"):
+            return FRESH if library.kind == "other" else StaleAnswer(Staleness.UNKNOWN, _NO_PATH)
+        sight = self._sight(process)
+        if sight.is_gone:
+            return FRESH
+        subject = _subject(process.pid, library, tuple(ranges), sight)
+        if sight.key is None:
+            return _cannot_tell(subject, sight.trouble or _NOT_PERMITTED)
+        known = (sight.key, subject.path, library.path, library.id, subject.is_deleted, subject.is_outside)
+        if known not in self._answers:
+            self._answers[known] = self._look_with_deadline(subject, sight.key)
+        return self._answers[known]
+
+    def owners(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str | None]:
+        """The packages that own files; see `sowatch.inventory.owners.owners`.
+
+        >>> Disk().owners([(os.getpid(), "/no/such/file")]) == {(os.getpid(), "/no/such/file"): None}
+        True
+        """
+        asked = list(dict.fromkeys(wanted))
+        found: dict[tuple[int, str], str | None] = dict.fromkeys(asked)
+        by_root: dict[RootKey | None, list[tuple[int, str]]] = {}
+        for pid, path in asked:
+            by_root.setdefault(self._run(partial(self._roots.key, pid), None), []).append((pid, path))
+        for group in by_root.values():
+            # A database on a file system that hangs keeps nobody else from being answered.
+            timeout_s = LOOK_TIMEOUT_S if self._worker.abandoned else OWNERS_TIMEOUT_S
+            found |= self._run(partial(owners, self._roots, group), dict.fromkeys(group), timeout_s)
+        return found
+
+    def _run(self, call: Callable[[], T], otherwise: T, timeout_s: float | None = None) -> T:
+        """What the call returns, within the deadline."""
+        if timeout_s is None:
+            timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
+        try:
+            return self._worker.run(call, timeout_s)
+        except CallTimeout:
+            return otherwise
+
+    def _sight(self, process: Process) -> _Sight:
+        sight = self._sights.get(process.id)
+        if sight is None:
+            hangs = _Sight(trouble=_NO_ANSWER)
+            sight = self._sights[process.id] = self._run(partial(self._look_at_process, process), hangs)
+        return sight
+
+    def _look_at_process(self, process: Process) -> _Sight:
+        try:
+            stat = self._proc.stat(process.pid)
+            # Hidden by hidepid is not gone, but nobody can tell.
+            if stat is Miss.DENIED:
+                return _Sight(trouble=_NOT_PERMITTED)
+            if isinstance(stat, Miss) or stat.start_ticks != process.start_ns // TICK_NS:
+                return _Sight(is_gone=True)
+            thread = self._roots.thread_dir(process.pid)
+            if isinstance(thread, Miss):
+                return _Sight(trouble=_NOT_PERMITTED) if thread is Miss.DENIED else _Sight(is_gone=True)
+            rows = self._proc.executable_maps(process.pid)
+            key = self._roots.key(process.pid)
+            root = os.readlink(f"{thread}/root")
+        except (OSError, ProcReadError) as error:
+            gone = isinstance(error, (FileNotFoundError, ProcessLookupError))
+            return _Sight(is_gone=gone, trouble=_reason_of(error))
+        found = rows or []
+        return _Sight(
+            key,
+            root,
+            {row.start: row for row in found},
+            {(row.major, row.minor, row.inode): row for row in found},
+            None if key else _NOT_PERMITTED,
+        )
+
+    # ---- a file -------------------------------------------------------------------------------
+
+    def _look_with_deadline(self, subject: _Subject, key: RootKey) -> StaleAnswer:
+        file_id = subject.library.id
+        place = (key, os.path.dirname(subject.path), file_id.major, file_id.minor)
+        if place in self._hanging:
+            return _cannot_tell(subject, _NO_ANSWER)
+        timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
+        try:
+            return self._worker.run(lambda: self._look(subject), timeout_s)
+        except CallTimeout as timeout:
+            if timeout.is_refused:
+                return _cannot_tell(subject, _TOO_MANY)
+            self._hanging.add(place)
+            return _cannot_tell(subject, _NO_ANSWER)
+        except OSError as error:  # it ended just now, or openat2 is missing or refused
+            if self._proc.stat(subject.pid) is Miss.GONE:
+                return FRESH
+            return _cannot_tell(subject, _reason_of(error))
+
+    def _look(self, subject: _Subject) -> StaleAnswer:
+        if subject.is_outside:
+            return _cannot_tell(subject, _OUTSIDE)
+        mapped = self._mapped(subject)
+        with self._roots.open(subject.pid) as root_fd:
+
+            def compare(path: str) -> _Found | str:
+                return _compare(root_fd, path, subject, mapped)
+
+            # What looks like the kernel's mark may be the end of a name.
+            if subject.is_deleted and compare(subject.path + _DELETED) is _Found.SAME:
+                return FRESH
+            found = compare(subject.path)
+            if found is _Found.ABSENT and not subject.is_deleted and subject.library.path != subject.path:
+                # Of nested overlays maps shows the inner path, where the event has the one that the process sees.
+                found = compare(subject.library.path)
+                if found not in (_Found.SAME, _Found.ABSENT):
+                    found = _Found.ABSENT
+            return _judge(subject, found, compare)
+
+    def _mapped(self, subject: _Subject) -> _Mapped | None:
+        thread = self._roots.thread_dir(subject.pid)
+        ranges = subject.ranges if subject.row is None else ((subject.row.start, subject.row.end), *subject.ranges)
+        for start, end in ranges:
+            try:
+                fd = os.open(f"{thread}/map_files/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue  # not permitted, or the mapping was split or has gone
+            try:
+                status = os.fstat(fd)
+                return _Mapped(status.st_dev, status.st_ino, _mount_of(fd))
+            finally:
+                os.close(fd)
+        return None
+
+
+def _subject(pid: int, library: Library, ranges: tuple[tuple[int, int], ...], sight: _Sight) -> _Subject:
+    """The file under the name that the mapping has now; that of the load where the mapping is not found."""
+    row = _row_of(library.id, ranges, sight)
+    if row is None or not row.path.startswith(b"/"):
+        return _Subject(pid, library, ranges, library.path, library.deleted, False, None)
+    text = os.fsdecode(row.path)
+    path = seen_path(text, sight.root)
+    is_outside = len(sight.root) > 1 and path == text
+    return _Subject(pid, library, ranges, path, row.is_deleted, is_outside, row)
+
+
+def _row_of(file_id: FileId, ranges: Sequence[tuple[int, int]], sight: _Sight) -> MapRow | None:
+    for start, _ in ranges:
+        row = sight.starts.get(start)
+        # Another file may have been mapped there since. On overlayfs and btrfs maps shows another device.
+        if row is not None and (row.inode == file_id.inode or (row.major, row.minor) != (file_id.major, file_id.minor)):
+            return row
+    return sight.files.get((file_id.major, file_id.minor, file_id.inode))
+
+
+def _judge(subject: _Subject, found: _Found | str, compare: Callable[[str], _Found | str]) -> StaleAnswer:
+    """From what the path leads to, to an answer."""
+    name = given_up_name(subject.path)
+    base = None if name is None else name.base
+    if isinstance(found, str):
+        return _cannot_tell(subject, found)
+    if found is _Found.SAME:
+        if name is None:
+            return FRESH
+        if base is None:
+            return StaleAnswer(Staleness.DELETED, "an NFS client keeps it under this name until nobody has it open")
+        at_base = compare(base)
+        reason = f"{os.path.basename(subject.path)} is what was left of it"
+        if at_base in (_Found.OTHER, _Found.COVERED):
+            return StaleAnswer(Staleness.REPLACED, reason, base)
+        if not name.is_certain or at_base is _Found.SAME:
+            return FRESH
+        if at_base is _Found.ABSENT:
+            return StaleAnswer(Staleness.DELETED, reason, base)
+        return StaleAnswer(Staleness.UNKNOWN, str(at_base), base)
+    if found is _Found.OTHER:
+        return StaleAnswer(Staleness.REPLACED)
+    if not subject.is_deleted:
+        return StaleAnswer(Staleness.UNKNOWN, _COVERED if found is _Found.COVERED else _NOWHERE)
+    if base is not None and compare(base) is _Found.OTHER:
+        return StaleAnswer(Staleness.REPLACED, None, base)
+    return StaleAnswer(Staleness.DELETED, None, base)
+
+
+def _cannot_tell(subject: _Subject, reason: str) -> StaleAnswer:
+    """Where we cannot look the kernel's mark still stands: the name may be taken again, but was given up."""
+    return StaleAnswer(Staleness.DELETED) if subject.is_deleted else StaleAnswer(Staleness.UNKNOWN, reason)
+
+
+def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None) -> _Found | str:
+    """What a path leads to below a root; a text says why that cannot be told."""
+    try:
+        fd = open_below(root_fd, path, os.O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return _Found.ABSENT
+    except OSError as error:
+        return _reason_of(error)
+    try:
+        found = os.fstat(fd)
+        mount = _mount_of(fd)
+        is_plain = shows_real_inode(fd)
+    finally:
+        os.close(fd)
+    file_id, row = subject.library.id, subject.row
+    if mapped is None:
+        if is_plain:
+            mapped = _Mapped(os.makedev(file_id.major, file_id.minor), file_id.inode, None)
+        elif row is not None and os.makedev(row.major, row.minor) == found.st_dev:
+            mapped = _Mapped(found.st_dev, row.inode, None)
+        elif found.st_ino in (file_id.inode, None if row is None else row.inode):
+            return _Found.SAME
+        else:
+            return _Found.OTHER if subject.is_deleted else _MASKED
+    if (mapped.device, mapped.inode) == (found.st_dev, found.st_ino):
+        return _Found.SAME
+    is_same_place = mapped.device == found.st_dev if mapped.mount is None else mapped.mount == mount
+    # A name that is gone cannot be covered; the mounts of a namespace of its own are copies.
+    is_same_place |= subject.is_deleted and mapped.device == found.st_dev
+    return _Found.OTHER if is_same_place else _Found.COVERED
+
+
+def _mount_of(fd: int) -> int | None:
+    """The id of the mount that a descriptor is on."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            for line in file:
+                if line.startswith(b"mnt_id:"):
+                    return int(line[7:])
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _reason_of(error: Exception) -> str:
+    number = error.errno if isinstance(error, (OSError, ProcReadError)) else None
+    return os.strerror(number) if number else str(error)
