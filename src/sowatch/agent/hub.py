@@ -296,4 +296,5 @@ def _again(load: LibraryEvent, kind: str) -> LibraryEvent:
         load.t_ns,
         time.time_ns(),
         load.ranges if is_load else (),
+        load.range_count if is_load else None,
     )

@@ -18,11 +18,13 @@ __all__ = [
     "FLAG_DELETED",
     "FLAG_DIRTY",
     "FLAG_IMAGE",
+    "FLAG_MANY",
     "FLAG_MPROTECT",
     "FLAG_NARROW",
     "FLAG_PARTIAL",
     "FLAG_SHARED_VM",
     "FLAG_THROTTLED",
+    "MAX_FILE_RANGES",
     "MapRecord",
     "ProcessRecord",
     "RangeRecord",
@@ -60,6 +62,10 @@ FLAG_IMAGE: Final = 1 << 6
 FLAG_NARROW: Final = 1 << 7
 FLAG_AGAIN: Final = 1 << 8
 FLAG_THROTTLED: Final = 1 << 9
+FLAG_MANY: Final = 1 << 10
+
+#: MAX_FILE_RANGES: so many ranges of one file in one process are listed, and kept.
+MAX_FILE_RANGES: Final = 256
 
 #: struct record, 40 bytes.
 HEAD: Final = struct.Struct("=IHHIIQQII")

@@ -243,7 +243,7 @@ def _mapping(one: MappingReport) -> Iterator[str]:
     library = one.library
     deleted = " (deleted)" * library.deleted
     yield f"{visible(library.path)}{deleted}"
-    yield _line("  ranges", _ranges(one.ranges))
+    yield _line("  ranges", _ranges(one.ranges, one.range_count))
     yield _line("  file", f"{library.id} {_ID_FROM[one.id_from]}; to this process: {library.kind}")
     yield _line("  seen", _seen(one.seen) if one.seen else _UNTOLD[one.untold or "not_in_map"])
     yield from _rules(one.rules, "  ")
@@ -298,7 +298,9 @@ def _seen(seen: Seen) -> str:
     return f"{seen.cause} at {stamp(seen.time_ns)}"
 
 
-def _ranges(ranges: Sequence[tuple[int, int]]) -> str:
+def _ranges(ranges: Sequence[tuple[int, int]], count: int | None) -> str:
+    if count is not None:
+        return f"{ranges[0][0]:x}-{ranges[0][1]:x}, and {count - 1:,} more within {ranges[1][0]:x}-{ranges[1][1]:x}"
     shown = " ".join(f"{start:x}-{end:x}" for start, end in ranges[:_MOST_RANGES])
     return shown + (f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else "")
 

@@ -122,6 +122,8 @@ class _Entry:
             "ranges": ranges_list(self.mapped.ranges),
             **self.answer.to_dict(),
         }
+        if self.mapped.range_count is not None:
+            line["range_count"] = self.mapped.range_count
         if with_owner:
             unit = self.unit
             line |= {

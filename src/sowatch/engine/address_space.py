@@ -6,18 +6,28 @@ Pure values and sums, no policy: `tracker` decides what changes when.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, KeysView
 from typing import NamedTuple
 
-from sowatch.bpf.records import FLAG_DELETED, FLAG_PARTIAL, MapRecord, ProcessRecord, file_id_of, path_of, paths_of
+from sowatch.bpf.records import (
+    FLAG_DELETED,
+    FLAG_IMAGE,
+    FLAG_MANY,
+    FLAG_PARTIAL,
+    MAX_FILE_RANGES,
+    MapRecord,
+    ProcessRecord,
+    file_id_of,
+    path_of,
+    paths_of,
+)
+from sowatch.engine.range_map import Range, RangeMap, RangeSnapshot
 from sowatch.linux.cgroups import choose_cgroup
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 
-__all__ = ["Change", "Found", "Mapping", "Name", "Range", "Sketch", "Space", "Tracked", "subtract"]
-
-Range = tuple[int, int]
+__all__ = ["Change", "Found", "Mapping", "Name", "Range", "Removal", "Scanned", "Space", "Tracked"]
 
 
 class Name:
@@ -58,125 +68,215 @@ class Name:
         return self.is_deleted and ((is_alone and has_such_a_name) or self.path == "/dev/zero")
 
 
-class Mapping:
-    """One file in one address space, with its executable ranges, sorted by nothing."""
+class Mapping(NamedTuple):
+    """One file in one address space, with its executable ranges in order.
 
-    __slots__ = ("is_image", "name", "ranges")
+    ``range_count`` is None where these are all ranges. A file that has more than `MAX_FILE_RANGES` has two: the
+    first one, and what spans the others; then ``range_count`` is how many there are, at the least.
+    """
 
-    def __init__(self, name: Name, ranges: list[Range], *, is_image: bool) -> None:
+    name: Name
+    is_image: bool
+    ranges: tuple[Range, ...] = ()
+    range_count: int | None = None
+
+    @property
+    def where(self) -> tuple[Name, tuple[Range, ...], int | None]:
+        """Name, ranges and their number, as a `Change` has them."""
+        return self.name, self.ranges, self.range_count
+
+
+class Scanned:
+    """One file as a scan found it: a row of it, and its ranges, of which ``unlisted`` more have no row."""
+
+    __slots__ = ("has_more", "name", "ranges", "row", "unlisted")
+
+    def __init__(self, name: Name, row: MapRecord) -> None:
         self.name = name
-        self.ranges = ranges
-        self.is_image = is_image
+        self.row = row
+        self.ranges: list[Range] = []
+        self.has_more = False
+        self.unlisted = 0
+
+    def add(self, row: MapRecord) -> None:
+        """Takes one more row of it."""
+        self.ranges.append((row.start, row.end))
+        if row.flags & FLAG_MANY:
+            self.has_more = True
+            self.unlisted += row.offset_bytes
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has more ranges than are kept."""
+        return self.has_more or len(self.ranges) > MAX_FILE_RANGES
 
 
-#: What a reading found: the name, the ranges and one row of each wanted file.
-Found = dict[FileId, tuple[Name, list[Range], MapRecord]]
+#: What a scan found of each wanted file.
+Found = dict[FileId, Scanned]
+
+
+class _Wide(NamedTuple):
+    """The ranges of a file that has too many: the first, what spans the others, and how many at the least."""
+
+    first: Range
+    rest: Range
+    number: int
+
+    @classmethod
+    def of(cls, ranges: Iterable[Range], unlisted: int = 0) -> _Wide:
+        first, *others = sorted(ranges)
+        rest = (others[0][0] if others else first[1], max((end for _, end in others), default=first[1]))
+        return cls(first, rest, 1 + len(others) + unlisted)
+
+    def with_range(self, start: int, end: int) -> _Wide:
+        first, rest = self.first, self.rest
+        if start < first[0]:
+            return _Wide((start, min(end, first[0])), (first[0], max(end, rest[1])), self.number + 1)
+        return _Wide(first, (max(first[1], min(start, rest[0])), max(end, rest[1])), self.number + 1)
+
+
+class _Layout:
+    """What is where in an address space. Shared by those that fork has made alike, until one of them changes."""
+
+    __slots__ = ("entries", "mappings", "ranges", "sharers", "wide")
+
+    def __init__(self) -> None:
+        #: Each file, without its ranges.
+        self.entries: dict[FileId, Mapping] = {}
+        self.ranges: RangeMap[FileId] = RangeMap()
+        self.wide: dict[FileId, _Wide] = {}
+        #: The same with their ranges, once somebody has asked.
+        self.mappings: dict[FileId, Mapping] | None = None
+        self.sharers = 1
+
+    def copy(self) -> _Layout:
+        new = _Layout()
+        new.entries, new.ranges, new.wide = self.entries.copy(), self.ranges.copy(), self.wide.copy()
+        return new
+
+    def widen(self, files: Iterable[FileId]) -> None:
+        """Keeps less of those that have more ranges than are kept."""
+        counts = {file_id: self.ranges.count(file_id) for file_id in files}
+        # What is claimed within a range divides it, but it is still one: so not each time, for it costs all ranges.
+        if not any(count > MAX_FILE_RANGES and count % 64 < 3 for count in counts.values()):
+            return
+        ranges = self.ranges.of_each()
+        many = {file_id for file_id in counts if len(ranges[file_id]) > MAX_FILE_RANGES}
+        self.wide.update((file_id, _Wide.of(ranges[file_id])) for file_id in many)
+        self.ranges = self.ranges.without(many)
+
+
+class Removal(NamedTuple):
+    """The files that giving up a range has left nothing of; ``is_unsure``: only a scan can tell of some others."""
+
+    gone: list[Mapping]
+    is_unsure: bool
 
 
 class Space:
     """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
 
-    __slots__ = ("files", "high", "holders", "is_doubted", "low")
+    __slots__ = ("_layout", "holders", "is_doubted")
 
     def __init__(self) -> None:
-        self.files: dict[FileId, Mapping] = {}
+        self._layout = _Layout()
         self.holders: list[Tracked] = []
         #: A holder has claimed something since the last reading. If that one is gone before it was
         #: read, another one has to be.
         self.is_doubted = False
-        #: Bounds of all ranges ever added: what lies outside touches nothing.
-        self.low = 1 << 64
-        self.high = 0
 
     def copy(self) -> Space:
-        """What fork makes of it."""
+        """What fork makes of it: the same until either changes."""
         new = Space()
-        new.low, new.high = self.low, self.high
-        new.files = {
-            file_id: Mapping(mapping.name, list(mapping.ranges), is_image=mapping.is_image)
-            for file_id, mapping in self.files.items()
-        }
+        new._layout = self._layout
+        self._layout.sharers += 1
         return new
 
-    def add(self, mapping: Mapping, start: int, end: int) -> None:
-        """Gives a file of this space one more range; what it had there already is not counted twice."""
-        if start < self.low:
-            self.low = start
-        if end > self.high:
-            self.high = end
-        for known_start, known_end in mapping.ranges:
-            if start < known_end and end > known_start:
-                mapping.ranges = subtract(mapping.ranges, start, end)
-                break
-        mapping.ranges.append((start, end))
+    def release(self) -> None:
+        """Nobody holds it any more: who shares its layout has it alone."""
+        self._layout.sharers -= 1
 
-    def take_away(self, start: int, end: int, *, but: FileId | None = None) -> list[FileId]:
-        """Removes a range; gives the files that have nothing left."""
-        if start >= self.high or end <= self.low:
-            return []
-        emptied = []
-        for file_id, mapping in self.files.items():
-            if file_id != but and any(start < known_end and end > known for known, known_end in mapping.ranges):
-                mapping.ranges = subtract(mapping.ranges, start, end)
-                if not mapping.ranges:
-                    emptied.append(file_id)
-        return emptied
+    @property
+    def files(self) -> KeysView[FileId]:
+        """Which files are in it."""
+        return self._layout.entries.keys()
 
+    def mappings(self) -> dict[FileId, Mapping]:
+        """Its files with their ranges. Not to be changed: it is kept, and others may have it, too."""
+        layout = self._layout
+        if layout.mappings is None:
+            ranges = layout.ranges.of_each()
+            layout.mappings = {
+                file_id: entry._replace(ranges=(wide.first, wide.rest), range_count=wide.number)
+                if (wide := layout.wide.get(file_id))
+                else entry._replace(ranges=tuple(ranges.get(file_id, ())))
+                for file_id, entry in layout.entries.items()
+            }
+        return layout.mappings
 
-def subtract(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
-    """The ranges without [start, end).
+    def add(self, name: Name, start: int, end: int, *, is_image: bool) -> tuple[Mapping | None, list[Mapping]]:
+        """Gives a file one more range, beside what is there; the file if it is new here, and files that are gone."""
+        file_id = name.file_id
+        layout = self._writable()
+        new = None
+        if file_id not in layout.entries:
+            layout.entries[file_id] = Mapping(name, is_image)
+            new = Mapping(name, is_image, ((start, end),))
+        wide = layout.wide.get(file_id)
+        if wide is not None:
+            layout.wide[file_id] = wide.with_range(start, end)
+            return None, []
+        nowhere = layout.ranges.add(file_id, start, end)
+        layout.widen({file_id})
+        return new, [layout.entries.pop(one) for one in nowhere]
 
-    >>> subtract([(0, 10), (20, 30)], 5, 25)
-    [(0, 5), (25, 30)]
-    """
-    left = []
-    for known_start, known_end in ranges:
-        if start >= known_end or end <= known_start:
-            left.append((known_start, known_end))
-            continue
-        if known_start < start:
-            left.append((known_start, start))
-        if known_end > end:
-            left.append((end, known_end))
-    return left
+    def take_away(self, start: int, end: int, *, but: FileId | None = None) -> Removal:
+        """Nothing is there any more, but for one file where it was."""
+        layout = self._layout
+        # Where the last ranges of a file with many end is not known.
+        is_unsure = any(end > wide.first[0] and file_id != but for file_id, wide in layout.wide.items())
+        if next(layout.ranges.within(start, end), None) is None:
+            return Removal([], is_unsure)
+        layout = self._writable()
+        gone = [layout.entries.pop(one) for one in layout.ranges.take_away(start, end, but=but)]
+        # What goes from the middle of a range leaves two.
+        layout.widen({file_id for _, _, keys in layout.ranges.within(start - 1, end + 1) for file_id in keys})
+        return Removal(gone, is_unsure)
 
+    def replace(self, found: Found) -> tuple[list[Mapping], list[Scanned]]:
+        """Makes it hold what a scan found; the files that are gone, and those that came."""
+        old = self._layout
+        new = _Layout()
+        rows = []
+        came = []
+        for file_id, one in found.items():
+            entry = old.entries.get(file_id)
+            if entry is None:
+                entry = Mapping(one.name, bool(one.row.flags & FLAG_IMAGE))
+                came.append(one)
+            new.entries[file_id] = entry
+            if one.is_wide:
+                new.wide[file_id] = _Wide.of(one.ranges, one.unlisted)
+            else:
+                rows += [(start, end, file_id) for start, end in one.ranges]
+        new.ranges = RangeMap.of_rows(rows)
+        old.sharers -= 1
+        self._layout = new
+        return [entry for file_id, entry in old.entries.items() if file_id not in found], came
 
-class Sketch:
-    """Which file is where in an address space, and nothing else: to compare, and to try out what records do."""
+    def snapshot(self, found: Found) -> RangeSnapshot[FileId]:
+        """Its ranges beside those of a scan; of files that have too many it is not known where they are."""
+        wide = {*self._layout.wide, *(file_id for file_id, one in found.items() if one.is_wide)}
+        rows = ((start, end, file_id) for file_id, one in found.items() for start, end in one.ranges)
+        return RangeSnapshot(self._layout.ranges, rows, wide)
 
-    def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
-        self._ranges: dict[FileId, list[Range]] = {one.name.file_id: list(one.ranges) for one in mappings}
-
-    @classmethod
-    def of_rows(cls, rows: Iterable[tuple[FileId, int, int]]) -> Sketch:
-        """Of files and where they are mapped."""
-        made = cls()
-        for file_id, start, end in rows:
-            made._ranges.setdefault(file_id, []).append((start, end))
-        return made
-
-    def put(self, file_id: FileId | None, start: int, end: int) -> None:
-        """From now on this file is there, and no other; None: none at all."""
-        self._ranges = {known: left for known, ranges in self._ranges.items() if (left := subtract(ranges, start, end))}
-        if file_id is not None:
-            self._ranges.setdefault(file_id, []).append((start, end))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sketch) and self._whole() == other._whole()
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _whole(self) -> dict[FileId, list[Range]]:
-        """Without seams: neighbours are one range."""
-        whole: dict[FileId, list[Range]] = {}
-        for file_id, ranges in self._ranges.items():
-            joined = whole[file_id] = []
-            for start, end in sorted(ranges):
-                if joined and start <= joined[-1][1]:
-                    joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-                else:
-                    joined.append((start, end))
-        return whole
+    def _writable(self) -> _Layout:
+        layout = self._layout
+        if layout.sharers > 1:
+            layout.sharers -= 1
+            layout = self._layout = layout.copy()
+        layout.mappings = None
+        return layout
 
 
 class Tracked:
@@ -274,7 +374,7 @@ class Tracked:
 
 
 class Change(NamedTuple):
-    """One file came to or left one process. ``ranges`` are those at that moment."""
+    """One file came to or left one process. ``ranges`` of a load are those at that moment, as `Mapping` has them."""
 
     is_load: bool
     cause: str
@@ -283,3 +383,4 @@ class Change(NamedTuple):
     kind: str
     name: Name
     ranges: tuple[Range, ...]
+    range_count: int | None = None

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-from sowatch.engine.address_space import Change, Name
+from sowatch.engine.address_space import Change, Mapping, Name
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
 from sowatch.engine.reconciler import Keeper
@@ -158,17 +158,14 @@ class Engine:
             if not process.is_announced:
                 found[process.id.pid] = None
                 continue
-            files = process.space.files.values()
-            held = [Held(one.name.file_id, one.name.path, tuple(one.ranges)) for one in files]
+            files = process.space.mappings()
+            held = [Held(file_id, one.name.path, one.ranges, one.range_count) for file_id, one in files.items()]
             found[process.id.pid] = (process.id, held)
         return found
 
-    def ranges(self) -> dict[ProcessId, dict[FileId, tuple[tuple[int, int], ...]]]:
-        """Where everything is mapped by now."""
-        return {
-            process.id: {file_id: tuple(one.ranges) for file_id, one in process.space.files.items()}
-            for process in self._tracker.processes()
-        }
+    def mappings(self) -> dict[ProcessId, dict[FileId, Mapping]]:
+        """Where everything is mapped by now. Not to be changed."""
+        return {process.id: process.space.mappings() for process in self._tracker.processes()}
 
     def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
         """What an explanation needs. The caller closes its ``verdicts``.
@@ -184,12 +181,13 @@ class Engine:
             record = process.record()
             loads = told.get(process.id, {})
             files = []
-            for file_id, mapping in process.space.files.items():
+            for file_id, mapping in process.space.mappings().items():
                 if wants(mapping.name):
                     kind = process.kind_of(mapping)
-                    change = Change(True, "", 0, record, kind, mapping.name, tuple(mapping.ranges))
+                    change = Change(True, "", 0, record, kind, mapping.name, mapping.ranges)
                     is_selected = self._publisher.selection.wants(change)
-                    files.append(KnownFile(change.name, kind, change.ranges, is_selected, loads.get(file_id)))
+                    load = loads.get(file_id)
+                    files.append(KnownFile(mapping.name, kind, mapping.ranges, is_selected, load, mapping.range_count))
             if files or pid is not None:
                 processes[process.id.pid] = KnownProcess(
                     record,

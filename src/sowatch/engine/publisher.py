@@ -282,7 +282,8 @@ class Publisher:
             return
         library = self._library(change, kind, facts)
         now_ns = time.time_ns()
-        event = LibraryEvent("load", rule.name, library, process, change.cause, change.t_ns, now_ns, change.ranges)
+        where = (change.ranges, change.range_count)
+        event = LibraryEvent("load", rule.name, library, process, change.cause, change.t_ns, now_ns, *where)
         process_id = process.id
         files = self._held.get(process_id)
         if files is None:
@@ -291,7 +292,7 @@ class Publisher:
         self.loads += 1
         if self._registry.acquire(rule.name, library, process_id):
             # With its ranges: whoever activates the file opens it by them.
-            self.emit(LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns, change.ranges))
+            self.emit(LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns, *where))
         self.emit(event)
 
     def _unload(self, change: Change) -> None:

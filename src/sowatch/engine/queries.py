@@ -16,11 +16,12 @@ Range: TypeAlias = tuple[int, int]
 
 
 class Held(NamedTuple):
-    """One file in one process, as the map has it."""
+    """One file in one process, as the map has it; ``ranges`` as `sowatch.engine.address_space.Mapping` has them."""
 
     file_id: FileId
     path: str
     ranges: tuple[tuple[int, int], ...]
+    range_count: int | None = None
 
 
 #: What the map says, by pid; a process that is only passing through (vfork) has None.
@@ -35,6 +36,7 @@ class KnownFile(NamedTuple):
     ranges: tuple[Range, ...]
     is_selected: bool
     load: LibraryEvent | None
+    range_count: int | None = None
 
 
 class KnownProcess(NamedTuple):

@@ -36,6 +36,10 @@ FEWEST_RECORDS_S: Final = 1_000
 MANY_READINGS: Final = 64
 #: A process that is dirty again at once is read at most this often in the long run.
 SLOWEST_REREAD_S: Final = 0.25
+#: A scan that took longer than this is followed by a rest of so many times that, up to the second.
+SHORT_SCAN_S: Final = 0.005
+SCAN_REST: Final = 20
+LONGEST_REST_S: Final = 1.0
 #: So long after its last reading nobody need know how often a process was read.
 PACE_MEMORY_S: Final = 10
 #: A repair that found losses going on is tried again after this, then after twice that, up to the second.
@@ -100,6 +104,15 @@ class _Turns:
             is_busy = now - last < 2 * interval + 0.002
             self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
         return turn
+
+    def rest(self, pid: int, seconds: float) -> None:
+        """A scan of it has taken so long: the next one waits for many times that.
+
+        So others do not pay for what a process with many mappings makes its scans cost.
+        """
+        if seconds >= SHORT_SCAN_S:
+            last, interval = self._pace.get(pid, (0.0, 0.0))
+            self._pace[pid] = (last, max(interval, min(LONGEST_REST_S, SCAN_REST * seconds)))
 
     def take_narrow(self, narrow: Collection[int], now: float) -> list[int]:
         """Those 32-bit processes whose turn it is: when they start, then less and less often."""
@@ -387,7 +400,7 @@ class Keeper:
         """What is mapped now, as if it were loaded now."""
         now_ns = time.monotonic_ns()
         return [
-            Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), one.name, tuple(one.ranges))
+            Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
             for process, one in self._tracker.mappings()
             if is_meant(process) and wants(one.name.path)
         ]
@@ -427,8 +440,15 @@ class Keeper:
         if len(due) > MANY_READINGS or not self._can_read_one:
             readings, meanwhile = self._source.read_all()
             return [reading for reading in readings if reading.tgid in due], list(meanwhile)
-        found = [self._source.read_process(pid) for pid in due]
-        return [reading for reading in found if reading is not None], []
+        found = []
+        for pid in due:
+            begun_s = time.thread_time()
+            reading = self._source.read_process(pid)
+            # Taking it over costs about as much again.
+            self._turns.rest(pid, 2 * (time.thread_time() - begun_s))
+            if reading is not None:
+                found.append(reading)
+        return found, []
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""

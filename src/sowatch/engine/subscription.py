@@ -261,4 +261,5 @@ def _again(event: LibraryEvent, kind: str, cause: str | None, now_ns: int) -> Li
         event.t_ns,
         now_ns,
         event.ranges if kind == "load" else (),
+        event.range_count if kind == "load" else None,
     )

@@ -28,7 +28,7 @@ from sowatch.bpf.records import (
     Record,
     RecordType,
 )
-from sowatch.engine.address_space import Change, Found, Mapping, Name, Range, Sketch, Space, Tracked
+from sowatch.engine.address_space import Change, Found, Mapping, Name, Removal, Scanned, Space, Tracked
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 from sowatch.sources.core import Reading
@@ -108,7 +108,7 @@ class Tracker:
         """Every (process, mapping) that was announced."""
         for process in self.processes():
             if process.is_announced:
-                for mapping in list(process.space.files.values()):
+                for mapping in process.space.mappings().values():
                     yield process, mapping
 
     def take_changes(self) -> list[Change]:
@@ -198,36 +198,36 @@ class Tracker:
         if not name.is_wanted:
             known = self._processes.get(record.tgid)
             if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.dirty:
-                self._take_away(known.space, record.start, record.end, record.t_ns)
+                self._take_away(known, record)
             self._note_if_idle(record.tgid, record.start_ns, record.touches)
             return
         process = self._process(record)
         process.rename(record.comm)
         cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
         if record.tgid not in self.dirty:
-            self._take_away(process.space, record.start, record.end, record.t_ns, but=name.file_id)
-        self._add(process.space, name, [(record.start, record.end)], cause, record)
-
-    def _add(self, space: Space, name: Name, ranges: Sequence[Range], cause: str, record: MapRecord) -> None:
-        mapping = space.files.get(name.file_id)
-        is_new = mapping is None
-        if mapping is None:
-            mapping = space.files[name.file_id] = Mapping(name, [], is_image=bool(record.flags & FLAG_IMAGE))
-        for start, end in ranges:
-            space.add(mapping, start, end)
-        if is_new:
-            self._tell(space, True, cause, record.t_ns, mapping)
+            self._take_away(process, record, but=name.file_id)
+        is_image = bool(record.flags & FLAG_IMAGE)
+        new, gone = process.space.add(name, record.start, record.end, is_image=is_image)
+        if new is not None:
+            self._tell(process.space, True, cause, record.t_ns, new)
+        for mapping in gone:
+            self._tell(process.space, False, "munmap", record.t_ns, mapping)
 
     def _range(self, record: RangeRecord) -> None:
         if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
             self._doubt(record)
         known = self._processes.get(record.tgid)
         if known is not None and known.id.start_ns == record.start_ns:
-            self._take_away(known.space, record.start, record.end, record.t_ns)
+            self._take_away(known, record)
 
-    def _take_away(self, space: Space, start: int, end: int, t_ns: int, *, but: FileId | None = None) -> None:
-        for file_id in space.take_away(start, end, but=but):
-            self._tell(space, False, "munmap", t_ns, space.files.pop(file_id))
+    def _take_away(self, process: Tracked, record: MapRecord | RangeRecord, *, but: FileId | None = None) -> None:
+        space = process.space
+        removal: Removal = space.take_away(record.start, record.end, but=but)
+        for mapping in removal.gone:
+            self._tell(space, False, "munmap", record.t_ns, mapping)
+        if removal.is_unsure:
+            self.dirty.setdefault(record.tgid, LIVE)
+            space.is_doubted = True
 
     def _fork(self, record: ProcessRecord) -> None:
         if not record.touches:
@@ -251,9 +251,10 @@ class Tracker:
             child.space.holders.append(child)
             child.is_announced = False
             return
+        child.space.release()
         child.space = parent.space.copy()
         child.space.holders.append(child)
-        for mapping in child.space.files.values():
+        for mapping in child.space.mappings().values():
             self._tell(child.space, True, "fork", record.t_ns, mapping)
         self._note_if_idle(record.tgid, record.start_ns, record.touches)
 
@@ -281,7 +282,7 @@ class Tracker:
         """A CLONE_VM child is still there without exec: from now on it has what its parent has."""
         if not process.is_announced:
             process.is_announced = True
-            for mapping in process.space.files.values():
+            for mapping in process.space.mappings().values():
                 self.changes.append(self._change(process, True, "fork", t_ns, mapping))
 
     def unannounced(self, before_ns: int) -> list[Tracked]:
@@ -308,8 +309,10 @@ class Tracker:
         if space.is_doubted and space.holders:
             self.dirty.setdefault(space.holders[0].id.pid, LIVE)
         if known.is_announced:
-            for mapping in space.files.values():
+            for mapping in space.mappings().values():
                 self.changes.append(self._change(known, False, cause, t_ns, mapping))
+        if not space.holders:
+            space.release()
 
     def _tell(self, space: Space, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
         for holder in space.holders:
@@ -317,9 +320,7 @@ class Tracker:
                 self.changes.append(self._change(holder, is_load, cause, t_ns, mapping))
 
     def _change(self, process: Tracked, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
-        return Change(
-            is_load, cause, t_ns, process.record(), process.kind_of(mapping), mapping.name, tuple(mapping.ranges)
-        )
+        return Change(is_load, cause, t_ns, process.record(), process.kind_of(mapping), *mapping.where)
 
     # ---- readings -----------------------------------------------------------------------------
 
@@ -399,12 +400,11 @@ class Tracker:
         """
         known = self._processes.get(reading.tgid)
         is_known = known is not None and known.id.start_ns == reading.start_ns
-        sketch = Sketch(known.space.files.values() if known is not None and is_known else ())
-        names = ((self._name_of(row), row) for row in reading.maps)
-        read = Sketch.of_rows((name.file_id, row.start, row.end) for name, row in names if name.is_wanted)
+        space = known.space if known is not None and is_known else Space()
+        ranges = space.snapshot(self._found(reading, self._name_of))
         first_after = None
         for record in records:
-            if sketch == read:
+            if ranges.is_same:
                 return record
             if record.t_ns > reading.end_ns:
                 first_after = first_after or record
@@ -413,12 +413,25 @@ class Tracker:
                     return first_after
             if isinstance(record, MapRecord):
                 name = self._name_of(record)
-                sketch.put(name.file_id if name.is_wanted else None, record.start, record.end)
+                ranges.put(name.file_id if name.is_wanted else None, record.start, record.end)
             elif record.type == RecordType.RANGE and isinstance(record, RangeRecord):
-                sketch.put(None, record.start, record.end)
+                ranges.put(None, record.start, record.end)
             elif record.t_ns > reading.end_ns:
                 return first_after
-        return None if sketch == read else first_after
+        return None if ranges.is_same else first_after
+
+    @staticmethod
+    def _found(reading: Reading, name_of: Callable[[MapRecord], Name]) -> Found:
+        """What a reading has of each file that is wanted."""
+        found: Found = {}
+        for row in reading.maps:
+            name = name_of(row)
+            if name.is_wanted:
+                one = found.get(name.file_id)
+                if one is None:
+                    one = found[name.file_id] = Scanned(name, row)
+                one.add(row)
+        return found
 
     def _name_of(self, record: MapRecord) -> Name:
         name = self._names.get(record.key)
@@ -461,11 +474,7 @@ class Tracker:
         if known is not None and known.id.start_ns != reading.start_ns:
             self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)
             known = None
-        found: Found = {}
-        for row in reading.maps:
-            name = self._see(row)
-            if name.is_wanted:
-                found.setdefault(name.file_id, (name, [], row))[1].append((row.start, row.end))
+        found = self._found(reading, self._see)
         if known is None and not found and not (reading.has_strangers and reading.intro):
             if reading.intro is not None:
                 # The kernel will not introduce it again unless it is settled, which may fail.
@@ -498,12 +507,13 @@ class Tracker:
         for holder in old.holders:
             if holder.is_announced:
                 for is_load, ours, theirs in ((False, old, space), (True, space, old)):
-                    for file_id, mapping in ours.files.items():
+                    for file_id, mapping in ours.mappings().items():
                         if file_id not in theirs.files:
                             cause = causes.load if is_load else causes.unload
                             self.changes.append(self._change(holder, is_load, cause, reading.begin_ns, mapping))
             holder.space = space
         space.holders += old.holders
+        old.release()
 
     def _notice_exec(self, process: Tracked, reading: Reading) -> None:
         """If its exec was lost, it shares nobody's space any more."""
@@ -516,7 +526,7 @@ class Tracker:
         """It shares nobody's space any more; what it was told to have there it has not."""
         space = process.space
         if process.is_announced:
-            for mapping in space.files.values():
+            for mapping in space.mappings().values():
                 self.changes.append(self._change(process, False, "repair", process.seen_ns, mapping))
         space.holders.remove(process)
         process.space = Space()
@@ -526,13 +536,12 @@ class Tracker:
     def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
         """Makes the space hold what was found, and tells the difference."""
         space.is_doubted = False
-        for file_id in [one for one in space.files if one not in found]:
-            self._tell(space, False, causes.unload, t_ns, space.files.pop(file_id))
-        for file_id, (name, ranges, row) in found.items():
-            mapping = space.files.get(file_id)
-            if mapping is not None:
-                mapping.ranges = []
-            self._add(space, name, ranges, causes.load, row)
+        gone, came = space.replace(found)
+        for mapping in gone:
+            self._tell(space, False, causes.unload, t_ns, mapping)
+        mappings = space.mappings() if came else {}
+        for one in came:
+            self._tell(space, True, causes.load, one.row.t_ns, mappings[one.name.file_id])
 
     # ---- rules --------------------------------------------------------------------------------
 

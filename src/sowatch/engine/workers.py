@@ -5,6 +5,7 @@ A slow callback delays only its own rule.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -120,9 +121,7 @@ class RuleWorker:
 
     def retry(self, load: LibraryEvent) -> None:
         """Activates the file of a load once more, as its activation has failed. On the engine's thread."""
-        again = LibraryEvent(
-            "activate", load.rule, load.library, load.process, None, load.t_ns, time.time_ns(), load.ranges
-        )
+        again = dataclasses.replace(load, event="activate", cause=None, time_ns=time.time_ns())
         self._subscription.offer(again)
         self._subscription.hand_over()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Self
 
-from sowatch.bpf.records import ROOT, file_id_of
+from sowatch.bpf.records import MAX_FILE_RANGES, ROOT, file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain.audit import Difference
@@ -96,6 +96,14 @@ class Group(NamedTuple):
     def ranges(self) -> tuple[Range, ...]:
         """Their addresses, as pairs of start and end."""
         return tuple((row.start, row.end) for row in self.rows)
+
+    @property
+    def where(self) -> tuple[tuple[Range, ...], int | None]:
+        """The same as events have it: of very many the first, what spans the others, and how many."""
+        ranges = self.ranges
+        if len(ranges) <= MAX_FILE_RANGES:
+            return ranges, None
+        return (ranges[0], (ranges[1][0], ranges[-1][1])), len(ranges)
 
     def shown(self, generation: int | None = None) -> Shown:
         """The file as these rows show it."""
@@ -240,14 +248,17 @@ def group_rows(rows: Iterable[MapRow], root: str) -> tuple[Group, ...]:
 class FilesByAddress:
     """The files that the map has in one process, to be found by what ``/proc`` shows of them."""
 
-    __slots__ = ("_ends", "_spans")
+    __slots__ = ("_ends", "_spans", "_wide")
 
     def __init__(self, process: KnownProcess | None) -> None:
         files = () if process is None else process.files
         # Ranges of one address space do not overlap, so in the order of their ends they begin in order too.
         self._spans = sorted(
-            ((end, start, file) for file in files for start, end in file.ranges), key=lambda span: span[0]
+            ((end, start, file) for file in files if file.range_count is None for start, end in file.ranges),
+            key=lambda span: span[0],
         )
+        # Those that are not all told apart lie around others.
+        self._wide = [file for file in files if file.range_count is not None]
         self._ends = [end for end, _, _ in self._spans]
 
     def find(self, group: Group) -> KnownFile | None:
@@ -260,7 +271,7 @@ class FilesByAddress:
                 file_id = file.name.file_id
                 if file_id.inode == group.inode or (file_id.major, file_id.minor) != (group.major, group.minor):
                     return file
-        return None
+        return next((file for file in self._wide if file.name.file_id.inode == group.inode), None)
 
 
 def verdict_of(verdicts: Iterable[Verdict | None]) -> VerdictAnswer:
@@ -397,6 +408,7 @@ def _mapping(
     rule_answers = answers(rules, path, kind, look.exports)
     seen = _seen(file)
     rule = seen.rule if seen else _winner(rule_answers)
+    ranges, range_count = group.where
     load = None if file is None else file.load
     return MappingReport(
         library=Library(
@@ -410,7 +422,8 @@ def _mapping(
             path_partial=file is not None and file.name.is_partial,
         ),
         id_from=id_from,  # type: ignore[arg-type]
-        ranges=group.ranges,
+        ranges=ranges,
+        range_count=range_count,
         seen=seen,
         rule=rule,
         rules=rule_answers,

@@ -122,9 +122,11 @@ def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Differen
             return set(_all_of(pid, held))
     rows.sort(key=lambda row: row.start)
     ends = [row.end for row in rows]
+    files = {(row.major, row.minor, row.inode) for row in rows}
     found = {
         Difference("extra", pid, one.path, one.file_id.inode, start, end)
         for one in held
+        if one.range_count is None or not any(_could_be(*file, one.file_id) for file in files)
         for start, end in one.ranges
         if not _is_covered(start, end, one.file_id, rows, ends)
     }
@@ -134,12 +136,16 @@ def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Differen
 def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows: Collection[MapRow]) -> set[Difference]:
     """Rows of wanted files that the map does not have."""
     found: set[Difference] = set()
-    ours = sorted(span for one in held for span in one.ranges)
+    ours = sorted(span for one in held if one.range_count is None for span in one.ranges)
     starts = [start for start, _ in ours]
     reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
+    # Of a file with very many ranges the map has the first, and what spans the others.
+    wide = [(one.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
     images = root = None
     for row in rows:
         if row.end <= reach[bisect_right(starts, row.start)]:
+            continue
+        if any(low <= row.start and row.inode == file_id.inode for file_id, low in wide):
             continue
         if root is None:
             root = _root_of(pid, proc)
@@ -169,13 +175,17 @@ def _is_covered(start: int, end: int, file_id: FileId, rows: Sequence[MapRow], e
     at = start
     for number in range(bisect_right(ends, start), len(rows)):
         row = rows[number]
-        # On overlayfs and btrfs the device differs, on overlayfs across layers the inode may too.
-        if row.start > at or (row.inode != file_id.inode and (row.major, row.minor) == (file_id.major, file_id.minor)):
+        if row.start > at or not _could_be(row.major, row.minor, row.inode, file_id):
             return False
         at = row.end
         if at >= end:
             return True
     return False
+
+
+def _could_be(major: int, minor: int, inode: int, file_id: FileId) -> bool:
+    """On overlayfs and btrfs the device differs, on overlayfs across layers the inode may too."""
+    return inode == file_id.inode or (major, minor) != (file_id.major, file_id.minor)
 
 
 def _images(pid: int, proc: ProcFs, rows: Iterable[MapRow]) -> set[MapRow]:

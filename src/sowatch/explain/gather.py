@@ -352,14 +352,16 @@ def _mapped(
             relation = relation_of(facts, group.path, is_deleted=group.is_deleted, is_same_file=is_same)
             if relation is not None:
                 load = None if file is None else file.load
+                ranges, range_count = group.where
                 yield MappedIn(
                     process=record,
                     path=group.path,
                     inode=group.inode,
                     relation=relation,
-                    ranges=group.ranges,
+                    ranges=ranges,
                     in_map=file is not None,
                     seen=None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns),
+                    range_count=range_count,
                 )
 
 

@@ -178,6 +178,7 @@ def _mappings(process: KnownProcess | None, rules: RuleSet, memory: Memory) -> I
             library=library,
             id_from="map",
             ranges=file.ranges,
+            range_count=file.range_count,
             seen=_seen(load),
             rule=load.rule,
             rules=_answers(rules, library.path, library.kind, load.rule),
@@ -202,6 +203,7 @@ def _mapped(process: KnownProcess, ids: Sequence[FileId], path: str) -> Iterator
             inode=library.id.inode,
             relation=relation,
             ranges=file.ranges,
+            range_count=file.range_count,
             in_map=True,
             seen=_seen(load),
         )

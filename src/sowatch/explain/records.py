@@ -137,7 +137,8 @@ class MappingReport:
     """One file that a process has mapped executable, by ``/proc``, and what became of it.
 
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
-    ``rules`` has all answers. ``differences`` are ranges that the map has not.
+    ``rules`` has all answers. ``differences`` are ranges that the map has not. ``ranges`` and
+    ``range_count`` are as in `sowatch.LibraryEvent`.
     """
 
     library: Library
@@ -152,6 +153,7 @@ class MappingReport:
     activations: tuple[tuple[str, str], ...]
     blocked: tuple[Blocked, ...]
     differences: tuple[Difference, ...]
+    range_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,7 @@ class MappedIn:
     ranges: tuple[Range, ...]
     in_map: bool
     seen: Seen | None
+    range_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +290,7 @@ def _mapping(one: MappingReport) -> dict[str, Any]:
         "library": library_dict(one.library),
         "id_from": one.id_from,
         "ranges": ranges_list(one.ranges),
+        **_count(one.range_count),
         "seen": _seen(one.seen),
         "rule": one.rule,
         "rules": [_rule(answer) for answer in one.rules],
@@ -297,6 +301,10 @@ def _mapping(one: MappingReport) -> dict[str, Any]:
         "blocked": [_blocked(block) for block in one.blocked],
         "differences": [_difference(difference) for difference in one.differences],
     }
+
+
+def _count(range_count: int | None) -> dict[str, int]:
+    return {} if range_count is None else {"range_count": range_count}
 
 
 def _path_report(report: PathReport) -> dict[str, Any]:
@@ -330,6 +338,7 @@ def _path_report(report: PathReport) -> dict[str, Any]:
                 "inode": one.inode,
                 "relation": one.relation,
                 "ranges": ranges_list(one.ranges),
+                **_count(one.range_count),
                 "in_map": one.in_map,
                 "seen": _seen(one.seen),
             }

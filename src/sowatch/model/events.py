@@ -91,8 +91,9 @@ class LibraryEvent:
     ``munmap``, ``exec``, ``exit``, ``repair``, ``rules``; of a deactivate on stop: ``stop``.
     ``t_ns`` is the kernel's CLOCK_MONOTONIC of the fact, ``time_ns`` the wall clock in ns since
     the epoch. ``ranges`` are the executable address ranges known at that moment, as
-    ``(start, end)``. ``process`` of an activate is the one that came first; a deactivate has
-    none.
+    ``(start, end)``, and ``range_count`` is None: these are all. Of a file that has more than 256 in
+    one process there are two, the first one and what spans the others, and ``range_count`` is how many
+    there are, at the least. ``process`` of an activate is the one that came first; a deactivate has none.
     """
 
     event: str
@@ -103,6 +104,7 @@ class LibraryEvent:
     t_ns: int | None
     time_ns: int
     ranges: tuple[tuple[int, int], ...] = ()
+    range_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class JsonLines:
         ranges = ""
         if kind == "load":
             ranges = ',"ranges":[' + ",".join([f'["{start:x}","{end:x}"]' for start, end in event.ranges]) + "]"
+            if event.range_count is not None:
+                ranges += f',"range_count":{event.range_count}'
         return (
             f'{{"schema":{SCHEMA},"event":"{kind}","seq":{seq},"time":"{self._stamp}{rest // 1000:06d}Z",'
             f'{t_ns}{cause}"rule":{self._text(event.rule)},{process}'
@@ -280,6 +284,8 @@ def _library_event(head: dict[str, Any], event: LibraryEvent) -> dict[str, Any]:
     head["library"] = library_dict(event.library)
     if event.event == "load":
         head["ranges"] = ranges_list(event.ranges)
+        if event.range_count is not None:
+            head["range_count"] = event.range_count
     return head
 
 

@@ -22,6 +22,7 @@ from sowatch.linux.proc import MapRow, Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
 from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, Report, group, value_bytes
+from sowatch.sources.proc_scan import Listed, listed, with_unlisted
 
 __all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
 
@@ -137,9 +138,11 @@ class OldKernelSource(BpfSource):
         if reading.is_void or reading.intro is None:
             return reading
         found: dict[MapRow, _Answer] = {}
-        rows = self._rows(reading.tgid)
-        if rows is None:
+        all_rows = self._rows(reading.tgid)
+        if all_rows is None:
             return None
+        many = {one.row: one for one in listed(all_rows)}
+        rows = list(many)
         for _ in range(LOOKS):
             directory = self._proc.map_files_dir(reading.tgid)
             for row in rows:
@@ -155,7 +158,7 @@ class OldKernelSource(BpfSource):
         else:
             reading.is_void = len(found) < len(rows)
         if not reading.is_void:
-            self._take(reading, found)
+            self._take(reading, [(many[row], answer) for row, answer in found.items()])
         reading.end_ns = max(reading.end_ns, time.monotonic_ns())
         return reading
 
@@ -163,13 +166,13 @@ class OldKernelSource(BpfSource):
         rows = self._proc.executable_maps(pid)
         return None if isinstance(rows, Miss) else rows
 
-    def _take(self, reading: Reading, found: dict[MapRow, _Answer]) -> None:
+    def _take(self, reading: Reading, found: Sequence[tuple[Listed, _Answer]]) -> None:
         """Turns what was found into the records of a reading; from now on the kernel side knows the ranges, too."""
         intro = reading.intro
         assert intro is not None
         with_images = bool(self._report.value & Report.IMAGES)
-        for row, answer in found.items():
-            record = answer.record
+        for one, answer in found:
+            row, record = one.row, answer.record
             if record is None or answer.is_ignored:
                 continue
             assert isinstance(record.key, bytes)
@@ -180,22 +183,21 @@ class OldKernelSource(BpfSource):
                 if not with_images:
                     continue
                 flags |= FLAG_IMAGE
-            self._object.run("cover", reading.tgid, reading.start_ns, row.start, row.end)
-            reading.maps.append(
-                record._replace(
-                    flags=flags,
-                    tgid=intro.tgid,
-                    tid=intro.tid,
-                    start_ns=intro.start_ns,
-                    t_ns=intro.t_ns,
-                    exec_id=intro.exec_id,
-                    touches=reading.touches,
-                    start=row.start,
-                    end=row.end,
-                    offset_bytes=row.offset_bytes,
-                    comm=intro.comm,
-                )
+            self._object.run("cover", reading.tgid, reading.start_ns, row.start, one.end)
+            record = record._replace(
+                flags=flags,
+                tgid=intro.tgid,
+                tid=intro.tid,
+                start_ns=intro.start_ns,
+                t_ns=intro.t_ns,
+                exec_id=intro.exec_id,
+                touches=reading.touches,
+                start=row.start,
+                end=row.end,
+                offset_bytes=row.offset_bytes,
+                comm=intro.comm,
             )
+            reading.maps.append(with_unlisted(record, one))
         if reading.has_strangers:
             self._object.run("cover", reading.tgid, reading.start_ns, 0, 0)
         elif not reading.maps:

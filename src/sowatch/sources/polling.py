@@ -15,7 +15,7 @@ import stat as file_types
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
@@ -24,7 +24,9 @@ from typing import Final, NamedTuple, Self
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
+    FLAG_DIRTY,
     FLAG_IMAGE,
+    FLAG_MANY,
     MapRecord,
     ProcessRecord,
     RangeRecord,
@@ -38,6 +40,7 @@ from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.sources.core import FILE_KEY, Followed, Losses, Reading, Report, Verdict, Verdicts
 from sowatch.sources.poll_timer import CpuClocks, Rhythm
+from sowatch.sources.proc_scan import listed
 
 __all__ = ["File", "ProcfsSource", "Row", "compare"]
 
@@ -80,11 +83,18 @@ class Row(NamedTuple):
     end: int
     offset_bytes: int
     file: File
+    #: As `sowatch.sources.proc_scan.Listed` has it: not None if this row stands for more than itself.
+    unlisted: int | None = None
 
     @property
-    def what(self) -> tuple[int, int, bytes]:
+    def what(self) -> tuple[int, int, bytes, int | None]:
         """The same for two rows of which one can be said to be the other: the name may change."""
-        return self.start, self.end, self.file.key[IDENTITY]
+        return self.start, self.end, self.file.key[IDENTITY], self.unlisted
+
+
+def _is_wide(rows: Iterable[Row]) -> bool:
+    """Whether one of them stands for more than itself: then it overlaps others, and says not where there is nothing."""
+    return any(row.unlisted is not None for row in rows)
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], list[tuple[int, int]]]:
@@ -99,7 +109,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], lis
     gone = []
     for row in before:
         at = row.start
-        for other in after[bisect_right(ends, at) :]:
+        for number in range(bisect_right(ends, at), len(after)):
+            other = after[number]
             if other.start >= row.end:
                 break
             if other.start > at:
@@ -351,7 +362,10 @@ class ProcfsSource:
             view = blake2b(os.readlink(base + b"/ns/mnt") + b"\0" + root, digest_size=16).digest()
         except OSError:
             root, view = b"/", blake2b(base, digest_size=16).digest()  # nobody else's
-        return [Row(row.start, row.end, row.offset_bytes, self._file(row, root, view)) for row in rows]
+        return [
+            Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
+            for one in listed(rows)
+        ]
 
     def _file(self, row: MapRow, root: bytes, view: bytes) -> File:
         name = row._replace(start=0, end=0, perms="", offset_bytes=0)
@@ -377,8 +391,11 @@ class ProcfsSource:
         """As a fork if it has all that its parent has and runs the same program; what it has more was mapped."""
         rows: Sequence[Row] = process.rows
         if parent is not None and parent.intro is not None and parent.stat.image == process.stat.image:
-            more, gone = compare(parent.rows, process.rows)
-            if not gone and (intro := self._introduction(process, RecordType.FORK, parent)):
+            # Of rows that stand for more than themselves it cannot be said what went.
+            is_wide = _is_wide(parent.rows) or _is_wide(process.rows)
+            more, gone = compare(parent.rows, process.rows) if not is_wide else ([], [])
+            is_alike = {row.what for row in parent.rows} == {row.what for row in process.rows} if is_wide else not gone
+            if is_alike and (intro := self._introduction(process, RecordType.FORK, parent)):
                 process.rows = _with_old_names(parent.rows, process.rows)
                 process.intro, process.touches = intro, 1
                 records.append(intro)
@@ -393,11 +410,22 @@ class ProcfsSource:
             self._tell_maps(found, found.rows, records)
             return
         found.rows, found.intro, found.touches = _with_old_names(known.rows, found.rows), known.intro, known.touches
+        if _is_wide(known.rows) or _is_wide(found.rows):
+            if {row.what for row in known.rows} != {row.what for row in found.rows}:
+                if found.intro is not None:
+                    self._tell_dirty(found, records)
+                else:
+                    self._tell_maps(found, found.rows, records)
+            return
         added, gone = compare(known.rows, found.rows)
         self._tell_maps(found, added, records)
         if found.intro is not None:
             for start, end in gone:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
+
+    def _tell_dirty(self, process: _Process, records: list[Record]) -> None:
+        """What has changed is told by a scan."""
+        records.append(self._range_record(process, RecordType.DIRTY, 0, 0)._replace(flags=FLAG_DIRTY))
 
     def _tell_maps(self, process: _Process, rows: Sequence[Row], records: list[Record]) -> None:
         wanted = [row for row in rows if self._verdicts.get(row.file.key) is not False]
@@ -410,7 +438,10 @@ class ProcfsSource:
                 return
             records.append(process.intro)
         process.touches += 1
-        records += [self._map_record(process, row) for row in wanted]
+        if _is_wide(rows):
+            self._tell_dirty(process, records)
+        else:
+            records += [self._map_record(process, row) for row in wanted]
 
     def _tell_end(self, process: _Process, kind: int, records: list[Record]) -> None:
         if process.intro is not None:
@@ -434,9 +465,12 @@ class ProcfsSource:
         flags = file.flags | (FLAG_IMAGE if process.is_image(row) else 0)
         if file.key not in self._verdicts:
             flags |= FLAG_ASK
+        offset_bytes = row.offset_bytes
+        if row.unlisted is not None:
+            flags, offset_bytes = flags | FLAG_MANY, row.unlisted
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
-            process.touches, file.key, row.start, row.end, row.offset_bytes, file.since_ns, process.stat.comm,
+            process.touches, file.key, row.start, row.end, offset_bytes, file.since_ns, process.stat.comm,
             file.mode, len(file.text), file.text,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ other, and the process is read. All times and orders are the kernel's.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from errno import ENOENT, EXDEV
 from importlib.resources import files
@@ -23,6 +24,7 @@ from sowatch.bpf.records import (
     FLAG_IMAGE,
     FLAG_NARROW,
     FLAG_SHARED_VM,
+    MAX_FILE_RANGES,
     ProcessRecord,
     RangeRecord,
     Record,
@@ -30,7 +32,7 @@ from sowatch.bpf.records import (
     parse,
 )
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc import MapRow, Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.sources.core import LOST, Followed, Losses, Reading, Report, Verdict
@@ -180,7 +182,12 @@ class PrebuiltSource:
         known = self._known.get(seen.tgid)
         if known is None or known.start_ns != look.stat.start_ns:
             known = self._known[seen.tgid] = _Known(look.stat.start_ns)
-        rows = [row for row in look.rows if row.start < seen.end and row.end > seen.start]
+        # By address, as maps is; of many the records would be more than a scan has.
+        first = bisect_right(look.rows, seen.start, key=_end_of)
+        rows = look.rows[first : bisect_left(look.rows, seen.end, first, key=_start_of)]
+        if len(rows) > MAX_FILE_RANGES:
+            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+            return
         if not rows:
             self._unresolved += 1
             yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
@@ -397,6 +404,14 @@ class _Ignored:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _start_of(row: MapRow) -> int:
+    return row.start
+
+
+def _end_of(row: MapRow) -> int:
+    return row.end
 
 
 def _see_nothing(_: int) -> None:

@@ -14,11 +14,20 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from sowatch.bpf.records import FLAG_DELETED, FLAG_IMAGE, MapRecord, ProcessRecord, RecordType, text_of
+from sowatch.bpf.records import (
+    FLAG_DELETED,
+    FLAG_IMAGE,
+    FLAG_MANY,
+    MAX_FILE_RANGES,
+    MapRecord,
+    ProcessRecord,
+    RecordType,
+    text_of,
+)
 from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat, seen_path
 from sowatch.sources.core import Reading
 
-__all__ = ["Look", "ProcReader"]
+__all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
 
 #: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
 _KEY: Final = struct.Struct("=QQIIQQQQII")
@@ -39,6 +48,41 @@ class Look(NamedTuple):
     rows: list[MapRow]
     begin_ns: int
     end_ns: int
+
+
+class Listed(NamedTuple):
+    """A row that is listed, up to ``end``; ``unlisted`` of its file stand between it and that, None if none can."""
+
+    row: MapRow
+    end: int
+    unlisted: int | None = None
+
+
+def listed(rows: Sequence[MapRow]) -> list[Listed]:
+    """The rows of one process without those that are too many of one file.
+
+    Of a file with more than `MAX_FILE_RANGES` the first two are left, and the second stands for all after it.
+    """
+    if len(rows) <= MAX_FILE_RANGES:
+        return [Listed(row, row.end) for row in rows]
+    files: dict[tuple[int, int, int, bytes, bool], list[MapRow]] = {}
+    for row in rows:
+        files.setdefault((row.major, row.minor, row.inode, row.path, row.is_deleted), []).append(row)
+    found: list[Listed] = []
+    for ours in files.values():
+        if len(ours) <= MAX_FILE_RANGES:
+            found += [Listed(row, row.end) for row in ours]
+        else:
+            found += [Listed(ours[0], ours[0].end), Listed(ours[1], max(row.end for row in ours), len(ours) - 2)]
+    found.sort(key=lambda one: one.row.start)
+    return found
+
+
+def with_unlisted(record: MapRecord, one: Listed) -> MapRecord:
+    """The record of a row that is listed."""
+    if one.unlisted is None:
+        return record
+    return record._replace(flags=record.flags | FLAG_MANY, end=one.end, offset_bytes=one.unlisted)
 
 
 class ProcReader:
@@ -74,12 +118,14 @@ class ProcReader:
         if look.rows:
             reading.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
             view = self.view_of(pid)
-            images = self.images(pid, look.rows)
-            for row in look.rows:
-                if row not in images:
-                    reading.maps.append(self.map_record(look.stat, view, row, t_ns=look.end_ns))
-                elif with_images:
-                    reading.maps.append(self.map_record(look.stat, view, row, t_ns=look.end_ns, flags=FLAG_IMAGE))
+            rows = listed(look.rows)
+            images = self.images(pid, [one.row for one in rows])
+            for one in rows:
+                is_image = one.row in images
+                if with_images or not is_image:
+                    flags = FLAG_IMAGE if is_image else 0
+                    record = self.map_record(look.stat, view, one.row, t_ns=look.end_ns, flags=flags)
+                    reading.maps.append(with_unlisted(record, one))
         return reading
 
     def view_of(self, pid: int) -> View:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from sowatch.engine.activation import FileRegistry
+from sowatch.engine.address_space import Mapping
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
@@ -40,6 +41,7 @@ from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
 from sowatch.model.histogram import RuleTimings
+from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import EventSource, Losses
 from sowatch.sources.select import open_source
@@ -56,6 +58,7 @@ WORKER_STOP_S = 1.0
 class Mapped:
     """One library in one process, as the map has it. ``ranges`` are executable address ranges.
 
+    Where ``range_count`` is not None there are that many at the least, see `sowatch.LibraryEvent`.
     ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was told, so
     what was there before the watch has the time at which that found it, and the cause ``snapshot``.
     """
@@ -66,6 +69,7 @@ class Mapped:
     ranges: tuple[tuple[int, int], ...]
     cause: str | None = None
     time_ns: int = 0
+    range_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,24 +286,26 @@ class Watcher:
             with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
                 whoever looks again and again.
         """
-        ranges = {}
+        now: dict[ProcessId, dict[FileId, Mapping]] = {}
         if with_ranges and self.ready is not None:
             # The watch may end at any moment.
             with contextlib.suppress(SowatchError):
                 engine = self._running_engine()
-                ranges = engine.ask(engine.ranges, settled=False)
+                now = engine.ask(engine.mappings, settled=False)
         return [
             Mapped(
                 event.process,
                 event.library,
                 event.rule,
-                ranges.get(process, {}).get(file, event.ranges),
+                where.ranges,
                 event.cause,
                 event.time_ns,
+                where.range_count,
             )
             for process, files in self._publisher.held_copy().items()
             for file, event in files.items()
             if event.process is not None
+            for where in [now.get(process, {}).get(file, event)]
         ]
 
     def audit(self) -> AuditReport:

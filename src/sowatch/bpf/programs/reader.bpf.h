@@ -15,6 +15,7 @@ struct reader {
 	__u32 is_again; /* skipped, and to be read again */
 	__u32 visit_sent;
 	__u32 visit_flags;
+	__u32 rows; /* map records of this visit */
 };
 
 struct {
@@ -23,6 +24,49 @@ struct {
 	__type(key, __u32);
 	__type(value, struct reader);
 } reader_state SEC(".maps");
+
+#ifndef OLD_KERNEL
+/* How many ranges of a file a visit has met, once it has listed so many that one file may have too many. */
+struct listed {
+	__u64 run;
+	__u32 tid;
+	__u32 count;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct file_key);
+	__type(value, struct listed);
+} listed_files SEC(".maps");
+
+/*
+ * The file's entry if this visit has listed many ranges; NULL: list it. A process may have as many ranges as it
+ * likes (vm.max_map_count), and each costs user space fifty times what it costs here. So once a process has had
+ * MAX_FILE_RANGES rows, of each file as many more are listed, and then each MAX_FILE_RANGES-th. An entry that was dropped for want of room
+ * begins anew: then more are listed.
+ */
+static __noinline struct listed *count_of(struct reader *reader, const struct file_key *key)
+{
+	struct listed fresh = {}, *entry;
+
+	if (!reader || !key || reader->rows < MAX_FILE_RANGES)
+		return NULL;
+	entry = bpf_map_lookup_elem(&listed_files, key);
+	if (!entry) {
+		bpf_map_update_elem(&listed_files, key, &fresh, BPF_ANY);
+		entry = bpf_map_lookup_elem(&listed_files, key);
+		if (!entry)
+			return NULL;
+	}
+	if (entry->run != reader->run || entry->tid != reader->tid) {
+		entry->run = reader->run;
+		entry->tid = reader->tid;
+		entry->count = 0;
+	}
+	return entry;
+}
+#endif
 
 static __always_inline __u32 state_of(struct task_struct *task)
 {
@@ -50,6 +94,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	reader->tgid = tgid;
 	reader->tid = tid;
 	reader->visit_sent = 0;
+	reader->rows = 0;
 	reader->visit_flags = narrow_flag(task);
 	/*
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
@@ -128,6 +173,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	bool introduces = false;
 	struct file_key key = {};
 	enum verdict verdict;
+	struct listed *listed;
 	struct file *file;
 	__u64 start, end, offset_bytes;
 
@@ -192,8 +238,21 @@ int read_mappings(struct bpf_iter__task_vma *context)
 			return 0;
 		add_shared_range(process, start, end);
 	}
+	listed = count_of(reader, &key);
+	if (listed && listed->count >= MAX_FILE_RANGES) {
+		if (listed->count % MAX_FILE_RANGES) {
+			listed->count++;
+			goto introduced;
+		}
+		flags |= FLAG_MANY;
+		offset_bytes = listed->count == MAX_FILE_RANGES ? 0 : MAX_FILE_RANGES - 1;
+	}
 	if (!send_map(SCRATCH_READER, seq, task, process, file, &key, start, end, offset_bytes, flags))
 		return 0;
+	reader->rows++;
+	if (listed)
+		listed->count++;
+introduced:
 	introduces = true;
 shown:
 	if (process && introduces)

@@ -13,6 +13,8 @@
 #define PATH_TEXT_BYTES 4096
 #define CGROUP_TEXT_BYTES 1024
 #define NAME_BYTES 256
+/* So many ranges of one file in one process are listed, and kept by user space. */
+#define MAX_FILE_RANGES 256
 
 enum record_type {
 	RECORD_MAP = 1,   /* map_record: a file was mapped executable */
@@ -38,6 +40,9 @@ enum record_flag {
 	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
 	FLAG_AGAIN = 1 << 8,     /* of a visit: in the middle of an exec; read it again */
 	FLAG_THROTTLED = 1 << 9, /* of a dirty record: it said too much; some of it was dropped */
+	/* Of a scan's map record: before it, and perhaps after it, stand ranges of the file that are not
+	 * listed; offset_bytes says how many there are between it and the record before. */
+	FLAG_MANY = 1 << 10,
 };
 
 enum verdict {

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_DIRTY
-from sowatch.engine.address_space import subtract
 from sowatch.engine.table import Causes, Tracker
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, Proc
@@ -242,17 +241,6 @@ def test_a_child_whose_parent_was_settled_keeps_what_its_fork_said(tracker):
 # ---- ranges: compared with a set of pages -------------------------------------------------------
 
 pages = st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda at: (at[0], at[0] + at[1]))
-
-
-@settings(max_examples=200, derandomize=True)
-@given(st.lists(pages, max_size=6), pages)
-def test_subtract_leaves_exactly_the_pages_outside(ranges, hole):
-    left = subtract(ranges, *hole)
-    assert all(start < end for start, end in left)
-    for page in range(45):
-        covered = sum(start <= page < end for start, end in ranges)
-        expected = 0 if hole[0] <= page < hole[1] else covered
-        assert sum(start <= page < end for start, end in left) == expected
 
 
 @settings(max_examples=200, derandomize=True)
