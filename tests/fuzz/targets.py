@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Final
 
 from sowatch.linux.cgroups import parse_cgroup
-from sowatch.linux.elf import ElfError, ElfLimits, read_exports, read_facts, symbol_offsets
+from sowatch.linux.elf import read_facts
+from sowatch.linux.elf_file import ElfError, ElfLimits
+from sowatch.linux.elf_symbols import read_exports, symbol_offsets
 from sowatch.linux.proc import executable_maps, parse_maps, parse_stat, parse_status
 from sowatch.model.escape import visible
 
 __all__ = ["TARGETS", "elf", "maps"]
 
 #: Low, so that an input that makes us read and read is a fault and not a slow input.
-LIMITS: Final = ElfLimits(read_bytes=1 << 20, symbols=20_000)
+LIMITS: Final = ElfLimits(read_bytes=1 << 20)
 #: What may be allocated or returned of an input at most, whatever it claims.
 MAX_NAMES: Final = 20_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from sowatch import EnvironmentFault, Rule
+from sowatch.explain import ProcessReport
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import LibraryEvent
 from sowatch.watcher.watcher import ActiveFile
+from support.elf_files import Made, Sym
 from support.kernel import IN_OWN_MOUNTS, TAG, Calls, Ledger, different, digest, with_prelude
 from support.programs import Mapper
 
@@ -270,6 +273,44 @@ def test_a_rule_on_exports_wants_the_files_that_export_all_of_them(
     mapper.map(both)
     ledger.wait_load(mapper.pid, both.stat().st_ino)
     assert ledger.story(mapper.pid, one.stat().st_ino) == []
+
+
+def test_a_rule_on_exports_finds_a_name_in_a_symbol_table_of_any_size(
+    open_ledger: OpenLedger, start: Start, tmp_path: Path
+) -> None:
+    made = Made()
+    made.symbols = [Sym(b"f%d" % number) for number in range(310_000)]
+    made.buckets = 100_003
+    last = made.sorted_symbols()[-1].name.decode()
+    large = tmp_path / "liblarge.so"
+    large.write_bytes(made.data())
+    ledger = open_ledger(Rule(re.escape(str(tmp_path)), exports=[last], name="last"))
+    mapper = start()
+    mapper.map(large)
+    assert ledger.wait_load(mapper.pid, large.stat().st_ino).rule == "last"
+    assert ledger.watcher.stats.partial == 0
+
+
+def test_a_search_of_exports_that_is_given_up_is_counted_and_explained(
+    open_ledger: OpenLedger, start: Start, tmp_path: Path
+) -> None:
+    made = Made()
+    made.gnu["values"] = [1 << 30] * 3
+    lying = tmp_path / "liblying.so"
+    lying.write_bytes(made.data())
+    ledger = open_ledger(
+        Rule(re.escape(str(tmp_path)), exports=["made_read"], name="read"),
+        Rule(re.escape(str(tmp_path)), name="rest"),
+    )
+    mapper = start()
+    mapper.map(lying)
+    assert ledger.wait_load(mapper.pid, lying.stat().st_ino).rule == "rest"
+    assert ledger.watcher.stats.partial == 1
+    report = ledger.watcher.explain(mapper.pid)
+    assert isinstance(report, ProcessReport)
+    (mapping,) = [one for one in report.mappings if one.library.path == str(lying)]
+    assert (mapping.look.elf, mapping.look.reason) == ("partial", "its hash table ends outside the file")
+    assert mapping.rules[0].why == "exports_given_up"
 
 
 def test_only_the_chosen_processes_are_told_of(open_ledger: OpenLedger, start: Start, library: NewLibrary) -> None:

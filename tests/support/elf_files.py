@@ -21,6 +21,7 @@ __all__ = [
     "Made",
     "Sym",
     "gnu_hash",
+    "old_hash",
 ]
 
 GLOBAL, WEAK, LOCAL, UNIQUE = 1, 2, 0, 10
@@ -49,6 +50,16 @@ def gnu_hash(name: bytes) -> int:
     return value
 
 
+def old_hash(name: bytes) -> int:
+    """As the gABI has it."""
+    value = 0
+    for byte in name:
+        value = (value << 4) + byte
+        high = value & 0xF0000000
+        value = (value ^ high >> 24) & ~high
+    return value
+
+
 class Made:
     """An ELF shared object put together field by field; every field can be spoiled before `data`."""
 
@@ -70,6 +81,10 @@ class Made:
         self.phnum: int | None = None
         self.gnu: dict[str, Any] = {}
         self.buckets = 3
+        self.old_buckets = 1
+        #: Section headers for the notes and the dynamic section (kind -> fields to override); none if None.
+        self.sections: dict[int, dict[str, int]] | None = None
+        self.build_id_in_section: bytes | None = None  # by a section of its own, which no program header covers
 
     def words(self, *values: int) -> bytes:
         return struct.pack(f"{self.order}{len(values)}I", *values)
@@ -111,9 +126,15 @@ class Made:
             self.words(*head) + self.addresses(2**self.bits - 1) + self.words(*buckets, *self.gnu.get("chain", chain))
         )
 
-    def old_table(self, count: int) -> bytes:
-        # One bucket, one chain: only the number of symbols is looked at. 64-bit words on s390x.
-        values = (1, self.gnu.get("count", count), 1, *range(2, count), 0, 0)
+    def old_table(self, ordered: list[Sym]) -> bytes:
+        count = len(ordered) + 1
+        # 64-bit words on s390x.
+        buckets, chain = [0] * self.old_buckets, [0] * count
+        for at, one in reversed(list(enumerate(ordered, 1))):
+            bucket = old_hash(one.name) % self.old_buckets
+            chain[at], buckets[bucket] = buckets[bucket], at
+        chain = self.gnu.get("old_chain", chain)
+        values = (self.old_buckets, self.gnu.get("count", count), *buckets, *chain)
         return self.addresses(*values) if self.machine == 22 else self.words(*values)
 
     def data(self) -> bytes:
@@ -145,10 +166,19 @@ class Made:
         if "gnu" in self.hashes:
             tags[0x6FFFFEF5] = BASE + put(self.gnu_table(ordered))
         if "old" in self.hashes:
-            tags[4] = BASE + put(self.old_table(len(ordered) + 1))
+            tags[4] = BASE + put(self.old_table(ordered))
         tags |= self.tags
         dynamic = self.addresses(*(word for tag in [*self.first_tags, *tags.items()] for word in tag), 0, 0)
         at["dynamic"] = put(dynamic)
+        rows = [(0, 0, 0, 0), (7, at["notes"], len(notes), self.note_align), (6, at["dynamic"], len(dynamic), 8)]
+        if self.build_id_in_section is not None:
+            note = self.note(b"GNU\0", 3, self.build_id_in_section)
+            rows.append((7, put(note), len(note), self.note_align))
+        shoff = 0
+        if self.sections is not None:
+            names = ("kind", "offset", "size", "align")
+            listed = [dict(zip(names, row, strict=True)) | self.sections.get(row[0], {}) for row in rows]
+            shoff = put(b"".join(self.section(**one) for one in listed))
         size = start + len(body)
         places = [(1, 5, 0, size, 4096), (2, 4, at["dynamic"], len(dynamic), 8)]
         places += [(4, 4, at["notes"], len(notes), self.note_align)]
@@ -158,18 +188,25 @@ class Made:
         ]
         segments = [{**one, **self.segments.get(one["kind"], {})} for one in segments]
         segments = [*self.segments_before, *segments, *self.segments_behind]
-        head = self.header(len(segments)) + b"".join(self.segment(**one) for one in segments)
+        head = self.header(len(segments), shoff, len(rows) if shoff else 0) + b"".join(
+            self.segment(**one) for one in segments
+        )
         return head.ljust(start, b"\xcc") + bytes(body)
 
-    def header(self, count: int) -> bytes:
+    def header(self, count: int, shoff: int, sections: int) -> bytes:
         ident = b"\x7fELF" + bytes([self.bits // 32, 1 if self.order == "<" else 2, 1]) + bytes(9)
         kinds, size, segment = ("HHIQQQIHHHHHH", 64, 56) if self.bits == 64 else ("HHIIIIIHHHHHH", 52, 32)
         segment = segment if self.phentsize is None else self.phentsize
         count = count if self.phnum is None else self.phnum
-        fields = (3, self.machine, 1, 0, size, 0, 0, size, segment, count, 0, 0, 0)
+        section = (64 if self.bits == 64 else 40) if shoff else 0
+        fields = (3, self.machine, 1, 0, size, shoff, 0, size, segment, count, section, sections, 0)
         return ident + struct.pack(self.order + kinds, *fields)
 
     def segment(self, *, kind: int, flags: int, offset: int, vaddr: int, filesz: int, align: int) -> bytes:
         if self.bits == 64:
             return struct.pack(self.order + "IIQQQQQQ", kind, flags, offset, vaddr, 0, filesz, filesz, align)
         return struct.pack(self.order + "IIIIIIII", kind, offset, vaddr, 0, filesz, filesz, flags, align)
+
+    def section(self, *, kind: int, offset: int, size: int, align: int) -> bytes:
+        layout = "IIQQQQIIQQ" if self.bits == 64 else "IIIIIIIIII"
+        return struct.pack(self.order + layout, 0, kind, 0, BASE + offset, offset, size, 0, 0, align, 0)

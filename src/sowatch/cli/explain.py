@@ -18,7 +18,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
             the real device below overlayfs and btrfs)
     seen    null, or rule, cause, t_ns, time of the load event
     rule    the one that wants it, or null; rules: rule, wants, missing exports, and why not:
-            pattern, kind, exports, exports_unknown, earlier_rule
+            pattern, kind, exports, exports_unknown, exports_given_up, earlier_rule
     untold  why no load was told: no_rule, not_selected, passing (vfork), awaiting_facts,
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
@@ -80,6 +80,7 @@ _WHY: Final = {
     "kind": "it takes other kinds of files",
     "exports": "the file does not export",
     "exports_unknown": "what the file exports cannot be read",
+    "exports_given_up": "the search of its symbols was given up before it found",
     "earlier_rule": "an earlier rule has it",
 }
 _UNTOLD: Final = {

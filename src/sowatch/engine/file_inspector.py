@@ -18,7 +18,9 @@ from typing import Final, NamedTuple
 from cachetools import LRUCache
 
 from sowatch.engine.address_space import Change, Name
-from sowatch.linux.elf import ElfError, read_exports, read_facts
+from sowatch.linux.elf import read_facts
+from sowatch.linux.elf_file import ElfError
+from sowatch.linux.elf_symbols import ExportSearch, search_exports
 from sowatch.linux.openat import open_below, shows_real_inode
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
@@ -38,12 +40,16 @@ Version = tuple[FileId, int]
 
 
 class FileFacts(NamedTuple):
-    """What a file says of itself. ``is_elf`` is None if it could not be read; ``exports`` if not asked for."""
+    """What a file says of itself. ``is_elf`` is None if it could not be read; ``exports`` if not asked for.
+
+    ``is_partial``: something was given up, because the file contradicts itself or passes a limit of work.
+    """
 
     is_elf: bool | None = None
     build_id: str | None = None
     soname: str | None = None
     exports: frozenset[str] | None = None
+    is_partial: bool = False
 
 
 class Inspection:
@@ -172,20 +178,26 @@ class Inspector:
             facts = read_facts(fd)
             if facts is None:
                 return FileFacts(is_elf=False)
-            return FileFacts(facts.is_elf, facts.build_id, facts.soname, self._exports_of(fd) if facts.is_elf else None)
+            search = self._search_exports(fd) if facts.is_elf else None
+            return FileFacts(
+                facts.is_elf,
+                facts.build_id,
+                facts.soname,
+                None if search is None else search.found,
+                facts.is_partial or (search is not None and search.gave_up is not None),
+            )
         except ElfError:
             return FileFacts()  # it could not be read, and may be tried again
         finally:
             os.close(fd)
 
-    def _exports_of(self, fd: int) -> frozenset[str] | None:
+    def _search_exports(self, fd: int) -> ExportSearch | None:
         if not self._exports:
             return None
         try:
-            return read_exports(fd, self._exports)
-        except ElfError as error:
-            # A file that lies exports nothing; one that could not be read may do so yet.
-            return frozenset() if error.errno is None else None
+            return search_exports(fd, self._exports)
+        except ElfError:
+            return None  # the kernel could not read it, and may do so yet
 
 
 def open_mapped(

@@ -71,6 +71,7 @@ class Publisher:
         self.unloads = 0
         self.events = 0
         self.unresolved = 0
+        self.partial = 0
         self.lost_in_queues = 0
 
     # ---- subscriptions ------------------------------------------------------------------------
@@ -270,6 +271,7 @@ class Publisher:
         if kind == "library" and (facts.is_elf is False or (name.is_anonymous and not facts.is_elf)):
             kind = "other"
         rule = self._rules.match(name.path, kind, facts.exports)
+        self.partial += facts.is_partial
         process = change.process
         held = self._held.get(process.id, {}).get(name.file_id)
         if held is not None:

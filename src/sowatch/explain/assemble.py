@@ -198,7 +198,9 @@ class PathFacts:
 # ---- rules --------------------------------------------------------------------------------------
 
 
-def answers(rules: RuleSet, path: str, kind: str, exports: frozenset[str] | None) -> tuple[RuleAnswer, ...]:
+def answers(
+    rules: RuleSet, path: str, kind: str, exports: frozenset[str] | None, *, gave_up_exports: bool = False
+) -> tuple[RuleAnswer, ...]:
     """What each rule says of a file, in order; at most one wants it. As `sowatch.model.rules.RuleSet.match`.
 
     >>> from sowatch.model.rules import Rule
@@ -218,7 +220,7 @@ def answers(rules: RuleSet, path: str, kind: str, exports: frozenset[str] | None
         elif rule.exports and exports is None:
             why = "exports_unknown"
         elif rule.exports and not rule.exports <= (exports or frozenset()):
-            why = "exports"
+            why = "exports_given_up" if gave_up_exports else "exports"
             missing = tuple(sorted(rule.exports - (exports or frozenset())))
         elif is_settled:
             why = "earlier_rule"
@@ -405,7 +407,7 @@ def _mapping(
         file_id, id_from = found.pop(), "verdict"
     path = group.path if file is None else file.name.path
     kind = _kind_of(group, facts, file, look)
-    rule_answers = answers(rules, path, kind, look.exports)
+    rule_answers = answers(rules, path, kind, look.exports, gave_up_exports=look.gave_up_exports)
     seen = _seen(file)
     rule = seen.rule if seen else _winner(rule_answers)
     ranges, range_count = group.where
@@ -523,7 +525,7 @@ def path_report(
         rules: the watch's.
     """
     kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
-    rule_answers = answers(rules, facts.resolved, kind, look.exports)
+    rule_answers = answers(rules, facts.resolved, kind, look.exports, gave_up_exports=look.gave_up_exports)
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}
     shown = facts.shown

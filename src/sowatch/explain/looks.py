@@ -19,7 +19,9 @@ from typing import Final, NamedTuple, Self, TypeVar
 
 from sowatch.engine.file_inspector import OPEN_FLAGS
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
-from sowatch.linux.elf import ElfError, read_exports, read_facts
+from sowatch.linux.elf import read_facts
+from sowatch.linux.elf_file import ElfError
+from sowatch.linux.elf_symbols import search_exports
 from sowatch.linux.openat import open_below
 from sowatch.linux.proc import Miss, ProcFs
 
@@ -235,11 +237,13 @@ def _read(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> F
         return FileLook("not_elf", None, by, tries, exports=frozenset(), generation=generation)
     exports: frozenset[str] | None = frozenset()
     reason = "it contradicts itself, or passes a limit" if facts.is_partial else None
+    has_given_up = False
     try:
-        exports = read_exports(fd, wanted) if wanted else frozenset()
+        exports, gave_up = search_exports(fd, wanted) if wanted else (frozenset(), None)
+        has_given_up = gave_up is not None
+        reason = gave_up or reason
     except ElfError as error:
-        # As the inspector has it: a file that lies exports nothing, one that could not be read may do so yet.
-        exports = frozenset() if error.errno is None else None
+        exports = None  # it could not be read, and may be tried again, as the inspector has it
         reason = error.reason
     elf: ElfState = "partial" if reason else "elf"
-    return FileLook(elf, reason, by, tries, facts.build_id, facts.soname, exports, generation)
+    return FileLook(elf, reason, by, tries, facts.build_id, facts.soname, exports, generation, has_given_up)

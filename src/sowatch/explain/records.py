@@ -33,8 +33,9 @@ __all__ = [
 
 Range: TypeAlias = tuple[int, int]
 
-#: Why a rule does not want a file; ``earlier_rule``: it would, but the first that does wins.
-Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "earlier_rule"]
+#: Why a rule does not want a file; ``earlier_rule``: it would, but the first that does wins; ``exports_given_up``: some
+#: were not found, and the search was given up because the file contradicts itself or passes the limit of work.
+Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "exports_given_up", "earlier_rule"]
 #: Why no load is told of a mapping: no rule wants it; the watch was narrowed down to other processes;
 #: a vfork child that is only passing through; its file's facts are still being read; it was there
 #: before a watch that was told to leave that out; its exports could not be read when it was loaded;
@@ -98,7 +99,8 @@ class Try:
 class FileLook:
     """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown.
 
-    ``generation`` is what its file system says of the inode, None if it does not tell.
+    ``generation`` is what its file system says of the inode, None if it does not tell. ``gave_up_exports``: the search
+    for some was given up, ``reason`` says why.
     """
 
     elf: ElfState
@@ -109,6 +111,7 @@ class FileLook:
     soname: str | None = None
     exports: frozenset[str] | None = None
     generation: int | None = None
+    gave_up_exports: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,12 @@ REREADS: Final = _define(
 UNRESOLVED: Final = _define(
     "counter", "watcher.unresolved", "Loads that a rule on exports could not judge, because the file was not readable."
 )
+PARTIAL: Final = _define(
+    "counter",
+    "watcher.partial",
+    "Loads of files that contradict themselves or pass a limit of work, so that build id, soname or exports may be "
+    "missing.",
+)
 CALLBACK_ERRORS: Final = _define("counter", "watcher.callback_errors", "Exceptions that callbacks of rules raised.")
 AUDITS: Final = _define("counter", "audit.runs", "Comparisons of the map with /proc that ran to their end.")
 AUDIT_DIFFERENCES: Final = _define("gauge", "audit.differences", "Differences that the last comparison found.")

@@ -30,6 +30,7 @@ _COUNTERS: Final = {
     "repairs": names.REPAIRS,
     "rereads": names.REREADS,
     "unresolved": names.UNRESOLVED,
+    "partial": names.PARTIAL,
     "callback_errors": names.CALLBACK_ERRORS,
     "audits": names.AUDITS,
 }

@@ -83,7 +83,8 @@ class Stats:
     interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
     the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
     end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
-    at ``/proc`` as it is now, None with a strategy that does not poll.
+    at ``/proc`` as it is now, None with a strategy that does not poll. ``partial`` are loads of files that contradict
+    themselves or pass a limit of work, so that facts or exports may be missing.
     """
 
     processes: int
@@ -104,6 +105,7 @@ class Stats:
     audits: int
     audit_differences: int
     poll_interval_s: float | None = None
+    partial: int = 0
 
 
 class Watcher:
@@ -554,6 +556,7 @@ class Watcher:
             audits=self._audits,
             audit_differences=self._audit_differences,
             poll_interval_s=None if engine is None else engine.poll_interval_s,
+            partial=self._publisher.partial,
         )
 
     @property

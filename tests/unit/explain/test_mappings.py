@@ -47,6 +47,16 @@ def test_each_rule_says_why_it_does_not_want_a_file() -> None:
     assert found[2].missing == ("SSL_read", "SSL_write")
 
 
+def test_a_search_of_exports_that_was_given_up_is_told_from_one_that_found_nothing() -> None:
+    rules = RuleSet([Rule(name="tls", exports=("SSL_read", "SSL_new")), Rule(None, name="all")])
+    found = answers(rules, LIBRARY, "library", frozenset({"SSL_new"}), gave_up_exports=True)
+    # The watch goes on to the next rule, as with exports that are missing.
+    assert [(one.wants, one.why, one.missing) for one in found] == [
+        (False, "exports_given_up", ("SSL_read",)),
+        (True, None, ()),
+    ]
+
+
 def test_a_rule_whose_exports_are_unknown_stands_before_all_that_follow() -> None:
     rules = RuleSet([Rule(name="tls", exports=("SSL_read",)), Rule(None, name="all")])
     assert [one.why for one in answers(rules, LIBRARY, "library", None)] == ["exports_unknown", "earlier_rule"]

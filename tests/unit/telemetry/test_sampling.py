@@ -38,7 +38,16 @@ def values(registry):
 def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
     losses = Losses(ring=1, processes=2, pending=3, scratch=4, throttled=5, skipped=7, unresolved=8)
     stats = changed(
-        records=10, loads=9, unloads=8, events=20, processes=3, libraries=2, mappings=5, lost_queue=6, losses=losses
+        records=10,
+        loads=9,
+        unloads=8,
+        events=20,
+        processes=3,
+        libraries=2,
+        mappings=5,
+        lost_queue=6,
+        losses=losses,
+        partial=4,
     )
     sampler.follow_watcher(Figures(stats, READY, is_repaired=False))
     found = values(registry)
@@ -46,6 +55,7 @@ def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
     assert found["watcher.hits",] == 10
     assert found["watcher.matches",] == 9
     assert found["watcher.mappings",] == 5
+    assert found["watcher.partial",] == 4
     assert found["watcher.repaired",] == 0
     assert {key[1]: value for key, value in found.items() if key[0] == "watcher.lost"} == {
         "where:ring": 1,

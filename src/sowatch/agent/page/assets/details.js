@@ -7,6 +7,7 @@ const WHY = {
   kind: "it takes other kinds of files",
   exports: "the file does not export",
   exports_unknown: "what the file exports cannot be read",
+  exports_given_up: "the search of its symbols was given up before it found",
   earlier_rule: "an earlier rule has it",
 };
 const UNTOLD = {
