@@ -7,6 +7,8 @@ interleaving is exact; the others are stirred for a while and compared once all 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import pytest
 from sowatch import Rule
 from sowatch.model.config import Config
 from sowatch.model.rules import KINDS
+from support.forced import FORCED
 from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper
 from support.stepped import Stall
@@ -466,3 +469,40 @@ def test_the_exit_of_a_process_that_was_lost_is_found_by_the_repair(
     ledger.wait_unload(victim.pid, inode(new))
     ledger.wait_for(lambda: ledger.controls()[-1] == "repaired", "no repair", 30)
     assert ledger.inodes(flooder.pid) == set()
+
+
+@pytest.mark.parametrize("strategy", ["core", "prebuilt"])
+@pytest.mark.parametrize("how", ["vfork", "spawn"])
+def test_children_that_shared_memory_and_whose_records_were_lost_are_gone_after_the_repair(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    library: NewLibrary,
+    closing: contextlib.ExitStack,
+    strategy: str,
+    how: str,
+) -> None:
+    parent, flooder, new = start(), start(), library()
+    config = Config(**{"strategy": strategy, **FORCED, "ring_bytes": 4096})
+    ledger = open_ledger(Rule(rf"{new.parent}/", name="ours"), config=config)
+    parent.map(new)
+    ledger.wait_load(parent.pid, inode(new))
+    children = []
+    # Each time the ring is full a record or two later: once after the fork of a child, and before its exec.
+    first = 0 if ledger.ready.strategy == "core" else 22
+    for count in range(first, first + 11):
+        before = ledger.watcher.stats.lost_kernel
+        with standing_still(ledger.watcher):
+            if count:
+                flooder.tell("loop", library("libflood.so"), count)
+            programs = (["/bin/true"], ["/bin/sleep", "inf"])
+            children += [int(parent.tell(how, *program)[0]) for program in programs]
+            parent.tell("wait", children[-2])
+            closing.callback(os.kill, children[-1], signal.SIGKILL)
+            flooder.tell("loop", library("libflood.so"), 100)
+        ledger.wait_for(lambda: ledger.watcher.stats.lost_kernel > before, "nothing was lost")  # noqa: B023
+        ledger.wait_for(lambda: ledger.watcher.is_repaired, "no repair", 30)
+    parent.exit()
+    ledger.wait_unload(parent.pid, inode(new))
+    settle(ledger, flooder, library("libmarker.so"))
+    assert {pid: ledger.story(pid, inode(new)) for pid in children if ledger.story(pid, inode(new))} == {}
+    assert {process.pid for process, files in ledger._held.items() if files} == {flooder.pid}

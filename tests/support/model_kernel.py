@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
-from sowatch.sources.core import Losses, Report, group
+from sowatch.sources.core import Followed, Losses, Report, group
 from support.records import PAGE, File, Proc
 
 __all__ = ["CALLS", "PIDS", "RULE", "Kernel"]
@@ -138,7 +138,7 @@ class Kernel:
         self.clock = clock
         self.now = 0
         self.processes = {}
-        self.followed = {}
+        self.entries = {}
         self.verdicts = {}
         self.ring = []
         self.report = Report.NOTHING
@@ -172,11 +172,11 @@ class Kernel:
         return process.words
 
     def find(self, pid):
-        entry = self.followed.get(pid)
+        entry = self.entries.get(pid)
         return entry if entry and entry.touches else None
 
     def entry_of(self, process):
-        return self.followed.setdefault(process.pid, Entry(process))
+        return self.entries.setdefault(process.pid, Entry(process))
 
     def touch(self, process):
         entry = self.entry_of(process)
@@ -325,7 +325,7 @@ class Kernel:
         if entry or self.report & Report.PROCESSES:
             inherited = None
             if entry:
-                inherited = self.followed[child.pid] = entry.copy(child)
+                inherited = self.entries[child.pid] = entry.copy(child)
                 inherited.dirty = bool(flags & FLAG_DIRTY)
                 if is_shared:
                     entry.shares_vm = inherited.shares_vm = True
@@ -356,7 +356,7 @@ class Kernel:
         if self.find(process.pid) or self.report & Report.PROCESSES:
             process.words.exec_id -= 1
             self.send(process.words.exec(t=self.tick_ns()))
-        self.followed.pop(process.pid, None)
+        self.entries.pop(process.pid, None)
         yield
         process.is_in_exec = False
 
@@ -368,7 +368,7 @@ class Kernel:
             yield
             if self.find(process.pid) or self.report & Report.PROCESSES:
                 self.send(process.words.exit(t=self.tick_ns()))
-            self.followed.pop(process.pid, None)
+            self.entries.pop(process.pid, None)
         yield
         process.mm.users -= 1
         process.is_vfork = False
@@ -511,7 +511,7 @@ class Kernel:
                 if entry is None:
                     entry = self.touch(process)
                     if not process.is_live:
-                        del self.followed[pid]
+                        del self.entries[pid]
                         break
                 self.words(process, entry)
                 if not entry.introduced:
@@ -528,9 +528,15 @@ class Kernel:
     def answer(self, keys, *, is_wanted):
         self.verdicts.update(dict.fromkeys(keys, is_wanted))
 
+    def followed(self, pid):
+        entry = self.entries.get(pid)
+        if entry is None:
+            return None
+        return Followed(entry.start_ns, 0, entry.dirty, entry.introduced, entry.shares_vm, entry.touches, ())
+
     def settle(self, pid, start_ns, touches):
         self.between()
-        entry = self.followed.get(pid)
+        entry = self.entries.get(pid)
         if entry is None or entry.start_ns != start_ns:
             return False
         entry.introduced = entry.dirty = False

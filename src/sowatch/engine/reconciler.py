@@ -57,6 +57,9 @@ VFORK_PATIENCE_NS: Final = 500_000_000
 #: A call that was under way when the rules changed has mapped its file after this.
 RULES_SECOND_LOOK_S: Final = 1.0
 
+#: Of a task in ``/proc/PID/stat``: a zombie, or one that is being reaped.
+ENDED_STATES: Final = ("Z", "X", "x")
+
 REPAIR: Final = Causes("repair", "repair")
 RULES: Final = Causes("snapshot", "rules")
 SNAPSHOT: Final = Causes("snapshot", "repair")
@@ -208,6 +211,8 @@ class Keeper:
         #: Throttled processes that are to be read before their losses are repaired, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
+        #: Processes that a repair could not scan although they are there: in vfork or within their exit.
+        self._unscanned: set[int] = set()
         #: Ours, as the source counts; 0 where its processes do not include us.
         self.own_pid = own_pid(self._proc) or 0
         self.losses = Losses()
@@ -312,6 +317,8 @@ class Keeper:
         self._publisher.catch_up()
         for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
             self._tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+        for pid in self._unscanned:
+            self._tracker.dirty.setdefault(pid, REPAIR)
         self._turns.forget(time.monotonic() - PACE_MEMORY_S)
 
     def settle_doubts(self) -> None:
@@ -424,17 +431,38 @@ class Keeper:
             if self._throttled:
                 self._unthrottle(())  # some may have ended before they were read
             return
-        self._source.set_report(self._base | Report.RANGES)
+        self._scan(due)
+        if self._throttled:
+            self._unthrottle(due)
+        self._flush()
+
+    def _scan(self, due: dict[int, Causes]) -> None:
+        """Reads these processes; one that is not there any more is forgotten, whatever became of its exit record."""
+        self._source.set_report(self._base | Report.RANGES | Report.VISITS)
         readings, meanwhile = self._read(due)
+        missing = due.keys() - {reading.tgid for reading in readings}
+        # Before the ring is drained: whose end is seen here has its exit record in the ring, or lost it.
+        gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         records = [*meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
         self.rereads += len(due)
         again = self._tracker.merge(readings, records, LIVE, own_causes=due)
         for pid in again:
             self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
-        if self._throttled:
-            self._unthrottle(due)
-        self._flush()
+        for pid in gone:
+            self._tracker.forget_pid(pid, "repair", time.monotonic_ns())
+        self._unscanned.difference_update(due)
+        self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
+
+    def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
+        """Whether the process known by this pid has ended; if its exit record may be lost, whether it is about to."""
+        start_ns = self._tracker.start_of(pid)
+        if start_ns is None:
+            return False
+        stat = self._proc.stat(pid)
+        if not stat or not ProcessId(pid, start_ns).same_tick(ProcessId(stat.pid, stat.start_ns)):
+            return True
+        return stat.threads < 2 and (stat.is_dead if is_lossy else stat.state in ENDED_STATES)
 
     def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
         if len(due) > MANY_READINGS or not self._can_read_one:
@@ -452,7 +480,7 @@ class Keeper:
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
-        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES | Report.VISITS)
         early = self._source.drain()
         readings, meanwhile = self._source.read_all()
         records = [*early, *meanwhile, *self._drain_all()]
@@ -472,17 +500,34 @@ class Keeper:
         self._strangers_at = time.monotonic() + STRANGERS_REST * (time.thread_time() - begun_s)
 
     def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
-        """Processes whose exit was lost: known for longer than the reading runs, and not met by it."""
-        for process in self._tracker.processes():
-            if process.id.pid in visited or process.seen_ns >= since_ns or not process.is_announced:
+        """After it every process of the map that was known before ``since_ns`` was scanned, or is forgotten."""
+        late: dict[int, Causes] = {}
+        # Those that were never reported first: or they would get the files of a parent that has ended, too.
+        for process in sorted(self._tracker.processes(), key=lambda one: one.is_announced):
+            pid = process.id.pid
+            if pid in visited:
+                self._let_go_if_untracked(process)
+            elif process.seen_ns >= since_ns:
                 continue
-            stat = self._proc.stat(process.id.pid)
-            # A second look: a live process of that start was only not followed in the kernel.
-            is_alive = stat and (stat.threads > 1 or not stat.is_dead)
-            if stat and is_alive and process.id.same_tick(ProcessId(stat.pid, stat.start_ns)):
-                self._tracker.dirty.setdefault(process.id.pid, REPAIR)
-            else:
+            elif self._has_ended(pid, is_lossy=True):
                 self._tracker.forget(process, "repair", since_ns)
+            else:
+                late[pid] = REPAIR
+        if late:
+            for pid in late:
+                self._tracker.dirty.pop(pid, None)
+            self._scan(late)
+
+    def _let_go_if_untracked(self, process: Tracked) -> None:
+        """One that has nothing, and whose exec record was lost: the kernel side will not report its exit either."""
+        pid, space = process.id.pid, process.space
+        if space.files or len(space.holders) > 1 or pid in self._tracker.dirty:
+            return
+        followed = self._source.followed(pid)
+        if followed is not None and followed.start_ns == process.id.start_ns and followed.touches:
+            return
+        self._source.settle(pid, process.id.start_ns, 0)
+        self._tracker.settled(pid, process.id.start_ns)
 
     # ---- losses and repairs -------------------------------------------------------------------
 

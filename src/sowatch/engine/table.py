@@ -293,6 +293,17 @@ class Tracker:
         """The process is gone, as somebody outside found out."""
         self._forget(process.id.pid, process.id.start_ns, cause, t_ns)
 
+    def start_of(self, pid: int) -> int | None:
+        """The start time of the process that is known by this pid, 32-bit ones of which nothing is wanted included."""
+        known = self._processes.get(pid)
+        return self.narrow.get(pid) if known is None else known.id.start_ns
+
+    def forget_pid(self, pid: int, cause: str, t_ns: int) -> None:
+        """Whoever is known by this pid is gone."""
+        self.narrow.pop(pid, None)
+        if known := self._processes.get(pid):
+            self.forget(known, cause, t_ns)
+
     def _forget(self, pid: int, start_ns: int, cause: str, t_ns: int) -> None:
         known = self._processes.get(pid)
         if known is None or known.id.start_ns != start_ns:
@@ -373,6 +384,8 @@ class Tracker:
                     continue
                 elif record.t_ns >= reading.begin_ns and self._is_next(reading, record, later):
                     self._take_reading(waiting.pop(record.tgid))
+                elif reading.intro is not None and record.type == RecordType.MAP and self._is_new(record):
+                    self._process(reading.intro).learn(reading.intro)  # the kernel introduces nobody twice
             elif record.t_ns <= ends.get((record.tgid, record.start_ns), 0):
                 again.add(record.tgid)  # overtaken on its way to the ring: told after what came later
             if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
@@ -383,6 +396,10 @@ class Tracker:
         self._note_doubts(readings, void | again)
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
+
+    def _is_new(self, record: Record) -> bool:
+        known = self._processes.get(record.tgid)
+        return known is None or known.id.start_ns != record.start_ns
 
     def _is_next(self, reading: Reading, record: Record, later: dict[int, list[Record]] | None) -> bool:
         """Whether the reading is to be taken over before this record; ``later`` is None at the start."""
@@ -483,11 +500,11 @@ class Tracker:
             return
         if known is None:
             known = self._process(reading.intro or reading.maps[0])
+        self._notice_exec(known, reading)  # before it learns from this reading how often it has executed
         if reading.intro is not None:
             known.learn(reading.intro)
         elif reading.maps:
             known.rename(reading.maps[0].comm)
-        self._notice_exec(known, reading)
         known.was_read = True
         self._join(known, reading, causes)
         self.announce(known, reading.begin_ns)

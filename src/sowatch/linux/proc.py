@@ -143,6 +143,11 @@ class Stat(NamedTuple):
         return bool(self.flags & _PF_KTHREAD)
 
     @property
+    def has_executed(self) -> bool:
+        """Whether it has executed a program since it was forked; the process itself cannot change the flag."""
+        return not self.flags & _PF_FORKNOEXEC
+
+    @property
     def is_dead(self) -> bool:
         """Whether this task ended or is ending; with ``threads`` above 1 only the leader is.
 
@@ -166,7 +171,8 @@ class Status(NamedTuple):
 
 
 _DELETED: Final = b" (deleted)"
-_PF_EXITING: Final = 0x00000004  # include/linux/sched.h, like the next
+_PF_EXITING: Final = 0x00000004  # include/linux/sched.h, like the next ones
+_PF_FORKNOEXEC: Final = 0x00000040
 _PF_KTHREAD: Final = 0x00200000
 _PERMS: Final = {f"{r}{w}{x}{s}".encode(): f"{r}{w}{x}{s}" for r in "r-" for w in "w-" for x in "x-" for s in "ps"}
 # Rows are matched from the newline before them: sre finds a literal first byte with memchr, which makes

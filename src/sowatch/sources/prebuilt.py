@@ -241,6 +241,7 @@ class PrebuiltSource:
             tid=pid,
             start_ns=child.start_ns,
             t_ns=seen.t_ns,
+            exec_id=0,
             parent_tgid=seen.tgid,
             parent_start_ns=parent.start_ns if parent is not None else 0,
             ppid=seen.tgid,

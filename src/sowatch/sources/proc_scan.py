@@ -114,6 +114,7 @@ class ProcReader:
         """The same from a look that was taken already."""
         pid, start_ns = look.stat.pid, look.stat.start_ns
         reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, touches=_FOLLOWED)
+        reading.exec_id = int(look.stat.has_executed)
         reading.is_narrow = bool(self.proc.is_32bit(pid))
         if look.rows:
             reading.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
@@ -239,6 +240,7 @@ def _head(of: Stat, kind: int, flags: int, t_ns: int) -> dict[str, Any]:
         "tid": of.pid,
         "start_ns": of.start_ns,
         "t_ns": t_ns,
-        "exec_id": 0,
+        # How often is not shown; but a child that has executed nothing may have its parent's address space.
+        "exec_id": int(of.has_executed),
         "touches": _FOLLOWED,
     }

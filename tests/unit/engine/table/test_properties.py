@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -19,7 +19,7 @@ from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Report
-from support.model_kernel import CALLS, RULE, Kernel
+from support.model_kernel import CALLS, PIDS, RULE, Kernel
 from support.records import PAGE
 
 RULES = RuleSet([Rule(RULE)])
@@ -59,11 +59,15 @@ class Owner:
         self.tracker.dirty.clear()
         self.kernel.set_report(Report.RANGES)
         found = [self.kernel.read_process(pid) for pid in due]
+        missing = due.keys() - {one.tgid for one in found if one}
+        gone = [pid for pid in missing if not self.is_there(self.tracker.get(pid))]
         records = self.kernel.drain()
         self.kernel.set_report(Report.NOTHING)
         again = self.tracker.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
         for pid in again:
             self.tracker.dirty.setdefault(pid, due.get(pid, Causes("mmap", "munmap")))
+        for pid in gone:
+            self.tracker.forget_pid(pid, "repair", self.kernel.now)
         self.flush()
 
     def repair(self):
@@ -87,9 +91,12 @@ class Owner:
                 self.look_for(process, since_ns)
         self.flush()
 
+    def is_there(self, process):
+        there = process and self.kernel.processes.get(process.id.pid)
+        return there is not None and there.is_live and there.words.start_ns == process.id.start_ns
+
     def look_for(self, process, since_ns):
-        there = self.kernel.processes.get(process.id.pid)
-        if there is None or not there.is_live or there.words.start_ns != process.id.start_ns:
+        if not self.is_there(process):
             self.tracker.forget(process, "repair", since_ns)
         else:
             self.tracker.dirty.setdefault(process.id.pid, Causes("repair", "repair"))
@@ -142,7 +149,9 @@ class EngineOwner(Owner):
         there = self.kernel.processes.get(pid)
         if there is None:
             return Miss.GONE
-        return SimpleNamespace(pid=pid, start_ns=there.words.start_ns, threads=1, is_dead=not there.is_live)
+        return SimpleNamespace(
+            pid=pid, start_ns=there.words.start_ns, threads=1, is_dead=not there.is_live, state="SZ"[not there.is_live]
+        )
 
     def take_changes(self):
         active = self.active
@@ -180,6 +189,12 @@ calls = st.tuples(st.integers(0, 11), st.sampled_from(CALLS), st.integers(0, 11)
 scripts = st.lists(calls, min_size=4, max_size=24)
 
 
+def ghosts(owner):
+    """Processes of the map, announced or not, that are not alive."""
+    there = {(one.words.pid, one.words.start_ns) for one in owner.kernel.processes.values() if one.is_live}
+    return [one.id for one in owner.tracker.processes() if tuple(one.id) not in there]
+
+
 class Machine(RuleBasedStateMachine):
     """Random calls by random tasks, with draining, readings and losses anywhere between."""
 
@@ -198,7 +213,7 @@ class Machine(RuleBasedStateMachine):
         # Nobody has listened yet, and nothing is followed yet.
         self.kernel.finish_all()
         self.kernel.ring.clear()
-        self.kernel.followed.clear()
+        self.kernel.entries.clear()
         self.owner = self.owner_type(self.kernel)
         self.during(meanwhile, self.owner.start)
 
@@ -283,6 +298,10 @@ class Machine(RuleBasedStateMachine):
         assert not self.owner.tracker.dirty
         self.check()
         assert self.the_map() == self.kernel.truth()
+        self.check_ghosts()
+
+    def check_ghosts(self):
+        assert ghosts(self.owner) == []
 
     def the_map(self):
         found = {}
@@ -299,6 +318,67 @@ class EngineMachine(Machine):
     """The same with the real engine, publisher and registry around the tracker."""
 
     owner_type = EngineOwner
+
+
+#: What a parent and its children of vfork do, and whether the ring is full while they do it.
+spawns = st.lists(
+    st.tuples(
+        st.sampled_from(["vfork", "exec", "exit", "mmap", "parent mmap", "parent exit", "drain", "silence"]),
+        st.booleans(),
+    ),
+    min_size=3,
+    max_size=14,
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, phases=(Phase.generate, Phase.shrink))
+@given(script=spawns)
+def test_after_a_repair_whoever_is_in_the_map_is_alive_whichever_records_were_lost(script):
+    kernel = Kernel(EngineOwner.clock)
+    parent = kernel.processes[PIDS[0]]
+
+    def do(process, what):
+        task = process.tasks[0] if process.tasks else None
+        # A parent waits for its child's exec or end.
+        if task is not None and not (isinstance(task.waits_for, type(process)) and task.waits_for.is_vfork):
+            task.call = kernel.begin(task, what, 0, 0)
+            kernel.finish(task)
+
+    do(parent, "mmap")
+    kernel.ring.clear()
+    kernel.entries.clear()
+    owner = EngineOwner(kernel)
+    try:
+        owner.start()
+        do(parent, "vfork")
+        for what, is_lost in script:
+            kernel.is_full = is_lost
+            children = [one for pid, one in kernel.processes.items() if pid not in PIDS[:2]]
+            if what == "drain":
+                owner.drain()
+            elif what == "silence":
+                owner.ask_for_the_silent()
+                owner.reread()
+            elif what == "vfork":
+                do(parent, what)
+            elif what.startswith("parent"):
+                do(parent, what.removeprefix("parent "))
+            elif children:
+                do(children[-1], what)
+        kernel.is_full = False
+        owner.drain()
+        owner.repair()
+        assert owner.keeper.is_repaired
+        assert ghosts(owner) == []
+        do(parent, "exit")
+        owner.drain()
+        assert ghosts(owner) == []
+        holders = {process.id.pid for process, _ in owner.tracker.mappings()}
+        assert holders <= {pid for pid, _ in kernel.truth()} | {
+            one.pid for one in kernel.processes.values() if one.is_spawning
+        }
+    finally:
+        owner.close()
 
 
 def budget(examples):
