@@ -14,10 +14,11 @@ from typing import Final
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, Tracked
 from sowatch.engine.publisher import Publisher
+from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.table import LIVE, Causes, Tracker
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
-from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.config import Config
 from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
@@ -27,11 +28,6 @@ __all__ = ["Keeper"]
 
 LOG = logging.getLogger("sowatch")
 
-#: The oldest record that waits is this old: the watch falls behind, and processes may send fewer from now on,
-#: down to the least that a process may send; and this young: more again.
-LATE_NS: Final = 250_000_000
-EARLY_NS: Final = 50_000_000
-FEWEST_RECORDS_S: Final = 1_000
 #: More owed readings than this are one reading of all.
 MANY_READINGS: Final = 64
 #: A process that is dirty again at once is read at most this often in the long run.
@@ -133,39 +129,6 @@ class _Turns:
         self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > before}
 
 
-class _Guard:
-    """How many records a second one process may send: what the configuration says, fewer while the watch falls behind.
-
-    So that what floods, whoever and however many they are, cost the others a second or two and no more.
-    """
-
-    def __init__(self, source: EventSource, max_records_s: int) -> None:
-        self._source = source
-        self._most = self._now = max_records_s
-
-    def adapt(self, oldest_ns: int) -> None:
-        """To be called about once a second with the age of the oldest record that waited; 0: none did."""
-        before = self._now
-        if self._most == NO_GUARD:
-            return
-        if oldest_ns > LATE_NS:
-            self._now = max(min(FEWEST_RECORDS_S, self._most), min(before, 8 * FEWEST_RECORDS_S) // 2)
-        elif oldest_ns < EARLY_NS:
-            self._now = min(self._most, 2 * before)
-        if self._now == before:
-            return
-        self._source.limit_records(self._now)
-        if before == self._most:
-            LOG.warning(
-                "the watch falls behind by %.1f s: until it has caught up, what a process reports beyond some %d "
-                "changes a second is counted as lost and read from it instead.",
-                oldest_ns / 1e9,
-                self._now,
-            )
-        elif self._now == self._most:
-            LOG.info("the watch has caught up")
-
-
 class Keeper:
     """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
 
@@ -199,7 +162,7 @@ class Keeper:
         self._tracker = tracker
         self._publisher = publisher
         self._proc = ProcFs(config.proc_root)
-        self._guard = _Guard(source, config.max_records_s)
+        self._guard = AdaptiveRateLimit(source, config.max_records_s)
         self._silent = silent_baseline
         self._base = _base_report(rules)
         self._turns = _Turns()
