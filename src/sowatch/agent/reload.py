@@ -15,6 +15,8 @@ from typing import Final
 
 from watchfiles import watch
 
+from sowatch.linux.openat import open_regular
+
 __all__ = ["FileWatch", "directories_of"]
 
 LOG = logging.getLogger("sowatch.agent")
@@ -128,7 +130,7 @@ class FileWatch:
 def _digest(path: str) -> bytes | str:
     """What tells one content from another; of a file that cannot be read, why."""
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             return hashlib.sha256(file.read(2 << 20)).digest()
     except OSError as error:
         return error.strerror or "unreadable"

@@ -72,10 +72,7 @@ class UnixSocket:
                 self.socket.bind(path)
             finally:
                 os.umask(before)
-            if (uid, gid) != (-1, -1):
-                os.chown(path, uid, gid)
-            os.chmod(path, 0o600 if group is None else 0o660)
-            self._inode = os.stat(path).st_ino
+            self._inode = _hand_over(path, uid, gid, 0o600 if group is None else 0o660)
             self.socket.listen(BACKLOG)
         except OSError as error:
             self._give_up()
@@ -137,6 +134,21 @@ class UnixSocket:
         return SowatchError(
             f"a server is listening on {self.path!r} already. End it, or give another path with --socket."
         )
+
+
+def _hand_over(path: str, uid: int, gid: int, mode: int) -> int:
+    """Gives a socket its owner and mode: the very one that is looked at, not what has its name by then. Its inode."""
+    place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(place)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.ENOTSOCK, "somebody else has taken the name")
+        if (uid, gid) != (-1, -1):
+            os.chown(f"/proc/self/fd/{place}", uid, gid)
+        os.chmod(f"/proc/self/fd/{place}", mode)
+        return found.st_ino
+    finally:
+        os.close(place)
 
 
 def _id_of(key: str, name: str, look_up: Callable[[str], int]) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
+from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.rules import Rule, RuleSet
@@ -216,7 +217,7 @@ def _read(path: str | None) -> tuple[str, str]:
     """Text and name of the file."""
     name = path or DEFAULT_PATH
     try:
-        with open(name, "rb") as file:
+        with open(open_regular(name), "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         if path is None:
@@ -224,7 +225,7 @@ def _read(path: str | None) -> tuple[str, str]:
         raise ConfigError("config", f"{name!r} does not exist. Write it, or leave --config out.") from None
     except OSError as error:
         raise ConfigError(
-            "config", f"cannot read {name!r}: {error.strerror}. Give a file that this user may read."
+            "config", f"cannot read {name!r}: {error.strerror}. Give a regular file that this user may read."
         ) from error
     if len(data) > _MAX_BYTES:
         raise ConfigError("config", f"{name!r} is larger than 1 MiB. Give a configuration file.")

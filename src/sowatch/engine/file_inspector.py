@@ -21,7 +21,7 @@ from sowatch.engine.address_space import Change, Name
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
-from sowatch.linux.openat import open_below, shows_real_inode
+from sowatch.linux.openat import open_below, reopen, shows_real_inode
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
 
@@ -32,7 +32,6 @@ STUCK_S: Final = 0.5
 MAX_THREADS: Final = 16
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
-OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 #: A file as it was at one time: its ctime in ns says which.
@@ -219,7 +218,7 @@ def open_mapped(
     for found, is_link in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
         try:
             if _is_it(found, file_id, is_link=is_link):
-                return os.open(f"/proc/self/fd/{found}", OPEN_FLAGS)
+                return reopen(found, os.O_RDONLY)
         except OSError:
             continue
         finally:

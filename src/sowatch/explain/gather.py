@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -33,7 +33,7 @@ from sowatch.explain.assemble import (
     same_file,
 )
 from sowatch.explain.audit import Difference, audit
-from sowatch.explain.looks import Aside, Subject, look_at, look_at_path
+from sowatch.explain.looks import Aside, Subject, look_at, look_at_place
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat
@@ -256,11 +256,10 @@ def _differences(pid: int, desk: Desk) -> tuple[Difference, ...]:
 def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
     if not path or "\0" in path:
         raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
-    facts = aside.run(lambda: _stat_path(path))
-    if facts is None:
-        plain = os.path.abspath(path)
-        facts = PathFacts(plain, plain, None, "the file system does not answer", None)
-    look = _look_at_path(facts, desk, aside)
+    found: list[PathFacts] = []
+    look = aside.run(lambda: _look_at_path(path, desk.exports, found.append)) or _NO_ANSWER
+    plain = os.path.abspath(path)
+    facts = found[0] if found else PathFacts(plain, plain, None, "the file system does not answer", None)
     if facts.shown is not None:
         facts = replace(facts, shown=facts.shown._replace(generation=look.generation))
     rows = _rows_near(facts, desk.proc)
@@ -280,34 +279,34 @@ def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
     return path_report(facts, ids, mapped, known.own_view, memory, look, desk.rules)
 
 
-def _stat_path(path: str) -> PathFacts:
+def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts], None]) -> FileLook:
+    """What stands under a path, and a look at it: at one file, whatever takes its name meanwhile.
+
+    ``tell`` is called before the file is read, which may take for ever.
+    """
     plain = os.path.abspath(path)
     try:
         # O_PATH opens nothing: no device, no FIFO that would wait for a writer.
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        return PathFacts(plain, plain, None, os.strerror(error.errno or 0), None)
+        facts = PathFacts(plain, plain, None, os.strerror(error.errno or 0), None)
+        tell(facts)
+        return FileLook("gone", facts.error)
     try:
-        status = os.fstat(fd)
+        status = os.fstat(place)
         resolved = plain
         with contextlib.suppress(OSError):  # longer than a page
-            resolved = os.readlink(f"/proc/self/fd/{fd}")
+            resolved = os.readlink(f"/proc/self/fd/{place}")
+        file_type = next((name for is_it, name in _TYPES if is_it(status.st_mode)), "something else")
+        tell(PathFacts(plain, resolved, file_type, None, _shown(status)))
+        look = look_at_place(place, plain, exports)
+        return look if look.elf != "not_regular" else FileLook("not_regular", file_type)
     finally:
-        os.close(fd)
-    file_type = next((name for is_it, name in _TYPES if is_it(status.st_mode)), "something else")
-    return PathFacts(plain, resolved, file_type, None, _shown(status))
+        os.close(place)
 
 
 def _shown(status: os.stat_result) -> Shown:
     return Shown(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
-
-
-def _look_at_path(facts: PathFacts, desk: Desk, aside: Aside) -> FileLook:
-    if facts.file_type is None:
-        return FileLook("gone", facts.error)
-    if facts.file_type != "regular file":
-        return FileLook("not_regular", facts.file_type)
-    return aside.run(lambda: look_at_path(facts.path, desk.exports)) or _NO_ANSWER
 
 
 def _rows_near(facts: PathFacts, proc: ProcFs) -> dict[int, list[MapRow]]:

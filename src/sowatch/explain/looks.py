@@ -17,15 +17,14 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
-from sowatch.engine.file_inspector import OPEN_FLAGS
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import search_exports
-from sowatch.linux.openat import open_below
+from sowatch.linux.openat import open_below, reopen
 from sowatch.linux.proc import Miss, ProcFs
 
-__all__ = ["Aside", "Subject", "look_at", "look_at_path"]
+__all__ = ["Aside", "Subject", "look_at", "look_at_place"]
 
 T = TypeVar("T")
 
@@ -131,10 +130,12 @@ def look_at(proc: ProcFs, subject: Subject, exports: Collection[str]) -> FileLoo
     return FileLook("not_permitted" if is_refused else "gone", tries=tuple(tries))
 
 
-def look_at_path(path: str, exports: Collection[str]) -> FileLook:
-    """The same for a regular file that nobody needs to have mapped, by its path here."""
+def look_at_place(place: int, path: str, exports: Collection[str]) -> FileLook:
+    """The same for a file that nobody needs to have mapped, by a descriptor (O_PATH) of it; ``path`` is to be shown."""
+    if not stat.S_ISREG(os.fstat(place).st_mode):
+        return FileLook("not_regular")
     try:
-        fd = os.open(path, OPEN_FLAGS)
+        fd = reopen(place, os.O_RDONLY)
     except OSError as error:
         attempt = Try("own_view", path, os.strerror(error.errno or 0))
         return FileLook("not_permitted" if isinstance(error, PermissionError) else "gone", tries=(attempt,))
@@ -186,10 +187,15 @@ def _by_link(proc: ProcFs, subject: Subject) -> _Way:
     for start, end in subject.ranges[:MAX_LINKS]:
         path = f"{links}/{start:x}-{end:x}"
         try:
-            # The link leads to the file itself; a device is not opened by looking at it.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                return _Way(Try("map_files", path, "not a regular file"), is_other_type=True)
-            return _Way(Try("map_files", path, None), os.open(path, OPEN_FLAGS))
+            # The link leads to the file itself; a device is not opened by looking at it, and what is mapped in its
+            # place meanwhile is not opened either.
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                if not stat.S_ISREG(os.fstat(place).st_mode):
+                    return _Way(Try("map_files", path, "not a regular file"), is_other_type=True)
+                return _Way(Try("map_files", path, None), reopen(place, os.O_RDONLY))
+            finally:
+                os.close(place)
         except OSError as error:
             way = _failed("map_files", path, error)
     return way
@@ -210,7 +216,7 @@ def _by_path(by: By, root: str, subject: Subject) -> _Way:
                 return _failed(by, path, "another file has that name now")
             if not stat.S_ISREG(status.st_mode):
                 return _Way(Try(by, path, "not a regular file"), is_other_type=True)
-            return _Way(Try(by, path, None), os.open(f"/proc/self/fd/{place}", OPEN_FLAGS))
+            return _Way(Try(by, path, None), reopen(place, os.O_RDONLY))
         finally:
             os.close(place)
     except OSError as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
-from sowatch.linux.openat import open_below
+from sowatch.linux.openat import open_below, reopen
 
 __all__ = ["owners"]
 
@@ -39,7 +39,7 @@ def _read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
         status = os.fstat(found)
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
             return None
-        fd = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = reopen(found, os.O_RDONLY)
     except OSError:
         return None
     finally:

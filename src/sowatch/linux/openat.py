@@ -1,15 +1,20 @@
-"""Opening files below a root that somebody else controls, and whether stat(2) tells the inode that the kernel maps."""
+"""Opening files whose names somebody else controls, and whether stat(2) tells the inode that the kernel maps.
+
+What is opened by a name may be another file by the time it is opened again by that name. So a file is found once, by a
+descriptor that opens nothing (O_PATH); its type is looked at through that, and that very file is then opened.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import stat
 import struct
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["open_below", "shows_real_inode"]
+__all__ = ["open_below", "open_regular", "reopen", "shows_real_inode"]
 
 #: The same number on every architecture but alpha (include/uapi/asm-generic/unistd.h); Linux 5.6.
 _SYS_OPENAT2: Final = 437
@@ -51,6 +56,46 @@ def open_below(root_fd: int, path: str, flags: int, *, follows_links: bool = Tru
         if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
             break
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+
+
+def reopen(place: int, flags: int) -> int:
+    """Opens the very file that an O_PATH descriptor is of; never waits for the other end of a FIFO.
+
+    Whoever does not want a device or a FIFO to be opened at all looks at ``os.fstat(place)`` before.
+
+    Returns:
+        A file descriptor that the caller closes.
+
+    Raises:
+        OSError: as open(2).
+    """
+    return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follows_link: bool = True) -> int:
+    """Opens a regular file by its name; nothing else that has the name is opened, now or by the time it is read.
+
+    Args:
+        path: the name.
+        flags: of open(2); the file has to be there.
+        follows_link: whether the name may be that of a symbolic link.
+
+    Returns:
+        A file descriptor that the caller closes.
+
+    Raises:
+        OSError: as open(2); ``EISDIR`` for a directory, ``EINVAL`` for what is no regular file.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follows_link else os.O_NOFOLLOW))
+    try:
+        mode = os.fstat(place).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        return reopen(place, flags)
+    finally:
+        os.close(place)
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+from sowatch.linux.openat import open_regular
 from sowatch.model.errors import ConfigError, SinkError
 from sowatch.model.events import Event, JsonLines
 
@@ -163,13 +164,13 @@ class FileSink:
         self._open()
 
     def _open(self) -> None:
-        # Not through a link, and without waiting for the other end of a FIFO.
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        # Not through a link, and nothing but a regular file.
+        flags = os.O_RDWR | os.O_APPEND
         try:
-            fd = os.open(self._path, flags | os.O_EXCL, self._mode)
+            fd = os.open(self._path, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
             is_new = True
         except FileExistsError:
-            fd = os.open(self._path, flags, self._mode)
+            fd = open_regular(self._path, flags, follows_link=False)
             is_new = False
         try:
             size = self._prepare(fd, is_new=is_new)

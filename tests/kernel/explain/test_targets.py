@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sowatch import Rule, Watcher
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import SowatchError, UsageError
 from support.asked import OTHER, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
+from support.hostile import Opens
 from support.kernel import IN_OWN_MOUNTS, TAG, executable_ranges, host_pid, id_by_stat, with_prelude
 
 # ---- processes that are special -------------------------------------------------------------------
@@ -239,6 +242,35 @@ def test_what_is_no_file_is_looked_at_without_being_opened(
     report = path_of(watcher, scratch / "thing")
     assert (report.file_type, report.look.elf) == (file_type, "not_regular")
     assert report.notes == ("not_regular", "not_mapped", "nothing_wants")
+
+
+def test_a_name_that_leads_to_a_fifo_every_other_moment_never_opens_it(
+    watcher: Watcher, library: NewLibrary, scratch: Path
+) -> None:
+    """The type is looked at, and the file opened, through one descriptor."""
+    fifo, name, made = scratch / "fifo", scratch / "name", scratch / "made"
+    os.mkfifo(fifo)
+    targets = itertools.cycle([library(), fifo])
+    is_over = threading.Event()
+
+    def swap() -> None:
+        while not is_over.is_set():
+            made.symlink_to(next(targets))
+            made.rename(name)
+
+    swapper = threading.Thread(target=swap)
+    with Opens(fifo) as opened:
+        os.close(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+        assert opened.by(os.getpid()) == ["fifo"]
+        name.symlink_to(fifo)
+        swapper.start()
+        try:
+            types = {path_of(watcher, name).file_type for _ in range(60)}
+        finally:
+            is_over.set()
+            swapper.join()
+        assert opened.by(os.getpid()) == []
+    assert types == {"regular file", "FIFO"}
 
 
 def test_a_watch_that_has_ended_explains_nothing(watch: Watch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sowatch.explain import FileLook
-from sowatch.explain.looks import MAX_STUCK, Aside, Subject, look_at, look_at_path
+from sowatch.explain.looks import MAX_STUCK, Aside, Subject, look_at, look_at_place
 from sowatch.linux.proc import ProcFs
 from support.elf_files import Made
 
@@ -79,14 +79,39 @@ def test_a_file_that_lies_says_what_about(tmp_path: Path) -> None:
     made = Made()
     made.gnu["values"] = [1 << 30] * 3
     lying.write_bytes(made.data())
-    look = look_at_path(str(lying), {"made_read"})
+    place = os.open(lying, os.O_PATH)
+    try:
+        look = look_at_place(place, str(lying), {"made_read"})
+    finally:
+        os.close(place)
     assert (look.elf, look.soname, look.exports) == ("partial", "libmade.so.1", frozenset())
     assert (look.reason, look.gave_up_exports) == ("its hash table ends outside the file", True)
 
 
-def test_a_path_that_is_gone_when_it_is_opened_is_no_error(tmp_path: Path) -> None:
-    look = look_at_path(str(tmp_path / "none"), ())
-    assert (look.elf, tries(look)) == ("gone", [("own_view", "No such file or directory")])
+def test_a_file_that_takes_the_name_of_another_before_it_is_read_is_not_opened(
+    tmp_path: Path, make_library: Callable[..., Path]
+) -> None:
+    first, name = make_library(), tmp_path / "name"
+    name.symlink_to(first)
+    place = os.open(name, os.O_PATH)
+    try:
+        name.unlink()
+        os.mkfifo(name)
+        look = look_at_place(place, str(name), ())
+    finally:
+        os.close(place)
+    assert (look.elf, look.soname) == ("elf", "libtiny.so")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_what_is_no_regular_file_is_not_opened_by_its_descriptor(tmp_path: Path, kind: str) -> None:
+    name = tmp_path / kind
+    os.mkfifo(name) if kind == "fifo" else name.mkdir()
+    place = os.open(name, os.O_PATH)
+    try:
+        assert look_at_place(place, str(name), ()).elf == "not_regular"
+    finally:
+        os.close(place)
 
 
 # ---- what hangs ---------------------------------------------------------------------------------
