@@ -76,6 +76,7 @@ class Entry:
     library: Library = SSL
     rule: str = "all"
     ranges: tuple[tuple[int, int], ...] = ((0x1000, 0x2000),)
+    range_count: int | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from typing import Final
 
 from sowatch.engine.subscription import Subscription
-from sowatch.model.events import EVENT_KINDS, Event, JsonLines, LibraryEvent, Lost, Ready
+from sowatch.model.events import EVENT_KINDS, Event, JsonLines, LibraryEvent, Lost, Ready, size_of
 from sowatch.model.identity import FileId, ProcessId
 
 __all__ = ["Client", "EventHub", "HubIsFull"]
@@ -27,10 +27,15 @@ MAX_CLIENTS: Final = 256
 #: Events a client may be behind. One that is further behind is told so and cut off: it comes back, and
 #: begins with what is mapped then.
 MAX_WAITING: Final = 20_000
+#: And so many bytes of text; clients that are as far behind share them.
+MAX_WAITING_BYTES: Final = 16 << 20
 #: Events kept for clients that come back with the id of the last one they had.
 KEPT_EVENTS: Final = 10_000
+#: And what they may take.
+KEPT_BYTES: Final = 8 << 20
 #: So many events are sent together.
 _CHUNK_EVENTS: Final = 500
+_CHUNK_BYTES: Final = 1 << 20
 #: A comment is sent to a client that hears nothing else for so long, so that a dead one is noticed.
 _SILENCE_S: Final = 15.0
 #: Taken from the queue before others get a turn.
@@ -52,7 +57,8 @@ class Client:
         self._rule = rule
         self.past = past
         self.number = number
-        self.waiting: deque[_Line] = deque()
+        self._waiting: deque[_Line] = deque()
+        self._waiting_bytes = 0
         self.news = asyncio.Event()
         self.missed = 0
         self.has_ended = False
@@ -65,11 +71,20 @@ class Client:
 
     def offer(self, line: _Line) -> None:
         """Queues a line, or counts it as missed: from the first one on, all."""
-        if self.missed or len(self.waiting) >= MAX_WAITING:
+        if self.missed or len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
             self.missed += 1
         else:
-            self.waiting.append(line)
+            self._waiting.append(line)
+            self._waiting_bytes += line.bytes
         self.news.set()
+
+    def take(self) -> _Line | None:
+        """The next line; None if it has had all."""
+        if not self._waiting:
+            return None
+        line = self._waiting.popleft()
+        self._waiting_bytes -= line.bytes
+        return line
 
 
 class _Line:
@@ -83,6 +98,11 @@ class _Line:
         head, gap, tail = text.partition('"seq":0')
         self.before = f"event: {event.event}\ndata: {head}{gap[:-1]}"
         self.after = f"{tail}\n\n"
+
+    @property
+    def bytes(self) -> int:
+        """How long its text is, about."""
+        return len(self.before) + len(self.after)
 
 
 class EventHub:
@@ -100,7 +120,8 @@ class EventHub:
         #: Tells the ids of this agent from those of the one before it.
         self._name = secrets.token_hex(4)
         self._number = 0
-        self._kept: deque[tuple[int, Event]] = deque(maxlen=KEPT_EVENTS)
+        self._kept: deque[tuple[int, Event]] = deque()
+        self._kept_bytes = 0
         self._held: dict[ProcessId, dict[FileId, LibraryEvent]] = {}
         self._ready: Ready | None = None
         self._clients: set[Client] = set()
@@ -201,12 +222,16 @@ class EventHub:
                 yield b": nothing new\n\n"
                 continue
             client.news.clear()
-            while client.waiting:
+            while (line := client.take()) is not None:
                 chunk: list[str] = []
-                while client.waiting and len(chunk) < _CHUNK_EVENTS:
-                    line = client.waiting.popleft()
+                size = 0
+                while line is not None:
                     chunk.append(f"id: {self._name}-{line.number}\n{line.before}{seq}{line.after}")
                     seq += 1
+                    size += line.bytes
+                    if len(chunk) >= _CHUNK_EVENTS or size >= _CHUNK_BYTES:
+                        break
+                    line = client.take()
                 yield "".join(chunk).encode()
             if client.missed:
                 self.clients_cut_off += 1
@@ -250,7 +275,7 @@ class EventHub:
 
     def _take(self, event: Event) -> None:
         self._number += 1
-        self._kept.append((self._number, event))
+        self._keep(event)
         if isinstance(event, LibraryEvent):
             self._note(event)
         elif isinstance(event, Ready):
@@ -260,6 +285,13 @@ class EventHub:
             if client.wants(event):
                 line = line or _Line(event, self._number, self._lines)
                 client.offer(line)
+
+    def _keep(self, event: Event) -> None:
+        self._kept.append((self._number, event))
+        self._kept_bytes += size_of(event)
+        while len(self._kept) > KEPT_EVENTS or self._kept_bytes > KEPT_BYTES:
+            _, oldest = self._kept.popleft()
+            self._kept_bytes -= size_of(oldest)
 
     def _note(self, event: LibraryEvent) -> None:
         if event.process is None:

@@ -77,10 +77,18 @@ class Publisher:
     # ---- subscriptions ------------------------------------------------------------------------
 
     def subscribe(
-        self, *, events: Collection[str] = EVENT_KINDS, control: bool, limit: int, rule: str | None = None
+        self,
+        *,
+        events: Collection[str] = EVENT_KINDS,
+        control: bool,
+        limit: int,
+        limit_bytes: int,
+        rule: str | None = None,
     ) -> Subscription:
         """A new reader, from the next event on."""
-        subscription = Subscription(self, events=events, control=control, limit=limit, rule=rule)
+        subscription = Subscription(
+            self, events=events, control=control, limit=limit, limit_bytes=limit_bytes, rule=rule
+        )
         with self._lock:
             self._subscriptions = (*self._subscriptions, subscription)
         return subscription

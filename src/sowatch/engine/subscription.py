@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from sowatch.model.events import Event, LibraryEvent, Lost, Repaired
+from sowatch.model.events import Event, LibraryEvent, Lost, Repaired, size_of
 from sowatch.model.identity import FileId, ProcessId
 
 __all__ = ["Held", "Subscription"]
@@ -36,7 +36,7 @@ class Origin(Protocol):
 class Subscription:
     """One reader's queue of events. Iterate over it, or `get`; a context manager.
 
-    A reader that falls behind by more than the limit loses events; when it has caught up it gets
+    A reader that falls behind by more than the limits loses events; when it has caught up it gets
     `Lost` (where ``queue``), then whatever changed meanwhile with cause ``repair``, then
     `Repaired`. Iteration ends after `Stopped`, or after `close`. Any one thread may read.
     """
@@ -48,12 +48,14 @@ class Subscription:
         events: Collection[str],
         control: bool,
         limit: int,
+        limit_bytes: int,
         rule: str | None = None,
     ) -> None:
         self._publisher = publisher
         self._events = frozenset(events)
         self._control = control
         self._limit = limit
+        self._limit_bytes = limit_bytes
         self._rule = rule
         # Whole batches: one wake of the reader for each, not one for each event.
         self._queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
@@ -61,6 +63,8 @@ class Subscription:
         self._open: deque[Event] = deque()  # the reader's
         self._offered = 0
         self._taken = 0
+        self._offered_bytes = 0
+        self._taken_bytes = 0
         #: The (rule, file) whose activate was the last event offered.
         self._activated: tuple[str, FileId] | None = None
         self._missed = 0
@@ -100,8 +104,10 @@ class Subscription:
                 self._has_ended = True
                 return None
             opened.extend(batch)
+        event = opened.popleft()
         self._taken += 1
-        return opened.popleft()
+        self._taken_bytes += size_of(event)
+        return event
 
     @property
     def has_ended(self) -> bool:
@@ -112,6 +118,15 @@ class Subscription:
     def waiting(self) -> int:
         """Events that were queued and not yet read."""
         return self._offered - self._taken
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What they take, as `sowatch.model.events.size_of` has it."""
+        return self._offered_bytes - self._taken_bytes
+
+    @property
+    def _is_full(self) -> bool:
+        return self.waiting >= self._limit or self.waiting_bytes >= self._limit_bytes
 
     def close(self) -> None:
         """No further events; wakes a reader. Safe to call again, from any thread."""
@@ -134,7 +149,7 @@ class Subscription:
                 return
         elif not self._control:
             return
-        if self._seen is None and self._offered - self._taken >= self._limit and not self._belongs_to_the_last(event):
+        if self._seen is None and self._is_full and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
             # The event that did not fit has been taken into account already.
             if isinstance(event, LibraryEvent):
@@ -166,7 +181,9 @@ class Subscription:
 
     def catch_up(self) -> None:
         """Repairs the reader's view once it has made room; called from time to time."""
-        if self._seen is not None and self.waiting <= self._limit // 4:
+        if self._seen is None:
+            return
+        if self.waiting <= self._limit // 4 and self.waiting_bytes <= self._limit_bytes // 4:
             self._tell_what_it_missed(self._seen)
 
     def finish(self) -> None:
@@ -215,6 +232,7 @@ class Subscription:
         is_activate = isinstance(event, LibraryEvent) and event.event == "activate"
         self._activated = (event.rule, event.library.id) if is_activate else None  # type: ignore[union-attr]
         self._offered += 1
+        self._offered_bytes += size_of(event)
         self._batch.append(event)
 
     def _signal(self) -> None:

@@ -51,6 +51,7 @@ class Config:
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.
+        queue_bytes: what these may take in memory, each counted as if it shared nothing with another one.
         poll_interval_s: seconds between two looks at ``/proc`` of the strategy ``procfs``.
         poll_cpu_percent: what looking may take of one CPU; more makes the looks rarer.
         block_ttl_s: seconds a file stays blocked after its activation failed.
@@ -75,6 +76,7 @@ class Config:
     max_records_s: int = 20_000
     ignore_ttl_s: float = 60.0
     queue_events: int = 200_000
+    queue_bytes: int = 64 << 20
     poll_interval_s: float = 1.0
     poll_cpu_percent: float = 10.0
     block_ttl_s: float = 3_600.0
@@ -92,6 +94,10 @@ class Config:
             value = getattr(self, name)
             if not 1 <= value <= NO_GUARD:
                 raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {NO_GUARD}.")
+        if not 1 << 16 <= self.queue_bytes <= 1 << 40:
+            raise ConfigError(
+                "queue_bytes", f"{self.queue_bytes} is out of range. Use a number from 65536 to {1 << 40}."
+            )
         if not 0 < self.poll_cpu_percent <= 100:
             raise ConfigError(
                 "poll_cpu_percent", f"{self.poll_cpu_percent} is no share of one CPU. Use a number up to 100."

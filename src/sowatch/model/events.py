@@ -28,6 +28,7 @@ __all__ = [
     "Ready",
     "Repaired",
     "Stopped",
+    "size_of",
     "to_dict",
     "to_json",
 ]
@@ -159,6 +160,14 @@ class Stopped:
 
 ControlEvent = Ready | Lost | Repaired | Stopped
 Event = LibraryEvent | ControlEvent
+
+
+def size_of(event: Event) -> int:
+    """About how many bytes an event takes that shares nothing with another one; for bounds of queues."""
+    if not isinstance(event, LibraryEvent):
+        return 200
+    library = event.library
+    return 200 + 128 * len(event.ranges) + len(library.path) + len(library.host_path or "")
 
 
 def to_dict(event: Event, seq: int) -> dict[str, Any]:

@@ -79,17 +79,25 @@ class Subscribers:
         self._by_kind[subscription.kind] = kept
 
 
+def _size_of(event: ProcessEvent) -> int:
+    """About what it takes: a process chooses how long its paths are."""
+    process = event.process
+    return 300 + len(process.exe or "") + len(process.cgroup or "")
+
+
 class Delivery:
     """A bounded queue and the thread that empties it into callbacks.
 
     Args:
         limit: events that may wait.
+        limit_bytes: what they may take, about.
         counts: where callbacks, their errors and what was left at the end are counted.
         on_room: called from the thread after an event found the queue full and it is half empty again.
     """
 
-    def __init__(self, limit: int, counts: Counts, on_room: Callable[[], None]) -> None:
+    def __init__(self, limit: int, limit_bytes: int, counts: Counts, on_room: Callable[[], None]) -> None:
         self._limit = limit
+        self._limit_bytes = limit_bytes
         self._counts = counts
         self._on_room = on_room
         self._changed = threading.Condition(threading.Lock())
@@ -97,6 +105,7 @@ class Delivery:
         # the processes as they are then, and must not see older news after that.
         self._waiting: deque[tuple[Sequence[ProcessEvent], Sequence[Subscription]]] = deque()
         self._count = 0
+        self._bytes = 0
         self._is_short_of_room = False
         self._deadline_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="sowatch-process-callbacks", daemon=True)
@@ -110,7 +119,7 @@ class Delivery:
         if not subscriptions:
             return True
         with self._changed:
-            if self._count >= self._limit:
+            if self._count >= self._limit or self._bytes >= self._limit_bytes:
                 self._is_short_of_room = True
                 return False
             self._append((event,), subscriptions)
@@ -119,7 +128,7 @@ class Delivery:
     @property
     def has_room(self) -> bool:
         """Whether the queue is at most half full."""
-        return self._count <= self._limit // 2
+        return self._count <= self._limit // 2 and self._bytes <= self._limit_bytes // 2
 
     def put_scan(self, events: Sequence[ProcessEvent], subscriptions: Sequence[Subscription]) -> None:
         """Queues a scan, however full the queue is: it is bounded by the number of processes."""
@@ -130,6 +139,7 @@ class Delivery:
     def _append(self, events: Sequence[ProcessEvent], subscriptions: Sequence[Subscription]) -> None:
         self._waiting.append((events, subscriptions))
         self._count += len(events)
+        self._bytes += sum(map(_size_of, events))
         self._changed.notify()
 
     def finish(self, deadline_s: float) -> None:
@@ -162,7 +172,7 @@ class Delivery:
                 for subscription in subscriptions:
                     if subscription.is_active:
                         self._call(subscription, event)
-            self._made_room(len(events))
+            self._made_room(events)
 
     def _next(self) -> tuple[Sequence[ProcessEvent], Sequence[Subscription]] | None:
         with self._changed:
@@ -178,9 +188,10 @@ class Delivery:
             _log.warning("%d process events were not delivered before the monitor stopped", count)
             self._counts.add("lost_queue", count)
 
-    def _made_room(self, count: int) -> None:
+    def _made_room(self, events: Sequence[ProcessEvent]) -> None:
         with self._changed:
-            self._count -= count
+            self._count -= len(events)
+            self._bytes -= sum(map(_size_of, events))
             has_room_again = self._is_short_of_room and self.has_room
             if has_room_again:
                 self._is_short_of_room = False

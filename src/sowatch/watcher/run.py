@@ -54,7 +54,7 @@ class Run:
         self._counts = counts
         self._scan = scan
         self._wake = _Wake()
-        self._delivery = Delivery(config.queue_events, counts, on_room=self._wake)
+        self._delivery = Delivery(config.queue_events, config.queue_bytes, counts, on_room=self._wake)
         self._stopping = threading.Event()
         self._deadline_s = 0.0
         self._thread = threading.Thread(target=self._main, name="sowatch-process-drain", daemon=True)

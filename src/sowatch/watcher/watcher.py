@@ -213,7 +213,10 @@ class Watcher:
         return ready
 
     def _new_worker(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
-        subscription = self._publisher.subscribe(control=False, limit=self._config.queue_events, rule=rule.name)
+        config = self._config
+        subscription = self._publisher.subscribe(
+            control=False, limit=config.queue_events, limit_bytes=config.queue_bytes, rule=rule.name
+        )
         return RuleWorker(rule, subscription, self.registry, self._proc, after)
 
     def stop(self) -> None:
@@ -268,7 +271,8 @@ class Watcher:
         Args:
             events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
             control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
-            limit: events that may wait in it before some are lost; default ``config.queue_events``.
+            limit: events that may wait in it before some are lost; default ``config.queue_events``. So many
+                as take ``config.queue_bytes``, if that is fewer.
 
         Raises:
             UsageError: an unknown event.
@@ -276,7 +280,10 @@ class Watcher:
         for one in events:
             if one not in EVENT_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
-        return self._publisher.subscribe(events=events, control=control, limit=limit or self._config.queue_events)
+        config = self._config
+        return self._publisher.subscribe(
+            events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
+        )
 
     def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
         """The map as published so far: every (process, library) that the rules want.

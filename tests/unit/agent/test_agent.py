@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.agent.hub import KEPT_EVENTS, MAX_WAITING, EventHub
+from sowatch.agent.hub import KEPT_BYTES, KEPT_EVENTS, MAX_WAITING, MAX_WAITING_BYTES, EventHub
 from sowatch.agent.logs import _Lines
 from sowatch.agent.notify import Notifier
 from sowatch.agent.reload import directories_of
@@ -162,7 +163,9 @@ class Desk:
     """A hub that is fed by hand."""
 
     def __init__(self) -> None:
-        self.subscription = Subscription(Origin(), events=("load", "unload"), control=True, limit=10**6)
+        self.subscription = Subscription(
+            Origin(), events=("load", "unload"), control=True, limit=10**6, limit_bytes=1 << 30
+        )
         self.hub = EventHub(self.subscription)
         self.task = asyncio.create_task(self.hub.run())
 
@@ -242,6 +245,27 @@ def test_a_client_that_comes_back_is_told_what_it_missed_while_that_is_known() -
                 break
         await stream.aclose()
         assert desk.hub.clients == 0
+
+    asyncio.run(story())
+
+
+def test_a_client_that_is_too_many_bytes_behind_is_told_how_much_it_missed_and_cut_off() -> None:
+    ranges = tuple((at << 13, (at << 13) + 4096) for at in range(1 << 33, (1 << 33) + 256))
+
+    async def story() -> None:
+        desk = Desk()
+        await desk.tell(READY)
+        client = desk.hub.join()
+        big = [dataclasses.replace(event("load", pid), ranges=ranges) for pid in range(1, 4001)]
+        await desk.tell(*big)
+        assert MAX_WAITING_BYTES <= client._waiting_bytes < MAX_WAITING_BYTES + 10_000
+        assert 0 < desk.hub._kept_bytes <= KEPT_BYTES
+        parts = [part.decode() async for part in desk.hub.stream(client)]
+        assert max(map(len, parts)) < 2 << 20
+        last = json.loads(parts[-1].splitlines()[1][6:])
+        told = len(parsed("".join(parts))) - 2  # ready comes first, lost last
+        assert (last["event"], last["count"], last["where"]) == ("lost", 4000 - told, "queue")
+        assert (desk.hub.clients, desk.hub.clients_cut_off, client._waiting_bytes) == (0, 1, 0)
 
     asyncio.run(story())
 

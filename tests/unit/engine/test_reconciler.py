@@ -72,7 +72,7 @@ def publisher():
 @pytest.fixture
 def told(publisher):
     """``told()`` are the control events since the last call."""
-    subscription = publisher.subscribe(control=True, limit=100)
+    subscription = publisher.subscribe(control=True, limit=100, limit_bytes=1 << 20)
 
     def take():
         publisher.hand_over()

@@ -32,7 +32,7 @@ class Feed:
         self.publisher = Publisher(RuleSet(()), registry, Selection(), proc_root="/proc")
 
     def subscribe(self, limit=1000):
-        return self.publisher.subscribe(control=True, limit=limit)
+        return self.publisher.subscribe(control=True, limit=limit, limit_bytes=1 << 30)
 
     def send(self, *events):
         for one in events:

@@ -126,7 +126,7 @@ class EngineOwner(Owner):
         registry = FileRegistry(is_alive=lambda process: True)
         publisher = Publisher(RULES, registry, Selection(), proc_root="/proc")
         publisher.inspector = Facts()
-        self.events = publisher.subscribe(control=True, limit=1 << 20)
+        self.events = publisher.subscribe(control=True, limit=1 << 20, limit_bytes=1 << 30)
         self.engine = Engine(kernel, self.tracker, publisher, RULES, Config(), silent_baseline=False)
         self.engine._proc = self
         self.keeper = self.engine.keeper

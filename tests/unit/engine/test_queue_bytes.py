@@ -1,0 +1,91 @@
+"""Queues of readers are bounded by what their events take, too: what does not fit is counted and made up for."""
+
+from __future__ import annotations
+
+import pytest
+
+from sowatch.bpf.records import MAX_FILE_RANGES
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.address_space import Change, Name
+from sowatch.engine.file_inspector import FileFacts
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.model.config import Config
+from sowatch.model.errors import ConfigError
+from sowatch.model.events import Library, LibraryEvent, Process, Stopped, size_of
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
+from support.records import PAGE, Proc
+from support.tracking import BASE, SSL
+
+LIMIT = 1 << 20
+RANGES = tuple((BASE + 2 * n * PAGE, BASE + (2 * n + 1) * PAGE) for n in range(MAX_FILE_RANGES))
+RULES = RuleSet([Rule("libssl")])
+
+
+class KnowsAll:
+    """An inspector that has read every file."""
+
+    def known(self, _):
+        return FileFacts(True)
+
+    def relieve(self, _):
+        pass
+
+
+@pytest.fixture
+def publisher():
+    made = Publisher(RULES, FileRegistry(Config()), Selection(), proc_root="/proc")
+    made.inspector = KnowsAll()
+    return made
+
+
+def loads(pids, ranges=RANGES):
+    name = Name(Proc().map(SSL), RULES)
+    return [Change(True, "fork", 1, Process(pid, 5), "library", name, ranges) for pid in pids]
+
+
+def read(subscription):
+    found = []
+    while (event := subscription.get(0)) is not None:
+        found.append(event)
+    return found
+
+
+def test_a_reader_that_is_behind_by_many_bytes_loses_events_and_gets_them_when_it_has_caught_up(publisher):
+    subscription = publisher.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
+    publisher.publish(loads(range(1, 1001)))
+    biggest = size_of(LibraryEvent("load", "r", Library(SSL.path, SSL.id), None, None, 1, 1, RANGES))
+    assert LIMIT - biggest <= subscription.waiting_bytes <= LIMIT + 2 * biggest
+    assert 0 < subscription.waiting < 100
+    lost = subscription.lost
+    assert lost == publisher.lost_in_queues == 1001 - subscription.waiting
+
+    publisher.catch_up()
+    assert subscription.lost == lost
+    first = read(subscription)
+    publisher.catch_up()
+    rest = read(subscription)
+    assert [(rest[0].event, rest[0].where, rest[0].count), rest[-1].event] == [("lost", "queue", lost), "repaired"]
+    told = [one.process.pid for one in first + rest if one.event == "load"]
+    assert sorted(told) == list(range(1, 1001))
+    assert subscription.waiting_bytes == 0
+
+
+def test_a_reader_with_as_many_events_of_few_bytes_loses_none(publisher):
+    subscription = publisher.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
+    publisher.publish(loads(range(1, 1001), RANGES[:1]))
+    assert (subscription.waiting, subscription.lost) == (1001, 0)
+
+
+def test_an_event_counts_what_it_holds():
+    small = LibraryEvent("load", "r", Library("/a", FileId(1, 1, 1)), None, None, 1, 1)
+    library = Library("/" + "a" * 4000, FileId(1, 1, 1), host_path="/proc/1/root/" + "a" * 4000)
+    large = LibraryEvent("load", "r", library, None, None, 1, 1, RANGES)
+    assert size_of(Stopped(1, 1, 1, 1)) <= size_of(small) < 500
+    assert size_of(large) > size_of(small) + 8_000 + 100 * len(RANGES)
+
+
+@pytest.mark.parametrize("value", [0, 65535, 1 << 41])
+def test_a_queue_of_no_bytes_is_refused(value):
+    with pytest.raises(ConfigError, match="queue_bytes"):
+        Config(queue_bytes=value)
