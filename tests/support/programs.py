@@ -10,13 +10,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
-__all__ = ["SOURCES", "Image", "Mapper", "build", "compile_library", "executable_images", "make_libraries"]
+__all__ = [
+    "SOURCES",
+    "Image",
+    "Mapper",
+    "build",
+    "compile_bpf",
+    "compile_library",
+    "executable_images",
+    "make_libraries",
+]
 
 SOURCES = Path(__file__).resolve().parent.parent / "programs"
 
 #: Further files of a program, and what it needs from the compiler beyond the usual.
 _PARTS = {"mapper": ["mapper_threads.c"]}
-_FLAGS = {"mapper": ["-pthread"], "churn": ["-pthread"]}
+_FLAGS = {"mapper": ["-pthread"], "churn": ["-pthread"], "caller": ["-pthread"]}
 
 
 def build(name: str, directory: Path, *, flags: Sequence[str] = (), output: str | None = None) -> Path:
@@ -40,6 +49,17 @@ def build(name: str, directory: Path, *, flags: Sequence[str] = (), output: str 
         subprocess.run(command, check=True)
         fresh.rename(program)
     return program
+
+
+def compile_bpf(name: str, directory: Path) -> Path:
+    """Compile ``tests/programs/NAME.bpf.c`` as users compile theirs."""
+    made = directory / f"{name}.bpf.o"
+    include = subprocess.run(["cc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
+    target = {"x86_64": "x86", "aarch64": "arm64"}[os.uname().machine]
+    command = ["clang", "-target", "bpf", "-O2", "-g", f"-D__TARGET_ARCH_{target}"]
+    command += ["-idirafter", f"/usr/include/{include}"]
+    subprocess.run([*command, "-c", SOURCES / f"{name}.bpf.c", "-o", made], check=True)
+    return made
 
 
 def compile_library(made: Path, exports: Iterable[str] = ()) -> Path:

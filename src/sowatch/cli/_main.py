@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "watch": "Live feed of loads and unloads.",
     "list": "Which process has which library mapped, now.",
     "top": "Libraries and who shares them, live, in the terminal.",
+    "trace": "Count and time calls of library functions, wherever that library is or will be loaded.",
     "audit": "Is the map right? Compares it with an independent reading of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",

@@ -7,8 +7,9 @@ and its kinds.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 __all__ = [
     "AlreadyRegistered",
@@ -125,12 +126,16 @@ class BpfError(SowatchError):
         )
 
 
+#: Lines of libbpf around the verifier's own: its head and foot, and that the program or object failed.
+_FRAME: Final = re.compile(r"-- (BEGIN|END) PROG LOAD LOG --|^-- |^processed \d|failed to load(: -\d+| object| BPF)")
+
+
 def _telling_line(log: str) -> str:
     """The line of a libbpf log that names the cause: the last one that is not only a frame."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for line in reversed(lines):
         text = line.removeprefix("libbpf: ")
-        if not text.startswith(("-- ", "processed ", "failed to load object", "failed to load BPF")):
+        if not _FRAME.search(text):
             return text
     return ""
 

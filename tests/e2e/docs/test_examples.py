@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.callers import Caller
 from support.doc_blocks import Block, blocks
+from support.programs import build, compile_bpf
 
 #: Opens libssl by the module, says so, and ends when its standard input does.
 USER_OF_LIBSSL = "import ssl, sys; print('ready', flush=True); sys.stdin.read()"
-EXAMPLES = [block for block in blocks() if block.language == "python"]
+EXAMPLES = [block for block in blocks() if block.language == "python" and "sowatch.uprobes" not in block.text]
+PROBES = [block for block in blocks() if block.language == "python" and "sowatch.uprobes" in block.text]
+
+
+@pytest.fixture(scope="session")
+def compile_probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_bpf("user_probes", tmp_path_factory.mktemp("bpf"))
 
 
 def test_there_are_examples() -> None:
@@ -40,3 +51,20 @@ def test_an_example_runs_and_shows_the_process_that_has_the_library(block: Block
     else:
         _, errors = example.communicate(timeout=deadline(30))
         assert (example.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("block", PROBES, ids=str)
+def test_an_example_with_probes_runs_on_a_library_of_the_tests_own(
+    block: Block, spawn: Any, programs: Any, place: Path, deadline: Any, compile_probes: Any
+) -> None:
+    library = build("probed", place, flags=["-shared", "-fPIC", "-O1"], output="libprobed.so")
+    text = block.text.replace("libz\\.so", re.escape(str(library))).replace("deflate", "plain")
+    text = text.replace("probes.bpf.o", str(compile_probes)).replace("on_plain", "by_section")
+    caller = Caller(spawn, programs["caller"], library)
+    example = spawn([sys.executable, "-u", "-W", "error", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while example.poll() is None:  # it waits for some seconds, and shows what it has counted
+        caller.call("plain", times=10)
+        time.sleep(0.05)
+    output, errors = example.communicate(timeout=deadline(20))
+    assert (example.returncode, errors) == (0, b"")
+    assert b"libprobed" in output

@@ -1,0 +1,185 @@
+"""`CallCounter`: counts and times the calls of functions, by process, wherever their library is or will be loaded."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from sowatch.bpf.probe_object import ProbeObject
+from sowatch.engine.workers import ActiveFile
+from sowatch.model.identity import ProcessId
+from sowatch.model.rules import Rule
+from sowatch.uprobes.attacher import Attacher, AttacherStats, Failure, Site
+from sowatch.uprobes.probes import Probe
+
+__all__ = ["BUCKETS", "CallCounter", "Calls", "percentile_ns"]
+
+#: struct calls_key of probe_calls.h, 24 bytes: probe, start of the process in ns, tgid.
+KEY: Final = struct.Struct("=QQII")
+#: struct calls, 536 bytes: entries, timed returns, their sum in ns, and BUCKETS counts.
+BUCKETS: Final = 64
+VALUE: Final = struct.Struct(f"=QQQ{BUCKETS}Q")
+#: enum probe_counter
+_LOST, _UNTIMED = 0, 1
+
+
+class Calls(NamedTuple):
+    """What one process has called of one function since it was attached; figures only grow.
+
+    ``latency`` has for bucket N the calls that took at least 2**N ns and less than 2**(N+1); all 0 without timing.
+    ``timed`` calls have returned; those that were left by longjmp or an exception never do.
+    """
+
+    site: Site
+    process: ProcessId
+    calls: int
+    timed: int
+    sum_ns: int
+    latency: tuple[int, ...]
+
+
+def percentile_ns(latency: Sequence[int], share: float) -> int | None:
+    """The upper bound of the bucket that has the given share (0 to 1) of the calls at or below it; None without calls.
+
+    >>> percentile_ns([0, 0, 3, 1], 0.5), percentile_ns([0], 0.5)
+    (8, None)
+    """
+    total = sum(latency)
+    seen = 0
+    for bucket, number in enumerate(latency):
+        seen += number
+        if number and seen >= share * total:
+            return 1 << (bucket + 1)
+    return None
+
+
+class CallCounter:
+    r"""The built-in program on functions of a rule's files; a context manager, as `Attacher`.
+
+    Args:
+        symbols: names or patterns; see `sowatch.uprobes.probes.Probe`. A file needs one of them at least.
+        is_timed: return probes, too, for the time that calls take.
+        linger_s: see `sowatch.uprobes.attacher.Attacher`.
+        is_filtered: count only in the processes of `want`.
+
+    The kernel keeps 16,384 counts (function and process); more are counted as ``lost``.
+
+    >>> counter = CallCounter(["deflate"])  # doctest: +SKIP
+    >>> with counter, Watcher(counter.rule(r"libz\.so")) as watcher:  # doctest: +SKIP
+    ...     watcher.wait(10)
+    ...     print(counter.calls())
+    """
+
+    def __init__(
+        self,
+        symbols: Iterable[str],
+        *,
+        is_timed: bool = True,
+        linger_s: float = 0.0,
+        is_filtered: bool = False,
+    ) -> None:
+        self.is_timed = is_timed
+        self.is_filtered = is_filtered
+        probes = [Probe(symbol, "calls_entered", is_optional=True) for symbol in symbols]
+        if is_timed:
+            # A place inside a function has no return.
+            probes += [
+                Probe(one.symbol, "calls_returned", is_return=True, is_optional=True)
+                for one in probes
+                if "+" not in one.symbol
+            ]
+        self.attacher = Attacher(
+            str(files("sowatch.bpf") / "programs" / "probe_calls.bpf.o"),
+            probes,
+            linger_s=linger_s,
+            prepare=self._set_constants,
+            pairs_returns=True,
+        )
+
+    def _set_constants(self, loaded: ProbeObject) -> None:
+        loaded.set_constant("is_timed", bytes([self.is_timed]))
+        loaded.set_constant("has_cookies", b"\1")
+        loaded.set_constant("is_filtered", bytes([self.is_filtered]))
+
+    def start(self) -> Self:
+        """Loads the program. Safe to call again."""
+        self.attacher.start()
+        return self
+
+    def close(self) -> None:
+        """Detaches everything. Safe to call again."""
+        self.attacher.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def rule(self, pattern: str, *, name: str = "calls") -> Rule:
+        """A rule whose activation attaches the counter."""
+        return self.attacher.rule(pattern, name=name)
+
+    def attach(self, file: ActiveFile) -> None:
+        """For a rule of your own: see `Attacher.attach`."""
+        self.attacher.attach(file)
+
+    def detach(self, file: ActiveFile) -> None:
+        """For a rule of your own: see `Attacher.detach`."""
+        self.attacher.detach(file)
+
+    @property
+    def failures(self) -> list[Failure]:
+        """See `Attacher.failures`."""
+        return self.attacher.failures
+
+    @property
+    def stats(self) -> AttacherStats:
+        """See `Attacher.stats`."""
+        return self.attacher.stats
+
+    @property
+    def lost(self) -> int:
+        """Calls that are in no count, because the kernel's table was full."""
+        return self._counter(_LOST)
+
+    @property
+    def untimed(self) -> int:
+        """Calls that were counted and not timed, because one thread had too many under way."""
+        return self._counter(_UNTIMED)
+
+    def calls(self) -> list[Calls]:
+        """The figures by function and process; of files that are detached there are none any more."""
+        table = self.attacher.map("calls")
+        sites = self.attacher.sites
+        found = []
+        for key in table.keys(KEY.size):
+            probe, start_ns, tgid, _ = KEY.unpack(key)
+            site = sites.get(probe)
+            value = table.lookup(key, VALUE.size)
+            if site is None or value is None:
+                continue
+            calls, timed, sum_ns, *latency = VALUE.unpack(value)
+            found.append(Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency)))
+        return sorted(found, key=lambda one: (one.site.cookie, one.process))
+
+    def want(self, pid: int) -> None:
+        """Counts in this process from now on; its pid in the initial pid namespace."""
+        self.attacher.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
+
+    def unwant(self, pid: int) -> None:
+        """Counts in this process no more."""
+        self.attacher.map("wanted").delete(pid.to_bytes(4, "little"))
+
+    def forget(self, calls: Calls) -> None:
+        """Removes a count, of a process that is gone, so that its place is free."""
+        key = KEY.pack(calls.site.cookie, calls.process.start_ns, calls.process.pid, 0)
+        self.attacher.map("calls").delete(key)
+
+    def _counter(self, index: int) -> int:
+        return self.attacher.per_cpu_sum("counters", index)

@@ -1,0 +1,77 @@
+/* A library with functions of the kinds that probes stumble over. */
+#include <setjmp.h>
+
+#define EXPORT __attribute__((visibility("default"), noinline))
+
+static jmp_buf way_out;
+
+EXPORT int plain(int value)
+{
+	__asm__ volatile("" ::: "memory");
+	return value + 1;
+}
+
+/* Calls itself `depth` times: each call is one entry and one return. */
+EXPORT int recursive(int depth)
+{
+	__asm__ volatile("" ::: "memory");
+	return depth <= 0 ? 0 : 1 + recursive(depth - 1);
+}
+
+EXPORT int nested(int value)
+{
+	int inner = plain(value);
+
+	__asm__ volatile("" ::: "memory");
+	return inner + 1;
+}
+
+/* One instruction. */
+__asm__(".globl only_return\n.type only_return, @function\nonly_return:\n\tret\n.size only_return, 1\n");
+
+EXPORT int jumps(int value)
+{
+	__asm__ volatile("" ::: "memory");
+	if (value)
+		longjmp(way_out, 1);
+	return value;
+}
+
+/* Leaves `jumps` by longjmp each time. */
+EXPORT int leaves(int times)
+{
+	volatile int left = times;
+
+	if (setjmp(way_out) || left)
+		while (left) {
+			left--;
+			if (!setjmp(way_out))
+				jumps(1);
+		}
+	return 0;
+}
+
+static int resolved(void)
+{
+	return 7;
+}
+
+static int (*resolver(void))(void)
+{
+	return resolved;
+}
+
+EXPORT int indirect(void) __attribute__((ifunc("resolver")));
+int data = 3;
+
+/* For .symtab only. */
+__attribute__((noinline, used)) static int hidden(int value)
+{
+	__asm__ volatile("" ::: "memory");
+	return value;
+}
+
+EXPORT int calls_hidden(int value)
+{
+	return hidden(value) + 1;
+}

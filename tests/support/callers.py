@@ -1,0 +1,49 @@
+"""Processes that call functions of libraries as they are told: tests/programs/caller.c."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Caller"]
+
+
+class Caller:
+    """A running ``caller``; the process ends with the fixture ``spawn`` that started it."""
+
+    def __init__(self, spawn: Any, program: Path, library: Path | None = None, **options: Any) -> None:
+        self._process = spawn([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+        self.pid = self._answer()
+        if library is not None:
+            self.open(library)
+
+    def open(self, library: Path | str) -> None:
+        self._tell(f"open {library}")
+
+    def call(self, name: str, value: int = 0, *, times: int = 1) -> None:
+        self._tell(f"call {name} {value} {times}")
+
+    def call_in_threads(self, name: str, times: int, threads: int) -> None:
+        self._tell(f"threads {name} {times} {threads}")
+
+    def close_library(self) -> None:
+        self._tell("close")
+
+    def fork_and_leave(self) -> None:
+        """The process goes on as its own child; the parent has exited."""
+        self.pid = self._tell("fork")
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, line: str) -> int:
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> int:
+        kind, _, rest = self._process.stdout.readline().rstrip("\n").partition(" ")
+        assert kind == "ok", rest
+        return int(rest)
