@@ -424,9 +424,9 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["doctor", "--proc-root", "/tmp"], "'/tmp' is not a proc file system"),
         (["doctor", "libssl"], "unrecognized arguments: libssl"),
         (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
-        (["wach"], "unknown command 'wach'. Use one of: watch, list, top, audit, explain, serve, debug, doctor"),
+        (["wach"], "unknown command 'wach'. Use one of: watch, list, top, trace, audit, explain, serve, debug, doctor"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        ([], "no command given. Use one of: watch, list, top, audit, explain, serve, debug, doctor"),
+        ([], "no command given. Use one of: watch, list, top, trace, audit, explain, serve, debug, doctor"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
