@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
-from support import bpfsys, leaks
+from support import bpfsys, leaks, strict
 from support.programs import build, compile_library
 
 T = TypeVar("T")
@@ -264,11 +264,13 @@ def make_library(tmp_path: Path) -> Callable[..., Path]:
 def schema() -> Callable[[Any], Any]:
     """``schema(event)`` checks an Event, its dict or its JSON line against the schema the package ships.
 
-    Returns the dict, so that a test can check and use an event in one go.
+    Returns the dict, so that a test can check and use an event in one go; names that are not UTF-8 are in it as
+    surrogate escapes.
     """
     import jsonschema
 
-    from sowatch.model.events import to_dict
+    from sowatch.model.encoding import exact, restore
+    from sowatch.model.events import to_json
 
     text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
     validator = jsonschema.Draft202012Validator(
@@ -287,22 +289,22 @@ def schema() -> Callable[[Any], Any]:
 
     def check(event: Any) -> Any:
         if isinstance(event, str | bytes):
-            found = json.loads(event)
+            found = strict.loads_wire(event)
         elif isinstance(event, Mapping):
-            found = event
+            found = exact(event)
         else:
-            found = json.loads(json.dumps(to_dict(event, 0)))
+            found = strict.loads_wire(to_json(event, 0))
         # In a storm thousands of events differ in these four only, each still checked for its form.
         shape = json.dumps(
             {**found, **{key: form(found[key]) for key in ("seq", "time", "t_ns", "ranges") if key in found}}
         )
         if shape in passed:
-            return found
+            return restore(found)
         faults = sorted(validator.iter_errors(found), key=str)
         if faults:
             listed = "\n".join(f"  {fault.json_path}: {fault.message}" for fault in faults)
             pytest.fail(f"not an event of schema 1:\n{json.dumps(found, indent=1)}\n{listed}")
         passed.add(shape)
-        return found
+        return restore(found)
 
     return check

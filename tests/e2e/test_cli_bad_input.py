@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support import strict
 
 #: The command as it was installed, beside the interpreter of its environment.
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
@@ -146,7 +147,7 @@ def test_nobody_is_told_the_missing_capability_and_the_command_that_would_work(w
 @needs_root
 def test_nobody_gets_a_whole_report_from_doctor_and_the_exit_code_for_permission() -> None:
     done = run(["doctor", "--json"], prefix=NOBODY)
-    report = json.loads(done.stdout)
+    report = strict.loads(done.stdout)
 
     assert report["facts"]["uid"] == 65534
     assert report["facts"]["capabilities"] == []
@@ -197,7 +198,7 @@ def test_a_kernel_that_refuses_bpf_to_root_is_an_error_with_the_kernels_word(com
 
 def test_doctor_finds_something_that_can_watch_where_the_kernel_offers_bpf(needs_bpf: None) -> None:
     done = run(["doctor", "--json"])
-    report = json.loads(done.stdout)
+    report = strict.loads(done.stdout)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert report["decision"]["strategy"] is not None
@@ -207,7 +208,7 @@ def test_doctor_finds_something_that_can_watch_where_the_kernel_offers_bpf(needs
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
 def test_doctor_reports_on_a_kernel_that_refuses_bpf(number: int) -> None:
     done = run(["doctor", "--strategy", "core", "--json"], preexec_fn=lambda: refuse_bpf(number))
-    report = json.loads(done.stdout)
+    report = strict.loads(done.stdout)
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -239,7 +240,7 @@ def test_a_machine_without_libbpf_is_told_what_to_install(command: str, without_
 @needs_root
 def test_a_machine_without_libbpf_is_looked_at_and_its_files_are_read(without_libbpf: list[str]) -> None:
     done = run(["list", "--json", r"/libc\.so\.6$"], prefix=without_libbpf)
-    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    entries = [strict.loads(line) for line in done.stdout.splitlines()]
 
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
@@ -256,7 +257,7 @@ def started(spawn: Any, *words: str, **options: Any) -> Any:
     """A watch that has said ``ready``; its stdout is a pipe."""
     process = spawn([SOWATCH, "watch", "--json", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     for line in process.stdout:
-        if json.loads(line)["event"] == "ready":
+        if strict.loads(line)["event"] == "ready":
             return process
     pytest.fail(f"the watch ended before it was ready: {process.stderr.read()!r}")
 
@@ -268,7 +269,7 @@ def test_a_signal_ends_a_watch_with_stopped_as_its_last_line(spawn: Any, number:
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=deadline(20))
 
-    assert json.loads(stdout.splitlines()[-1])["event"] == "stopped"
+    assert strict.loads(stdout.splitlines()[-1])["event"] == "stopped"
     assert stderr == b""
     assert process.returncode == 0
 

@@ -6,7 +6,6 @@ must have. What they promise of a library that is open for a moment is data, in 
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from support import strict
 from support.forced import OPTIONS
 from support.programs import Mapper
 
@@ -35,7 +35,7 @@ def sowatch(command: str, *words: str) -> list[str]:
 def lines_of(*words: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit code and the lines of a command that ends by itself."""
     done = subprocess.run(sowatch(*words), stdout=subprocess.PIPE, check=False)
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, [strict.loads(line) for line in done.stdout.splitlines()]
 
 
 def take_until(is_last: Callable[[dict[str, Any]], bool], lines: Iterator[str], schema: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from sowatch.model.escape import visible
+from support import strict
 from support.programs import Mapper
 from support.screen import Terminal
 
@@ -199,7 +199,7 @@ def test_json_has_a_line_for_each_row_and_names_the_holders(
 
 def json_of(directory: Path, *words: str) -> list[dict[str, Any]]:
     line = command(re.escape(str(directory)), "--json", *words)
-    return [json.loads(one) for one in subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout.splitlines()]
+    return [strict.loads(one) for one in subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout.splitlines()]
 
 
 @pytest.mark.parametrize(

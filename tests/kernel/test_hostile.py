@@ -5,7 +5,6 @@ What is told goes through the installed command, whose every line is checked aga
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -21,7 +20,7 @@ from sowatch import Rule, Watcher
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import KINDS
-from support import bpfsys
+from support import bpfsys, strict
 from support.elf_files import Made
 from support.hostile import SOWATCH, Command, Opens, deep_path, is_shown_safely
 from support.kernel import Ledger, standing_still
@@ -149,7 +148,7 @@ def test_any_name_stays_on_its_own_line_of_the_text_feed(named: tuple[Mapper, li
 
 def test_any_name_is_listed_in_json_with_its_bytes(named: tuple[Mapper, list[Path]]) -> None:
     mapper, paths = named
-    listed = [json.loads(line) for line in run("list", "--json", "--pid", mapper.pid, OURS).splitlines()]
+    listed = [strict.loads(line) for line in run("list", "--json", "--pid", mapper.pid, OURS).splitlines()]
     assert {os.fsencode(one["library"]["path"]) for one in listed} == {os.fsencode(path) for path in paths}
     assert {one["stale"] for one in listed} == {None}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from sowatch import Rule
+from sowatch.model.encoding import dumps
 from sowatch.model.escape import visible
 from support.kernel import TAG, Ledger
 from support.pages import PageServer, Visit, chromium
@@ -325,9 +325,12 @@ def test_names_look_the_same_on_the_page_as_in_the_terminal(open_ledger: OpenLed
     # What a newer Unicode than Python's has given a meaning to may be shown as it is.
     names = [name for name in names if "Cn" not in map(unicodedata.category, name)]
     page = visit(open_ledger(own())).page
-    # Through JSON, as the page gets all names: the browser's protocol has no lone surrogates.
     shown = page.evaluate(
-        "async text => JSON.parse(text).map((await import('/page/text.js')).visible)", json.dumps(names)
+        """async text => {
+            const { restored, visible } = await import('/page/text.js');
+            return JSON.parse(text, restored).map(({ name }) => visible(name));
+        }""",
+        dumps([{"name": name} for name in names]),
     )
     assert shown == [visible(name) for name in names]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 
 from sowatch import Rule
 from sowatch.telemetry import FileSink, MetricRegistry, PrometheusExporter, Sampler, SinkRunner, StdoutSink
+from support import strict
 from support.kernel import TAG, Ledger
 from support.programs import Mapper
 from support.prometheus import Prometheus
@@ -37,7 +37,7 @@ def rounds(mapper: Mapper, library: Path, count: int) -> None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return [strict.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def test_a_real_prometheus_has_what_the_watch_has_counted(
@@ -149,7 +149,7 @@ def test_a_sink_that_nobody_reads_loses_its_own_events_only_and_is_repaired_when
         assert lost > 500
         found = []
         while not found or found[-1]["event"] != "repaired":
-            found.append(json.loads(reader.readline()))
+            found.append(strict.loads(reader.readline()))
         held = 0
         for one in found:
             held += {"load": 1, "unload": -1}.get(one["event"], 0)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import strict
+
 __all__ = ["Agent", "Answer", "NewAgent", "Stream", "UnixConnection", "short_directory"]
 
 #: Ours, whatever is on PATH.
@@ -50,7 +52,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.body)
+        return strict.loads(self.body)
 
 
 class Stream:
@@ -68,7 +70,7 @@ class Stream:
             if word == "id":
                 self.last_id = value
             elif word == "data":
-                yield json.loads(value)
+                yield strict.loads(value)
 
     def until(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """The events up to the one that is wanted; that one is the last of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import shutil
 import socket
 import threading
@@ -22,6 +21,7 @@ from starlette.routing import Route
 from sowatch.agent.page import routes
 from sowatch.explain import to_dict
 from sowatch.inventory.inventory import Inventory
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
 from sowatch.watcher.watcher import Watcher
 
@@ -83,9 +83,8 @@ class PageServer:
                 self._watcher.explain, int(pid) if pid is not None else request.query_params["path"]
             )
         except SowatchError as error:
-            return Response(json.dumps({"error": str(error)}), status_code=404)
-        # Not JSONResponse, which refuses the surrogate escapes of names that are not UTF-8.
-        return Response(json.dumps(to_dict(report)), media_type="application/json")
+            return Response(dumps({"error": str(error)}), status_code=404)
+        return Response(dumps(to_dict(report)), media_type="application/json")
 
 
 def _bound(port: int) -> socket.socket:

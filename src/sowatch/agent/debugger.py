@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from sowatch.agent.bounds import BodyTooLarge, BodyTooSlow, read_body
 from sowatch.engine.activation import FileRegistry
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
 from sowatch.telemetry import MetricRegistry
 from sowatch.watcher.watcher import Watcher
@@ -118,8 +119,7 @@ class Debugger:
 
 
 def _json(found: object) -> Response:
-    """In ASCII: names that are not UTF-8 are written as surrogate escapes."""
-    return Response(json.dumps(found, separators=(",", ":")).encode("ascii"), media_type="application/json")
+    return Response(dumps(found).encode("ascii"), media_type="application/json")
 
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

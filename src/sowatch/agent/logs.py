@@ -1,6 +1,6 @@
 """Log lines for machines: logfmt or JSON on stderr, one line a record.
 
-Imports nothing of the package. Names come from containers, so whatever a message holds stays in its line.
+Names come from containers, so whatever a message holds stays in its line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
+
+from sowatch.model.encoding import dumps, readable
 
 __all__ = ["set_up_logging"]
 
@@ -36,13 +38,13 @@ class _Lines(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             fields["error"] = "".join(traceback.format_exception(*record.exc_info))
         if self._is_json:
-            return json.dumps(fields, default=str)
+            return dumps(fields, default=str)
         return " ".join(f"{key}={_word(value)}" for key, value in fields.items())
 
 
 def _word(value: object) -> str:
     text = str(value)
-    return text if text and _PLAIN.issuperset(text) else json.dumps(text)
+    return text if text and _PLAIN.issuperset(text) else json.dumps(readable(text))
 
 
 def set_up_logging(level: str, style: Literal["logfmt", "json"]) -> None:

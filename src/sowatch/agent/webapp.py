@@ -6,7 +6,6 @@ Handlers run on the event loop; what takes long goes to a few threads of its own
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -25,6 +24,7 @@ from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.explain import PathReport, ProcessReport, stamp, to_dict
 from sowatch.explain.audit import AuditReport
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
@@ -311,7 +311,7 @@ def _target(query: dict[str, str]) -> _Target:
 
 
 def _encode(found: object) -> bytes:
-    return json.dumps(found, separators=(",", ":")).encode("ascii") + b"\n"
+    return dumps(found).encode("ascii") + b"\n"
 
 
 def _json(found: object, status: int = 200) -> Response:

@@ -13,7 +13,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from sowatch.cli._options import add_common, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
+from sowatch.model.encoding import dumps
 from sowatch.model.escape import visible
 from sowatch.model.events import SCHEMA
 
@@ -67,7 +67,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
                 for one in report.differences
             ],
         }
-        out.write(json.dumps(line, separators=(",", ":")) + "\n")
+        out.write(dumps(line) + "\n")
     else:
         for one in report.differences:
             out.write(f"{one.kind:<8} {one.pid:>8} {one.start:x}-{one.end:x} {visible(one.path)}\n")

@@ -33,6 +33,7 @@ from urllib.parse import quote
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser, pid
 from sowatch.cli._table import write_table
+from sowatch.model.encoding import dumps, restore
 from sowatch.model.errors import NotPermitted, SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
 
@@ -75,7 +76,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     if args.json or action == "telemetry":
         lines = found if action == "telemetry" and not args.json else [found]
         for line in lines:
-            out.write(json.dumps(line, separators=(",", ":")) + "\n")
+            out.write(dumps(line) + "\n")
     else:
         _SHOW[action](found, out)
     out.flush()
@@ -138,7 +139,7 @@ class _Agent:
         """
         status, body = self._ask("GET", route)
         try:
-            found = json.loads(body)
+            found = restore(json.loads(body))
         except ValueError as error:
             raise SowatchError(
                 f"{self._path!r} gave no JSON (status {status}). Is it the socket of `sowatch serve`?"
@@ -150,7 +151,7 @@ class _Agent:
 
     def post(self, route: str, body: object) -> tuple[int, str]:
         """Status and text."""
-        status, answer = self._ask("POST", route, json.dumps(body).encode())
+        status, answer = self._ask("POST", route, dumps(body).encode())
         return status, answer.decode("utf-8", "replace").strip()
 
     def _ask(self, method: str, route: str, body: bytes | None = None) -> tuple[int, bytes]:

@@ -10,7 +10,6 @@ Exit codes: 0 something can watch; 3 only permission is missing; 1 otherwise.
 
 from __future__ import annotations
 
-import json
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from sowatch.cli._parser import Parser
 from sowatch.linux.host import KNOWN_RISKS, Host, read_host, risk_here
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError
 from sowatch.model.escape import visible
 from sowatch.model.events import SCHEMA
@@ -98,7 +98,7 @@ def run(
     host = read_host(ProcFs(config.proc_root))
     report = _examine(config, host, examiner)
     if as_json:
-        out.write(json.dumps(report.to_dict(), separators=(",", ":")) + "\n")
+        out.write(dumps(report.to_dict()) + "\n")
         out.flush()
     else:
         _write(report, out)

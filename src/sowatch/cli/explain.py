@@ -45,7 +45,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -55,6 +54,7 @@ from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.proc import ProcFs
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
 from sowatch.model.rules import KINDS
@@ -172,7 +172,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
             warn_of_fallback(watcher.ready, warn)
         report = watcher.explain(target if pid is None else pid)
     if as_json:
-        out.write(json.dumps(to_dict(report), separators=(",", ":")) + "\n")
+        out.write(dumps(to_dict(report)) + "\n")
     else:
         lines = _process(report) if isinstance(report, ProcessReport) else _path(report)
         out.write("".join(f"{line.rstrip()}\n" for line in lines))

@@ -17,7 +17,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
@@ -80,7 +80,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
     if as_json:
         for seq, entry in enumerate(entries, 1):
-            out.write(json.dumps(entry.to_dict(seq, with_owner=args.stale), separators=(",", ":")) + "\n")
+            out.write(dumps(entry.to_dict(seq, with_owner=args.stale)) + "\n")
         out.flush()
     elif args.stale:
         _stale_table(entries, out)

@@ -15,7 +15,6 @@ Examples:
 from __future__ import annotations
 
 import errno
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -28,6 +27,7 @@ from sowatch.cli._table import write_table
 from sowatch.cli._top import VIEWS, State, cells, head, rows_of
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.proc import ProcFs
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.events import SCHEMA, library_dict, process_dict
 
@@ -88,7 +88,7 @@ def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) 
     rows = rows_of(picture, state)
     if as_json:
         for seq, row in enumerate(rows, 1):
-            out.write(json.dumps(_object(picture, row, seq, state.view), separators=(",", ":")) + "\n")
+            out.write(dumps(_object(picture, row, seq, state.view)) + "\n")
         out.flush()
         return
     numbers = [at for at, column in enumerate(VIEWS[state.view]) if column.is_number]

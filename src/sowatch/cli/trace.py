@@ -16,7 +16,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -32,6 +31,7 @@ from sowatch.cli._stop import Stopper
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.explain import stamp
+from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict
@@ -127,7 +127,7 @@ def _list(args: Namespace, out: Out) -> int:
     if wants_json(args, out, when_piped=False):
         for one in found:
             line = {"schema": SCHEMA, "event": "function", "symbol": one.name, "offset": one.offset, "size": one.size}
-            out.write(json.dumps(line, separators=(",", ":")) + "\n")
+            out.write(dumps(line) + "\n")
     else:
         for one in found:
             out.write(f"{visible(one.name)}\n")
@@ -180,7 +180,7 @@ class _Json:
         self.figures(trace, taken, failures)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._out.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._out.write(dumps(line) + "\n")
 
 
 def trace_dict(one: TracedCalls, now_ns: int) -> dict[str, Any]:

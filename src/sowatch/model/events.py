@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from sowatch.model.encoding import dumps, exact
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.identity import FileId, ProcessId
 
@@ -171,7 +172,15 @@ def size_of(event: Event) -> int:
 
 
 def to_dict(event: Event, seq: int) -> dict[str, Any]:
-    """The event as the plain object that one line of ``--json`` holds; ``seq`` counts lines."""
+    """The event as the plain object that one line of ``--json`` holds; ``seq`` counts lines.
+
+    Names that are not UTF-8 are in it as `sowatch.model.encoding` writes them.
+    """
+    found: dict[str, Any] = exact(_to_dict(event, seq))
+    return found
+
+
+def _to_dict(event: Event, seq: int) -> dict[str, Any]:
     head: dict[str, Any] = {"schema": SCHEMA, "event": event.event, "seq": seq, "time": _rfc3339(event.time_ns)}
     if isinstance(event, LibraryEvent):
         return _library_event(head, event)
@@ -200,8 +209,8 @@ def to_dict(event: Event, seq: int) -> dict[str, Any]:
 
 
 def to_json(event: Event, seq: int) -> str:
-    """One line of ``--json``, without its newline: ASCII, control characters escaped."""
-    return json.dumps(to_dict(event, seq), separators=(",", ":"))
+    """One line of ``--json``, without its newline: ASCII, control characters escaped, no lone surrogates."""
+    return dumps(_to_dict(event, seq))
 
 
 class JsonLines:
@@ -238,11 +247,13 @@ class JsonLines:
             ranges = ',"ranges":[' + ",".join([f'["{start:x}","{end:x}"]' for start, end in event.ranges]) + "]"
             if event.range_count is not None:
                 ranges += f',"range_count":{event.range_count}'
-        return (
+        line = (
             f'{{"schema":{SCHEMA},"event":"{kind}","seq":{seq},"time":"{self._stamp}{rest // 1000:06d}Z",'
             f'{t_ns}{cause}"rule":{self._text(event.rule)},{process}'
             f'"library":{self._kept(event.library, _library_text)}{ranges}}}'
         )
+        # Names that are not UTF-8 need members of their own.
+        return to_json(event, seq) if "\\ud" in line else line
 
     def _text(self, text: str) -> str:
         return self._kept(text, _quoted)
@@ -260,7 +271,7 @@ class JsonLines:
         return text
 
 
-#: A string as JSON: ASCII, quoted, surrogates as \\udcXX.
+#: A string as JSON: ASCII, quoted; surrogates as \\udcXX, which `JsonLines.line` lets nobody see.
 _quoted: Final = json.encoder.encode_basestring_ascii
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from sowatch import Rule, Watcher
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import SowatchError, UsageError
+from support import strict
 from support.asked import OTHER, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
 from support.hostile import Opens
 from support.kernel import IN_OWN_MOUNTS, TAG, executable_ranges, host_pid, id_by_stat, with_prelude
@@ -294,7 +294,7 @@ def test_the_command_explains_a_process_as_one_object(start: Start, library: New
     mapper.map(new)
     done = sowatch_explain("--json", "--rule", TAG, str(mapper.pid))
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
-    found = json.loads(done.stdout)
+    found = strict.loads(done.stdout)
     assert (found["event"], found["target"], found["process"]["pid"]) == ("explain", "process", mapper.pid)
     (one,) = [one for one in found["mappings"] if one["library"]["path"] == str(new)]
     assert (one["seen"]["cause"], one["rule"], one["verdict"]["verdict"]) == ("snapshot", TAG, "match")
@@ -318,7 +318,7 @@ def test_the_command_explains_a_path_to_people_without_letting_it_steer_their_te
 def test_the_command_takes_a_path_of_digits_after_its_directory(scratch: Path, library: NewLibrary) -> None:
     new = library("12345")
     done = sowatch_explain("--json", new)
-    assert json.loads(done.stdout)["path"] == str(new)
+    assert strict.loads(done.stdout)["path"] == str(new)
 
 
 @pytest.mark.parametrize("word", ["/no/such/file", "4194303"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from sowatch.cli._parser import Parser
 from sowatch.cli._schema import load_schema
 from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError, UsageError
 from sowatch.model.events import Library, Lost, Ready, Repaired
+from support import strict
 from support.scripted import SSL, TIME_NS, ScriptedWatcher, event
 
 VALIDATOR = jsonschema.Draft202012Validator(load_schema(strict=True))
@@ -74,7 +74,7 @@ class Running:
         return thread
 
     def lines(self) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.stdout]
+        found = [strict.loads(line) for line in self.stdout]
         for line in found:
             VALIDATOR.validate(line)
         return found
@@ -119,9 +119,9 @@ def test_each_line_can_be_read_before_the_next_thing_happens(running: Any) -> No
 
     def script() -> None:
         for number in range(3):
-            seen.append(json.loads(command.stdout.readline())["event"])
+            seen.append(strict.loads(command.stdout.readline())["event"])
             watcher.send(event("load", t_ns=number))
-        seen.append(json.loads(command.stdout.readline())["t_ns"])
+        seen.append(strict.loads(command.stdout.readline())["t_ns"])
         watcher.stop()
 
     thread = command.meanwhile(script)
@@ -137,7 +137,7 @@ def test_more_events_than_fit_into_the_pipe_all_come_through(running: Any) -> No
     command = running(watcher, "--json", "--duration", "0")
     lines: list[dict[str, Any]] = []
 
-    thread = command.meanwhile(lambda: lines.extend(json.loads(line) for line in command.stdout))
+    thread = command.meanwhile(lambda: lines.extend(strict.loads(line) for line in command.stdout))
     code = command.run()
     thread.join()
 
@@ -153,9 +153,9 @@ def test_a_signal_ends_the_feed_with_stopped_and_0(running: Any, number: signal.
     seen = []
 
     def script() -> None:
-        seen.append(json.loads(command.stdout.readline())["event"])
+        seen.append(strict.loads(command.stdout.readline())["event"])
         os.kill(os.getpid(), number)
-        seen.extend(json.loads(line)["event"] for line in command.stdout)
+        seen.extend(strict.loads(line)["event"] for line in command.stdout)
 
     thread = command.meanwhile(script)
     code = command.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from sowatch.cli._parser import Parser
 from sowatch.linux.host import KNOWN_RISKS, Host, Risk, capability_names, read_host, release_number, risk_here
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import LibbpfMissing, LoadAttempt, NotPermitted
+from support import strict
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_programs_are_loaded_with_bpf_and_perfmon_or_sys_admin(
 
 def test_json_is_one_object_with_facts_probes_decision_and_risks(examined: Any) -> None:
     code, text, warnings = examined(Kernel(), "--json")
-    report = json.loads(text)
+    report = strict.loads(text)
 
     assert code == 0
     assert warnings == []

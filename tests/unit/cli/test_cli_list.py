@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import LoadAttempt, NotPermitted
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
+from support import strict
 from support.programs import Mapper
 from support.scripted import PROCESS, READY, SSL, Entry, ScriptedWatcher
 
@@ -38,7 +38,7 @@ class Listed:
         self.code, self.text, self.warnings = code, text, warnings
 
     def lines(self) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.text.splitlines()]
+        found = [strict.loads(line) for line in self.text.splitlines()]
         for line in found:
             VALIDATOR.validate(line)
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,10 +15,12 @@ from sowatch.bpf.records import path_of
 from sowatch.cli._lines import pieces_of, plain
 from sowatch.linux.cgroups import unit_of
 from sowatch.linux.containers import container_id
+from sowatch.model.encoding import dumps
 from sowatch.model.escape import one_line, visible
 from sowatch.model.events import JsonLines, Library, LibraryEvent, Process, to_dict
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
+from support import strict
 
 #: What is most likely to break something, and then anything: bytes as the kernel lets names be, without NUL.
 SPECIAL = [
@@ -62,8 +63,8 @@ def test_a_line_of_json_is_plain_and_gives_every_byte_back(
     line = JsonLines().line(told, 1)
     assert line.isascii()
     assert line.isprintable()
-    found = json.loads(line)
-    assert found == json.loads(json.dumps(to_dict(told, 1)))
+    found = strict.loads(line)
+    assert found == strict.loads(dumps(to_dict(told, 1)))
     assert os.fsencode(found["library"]["path"]) == os.fsencode(found["library"]["host_path"]) == path
     assert os.fsencode(found["library"]["soname"]) == soname
     assert os.fsencode(found["process"]["comm"]) == comm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from dataclasses import replace
@@ -17,10 +16,12 @@ from sowatch.explain.assemble import PathFacts, Shown
 from sowatch.explain.audit import Difference
 from sowatch.explain.gather import explain
 from sowatch.linux.proc import Miss, executable_maps
+from sowatch.model.encoding import dumps
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Verdict
+from support import strict
 from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row
 from support.records import File
 
@@ -92,7 +93,7 @@ def test_the_text_of_a_process_names_the_rule_the_verdict_and_the_way(case: Case
 
 
 def test_the_object_of_a_process_has_every_part(case: Case) -> None:
-    found = json.loads(json.dumps(to_dict(nasty(case).report())))
+    found = strict.loads(dumps(to_dict(nasty(case).report())))
     assert list(found) == [
         *("schema", "event", "target", "process", "state", "threads", "leader_alive", "bits"),
         *("kernel", "map", "mappings", "extra", "withheld", "notes"),
@@ -126,7 +127,7 @@ def test_the_object_of_a_process_that_is_not_known_has_nulls(case: Case) -> None
 
 
 def test_the_object_of_a_path_has_every_part(case: Case) -> None:
-    found = json.loads(json.dumps(to_dict(path_of(case, mapped=[mapped_in("same")]))))
+    found = strict.loads(dumps(to_dict(path_of(case, mapped=[mapped_in("same")]))))
     assert list(found) == [
         *("schema", "event", "target", "path", "resolved", "type", "error", "ids", "kind", "rule", "rules"),
         *("verdict", "file", "activations", "blocked", "mapped", "notes"),

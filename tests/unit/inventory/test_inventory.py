@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from sowatch.inventory.inventory import Inventory, Picture
 from sowatch.model.events import Process, Ready
 from sowatch.model.identity import FileId
 from sowatch.watcher.watcher import Mapped
+from support import strict
 from support.scripted import PROCESS, READY, SSL
 
 #: Pids that no process has, so that nothing is found on disk.
@@ -130,7 +130,7 @@ def told(frame: bytes) -> tuple[str, int, dict[str, Any]]:
     """Event, id and data of a server-sent event."""
     event, number, data, *rest = frame.decode("ascii").split("\n")
     assert rest == ["", ""]
-    return event.removeprefix("event: "), int(number.removeprefix("id: ")), json.loads(data.removeprefix("data: "))
+    return event.removeprefix("event: "), int(number.removeprefix("id: ")), strict.loads(data.removeprefix("data: "))
 
 
 def fed(watched: Map, script: Any) -> None:

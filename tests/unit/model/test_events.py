@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from sowatch.model.errors import LoadAttempt
 from sowatch.model.events import (
     EVENT_KINDS,
     Event,
+    JsonLines,
     Library,
     LibraryEvent,
     Lost,
@@ -27,6 +27,7 @@ from sowatch.model.events import (
     to_json,
 )
 from sowatch.model.identity import FileId, ProcessId
+from support import strict
 
 NOON = 1_700_000_000_123_456_789  # 2023-11-14T22:13:20.123456789Z
 
@@ -233,7 +234,7 @@ def test_any_bytes_in_names_make_one_ascii_line_that_reads_back_the_same(path: b
         process=dataclasses.replace(PROCESS, comm=os.fsdecode(comm)),
     )
     line = to_json(event, 1)
-    back = json.loads(line)
+    back = strict.loads(line)
 
     assert line.isascii()
     assert line.isprintable()
@@ -241,10 +242,11 @@ def test_any_bytes_in_names_make_one_ascii_line_that_reads_back_the_same(path: b
     assert os.fsencode(back["process"]["comm"]) == comm
 
 
-def test_bytes_that_are_not_utf_8_are_surrogate_escapes_on_the_wire() -> None:
+def test_bytes_that_are_not_utf_8_are_beside_the_name_on_the_wire() -> None:
     event = dataclasses.replace(LOAD, library=dataclasses.replace(LIBRARY, path=os.fsdecode(b"/lib/\xff\x1b[31m.so")))
 
-    assert r'"path":"/lib/\udcff\u001b[31m.so"' in to_json(event, 1)
+    assert r'"path":"/lib/\\xff\u001b[31m.so","path_bytes":"L2xpYi//G1szMW0uc28="' in to_json(event, 1)
+    assert JsonLines().line(event, 1) == to_json(event, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=5))

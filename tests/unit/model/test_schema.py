@@ -137,12 +137,13 @@ def test_every_event_fits_whatever_names_processes_and_files_have(one: Event, se
     assert faults(STRICT, json.loads(text)) == []
 
 
-def test_bytes_that_are_not_utf8_are_surrogate_escapes_in_json() -> None:
+def test_bytes_that_are_not_utf8_are_escapes_for_people_with_the_bytes_beside_them() -> None:
     library = Library(path="/tmp/\udcff\x1b[31m\n.so", id=SSL.id)
 
     text = to_json(event(library=library), 1)
 
-    assert '"path":"/tmp/\\udcff\\u001b[31m\\n.so"' in text
+    assert '"path":"/tmp/\\\\xff\\u001b[31m\\n.so","path_bytes":"L3RtcC//G1szMW0KLnNv"' in text
+    assert faults(STRICT, json.loads(text)) == []
 
 
 @pytest.mark.parametrize("kind", EVENTS)

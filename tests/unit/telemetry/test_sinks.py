@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import resource
 import signal
@@ -20,6 +19,7 @@ from sowatch.model.errors import ConfigError, SinkError
 from sowatch.model.events import Lost, Stopped
 from sowatch.model.rules import RuleSet
 from sowatch.telemetry import FileSink, MetricRegistry, OtlpLogSink, Sampler, SinkRunner, StdoutSink
+from support import strict
 from support.receivers import free_port, grpc_collector, http_collector
 from support.scripted import PROCESS, READY, SSL, TIME_NS, event
 
@@ -79,7 +79,7 @@ def numbered(count, first=0):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return [strict.loads(line) for line in path.read_bytes().splitlines()]
 
 
 # ---- the runner ---------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_file_that_is_there_is_appended_to_and_keeps_its_mode(tmp_path):
 
     first, second = path.read_bytes().splitlines()
     assert first == b'{"half a li'
-    assert json.loads(second)["event"] == "load"
+    assert strict.loads(second)["event"] == "load"
     assert stat.S_IMODE(path.stat().st_mode) == 0o604
 
 
@@ -394,7 +394,7 @@ def read_lines(fd, count):
     data = b""
     while data.count(b"\n") < count:
         data += os.read(fd, 65536)
-    return [json.loads(line) for line in data.splitlines()]
+    return [strict.loads(line) for line in data.splitlines()]
 
 
 def test_standard_output_gets_the_lines(pipe, feed):
@@ -452,7 +452,7 @@ def test_a_real_collector_gets_events_as_logs(feed, protocol, schema):
     ]
     assert [schema(one.body.string_value)["seq"] for one in found] == [0, 1, 2, 3]
     load = found[1]
-    assert json.loads(load.body.string_value)["library"]["path"] == "/tmp/lib\udcff\n.so"
+    assert strict.loads(load.body.string_value)["library"]["path"] == "/tmp/lib\udcff\n.so"
     facts = {one.key: one.value for one in load.attributes}
     assert facts["process.pid"].int_value == PROCESS.pid
     assert facts["file.path"].string_value == "/tmp/lib\\xff\\n.so"
@@ -487,4 +487,4 @@ def test_what_a_collector_refused_is_sent_again_with_the_same_numbers(feed, wait
             collector.refuses = False
             wait_until(lambda: runner.stats.events == 3)
 
-    assert [json.loads(one.body.string_value)["seq"] for one in collector.records()] == [0, 1, 2]
+    assert [strict.loads(one.body.string_value)["seq"] for one in collector.records()] == [0, 1, 2]

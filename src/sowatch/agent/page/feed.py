@@ -7,7 +7,6 @@ and then gets everything anew; nobody waits for it, and nothing is kept for it.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 from sowatch.inventory.inventory import Inventory, LibraryRow, Picture, ProcessRow, Second
+from sowatch.model.encoding import dumps
 from sowatch.model.events import library_dict, process_dict
 
 __all__ = ["Feed", "FeedResponse"]
@@ -182,7 +182,7 @@ def _change(old: Picture, new: Picture, seconds: list[Second], status: dict[str,
 
 def _frame(event: str, version: int, content: dict[str, Any]) -> bytes:
     # JSON as we write it is ASCII without line breaks, whatever is in the names.
-    return f"event: {event}\nid: {version}\ndata: {json.dumps(content, separators=(',', ':'))}\n\n".encode("ascii")
+    return f"event: {event}\nid: {version}\ndata: {dumps(content)}\n\n".encode("ascii")
 
 
 def _library(row: LibraryRow) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 // One library, one process, or the agent's answer to "why": in a dialog, kept up to date while it is open.
 
-import { element, lasting, name, orDash, shortId, since, stamp } from "./text.js";
+import { element, lasting, name, orDash, shortId, restored, since, stamp } from "./text.js";
 
 const WHY = {
   pattern: "its pattern is not found in the path",
@@ -109,7 +109,12 @@ export async function ask(target) {
   } catch {
     throw new Error("The agent does not answer. Is it still running?");
   }
-  const told = await answer.json().catch(() => null);
+  let told = null;
+  try {
+    told = JSON.parse(await answer.text(), restored);
+  } catch {
+    // What stands between here and the agent may answer otherwise than in JSON.
+  }
   if (!answer.ok) throw new Error(told?.error ?? `The agent says ${answer.status}.`);
   return told;
 }

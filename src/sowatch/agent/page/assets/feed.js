@@ -1,5 +1,7 @@
 // The connection: everything once, then changes; comes back by itself, and says in what state it is.
 
+import { restored } from "./text.js";
+
 const SILENCE_MS = 10_000; // the agent says something every second
 const FIRST_PAUSE_MS = 500;
 const LAST_PAUSE_MS = 10_000;
@@ -48,7 +50,7 @@ export function follow({ changed, state }) {
       clearTimeout(watchdog);
       watchdog = setTimeout(again, SILENCE_MS);
       pause = FIRST_PAUSE_MS;
-      take(JSON.parse(event.data));
+      take(JSON.parse(event.data, restored));
       state("live");
       changed(inventory);
     };

@@ -17,6 +17,40 @@ function escaped(char) {
   return code <= 0xffff ? `\\u${hex(4)}` : `\\U${hex(8)}`;
 }
 
+/**
+ * A reviver for `JSON.parse`: names that are not UTF-8 come with their bytes in a member `..._bytes` beside them, and
+ * become strings in which each such byte is a lone surrogate, U+DC80 to U+DCFF.
+ */
+export function restored(_key, value) {
+  if (value === null || typeof value !== "object" || Array.isArray(value)) return value;
+  for (const [key, bytes] of Object.entries(value)) {
+    const plain = key.slice(0, -"_bytes".length);
+    if (!key.endsWith("_bytes") || !Object.hasOwn(value, plain)) continue;
+    if (typeof bytes === "string") value[plain] = fromBytes(bytes);
+    else if (Array.isArray(bytes)) value[plain] = value[plain].map((text, at) => (bytes[at] === null ? text : fromBytes(bytes[at])));
+    else continue;
+    delete value[key];
+  }
+  return value;
+}
+
+function fromBytes(base64) {
+  const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+  let text = "";
+  for (let at = 0; at < bytes.length; ) {
+    const first = bytes[at];
+    const length = first < 0xc0 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+    try {
+      text += new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes.subarray(at, at + length));
+      at += length;
+    } catch {
+      text += String.fromCharCode(0xdc00 + first);
+      at += 1;
+    }
+  }
+  return text;
+}
+
 /** A text, or a dash for none. */
 export const orDash = (text) => (text === null || text === undefined || text === "" ? "–" : visible(String(text)));
 
