@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from support.agent import Agent, Answer, ask, short_directory
+from sowatch.agent.bounds import MAX_CONNECTIONS_OF_ONE
+from sowatch.agent.limits import COSTLY_BURST, COSTLY_S, STREAMS
+from support.agent import Agent, Answer, NewAgent, ask, short_directory
 from support.programs import Mapper
 from support.receivers import free_port
 
@@ -27,19 +31,56 @@ name = "mine"
 pattern = '/sow-[^/]*/lib[^/]*\\.so$'
 """
 NOBODY = 65534
-#: Gives up its rights (the interpreter may lie where only root may look), asks for each path on its command line,
-#: on one connection each; prints a list of status and body.
-ASKER = f"""
-import encodings.idna, http.client, json, os, sys
+#: Gives up its rights; the interpreter may lie where only root may look, so what is imported later is imported before.
+AS_NOBODY = f"""
+import encodings.idna, http.client, json, os, socket, sys, time
 os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
+port = int(sys.argv[1])
+"""
+#: Asks for each path on its command line, on one connection each; prints a list of status and body.
+ASKER = """
 found = []
 for path in sys.argv[2:]:
-    connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("GET", path)
     answer = connection.getresponse()
     found.append([answer.status, answer.read().decode()])
     connection.close()
 print(json.dumps(found))
+"""
+#: Asks again and again; prints how often it got an answer, how often it was refused, and the seconds that it took.
+LOOP = """
+begun, statuses = time.monotonic(), []
+connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+for _ in range(150):
+    connection.request("GET", sys.argv[2])
+    answer = connection.getresponse()
+    answer.read()
+    statuses.append(answer.status)
+print(json.dumps([statuses.count(200), statuses.count(429), time.monotonic() - begun]))
+"""
+#: Opens connections and keeps them; prints how many of them answer, and waits.
+HOLDER = """
+held, answers = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)], 0
+for one in held:
+    try:
+        one.sendall(b"GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+        answers += one.recv(100).startswith(b"HTTP/1.1 200")
+    except OSError:
+        pass
+print(answers, flush=True)
+sys.stdin.read()
+"""
+#: Follows streams; prints the status of each, and waits.
+FOLLOWER = """
+held, statuses = [], []
+for _ in range(70):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/events?snapshot=0")
+    held.append(connection)
+    statuses.append(connection.getresponse().status)
+print(json.dumps(statuses), flush=True)
+sys.stdin.read()
 """
 
 
@@ -73,7 +114,9 @@ def library(make_library: Any, long_place: Path) -> Iterator[Path]:
 
 def as_nobody(port: int, *paths: str) -> list[tuple[int, str]]:
     """Status and body of each question, asked by a user who owns nothing."""
-    done = subprocess.run([sys.executable, "-c", ASKER, str(port), *paths], stdout=subprocess.PIPE, check=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY + ASKER, str(port), *paths], stdout=subprocess.PIPE, check=True, cwd="/"
+    )
     return [(status, body) for status, body in json.loads(done.stdout)]
 
 
@@ -170,3 +213,94 @@ def test_a_wrong_question_over_tcp_gets_a_reason(agent: Agent, port: int, query:
     answer = over_tcp(port, f"/explain?{query}")
     assert answer.status == status
     assert said in answer.json["error"]
+
+
+# ---- limits of one client ----------------------------------------------------------------------------
+
+
+def nobody(spawn: Any, port: int, code: str, *words: str) -> Any:
+    """A program of nobody's; gives what it prints."""
+    process = spawn([sys.executable, "-c", AS_NOBODY + code, str(port), *words], stdin=-1, stdout=-1, cwd="/")
+    return json.loads(process.stdout.readline())
+
+
+@pytest.mark.parametrize("path", ["/explain?pid=1", "/inventory", "/audit", "/debug/traced_programs"])
+def test_one_users_loop_is_answered_now_and_then_and_takes_nothing_from_the_others(
+    agent: Agent, port: int, spawn: Any, path: str
+) -> None:
+    answered, refused, seconds = nobody(spawn, port, LOOP, path)
+    assert answered + refused == 150
+    assert answered <= COSTLY_BURST + COSTLY_S * seconds + 1
+    assert over_tcp(port, path).status == 200
+    assert agent.get(path).status == 200
+
+
+def test_a_refusal_says_when_to_ask_again(agent: Agent, port: int) -> None:
+    answers = [over_tcp(port, "/explain?pid=1") for _ in range(int(COSTLY_BURST) + 20)]
+    refused = next(one for one in answers if one.status != 200)
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert "you ask too often" in refused.json["error"]
+    assert over_tcp(port, "/healthz").status == 200
+
+
+def test_one_user_may_not_hold_all_streams(agent: Agent, port: int, spawn: Any) -> None:
+    assert nobody(spawn, port, FOLLOWER) == [200] * STREAMS + [429] * (70 - STREAMS)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/events?snapshot=0")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_one_user_may_not_hold_all_connections(agent: Agent, port: int, spawn: Any) -> None:
+    assert nobody(spawn, port, HOLDER) <= MAX_CONNECTIONS_OF_ONE
+    assert over_tcp(port, "/healthz").status == 200
+
+
+@pytest.mark.parametrize("place", ["tcp", "socket"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "POST /healthz HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+        "POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 0",
+        "GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 44",
+        "POST /healthz HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6",
+        "POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+        "POST /healthz HTTP/1.0\r\nTransfer-Encoding: chunked",
+    ],
+    ids=range(6),
+)
+def test_a_request_whose_length_is_said_in_two_ways_is_refused_and_nothing_after_it_is_read(
+    agent: Agent, port: int, place: str, head: str
+) -> None:
+    address = (str(agent.socket), socket.AF_UNIX) if place == "socket" else (("127.0.0.1", port), socket.AF_INET)
+    with socket.socket(address[1]) as client:
+        client.settimeout(20)
+        client.connect(address[0])
+        smuggled = "GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        client.sendall(f"{head}\r\nHost: localhost\r\n\r\n0\r\n\r\n{smuggled}".encode())
+        told = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert told.startswith(b"HTTP/1.1 400 ")
+    assert told.count(b"HTTP/1.1 ") == 1
+
+
+def test_out_of_descriptors_one_line_says_so(
+    new_agent: NewAgent, wait_until: Any, closing: contextlib.ExitStack
+) -> None:
+    agent = new_agent(RULES).start()
+    before = closing.enter_context(contextlib.closing(agent.connect()))
+    before.request("GET", "/healthz")
+    before.getresponse().read()
+    limit = len(os.listdir(f"/proc/{agent.pid}/fd")) + 3
+    hard = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    for _ in range(20):
+        client = closing.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(str(agent.socket))
+    wait_until(lambda: "cannot take connections" in agent.log, what="the line")
+    before.request("GET", "/healthz")
+    assert before.getresponse().read() == b"ok\n"
+    assert agent.log.count("cannot take connections: Too many open files") == 1
+    assert "socket.accept()" not in agent.log
+    closing.close()
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (limit + 100, hard))
+    wait_until(agent.is_ready, what="it answers again")

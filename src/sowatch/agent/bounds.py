@@ -12,12 +12,14 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-__all__ = ["BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "HostCheck", "read_body"]
+__all__ = ["BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "FramingCheck", "HostCheck", "read_body"]
 
 #: A connection without a request under way is closed after this.
 IDLE_S: Final = 10.0
 #: A client that takes nothing for so long is cut off.
 STUCK_S: Final = 30.0
+#: Connections that one client may have, where clients are told apart.
+MAX_CONNECTIONS_OF_ONE: Final = 256
 #: How long a body may take, and how large it may be: a pid and a name.
 BODY_S: Final = 5.0
 BODY_BYTES: Final = 16 << 10
@@ -36,8 +38,18 @@ class BodyTooSlow(Exception):
     """The body did not arrive within `BODY_S`, or the client went away."""
 
 
+def _nobody(_: asyncio.Transport) -> str | None:
+    return None
+
+
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with the two bounds that it lacks."""
+    """uvicorn's protocol with the bounds that it lacks: two times, and connections of one client.
+
+    ``who`` gives the client at the other end, None where clients are not told apart; set in a subclass.
+    """
+
+    who: Callable[[asyncio.Transport], str | None] = staticmethod(_nobody)
+    client_name: str | None = None
 
     _idle: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
@@ -45,6 +57,13 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there; its first head is waited for."""
         super().connection_made(transport)
+        self.client_name = self.who(transport)
+        if self.client_name is not None:
+            self.app_state = {**self.app_state, "client": self.client_name}
+            same = sum(getattr(one, "client_name", None) == self.client_name for one in self.connections)
+            if same > MAX_CONNECTIONS_OF_ONE:
+                transport.abort()
+                return
         self._expect_a_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -105,6 +124,32 @@ async def read_body(receive: Receive) -> bytes:
                     return bytes(body)
     except TimeoutError as error:
         raise BodyTooSlow from error
+
+
+class FramingCheck:
+    """Answers 400 to a request whose length is said in two ways, and ends the connection.
+
+    A proxy before the agent might take the other one, and what is the end of a body here for the next request.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or refuses it."""
+        if scope["type"] == "http":
+            names = {name for name, _ in scope["headers"]}
+            if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] != "1.1"):
+                body = b"the length of the body is said in two ways. Send Content-Length or Transfer-Encoding.\n"
+                headers = [
+                    (b"content-type", b"text/plain; charset=utf-8"),
+                    (b"content-length", b"%d" % len(body)),
+                    (b"connection", b"close"),
+                ]
+                await send({"type": "http.response.start", "status": 400, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
 
 
 class HostCheck:

@@ -12,6 +12,7 @@ import fcntl
 import grp
 import ipaddress
 import logging
+import math
 import os
 import pwd
 import socket
@@ -23,7 +24,8 @@ from typing import Any, Final
 
 import uvicorn
 
-from sowatch.agent.bounds import App, BoundedProtocol
+from sowatch.agent.bounds import App, BoundedProtocol, FramingCheck
+from sowatch.agent.limits import client_of
 from sowatch.model.errors import ConfigError, SowatchError
 
 __all__ = ["HttpThread", "UnixSocket", "bind_tcp", "parse_listen"]
@@ -35,6 +37,9 @@ MAX_CONNECTIONS: Final = 1024
 BACKLOG: Final = 1024
 #: Bytes of a head.
 MAX_HEAD_BYTES: Final = 16 << 10
+#: Between two lines about a lack of descriptors or memory.
+COMPLAINT_S: Final = 60.0
+_OUT_OF: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 #: How long answers under way are waited for at the end.
 _STOP_S: Final = 2.0
 
@@ -222,7 +227,7 @@ class HttpThread:
     ) -> None:
         self._beside = tuple(beside)
         self._sockets = [one for one, _ in served]
-        self._servers = [_Server(_config(app)) for _, app in served]
+        self._servers = [_Server(_config(app, one.family)) for one, app in served]
         self._thread = threading.Thread(target=self._run, name="sowatch-http", daemon=True)
         self._is_up = threading.Event()
         self._failure: BaseException | None = None
@@ -260,6 +265,7 @@ class HttpThread:
             self._is_up.set()
 
     async def _serve(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(_Complaints())
         beside = [asyncio.create_task(make()) for make in self._beside]
         servers = [
             asyncio.create_task(server.serve(sockets=[one]))
@@ -288,10 +294,42 @@ class _Server(uvicorn.Server):
         self.is_up.set()
 
 
-def _config(app: App) -> uvicorn.Config:
+class _TcpProtocol(BoundedProtocol):
+    """Of TCP, where every local user may connect."""
+
+    who = staticmethod(lambda transport: client_of(transport.get_extra_info("socket")))
+
+
+class _Complaints:
+    """The event loop's exception handler: one line in a while about what happens again and again.
+
+    Out of descriptors asyncio fails to accept a thousand times a second, and says so each time.
+    """
+
+    def __init__(self) -> None:
+        self._last_s = -math.inf
+        self._count = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs it, or counts it."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _OUT_OF:
+            loop.default_exception_handler(context)
+            return
+        self._count += 1
+        if loop.time() - self._last_s >= COMPLAINT_S:
+            LOG.error(
+                "cannot take connections: %s (%d times since the last such line). Raise LimitNOFILE, or end clients.",
+                os.strerror(error.errno),
+                self._count,
+            )
+            self._last_s, self._count = loop.time(), 0
+
+
+def _config(app: App, family: int) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
-        http=BoundedProtocol,
+        FramingCheck(app),
+        http=BoundedProtocol if family == socket.AF_UNIX else _TcpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
+from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.explain import PathReport, ProcessReport, stamp, to_dict
 from sowatch.explain.audit import AuditReport
 from sowatch.model.encoding import dumps
@@ -40,11 +41,25 @@ _THREADS: Final = 4
 METRICS_AGE_S: Final = 0.25
 #: An audit is answered with the last one if that is no older.
 _AUDIT_AGE_S: Final = 1.0
+_AUDIT_AGE_TCP_S: Final = 10.0
+#: So is an inventory over TCP.
+_INVENTORY_AGE_S: Final = 1.0
+#: Questions that take a while, and those whose answer goes on.
+_COSTLY: Final = (
+    "/explain",
+    "/inventory",
+    "/audit",
+    "/debug/traced_programs",
+    "/debug/blocked_processes",
+    "/debug/telemetry",
+)
+_STREAMS: Final = ("/events", "/page/updates")
 #: A GNU build id has 20 bytes, others up to 64.
 _BUILD_ID: Final = re.compile("[0-9a-fA-F]{2,128}")
 _NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Handler = Callable[[Request], Any]
+_Do = Callable[[Callable[[], ProcessReport | PathReport]], Awaitable[ProcessReport | PathReport]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +96,20 @@ class WebApp:
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
+        #: For what is asked over TCP.
+        self._modest = OneAtATime("sowatch-http-tcp")
         self._audit: Future[tuple[float, AuditReport]] | None = None
+        self._listed: Future[tuple[float, bytes]] | None = None
 
     def for_socket(self) -> App:
         """Everything."""
-        explain = Route("/explain", self._explain)
-        return Starlette(routes=[*self._reading_routes(), explain, *self._debugger.changing_routes()])
+        routes = [
+            *self._reading_routes(),
+            Route("/explain", self._explain),
+            Route("/inventory", self._inventory),
+            Route("/audit", self._audit_now),
+        ]
+        return Starlette(routes=[*routes, *self._debugger.changing_routes()])
 
     def for_tcp(self, hosts: Collection[str]) -> App:
         """What changes nothing and needs none of the agent's rights, for requests that name one of ``hosts``.
@@ -94,19 +117,24 @@ class WebApp:
         Every local user may connect. So `/explain` answers from the published map alone: the agent opens, follows and
         looks up nothing for who asks here.
         """
-        explain = Route("/explain", self._explain_published)
-        return HostCheck(Starlette(routes=[*self._reading_routes(), explain]), hosts)
+        routes = [
+            *self._reading_routes(),
+            Route("/explain", self._explain_published),
+            Route("/inventory", self._shared_inventory),
+            Route("/audit", self._audit_sometimes),
+        ]
+        limited = ClientLimits(Starlette(routes=routes), costly=_COSTLY, streams=_STREAMS)
+        return HostCheck(limited, hosts)
 
     def close(self) -> None:
         """Ends the threads that are idle; the others as soon as they are."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._modest.close()
 
     def _reading_routes(self) -> list[BaseRoute]:
         return [
             *self._pages,
-            Route("/inventory", self._inventory),
             Route("/events", self._events),
-            Route("/audit", self._audit_now),
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
@@ -140,6 +168,19 @@ class WebApp:
 
         return Response(await self._in_thread(make), media_type="application/json", headers=_NOT_TO_KEEP)
 
+    async def _shared_inventory(self, _: Request) -> Response:
+        """One answer for all who ask while it is made, or within a second after."""
+        listed = self._listed
+        if listed is None or _is_old(listed, _INVENTORY_AGE_S):
+
+            def make() -> tuple[float, bytes]:
+                found = _encode(inventory_dict(self._watcher.snapshot()))
+                return time.monotonic(), found
+
+            listed = self._listed = self._modest.submit(make)
+        found = (await _shared(listed))[1]
+        return Response(found, media_type="application/json", headers=_NOT_TO_KEEP)
+
     async def _events(self, request: Request) -> Response:
         query = _query(request)
         try:
@@ -168,42 +209,64 @@ class WebApp:
                 return self._watcher.explain_published(build_id=target.build_id)
             return self._watcher.explain(wanted)
 
-        return await self._answer_why(request, explain)
+        return await self._answer_why(request, explain, self._in_thread)
 
     async def _explain_published(self, request: Request) -> Response:
-        return await self._answer_why(request, lambda target: self._watcher.explain_published(**target._asdict()))
+        def explain(target: _Target) -> ProcessReport | PathReport:
+            return self._watcher.explain_published(**target._asdict())
 
-    async def _answer_why(self, request: Request, explain: Callable[[_Target], ProcessReport | PathReport]) -> Response:
+        return await self._answer_why(request, explain, self._modest.run)
+
+    async def _answer_why(
+        self, request: Request, explain: Callable[[_Target], ProcessReport | PathReport], do: _Do
+    ) -> Response:
         try:
             target = _target(_query(request))
-            report = await self._in_thread(lambda: explain(target))
+            report = await do(lambda: explain(target))
         except UsageError as error:
             return _refusal(error, 400)
         except SowatchError as error:
             return _refusal(error, 404 if self._watcher.is_running else 503)
         return _json(to_dict(report))
 
-    async def _audit_now(self, _request: Request) -> Response:
+    async def _audit_now(self, _: Request) -> Response:
+        return await self._answer_audit(self._threads.submit, _AUDIT_AGE_S)
+
+    async def _audit_sometimes(self, _: Request) -> Response:
+        return await self._answer_audit(self._modest.submit, _AUDIT_AGE_TCP_S)
+
+    async def _answer_audit(self, submit: Callable[..., Future[tuple[float, AuditReport]]], age_s: float) -> Response:
         try:
-            report = (await asyncio.wrap_future(self._shared_audit()))[1]
+            report = (await _shared(self._shared_audit(submit, age_s)))[1]
         except SowatchError as error:
             return _refusal(error, 503)
         return _json(audit_dict(report))
 
-    def _shared_audit(self) -> Future[tuple[float, AuditReport]]:
-        """One audit for all who ask while it runs, or within a second after it."""
+    def _shared_audit(
+        self, submit: Callable[..., Future[tuple[float, AuditReport]]], age_s: float
+    ) -> Future[tuple[float, AuditReport]]:
+        """One audit for all who ask while it runs, or within a time after it."""
         audit = self._audit
-        is_old = audit is None or (
-            audit.done() and (audit.exception() is not None or time.monotonic() - audit.result()[0] > _AUDIT_AGE_S)
-        )
-        if audit is None or is_old:
+        if audit is None or _is_old(audit, age_s):
 
             def run() -> tuple[float, AuditReport]:
                 report = self._watcher.audit()
                 return time.monotonic(), report
 
-            audit = self._audit = self._threads.submit(run)
+            audit = self._audit = submit(run)
         return audit
+
+
+async def _shared(answer: Future[T]) -> T:
+    """What others wait for, too: who goes away does not take it from them."""
+    return await asyncio.shield(asyncio.wrap_future(answer))
+
+
+def _is_old(answer: Future[tuple[float, T]], age_s: float) -> bool:
+    """Whether an answer was made so long ago, or could not be made."""
+    return answer.done() and (
+        answer.cancelled() or answer.exception() is not None or time.monotonic() - answer.result()[0] > age_s
+    )
 
 
 def inventory_dict(mapped: Sequence[Mapped]) -> dict[str, Any]:
