@@ -229,7 +229,11 @@ def unrepaired(case: Case) -> None:
     case.is_repaired = False
 
 
-NOTES = [kernel_thread, zombie, no_permission, no_files, static, nothing_wanted, narrow, unrepaired]
+def unread(case: Case) -> None:
+    case.rows = Miss.HUNG
+
+
+NOTES = [kernel_thread, zombie, no_permission, no_files, static, nothing_wanted, narrow, unread, unrepaired]
 
 
 # ---- a path -------------------------------------------------------------------------------------

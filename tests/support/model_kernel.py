@@ -13,6 +13,7 @@ from collections import Counter
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
 from sowatch.sources.core import Followed, Losses, Report, group
+from sowatch.sources.unread import UnreadProcesses
 from support.records import PAGE, File, Proc
 
 __all__ = ["CALLS", "PIDS", "RULE", "Kernel"]
@@ -135,6 +136,7 @@ class Kernel:
     strategy, guarantee, hooks, limits, attempts = "core", "exact", "syscall", (), ()
 
     def __init__(self, clock=int):
+        self.unread = UnreadProcesses()
         self.clock = clock
         self.now = 0
         self.processes = {}

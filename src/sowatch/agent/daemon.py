@@ -64,6 +64,7 @@ class Daemon:
         config_path: the file that is watched for changes.
         version: of the program, for its metrics.
         notifier: tells systemd.
+        on_stopping: called in the handler of SIGTERM and SIGINT.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Daemon:
         *,
         version: str,
         notifier: Notifier | None = None,
+        on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._load = load
         self._config_path = config_path
         self._notifier = notifier or Notifier()
+        self._on_stopping = on_stopping
         self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._metrics = MetricRegistry(sample_interval_s=0.25)
@@ -191,9 +194,14 @@ class Daemon:
     def _signals(self) -> Iterator[None]:
         orders = {signal.SIGTERM: "stop", signal.SIGINT: "stop", signal.SIGHUP: "hangup"}
         # SimpleQueue.put may be called from a handler that interrupts a get.
+
+        def take(order: str) -> None:
+            self._orders.put(order)
+            if order == "stop":
+                self._on_stopping()
+
         before = {
-            number: signal.signal(number, lambda *_, order=order: self._orders.put(order))
-            for number, order in orders.items()
+            number: signal.signal(number, lambda *_, order=order: take(order)) for number, order in orders.items()
         }
         try:
             yield
@@ -203,7 +211,7 @@ class Daemon:
 
     def _start_thread(self, stack: contextlib.ExitStack, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        stack.callback(thread.join, 5.0)
+        stack.callback(thread.join, 1.0)
         stack.callback(self._end_waiting)
         thread.start()
 
@@ -311,6 +319,7 @@ class Daemon:
                 "processes": report.processes,
                 "mappings": report.mappings,
                 "unreadable": report.unreadable,
+                "unread": list(report.unread),
                 "seconds": round(report.seconds, 3),
             }
         facts: dict[str, Any] = {
@@ -319,6 +328,8 @@ class Daemon:
             "limits": list(ready.limits) if ready else [],
             "rules": [rule.name for rule in watcher.rules],
             "repaired": watcher.is_repaired,
+            "silent_seconds": round(watcher.silent_s, 1),
+            "unread": [{"pid": pid, "seconds": round(seconds, 1)} for pid, seconds in sorted(watcher.unread.items())],
             "lost": {"kernel": stats.lost_kernel, "queue": stats.lost_queue},
             "audit": audit,
             "config": {

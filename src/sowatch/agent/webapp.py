@@ -56,6 +56,8 @@ _COSTLY: Final = (
 _STREAMS: Final = ("/events", "/page/updates")
 #: A GNU build id has 20 bytes, others up to 64.
 _BUILD_ID: Final = re.compile("[0-9a-fA-F]{2,128}")
+#: A draining thread that has not gone round for so long is stalled; it does so once a second.
+STALLED_S: Final = 10.0
 _NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Handler = Callable[[Request], Any]
@@ -147,9 +149,13 @@ class WebApp:
     # ---- state --------------------------------------------------------------------------------
 
     async def _healthz(self, _: Request) -> Response:
-        if self._watcher.is_running:
-            return PlainTextResponse("ok\n", headers=_NOT_TO_KEEP)
-        return PlainTextResponse("the watch has ended\n", 503, _NOT_TO_KEEP)
+        if not self._watcher.is_running:
+            return PlainTextResponse("the watch has ended\n", 503, _NOT_TO_KEEP)
+        silent_s = self._watcher.silent_s
+        if silent_s >= STALLED_S:
+            text = f"the draining thread has not gone round for {silent_s:.0f} s\n"
+            return PlainTextResponse(text, 503, _NOT_TO_KEEP)
+        return PlainTextResponse("ok\n", headers=_NOT_TO_KEEP)
 
     async def _readyz(self, _: Request) -> Response:
         found = self._readiness()
@@ -304,6 +310,7 @@ def audit_dict(report: AuditReport) -> dict[str, Any]:
         "processes": report.processes,
         "mappings": report.mappings,
         "unreadable": report.unreadable,
+        "unread": list(report.unread),
         "seconds": round(report.seconds, 6),
         "differences": [
             {

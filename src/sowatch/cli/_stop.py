@@ -16,6 +16,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Final, Self
 
+from sowatch.cli._last_resort import LastResort
+
 __all__ = ["SIGNALS", "Stopper"]
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -35,6 +37,7 @@ class Stopper:
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
+        self._last_resort = LastResort()
         self._before: dict[signal.Signals, object] = {}
         self._first_signal_s: float | None = None
         self._end_s: float | None = None
@@ -53,6 +56,7 @@ class Stopper:
     ) -> None:
         self._tell(b"q")
         self._thread.join()
+        self._last_resort.call_off()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         os.close(self._read_fd)
@@ -92,6 +96,7 @@ class Stopper:
             if b"q" in told:
                 return
             if b"s" in told:
+                self._last_resort.arm()
                 break
         try:
             self._stop()

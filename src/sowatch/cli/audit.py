@@ -53,6 +53,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
             "processes": report.processes,
             "mappings": report.mappings,
             "unreadable": report.unreadable,
+            "unread": list(report.unread),
             "seconds": round(report.seconds, 6),
             "lost": stats.lost_kernel,
             "repairs": stats.repairs,
@@ -69,6 +70,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         }
         out.write(dumps(line) + "\n")
     else:
+        for pid in report.unread:
+            out.write(f"unread   {pid:>8} the kernel does not answer who reads its mappings\n")
         for one in report.differences:
             out.write(f"{one.kind:<8} {one.pid:>8} {one.start:x}-{one.end:x} {visible(one.path)}\n")
         out.write(

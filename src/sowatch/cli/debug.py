@@ -232,6 +232,8 @@ def _inventory(found: Any, out: Out) -> None:
 
 
 def _audit(found: Any, out: Out) -> None:
+    for hung in found["unread"]:
+        out.write(f"unread   {hung:>8} the kernel does not answer who reads its mappings\n")
     for one in found["differences"]:
         out.write(f"{one['kind']:<8} {one['pid']:>8} {'-'.join(one['range'])} {visible(one['path'])}\n")
     out.write(

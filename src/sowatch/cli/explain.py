@@ -28,8 +28,9 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
     differences to the map: kind, path, inode, range
   extra   what the map has and the process has not; notes: kernel_thread, zombie, no_permission,
-          no_files, static, nothing_wanted, narrow, unrepaired, published_only (an agent's answer
-          over TCP: only what its load events name; withheld counts the other files)
+          no_files, static, nothing_wanted, narrow, unread (the kernel does not answer who reads its
+          mappings), unrepaired, published_only (an agent's answer over TCP: only what its load
+          events name; withheld counts the other files)
 Of a path: target "path", path, resolved, type or null, error, ids (dev, inode, generation, subvol,
 id_from), kind, rule, rules, verdict, file, activations, blocked; mapped: process, path, inode,
 ranges, in_map, seen, relation same, other_name, other_file or deleted; notes: not_mapped,
@@ -122,6 +123,8 @@ _NOTES: Final = {
     "static": "it has no dynamic loader: what it is linked with is part of its executable and no library.",
     "nothing_wanted": "no rule wants anything that it has mapped. What is linked in statically is no library.",
     "narrow": "it is a 32-bit process: its calls are not seen, so it is read again and again.",
+    "unread": "the kernel does not answer who reads its mappings, as a page fault of it waits for a file system: "
+    "what is known of it may be old. It is read as soon as that is over.",
     "unrepaired": "facts were lost and the map is not repaired yet, so it may be wrong for a moment.",
     "not_mapped": "no process has this file mapped executable. A program that has the library linked in "
     "statically does not map it.",

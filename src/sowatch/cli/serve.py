@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sowatch import __version__
+from sowatch.cli._last_resort import LastResort
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.model.errors import UsageError
@@ -59,4 +60,6 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:  # no
         raise UsageError(
             f"{error.name} is not installed, and the agent needs it. Install it: pip install 'sowatch[agent]'."
         ) from error
-    return Daemon(settings, load, args.config or DEFAULT_PATH, version=__version__).run()
+    # Not called off: what hangs may do so to the very end, in an exit handler of the interpreter.
+    last = LastResort()
+    return Daemon(settings, load, args.config or DEFAULT_PATH, version=__version__, on_stopping=last.arm).run()

@@ -12,7 +12,7 @@ import queue
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
@@ -27,9 +27,14 @@ from sowatch.model.identity import FileId
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
 
-#: A look that takes longer hangs; those behind it get another thread, up to so many.
+#: A look that takes longer hangs: what else it hangs for is not tried until it has returned.
 STUCK_S: Final = 0.5
-MAX_THREADS: Final = 16
+#: When all threads have looked for so long, those behind them get further ones: so many at a time, and in all.
+BUSY_S: Final = 0.1
+MORE_THREADS: Final = 8
+MAX_THREADS: Final = 64
+#: Files that were given up and are looked at again when what hung has returned.
+MAX_GIVEN_UP: Final = 5_000
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
 
@@ -69,6 +74,25 @@ class _Order(NamedTuple):
     is_own_view: bool
     is_deleted: bool
     ranges: tuple[tuple[int, int], ...]
+    #: The process does not answer: only our own view is left.
+    skips_process: bool = False
+
+
+class _Look:
+    """What a thread does: since when, for whom, and whether it waits for the process or for the file."""
+
+    __slots__ = ("device", "is_at_file", "order", "pid", "since_s")
+
+    def __init__(self, order: _Order) -> None:
+        self.since_s = time.monotonic()
+        self.order: _Order | None = order
+        self.pid = order.pid
+        self.device = order.version[0][:2]
+        self.is_at_file = False
+
+    def holds_up(self, pid: int, device: tuple[int, int], now_s: float) -> bool:
+        """Whether this look hangs, and one at a file on that device, mapped by that process, would too."""
+        return now_s - self.since_s > STUCK_S and (device == self.device if self.is_at_file else pid == self.pid)
 
 
 class Inspector:
@@ -90,7 +114,10 @@ class Inspector:
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._under_way: dict[Version, Inspection] = {}
-        self._looking: dict[threading.Thread, tuple[float, FileId]] = {}
+        self._looking: dict[threading.Thread, _Look] = {}
+        #: Files that were not looked at, as that would hang: on which device, for which process.
+        self._given_up: dict[FileId, tuple[int, tuple[int, int]]] = {}
+        self._recovered: set[FileId] = set()
         self._threads: list[threading.Thread] = []
         self._add_thread()
 
@@ -101,11 +128,28 @@ class Inspector:
         thread.start()
 
     def relieve(self, now_s: float) -> None:
-        """Another thread for what waits behind a look that hangs; to be called from time to time."""
+        """Further threads for what waits behind looks that take long; to be called some ten times a second."""
         with self._lock:
-            stuck = sum(now_s - since > STUCK_S for since, _ in self._looking.values())
-        if stuck == len(self._threads) < MAX_THREADS:
-            self._add_thread()
+            busy = sum(now_s - look.since_s > BUSY_S for look in self._looking.values())
+            waiting = len(self._under_way) - len(self._looking)
+            missing = min(waiting, MORE_THREADS, MAX_THREADS - len(self._threads))
+            if busy == len(self._threads):
+                for _ in range(missing):
+                    self._add_thread()
+            for look in self._looking.values():
+                # Others may wait for the same file, and we may have it in our own view.
+                order = look.order
+                if order and order.is_own_view and not look.is_at_file and now_s - look.since_s > BUSY_S:
+                    look.order = None
+                    self._orders.put(order._replace(skips_process=True))
+
+    def take_recovered(self) -> set[FileId]:
+        """Files that could not be looked at because something hung, and can now."""
+        if not self._recovered:
+            return set()
+        with self._lock:
+            taken, self._recovered = self._recovered, set()
+        return taken
 
     def known(self, name: Name) -> FileFacts | None:
         """The facts, if the file was read before and has not changed since."""
@@ -135,41 +179,65 @@ class Inspector:
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Ends the thread, if it can within the time. Safe to call again."""
-        for _ in self._threads:
+        with self._lock:
+            threads = list(self._threads)
+        for _ in threads:
             self._orders.put(None)
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         me = threading.current_thread()
         while (order := self._orders.get()) is not None:
-            now_s = time.monotonic()
+            look = _Look(order)
             with self._lock:
-                # One thread a file system that hangs is enough.
-                is_hopeless = any(
-                    now_s - since > STUCK_S and file_id[:2] == order.version[0][:2]
-                    for since, file_id in self._looking.values()
-                )
-                self._looking[me] = (now_s, order.version[0])
-            facts = FileFacts() if is_hopeless else self._look(order)
+                # One thread for each thing that hangs is enough.
+                others = self._looking.values()
+                is_hopeless = any(one.holds_up(look.pid, look.device, look.since_s) for one in others)
+                if order.skips_process:
+                    look.order, look.pid, is_hopeless = None, 0, False
+                self._looking[me] = look
+            facts = FileFacts() if is_hopeless else self._look(order, look)
             with self._lock:
                 del self._looking[me]
                 if facts.is_elf is not None:
                     self._known[order.version] = facts
-                order.inspection.facts = facts
+                order.inspection.facts = order.inspection.facts or facts
                 self._under_way.pop(order.version, None)
+                has_hung = time.monotonic() - look.since_s > STUCK_S
+                if is_hopeless and len(self._given_up) < MAX_GIVEN_UP:
+                    self._given_up[order.version[0]] = look.pid, look.device
+                elif has_hung:
+                    self._recover(order.version[0], look)
+                is_spare = has_hung and len(self._threads) > 1
+                if is_spare:
+                    self._threads.remove(me)  # another one has taken its place
             self._on_done()
+            if is_spare:
+                return
 
-    def _look(self, order: _Order) -> FileFacts:
+    def _recover(self, file: FileId, look: _Look) -> None:
+        """What hung has returned: all that was given up for its sake, and its own file, which nobody waits for."""
+        found = [one for one, (pid, device) in self._given_up.items() if pid == look.pid or device == look.device]
+        for one in found:
+            del self._given_up[one]
+        self._recovered.update(found, (file,))
+
+    def _look(self, order: _Order, look: _Look) -> FileFacts:
+        def on_file() -> None:
+            look.is_at_file = True
+
         fd = open_mapped(
             self._proc,
             order.pid,
             order.version[0],
             order.path,
-            order.ranges,
+            () if order.skips_process else order.ranges,
             is_own_view=order.is_own_view,
             is_deleted=order.is_deleted,
+            on_file=on_file,
+            skips_process=order.skips_process,
         )
         if fd is None:
             return FileFacts()
@@ -208,14 +276,19 @@ def open_mapped(
     *,
     is_own_view: bool,
     is_deleted: bool,
+    on_file: Callable[[], None] = lambda: None,
+    skips_process: bool = False,
 ) -> int | None:
     """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
 
     Tried in order: the kernel's link to the mapping, the path below the process's root, the path
     in our own view if it is the same. Nothing is opened before it is known to be that file: the
     process may have mapped another one in its place, or put a link, a FIFO or a device there.
+    ``on_file`` is called before a file system is asked, and no more the process.
     """
-    for found, is_link in _candidates(proc, pid, path, ranges, is_own_view=is_own_view, is_deleted=is_deleted):
+    roots = _roots(None if skips_process else proc, pid, is_own_view=is_own_view)
+    for found, is_link in _candidates(proc, pid, path, ranges, () if is_deleted else roots, on_file):
+        on_file()
         try:
             if _is_it(found, file_id, is_link=is_link):
                 return reopen(found, os.O_RDONLY)
@@ -237,8 +310,21 @@ def _is_it(fd: int, file_id: FileId, *, is_link: bool) -> bool:
     return is_link or status.st_ino == file_id.inode
 
 
+def _roots(proc: ProcFs | None, pid: int, *, is_own_view: bool) -> Iterator[str]:
+    """Where the path of the file may begin: at the root of its process, at ours if it is the same."""
+    if proc is not None and (root := proc.root_dir(pid)):
+        yield root
+    if is_own_view:
+        yield "/"
+
+
 def _candidates(
-    proc: ProcFs, pid: int, path: str, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool, is_deleted: bool
+    proc: ProcFs,
+    pid: int,
+    path: str,
+    ranges: tuple[tuple[int, int], ...],
+    roots: Iterable[str],
+    on_file: Callable[[], None],
 ) -> Iterator[tuple[int, bool]]:
     """Descriptors that open nothing yet (O_PATH), and whether it is the kernel's link to the mapping."""
     links = proc.map_files_dir(pid) if ranges else None
@@ -247,15 +333,12 @@ def _candidates(
             yield os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC), True
         except OSError:
             continue
-    if is_deleted:
-        return
-    for root in (proc.root_dir(pid), "/" if is_own_view else None):
-        if not root:
-            continue
+    for root in roots:
         try:
             directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
+        on_file()
         try:
             yield open_below(directory, path, os.O_PATH, follows_links=False), False
         except OSError:

@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -43,6 +43,13 @@ TICK_S: Final = 1.0
 BUSY_WAKES: Final = 10
 BUSY_WINDOW_S: Final = 0.005
 BATCH_S: Final = 0.005
+#: `Engine.stop` waits no longer for the thread.
+STOP_S: Final = 2.0
+#: An answer waits so long for the rest after a full scan to be over.
+REST_S: Final = 2.0
+DEFERRED_S: Final = 0.25
+#: Processes that a limit names.
+NAMED: Final = 5
 
 
 class Engine:
@@ -82,7 +89,9 @@ class Engine:
         self._thread: threading.Thread | None = None
         self.turned_s = time.monotonic()
         self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
+        self._deferred: list[tuple[Callable[[], None], Future[Any]]] = []
         self._has_ended = False
+        self._is_left_behind = False
         self._jobs_lock = threading.Lock()
 
     # ---- other threads ------------------------------------------------------------------------
@@ -98,12 +107,20 @@ class Engine:
         return self.ready
 
     def stop(self) -> None:
-        """Ends the thread and closes the source. Safe to call again."""
+        """Ends the thread and closes the source. Safe to call again.
+
+        A thread that does not end within `STOP_S` is left to itself: it closes the source when it does.
+        """
         self._stop.set()
         self.wake()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(STOP_S)
+        with self._jobs_lock:
+            if thread is not None and thread.is_alive() and not self._has_ended:
+                self._is_left_behind = self._has_ended = True
+                LOG.error("the draining thread has not ended within %.0f s; it is left to itself", STOP_S)
+                return
         self._source.close()
         fd, self._wake_fd = self._wake_fd, -1
         if fd >= 0:
@@ -126,10 +143,15 @@ class Engine:
             SowatchError: the watch has ended.
         """
         answer: Future[T] = Future()
+        end_s = time.monotonic() + REST_S
 
         def job() -> None:
             if settled:
                 self.keeper.settle_doubts()
+                if self.keeper.is_resting and time.monotonic() < end_s:
+                    # Whoever asks again and again gets no scans that would not be made without them.
+                    self._deferred.append((job, answer))
+                    return
             answer.set_result(question())
 
         with self._jobs_lock:
@@ -137,7 +159,12 @@ class Engine:
                 raise SowatchError("the watch has ended. Ask before stop().")
             self._jobs.append((job, answer))
         self.wake()
-        return answer.result()
+        while True:
+            try:
+                return answer.result(timeout=1.0)
+            except TimeoutError:
+                if self._is_left_behind and not answer.done():
+                    raise SowatchError("the watch has ended. Ask before stop().") from None
 
     @property
     def is_running(self) -> bool:
@@ -148,6 +175,12 @@ class Engine:
     def poll_interval_s(self) -> float | None:
         """Between two looks of a source that polls, now; from any thread."""
         return self._source.interval_s if isinstance(self._source, ProcfsSource) else None
+
+    @property
+    def unread(self) -> dict[int, float]:
+        """Processes whose mappings cannot be read now, and for how many seconds; from any thread."""
+        unread, now_s = self._source.unread, time.monotonic()
+        return {pid: now_s - since_s for pid in unread if pid and (since_s := unread.since_s(pid)) is not None}
 
     # ---- questions about the map, on the thread: see `ask` -----------------------------------------
 
@@ -204,6 +237,7 @@ class Engine:
             self._publisher.own_view,
             self._publisher.is_waiting,
             self._silent,
+            None if pid is None else self._source.unread.since_s(pid),
         )
 
     # ---- the thread ---------------------------------------------------------------------------
@@ -222,7 +256,7 @@ class Engine:
         finally:
             with self._jobs_lock:
                 self._has_ended = True
-                jobs, self._jobs = self._jobs, []
+                jobs, self._jobs = [*self._jobs, *self._deferred], []
             for _, answer in jobs:
                 answer.set_exception(SowatchError("the watch has ended. Ask before stop()."))
             poller.close()
@@ -231,11 +265,13 @@ class Engine:
             self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.keeper.lost))
             self._publisher.end()
             self._ready.set()
+            if self._is_left_behind:
+                self._source.close()
 
     def _loop(self, poller: select.epoll) -> None:
         keeper = self.keeper
         next_tick = time.monotonic() + TICK_S
-        wakes, window = 0, 0.0
+        wakes, window, deferred_until = 0, 0.0, 0.0
         while not self._stop.is_set():
             now = time.monotonic()
             # In a storm the kernel wakes us for each record, which costs more than the record.
@@ -258,6 +294,10 @@ class Engine:
                 self._on_wake()
             keeper.drain()
             keeper.do_what_is_due(now)
+            if self._deferred and (not keeper.is_resting or now >= deferred_until):
+                jobs, self._deferred = self._deferred, []
+                self._do(jobs)
+                deferred_until = now + DEFERRED_S
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -265,11 +305,21 @@ class Engine:
         self._publisher.flush(time.monotonic())
         with self._jobs_lock:
             jobs, self._jobs = self._jobs, []
+        self._do(jobs)
+
+    def _do(self, jobs: Iterable[tuple[Callable[[], None], Future[Any]]]) -> None:
         for job, answer in jobs:
             try:
                 job()
             except Exception as error:  # noqa: BLE001 - it goes to whoever asked
                 answer.set_exception(error)
+
+    def _unread_limits(self) -> tuple[str, ...]:
+        pids = sorted(self.unread)
+        if not pids:
+            return ()
+        named = ", ".join(map(str, pids[:NAMED])) + (", ..." if len(pids) > NAMED else "")
+        return (f"processes that do not answer, to be read as soon as they do: {len(pids)} ({named})",)
 
     def _make_ready(self, processes: int, seconds: float) -> Event:
         source = self._source
@@ -280,7 +330,7 @@ class Engine:
             strategy=source.strategy,
             guarantee=source.guarantee,
             hooks=source.hooks,
-            limits=source.limits,
+            limits=source.limits + self._unread_limits(),
             attempts=source.attempts,
             processes=processes,
             mappings=self._publisher.counts()[2],

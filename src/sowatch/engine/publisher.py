@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sowatch.engine.activation import FileRegistry
@@ -223,7 +223,7 @@ class Publisher:
                 if facts is None:
                     if now_s - inspection.asked_s < FACTS_TIMEOUT_S:
                         break
-                    facts = FileFacts()
+                    facts = self._facts(change) or FileFacts()
                 waiting.popleft()
                 self._tell(change, facts)
             else:
@@ -285,6 +285,10 @@ class Publisher:
         if held is not None:
             # Looked at again, as rules have changed.
             if isinstance(rule, Rule) and rule.name == held.rule:
+                if held.library.build_id is None and facts.build_id is not None:
+                    # Its load was told before the file could be read.
+                    library = replace(held.library, build_id=facts.build_id, soname=facts.soname)
+                    self._held[process.id][name.file_id] = replace(held, library=library)
                 return
             self._forget(process, name.file_id, "rules", change.t_ns)
         if not isinstance(rule, Rule):

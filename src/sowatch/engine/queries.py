@@ -63,3 +63,5 @@ class Known(NamedTuple):
     own_view: bytes
     is_waiting_for_facts: bool
     is_silent_start: bool
+    #: The mappings of the process that was asked for cannot be read since then (CLOCK_MONOTONIC).
+    unread_since_s: float | None = None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, Tracked
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
+from sowatch.engine.rescan_schedule import RescanSchedule
 from sowatch.engine.table import LIVE, Causes, Tracker
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
@@ -23,6 +24,7 @@ from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import EventSource, Losses, Reading, Report
+from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Keeper"]
 
@@ -30,12 +32,6 @@ LOG = logging.getLogger("sowatch")
 
 #: More owed readings than this are one reading of all.
 MANY_READINGS: Final = 64
-#: A process that is dirty again at once is read at most this often in the long run.
-SLOWEST_REREAD_S: Final = 0.25
-#: A scan that took longer than this is followed by a rest of so many times that, up to the second.
-SHORT_SCAN_S: Final = 0.005
-SCAN_REST: Final = 20
-LONGEST_REST_S: Final = 1.0
 #: So long after its last reading nobody need know how often a process was read.
 PACE_MEMORY_S: Final = 10
 #: A repair that found losses going on is tried again after this, then after twice that, up to the second.
@@ -43,13 +39,14 @@ FIRST_REPAIR_S: Final = 0.1
 SLOWEST_REPAIR_S: Final = 5.0
 #: After a reading of all for the sake of shared address spaces so many times its CPU time without one.
 STRANGERS_REST: Final = 20
-#: A 32-bit process is read this long after its exec, then after twice that, up to the second.
-FIRST_NARROW_S: Final = 0.002
-SLOWEST_NARROW_S: Final = 1.0
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
 SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
+#: An answer waits no longer for what floods.
+SETTLING_S: Final = 0.5
+#: What waits for the facts of files is looked after this often.
+FACTS_TURN_S: Final = 0.1
 #: A call that was under way when the rules changed has mapped its file after this.
 RULES_SECOND_LOOK_S: Final = 1.0
 
@@ -59,74 +56,6 @@ ENDED_STATES: Final = ("Z", "X", "x")
 REPAIR: Final = Causes("repair", "repair")
 RULES: Final = Causes("snapshot", "rules")
 SNAPSHOT: Final = Causes("snapshot", "repair")
-
-
-class _Turns:
-    """When each process in doubt is read: at once, or more and more rarely if it is in doubt all the time.
-
-    Times are seconds of CLOCK_MONOTONIC.
-    """
-
-    def __init__(self) -> None:
-        #: When processes that wait for a reading get it.
-        self.due: dict[int, float] = {}
-        #: Of 32-bit processes: when the next reading is, and how long after it the one that follows.
-        self._narrow: dict[int, tuple[float, float]] = {}
-        #: When processes were read last, and how long they have to wait from then on.
-        self._pace: dict[int, tuple[float, float]] = {}
-
-    def times(self) -> Iterable[float]:
-        """When something is due."""
-        return [*self.due.values(), *(when for when, _ in self._narrow.values())]
-
-    def hurry(self, pids: Iterable[int]) -> None:
-        """Whatever their pace, it is their turn now."""
-        self.due = dict.fromkeys(pids, 0.0)
-
-    def take(self, dirty: dict[int, Causes], now: float) -> dict[int, Causes]:
-        """Takes those out of ``dirty`` whose turn it is."""
-        for pid in dirty:
-            if pid not in self.due:
-                last, interval = self._pace.get(pid, (0.0, 0.0))
-                self.due[pid] = max(now, last + interval)
-        turn = {}
-        for pid, when in list(self.due.items()):
-            causes = dirty.get(pid)
-            if causes is None:
-                del self.due[pid]  # it has gone meanwhile
-            elif when <= now:
-                turn[pid] = causes
-        for pid in turn:
-            del self.due[pid]
-            del dirty[pid]
-            last, interval = self._pace.get(pid, (0.0, 0.0))
-            is_busy = now - last < 2 * interval + 0.002
-            self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
-        return turn
-
-    def rest(self, pid: int, seconds: float) -> None:
-        """A scan of it has taken so long: the next one waits for many times that.
-
-        So others do not pay for what a process with many mappings makes its scans cost.
-        """
-        if seconds >= SHORT_SCAN_S:
-            last, interval = self._pace.get(pid, (0.0, 0.0))
-            self._pace[pid] = (last, max(interval, min(LONGEST_REST_S, SCAN_REST * seconds)))
-
-    def take_narrow(self, narrow: Collection[int], now: float) -> list[int]:
-        """Those 32-bit processes whose turn it is: when they start, then less and less often."""
-        self._narrow = {pid: due for pid, due in self._narrow.items() if pid in narrow}
-        turn = []
-        for pid in narrow:
-            when, interval = self._narrow.get(pid, (now, FIRST_NARROW_S))
-            if when <= now:
-                turn.append(pid)
-                self._narrow[pid] = (now + interval, min(SLOWEST_NARROW_S, 2 * interval))
-        return turn
-
-    def forget(self, before: float) -> None:
-        """The pace of processes that were not read since."""
-        self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > before}
 
 
 class Keeper:
@@ -165,12 +94,14 @@ class Keeper:
         self._guard = AdaptiveRateLimit(source, config.max_records_s)
         self._silent = silent_baseline
         self._base = _base_report(rules)
-        self._turns = _Turns()
+        self._turns = RescanSchedule()
+        self._turns.held = source.unread
         self._repair_at: float | None = None
         self._repair_wait_s = FIRST_REPAIR_S
         self._strangers_at = 0.0
         self._rules_again_at: float | None = None
         self._can_read_one = True
+        self._has_read_all = True
         #: Throttled processes that are to be read before their losses are repaired, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
@@ -189,7 +120,10 @@ class Keeper:
     def look_at_ourselves(self) -> None:
         """Our own root, to tell which processes see the paths that we see; and our real pid."""
         own = self.own_pid
-        reading = self._source.read_process(own) if own else None
+        try:
+            reading = self._source.read_process(own) if own else None
+        except ScanTimeout:
+            reading = None
         if reading is None:
             return
         self.own_pid = reading.tgid
@@ -211,8 +145,9 @@ class Keeper:
         begun = time.monotonic()
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
-        readings, meanwhile = self._source.read_all()
+        readings, meanwhile = self._read_all()
         again = self._tracker.merge(readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
+        self._doubt_unread(SNAPSHOT)
         self._source.set_report(self._base)
         changes = self._tracker.take_changes()
         wanted, ignored = self._tracker.take_answers()
@@ -245,6 +180,8 @@ class Keeper:
     def next_work_at(self, next_tick: float) -> float:
         """When there is something to do even if the kernel says nothing."""
         times = [next_tick, *self._turns.times()]
+        if self._publisher.is_waiting:
+            times.append(time.monotonic() + FACTS_TURN_S)
         times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
         if self._tracker.has_strangers:
             times.append(self._strangers_at)
@@ -252,6 +189,10 @@ class Keeper:
 
     def do_what_is_due(self, now: float) -> None:
         """Readings and repairs whose time has come."""
+        if self._source.unread:
+            self._take_readable()
+        if self._publisher.is_waiting:
+            self._publisher.flush(now)
         if self._tracker.narrow:
             for pid in self._turns.take_narrow(self._tracker.narrow, now):
                 self._tracker.dirty.setdefault(pid, LIVE)
@@ -278,17 +219,25 @@ class Keeper:
             self._note_throttled()
         self._publisher.flush(time.monotonic())
         self._publisher.catch_up()
+        self._look_at_recovered()
         for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
             self._tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
         for pid in self._unscanned:
             self._tracker.dirty.setdefault(pid, REPAIR)
         self._turns.forget(time.monotonic() - PACE_MEMORY_S)
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether a full scan is owed that has to wait, so that scans do not take all the time there is."""
+        return self._tracker.has_strangers and time.monotonic() < self._strangers_at
+
     def settle_doubts(self) -> None:
         """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
 
         Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
+        In a flood there is always more to read: after `SETTLING_S` what is left is left to its turn.
         """
+        end_s = time.monotonic() + SETTLING_S
         for pid in self._tracker.narrow:
             self._tracker.dirty.setdefault(pid, LIVE)
         self._source.refresh()
@@ -296,12 +245,15 @@ class Keeper:
         self._repair_if_due()
         for _ in range(10):
             self.drain()
-            if self._tracker.has_strangers:
+            if self._tracker.has_strangers and time.monotonic() >= self._strangers_at:
                 self._look_for_strangers()
-            if not self._tracker.dirty:
+            if all(pid in self._source.unread for pid in self._tracker.dirty):
                 return
+            is_flood = len(self._tracker.dirty) > MANY_READINGS
             self._turns.hurry(self._tracker.dirty)
             self._reread()
+            if is_flood or time.monotonic() >= end_s:
+                return
 
     def finish(self) -> None:
         """Takes in what is still on its way, and tells everything."""
@@ -363,6 +315,15 @@ class Keeper:
         self._tracker.dirty.setdefault(pid, LIVE)
         self.settle_doubts()
         self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
+
+    def _look_at_recovered(self) -> None:
+        """Files that could not be read because their file system hung: what they say is told now."""
+        inspector = self._publisher.inspector
+        files = inspector.take_recovered() if inspector is not None else ()
+        if files:
+            holders = {process.id for process, one in self._tracker.mappings() if one.name.file_id in files}
+            mapped = self._mapped(lambda process: process.id in holders)
+            self._publisher.look_again([one for one in mapped if one.name.file_id in files], only_held=self._silent)
 
     def _mapped(
         self, is_meant: Callable[[Tracked], bool], wants: Callable[[str], bool] = lambda _: True
@@ -429,38 +390,71 @@ class Keeper:
 
     def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
         if len(due) > MANY_READINGS or not self._can_read_one:
-            readings, meanwhile = self._source.read_all()
+            readings, meanwhile = self._read_all()
+            for pid in due.keys() & set(self._source.unread):
+                self._tracker.dirty.setdefault(pid, due[pid])
             return [reading for reading in readings if reading.tgid in due], list(meanwhile)
         found = []
-        for pid in due:
-            begun_s = time.thread_time()
-            reading = self._source.read_process(pid)
-            # Taking it over costs about as much again.
-            self._turns.rest(pid, 2 * (time.thread_time() - begun_s))
-            if reading is not None:
-                found.append(reading)
+        for pid, causes in due.items():
+            begun_s = self._cpu_s()
+            try:
+                reading = self._source.read_process(pid)
+            except ScanTimeout:
+                self._tracker.dirty.setdefault(pid, causes)
+            else:
+                # Taking it over costs about as much again.
+                self._turns.rest(pid, 2 * (self._cpu_s() - begun_s))
+                if reading is not None:
+                    found.append(reading)
         return found, []
+
+    def _read_all(self) -> tuple[list[Reading], list[Record]]:
+        """Whoever can be read, and what was drained meanwhile."""
+        self._has_read_all = False
+        try:
+            found = self._source.read_all()
+        except ScanTimeout:
+            return [], []
+        self._has_read_all = True
+        return found
+
+    def _doubt_unread(self, causes: Causes) -> None:
+        """Whoever hangs is read as soon as it can be."""
+        for pid in self._source.unread:
+            if pid:
+                self._tracker.dirty.setdefault(pid, causes)
+
+    def _take_readable(self) -> None:
+        """Reads those that do not hang any more."""
+        for pid in self._source.unread.take_readable():
+            self._tracker.dirty[pid] = REPAIR
+            self._turns.due[pid] = 0.0
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES | Report.VISITS)
         early = self._source.drain()
-        readings, meanwhile = self._source.read_all()
+        readings, meanwhile = self._read_all()
         records = [*early, *meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
         for reading in readings:
             self._tracker.dirty.pop(reading.tgid, None)
         for pid in self._tracker.merge(readings, records, causes):
             self._tracker.dirty.setdefault(pid, causes)
+        self._doubt_unread(causes)
         return {reading.tgid for reading in readings}
 
     def _look_for_strangers(self) -> None:
         """Finds who shares an address space, by a reading of all."""
-        begun_s = time.thread_time()
+        begun_s = self._cpu_s()
         self._tracker.has_strangers = False
         self._read_everything(LIVE)
         self._flush()
-        self._strangers_at = time.monotonic() + STRANGERS_REST * (time.thread_time() - begun_s)
+        self._strangers_at = time.monotonic() + STRANGERS_REST * (self._cpu_s() - begun_s)
+
+    def _cpu_s(self) -> float:
+        """CPU seconds that this thread and the helpers that scan have taken."""
+        return time.thread_time() + self._source.unread.cpu_s
 
     def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
         """After it every process of the map that was known before ``since_ns`` was scanned, or is forgotten."""
@@ -474,6 +468,8 @@ class Keeper:
                 continue
             elif self._has_ended(pid, is_lossy=True):
                 self._tracker.forget(process, "repair", since_ns)
+            elif pid in self._source.unread:
+                self._tracker.dirty[pid] = REPAIR
             else:
                 late[pid] = REPAIR
         if late:
@@ -538,7 +534,11 @@ class Keeper:
 
     def _unthrottle(self, was_read: Collection[int]) -> None:
         """Readings of these processes were taken over, their changes are still to be flushed."""
-        self._throttled = {pid for pid in self._throttled if pid not in was_read and pid in self._tracker.dirty}
+        owed = self._tracker.dirty
+        # Whoever hangs is named as not read, and the others do not wait for it.
+        self._throttled = {
+            pid for pid in self._throttled if pid in owed and pid not in was_read and pid not in self._source.unread
+        }
         if self._throttled or self._repair_at is not None:
             return
         found = [change for change in self._tracker.changes if change.cause == "repair"]
@@ -566,7 +566,8 @@ class Keeper:
         found = [change for change in self._tracker.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is made up for by readings of that process alone.
-        if after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0):
+        stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)
+        if stood_still and self._has_read_all:
             self._repair_wait_s = FIRST_REPAIR_S
             self._throttled.clear()
             self._has_repaired(found, time.monotonic() - begun)

@@ -364,15 +364,19 @@ def process_report(
         known_since_ns=None if known_process is None else now_ns - (monotonic_ns - known_process.since_ns),
         mappings=mappings,
         extra=tuple(one for one in differences if one not in told),
-        notes=tuple(_notes(facts, state, mappings, memory)),
+        notes=tuple(_notes(facts, state, mappings, memory, is_unread=known.unread_since_s is not None)),
     )
 
 
-def _notes(facts: ProcessFacts, state: str, mappings: Sequence[MappingReport], memory: Memory) -> Iterable[str]:
+def _notes(
+    facts: ProcessFacts, state: str, mappings: Sequence[MappingReport], memory: Memory, *, is_unread: bool
+) -> Iterable[str]:
     if state != "running":
         yield state
     elif facts.maps is Miss.DENIED:
         yield "no_permission"
+    elif facts.maps is Miss.HUNG:
+        pass
     elif not mappings:
         yield "no_files"
     else:
@@ -382,6 +386,8 @@ def _notes(facts: ProcessFacts, state: str, mappings: Sequence[MappingReport], m
             yield "nothing_wanted"
     if facts.is_32bit is True:
         yield "narrow"
+    if is_unread or facts.maps is Miss.HUNG:
+        yield "unread"
     if not memory.is_repaired:
         yield "unrepaired"
 

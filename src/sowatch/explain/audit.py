@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import Final, Literal
 
 from sowatch.engine.queries import Held, View
-from sowatch.linux.proc import MapRow, ProcFs, seen_path
+from sowatch.linux.proc import MapRow, Miss, ProcFs, seen_path
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 
@@ -50,7 +50,8 @@ class Difference:
 class AuditReport:
     """``processes`` that were read, their wanted ``mappings``, and what differs.
 
-    ``unreadable`` processes are there but may not be read by this user.
+    ``unreadable`` processes are there but may not be read by this user, or not by anybody now: those that do
+    not answer are ``unread``.
     """
 
     processes: int
@@ -58,19 +59,30 @@ class AuditReport:
     unreadable: int
     differences: tuple[Difference, ...]
     seconds: float
+    unread: tuple[int, ...] = ()
 
 
-def audit(look: Callable[[], View], proc: ProcFs, rules: RuleSet) -> AuditReport:
+def audit(
+    look: Callable[[], View],
+    proc: ProcFs,
+    rules: RuleSet,
+    unread: Callable[[], Iterable[int]] = tuple,
+    *,
+    only: int | None = None,
+) -> AuditReport:
     """Compares all live processes.
 
     Args:
         look: gives the map as it is now, everything on its way taken in.
         proc: where to read.
         rules: which files the map should have.
+        unread: gives the processes that the watch itself could not read.
+        only: just this one.
     """
     begun = time.monotonic()
-    pids = proc.pids()
+    pids = proc.pids() if only is None else [only]
     differences: set[Difference] = set()
+    hung: set[int] = set()
     processes = mappings = unreadable = 0
     view = look()
     for pid in pids:
@@ -79,6 +91,8 @@ def audit(look: Callable[[], View], proc: ProcFs, rules: RuleSet) -> AuditReport
             stat = proc.stat(pid)
             if stat and not (stat.is_kernel_thread or stat.is_dead):
                 unreadable += 1
+                if proc.live_thread(pid) is Miss.HUNG:
+                    hung.add(pid)
             continue
         processes += 1
         mappings += len(held[1]) if (held := view.get(pid)) else 0
@@ -97,7 +111,10 @@ def audit(look: Callable[[], View], proc: ProcFs, rules: RuleSet) -> AuditReport
             again |= found or set()
         differences &= again
     ordered = tuple(sorted(differences, key=lambda one: (one.pid, one.start, one.kind)))
-    return AuditReport(processes, mappings, unreadable, ordered, time.monotonic() - begun)
+    hung.update(unread())
+    return AuditReport(
+        processes, mappings, unreadable, ordered, time.monotonic() - begun, tuple(sorted(hung & set(pids)))
+    )
 
 
 def _all_of(pid: int, held: Iterable[Held]) -> Iterable[Difference]:

@@ -114,7 +114,9 @@ def _explain_process(pid: int, desk: Desk, aside: Aside) -> ProcessReport:
         facts = _facts_of(desk.proc, first, aside)
         groups = () if isinstance(facts.maps, Miss) else facts.maps
         memory = _memory(desk, known, {group.inode for group in groups})
-    looks = _looks(groups, facts, known, desk, aside)
+    # Who would look through its own link to a mapping waits behind the same lock.
+    is_unread = known.unread_since_s is not None
+    looks = dict.fromkeys(groups, _NO_ANSWER) if is_unread else _looks(groups, facts, known, desk, aside)
     differences = _differences(pid, desk)
     last = desk.proc.stat(pid)
     if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
@@ -230,24 +232,11 @@ def _looks(
     return found
 
 
-class _OneProcess(ProcFs):
-    """A proc file system with one process in it, for an audit of that one."""
-
-    __slots__ = ("_pid",)
-
-    def __init__(self, root: str, pid: int) -> None:
-        self._pid = pid
-        super().__init__(root)
-
-    def pids(self) -> list[int]:
-        return [self._pid]
-
-
 def _differences(pid: int, desk: Desk) -> tuple[Difference, ...]:
     def view() -> View:
         return {known: held for known, held in desk.view().items() if known == pid}
 
-    return audit(view, _OneProcess(desk.proc.root, pid), desk.rules).differences
+    return audit(view, desk.proc, desk.rules, only=pid).differences
 
 
 # ---- a path -------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ _MISSING: Final = {
     Miss.GONE: "the process is gone",
     Miss.DENIED: "not permitted",
     Miss.ABSENT: "the process has ended",
+    Miss.HUNG: "the kernel does not answer",
 }
 
 

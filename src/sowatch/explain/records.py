@@ -165,7 +165,8 @@ class ProcessReport:
 
     They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``narrow``
     (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
-    ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unrepaired`` (facts were lost
+    ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unread`` (the kernel does
+    not answer who reads its mappings: what is known may be old), ``unrepaired`` (facts were lost
     and the map is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
 
     ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped. ``withheld`` counts the files

@@ -54,6 +54,8 @@ class Miss(Enum):
     #: It is there and has no such thing: a kernel thread or a zombie, or a path longer than the
     #: kernel can tell (`exe`: 4,095 bytes).
     ABSENT = "absent"
+    #: It is there, and the kernel does not answer: somebody holds a lock of its address space.
+    HUNG = "hung"
 
     def __bool__(self) -> Literal[False]:
         return False

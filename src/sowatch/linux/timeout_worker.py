@@ -85,6 +85,20 @@ class TimeoutWorker:
         """Calls that were given up and have not returned yet."""
         return self._abandoned
 
+    def start(self) -> None:
+        """Starts the thread now rather than with the first call."""
+        with self._lock:
+            self._start()
+
+    def _start(self) -> queue.SimpleQueue[_Job[object] | None]:
+        """The jobs of the thread, which is there then."""
+        jobs = self._jobs
+        if jobs is None:
+            jobs = self._jobs = queue.SimpleQueue()
+            self._thread = threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True)
+            self._thread.start()
+        return jobs
+
     def run(
         self,
         call: Callable[[], T],
@@ -111,12 +125,8 @@ class TimeoutWorker:
         with self._lock:
             if self._abandoned >= self._max_abandoned:
                 raise CallTimeout(is_refused=True)
-            if self._jobs is None:
-                self._jobs = queue.SimpleQueue()
-                self._thread = threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True)
-                self._thread.start()
             job: _Job[T] = _Job(call)
-            self._jobs.put(job)  # type: ignore[arg-type]
+            self._start().put(job)  # type: ignore[arg-type]
             if not self._wait(job, timeout_s, progress, meanwhile, turn_s):
                 self._abandon(job, on_return)
         if job.error is not None:

@@ -10,10 +10,10 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
-from errno import E2BIG, EINVAL, EPERM, ESRCH
+from errno import E2BIG, EINVAL, EPERM
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self
@@ -31,8 +31,11 @@ from sowatch.bpf.records import (
     RecordType,
     parse,
 )
+from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
+from sowatch.sources.iterator_scan import IteratorScan
+from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
 __all__ = [
     "BpfSource",
@@ -55,6 +58,8 @@ class Report(IntFlag):
     RANGES = 2
     IMAGES = 4
     VISITS = 8
+    INTROS = 16
+    FENCE = 32
 
 
 class Losses(NamedTuple):
@@ -153,6 +158,8 @@ class EventSource(Protocol):
     hooks: str | None
     limits: tuple[str, ...]
     attempts: tuple[LoadAttempt, ...]
+    #: Whoever could not be read when it was tried last.
+    unread: UnreadProcesses
 
     def fileno(self) -> int:
         """A descriptor that polls readable when `drain` has something."""
@@ -164,10 +171,18 @@ class EventSource(Protocol):
         """Makes the next `drain` bring everything up to now, where a source looks only from time to time."""
 
     def read_all(self) -> tuple[list[Reading], list[Record]]:
-        """Every process's mappings, and what was drained meanwhile."""
+        """Every process's mappings, but of those that are ``unread`` then, and what was drained meanwhile.
+
+        Raises:
+            ScanTimeout: nobody could be read.
+        """
 
     def read_process(self, pid: int) -> Reading | None:
-        """One process's mappings, perhaps none at all; None if the process is gone."""
+        """One process's mappings, perhaps none at all; None if the process is gone.
+
+        Raises:
+            ScanTimeout: it hangs, and is ``unread`` now.
+        """
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         """Says whether files are wanted: what is not will not be reported again for a while."""
@@ -240,6 +255,7 @@ class BpfSource:
     """
 
     guarantee: str = "exact"
+    _reader: str = READER
 
     def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
         self.strategy = strategy
@@ -248,7 +264,10 @@ class BpfSource:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
         self._started = time.monotonic()
-        self._can_read_one = True
+        self._can_iterate_one = True
+        self._has_given_up = False
+        self._proc = ProcFs(config.proc_root)
+        self.unread = UnreadProcesses()
         builds = self._builds(config, objects or self._shipped())
         for program, hook_set in builds:
             try:
@@ -260,6 +279,7 @@ class BpfSource:
                 LOG.debug("%s with hooks %s: %s", program, hook_set.name, error)
             else:
                 break
+        self.unread.start()
 
     def _shipped(self) -> Sequence[str]:
         return [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS]
@@ -311,17 +331,57 @@ class BpfSource:
         """The ring has everything."""
 
     def read_all(self) -> tuple[list[Reading], list[Record]]:
-        rows: list[Record] = []
         meanwhile: list[Record] = []
-        for chunk in self._iterate(READER):
-            rows += parse(chunk)
-            meanwhile += self.drain()
-        return group(rows), meanwhile
+
+        def drain() -> None:
+            meanwhile.extend(self.drain())
+
+        if not self._can_iterate_one and 0 in self.unread:
+            raise ScanTimeout(0)
+        if not self.unread:
+            scan = IteratorScan(self._open_session, (0,))
+            try:
+                self._run_scan(scan, meanwhile=drain)
+                return group(scan.rows()), meanwhile
+            except ScanTimeout as timeout:
+                # Its rows stop where nobody knows. What it has cleared and introduced is read again.
+                if timeout.is_refused or not self._can_iterate_one:
+                    raise
+                self.unread.forget(0)
+        readings = self._read_each(drain)
+        return readings, meanwhile
+
+    def _read_each(self, drain: Callable[[], None]) -> list[Reading]:
+        """Process by process, but those that hang: the iterator over all would stop at the first of them."""
+        report = self._report.value
+        readings: list[Reading] = []
+        targets: Sequence[int] = [pid for pid in self._proc.pids() if not self.unread.hangs(pid)]
+        self._report.value = report | Report.INTROS
+        try:
+            while targets:
+                scan = IteratorScan(self._open_session, targets)
+                hung, targets = -1, ()
+                try:
+                    self._run_scan(scan, meanwhile=drain)
+                except ScanTimeout as timeout:
+                    if timeout.is_refused:
+                        raise
+                    hung = timeout.pid
+                    targets = [pid for pid in scan.left_after() if not self.unread.hangs(pid)]
+                for reading in group(scan.rows(but=hung)):
+                    reading.begin_ns = min(reading.begin_ns, scan.begun_ns.get(reading.tgid, reading.begin_ns))
+                    readings.append(reading)
+        finally:
+            self._report.value = report
+        return readings
 
     def read_process(self, pid: int) -> Reading | None:
-        begin_ns = time.monotonic_ns()
+        if self.unread.hangs(pid):
+            raise ScanTimeout(pid)
         report = self._report.value
-        self._report.value = report | Report.VISITS
+        # What an earlier scan of it may have introduced was not taken if that one was given up.
+        self._report.value = report | Report.VISITS | (Report.INTROS if self._has_given_up else 0)
+        begin_ns = time.monotonic_ns()
         try:
             rows = self._rows_of(pid)
         finally:
@@ -334,33 +394,50 @@ class BpfSource:
         return reading
 
     def _rows_of(self, pid: int) -> list[Record]:
-        if self._can_read_one:
+        if self._can_iterate_one:
+            scan = IteratorScan(self._open_session, (pid,))
             try:
-                return [row for chunk in self._iterate(READER, pid) for row in parse(chunk)]
+                self._run_scan(scan)
+                return scan.rows()
             except BpfError as error:
-                if error.errno == ESRCH:
-                    return []
                 if error.errno != E2BIG:
                     raise
-                self._can_read_one = False  # before 6.1 an iterator goes over all processes
-        return [row for chunk in self._iterate(READER) for row in parse(chunk) if row.tgid == pid]
+                self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
+        scan = IteratorScan(self._open_session, (0,))
+        self._run_scan(scan)
+        return [row for row in scan.rows() if row.tgid == pid]
 
-    def _iterate(self, program: str, pid: int = 0) -> Iterable[bytes]:
-        self._run.value += 1
-        fd = self._object.iterate(program, pid)
+    def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:
+        """Runs a scan on a helper thread.
+
+        Raises:
+            ScanTimeout: it hangs. The thread is left behind, and whatever its sessions do later is void.
+        """
         try:
-            while True:
-                try:
-                    chunk = os.read(fd, 1 << 16)
-                except InterruptedError:
-                    continue
-                except OSError as error:
-                    raise BpfError("reading the iterator", error.errno or 5, "") from error
-                if not chunk:
-                    return
-                yield chunk
+            self.unread.run(lambda: scan.current, scan, progress=lambda: scan.progress, meanwhile=meanwhile)
+        except ScanTimeout:
+            scan.is_given_up = self._has_given_up = True
+            self._raise_fence()
+            raise
+
+    def _raise_fence(self) -> None:
+        """A newer session: one that hangs must not clear a mark when it goes on, for nobody takes its rows."""
+        if not self._can_iterate_one:
+            return
+        report = self._report.value
+        self._report.value = report | Report.FENCE
+        fence = IteratorScan(self._open_session, (os.getpid(),))
+        try:
+            self.unread.run(0, fence)
+        except ScanTimeout:
+            fence.is_given_up = True  # every thread is taken: the next session that begins does it
+            self.unread.forget(0)
         finally:
-            os.close(fd)
+            self._report.value = report
+
+    def _open_session(self, pid: int) -> int:
+        self._run.value += 1
+        return self._object.iterate(self._reader, pid)
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         expires_s = self._now_s.value + max(1, round(self._ttl_s))
@@ -406,6 +483,7 @@ class BpfSource:
         self._now_s.value = 1 + int(time.monotonic() - self._started)
 
     def close(self) -> None:
+        self.unread.close()
         self._object.close()
 
 

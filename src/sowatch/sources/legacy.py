@@ -12,17 +12,18 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from errno import EXDEV
 from importlib.resources import files
 from typing import Final, NamedTuple
 
 from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Record, RecordType, parse
-from sowatch.linux.proc import MapRow, Miss, ProcFs
+from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
 from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, Report, group, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
+from sowatch.sources.unread import PatientProcFs, ScanTimeout
 
 __all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
 
@@ -69,10 +70,10 @@ class OldKernelSource(BpfSource):
     guarantee: str = "exact, but for what only a scan can find"
 
     def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
-        self._proc = ProcFs(config.proc_root)
         #: The identity of each file that was told, by its inode and device.
         self._files: dict[bytes, bytes] = {}
         super().__init__(config, strategy=strategy, objects=objects)
+        self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
         self.limits += (
             "what mprotect makes executable, and interpreters, are not seen in a process that ends at once",
             "a file of overlayfs that was copied up before it was told of has no inode generation",
@@ -121,17 +122,34 @@ class OldKernelSource(BpfSource):
         # A chunk holds whole processes, and the kernel waits with the next while we look at these.
         for chunk in self._iterate(VISITOR):
             for visited in group(parse(chunk)):
-                reading = self._look(visited, known)
+                try:
+                    reading = self._look(visited, known)
+                except ScanTimeout:
+                    continue
                 if reading is not None:
                     readings.append(reading)
             meanwhile += self.drain()
         return readings, meanwhile
 
     def read_process(self, pid: int) -> Reading | None:
+        if self.unread.hangs(pid):
+            raise ScanTimeout(pid)
         self._reading_tgid.value = pid
         rows = [row for chunk in self._iterate(VISITOR) for row in parse(chunk)]
         visited = group(rows)
         return self._look(visited[0], {}) if visited else None
+
+    def _iterate(self, program: str) -> Iterator[bytes]:
+        """What an iterator over tasks writes; unlike one over their mappings it waits for no lock of theirs."""
+        self._run.value += 1
+        fd = self._object.iterate(program)
+        try:
+            while chunk := os.read(fd, 1 << 16):
+                yield chunk
+        except OSError as error:
+            raise BpfError("reading the iterator", error.errno or 5, "") from error
+        finally:
+            os.close(fd)
 
     def _look(self, reading: Reading, known: dict[Hashable, _Answer]) -> Reading | None:
         """Completes what a visit began; None if the process has gone since."""
@@ -212,11 +230,11 @@ class OldKernelSource(BpfSource):
             return known[name]
         try:
             # O_PATH asks nothing of the file system: not of one that hangs, nor of a device.
-            fd = os.open(f"{directory}/{row.start:x}-{row.end:x}", os.O_PATH | os.O_CLOEXEC)
+            fd = self._open_patiently(intro.tgid, f"{directory}/{row.start:x}-{row.end:x}", os.O_PATH)
         except OSError:
             return None
         try:
-            answer = self._ask(fd, intro.root, row)
+            answer = self._ask(fd, intro.tgid, intro.root, row)
         except OSError as error:
             LOG.debug("cannot look up %r of process %d: %s", row.path, intro.tgid, error)
             return None
@@ -226,13 +244,34 @@ class OldKernelSource(BpfSource):
             known[name] = answer
         return answer
 
-    def _ask(self, fd: int, root: bytes, row: MapRow) -> _Answer | None:
+    def _open_patiently(self, pid: int, path: str, flags: int) -> int:
+        """An open that needs the lock of an address space, or asks its file system.
+
+        Raises:
+            ScanTimeout: it hangs. Whatever it opens yet is closed.
+            OSError: of the open.
+        """
+        given_up: list[int] = []
+
+        def open_it() -> int:
+            fd = os.open(path, flags | os.O_CLOEXEC)
+            if given_up:
+                os.close(fd)
+            return fd
+
+        try:
+            return self.unread.run(pid, open_it)
+        except ScanTimeout:
+            given_up.append(pid)
+            raise
+
+    def _ask(self, fd: int, tgid: int, root: bytes, row: MapRow) -> _Answer | None:
         result = self._object.run("look_up_file", fd, *ROOT.unpack(root))
         is_stacked = result == LOOKUP_TO_OPEN
         if is_stacked:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return _Answer(None, True)  # a device node in a container's own /dev is no library
-            opened = os.open(f"{self._proc.root}/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            opened = self._open_patiently(tgid, f"{self._proc.root}/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
             try:
                 result = self._object.run("look_up_file", opened, *ROOT.unpack(root))
             finally:
@@ -261,6 +300,10 @@ class OldKernelSource(BpfSource):
         fields = MAP.unpack_from(value, ANSWER_OFFSET)
         text = ANSWER_OFFSET + MAP.size
         return MapRecord._make((*fields, value[text : text + fields[-1]]))._replace(type=RecordType.MAP)
+
+    def close(self) -> None:
+        self._patient.close()
+        super().close()
 
     def followed(self, pid: int) -> Followed | None:
         value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))

@@ -35,12 +35,13 @@ from sowatch.bpf.records import (
     text_of,
 )
 from sowatch.linux.pid_namespaces import why_not_whole_host
-from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
+from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.sources.core import FILE_KEY, Followed, Losses, Reading, Report, Verdict, Verdicts
 from sowatch.sources.poll_timer import CpuClocks, Rhythm
 from sowatch.sources.proc_scan import listed
+from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
 __all__ = ["File", "ProcfsSource", "Row", "compare"]
 
@@ -172,7 +173,8 @@ class ProcfsSource:
 
     def __init__(self, config: Config) -> None:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("procfs", True, None),)
-        self._proc = ProcFs(config.proc_root)
+        self.unread = UnreadProcesses()
+        self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
         self._clocks = CpuClocks(self._proc)
         self._max_verdicts = config.max_verdicts
         self._processes: dict[int, _Process] = {}
@@ -186,6 +188,7 @@ class ProcfsSource:
         self._rhythm = Rhythm(config, f"looking at {config.proc_root}")
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
+        self.unread.start()
 
     @property
     def interval_s(self) -> float:
@@ -267,6 +270,7 @@ class ProcfsSource:
         """Answers do not grow old: a look shows each path as it is."""
 
     def close(self) -> None:
+        self._patient.close()
         self._rhythm.close()
 
     def _note_limits(self) -> None:
@@ -292,7 +296,10 @@ class ProcfsSource:
             known = self._processes.get(pid)
             if known is not None and self._did_not_run(known):
                 continue
-            found = self._look_at(pid, known)
+            try:
+                found = self._look_at(pid, known)
+            except ScanTimeout:
+                found = None  # as it was, until it can be read
             if found is None:
                 if known is not None:
                     known.cpu_ns = None

@@ -32,11 +32,12 @@ from sowatch.bpf.records import (
     parse,
 )
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import MapRow, Miss, ProcFs
+from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.sources.core import LOST, Followed, Losses, Reading, Report, Verdict
 from sowatch.sources.proc_scan import Look, ProcReader
+from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
 __all__ = ["PrebuiltSource"]
 
@@ -106,7 +107,9 @@ class PrebuiltSource:
             "32-bit processes are watched by reads",
         )
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("prebuilt", True, None),)
-        self._reader = ProcReader(ProcFs(config.proc_root))
+        self.unread = UnreadProcesses()
+        self._proc = PatientProcFs(config.proc_root, self.unread)
+        self._reader = ProcReader(self._proc)
         self._known: dict[int, _Known] = {}
         self._ignored: dict[Hashable, None] = {}
         self._unresolved = 0
@@ -116,6 +119,7 @@ class PrebuiltSource:
         except BaseException:
             self._object.close()
             raise
+        self.unread.start()
 
     def _load(self, config: Config) -> None:
         bpf = self._object
@@ -159,17 +163,26 @@ class PrebuiltSource:
 
         records: list[Record] = []
         for place, one in enumerate(seen):
-            if one.type == SEEN_MAP:
-                records += self._on_map(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
-            elif one.type == SEEN_FORK:
-                records += self._on_fork(one)
-            elif one.type == SEEN_EXEC:
-                records += self._on_exec(one)
-            elif one.type == SEEN_EXIT:
-                records += self._on_exit(one)
-            else:
-                records += self._on_range(one)
+            try:
+                if one.type == SEEN_MAP:
+                    records += self._on_map(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
+                elif one.type == SEEN_FORK:
+                    records += self._on_fork(one)
+                elif one.type == SEEN_EXEC:
+                    records += self._on_exec(one)
+                elif one.type == SEEN_EXIT:
+                    records += self._on_exit(one)
+                else:
+                    records += self._on_range(one)
+            except ScanTimeout:
+                records += self._in_doubt(one)
         return records
+
+    def _in_doubt(self, seen: RangeRecord) -> Iterator[Record]:
+        """It cannot be read now; what it has mapped is found when it can."""
+        about = self._reader.proc.stat(seen.tgid)
+        if not isinstance(about, Miss):
+            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY, start_ns=about.start_ns)
 
     def refresh(self) -> None:
         """The ring has everything already."""
@@ -296,7 +309,12 @@ class PrebuiltSource:
         readings: list[Reading] = []
         meanwhile: list[Record] = []
         for place, pid in enumerate(self._reader.proc.pids()):
-            reading = self.read_process(pid)
+            try:
+                reading = self.read_process(pid)
+            except ScanTimeout as timeout:
+                if timeout.is_refused:
+                    raise
+                continue
             if reading is not None:
                 readings.append(reading)
             if place % DRAIN_EVERY == 0:
@@ -376,6 +394,7 @@ class PrebuiltSource:
         """Nothing grows old: a file under another path has another key."""
 
     def close(self) -> None:
+        self._proc.close()
         self._object.close()
 
 

@@ -65,6 +65,9 @@ LOST: Final = _define(
 )
 REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by reading again.")
 IS_REPAIRED: Final = _define("gauge", "watcher.repaired", "1 while every loss in the kernel is made good, else 0.")
+UNREAD: Final = _define(
+    "gauge", "watcher.unread", "Processes whose mappings cannot be read now, because the kernel does not answer."
+)
 REREADS: Final = _define(
     "counter", "watcher.rereads", "Processes read again because other threads might have interfered."
 )

@@ -177,6 +177,7 @@ def _sample_watcher(source: _Source, watcher: WatcherFigures) -> None:
         source.counter(names.LOST, count, f"where:{where}")
     source.counter(names.LOST, stats.lost_queue, "where:queue")
     source.gauge(names.IS_REPAIRED, int(watcher.is_repaired))
+    source.gauge(names.UNREAD, stats.unread)
     ready = watcher.ready
     if ready is not None:
         tags = (f"strategy:{ready.strategy}", f"hooks:{ready.hooks or 'none'}", f"guarantee:{ready.guarantee}")

@@ -45,6 +45,7 @@ from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import EventSource, Losses
 from sowatch.sources.select import open_source
+from sowatch.sources.unread import PatientProcFs, UnreadProcesses
 
 __all__ = ["ActiveFile", "Mapped", "Stats", "Watcher"]
 
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 #: How long stop() waits for the callbacks of one rule that are under way.
 WORKER_STOP_S = 1.0
+#: The draining thread looks for losses once a second; after so long without, nobody knows of any.
+KNOWS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ class Stats:
     the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
     end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
     at ``/proc`` as it is now, None with a strategy that does not poll. ``partial`` are loads of files that contradict
-    themselves or pass a limit of work, so that facts or exports may be missing.
+    themselves or pass a limit of work, so that facts or exports may be missing. ``unread`` are processes whose mappings
+    cannot be read now; see `Watcher.unread`.
     """
 
     processes: int
@@ -106,6 +110,7 @@ class Stats:
     audit_differences: int
     poll_interval_s: float | None = None
     partial: int = 0
+    unread: int = 0
 
 
 class Watcher:
@@ -145,6 +150,7 @@ class Watcher:
         self._wants_snapshot = snapshot
         self._open_source = open_source
         self._proc = ProcFs(config.proc_root)
+        self._patient = PatientProcFs(config.proc_root, UnreadProcesses(), raises=False)
         #: Who has what, what is active, what is blocked.
         self.registry = FileRegistry(config)
         self._inspector: Inspector | None = None
@@ -208,6 +214,7 @@ class Watcher:
             self._pids, self._container, engine.keeper.own_pid if self._exclude_self else None
         )
         ready = engine.start()
+        self._patient.unread.start()
         for worker in self._workers:
             worker.live_since_ns = time.monotonic_ns()
         return ready
@@ -234,6 +241,7 @@ class Watcher:
                 worker.join(max(0.0, deadline - time.monotonic()))
             if self._inspector is not None:
                 self._inspector.close(max(0.0, deadline - time.monotonic()))
+            self._patient.close()
             self.registry.clear(timeout_s=max(0.0, deadline - time.monotonic()))
             self._stopped.set()
 
@@ -328,7 +336,7 @@ class Watcher:
         """
         engine = self._running_engine()
         with self._changing_rules:  # the map must not follow others in the middle of it
-            report = audit(lambda: engine.ask(engine.view), self._proc, self._rules)
+            report = audit(lambda: engine.ask(engine.view), self._asked_anew(), self._rules, lambda: engine.unread)
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)
@@ -377,13 +385,27 @@ class Watcher:
     def _desk(self) -> Desk:
         engine = self._running_engine()
         return Desk(
-            self._proc,
+            self._asked_anew(),
             self._rules,
             self.registry,
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
             view=lambda: engine.ask(engine.view),
             is_repaired=lambda: engine.keeper.is_repaired,
         )
+
+    def _asked_anew(self) -> ProcFs:
+        """``/proc`` for those who ask: what hung the last time and does not any more is tried again."""
+        self._patient.unread.take_readable()
+        return self._patient
+
+    @property
+    def unread(self) -> dict[int, float]:
+        """Processes whose mappings cannot be read now, as the kernel does not answer, and for how many seconds.
+
+        A page fault that a file system does not answer can hold the lock of an address space. What is known of
+        such a process may be old; it is read as soon as that is over.
+        """
+        return {} if self._engine is None else self._engine.unread
 
     def _running_engine(self) -> Engine:
         engine = self._engine
@@ -564,6 +586,7 @@ class Watcher:
             audit_differences=self._audit_differences,
             poll_interval_s=None if engine is None else engine.poll_interval_s,
             partial=self._publisher.partial,
+            unread=0 if engine is None else len(engine.unread),
         )
 
     @property
@@ -577,4 +600,7 @@ class Watcher:
 
         `audit` and `explain` notice and repair before they answer.
         """
-        return self._engine is None or self._engine.keeper.is_repaired
+        # A thread that hangs or drowns has not looked for losses for that long: nobody knows.
+        if self._engine is None:
+            return True
+        return self._engine.keeper.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)

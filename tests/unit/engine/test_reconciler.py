@@ -14,6 +14,7 @@ from sowatch.engine.table import Tracker
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Losses, Report
+from sowatch.sources.unread import UnreadProcesses
 from support.records import Proc, reading
 
 FLOODER = Proc(10)
@@ -24,6 +25,7 @@ class Scripted:
 
     def __init__(self):
         self.records = []
+        self.unread = UnreadProcesses()
         self.lost = Losses()
         self.read = []
         self.limits = []

@@ -7,6 +7,7 @@
 /* Where the reader stands; one reading runs at a time. */
 struct reader {
 	__u64 run;
+	__u64 session; /* the newest: older ones were given up by user space, and nobody takes their rows */
 	__u32 tgid;
 	__u32 tid;
 	__u64 interpreter_base;
@@ -128,6 +129,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 		process->visit_run = reading_run;
 		process->visit_tid = tid;
 		process->dirty = 0;
+		if (report & REPORT_INTROS)
+			process->introduced = 0;
 		reader->visit_flags |= sharing_flag(task, process, READER_HOLDS);
 		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
 		if (process->range_count > MAX_RANGES) {
@@ -180,7 +183,10 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	if (!task || !vma)
 		return 0;
 	reader = bpf_map_lookup_elem(&reader_state, &zero);
-	if (!reader)
+	if (!reader || context->meta->session_id < reader->session)
+		return 0;
+	reader->session = context->meta->session_id;
+	if (report & REPORT_FENCE)
 		return 0;
 	if (reader->run != reading_run || reader->tgid != task->tgid || reader->tid != task->pid)
 		begin_visit(reader, task);

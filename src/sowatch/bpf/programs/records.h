@@ -56,6 +56,8 @@ enum report_bit {
 	REPORT_RANGES = 1 << 1,    /* range events of every process: while something is being read */
 	REPORT_IMAGES = 1 << 2,    /* main executables and interpreters too */
 	REPORT_VISITS = 1 << 3,    /* a visit record also of a process that is not followed */
+	REPORT_INTROS = 1 << 4,    /* an introduction of whoever is read, introduced already or not */
+	REPORT_FENCE = 1 << 5,     /* nothing at all: the reader only ends what older sessions of it still do */
 };
 
 enum counter {

@@ -1,0 +1,90 @@
+"""`RescanSchedule`: when each process whose mappings are in doubt is scanned again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable
+from typing import Final
+
+from sowatch.engine.table import Causes
+
+__all__ = ["RescanSchedule"]
+
+#: A process that is dirty again at once is read at most this often in the long run.
+SLOWEST_REREAD_S: Final = 0.25
+#: A scan that took longer than this is followed by a rest of so many times that, up to the second.
+SHORT_SCAN_S: Final = 0.005
+SCAN_REST: Final = 20
+LONGEST_REST_S: Final = 1.0
+#: A 32-bit process is read this long after its exec, then after twice that, up to the second.
+FIRST_NARROW_S: Final = 0.002
+SLOWEST_NARROW_S: Final = 1.0
+
+
+class RescanSchedule:
+    """When each process in doubt is read: at once, or more and more rarely if it is in doubt all the time.
+
+    Times are seconds of CLOCK_MONOTONIC.
+    """
+
+    def __init__(self) -> None:
+        #: When processes that wait for a reading get it.
+        self.due: dict[int, float] = {}
+        #: Of 32-bit processes: when the next reading is, and how long after it the one that follows.
+        self._narrow: dict[int, tuple[float, float]] = {}
+        #: When processes were read last, and how long they have to wait from then on.
+        self._pace: dict[int, tuple[float, float]] = {}
+        #: Processes that must not be read now, though they are in doubt.
+        self.held: Container[int] = ()
+
+    def times(self) -> Iterable[float]:
+        """When something is due."""
+        return [*self.due.values(), *(when for when, _ in self._narrow.values())]
+
+    def hurry(self, pids: Iterable[int]) -> None:
+        """Whatever their pace, it is their turn now."""
+        self.due = dict.fromkeys((pid for pid in pids if pid not in self.held), 0.0)
+
+    def take(self, dirty: dict[int, Causes], now: float) -> dict[int, Causes]:
+        """Takes those out of ``dirty`` whose turn it is."""
+        for pid in dirty:
+            if pid not in self.due and pid not in self.held:
+                last, interval = self._pace.get(pid, (0.0, 0.0))
+                self.due[pid] = max(now, last + interval)
+        turn = {}
+        for pid, when in list(self.due.items()):
+            causes = dirty.get(pid)
+            if causes is None or pid in self.held:
+                del self.due[pid]  # it has gone meanwhile, or hangs
+            elif when <= now:
+                turn[pid] = causes
+        for pid in turn:
+            del self.due[pid]
+            del dirty[pid]
+            last, interval = self._pace.get(pid, (0.0, 0.0))
+            is_busy = now - last < 2 * interval + 0.002
+            self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
+        return turn
+
+    def rest(self, pid: int, seconds: float) -> None:
+        """A scan of it has taken so long: the next one waits for many times that.
+
+        So others do not pay for what a process with many mappings makes its scans cost.
+        """
+        if seconds >= SHORT_SCAN_S:
+            last, interval = self._pace.get(pid, (0.0, 0.0))
+            self._pace[pid] = (last, max(interval, min(LONGEST_REST_S, SCAN_REST * seconds)))
+
+    def take_narrow(self, narrow: Collection[int], now: float) -> list[int]:
+        """Those 32-bit processes whose turn it is: when they start, then less and less often."""
+        self._narrow = {pid: due for pid, due in self._narrow.items() if pid in narrow}
+        turn = []
+        for pid in narrow:
+            when, interval = self._narrow.get(pid, (now, FIRST_NARROW_S))
+            if when <= now:
+                turn.append(pid)
+                self._narrow[pid] = (now + interval, min(SLOWEST_NARROW_S, 2 * interval))
+        return turn
+
+    def forget(self, before: float) -> None:
+        """The pace of processes that were not read since."""
+        self._pace = {pid: pace for pid, pace in self._pace.items() if pace[0] > before}
