@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from support.agent import Agent, NewAgent, ask
 from support.programs import Mapper
-from support.receivers import free_port
+from support.receivers import free_port, grpc_collector, http_collector
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
@@ -251,13 +252,71 @@ def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
     assert agent.get(f"/explain?path={library}").json["file"]["opened_by"] is not None
 
 
-def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(new_agent: NewAgent) -> None:
+def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(
+    new_agent: NewAgent, place: Path, mapper: Mapper, make_library: Any, wait_until: Any
+) -> None:
     from sowatch.linux.capabilities import NEEDED
 
-    agent = new_agent(rule("a")).start()
-    mask = sum(1 << bit for bit, _ in NEEDED.values())
-    for thread in Path(f"/proc/{agent.pid}/task").iterdir():
-        fields = dict(line.split(":\t", 1) for line in (thread / "status").read_text(encoding="ascii").splitlines())
-        sets = {name: int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")}
-        assert sets == {"CapEff": mask, "CapPrm": mask, "CapBnd": mask, "CapInh": 0, "CapAmb": 0}
-        assert fields["NoNewPrivs"] == "1"
+    with grpc_collector() as grpc_side, http_collector() as http_side:
+        outputs = f"""
+            [[sinks]]
+            type = "file"
+            path = "{place}/events.jsonl"
+            [[sinks]]
+            type = "stdout"
+            [[sinks]]
+            type = "otlp"
+            name = "by grpc"
+            protocol = "grpc"
+            endpoint = "{grpc_side.url}"
+            [[sinks]]
+            type = "otlp"
+            name = "by http"
+            endpoint = "{http_side.url}"
+            [[exporters]]
+            type = "statsd"
+            address = "udp://127.0.0.1:{free_port()}"
+            [[exporters]]
+            type = "otlp"
+            protocol = "grpc"
+            interval_s = 0.1
+            endpoint = "{grpc_side.url}"
+            [[exporters]]
+            type = "otlp"
+            interval_s = 0.1
+            endpoint = "{http_side.url}"
+        """
+        agent = new_agent(rule("a") + textwrap.dedent(outputs)).start()
+        mapper.map(shutil.copyfile(make_library(), place / "liba.so"))
+        # Each has sent something, so each has the threads that it ever has.
+        wait_until(lambda: (place / "events.jsonl").stat().st_size > 0, what="the file")
+        wait_until(lambda: grpc_side.logs and grpc_side.metrics, what="what comes by gRPC")
+        wait_until(lambda: http_side.logs and http_side.metrics, what="what comes by HTTP")
+        mask = sum(1 << bit for bit, _ in NEEDED.values())
+        threads = list(Path(f"/proc/{agent.pid}/task").iterdir())
+        for thread in threads:
+            try:
+                fields = dict(
+                    line.split(":\t", 1) for line in (thread / "status").read_text(encoding="ascii").splitlines()
+                )
+            except OSError:
+                continue  # it has ended
+            sets = {name: int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")}
+            assert sets == {"CapEff": mask, "CapPrm": mask, "CapBnd": mask, "CapInh": 0, "CapAmb": 0}, fields["Name"]
+            assert fields["NoNewPrivs"] == "1"
+        assert len(threads) > 10
+        assert agent.get("/readyz").json["outputs"] == []
+        assert agent.stop() == 0
+
+
+def test_a_file_sink_is_opened_by_the_user_that_is_left(new_agent: NewAgent, place: Path) -> None:
+    """Root without its capabilities may not write what belongs to others."""
+    other = place / "others.jsonl"
+    other.touch(mode=0o600)
+    os.chown(other, 65534, 65534)
+    agent = new_agent(f'{rule("a")}\n[[sinks]]\ntype = "file"\npath = "{other}"\n').start(wait=False)
+    assert agent.process is not None
+    assert agent.process.wait(agent.timeout_s) == 2
+    assert f"{other}" in agent.log
+    assert "Permission denied" in agent.log
+    assert other.stat().st_size == 0

@@ -88,6 +88,7 @@ class Daemon:
         self._sampler = Sampler(self._metrics, version=version)
         self._watcher = Watcher(*settings.make_rules(), config=settings.watch, open_source=self._open_source)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
+        self._start_outputs: Callable[[], None] | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
         self._config_error: str | None = None
@@ -111,14 +112,14 @@ class Daemon:
         _raise_file_limit()
         with contextlib.ExitStack() as stack:
             sockets = self._bind(stack)
-            start_outputs = self._outputs.prepare(settings)
             stack.callback(self._outputs.close)
             subscription = self._watcher.subscribe()
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)
             ready = self._watcher.start()
             stack.callback(self._sampler.follow_watcher(self._watcher))
-            start_outputs()
+            assert self._start_outputs is not None
+            self._start_outputs()
             self._serve(stack, sockets, EventHub(subscription))
             self._start_thread(stack, self._audit_again_and_again, "sowatch-audit")
             if settings.reload:
@@ -156,13 +157,15 @@ class Daemon:
         if reason is not None and config.strategy != "procfs":
             raise PidNamespaceError(reason)
         source = open_source(config)
-        if self._settings.drop_privileges:
-            try:
+        try:
+            if self._settings.drop_privileges:
                 left = drop_privileges()
-            except BaseException:
-                source.close()
-                raise
-            LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
+                LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
+            # Not before: their threads would keep every capability, and files be opened with all rights.
+            self._start_outputs = self._outputs.prepare(self._settings)
+        except BaseException:
+            source.close()
+            raise
         return source
 
     def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
