@@ -83,6 +83,7 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "prebuilt.bpf.o": _ALL,
     "watch_probe.bpf.o": _FROM_6_1,
     "watch_old.bpf.o": _ALL,
+    "probe_calls.bpf.o": _ALL,
 }
 
 
@@ -181,6 +182,11 @@ TESTS: Final = (
     "tests/kernel/test_following.py::test_records_that_do_not_fit_into_the_ring_are_counted",
     "tests/kernel/test_following.py::test_a_record_and_a_reading_agree_on_every_field_of_a_mapping",
     "tests/kernel/test_following.py::test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once",
+    # uprobe.multi from 6.12 on, perf events with cookies on 6.1 and without on 5.10.
+    "tests/kernel/uprobes/test_calls.py::test_calls_of_a_process_that_runs_already_and_of_one_that_comes_are_counted",
+    "tests/kernel/uprobes/test_calls.py::test_recursion_deeper_than_is_timed_is_counted_and_said",
+    "tests/kernel/uprobes/test_calls.py::test_a_function_that_is_left_by_longjmp_leaves_nothing_that_falsifies_the_next_call",
+    "tests/kernel/uprobes/test_calls.py::test_a_function_within_another_is_counted_on_its_own",
 )
 
 

@@ -13,10 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from sowatch.bpf.binding import BpfMap, BpfObject, libbpf
+from sowatch.bpf.binding import BpfMap, BpfObject, libbpf, probe
 from sowatch.model.errors import BpfError
 
-__all__ = ["Link", "MapSpec", "ProbeObject", "ProgramSpec", "Ring", "has_uprobe_multi", "uprobe_perf_type"]
+__all__ = [
+    "Link",
+    "MapSpec",
+    "ProbeObject",
+    "ProgramSpec",
+    "Ring",
+    "has_attach_cookie",
+    "has_uprobe_multi",
+    "uprobe_perf_type",
+]
 
 #: Where the kernel says which number perf_event_open takes for a uprobe.
 _PERF_TYPE: Final = Path("/sys/bus/event_source/devices/uprobe/type")
@@ -25,6 +34,9 @@ _FRAME: Final = struct.Struct("=II")
 #: enum bpf_map_type: arrays per CPU, hashes per CPU (plain and LRU).
 _PER_CPU: Final = frozenset({5, 6, 10})
 _RINGBUF: Final = 27
+#: linux/bpf.h
+_PROGRAM_KPROBE: Final = 2
+_HELPER_ATTACH_COOKIE: Final = 174
 
 
 class ProgramSpec(NamedTuple):
@@ -277,3 +289,8 @@ def has_uprobe_multi() -> bool | None:
     """Whether the kernel has uprobe.multi links (6.6+); None: this user may not try."""
     found: int = libbpf().lib.sow_probe_uprobe_multi()
     return None if found < 0 else bool(found)
+
+
+def has_attach_cookie() -> bool | None:
+    """Whether a program can ask which of its links runs it (bpf_get_attach_cookie, 5.15+); None: cannot be told."""
+    return probe("helper", _PROGRAM_KPROBE, _HELPER_ATTACH_COOKIE)

@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
 from sowatch.bpf.binding import BpfMap, Variable
-from sowatch.bpf.probe_object import Link, ProbeObject, Ring, has_uprobe_multi
+from sowatch.bpf.probe_object import Link, ProbeObject, Ring, has_attach_cookie, has_uprobe_multi
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.symbols import Symbol, SymbolError, is_go, native_machine_error, resolve
 from sowatch.model.errors import BpfError, EnvironmentFault, SowatchError
@@ -83,12 +83,16 @@ class AttacherStats:
 
 @dataclass(slots=True)
 class _Group:
-    """What one link attaches: one program on some sites of one file. ``link`` is None until that has worked."""
+    """What one link attaches: one program on some sites of one file. ``link`` is None until that has worked.
+
+    ``own_object`` is there where programs cannot tell sites apart: the object loaded once more, for this site alone.
+    """
 
     program: str
     is_return: bool
     sites: list[Site]
     link: Link | None = None
+    own_object: ProbeObject | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +118,10 @@ class Attacher:
         linger_s: how long a file stays attached after its last user, so that the next short process is covered from
             its first call. Meanwhile the link holds the inode, and where it is a uprobe.multi link the mount, too.
         verify_s: how often each link is compared with what the kernel has.
-        prepare: called with the object before it is loaded, to set constants.
+        prepare: called with the object before it is loaded, to set constants, and with the cookie of the one site that
+            it is for (0: all).
+        links: ``auto`` takes uprobe.multi where the kernel has it, else a perf event for each function.
+        is_split: where the kernel has no cookies, load the object once for each site.
         pairs_returns: entry and return of one function have one cookie, that of the entry.
 
     Attributes:
@@ -135,7 +142,9 @@ class Attacher:
         *,
         linger_s: float = 0.0,
         verify_s: float = 10.0,
-        prepare: Callable[[ProbeObject], None] | None = None,
+        prepare: Callable[[ProbeObject, int], None] | None = None,
+        links: Literal["auto", "multi", "perf_event"] = "auto",
+        is_split: bool = False,
         pairs_returns: bool = False,
     ) -> None:
         self._source = program
@@ -143,6 +152,9 @@ class Attacher:
         self._linger_s = linger_s
         self._verify_s = verify_s
         self._prepare = prepare
+        self._links = links
+        self._is_split = is_split
+        self._has_cookies = True
         self._pairs_returns = pairs_returns
         self._object: ProbeObject | None = None
         self._probes: tuple[Probe, ...] = ()
@@ -170,26 +182,32 @@ class Attacher:
         """
         if self._object is not None:
             return self
-        loaded = ProbeObject(self._source)
-        try:
-            self._probes = probes_of(loaded.programs(), self._wanted, self._source)
-            self._is_multi = bool(has_uprobe_multi())
-            for name in {probe.program for probe in self._probes}:
-                loaded.use_uprobe(name, multi=self._is_multi)
-            for program in loaded.programs():
-                if program.name not in {probe.program for probe in self._probes} and "probe" in program.section:
-                    loaded.skip(program.name)
-            if self._prepare is not None:
-                self._prepare(loaded)
-            loaded.load()
-        except BaseException:
-            loaded.close()
-            raise
-        self._object = loaded
+        self._is_multi = bool(has_uprobe_multi()) if self._links == "auto" else self._links == "multi"
+        self._has_cookies = has_attach_cookie() is not False
+        self._object = self._load(0)
         self._stop.clear()
         self._keeper = threading.Thread(target=self._keep, name="sowatch-uprobes", daemon=True)
         self._keeper.start()
         return self
+
+    def _load(self, cookie: int) -> ProbeObject:
+        """The object in the kernel, for all sites (0) or for one."""
+        loaded = ProbeObject(self._source)
+        try:
+            self._probes = probes_of(loaded.programs(), self._wanted, self._source)
+            wanted = {probe.program for probe in self._probes}
+            for program in loaded.programs():
+                if program.name in wanted:
+                    loaded.use_uprobe(program.name, multi=self._is_multi)
+                elif "probe" in program.section:
+                    loaded.skip(program.name)
+            if self._prepare is not None:
+                self._prepare(loaded, cookie)
+            loaded.load()
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
 
     def close(self) -> None:
         """Detaches everything and frees the object. Safe to call again."""
@@ -205,6 +223,7 @@ class Attacher:
         _close_links([group.link for file in files for group in file.groups if group.link is not None])
         for file in files:
             os.close(file.fd)
+            _close_objects(file)
         for ring in rings:
             ring.close()
         if loaded is not None:
@@ -302,9 +321,11 @@ class Attacher:
         """A global variable of the object; see `sowatch.bpf.binding.BpfObject.variable`."""
         return self._loaded().variable(section, name)
 
-    def per_cpu_sum(self, name: str, index: int) -> int:
-        """The sum over all CPUs of one u64 of a per-CPU array."""
-        return self._loaded().per_cpu_sum(name, index)
+    def objects(self) -> list[ProbeObject]:
+        """The object, and those of single sites where programs have no cookies."""
+        with self._lock:
+            own = [group.own_object for file in self._files.values() for group in file.groups]
+        return [self._loaded(), *(one for one in own if one is not None)]
 
     def ring(self, name: str) -> Ring:
         """A ring buffer of the object; closed with the attacher."""
@@ -397,16 +418,32 @@ class Attacher:
                     group.link = loaded.link_multi(group.program, path, offsets, cookies, is_return=group.is_return)
                 else:
                     (site,) = group.sites
-                    group.link = loaded.link_one(
-                        group.program, path, site.offset, site.cookie, is_return=group.is_return
+                    group.link = self._object_for(loaded, file, group).link_one(
+                        group.program,
+                        path,
+                        site.offset,
+                        site.cookie if self._has_cookies else None,
+                        is_return=group.is_return,
                     )
             except BpfError as error:
                 first = first or error
         return first
 
+    def _object_for(self, loaded: ProbeObject, file: _File, group: _Group) -> ProbeObject:
+        """What is attached for a site: an object of its own, for entry and return, where programs have no cookies."""
+        if self._has_cookies or not self._is_split:
+            return loaded
+        cookie = group.sites[0].cookie
+        for other in file.groups:
+            if other.own_object is not None and other.sites[0].cookie == cookie:
+                return other.own_object
+        group.own_object = self._load(cookie)
+        return group.own_object
+
     def _undo(self, file: _File) -> None:
         _close_links([group.link for group in file.groups if group.link is not None])
         os.close(file.fd)
+        _close_objects(file)
 
     def _release(self, file_id: FileId) -> None:
         with self._one_at_a_time(file_id):
@@ -465,6 +502,12 @@ def _resolve_probe(fd: int, probe: Probe) -> list[Symbol]:
     if probe.is_return and is_go(fd):
         raise SymbolError(probe.symbol, "a return probe breaks programs written in Go")
     return resolve(fd, probe.symbol)
+
+
+def _close_objects(file: _File) -> None:
+    for group in file.groups:
+        if group.own_object is not None:
+            group.own_object.close()
 
 
 def _close_links(links: list[Link]) -> None:

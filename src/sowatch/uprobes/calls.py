@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
-from sowatch.bpf.probe_object import ProbeObject
+from sowatch.bpf.probe_object import ProbeObject, has_attach_cookie
 from sowatch.engine.workers import ActiveFile
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
@@ -64,6 +64,7 @@ class CallCounter:
         is_timed: return probes, too, for the time that calls take.
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
         is_filtered: count only in the processes of `want`.
+        links: see `sowatch.uprobes.attacher.Attacher`.
 
     The kernel keeps 16,384 counts (function and process); more are counted as ``lost``.
 
@@ -80,9 +81,11 @@ class CallCounter:
         is_timed: bool = True,
         linger_s: float = 0.0,
         is_filtered: bool = False,
+        links: Literal["auto", "multi", "perf_event"] = "auto",
     ) -> None:
         self.is_timed = is_timed
         self.is_filtered = is_filtered
+        self._wanted: set[int] = set()
         probes = [Probe(symbol, "calls_entered", is_optional=True) for symbol in symbols]
         if is_timed:
             # A place inside a function has no return.
@@ -96,12 +99,15 @@ class CallCounter:
             probes,
             linger_s=linger_s,
             prepare=self._set_constants,
+            links=links,
+            is_split=True,
             pairs_returns=True,
         )
 
-    def _set_constants(self, loaded: ProbeObject) -> None:
+    def _set_constants(self, loaded: ProbeObject, cookie: int) -> None:
         loaded.set_constant("is_timed", bytes([self.is_timed]))
-        loaded.set_constant("has_cookies", b"\1")
+        loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
+        loaded.set_constant("only_probe", cookie.to_bytes(8, "little"))
         loaded.set_constant("is_filtered", bytes([self.is_filtered]))
 
     def start(self) -> Self:
@@ -155,31 +161,36 @@ class CallCounter:
 
     def calls(self) -> list[Calls]:
         """The figures by function and process; of files that are detached there are none any more."""
-        table = self.attacher.map("calls")
         sites = self.attacher.sites
         found = []
-        for key in table.keys(KEY.size):
-            probe, start_ns, tgid, _ = KEY.unpack(key)
-            site = sites.get(probe)
-            value = table.lookup(key, VALUE.size)
-            if site is None or value is None:
-                continue
-            calls, timed, sum_ns, *latency = VALUE.unpack(value)
-            found.append(Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency)))
+        for table in [loaded.map("calls") for loaded in self.attacher.objects()]:
+            for key in table.keys(KEY.size):
+                probe, start_ns, tgid, _ = KEY.unpack(key)
+                site = sites.get(probe)
+                value = table.lookup(key, VALUE.size)
+                if site is None or value is None:
+                    continue
+                calls, timed, sum_ns, *latency = VALUE.unpack(value)
+                found.append(Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency)))
         return sorted(found, key=lambda one: (one.site.cookie, one.process))
 
     def want(self, pid: int) -> None:
         """Counts in this process from now on; its pid in the initial pid namespace."""
-        self.attacher.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
+        self._wanted.add(pid)
+        for loaded in self.attacher.objects():
+            loaded.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
 
     def unwant(self, pid: int) -> None:
         """Counts in this process no more."""
-        self.attacher.map("wanted").delete(pid.to_bytes(4, "little"))
+        self._wanted.discard(pid)
+        for loaded in self.attacher.objects():
+            loaded.map("wanted").delete(pid.to_bytes(4, "little"))
 
     def forget(self, calls: Calls) -> None:
         """Removes a count, of a process that is gone, so that its place is free."""
         key = KEY.pack(calls.site.cookie, calls.process.start_ns, calls.process.pid, 0)
-        self.attacher.map("calls").delete(key)
+        for loaded in self.attacher.objects():
+            loaded.map("calls").delete(key)
 
     def _counter(self, index: int) -> int:
-        return self.attacher.per_cpu_sum("counters", index)
+        return sum(loaded.per_cpu_sum("counters", index) for loaded in self.attacher.objects())

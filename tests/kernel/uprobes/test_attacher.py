@@ -55,7 +55,7 @@ def test_programs_go_where_their_sections_and_names_say(
     library = probed()
     process = caller(library)
     with Attacher(
-        user_object, prepare=lambda loaded: loaded.set_constant("add", (5).to_bytes(4, "little"))
+        user_object, prepare=lambda loaded, _: loaded.set_constant("add", (5).to_bytes(4, "little"))
     ) as attacher:
         ring = attacher.ring("events")
         attacher.attach(active(library))

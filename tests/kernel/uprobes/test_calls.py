@@ -27,12 +27,12 @@ def of(counter: CallCounter, symbol: str) -> Calls:
     return found
 
 
-@pytest.fixture
-def watch_calls(closing: Any, wait_until: Any) -> Callable[..., CallCounter]:
-    """``watch_calls(pattern, symbols)`` is a CallCounter below a running Watcher."""
+@pytest.fixture(params=["auto", "perf_event"])
+def watch_calls(request: pytest.FixtureRequest, closing: Any) -> Callable[..., CallCounter]:
+    """``watch_calls(pattern, symbols)`` is a CallCounter below a running Watcher, once with each kind of link."""
 
     def start(pattern: str, symbols: list[str], **options: Any) -> CallCounter:
-        counter = closing.enter_context(CallCounter(symbols, **options))
+        counter = closing.enter_context(CallCounter(symbols, links=request.param, **options))
         closing.enter_context(Watcher(counter.rule(pattern)))
         return counter
 
