@@ -32,6 +32,9 @@ COMMANDS: Final = {
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 
+#: Commands that answer once and end, whatever file system hangs.
+_ONE_SHOT: Final = ("list", "top", "explain", "audit")
+
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
 exit codes: 0 done; 1 could not do it, or a loss stayed unrepaired; 2 wrong usage; 3 not permitted
@@ -47,11 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted.
     """
+    if argv is None and _answers_once(sys.argv[1:]):
+        from sowatch.cli._front import run_behind_front
+
+        return run_behind_front(lambda: _run(sys.argv[1:]))
+    return _run(sys.argv[1:] if argv is None else list(argv))
+
+
+def _answers_once(words: Sequence[str]) -> bool:
+    """Whether the command ends by itself, so that nobody should wait for a file system that hangs."""
+    if not words or words[0] not in _ONE_SHOT:
+        return False
+    return words[0] != "top" or "--once" in words or "--json" in words or not os.isatty(1)
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code; every error has become a line on stderr."""
     try:
         reserve_standard_fds()
         out = Out()
         try:
-            return _dispatch(sys.argv[1:] if argv is None else list(argv), out)
+            return _dispatch(list(words), out)
         except TextAsked as asked:
             out.write(str(asked))
             out.flush()

@@ -106,14 +106,17 @@ OpenWatcher = Callable[[Selection], WatcherLike]
 
 def open_watcher(selection: Selection) -> WatcherLike:
     """The real watcher for a selection, not started yet."""
+    from sowatch.cli._front import front_pid
     from sowatch.watcher.watcher import Watcher
 
+    front = front_pid()
     return Watcher(
         *selection.rules,
         config=selection.config,
         pids=selection.pids,
         container=selection.container,
         exclude_self=selection.exclude_self,
+        exclude_pids=() if front is None else (front,),
         snapshot=selection.snapshot,
     )
 

@@ -33,11 +33,11 @@ class Selection:
 
     pids: frozenset[int] = frozenset()
     container: str | None = None
-    excluded_pid: int | None = None
+    excluded_pids: frozenset[int] = frozenset()
 
     def wants(self, change: Change) -> bool:
         process = change.process
-        if process.pid == self.excluded_pid or (self.pids and process.pid not in self.pids):
+        if process.pid in self.excluded_pids or (self.pids and process.pid not in self.pids):
             return False
         return self.container is None or (process.container or "").startswith(self.container)
 

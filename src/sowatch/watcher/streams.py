@@ -39,7 +39,8 @@ def watch(
         patterns: regular expressions or rules; none: every shared library.
         stop: ends the iteration; checked ten times a second.
         events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
-        options: as for `Watcher`: ``config``, ``pids``, ``container``, ``exclude_self``, ``snapshot``.
+        options: as for `Watcher`: ``config``, ``pids``, ``container``, ``exclude_self``, ``exclude_pids``,
+            ``snapshot``.
 
     Raises:
         SowatchError: at the first step, before anything is attached; see `Watcher.start`.

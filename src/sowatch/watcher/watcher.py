@@ -122,6 +122,7 @@ class Watcher:
         pids: only these processes (pids in the initial pid namespace).
         container: only processes of containers whose id starts with this.
         exclude_self: leave this very process out.
+        exclude_pids: leave these processes out (pids in the initial pid namespace).
         snapshot: tell of what is mapped already. Without, only news is told.
         open_source: where records come from; the default climbs the load ladder.
 
@@ -139,6 +140,7 @@ class Watcher:
         pids: Collection[int] = (),
         container: str | None = None,
         exclude_self: bool = False,
+        exclude_pids: Collection[int] = (),
         snapshot: bool = True,
         open_source: Callable[[Config], EventSource] = open_source,
     ) -> None:
@@ -147,6 +149,7 @@ class Watcher:
         self._pids = frozenset(pids)
         self._container = container
         self._exclude_self = exclude_self
+        self._excluded_pids = frozenset(exclude_pids)
         self._wants_snapshot = snapshot
         self._open_source = open_source
         self._proc = ProcFs(config.proc_root)
@@ -210,9 +213,8 @@ class Watcher:
         self._publisher.inspector = self._inspector
         self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
         engine.keeper.look_at_ourselves()
-        self._publisher.selection = Selection(
-            self._pids, self._container, engine.keeper.own_pid if self._exclude_self else None
-        )
+        own = {engine.keeper.own_pid} if self._exclude_self else set()
+        self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own)
         ready = engine.start()
         self._patient.unread.start()
         for worker in self._workers:

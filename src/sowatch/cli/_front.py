@@ -1,0 +1,127 @@
+"""Ends a command that is done although a thread of it waits in the kernel.
+
+A thread that asked a file system (FUSE, say) which took the request and does not answer cannot be ended, not even by
+SIGKILL, and its process has not ended as long as it is there: whoever started the command would wait for the file
+system, too. So the process that was started only waits, and another one does the work and reports its exit code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Final, NoReturn
+
+__all__ = ["front_pid", "run_behind_front"]
+
+_PR_SET_PDEATHSIG: Final = 1
+#: siginfo_t.si_code of a signal from the terminal, which reaches the worker by itself (asm-generic/siginfo.h).
+_SI_KERNEL: Final = 0x80
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_WAITED_FOR: Final = (*_ENDING, signal.SIGCHLD)
+#: A worker that has reported, or was told to end, ends within this time unless it hangs.
+_REAPED_S: Final = 1.0
+_OBEYED_S: Final = 5.0
+
+_front: int | None = None
+
+
+def front_pid() -> int | None:
+    """The process that waits for this one; None if there is none. It is ours, and nobody wants to see it in a list."""
+    return _front
+
+
+def run_behind_front(run: Callable[[], int]) -> int:
+    """What ``run`` returns, in a process of its own. Call it before there are threads.
+
+    Signals that end a process are passed on, and it ends by the signal that ended the worker.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored nobody is told of a child's end
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    front = os.getpid()
+    worker = os.fork()
+    if not worker:
+        os.close(read_fd)
+        _work(run, front, write_fd, before)
+    os.close(write_fd)
+    try:
+        return _wait(worker, read_fd)
+    finally:
+        os.close(read_fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(run: Callable[[], int], front: int, write_fd: int, mask: Collection[int]) -> NoReturn:
+    global _front  # noqa: PLW0603 - a fact of the process
+    _front = front
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != front:
+        os._exit(1)  # it was ended before that took effect
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    code = 1
+    try:
+        code = run()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        # Whoever reads the output must see its end, though a thread that hangs keeps the descriptors open.
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        with suppress(OSError):
+            os.write(write_fd, bytes([code & 0xFF]))
+            os.kill(front, signal.SIGCHLD)
+        os._exit(code)
+
+
+def _wait(worker: int, read_fd: int) -> int:
+    deadline_s: float | None = None
+    last = signal.SIGTERM
+    while True:
+        left_s = 3600.0 if deadline_s is None else deadline_s - time.monotonic()
+        info = signal.sigtimedwait(_WAITED_FOR, max(0.0, left_s))
+        if info is None:
+            if deadline_s is not None:
+                _end_by(last)  # the worker hangs
+            continue
+        if info.si_signo == signal.SIGCHLD:
+            code = _code_of(worker, read_fd)
+            if code is not None:
+                return code
+        elif signal.getsignal(info.si_signo) is not signal.SIG_IGN:
+            last = signal.Signals(info.si_signo)
+            deadline_s = deadline_s or time.monotonic() + _OBEYED_S
+            if info.si_code != _SI_KERNEL:
+                with suppress(ProcessLookupError):
+                    os.kill(worker, last)
+
+
+def _code_of(worker: int, read_fd: int) -> int | None:
+    """The exit code of a worker that has reported it or ended; None if it goes on."""
+    try:
+        reported = os.read(read_fd, 1)
+    except BlockingIOError:
+        return None  # it was stopped, or goes on
+    if reported:
+        end_s = time.monotonic() + _REAPED_S
+        while os.waitpid(worker, os.WNOHANG)[0] == 0 and (left_s := end_s - time.monotonic()) > 0:
+            signal.sigtimedwait([signal.SIGCHLD], left_s)
+        return reported[0]
+    _, status = os.waitpid(worker, 0)
+    if os.WIFSIGNALED(status):
+        _end_by(signal.Signals(os.WTERMSIG(status)))
+    return os.waitstatus_to_exitcode(status)
+
+
+def _end_by(number: signal.Signals) -> NoReturn:
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
