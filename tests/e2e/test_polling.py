@@ -18,6 +18,7 @@ import pytest
 from sowatch import Config, ProcessMonitor, Rule, Watcher
 from sowatch.model.process_events import ProcessEvent
 from sowatch.sources.process_feeds import PolledProcessFeed
+from support.hostile import deep_path
 from support.programs import Mapper, make_libraries
 
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
@@ -243,3 +244,70 @@ def test_the_monitor_of_nobody_polls_and_says_so() -> None:
 
     assert line.startswith("processes are found by looking at /proc every 1 s: ")
     assert is_running == "True"
+
+
+# -- what could not be read is counted ---------------------------------------------------------
+
+
+@needs_root
+def test_nobody_is_told_that_stale_files_may_run_where_it_could_not_look_and_how_many(sleeper: Any) -> None:
+    own = sleeper()
+    done = as_nobody("list", "--stale", "--format", "table", r"/sowatch-none-has-this-name\.so$")
+    said = done.stderr.splitlines()[-1]
+
+    assert done.returncode == 3
+    assert "nothing runs on deleted or replaced files." not in done.stderr
+    found = re.fullmatch(
+        r"sowatch: nothing that can be seen runs on deleted or replaced files, but (\d+) processes could not be read\. "
+        r"Reading all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`\.",
+        said,
+    )
+    assert found, said
+    lines = [json.loads(line) for line in as_nobody("list", "--stale", "--json", LIBC).stdout.splitlines()]
+    assert lines[-1]["event"] == "coverage"
+    assert lines[-1]["processes"]["unreadable"] > 0
+    assert lines[-1]["processes"]["hidden"] is False
+    assert as_nobody("list", "--stale", "--json", "--pid", str(own.pid), LIBC).returncode == 0
+
+
+@needs_root
+def test_nobody_behind_hidepid_is_told_that_processes_are_hidden(tmp_path: Path) -> None:
+    script = 'mount -t proc -o hidepid=2 proc /proc && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *NOBODY, SOWATCH, "list", "--stale", "--format", "table"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", timeout=100)
+
+    assert done.returncode == 3, done.stderr
+    assert "/proc hides processes of other users (hidepid), nobody knows how many" in done.stderr
+    assert "processes of other users are hidden: /proc is mounted with hidepid" in done.stderr
+
+
+@needs_root
+def test_a_process_whose_program_has_a_path_too_long_for_proc_is_listed_without_it(
+    spawn: Any, tmp_path: Path, programs: Any, wait_until: Any
+) -> None:
+    tmp_path.chmod(0o755)
+    path = deep_path(tmp_path, 4300, "mapper")
+    directory = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    for component in Path(path).relative_to(tmp_path).parts[:-1]:
+        deeper = os.open(component, os.O_PATH | os.O_DIRECTORY, dir_fd=directory)
+        os.close(directory)
+        directory = deeper
+    fd = os.open("mapper", os.O_WRONLY | os.O_CREAT, 0o755, dir_fd=directory)
+    os.write(fd, programs["mapper"].read_bytes())
+    os.close(fd)
+    # As the process sees it: /proc/self/fd leads there without a path.
+    process = spawn([f"/proc/self/fd/{directory}/mapper"], stdin=-1, stdout=-1, pass_fds=[directory])
+    os.close(directory)
+    assert process.stdout.readline()
+    with pytest.raises(OSError, match="too long"):
+        os.readlink(f"/proc/{process.pid}/exe")
+
+    done = subprocess.run(
+        [SOWATCH, "list", "--json", "--strategy", "procfs", "--pid", str(process.pid), LIBC],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    (entry,) = map(json.loads, done.stdout.splitlines())
+    assert (entry["process"]["pid"], entry["process"]["exe"]) == (process.pid, None)

@@ -2,7 +2,9 @@
 
 With --stale only mapped files that were deleted or replaced on disk: who must restart after an
 upgrade, with the package the file belongs to and the systemd unit or container of the process.
-JSON has one object for each process and file, whatever --by says; --by only orders it. A unit of
+JSON has one object for each process and file, whatever --by says; --by only orders it. Where
+processes could not be read a last object, event "coverage", has their number, and --stale ends
+with 3: what runs on stale files may be among them. A unit of
 a user's service manager, or of a container's, is shown with the unit that runs that manager, as
 dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
 
@@ -35,9 +37,16 @@ from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
 if TYPE_CHECKING:
+    from sowatch.cli._options import Selection
+    from sowatch.inventory.coverage import Coverage
     from sowatch.inventory.staleness import Disk, StaleAnswer
     from sowatch.linux.cgroups import Unit
 
+#: The exit code where some of it takes more than this user may do; as `sowatch.model.errors.NotPermitted`.
+NOT_PERMITTED = 3
+#: Strategies that find files in /proc, and so only those of processes that it may be asked about.
+_READ_FROM_PROC = ("prebuilt", "procfs")
+_REMEDY = "Reading all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
 _ORDERS = ("library", "process")
 _ID_LENGTH = 12
 
@@ -63,7 +72,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
 
     watcher = open_watcher(selection)
     try:
-        warn_of_fallback(watcher.start(), warn)
+        ready = watcher.start()
+        warn_of_fallback(ready, warn)
         if args.duration is not None:
             watcher.wait(args.duration)
         disk = Disk(ProcFs(selection.config.proc_root))
@@ -74,27 +84,81 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     if args.stale:
         entries = _with_owners([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
+    coverage = _coverage(selection, ready.strategy, entries)
     if args.by == "process":
         entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
     else:
         entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
+    _print(entries, coverage, args, out, as_json=as_json)
+    open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
+    if elsewhere:
+        open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
+    if args.stale:
+        _conclude(entries, open_ends, warn, as_json=as_json)
+        return NOT_PERMITTED if open_ends else 0
+    return 0  # what could not be read is among the limits that were said at the start
+
+
+def _print(entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool) -> None:
     if as_json:
         for seq, entry in enumerate(entries, 1):
             out.write(dumps(entry.to_dict(seq, with_owner=args.stale)) + "\n")
+        if not coverage.is_complete:
+            out.write(dumps(_coverage_line(coverage, len(entries) + 1)) + "\n")
         out.flush()
     elif args.stale:
         _stale_table(entries, out)
-        if not entries and not elsewhere:
-            warn("nothing runs on deleted or replaced files.")
     elif args.by == "process":
         _process_table(entries, out)
     else:
         _library_table(entries, out)
-    if elsewhere:
-        nothing = "" if entries else "nothing that can be seen runs on deleted or replaced files, but "
-        warn(f"{nothing}{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
-        return 3
-    return 0
+
+
+def _conclude(
+    entries: Sequence[_Entry], open_ends: Sequence[str], warn: Callable[[str], None], *, as_json: bool
+) -> None:
+    """Says that nothing is stale, if so, and what that leaves open."""
+    unknown = sum(entry.answer.stale == "unknown" for entry in entries)
+    text = ""
+    if unknown == len(entries):
+        text = "nothing that can be seen runs" if open_ends else "nothing runs"
+        text += " on deleted or replaced files"
+        if unknown:
+            text += f", as far as it can be told: of {unknown} mapped file{'s' * (unknown != 1)} it cannot"
+    if open_ends:
+        warn(f"{text}, but {open_ends[0]}" if text else open_ends[0])
+    elif text and not as_json:
+        warn(f"{text}.")
+    for open_end in open_ends[1:]:
+        warn(open_end)
+
+
+def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry]) -> Coverage:
+    """How many of the processes that were asked for could be read."""
+    from sowatch.inventory.coverage import Coverage, coverage_of
+    from sowatch.inventory.staleness import NOT_PERMITTED as REASON
+    from sowatch.linux.containers import container_id
+
+    if strategy not in _READ_FROM_PROC:
+        # The kernel side read them all. Whether their files are stale takes a look at the process.
+        closed = {entry.mapped.process.id for entry in entries if entry.answer.reason == REASON}
+        return Coverage(len({entry.mapped.process.id for entry in entries} - closed), len(closed), is_hidden=False)
+    proc, container = ProcFs(selection.config.proc_root), selection.container
+
+    def is_wanted(pid: int) -> bool:
+        cgroup = proc.cgroup(pid)
+        return container is None or not cgroup or (container_id(cgroup) or "").startswith(container)
+
+    return coverage_of(proc, selection.pids, is_wanted)
+
+
+def _coverage_line(coverage: Coverage, seq: int) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "event": "coverage",
+        "seq": seq,
+        "processes": {"read": coverage.read, "unreadable": coverage.unreadable, "hidden": coverage.is_hidden},
+    }
 
 
 @dataclass(frozen=True, slots=True)

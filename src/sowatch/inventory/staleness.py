@@ -25,7 +25,7 @@ from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 
-__all__ = ["FRESH", "Disk", "StaleAnswer", "Staleness"]
+__all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness"]
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ FRESH: Final = StaleAnswer(None)
 
 _NO_ANSWER: Final = "its file system does not answer"
 _TOO_MANY: Final = "too many file systems do not answer"
-_NOT_PERMITTED: Final = "this user may not look at the process"
+NOT_PERMITTED: Final = "this user may not look at the process"
 _OUTSIDE: Final = "it lies outside the root directory that the process has now"
 _COVERED: Final = "its path leads to another mount: its own was covered or unmounted"
 _NOWHERE: Final = (
@@ -179,7 +179,7 @@ class Disk:
             return FRESH
         subject = _subject(process.pid, library, tuple(ranges), sight)
         if sight.key is None:
-            return _cannot_tell(subject, sight.trouble or _NOT_PERMITTED)
+            return _cannot_tell(subject, sight.trouble or NOT_PERMITTED)
         known = (sight.key, subject.path, library.path, library.id, subject.is_deleted, subject.is_outside)
         if known not in self._answers:
             self._answers[known] = self._look_with_deadline(subject, sight.key)
@@ -223,12 +223,12 @@ class Disk:
             stat = self._proc.stat(process.pid)
             # Hidden by hidepid is not gone, but nobody can tell.
             if stat is Miss.DENIED:
-                return _Sight(trouble=_NOT_PERMITTED)
+                return _Sight(trouble=NOT_PERMITTED)
             if isinstance(stat, Miss) or stat.start_ticks != process.start_ns // TICK_NS:
                 return _Sight(is_gone=True)
             thread = self._roots.thread_dir(process.pid)
             if isinstance(thread, Miss):
-                return _Sight(trouble=_NOT_PERMITTED) if thread is Miss.DENIED else _Sight(is_gone=True)
+                return _Sight(trouble=NOT_PERMITTED) if thread is Miss.DENIED else _Sight(is_gone=True)
             rows = self._proc.executable_maps(process.pid)
             key = self._roots.key(process.pid)
             root = os.readlink(f"{thread}/root")
@@ -241,7 +241,7 @@ class Disk:
             root,
             {row.start: row for row in found},
             {(row.major, row.minor, row.inode): row for row in found},
-            None if key else _NOT_PERMITTED,
+            None if key else NOT_PERMITTED,
         )
 
     # ---- a file -------------------------------------------------------------------------------

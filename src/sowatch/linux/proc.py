@@ -438,6 +438,11 @@ class ProcFs:
         data = _read(f"{self.root}/{pid}/stat")
         return data if isinstance(data, Miss) else parse_stat(data) or Miss.GONE
 
+    def is_image_hidden(self, pid: int) -> bool:
+        """Whether it has a program, and we may not know where: `Stat.image` is empty then, too."""
+        data = _read(f"{self.root}/{pid}/stat")
+        return not isinstance(data, Miss) and data.rpartition(b")")[2].split()[23:24] == [b"1"]
+
     def status(self, pid: int) -> Status | Miss:
         """Owner and pid in its own namespace. Works for every user on every process."""
         data = _read(f"{self.root}/{pid}/status")

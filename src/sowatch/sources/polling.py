@@ -34,6 +34,7 @@ from sowatch.bpf.records import (
     RecordType,
     text_of,
 )
+from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
 from sowatch.model.config import Config
@@ -183,6 +184,9 @@ class ProcfsSource:
         self._verdicts: dict[Hashable, bool] = {}
         #: How many processes may not be read is added by `read_all`.
         self.limits: tuple[str, ...] = ()
+        self._is_hidden = hides_processes(self._proc)
+        #: Processes of which not even the stat may be read (hidepid=1).
+        self._unseen = 0
         self._looks = 0
         self._has_begun = False
         self._rhythm = Rhythm(config, f"looking at {config.proc_root}")
@@ -274,10 +278,11 @@ class ProcfsSource:
         self._rhythm.close()
 
     def _note_limits(self) -> None:
-        denied = sum(process.is_denied for process in self._processes.values())
+        denied = sum(process.is_denied for process in self._processes.values()) + self._unseen
         self.limits = (
             f"looks every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
             *([f"processes that this user may not read: {denied}"] if denied else []),
+            *(["processes of other users are hidden: /proc is mounted with hidepid"] if self._is_hidden else []),
             "files are told apart by device and inode as /proc shows them, without generation",
             *([f"{self._elsewhere}: processes outside it are not seen"] if self._elsewhere else []),
         )
@@ -289,6 +294,7 @@ class ProcfsSource:
         self._looks += 1
         records: list[Record] = []
         pids = self._proc.pids()
+        self._unseen = 0
         for pid in self._processes.keys() - set(pids):
             self._tell_end(self._processes.pop(pid), RecordType.EXIT, records)
         new: list[_Process] = []
@@ -301,6 +307,7 @@ class ProcfsSource:
             except ScanTimeout:
                 found = None  # as it was, until it can be read
             if found is None:
+                self._unseen += known is None and self._proc.stat(pid) is Miss.DENIED
                 if known is not None:
                     known.cpu_ns = None
             elif known is not None and known.stat.start_ticks == found.stat.start_ticks:
@@ -339,7 +346,7 @@ class ProcfsSource:
             return None
         found = _Process(pid, after, (), time.monotonic_ns(), cpu_ns, is_denied=rows is Miss.DENIED)
         if isinstance(rows, list) and rows:
-            if not after.image:
+            if not after.image and not self._proc.is_image_hidden(pid):
                 return None  # within exec, where some of the new program is mapped
             found.rows = self._rows(after, rows)
         return found
@@ -491,18 +498,20 @@ class ProcfsSource:
         pid, stat = process.pid, process.stat
         status, cgroup = self._proc.status(pid), self._proc.cgroup(pid)
         base = self._base(stat)
+        # One that has ended is found below. What cannot be read of one that is there is left open: a path longer than a
+        # page, say, is no reason to leave its mappings out.
+        exe, root = _link(base + b"/exe"), _link(base + b"/root") or b"/"
         try:
-            exe, root = os.readlink(base + b"/exe"), os.readlink(base + b"/root")
             with open(base + b"/auxv", "rb") as file:
                 interpreter_base = _auxv_base(file.read(4096))
         except OSError:
-            return None
+            interpreter_base = 0
         now = self._stat(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
-        code = int(stat.image[0])
+        code = int(stat.image[0]) if stat.image else 0
         identity = next((row.file.key[IDENTITY] for row in process.rows if row.start <= code < row.end), bytes(24))
-        path = text_of(seen_path(exe.removesuffix(b" (deleted)"), root))
+        path = b"" if exe is None else text_of(seen_path(exe.removesuffix(b" (deleted)"), root))
         group = b"" if isinstance(cgroup, Miss) else text_of(os.fsencode(cgroup))
         return ProcessRecord(
             0, kind, 0, pid, pid, stat.start_ns, process.seen_ns, 0, 1,
@@ -510,6 +519,14 @@ class ProcfsSource:
             status.uid, status.ns_pid or pid, identity, interpreter_base, NO_ROOT, stat.comm,
             len(group), len(path), group, path,
         )  # fmt: skip
+
+
+def _link(path: bytes) -> bytes | None:
+    """Where a link of ``/proc`` leads; None if that cannot be told."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
 
 
 def _with_old_names(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:

@@ -1,0 +1,77 @@
+"""How many processes an answer is about, and how many could not be read: what leaves some out has to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Final, NamedTuple
+
+from sowatch.linux.hidepid import hides_processes
+from sowatch.linux.liveness import running_stat
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
+from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
+
+__all__ = ["Coverage", "coverage_of"]
+
+_TIMEOUT_S: Final = 0.5
+_LEAST_TIMEOUT_S: Final = 0.05
+
+
+class Coverage(NamedTuple):
+    """What could be read. Kernel threads and what has ended do not count; ``is_hidden``: there may be more."""
+
+    read: int
+    unreadable: int
+    is_hidden: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every process could be read."""
+        return not self.unreadable and not self.is_hidden
+
+    def __str__(self) -> str:
+        parts = []
+        if self.unreadable:
+            parts.append(f"{self.unreadable} process{'es' * (self.unreadable != 1)} could not be read")
+        if self.is_hidden:
+            parts.append("/proc hides processes of other users (hidepid), nobody knows how many")
+        return "; ".join(parts) or "every process could be read"
+
+
+def coverage_of(
+    proc: ProcFs, pids: Collection[int] = (), is_wanted: Callable[[int], bool] = lambda _: True
+) -> Coverage:
+    """Counts the processes whose mappings this user may read, and those it may not.
+
+    Args:
+        proc: the host's.
+        pids: only these; default: all.
+        is_wanted: asked of those that cannot be read, whether they count.
+    """
+    worker = TimeoutWorker("sowatch-coverage")
+    read = unreadable = 0
+    try:
+        for pid in pids or proc.pids():
+            try:
+                timeout_s = max(_LEAST_TIMEOUT_S, _TIMEOUT_S / (1 + worker.abandoned))
+                may_read = worker.run(partial(_may_read, proc, pid), timeout_s)
+            except (CallTimeout, ProcReadError):
+                may_read = False
+            if may_read:
+                read += 1
+            elif may_read is not None and is_wanted(pid):
+                unreadable += 1
+    finally:
+        worker.close()
+    return Coverage(read, unreadable, hides_processes(proc))
+
+
+def _may_read(proc: ProcFs, pid: int) -> bool | None:
+    """None for what has no mappings."""
+    stat = running_stat(proc, pid)
+    if isinstance(stat, Miss):
+        return False if stat is Miss.DENIED else None
+    if stat.is_kernel_thread:
+        return None
+    found = proc.live_thread(pid)
+    return True if not isinstance(found, Miss) else False if found is Miss.DENIED else None
