@@ -1,6 +1,6 @@
 """What sowatch tells: events and the records in them. Frozen values, no I/O.
 
-`to_dict` gives the wire form that ``CONTRACT`` schema 1 fixes; the JSON Schema beside it (``event.schema.json``)
+`to_dict` gives the wire form of schema 1; its JSON Schema (``event.schema.json``)
 describes the same.
 """
 
