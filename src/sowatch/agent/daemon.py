@@ -159,7 +159,10 @@ class Daemon:
         source = open_source(config)
         try:
             if self._settings.drop_privileges:
+                # A thread that runs already would keep what it has; the helper's is started anew.
+                source.unread.close()
                 left = drop_privileges()
+                source.unread.start()
                 LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
             # Not before: their threads would keep every capability, and files be opened with all rights.
             self._start_outputs = self._outputs.prepare(self._settings)
