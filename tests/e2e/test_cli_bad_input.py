@@ -135,6 +135,7 @@ def test_a_pipe_whose_reader_has_gone_ends_the_command_quietly(words: list[str])
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 
 
+@pytest.mark.fresh
 @needs_root
 @pytest.mark.parametrize("words", [["watch", "--strategy", "core"], ["list", "--strategy", "core"]])
 def test_nobody_is_told_the_missing_capability_and_the_command_that_would_work(words: list[str]) -> None:
@@ -144,6 +145,7 @@ def test_nobody_is_told_the_missing_capability_and_the_command_that_would_work(w
     assert "sudo sowatch" in line
 
 
+@pytest.mark.fresh
 @needs_root
 def test_nobody_gets_a_whole_report_from_doctor_and_the_exit_code_for_permission() -> None:
     done = run(["doctor", "--json"], prefix=NOBODY)

@@ -71,6 +71,7 @@ def event(kind: str, pid: int | None = None) -> Callable[[dict[str, Any]], bool]
 # -- without root ----------------------------------------------------------------------------
 
 
+@pytest.mark.fresh
 @needs_root
 def test_nobody_watches_its_own_processes_and_is_told_in_one_line_what_is_lost(
     spawn: Any, sleeper: Any, tmp_path: Path, schema: Any
@@ -157,6 +158,7 @@ def test_nobody_gets_an_explanation_of_its_own_process(sleeper: Any) -> None:
     assert report["extra"] == []
 
 
+@pytest.mark.fresh
 @needs_root
 def test_without_the_fallback_nobody_is_not_permitted() -> None:
     code = (
@@ -232,6 +234,7 @@ def test_a_monitor_that_polls_tells_forks_execs_and_exits(mapper: Mapper, spawn:
         assert monitor.stats.feed_errors == 0
 
 
+@pytest.mark.fresh
 @needs_root
 def test_the_monitor_of_nobody_polls_and_says_so() -> None:
     code = (

@@ -359,6 +359,7 @@ def test_the_socket_is_its_owners_alone(agent: Agent) -> None:
     assert (found.st_uid, found.st_gid) == (0, os.getgid())
 
 
+@pytest.mark.fresh
 def test_the_socket_is_given_to_the_owner_and_group_of_the_configuration(new_agent: NewAgent) -> None:
     agent = new_agent('socket_owner = "nobody"\nsocket_group = "nogroup"\n').start()
     found = agent.socket.stat()

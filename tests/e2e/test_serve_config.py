@@ -8,13 +8,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.agent import Agent, NewAgent, ask
+from support.kernel import TAG, WITH_TRACEFS, WITHOUT_TRACEFS
 from support.programs import Mapper
 from support.receivers import free_port, grpc_collector, http_collector
 
@@ -226,6 +229,38 @@ def test_systemd_is_told_of_readiness_reloads_life_and_the_end(
         assert last == b"STOPPING=1"
 
 
+def _as_nobody() -> list[str]:
+    """Runs a command as nobody with the capabilities that the agent says it needs."""
+    from sowatch.linux.capabilities import NEEDED
+
+    capabilities = ",".join("+" + name.removeprefix("CAP_").lower() for name in NEEDED)
+    sets = [f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"]
+    return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *sets]
+
+
+@pytest.mark.fresh
+def test_without_tracefs_the_error_names_the_command_that_mounts_it(place: Path) -> None:
+    os.chown(place, 65534, 65534)
+    # Always by tracepoints, which hooks on functions do without.
+    words = [sys.executable, "-m", "sowatch", "watch", "--strategy", "prebuilt", "--duration", "0", "--json", TAG]
+    refused = _run([*WITHOUT_TRACEFS, *_as_nobody(), *words], place)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    command = refused.stderr.strip().rpartition("As root: ")[2]
+    assert "tracefs is not mounted" in refused.stderr
+    assert command == "mount -t tracefs tracefs /sys/kernel/tracing"
+    # As root in the same place, and then the same words again.
+    mounted = [*WITHOUT_TRACEFS, "sh", "-c", f'{command} && exec "$@"', "sh"]
+    accepted = _run([*mounted, *_as_nobody(), *words], place)
+    assert accepted.returncode == 0, accepted.stderr
+    assert '"strategy":"prebuilt"' in accepted.stdout
+
+
+def _run(words: Sequence[str], home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HOME": os.fspath(home)}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.fresh
 def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
     new_agent: NewAgent, mapper: Mapper, make_library: Any, place: Path, wait_until: Any
 ) -> None:
@@ -234,10 +269,7 @@ def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
     library = shutil.copyfile(make_library(), place / "liba.so")
     mapper.map(library)
     os.chown(place, 65534, 65534)
-    capabilities = ",".join("+" + name.removeprefix("CAP_").lower() for name in NEEDED)
-    sets = [f"--{one}={'-all,' if one == 'bounding-set' else ''}{capabilities}" for one in ("inh-caps", "ambient-caps")]
-    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *sets]
-    agent = new_agent(rule("a"), prefix=prefix).start()
+    agent = new_agent(rule("a"), prefix=[*WITH_TRACEFS, *_as_nobody()]).start()
     status = Path(f"/proc/{agent.pid}/status").read_text(encoding="ascii")
     fields = dict(line.split(":\t", 1) for line in status.splitlines())
     mask = sum(1 << bit for bit, _ in NEEDED.values())
@@ -252,6 +284,7 @@ def test_an_agent_that_is_not_root_works_with_the_capabilities_that_are_named(
     assert agent.get(f"/explain?path={library}").json["file"]["opened_by"] is not None
 
 
+@pytest.mark.fresh
 def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(
     new_agent: NewAgent, place: Path, mapper: Mapper, make_library: Any, wait_until: Any
 ) -> None:

@@ -31,6 +31,8 @@ from support.programs import Mapper
 
 __all__ = [
     "TAG",
+    "WITHOUT_TRACEFS",
+    "WITH_TRACEFS",
     "Ledger",
     "Tap",
     "executable_inodes",
@@ -467,3 +469,16 @@ def different(path: Path) -> Path:
     """The same library with other bytes at its end."""
     path.write_bytes(path.read_bytes() + os.urandom(16))
     return path
+
+
+_NO_TRACEFS = (
+    "for at in $(awk '/ - (tracefs|debugfs) / { print $5 }' /proc/self/mountinfo | sort -r); do umount -l $at; done; "
+)
+#: Runs a command in a mount namespace of its own in which tracefs is mounted nowhere.
+WITHOUT_TRACEFS = ("unshare", "--mount", "--propagation", "private", "sh", "-c", _NO_TRACEFS + 'exec "$@"', "sh")
+#: The same where tracefs is mounted, whatever this machine has.
+WITH_TRACEFS = (
+    *WITHOUT_TRACEFS[:-2],
+    _NO_TRACEFS + 'mount -t tracefs tracefs /sys/kernel/tracing; exec "$@"',
+    "sh",
+)

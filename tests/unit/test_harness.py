@@ -256,6 +256,7 @@ def test_bpf_maps_that_others_make_and_close_all_the_time_are_not_the_tests(monk
     assert leaks.settle(before, deadline(10)) == []
 
 
+@pytest.mark.fresh
 @needs_real_bpf()
 def test_a_pinned_map_that_no_process_holds_is_a_leak(tmp_path):
     """In a mount namespace of its own, so that no bpffs of this machine is used."""

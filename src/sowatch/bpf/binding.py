@@ -6,6 +6,7 @@ use.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sowatch.model.errors import BpfError, LibbpfMissing
+from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
 __all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf", "libbpf_version"]
 
@@ -274,17 +275,26 @@ class BpfObject:
         return text.decode("utf-8", "replace")
 
 
+def _is_tracefs_mounted() -> bool:
+    """Whether this process sees a tracefs, which it may then lack the right to open."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        return any(line.partition(b" - ")[2].startswith(b"tracefs ") for line in table)
+
+
 class Tracefs:
     """tracefs, also where nobody mounted it: a mount that only this object can see. A context manager.
 
     Raises:
-        BpfError: no tracefs in this kernel, or not permitted.
+        TracefsNotMounted: it is mounted nowhere, and this user may not mount it.
+        BpfError: no tracefs in this kernel, or it may not be opened.
     """
 
     def __init__(self) -> None:
         self._lib = libbpf()
         self._fd = self._lib.lib.sow_tracefs()
         if self._fd < 0:
+            if -self._fd == errno.EPERM and not _is_tracefs_mounted():
+                raise TracefsNotMounted(-self._fd)
             raise BpfError("opening tracefs", -self._fd, "")
 
     def __enter__(self) -> Self:

@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple
 
 from sowatch.bpf.binding import BpfObject, Tracefs, libbpf_version, probe
 from sowatch.model.config import Config
-from sowatch.model.errors import BpfError, LibbpfMissing
+from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
 __all__ = ["Probe", "run_probes"]
 
@@ -114,7 +114,8 @@ def _tracefs() -> Probe:
                 if tracefs.tracepoint_id("syscalls", f"sys_{side}_{call}") is None
             ]
     except BpfError as error:
-        return Probe(name, "no" if error.errno != 1 else "unknown", os.strerror(error.errno), needed_for)
+        detail = str(error) if isinstance(error, TracefsNotMounted) else os.strerror(error.errno)
+        return Probe(name, "no" if error.errno != 1 else "unknown", detail, needed_for)
     detail = f"missing: {', '.join(missing)}" if missing else ""
     return Probe(name, "no" if missing else "yes", detail, needed_for)
 

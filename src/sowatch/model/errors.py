@@ -30,6 +30,7 @@ __all__ = [
     "RegistryStopped",
     "SinkError",
     "SowatchError",
+    "TracefsNotMounted",
     "UsageError",
 ]
 
@@ -124,6 +125,17 @@ class BpfError(SowatchError):
         super().__init__(
             f"{operation} failed: {os.strerror(errno)}{said}. See `sowatch doctor` for what this kernel can do."
         )
+
+
+class TracefsNotMounted(BpfError):
+    """tracefs is mounted nowhere, and this user may not mount it."""
+
+    reason = "tracefs is not mounted, and to mount it takes CAP_SYS_ADMIN"
+    remedy = "As root: mount -t tracefs tracefs /sys/kernel/tracing"
+
+    def __init__(self, errno: int) -> None:
+        self.operation, self.errno, self.log = "opening tracefs", errno, ""
+        SowatchError.__init__(self, f"{self.reason}. {self.remedy}")
 
 
 #: Lines of libbpf around the verifier's own: its head and foot, and that the program or object failed.

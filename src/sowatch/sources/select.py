@@ -26,6 +26,7 @@ from sowatch.model.errors import (
     NotPermitted,
     PidNamespaceError,
     SowatchError,
+    TracefsNotMounted,
 )
 from sowatch.sources.core import OBJECTS, BpfSource, EventSource
 from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
@@ -202,8 +203,12 @@ def _check_pid_namespace(config: Config, *, needs_own: bool) -> None:
 
 
 def _translate(error: SowatchError) -> SowatchError:
-    """A kernel's refusal is a missing capability's if one is missing."""
+    """A kernel's refusal is a missing capability's if one is missing, or of what root has to mount."""
     missing = missing_capabilities() if isinstance(error, BpfError) else ()
+    if isinstance(error, TracefsNotMounted) and not missing:
+        found = NotPermitted("cannot load BPF programs", error.reason, error.remedy)
+        found.__cause__ = error
+        return found
     if not missing:
         return error
     found = NotPermitted("cannot load BPF programs", f"missing {' and '.join(missing)}", _REMEDY_ROOT)
@@ -252,6 +257,8 @@ def plan(config: Config) -> Plan:
             remedy = PidNamespaceError.remedy
         elif missing_capabilities():
             remedy = _REMEDY_ROOT
+        elif any(attempt.error == TracefsNotMounted.reason for attempt in attempts):
+            remedy = TracefsNotMounted.remedy
     found = Plan(source.strategy, source.hooks, source.guarantee, attempts, remedy, limits=source.limits)
     source.close()
     return found
