@@ -8,7 +8,6 @@ one at a time, and for a part of the time only. So one user's loop costs the hos
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import struct
 import threading
@@ -21,6 +20,7 @@ from typing import Final, TypeVar
 from cachetools import LRUCache
 
 from sowatch.agent.bounds import App, Receive, Scope, Send
+from sowatch.model.encoding import dumps
 
 __all__ = ["Bucket", "ClientLimits", "OneAtATime", "client_of"]
 
@@ -159,7 +159,7 @@ class ClientLimits:
 
 
 async def _refuse(send: Send, why: str) -> None:
-    body = json.dumps({"error": why}).encode("ascii") + b"\n"
+    body = dumps({"error": why}).encode("ascii") + b"\n"
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
