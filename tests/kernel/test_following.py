@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -483,4 +482,4 @@ def test_every_build_of_the_programs_tells_the_same(
 
 def test_a_verdict_has_the_size_that_the_kernel_expects(tap: Tap) -> None:
     tap.source.answer([bytes(64)], is_wanted=True)
-    assert tap.source._verdicts.lookup(bytes(64), struct.calcsize("=II")) is not None
+    assert tap.source._verdicts.lookup(bytes(64), sources.VERDICT_VALUE.size) is not None

@@ -192,7 +192,8 @@ def declared() -> dict[str, set[str]]:
 OTHER_MACHINES = (
     {("pt_regs", "regs")}
     if platform.machine() == "x86_64"
-    else {("pt_regs", name) for name in ("di", "si", "dx", "r10", "r8", "r9")}
+    else {("pt_regs", name) for name in ("di", "si", "dx", "r10", "r8", "r9", "bx", "cx", "orig_ax")}
+    | {("thread_info", "status")}
 )
 
 

@@ -58,6 +58,7 @@ class File:
     is_deleted: bool = False
     is_partial: bool = False
     changed_ns: int = 1
+    place: int = 1
     dentry: int = 0
     root: tuple[int, int] = ROOT
     #: Written as it is; for names that hold a slash, which only a memfd can.
@@ -107,7 +108,7 @@ class Proc:
         text = text_of(file.path) if file.text is None else file.text
         flags |= wire.FLAG_DELETED * file.is_deleted | wire.FLAG_PARTIAL * file.is_partial
         head = self._head(RecordType.MAP, t, flags)
-        where = file.key, start, end, 0, file.changed_ns
+        where = file.key, start, end, 0, file.changed_ns, file.place
         return _sized(MapRecord(*head, *where, _comm(self.comm), file.mode, len(text), text))
 
     def claim(self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0) -> MapRecord:
@@ -183,11 +184,11 @@ def to_bytes(record: Record) -> bytes:
     """The record as it stands in the ring, ``size`` included."""
     head = struct.pack("=IHHIIQQII", *record[:9])
     if isinstance(record, MapRecord):
-        body = struct.pack("=QQQQ16sII", *record[10:17])
+        body = struct.pack("=QQQQQ16sII", *record[10:18])
         data = head + bytes(record.key) + body + record.text  # type: ignore[arg-type]
     elif isinstance(record, ProcessRecord):
         data = head + struct.pack("=QIIII", *record[9:14])
-        data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(24)
+        data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(32)
         data += record.comm + struct.pack("=II", record.cgroup_bytes, record.path_bytes) + record.cgroup + record.path
     else:
         data = head + struct.pack("=QQ", record.start, record.end)

@@ -65,13 +65,13 @@ class BpfMap:
         """
         self._check("update", self._lib.lib.sow_map_update(self.fd, key, value))
 
-    def update_many(self, keys: Sequence[bytes], value: bytes) -> None:
-        """Puts the same value under many keys of one size, in one call."""
+    def update_many(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Puts a value under each of many keys, all of one size, in one call."""
         if keys:
             self._check(
                 "update",
                 self._lib.lib.sow_map_update_many(
-                    self.fd, b"".join(keys), len(keys[0]), value * len(keys), len(value), len(keys)
+                    self.fd, b"".join(keys), len(keys[0]), b"".join(values), len(values[0]), len(keys)
                 ),
             )
 

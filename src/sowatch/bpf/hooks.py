@@ -19,6 +19,21 @@ CALLS: Final = ("mmap", "munmap", "mprotect", "pkey_mprotect", "mremap", "shmat"
 OPTIONAL_CALLS: Final = ("pkey_mprotect", "shmat", "shmdt")
 #: What the kernel calls the function of a system call (asm/syscall_wrapper.h), by `uname -m`.
 FUNCTION_PREFIX: Final = {"x86_64": "__x64_sys_", "aarch64": "__arm64_sys_"}
+#: Calls of a 64-bit kernel that come by another way, on x86: 32-bit ones (compat.bpf.h), by the functions of theirs.
+COMPAT_FUNCTIONS: Final = {
+    "mmap2": "__ia32_sys_mmap_pgoff",
+    "mmap": "__ia32_compat_sys_ia32_mmap",
+    "munmap": "__ia32_sys_munmap",
+    "mprotect": "__ia32_sys_mprotect",
+    "pkey_mprotect": "__ia32_sys_pkey_mprotect",
+    "mremap": "__ia32_sys_mremap",
+    "ipc": "__ia32_compat_sys_ipc",
+    "shmat": "__ia32_compat_sys_shmat",
+    "shmdt": "__ia32_sys_shmdt",
+}
+#: In kernels that were built with x32.
+X32_FUNCTION: Final = "__x64_compat_sys_execve"
+HAS_COMPAT_HOOKS: Final = platform.machine() == "x86_64"
 ENOENT: Final = 2
 
 
@@ -56,8 +71,16 @@ class Trampolines(HookSet):
                 bpf.want(f"fexit_{call}")
             elif call not in OPTIONAL_CALLS:
                 raise BpfError(f"finding the function {prefix}{call}", ENOENT, "")
+        #: None of them on a kernel that was built without 32-bit calls.
+        self._compat_calls = [
+            call for call, function in COMPAT_FUNCTIONS.items() if HAS_COMPAT_HOOKS and bpf.has_function(function)
+        ]
+        for call in self._compat_calls:
+            bpf.want(f"fexit_compat_{call}")
 
     def attach(self) -> None:
+        for call in self._compat_calls:
+            self._bpf.attach(f"fexit_compat_{call}")
         for side in ("fexit", "fentry"):
             for call in self._calls:
                 self._bpf.attach(f"{side}_{call}")
@@ -73,6 +96,7 @@ class Syscalls(HookSet):
         self._hooks: list[tuple[str, int]] = []
         bpf.want("tp_leave")
         with Tracefs() as tracefs:
+            self._compat = _want_compat_program(bpf, tracefs) if HAS_COMPAT_HOOKS else None
             for side in ("exit", "enter"):
                 for call in CALLS:
                     program = "tp_leave" if side == "exit" else f"tp_{call.removeprefix('pkey_')}"
@@ -84,8 +108,29 @@ class Syscalls(HookSet):
                         raise BpfError(f"finding tracepoint syscalls/sys_{side}_{call}", ENOENT, "")
 
     def attach(self) -> None:
+        if self._compat:
+            self._bpf.variable(".bss", "has_x32").value = int(self._bpf.has_function(X32_FUNCTION))
+            self._bpf.attach(self._compat)
         for program, tracepoint in self._hooks:
             self._bpf.attach_tracepoint(program, tracepoint)
+
+
+def _want_compat_program(bpf: BpfObject, tracefs: Tracefs) -> str:
+    """Chooses what sees compat calls, which no syscall tracepoint does.
+
+    From 6.14 on the tracepoints of the lock of the mappings cost nobody anything who does not take it. Before, they
+    put together the path of a cgroup first, at every page fault; then the end of all system calls is the lesser evil.
+    """
+    if tracefs.field_offset("mmap_lock", "mmap_lock_released", "memcg_id") is not None:
+        try:
+            bpf.want("tp_lock")
+        except BpfError as error:
+            if error.errno != ENOENT:  # the object for old kernels has no such program
+                raise
+        else:
+            return "tp_lock"
+    bpf.want("tp_compat")
+    return "tp_compat"
 
 
 #: Best first.

@@ -35,6 +35,7 @@ __all__ = [
     "path_of",
     "paths_of",
     "text_of",
+    "who_is",
 ]
 
 
@@ -71,10 +72,10 @@ MAX_FILE_RANGES: Final = 256
 HEAD: Final = struct.Struct("=IHHIIQQII")
 #: struct range_record, 56 bytes.
 RANGE: Final = struct.Struct("=IHHIIQQIIQQ")
-#: struct map_record, 160 bytes, then path_bytes of text.
-MAP: Final = struct.Struct("=IHHIIQQII64sQQQQ16sII")
-#: struct process_record, 160 bytes, then cgroup_bytes and path_bytes of text.
-PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s24x16sII")
+#: struct map_record, 168 bytes, then path_bytes of text.
+MAP: Final = struct.Struct("=IHHIIQQII64sQQQQQ16sII")
+#: struct process_record, 168 bytes, then cgroup_bytes and path_bytes of text.
+PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s32x16sII")
 #: struct file_id, 24 bytes, at the start of struct file_key.
 FILE_ID: Final = struct.Struct("=QQII")
 #: Bytes 40 to 56 of struct file_key: root_dentry and root_mnt.
@@ -98,7 +99,10 @@ class RangeRecord(NamedTuple):
 
 
 class MapRecord(NamedTuple):
-    """struct map_record. ``key`` is what a verdict is filed under; `file_id_of` reads the file from it."""
+    """struct map_record. ``key`` is what a verdict is filed under; `file_id_of` reads the file from it.
+
+    ``place`` stands for every component of the path; 0 if it is not known.
+    """
 
     size: int
     type: int
@@ -114,6 +118,7 @@ class MapRecord(NamedTuple):
     end: int
     offset_bytes: int
     changed_ns: int
+    place: int
     comm: bytes
     mode: int
     path_bytes: int
@@ -148,6 +153,12 @@ class ProcessRecord(NamedTuple):
 
 
 Record = RangeRecord | MapRecord | ProcessRecord
+
+
+def who_is(record: ProcessRecord) -> tuple[object, ...]:
+    """What may change of a process that goes on running its program: whose it is, where, and its name."""
+    return record.uid, record.ppid, record.cgroup, record.comm.rstrip(b"\0")
+
 
 _SIZE_AND_TYPE: Final = struct.Struct("=IH")
 

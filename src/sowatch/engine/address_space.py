@@ -335,8 +335,16 @@ class Tracked:
         self.cgroup = choose_cgroup(paths_of(record.cgroup))
         if record.path:
             self.exe = path_of(record.path)
-        self.exe_id = file_id_of(record.exe)
-        self.interpreter_base = record.interpreter_base
+        if any(record.exe):  # a process that ends has none any more
+            self.exe_id = file_id_of(record.exe)
+            self.interpreter_base = record.interpreter_base
+
+    def learn_where(self, record: ProcessRecord) -> None:
+        """Takes over whose it is by now, and where, but not which program it runs: an exec ends the old one."""
+        if record.start_ns == self.id.start_ns:
+            self._record = None
+            self.ppid, self.uid = record.ppid, record.uid
+            self.cgroup = choose_cgroup(paths_of(record.cgroup))
 
     def rename(self, comm: bytes) -> None:
         """Takes over a newer name of the process."""

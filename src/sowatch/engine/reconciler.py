@@ -99,6 +99,8 @@ class Keeper:
         self._repair_at: float | None = None
         self._repair_wait_s = FIRST_REPAIR_S
         self._strangers_at = 0.0
+        self._ttl_s = config.ignore_ttl_s
+        self._names_at = time.monotonic() + self._ttl_s
         self._rules_again_at: float | None = None
         self._can_read_one = True
         self._has_read_all = True
@@ -225,6 +227,10 @@ class Keeper:
         for pid in self._unscanned:
             self._tracker.dirty.setdefault(pid, REPAIR)
         self._turns.forget(time.monotonic() - PACE_MEMORY_S)
+        if time.monotonic() >= self._names_at:
+            # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
+            self._names_at = time.monotonic() + self._ttl_s
+            self._tracker.has_strangers = True
 
     @property
     def is_resting(self) -> bool:

@@ -118,7 +118,9 @@ class Tracker:
     def take_answers(self) -> tuple[list[Hashable], list[Hashable]]:
         """Keys to answer with yes, and with no."""
         taken, self.answers = self.answers, []
-        return [key for key, wanted in taken if wanted], [key for key, wanted in taken if not wanted]
+        # Renamed meanwhile, a file may have been asked about under a wanted name and under one that is not.
+        wanted = [key for key, is_wanted in taken if is_wanted]
+        return wanted, [key for key, is_wanted in taken if not is_wanted and key not in wanted]
 
     # ---- records ------------------------------------------------------------------------------
 
@@ -138,6 +140,8 @@ class Tracker:
             self._forget(record.tgid, record.start_ns, "exit", record.t_ns)
         elif kind == RecordType.EXEC:
             self.narrow.pop(record.tgid, None)
+            if isinstance(record, ProcessRecord) and (known := self._processes.get(record.tgid)) is not None:
+                known.learn_where(record)
             self._forget(record.tgid, record.start_ns, "exec", record.t_ns)
         elif kind == RecordType.FORK:
             assert isinstance(record, ProcessRecord)

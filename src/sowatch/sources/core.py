@@ -224,7 +224,7 @@ COUNT_IGNORED: Final = 6
 #: enum verdict, and the value of the map `verdicts`.
 VERDICT_MATCH: Final = 1
 VERDICT_IGNORE: Final = 2
-VERDICT_VALUE: Final = struct.Struct("=II")
+VERDICT_VALUE: Final = struct.Struct("=IIQ")
 #: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
 FILE_KEY: Final = struct.Struct("=Q52sI")
 #: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, dirty, introduced,
@@ -233,6 +233,8 @@ FILE_KEY: Final = struct.Struct("=Q52sI")
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
+#: Keys whose place is remembered until they are answered, some 100 bytes each.
+MAX_PLACES: Final = 65_536
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
 READER: Final = "read_mappings"
 #: The same programs twice: with typed loads (6.2+), and with probe reads (5.17+).
@@ -263,6 +265,8 @@ class BpfSource:
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
+        #: By key, the place of the path that was told last: what an answer is about.
+        self._places: dict[Hashable, int] = {}
         self._started = time.monotonic()
         self._can_iterate_one = True
         self._has_given_up = False
@@ -325,7 +329,19 @@ class BpfSource:
         return self._ring_fd
 
     def drain(self) -> list[Record]:
-        return parse(self._object.drain())
+        return self._note_places(parse(self._object.drain()))
+
+    def _note_places(self, records: list[Record]) -> list[Record]:
+        """The same records; answers to them will be about the places that they tell."""
+        for record in records:
+            if record.type == RecordType.MAP:
+                self._note_place(record)  # type: ignore[arg-type]
+        return records
+
+    def _note_place(self, record: MapRecord) -> None:
+        if len(self._places) >= MAX_PLACES:
+            self._places.clear()  # an answer without a place is asked for again
+        self._places[record.key] = record.place
 
     def refresh(self) -> None:
         """The ring has everything."""
@@ -342,7 +358,7 @@ class BpfSource:
             scan = IteratorScan(self._open_session, (0,))
             try:
                 self._run_scan(scan, meanwhile=drain)
-                return group(scan.rows()), meanwhile
+                return group(self._note_places(scan.rows())), meanwhile
             except ScanTimeout as timeout:
                 # Its rows stop where nobody knows. What it has cleared and introduced is read again.
                 if timeout.is_refused or not self._can_iterate_one:
@@ -368,7 +384,7 @@ class BpfSource:
                         raise
                     hung = timeout.pid
                     targets = [pid for pid in scan.left_after() if not self.unread.hangs(pid)]
-                for reading in group(scan.rows(but=hung)):
+                for reading in group(self._note_places(scan.rows(but=hung))):
                     reading.begin_ns = min(reading.begin_ns, scan.begun_ns.get(reading.tgid, reading.begin_ns))
                     readings.append(reading)
         finally:
@@ -398,14 +414,14 @@ class BpfSource:
             scan = IteratorScan(self._open_session, (pid,))
             try:
                 self._run_scan(scan)
-                return scan.rows()
+                return self._note_places(scan.rows())
             except BpfError as error:
                 if error.errno != E2BIG:
                     raise
                 self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
         scan = IteratorScan(self._open_session, (0,))
         self._run_scan(scan)
-        return [row for row in scan.rows() if row.tgid == pid]
+        return [row for row in self._note_places(scan.rows()) if row.tgid == pid]
 
     def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:
         """Runs a scan on a helper thread.
@@ -442,7 +458,8 @@ class BpfSource:
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         expires_s = self._now_s.value + max(1, round(self._ttl_s))
         verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
-        self._verdicts.update_many(list(keys), VERDICT_VALUE.pack(verdict, expires_s))  # type: ignore[arg-type]
+        values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.get(key, 0)) for key in keys]
+        self._verdicts.update_many(list(keys), values)  # type: ignore[arg-type]
 
     def settle(self, pid: int, start_ns: int, touches: int) -> bool:
         return self._object.run("settle", pid, start_ns, touches) == 1
@@ -517,7 +534,7 @@ class KernelVerdicts:
         value = self._table.lookup(key, VERDICT_VALUE.size)
         if value is None:
             return None
-        verdict, expires_s = VERDICT_VALUE.unpack(value)
+        verdict, expires_s, _ = VERDICT_VALUE.unpack(value)
         if verdict == VERDICT_MATCH:
             return Verdict(key, True, None)
         # The comparison of look_up_verdict() in identity.bpf.h.

@@ -46,7 +46,7 @@ FILE_ID_BYTES: Final = 24
 #: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, touches, as many
 #: pairs; and where first_touch is in it.
 PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
-FIRST_TOUCH: Final = struct.Struct("=56xI")
+FIRST_TOUCH: Final = struct.Struct("=64xI")
 #: So many looks at a process whose mappings come and go while they are looked up; then it is read again later.
 LOOKS: Final = 8
 MAX_FILES: Final = 65_536
@@ -279,6 +279,7 @@ class OldKernelSource(BpfSource):
         if result not in (LOOKUP_DONE, LOOKUP_IGNORED):
             return None
         record = self._read_answer()
+        self._note_place(record)
         assert isinstance(record.key, bytes)
         shown = (row.inode, row.major << 20 | row.minor)
         # maps shows the real file, from 6.8 on the one of overlayfs.

@@ -33,6 +33,7 @@ from sowatch.bpf.records import (
     Record,
     RecordType,
     text_of,
+    who_is,
 )
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.pid_namespaces import why_not_whole_host
@@ -231,7 +232,8 @@ class ProcfsSource:
             return None
         known = self._processes.get(pid)
         if known is not None and known.is_same_program(found.stat):
-            found.rows, found.intro, found.touches = _with_old_names(known.rows, found.rows), known.intro, known.touches
+            found.rows = self._with_old_names(known.rows, found.rows)
+            found.intro, found.touches = self._renewed(found, known.intro), known.touches
         self._processes[pid] = found
         return self._reading(found)
 
@@ -410,7 +412,7 @@ class ProcfsSource:
             more, gone = compare(parent.rows, process.rows) if not is_wide else ([], [])
             is_alike = {row.what for row in parent.rows} == {row.what for row in process.rows} if is_wide else not gone
             if is_alike and (intro := self._introduction(process, RecordType.FORK, parent)):
-                process.rows = _with_old_names(parent.rows, process.rows)
+                process.rows = self._with_old_names(parent.rows, process.rows)
                 process.intro, process.touches = intro, 1
                 records.append(intro)
                 rows = more
@@ -423,7 +425,8 @@ class ProcfsSource:
             self._tell_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
             self._tell_maps(found, found.rows, records)
             return
-        found.rows, found.intro, found.touches = _with_old_names(known.rows, found.rows), known.intro, known.touches
+        found.rows = self._with_old_names(known.rows, found.rows)
+        found.intro, found.touches = known.intro, known.touches
         if _is_wide(known.rows) or _is_wide(found.rows):
             if {row.what for row in known.rows} != {row.what for row in found.rows}:
                 if found.intro is not None:
@@ -432,10 +435,25 @@ class ProcfsSource:
                     self._tell_maps(found, found.rows, records)
             return
         added, gone = compare(known.rows, found.rows)
+        names = {row.what: row.file.key for row in known.rows}
+        added += [row for row in found.rows if names.get(row.what, row.file.key) != row.file.key]
+        if (added or gone) and (intro := self._renewed(found, found.intro)) is not found.intro:
+            found.intro = intro
+            records += [intro] if intro else []
         self._tell_maps(found, added, records)
         if found.intro is not None:
             for start, end in gone:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
+
+    def _with_old_names(self, before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+        """The rows, those that were there before under the name they had, unless nobody wanted them by that."""
+        known = {row.what: row for row in before if self._verdicts.get(row.file.key) is not False}
+        return [known.get(row.what, row) for row in after]
+
+    def _renewed(self, process: _Process, intro: ProcessRecord | None) -> ProcessRecord | None:
+        """The same introduction, or another one if it is not any more what was told."""
+        fresh = self._introduction(process, RecordType.INTRO, None) if intro else None
+        return fresh if fresh and intro and who_is(fresh) != who_is(intro) else intro
 
     def _tell_dirty(self, process: _Process, records: list[Record]) -> None:
         """What has changed is told by a scan."""
@@ -484,7 +502,7 @@ class ProcfsSource:
             flags, offset_bytes = flags | FLAG_MANY, row.unlisted
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
-            process.touches, file.key, row.start, row.end, offset_bytes, file.since_ns, process.stat.comm,
+            process.touches, file.key, row.start, row.end, offset_bytes, file.since_ns, 0, process.stat.comm,
             file.mode, len(file.text), file.text,
         )  # fmt: skip
 
@@ -527,12 +545,6 @@ def _link(path: bytes) -> bytes | None:
         return os.readlink(path)
     except OSError:
         return None
-
-
-def _with_old_names(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """The rows, those that were there before under the name they had: a rename is no news of a mapping."""
-    known = {row.what: row for row in before}
-    return [known.get(row.what, row) for row in after]
 
 
 def file_of(row: MapRow, root: bytes, view: bytes) -> File:

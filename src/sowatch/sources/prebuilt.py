@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from sowatch.bpf.binding import BpfObject, Tracefs
-from sowatch.bpf.hooks import OPTIONAL_CALLS
+from sowatch.bpf.hooks import HAS_COMPAT_HOOKS, OPTIONAL_CALLS
 from sowatch.bpf.records import (
     FLAG_DIRTY,
     FLAG_IMAGE,
@@ -30,6 +30,7 @@ from sowatch.bpf.records import (
     Record,
     RecordType,
     parse,
+    who_is,
 )
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import MapRow, Miss
@@ -48,6 +49,7 @@ SEEN_DIRTY: Final = 18
 SEEN_FORK: Final = 19
 SEEN_EXEC: Final = 20
 SEEN_EXIT: Final = 21
+SEEN_COMPAT: Final = 22
 UNKNOWN_FLAGS: Final = (1 << 64) - 1
 CLONE_VM: Final = 0x100
 #: struct seen: min_start, max_end, range_count, has_company, then pairs of start and end; 536 bytes.
@@ -63,6 +65,8 @@ SYSCALL_HOOKS: Final = (
     ("enter_shmat", "enter", ("shmat",)),
     ("enter_shmdt", "enter", ("shmdt",)),
 )
+#: On the end of every system call, as compat calls have no tracepoint of their own.
+COMPAT_PROGRAM: Final = "leave_compat"
 #: Further programs, on calls that not every architecture has.
 CLONE_HOOKS: Final = ("clone", "clone3", "fork", "vfork")
 #: Which of the two programs fits, by where the kernel puts the child's pid.
@@ -77,12 +81,14 @@ MAX_IGNORED: Final = 65_536
 class _Known:
     """A process that something was said of: its start, and what the map was told of it."""
 
-    __slots__ = ("intro", "start_ns")
+    __slots__ = ("intro", "renewed", "start_ns")
 
     def __init__(self, start_ns: int) -> None:
         self.start_ns = start_ns
         #: None: it is not in the map, as far as this source told.
         self.intro: ProcessRecord | None = None
+        #: When it was looked at last whether that still is true.
+        self.renewed = 0
 
 
 class PrebuiltSource:
@@ -113,6 +119,7 @@ class PrebuiltSource:
         self._known: dict[int, _Known] = {}
         self._ignored: dict[Hashable, None] = {}
         self._unresolved = 0
+        self._drains = 0
         self._object = BpfObject(str(files("sowatch.bpf") / "programs" / "prebuilt.bpf.o"))
         try:
             self._load(config)
@@ -131,11 +138,15 @@ class PrebuiltSource:
         for program in (*FORK_PROGRAMS.values(), *EXIT_PROGRAMS.values()):
             if program not in [name for name, _ in hooks]:
                 bpf.skip(program)
+        if HAS_COMPAT_HOOKS:
+            bpf.want(COMPAT_PROGRAM)
         bpf.load()
         self._report = bpf.variable(".bss", "report")
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._check_numbers()
+        if HAS_COMPAT_HOOKS:
+            bpf.attach(COMPAT_PROGRAM)
         for program, tracepoint in hooks:
             bpf.attach_tracepoint(program, tracepoint)
 
@@ -152,6 +163,7 @@ class PrebuiltSource:
         seen = [record for record in parse(self._object.drain()) if isinstance(record, RangeRecord)]
         if not seen:
             return []
+        self._drains += 1
         # The last time a process became another one: what it had mapped before cannot be looked up.
         renewed = {one.tgid: place for place, one in enumerate(seen) if one.type == SEEN_EXEC}
         looks: dict[int, Look | None] = {}
@@ -166,6 +178,9 @@ class PrebuiltSource:
             try:
                 if one.type == SEEN_MAP:
                     records += self._on_map(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
+                elif one.type == SEEN_COMPAT:
+                    if renewed.get(one.tgid, -1) < place:
+                        records += self._on_map(one, look_at, is_sure=False)
                 elif one.type == SEEN_FORK:
                     records += self._on_fork(one)
                 elif one.type == SEEN_EXEC:
@@ -187,10 +202,12 @@ class PrebuiltSource:
     def refresh(self) -> None:
         """The ring has everything already."""
 
-    def _on_map(self, seen: RangeRecord, look_at: Callable[[int], Look | None]) -> Iterator[Record]:
+    def _on_map(
+        self, seen: RangeRecord, look_at: Callable[[int], Look | None], *, is_sure: bool = True
+    ) -> Iterator[Record]:
         look = look_at(seen.tgid)
         if look is None:
-            self._unresolved += 1  # it is gone, or another program by now
+            self._unresolved += is_sure  # it is gone, or another program by now
             return
         known = self._known.get(seen.tgid)
         if known is None or known.start_ns != look.stat.start_ns:
@@ -202,7 +219,7 @@ class PrebuiltSource:
             yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
             return
         if not rows:
-            self._unresolved += 1
+            self._unresolved += is_sure
             yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
             return
         view = self._reader.view_of(seen.tgid)
@@ -212,15 +229,31 @@ class PrebuiltSource:
                 if known.intro is None:
                     known.intro = self._reader.introduce(look.stat, look.rows, RecordType.INTRO, seen.t_ns)
                     yield known.intro
+                else:
+                    yield from self._renew(known, look, seen.t_ns)
                 yield record
             elif known.intro is not None:
                 yield self._small(RecordType.RANGE, seen, row.start, row.end)
+
+    def _renew(self, known: _Known, look: Look, t_ns: int) -> Iterator[Record]:
+        """Introduces a process again if it is not any more what was told. Once for all that is drained together."""
+        if known.intro is None or known.renewed == self._drains:
+            return
+        known.renewed = self._drains
+        fresh = self._reader.introduce(look.stat, (), RecordType.INTRO, t_ns)
+        has_gone = fresh.uid is None
+        if not has_gone and who_is(fresh) != who_is(known.intro):
+            known.intro = fresh._replace(exe=known.intro.exe)
+            yield known.intro
 
     def _on_range(self, seen: RangeRecord) -> Iterator[Record]:
         known = self._known.get(seen.tgid)
         if known is None or (known.intro is None and not self._report.value & Report.RANGES):
             return
         if seen.type == SEEN_RANGE:
+            stat = self._reader.proc.stat(seen.tgid) if known.renewed != self._drains else Miss.ABSENT
+            if not isinstance(stat, Miss) and stat.start_ns == known.start_ns:
+                yield from self._renew(known, Look(stat, [], 0, 0), seen.t_ns)
             yield self._small(RecordType.RANGE, seen, seen.start, seen.end)
         else:
             yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
@@ -247,6 +280,12 @@ class PrebuiltSource:
             # In a pid namespace of its own the child's number there is not known.
             ns_pid = pid if parent.intro.ns_pid == seen.tgid else None
             intro = parent.intro._replace(ns_pid=ns_pid)  # type: ignore[arg-type]
+            if not isinstance(stat, Miss):
+                now = self._reader.introduce(stat, (), RecordType.FORK, seen.t_ns)
+                if now.uid is not None:
+                    intro = intro._replace(
+                        uid=now.uid, comm=now.comm, cgroup=now.cgroup, cgroup_bytes=now.cgroup_bytes, ns_pid=now.ns_pid
+                    )
         intro = intro._replace(
             type=RecordType.FORK,
             flags=seen.flags | (FLAG_SHARED_VM if flags & CLONE_VM and flags != UNKNOWN_FLAGS else 0),

@@ -176,6 +176,7 @@ class ProcReader:
             end=row.end,
             offset_bytes=row.offset_bytes,
             changed_ns=0,  # maps does not tell
+            place=0,
             comm=of.comm,
             # Devices and FIFOs can be mapped too, but only their inode would tell.
             mode=stat.S_IFREG,

@@ -40,12 +40,13 @@ int main(void)
     struct record visit = head(RECORD_VISIT, sizeof(visit));
     struct range_record range = { .head = head(RECORD_RANGE, sizeof(range)), .start = 41ull << 33, .end = 42ull << 33 };
     struct map_record map = { .head = head(RECORD_MAP, sizeof(map) + 8), .key = key, .start = 51ull << 33,
-                .end = 52ull << 33, .offset_bytes = 53ull << 33, .changed_ns = 54ull << 33, .comm = "thread",
+                .end = 52ull << 33, .offset_bytes = 53ull << 33, .changed_ns = 54ull << 33, .place = 55ull << 33,
+                .comm = "thread",
                 .mode = 0100755, .path_bytes = 6 };
     struct process_record process = { .head = head(RECORD_FORK, sizeof(process) + 16), .parent_start_ns = 61ull << 33,
                     .parent_tgid = 62, .ppid = 63, .uid = 64, .ns_pid = 65, .exe = id,
                     .interpreter_base = 66ull << 33, .root_dentry = 67, .root_mnt = 68,
-                    .reserved = { ~0ull, ~0ull, ~0ull }, .comm = "main", .cgroup_bytes = 4,
+                    .reserved = { ~0ull, ~0ull, ~0ull, ~0ull }, .comm = "main", .cgroup_bytes = 4,
                     .path_bytes = 7 };
 
     fwrite(&visit, sizeof(visit), 1, stdout);
@@ -86,7 +87,7 @@ def test_c_and_python_agree_on_a_map_record(written):
     text = b"so\0us\0"
     comm = b"thread".ljust(16, b"\0")
     expected = MapRecord(
-        *(168, RecordType.MAP, *HEAD, KEY, 51 << 33, 52 << 33, 53 << 33, 54 << 33, comm, 0o100755, 6, text),
+        *(176, RecordType.MAP, *HEAD, KEY, 51 << 33, 52 << 33, 53 << 33, 54 << 33, 55 << 33, comm, 0o100755, 6, text),
     )
     assert written[2] == expected
 
@@ -95,7 +96,7 @@ def test_c_and_python_agree_on_a_process_record(written):
     root = struct.pack("=QQ", 67, 68)
     comm = b"main".ljust(16, b"\0")
     expected = ProcessRecord(
-        *(176, RecordType.FORK, *HEAD),
+        *(184, RecordType.FORK, *HEAD),
         *(61 << 33, 62, 63, 64, 65, KEY[:24], 66 << 33, root, comm, 4, 7, b"x.s\0", b"exe\0us\0"),
     )
     assert written[3] == expected

@@ -452,7 +452,25 @@ def name_of(row: MapRow, root: bytes = b"/") -> Name:
     from sowatch.model.rules import Rule, RuleSet
 
     record = MapRecord(
-        0, RecordType.MAP, file.flags, 1, 1, 1, 1, 0, 0, file.key, 0, 1, 0, 0, b"", file.mode, len(file.text), file.text
+        0,
+        RecordType.MAP,
+        file.flags,
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        file.key,
+        0,
+        1,
+        0,
+        0,
+        0,
+        b"",
+        file.mode,
+        len(file.text),
+        file.text,
     )
     return Name(record, RuleSet([Rule(None)]))
 

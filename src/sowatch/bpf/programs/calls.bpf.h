@@ -206,10 +206,19 @@ static __always_inline bool is_throttled(struct task_struct *task, struct proces
 	return true;
 }
 
-static __always_inline void introduce(struct task_struct *task, struct process *process)
+/* Again if it is not any more what user space was told that it is. Not inlined: it has several callers. */
+static __noinline int introduce(struct task_struct *task, struct process *process)
 {
-	if (!process->introduced)
-		process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, process, RECORD_INTRO, 0, WITH_EXE);
+	__u64 facts;
+
+	if (!process)
+		return 0;
+	facts = facts_of(task);
+	if (process->introduced && process->facts == facts)
+		return 0;
+	process->introduced = send_process(SCRATCH_HOOKS, NULL, task, NULL, process, RECORD_INTRO, 0, WITH_EXE);
+	process->facts = facts;
+	return 0;
 }
 
 static __always_inline void untouch(const struct pending *call, __u32 tgid)
@@ -312,6 +321,8 @@ static __always_inline void report_unmapping(struct task_struct *task, struct pr
 	}
 	if (is_throttled(task, process))
 		return;
+	if (process && process->introduced)
+		introduce(task, process);
 	if (process && !was_alone(call, task)) {
 		flags = sharing_flag(task, process, 0);
 		if (mark_dirty(process))
@@ -322,22 +333,13 @@ static __always_inline void report_unmapping(struct task_struct *task, struct pr
 
 #define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)
 
-/* For every call: what has to be known was noted at the entry. kinds: those that this call can be. */
-static __always_inline int leave_call(long ret, __u32 kinds)
+/* What a call has done, told. kinds: those that this call can be. */
+static __always_inline void tell_call(struct task_struct *task, struct pending *call, long ret, __u32 kinds)
 {
-	struct task_struct *task;
-	struct pending *call;
-	__u64 pid_tgid;
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 
-	if (!calls_under_way)
-		return 0;
-	pid_tgid = bpf_get_current_pid_tgid();
-	call = bpf_map_lookup_elem(&pending_calls, &pid_tgid);
-	if (!call)
-		return 0;
-	task = current_task();
 	if (call->kind & kinds & PENDING_UNMAP) {
-		struct process *process = find_process(pid_tgid >> 32);
+		struct process *process = find_process(tgid);
 
 		/* The reader may have found in another holder what this has taken away. */
 		if (!process && report & REPORT_RANGES && has_strangers(task, 0))
@@ -345,7 +347,7 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 		report_unmapping(task, process, call, ret);
 	}
 	if (call->kind & kinds & PENDING_REREAD) {
-		struct process *process = find_process(pid_tgid >> 32);
+		struct process *process = find_process(tgid);
 
 		/* The reader may have passed the place where this has put something. */
 		if (!process && report & REPORT_RANGES)
@@ -354,7 +356,7 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 	}
 	if (call->kind & kinds & PENDING_MAP) {
 		if (is_error(ret))
-			untouch(call, pid_tgid >> 32);
+			untouch(call, tgid);
 		else
 			report_mapping(call, ret);
 	}
@@ -365,6 +367,21 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 		else
 			report_mapping(call, call->start);
 	}
+}
+
+/* For every call: what has to be known was noted at the entry. */
+static __always_inline int leave_call(long ret, __u32 kinds)
+{
+	struct pending *call;
+	__u64 pid_tgid;
+
+	if (!calls_under_way)
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	call = bpf_map_lookup_elem(&pending_calls, &pid_tgid);
+	if (!call)
+		return 0;
+	tell_call(current_task(), call, ret, kinds);
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
 	__sync_fetch_and_sub(&calls_under_way, 1);
 	return 0;

@@ -96,6 +96,33 @@ static __always_inline bool send_scratch(struct seq_file *seq, struct scratch *s
 	return true;
 }
 
+static __always_inline __u64 mix(__u64 sum, __u64 word)
+{
+	return ((sum << 5 | sum >> 59) ^ word) * 0x9e3779b97f4a7c15ULL;
+}
+
+/*
+ * A number made of what an introduction says of a process and may change while it runs its program:
+ * the user, the cgroups (the set of them is another object after any move; it may get the address of
+ * one that is gone, so that of version 2 counts by its own number, too), the parent, the root, the
+ * name. As /proc does, of a process its leader is asked.
+ */
+static __noinline __u64 facts_of(struct task_struct *task)
+{
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	struct css_set *set = BPF_CORE_READ(leader, cgroups);
+	__u64 sum = 0, name[COMM_BYTES / sizeof(__u64)] = {};
+
+	bpf_probe_read_kernel_str(name, sizeof(name), leader->comm);
+	sum = mix(sum, BPF_CORE_READ(leader, cred, uid.val));
+	sum = mix(sum, BPF_CORE_READ(leader, real_parent, tgid));
+	sum = mix(sum, (__u64)set);
+	sum = mix(sum, BPF_CORE_READ(set, dfl_cgrp, kn, id));
+	sum = mix(sum, (__u64)BPF_CORE_READ(task, fs, root.dentry));
+	sum = mix(sum, (__u64)BPF_CORE_READ(task, fs, root.mnt));
+	return mix(mix(sum, name[0]), name[1]);
+}
+
 /* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. */
 static __always_inline __u64 interpreter_base_of(struct mm_struct *mm)
 {
@@ -152,6 +179,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 					 __u32 flags, enum process_text with)
 {
 	struct scratch *scratch = take_scratch(owner);
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
 	struct process_record *record;
 	struct mm_struct *mm = BPF_CORE_READ(task, mm);
 	struct path root = BPF_CORE_READ(task, fs, root);
@@ -168,13 +196,13 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 		record->parent_tgid = BPF_CORE_READ(parent, tgid);
 		record->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
 	}
-	record->ppid = BPF_CORE_READ(task, real_parent, tgid);
-	record->uid = BPF_CORE_READ(task, cred, uid.val);
+	record->ppid = BPF_CORE_READ(leader, real_parent, tgid);
+	record->uid = BPF_CORE_READ(leader, cred, uid.val);
 	record->ns_pid = pid_in_own_namespace(task);
 	record->root_dentry = (__u64)root.dentry;
 	record->root_mnt = (__u64)root.mnt;
 	read_comm(task, record->comm);
-	record->cgroup_bytes = append_cgroups(owner, scratch, task);
+	record->cgroup_bytes = append_cgroups(owner, scratch, leader);
 	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
 	if (exe) {
 		identify(TYPED(struct file, exe), &record->exe);
@@ -208,6 +236,7 @@ static __always_inline void describe_file(enum scratch_owner owner, struct scrat
 	record->path_bytes = walk_path(owner, scratch, opened, root, PATH_TEXT_BYTES);
 	if (scratch->is_partial)
 		record->head.flags |= FLAG_PARTIAL;
+	record->place = scratch->is_partial ? 0 : scratch->place;
 }
 
 /* A file mapped executable at [start, end), with the path that the process sees. */

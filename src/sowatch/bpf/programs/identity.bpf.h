@@ -2,6 +2,7 @@
 /* Which file is it: the real inode below stacked file systems, and the name it was opened by. */
 #pragma once
 
+#include "place.bpf.h"
 #include "state.bpf.h"
 
 /* overlayfs on overlayfs on a real file system is as deep as the kernel lets it be stacked
@@ -159,9 +160,14 @@ static __always_inline enum verdict look_up_verdict(const struct file_key *key)
 
 	if (!value)
 		return VERDICT_NONE;
-	if (value->verdict == VERDICT_IGNORE && now_s >= value->expires_s)
+	if (value->verdict != VERDICT_IGNORE)
+		return value->verdict;
+	if (now_s >= value->expires_s || !value->place)
 		return VERDICT_NONE;
-	return value->verdict;
+	/* Last, for it costs most: a directory above it may have another name, or another place, by now. */
+	if (value->place != place_of(key))
+		return VERDICT_NONE;
+	return VERDICT_IGNORE;
 }
 
 /* The file behind a descriptor of the calling task, or NULL. */

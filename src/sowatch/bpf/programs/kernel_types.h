@@ -174,6 +174,7 @@ struct cred {
 };
 
 struct kernfs_node {
+	__u64 id;
 	struct kernfs_node *__parent;
 	const char *name;
 	unsigned int hash;
@@ -202,7 +203,17 @@ struct completion {
 	unsigned int done;
 };
 
+#if defined(__TARGET_ARCH_x86)
+/* The first member of a task; of other machines no call comes by two ways. */
+struct thread_info {
+	__u32 status;
+};
+#endif
+
 struct task_struct {
+#if defined(__TARGET_ARCH_x86)
+	struct thread_info thread_info;
+#endif
 	unsigned int __state;
 	unsigned int in_execve : 1;
 	int pid;
@@ -237,6 +248,9 @@ struct pt_regs {
 	unsigned long r10;
 	unsigned long r8;
 	unsigned long r9;
+	unsigned long bx;
+	unsigned long cx;
+	unsigned long orig_ax;
 };
 #define SYSCALL_FUNCTION "__x64_sys_"
 #define ARGUMENT(regs, number) ((regs)->ARGUMENT_##number)
@@ -306,5 +320,8 @@ struct syscall_exit {
 #define READ_IMPLIES_EXEC 0x0400000
 #define S_IFMT 00170000
 #define S_IFREG 0100000
+/* asm/thread_info.h, uapi/asm/unistd.h */
+#define TS_COMPAT 0x2
+#define X32_SYSCALL_BIT 0x40000000
 #define PAGE_SHIFT 12
 #define PAGE_MASK_LOW 0xfffULL

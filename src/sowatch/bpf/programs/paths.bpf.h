@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "place.bpf.h"
 #include "state.bpf.h"
 
 #ifdef OLD_KERNEL
@@ -34,6 +35,7 @@ struct scratch {
 	char text[TEXT_BYTES + NAME_BYTES];
 	__u32 cgroup_count;
 	__u32 cgroup_hashes[CGROUP_PATHS];
+	__u64 place; /* of what was walked last, as place_of() */
 };
 
 _Static_assert(sizeof(struct map_record) == sizeof(struct process_record), "text must follow the record");
@@ -88,6 +90,7 @@ static __always_inline bool step_up(struct scratch *scratch)
 {
 	struct dentry *dentry = scratch->dentry, *parent;
 	struct vfsmount *mnt = scratch->mnt;
+	__u64 hash_len;
 
 	if (dentry == scratch->root.dentry && mnt == scratch->root.mnt)
 		return false;
@@ -101,8 +104,13 @@ static __always_inline bool step_up(struct scratch *scratch)
 		scratch->mnt = (void *)below + bpf_core_field_offset(struct mount, mnt);
 		return true;
 	}
+	hash_len = BPF_CORE_READ(dentry, d_name.hash_len);
 	if (!append(scratch, BPF_CORE_READ(dentry, d_name.name)))
 		return false;
+	/* Of a name that was changed in between: a place that no file has. */
+	if (hash_len != BPF_CORE_READ(dentry, d_name.hash_len))
+		hash_len = 0;
+	scratch->place = add_to_place(scratch->place, hash_len);
 	parent = BPF_CORE_READ(dentry, d_parent);
 	scratch->dentry = parent;
 	return parent != dentry; /* its own parent: a memfd or another file without a directory */
@@ -156,6 +164,7 @@ static __always_inline __u32 walk_path(enum scratch_owner owner, struct scratch 
 	scratch->root = root;
 	scratch->text_limit = before + limit;
 	scratch->is_partial = 0;
+	scratch->place = PLACE_SEED;
 	walk_up(owner, scratch);
 	return scratch->text_end - before;
 }

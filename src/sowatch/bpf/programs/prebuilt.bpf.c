@@ -40,6 +40,8 @@ enum seen_type {
 	SEEN_FORK = 19,  /* start: the child's pid; end: its clone flags, UNKNOWN_FLAGS if nobody knows */
 	SEEN_EXEC = 20,
 	SEEN_EXIT = 21, /* of a thread; start: 1 if it is the last one, 0 if nobody knows */
+	/* Perhaps a compat call that has made [start, end) executable; if it did not, that is no loss. */
+	SEEN_COMPAT = 22,
 };
 
 #define UNKNOWN_FLAGS (~0ULL)
@@ -348,6 +350,8 @@ int leave(struct syscall_exit *context)
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
 	return 0;
 }
+
+#include "prebuilt_compat.bpf.h"
 
 /* ---- processes come and go -------------------------------------------------------------------- */
 

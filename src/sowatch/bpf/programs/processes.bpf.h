@@ -65,8 +65,10 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 	}
 	sent = send_process(SCRATCH_HOOKS, NULL, child, parent, inherited, RECORD_FORK, flags,
 			    process && process->introduced ? WITHOUT_EXE : WITH_EXE);
-	if (inherited)
+	if (inherited) {
 		inherited->introduced = sent;
+		inherited->facts = facts_of(child);
+	}
 	return 0;
 }
 
@@ -165,6 +167,8 @@ int BPF_PROG(process_exits, struct task_struct *task)
 			process->company_ns = bpf_ktime_get_ns();
 		return 0;
 	}
+	if (process && process->introduced)
+		introduce(task, process);
 	if (process || report & REPORT_PROCESSES)
 		send_small(task, RECORD_EXIT, 0, 0, 0);
 	remove_process(tgid);

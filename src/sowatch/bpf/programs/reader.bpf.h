@@ -174,6 +174,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	struct reader *reader;
 	struct process *process;
 	bool introduces = false;
+	__u64 facts = 0;
 	struct file_key key = {};
 	enum verdict verdict;
 	struct listed *listed;
@@ -199,7 +200,11 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	if (!reader->visit_sent && (process || report & REPORT_VISITS) &&
 	    !tell_visit(seq, task, process, reader->visit_flags))
 		return 0; /* the buffer is full: the kernel calls again for this vma */
-	if (process && reader->visit_flags & FLAG_SHARED_VM && !process->introduced) {
+	if (process && (!reader->visit_sent || !process->introduced))
+		facts = facts_of(task);
+	/* One that was introduced is so again if it is not any more what it was said to be. */
+	if (process && ((!process->introduced && reader->visit_flags & FLAG_SHARED_VM) ||
+			(process->introduced && facts && facts != process->facts))) {
 		introduces = true;
 		if (!send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
 			return 0;
@@ -233,6 +238,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 				reader->is_skipped = 1;
 				return 0;
 			}
+			facts = facts_of(task);
 			reader->visit_flags |= sharing_flag(task, process, 1);
 			if (!reader->visit_sent && !tell_visit(seq, task, process, reader->visit_flags))
 				return 0;
@@ -261,8 +267,11 @@ int read_mappings(struct bpf_iter__task_vma *context)
 introduced:
 	introduces = true;
 shown:
-	if (process && introduces)
+	if (process && introduces) {
 		process->introduced = 1;
+		if (facts)
+			process->facts = facts;
+	}
 	if (process || report & REPORT_VISITS)
 		reader->visit_sent = 1;
 	return 0;

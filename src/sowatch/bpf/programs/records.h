@@ -94,10 +94,15 @@ struct file_key {
 	__u32 epoch;
 };
 
-/* 8 bytes: the answer of user space. expires_s is compared with the now_s that it keeps. */
+/*
+ * 16 bytes: the answer of user space. expires_s is compared with the now_s that it keeps. An ignore
+ * stands for the place that the map_record had which it answers, see place_of(): of a file whose
+ * directory was renamed or moved, or whose mount was, nothing is known.
+ */
 struct verdict_value {
 	__u32 verdict;
 	__u32 expires_s;
+	__u64 place;
 };
 
 /* 40 bytes: the head of every record. */
@@ -119,7 +124,7 @@ struct range_record {
 	__u64 end;
 };
 
-/* 160 bytes, then the text: path_bytes of components from the leaf up, each ended by a NUL. */
+/* 168 bytes, then the text: path_bytes of components from the leaf up, each ended by a NUL. */
 struct map_record {
 	struct record head;
 	struct file_key key;
@@ -127,13 +132,14 @@ struct map_record {
 	__u64 end;
 	__u64 offset_bytes;
 	__u64 changed_ns; /* ctime of the real inode: what was read of the file before is void after it */
+	__u64 place;      /* of which the path in the text is; 0: not known */
 	char comm[COMM_BYTES];
 	__u32 mode;
 	__u32 path_bytes;
 };
 
 /*
- * 160 bytes, then the text: cgroup_bytes of the paths of its cgroups, then path_bytes of the executable's. The first
+ * 168 bytes, then the text: cgroup_bytes of the paths of its cgroups, then path_bytes of the executable's. The first
  * cgroup is that of version 2; an empty component begins the next one, of another hierarchy and with another path.
  */
 struct process_record {
@@ -147,7 +153,7 @@ struct process_record {
 	__u64 interpreter_base;
 	__u64 root_dentry;
 	__u64 root_mnt;
-	__u64 reserved[3];
+	__u64 reserved[4];
 	char comm[COMM_BYTES];
 	__u32 cgroup_bytes;
 	__u32 path_bytes;
@@ -156,7 +162,8 @@ struct process_record {
 /* The same on every architecture: all fields have a width, and none needs padding. */
 _Static_assert(sizeof(struct file_id) == 24, "sowatch.bpf.records.FILE_ID");
 _Static_assert(sizeof(struct file_key) == 64, "sowatch.sources.core.FILE_KEY");
+_Static_assert(sizeof(struct verdict_value) == 16, "sowatch.sources.core.VERDICT_VALUE");
 _Static_assert(sizeof(struct record) == 40, "sowatch.bpf.records.HEAD");
 _Static_assert(sizeof(struct range_record) == 56, "sowatch.bpf.records.RANGE");
-_Static_assert(sizeof(struct map_record) == 160, "sowatch.bpf.records.MAP");
-_Static_assert(sizeof(struct process_record) == 160, "sowatch.bpf.records.PROCESS");
+_Static_assert(sizeof(struct map_record) == 168, "sowatch.bpf.records.MAP");
+_Static_assert(sizeof(struct process_record) == 168, "sowatch.bpf.records.PROCESS");

@@ -28,6 +28,7 @@ struct process {
 	__u32 shares_vm;   /* another process may hold the same mm */
 	__u64 company_ns;  /* when a thread of it, but not the last, ended last */
 	__u64 visit_run;   /* the reading that visited it last, and through which thread */
+	__u64 facts;       /* what its last introduction said, see facts_of */
 	__u32 first_touch; /* what touches counts from, see follow */
 	__u32 vm_root;     /* who else has to know of its ranges; itself if that is not known; 0: nobody */
 	__u32 visit_tid;

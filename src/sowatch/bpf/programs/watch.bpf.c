@@ -21,6 +21,7 @@
  * and every system call pays for, and trampolines on the system calls' own functions, which cost
  * the others nothing. docs/decisions/0009-trampolines.md.
  */
+#include "compat.bpf.h"
 #include "processes.bpf.h"
 #include "reader.bpf.h"
 #ifdef OLD_KERNEL
