@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sowatch import Config, ProcessMonitor, Rule, Watcher
 from sowatch.model.process_events import ProcessEvent
 from sowatch.sources.process_feeds import PolledProcessFeed
 from support.hostile import deep_path
-from support.programs import Mapper, make_libraries
+from support.programs import Mapper, compile_library, make_libraries
 
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
@@ -314,3 +315,52 @@ def test_a_process_whose_program_has_a_path_too_long_for_proc_is_listed_without_
 
     (entry,) = map(json.loads, done.stdout.splitlines())
     assert (entry["process"]["pid"], entry["process"]["exe"]) == (process.pid, None)
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that nobody may look into, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+
+
+@needs_root
+def test_nobody_is_not_told_that_a_file_is_not_mapped_where_it_could_not_look(
+    mapper: Mapper, open_directory: Path
+) -> None:
+    closed = open_directory / "closed"
+    closed.mkdir(mode=0o700)
+    libraries = [compile_library(directory / "libshut.so") for directory in (open_directory, closed)]
+    for library in libraries:
+        mapper.map(library)
+    report = json.loads(as_nobody("explain", "--json", str(libraries[0])).stdout)
+    shut = as_nobody("explain", "--json", str(libraries[1]))
+
+    assert (report["mapped"], report["notes"][0]) == ([], "mapped_unknown")
+    assert report["unreadable"] > 0
+    assert shut.returncode == 1
+    said = r"Permission denied; and no process has .* mapped, of those that could be read: \d+ could not"
+    assert re.search(said, shut.stderr)
+    text = as_nobody("explain", "--format", "text", str(libraries[0])).stdout
+    assert "no process that could be read has this file mapped executable" in text
+    assert re.search(r"note +\d+ processes could not be read\.", text)
+
+
+@needs_root
+def test_nobody_is_not_told_that_its_own_mapping_is_of_another_file_where_it_could_not_look(
+    spawn: Any, open_directory: Path
+) -> None:
+    """It was opened before its directory was closed."""
+    library = compile_library(open_directory / "shut" / "libshut.so")
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    process = spawn([*NOBODY, "/usr/bin/python3", "-c", code, library], stdin=-1, stdout=-1)
+    assert process.stdout.readline() == b"\n"
+    library.parent.chmod(0o700)
+
+    report = json.loads(as_nobody("explain", "--json", str(library)).stdout)
+
+    assert (report["type"], report["error"]) == (None, "Permission denied")
+    assert [(one["process"]["pid"], one["relation"]) for one in report["mapped"]] == [(process.pid, "unknown")]
+    assert "mapped_unknown" in report["notes"]

@@ -33,7 +33,8 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
           events name; withheld counts the other files)
 Of a path: target "path", path, resolved, type or null, error, ids (dev, inode, generation, subvol,
 id_from), kind, rule, rules, verdict, file, activations, blocked; mapped: process, path, inode,
-ranges, in_map, seen, relation same, other_name, other_file or deleted; notes: not_mapped,
+ranges, in_map, seen, relation same, other_name, other_file, deleted or unknown; unreadable (number
+of processes that may have it, too) and hidden (by hidepid); notes: not_mapped, mapped_unknown,
 not_regular, nothing_wants, unrepaired, published_only.
 
 Examples:
@@ -109,6 +110,7 @@ _RELATION: Final = {
     "other_name": "this file, by another name",
     "other_file": "another file, by the same name",
     "deleted": "a deleted file that had this name",
+    "unknown": "this file or another: it cannot be told",
 }
 _ID_FROM: Final = {
     "map": "by the map",
@@ -128,6 +130,7 @@ _NOTES: Final = {
     "unrepaired": "facts were lost and the map is not repaired yet, so it may be wrong for a moment.",
     "not_mapped": "no process has this file mapped executable. A program that has the library linked in "
     "statically does not map it.",
+    "mapped_unknown": "no process that could be read has this file mapped executable, as far as it can be told.",
     "not_regular": "only regular files and memfds can be libraries.",
     "nothing_wants": "no rule would want it.",
     "published_only": "only what load events name is shown; `sowatch debug explain`, on the host, shows the rest.",
@@ -263,7 +266,7 @@ def _path(report: PathReport) -> Iterator[str]:
     yield _line("path", visible(report.path))
     if report.resolved != report.path:
         yield _line("leads to", visible(report.resolved))
-    yield _line("type", report.file_type or f"nothing is there: {report.error}")
+    yield _line("type", _type_of(report))
     for one in report.ids:
         yield _line("file", f"{one.id} {_ID_FROM[one.id_from]}")
     yield from _rules(report.rules, "")
@@ -276,6 +279,17 @@ def _path(report: PathReport) -> Iterator[str]:
         yield ""
         yield from _mapped(report.mapped)
     yield from _notes(report.notes)
+    if report.unreadable:
+        yield _line("note", f"{report.unreadable} process{'es' * (report.unreadable != 1)} could not be read.")
+    if report.is_hidden:
+        yield _line("note", "/proc hides processes of other users (hidepid), nobody knows how many.")
+
+
+def _type_of(report: PathReport) -> str:
+    if report.file_type is not None:
+        return "memory, which no directory has" if report.file_type == "memory" else report.file_type
+    is_absent = report.look.elf == "gone"
+    return f"{'nothing is there' if is_absent else 'cannot be told'}: {report.error}"
 
 
 def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:

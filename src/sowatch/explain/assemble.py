@@ -35,6 +35,7 @@ from sowatch.model.rules import RuleSet
 from sowatch.sources.core import Verdict
 
 __all__ = [
+    "MEMORY",
     "FilesByAddress",
     "Group",
     "Memory",
@@ -51,6 +52,7 @@ __all__ = [
     "verdict_of",
 ]
 
+MEMORY: Final = "memory"  # the type of file of a path like ``/memfd:NAME``
 #: Names that no directory holds; see `sowatch.engine.address_space.Name.is_anonymous`.
 _SEGMENTS: Final = ("/SYSV", "/dev/zero")
 
@@ -186,13 +188,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class PathFacts:
-    """What a path stands for here. ``shown`` is None if there is nothing; ``error`` says why."""
+    """What a path stands for here. ``shown`` is None if there is nothing, or not ``could_look``; ``error`` says why."""
 
     path: str
     resolved: str
     file_type: str | None
     error: str | None
     shown: Shown | None
+    could_look: bool = True
 
 
 # ---- rules --------------------------------------------------------------------------------------
@@ -481,11 +484,14 @@ def _untold(file: KnownFile | None, process: KnownProcess | None, known: Known, 
 # ---- a path -------------------------------------------------------------------------------------
 
 
-def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: bool) -> Relation | None:
-    """How a mapped file is related to the path; None: not at all."""
+def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: bool | None) -> Relation | None:
+    """How a mapped file is related to the path; None: not at all. ``is_same_file`` is None if that cannot be told."""
     is_same_path = path in (facts.path, facts.resolved)
+    is_deleted &= facts.file_type != MEMORY  # memory never had a name that could be gone
     if is_same_file:
         return "same" if is_same_path and not is_deleted else "other_name"
+    if is_same_file is None and (facts.shown is not None or is_same_path):
+        return "deleted" if is_same_path and is_deleted else "unknown"
     if not is_same_path:
         return None
     return "deleted" if is_deleted else "other_file"
@@ -518,6 +524,9 @@ def path_report(
     memory: Memory,
     look: FileLook,
     rules: RuleSet,
+    *,
+    unreadable: int = 0,
+    is_hidden: bool = False,
 ) -> PathReport:
     """Puts a path's report together.
 
@@ -529,6 +538,8 @@ def path_report(
         memory: what is remembered of files.
         look: at the file.
         rules: the watch's.
+        unreadable: processes that may have it mapped, too.
+        is_hidden: ``/proc`` does not show all processes.
     """
     kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
     rule_answers = answers(rules, facts.resolved, kind, look.exports, gave_up_exports=look.gave_up_exports)
@@ -543,10 +554,15 @@ def path_report(
         return one.id in file_ids or (ids[0].id_from == "proc" and shown.could_be(one.id))
 
     notes = []
-    if facts.file_type not in (None, "regular file"):
+    may_be_mapped = facts.file_type in (None, "regular file", MEMORY)
+    if not may_be_mapped:
         notes.append("not_regular")
     if not any(one.relation in ("same", "other_name") for one in mapped):
-        notes.append("not_mapped")
+        is_open = unreadable or is_hidden or not facts.could_look or any(one.relation == "unknown" for one in mapped)
+        if is_open and may_be_mapped:
+            notes.append("mapped_unknown")
+        elif facts.file_type is not None:
+            notes.append("not_mapped")
     if rule is None:
         notes.append("nothing_wants")
     if not memory.is_repaired:
@@ -566,6 +582,8 @@ def path_report(
         activations=memory.activations(file_ids),
         blocked=memory.blocks(is_it),
         notes=tuple(notes),
+        unreadable=unreadable,
+        is_hidden=is_hidden,
     )
 
 
@@ -573,7 +591,7 @@ def same_file(facts: PathFacts, ids: Collection[FileId], group: Group, file: Kno
     """Whether rows show the file that the path names; None: only a look at the mapping itself can tell."""
     shown = facts.shown
     if shown is None:
-        return False
+        return False if facts.could_look else None
     if file is not None and file.name.file_id in ids:
         return True
     # While it is mapped nobody else can get its number, so the generation need not be asked.

@@ -19,6 +19,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Name
 from sowatch.engine.queries import Known, View
 from sowatch.explain.assemble import (
+    MEMORY,
     FilesByAddress,
     Group,
     Memory,
@@ -36,9 +37,13 @@ from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Aside, Subject, look_at, look_at_place
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
+from sowatch.linux.hidepid import hides_processes
+from sowatch.linux.liveness import running_stat
+from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.rules import RuleSet
+from sowatch.model.identity import FileId
+from sowatch.model.rules import Rule, RuleSet
 
 __all__ = ["Desk", "check_process", "explain"]
 
@@ -67,6 +72,8 @@ class Desk:
     ask_map: Callable[[int | None, Callable[[Name], bool]], Known]
     view: Callable[[], View]
     is_repaired: Callable[[], bool]
+    #: Whether the map is made of what ``/proc`` shows us, so that it lacks processes that may not be read.
+    reads_proc: bool = False
 
     @property
     def exports(self) -> frozenset[str]:
@@ -248,10 +255,13 @@ def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
     found: list[PathFacts] = []
     look = aside.run(lambda: _look_at_path(path, desk.exports, found.append)) or _NO_ANSWER
     plain = os.path.abspath(path)
-    facts = found[0] if found else PathFacts(plain, plain, None, "the file system does not answer", None)
+    facts = (
+        found[0] if found else PathFacts(plain, plain, None, "the file system does not answer", None, could_look=False)
+    )
     if facts.shown is not None:
         facts = replace(facts, shown=facts.shown._replace(generation=look.generation))
-    rows = _rows_near(facts, desk.proc)
+    rows, unreadable = _rows_near(facts, desk.proc)
+    facts, look = _memory_facts(facts, look, rows, desk, aside)
     inodes = {row.inode for found in rows.values() for row in found}
     if facts.shown is not None:
         inodes.add(facts.shown.inode)
@@ -260,12 +270,39 @@ def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
         memory = _memory(desk, known, set() if facts.shown is None else {facts.shown.inode})
     ids = ids_of(facts, known, memory)
     mapped = list(_mapped(facts, ids, known, rows, desk, aside))
+    is_hidden = hides_processes(desk.proc)
     if facts.file_type is None and not mapped:
+        rest = f", of those that could be read: {unreadable} could not" if unreadable else ""
+        rest += ", of those that /proc shows: it hides others (hidepid)" * is_hidden
         raise SowatchError(
-            f"cannot look at {path!r}: {facts.error}; and no process has a file of that name mapped. "
+            f"cannot look at {path!r}: {facts.error}; and no process has a file of that name mapped{rest}. "
             "`sowatch list` shows what is mapped."
         )
-    return path_report(facts, ids, mapped, known.own_view, memory, look, desk.rules)
+    kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
+    if not desk.reads_proc and isinstance(desk.rules.match(facts.resolved, kind, look.exports), Rule):
+        unreadable, is_hidden = 0, False  # the map has all that is wanted, of whatever process
+    return path_report(
+        facts, ids, mapped, known.own_view, memory, look, desk.rules, unreadable=unreadable, is_hidden=is_hidden
+    )
+
+
+def _memory_facts(
+    facts: PathFacts, look: FileLook, near: Mapping[int, list[MapRow]], desk: Desk, aside: Aside
+) -> tuple[PathFacts, FileLook]:
+    """Of a path that names nothing: those of memory that is mapped under that name."""
+    if facts.shown is not None or not facts.could_look:
+        return facts, look
+    name = os.fsencode(facts.path)
+    for pid, rows in near.items():
+        for row in rows:
+            if row.path == name and is_memory(FileId(row.major, row.minor, row.inode)):
+                subject = Subject(
+                    pid, facts.path, row.inode, ((row.start, row.end),), is_own_view=False, is_deleted=True
+                )
+                look = aside.run(partial(look_at, desk.proc, subject, desk.exports)) or _NO_ANSWER
+                shown = Shown(row.major, row.minor, row.inode)
+                return replace(facts, file_type=MEMORY, error=None, shown=shown), look
+    return facts, look
 
 
 def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts], None]) -> FileLook:
@@ -278,9 +315,10 @@ def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts
         # O_PATH opens nothing: no device, no FIFO that would wait for a writer.
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        facts = PathFacts(plain, plain, None, os.strerror(error.errno or 0), None)
+        is_absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        facts = PathFacts(plain, plain, None, os.strerror(error.errno or 0), None, could_look=is_absent)
         tell(facts)
-        return FileLook("gone", facts.error)
+        return FileLook("gone" if is_absent else "not_permitted", facts.error)
     try:
         status = os.fstat(place)
         resolved = plain
@@ -298,18 +336,28 @@ def _shown(status: os.stat_result) -> Shown:
     return Shown(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
 
 
-def _rows_near(facts: PathFacts, proc: ProcFs) -> dict[int, list[MapRow]]:
-    """Rows, by process, that may be of the file, or of another one under its path."""
+def _rows_near(facts: PathFacts, proc: ProcFs) -> tuple[dict[int, list[MapRow]], int]:
+    """Rows, by process, that may be of the file, or of another one under its path; and how many could not be read."""
     inode = None if facts.shown is None else facts.shown.inode
     # A chroot's paths begin with its root.
     names = tuple(os.fsencode(path) for path in {facts.path, facts.resolved})
     found: dict[int, list[MapRow]] = {}
+    unreadable = 0
     for pid in proc.pids():
         rows = proc.executable_maps(pid)
-        for row in () if isinstance(rows, Miss) else rows:
+        if isinstance(rows, Miss):
+            unreadable += rows not in (Miss.GONE, Miss.ABSENT) and _is_running(proc, pid)
+            continue
+        for row in rows:
             if row.inode == inode or row.path.endswith(names) or row.shown_path.endswith(names):
                 found.setdefault(pid, []).append(row)
-    return found
+    return found, unreadable
+
+
+def _is_running(proc: ProcFs, pid: int) -> bool:
+    """Whether it is a process that may have something mapped."""
+    stat = running_stat(proc, pid)
+    return stat is Miss.DENIED if isinstance(stat, Miss) else not stat.is_kernel_thread
 
 
 def _mapped(
@@ -336,7 +384,7 @@ def _mapped(
             file = files.find(group)
             is_same = same_file(facts, file_ids, group, file)
             if is_same is None:
-                is_same = bool(aside.run(partial(_is_mapped, facts, proc, pid, group)))
+                is_same = aside.run(partial(_is_mapped, facts, proc, pid, group))
             relation = relation_of(facts, group.path, is_deleted=group.is_deleted, is_same_file=is_same)
             if relation is not None:
                 load = None if file is None else file.load
@@ -353,11 +401,13 @@ def _mapped(
                 )
 
 
-def _is_mapped(facts: PathFacts, proc: ProcFs, pid: int, group: Group) -> bool:
-    """Whether the mapping itself is of the file: stat shows both through the same file system."""
+def _is_mapped(facts: PathFacts, proc: ProcFs, pid: int, group: Group) -> bool | None:
+    """Whether the mapping itself is of the file: stat shows both alike. None: it is not shown."""
+    if facts.shown is None:
+        return None
     links = proc.map_files_dir(pid)
     try:
         about = os.stat(f"{links}/{group.rows[0].start:x}-{group.rows[0].end:x}")
     except OSError:
-        return False
-    return facts.shown is not None and facts.shown._replace(generation=None) == _shown(about)
+        return None
+    return facts.shown._replace(generation=None) == _shown(about)

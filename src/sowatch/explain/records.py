@@ -53,8 +53,8 @@ By: TypeAlias = Literal["map_files", "root", "own_view"]
 #: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
 #: How a mapped file is related to a path: it is that file under that path; that file under another
-#: name; another file under that path; a deleted file that had that path.
-Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted"]
+#: name; another file under that path; a deleted file that had that path; a file of which it cannot be told.
+Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted", "unknown"]
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -218,7 +218,8 @@ class PathReport:
 
     ``file_type`` is None if there is nothing; ``error`` then says what the kernel said. ``rules`` are
     the answers for a process that has it mapped as a library (as ``kind``). ``notes``:
-    ``not_mapped``, ``not_regular``, ``nothing_wants``, ``unrepaired``, ``published_only``.
+    ``not_mapped``, ``mapped_unknown`` (nobody who could be read has it), ``not_regular``, ``nothing_wants``,
+    ``unrepaired``, ``published_only``.
     """
 
     path: str
@@ -235,6 +236,13 @@ class PathReport:
     activations: tuple[tuple[str, str], ...]
     blocked: tuple[Blocked, ...]
     notes: tuple[str, ...]
+    unreadable: int = 0
+    is_hidden: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody else may have the file mapped, too."""
+        return bool(self.unreadable or self.is_hidden)
 
 
 # ---- the wire form ------------------------------------------------------------------------------
@@ -349,6 +357,7 @@ def _path_report(report: PathReport) -> dict[str, Any]:
             for one in report.mapped
         ],
         "notes": list(report.notes),
+        **({"unreadable": report.unreadable, "hidden": report.is_hidden} if report.is_open else {}),
     }
 
 

@@ -393,6 +393,7 @@ class Watcher:
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
             view=lambda: engine.ask(engine.view),
             is_repaired=lambda: engine.keeper.is_repaired,
+            reads_proc=self.ready is not None and self.ready.strategy in ("prebuilt", "procfs"),
         )
 
     def _asked_anew(self) -> ProcFs:

@@ -222,6 +222,20 @@ def test_a_file_in_another_mount_namespace_is_found_through_its_process(
     assert report.notes == ()
 
 
+def test_a_memfd_is_explained_by_its_name_as_memory_that_is_mapped(
+    watch: Watch, start: Start, library: NewLibrary, wait_until: Any
+) -> None:
+    watcher = watch(Rule(f"^/memfd:{TAG}$", name="jit"))
+    mapper = start()
+    mapper.tell("memfd", TAG, library(WANTED))
+    told(watcher, mapper.pid, f"/memfd:{TAG}", wait_until)
+    report = path_of(watcher, f"/memfd:{TAG}")
+    assert (report.file_type, report.error, report.look.elf) == ("memory", None, "elf")
+    assert [(one.process.pid, one.relation, one.in_map) for one in report.mapped] == [(mapper.pid, "same", True)]
+    assert (report.rule, report.notes) == ("jit", ())
+    assert report.ids
+
+
 def test_another_file_under_the_same_path_elsewhere_is_told_apart(
     watcher: Watcher, start: Start, scratch: Path, library: NewLibrary
 ) -> None:

@@ -164,3 +164,26 @@ def test_a_deleted_file_is_still_found_blocked_by_its_path(case: Case) -> None:
 def test_the_verdict_on_a_path_is_the_one_in_our_view(case: Case) -> None:
     case.others = [Verdict(key_of(100), False, 12), Verdict(key_of(100, root=OTHER_VIEW), True, None)]
     assert path_of(case).verdict == VerdictAnswer("ignore", 12)
+
+
+# ---- what cannot be told ------------------------------------------------------------------------
+
+CLOSED = PathFacts(LIBRARY, LIBRARY, None, "Permission denied", None, could_look=False)
+A_MEMFD = PathFacts("/memfd:jit", "/memfd:jit", "memory", None, Shown(0, 1, 100))
+
+
+def test_whether_it_is_the_file_of_a_path_that_may_not_be_looked_at_cannot_be_told() -> None:
+    assert same_file(CLOSED, (), group(), None) is None
+    assert relation_of(CLOSED, LIBRARY, is_deleted=False, is_same_file=None) == "unknown"
+    assert relation_of(CLOSED, LIBRARY, is_deleted=True, is_same_file=None) == "deleted"
+    assert relation_of(CLOSED, "/opt/other.so", is_deleted=False, is_same_file=None) is None
+
+
+def test_a_mapping_that_may_not_be_looked_at_may_be_of_the_file_under_any_name() -> None:
+    assert relation_of(HERE, LIBRARY, is_deleted=False, is_same_file=None) == "unknown"
+    assert relation_of(HERE, "/opt/hard.so", is_deleted=False, is_same_file=None) == "unknown"
+
+
+def test_memory_has_its_name_although_the_kernel_marks_it_as_deleted() -> None:
+    assert relation_of(A_MEMFD, "/memfd:jit", is_deleted=True, is_same_file=True) == "same"
+    assert relation_of(A_MEMFD, "/memfd:jit", is_deleted=True, is_same_file=False) == "other_file"
