@@ -38,6 +38,8 @@ COSTLY_AT_ONCE: Final = 4
 STREAMS: Final = 64
 #: Clients that are remembered; the least recent one is forgotten, which fills its buckets.
 _CLIENTS: Final = 1024
+#: A refusal comes this late, so that who asks again at once is slowed down rather than refused a thousand times.
+REFUSAL_S: Final = 0.05
 #: Slow questions may take this part of one CPU.
 SHARE: Final = 0.25
 _LONGEST_PAUSE_S: Final = 2.0
@@ -159,6 +161,7 @@ class ClientLimits:
 
 
 async def _refuse(send: Send, why: str) -> None:
+    await asyncio.sleep(REFUSAL_S)
     body = dumps({"error": why}).encode("ascii") + b"\n"
     headers = [
         (b"content-type", b"application/json"),
