@@ -1,6 +1,9 @@
 """Hours in minutes: a mixed workload runs all the time, and once a minute the map is audited.
 
-``python -m benchmarks.soak [--minutes N] [--quick]`` watches everything, libraries and executables
+Beside it a hostile process, as nobody, does its worst, another thing every quarter of a minute; ``--honest`` leaves
+it out. It ends with the workload; the last audit and the last look at the memory come some seconds later.
+
+``python -m benchmarks.soak [--minutes N] [--quick] [--honest]`` watches everything, libraries and executables
 of the whole host, while processes come, fork, execute, load, unload and go. It reports what the
 audits found, what was lost and repaired, and how memory and descriptors grew. Not among what
 ``benchmarks/run`` runs: it takes the minutes it is given.
@@ -9,6 +12,7 @@ audits found, what was lost and repaired, and how memory and descriptors grew. N
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -23,10 +27,15 @@ from benchmarks.common import Figure, machine, table
 
 from sowatch import LibraryEvent, Rule, Watcher
 from sowatch.engine.subscription import Subscription
+from sowatch.explain.audit import AuditReport
 from sowatch.model.identity import FileId
 from sowatch.model.rules import KINDS
 from support import workload
+from support.hostile_process import WAYS, HostileProcess
+from support.programs import build, make_libraries
 
+#: How long the hostile process does one thing.
+TURN_S = 15.0
 WORKLOAD = Path(workload.__file__)
 
 
@@ -34,15 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--quick", action="store_true", help="ten seconds: shows that it works")
+    parser.add_argument("--honest", action="store_true", help="without the hostile process")
     options = parser.parse_args()
     minutes = 1 / 6 if options.quick else options.minutes
     with tempfile.TemporaryDirectory(prefix="sowatch-soak-") as directory:
-        figures = soak(60 * minutes, Path(directory), between_audits_s=5.0 if options.quick else 60.0)
+        figures = soak(
+            60 * minutes,
+            Path(directory),
+            between_audits_s=5.0 if options.quick else 60.0 if minutes >= 10 else 20.0,
+            is_hostile=not options.honest,
+        )
     print(table(figures))
     print(machine())
 
 
-def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Figure]:
+def soak(seconds: float, directory: Path, *, between_audits_s: float, is_hostile: bool) -> list[Figure]:
     workload.prepare(directory)
     watcher = Watcher(Rule(None, kind=KINDS))
     subscription = watcher.subscribe()
@@ -53,6 +68,10 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
     runs: list[int] = []
     worker = threading.Thread(target=work, args=(directory, is_over, runs))
     worker.start()
+    turns: list[str] = []
+    enemy = threading.Thread(target=rotate, args=(directory, is_over, turns))
+    if is_hostile:
+        enemy.start()
     rss, fds, audits, divergences, unreadable = [], [], 0, 0, 0
     deadline = time.monotonic() + seconds
     try:
@@ -73,16 +92,26 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
             )
             for one in report.differences[:5]:
                 print("  ", one, flush=True)
-    finally:
         is_over.set()
         worker.join()
+        if is_hostile:
+            enemy.join()
+        last, quiet_mb = after_the_quiet(watcher)
+        for one in last.differences[:5]:
+            print("  ", one, flush=True)
+    finally:
+        is_over.set()
         stats = watcher.stats
+        begun = time.monotonic()
         watcher.stop()
+        stop_s = time.monotonic() - begun
     # The first audits fill caches; what counts is the growth after them.
     settled = rss[len(rss) // 5 :] or rss
     return [
         Figure(f"audits in {seconds / 60:.3g} minutes", audits, ""),
-        Figure("differences found", divergences, "", aim=0),
+        Figure("differences found on the way", divergences, ""),
+        Figure("differences at the end", len(last.differences), "", aim=0),
+        Figure("turns of the hostile process", len(turns), ""),
         Figure("workload runs of some 100 processes", len(runs), ""),
         Figure("loads and unloads that do not alternate", reader.astray, "", aim=0),
         Figure("loads told", stats.loads, ""),
@@ -92,6 +121,8 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float) -> list[Fi
         Figure("events lost in a queue", stats.lost_queue, ""),
         Figure("processes that could not be read", unreadable, ""),
         Figure("resident memory at the end", rss[-1], "MB", f"{min(settled):.4g} to {max(settled):.4g}"),
+        Figure("resident memory after the quiet, beyond the first audit's", quiet_mb - rss[0], "MB", aim=20),
+        Figure("stop", stop_s, "s", aim=5),
         Figure("descriptors, growth", fds[-1] - fds[0], ""),
     ]
 
@@ -124,6 +155,31 @@ def work(directory: Path, is_over: threading.Event, runs: list[int]) -> None:
             stdout=subprocess.DEVNULL,
         )
         runs.append(1)
+
+
+def rotate(directory: Path, is_over: threading.Event, turns: list[str]) -> None:
+    """One hostile thing after the other."""
+    program = build("hostile", directory, flags=["-pthread"])
+    (library,) = make_libraries(directory, 1, prefix="hostile")
+    os.truncate(library, 20_000 * 4096)
+    for path in (directory, library):
+        path.chmod(0o755)
+    while not is_over.is_set():
+        way = WAYS[len(turns) % len(WAYS)]
+        turns.append(way)
+        with HostileProcess(program, way, library):
+            is_over.wait(TURN_S)
+
+
+def after_the_quiet(watcher: Watcher) -> tuple[AuditReport, float]:
+    """The first audit without a difference, or the last of some, and what memory is in use by then."""
+    for _ in range(5):
+        time.sleep(2.0)
+        report = watcher.audit()
+        if not report.differences:
+            break
+    gc.collect()
+    return report, resident_mb()
 
 
 def resident_mb() -> float:

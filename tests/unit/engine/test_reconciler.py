@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 
 import pytest
@@ -14,7 +16,7 @@ from sowatch.engine.table import Tracker
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Losses, Report
-from sowatch.sources.unread import UnreadProcesses
+from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 from support.records import Proc, reading
 
 FLOODER = Proc(10)
@@ -58,6 +60,9 @@ class Scripted:
         self.limits.append(max_records_s)
 
     def tick(self):
+        pass
+
+    def refresh(self):
         pass
 
 
@@ -190,3 +195,60 @@ def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, config
     source.records = [waited(3)]
     keeper.tick()
     assert source.limits == []
+
+
+def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(keeper, source):
+    keeper._tracker.has_strangers = True
+    keeper.settle_doubts()
+    assert source.read == ["all"]
+    keeper._strangers_at = time.monotonic() + 60  # as after a scan of three seconds
+    for _ in range(5):
+        keeper._tracker.has_strangers = True
+        keeper.settle_doubts()
+        assert keeper.is_resting
+    assert source.read == ["all"]
+    keeper._strangers_at = 0.0
+    assert not keeper.is_resting
+    keeper.settle_doubts()
+    assert source.read == ["all", "all"]
+
+
+def test_a_process_that_hangs_is_not_read_again_until_it_can_be(keeper, source):
+    tried = []
+
+    def hang(pid):
+        tried.append(pid)
+        with contextlib.suppress(ScanTimeout):
+            source.unread.run(pid, over.wait)
+        raise ScanTimeout(pid)
+
+    over = threading.Event()
+    source.read_process, read = hang, source.read_process
+    source.records = [FLOODER.dirty(t=1)]
+    for _ in range(3):
+        turn(keeper)
+        keeper.settle_doubts()
+    assert tried == [FLOODER.pid]
+    assert list(source.unread) == [FLOODER.pid]
+    source.read_process = read
+    over.set()
+    while source.unread:
+        turn(keeper)
+    assert source.read == [FLOODER.pid]
+    source.unread.close()
+
+
+def test_a_loss_is_not_said_to_be_repaired_as_long_as_nobody_can_be_read(keeper, source, told):
+    def refuse():
+        raise ScanTimeout(0, is_refused=True)
+
+    source.read_all, read = refuse, source.read_all
+    source.lost = Losses(ring=3)
+    keeper.tick()
+    turn(keeper, time.monotonic())
+    assert told() == ["lost"]
+    assert not keeper.is_repaired
+    source.read_all = read
+    while not keeper.is_repaired:
+        turn(keeper, time.monotonic())
+    assert told() == ["repaired"]
