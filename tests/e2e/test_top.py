@@ -40,7 +40,7 @@ def open_top(tmp_path: Path, deadline: Any) -> Iterator[Callable[..., Terminal]]
 
     def run(columns: int = 100, rows: int = 20, *words: str) -> Terminal:
         line = command(re.escape(str(tmp_path)), *words)
-        opened.append(Terminal(line, columns=columns, rows=rows, timeout_s=deadline(20)))
+        opened.append(Terminal(line, columns=columns, rows=rows, timeout_s=deadline(60)))
         return opened[-1]
 
     yield run

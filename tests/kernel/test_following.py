@@ -211,7 +211,7 @@ def test_munmap_outside_the_known_ranges_sends_nothing(tap: Tap, start: Start, l
     assert tap.during(lambda: mapper.unmap(at, length), mapper.pid) == []
 
 
-def test_a_followed_process_whose_threads_unmap_other_memory_all_the_time_sends_nothing(
+def test_a_followed_process_whose_threads_unmap_other_memory_all_the_time_sends_next_to_nothing(
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
     mapper = start()
@@ -224,8 +224,13 @@ def test_a_followed_process_whose_threads_unmap_other_memory_all_the_time_sends_
         for _ in range(3000):
             mapper.tell("anon", PAGE)
 
-    assert tap.during(wait_a_little, mapper.pid) == []
-    assert int(mapper.tell("thread", "stop")[0]) > 1000
+    # Whoever reads /proc/PID/maps meanwhile, as other tools of this machine do, holds the address space for that
+    # moment as another process would: a call of that moment is told, for a reading to decide.
+    told = tap.during(wait_a_little, mapper.pid)
+    unmapped = int(mapper.tell("thread", "stop")[0])
+    assert unmapped > 1000
+    assert {record.type for record in told} <= {RANGE, DIRTY}
+    assert len(told) < unmapped / 20
 
 
 def test_all_of_more_ranges_than_the_filter_has_room_for_are_still_told(
