@@ -26,8 +26,18 @@ from benchmarks.common import Mapper, build, machine, make_libraries
 from sowatch import LibraryEvent, Rule, Watcher
 from sowatch.model.rules import KINDS
 
-#: split: ranges of one file; files: files of one range; churn: two threads beside split; fork: children of split.
-CASES = ("split:8000", "split:30000", "churn:3000", "churn:10000", "files:3000", "fork:3000")
+#: split: ranges of one file; weave: of two files by turns; files: files of one range; churn, churnfiles: two threads
+#: that map and unmap beside these; fork: children of split.
+CASES = (
+    "split:8000",
+    "split:30000",
+    "weave:15000",
+    "churn:3000",
+    "churn:10000",
+    "files:10000",
+    "churnfiles:3000",
+    "fork:3000",
+)
 CHILDREN = 300
 #: No load waits longer: it counts as this.
 LIMIT_S = 60.0
@@ -80,6 +90,13 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
                     news.clear()
                 waits.append(told.get(key, asked + LIMIT_S) - asked)
                 time.sleep(0.2)
+            asked = time.monotonic()
+            report = watcher.audit()
+            audited = time.monotonic() - asked
+            wrong = sum(one.pid == pid for one in report.differences)
+            asked = time.monotonic()
+            watcher.explain(pid)
+            explained = time.monotonic() - asked
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             cpu = time.process_time() - begun_cpu
             asked = time.monotonic()
@@ -89,7 +106,8 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
             listed = time.monotonic() - asked
     print(
         f"{kind}:{count}: made in {seconds:.2f} s; honest load p50 {statistics.median(waits):.3g} s, "
-        f"max {max(waits):.3g} s; CPU {cpu:.2f} s; list {listed:.3g} s; RSS at most {memory} MB",
+        f"max {max(waits):.3g} s; CPU {cpu:.2f} s; list {listed:.3g} s; "
+        f"audit {audited:.3g} s, {wrong} differences; explain {explained:.3g} s; RSS at most {memory} MB",
         flush=True,
     )
 
@@ -101,8 +119,9 @@ def hostile(directory: Path, kind: str, count: int) -> Iterator[int]:
     own = directory / f"own-{kind}-{count}"
     own.mkdir(mode=0o777)
     own.chmod(0o777)
-    more = {"churn": [str(own / "libchurn.so")], "fork": [str(CHILDREN)]}.get(kind, [])
-    where = own if kind == "files" else own / "librange.so"
+    other = [str(own / "libother.so")]
+    more = {"churn": other, "churnfiles": other, "weave": other, "fork": [str(CHILDREN)]}.get(kind, [])
+    where = own if kind.endswith("files") else own / "librange.so"
     drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
     command = [*drop, program, kind, where, str(count), *more]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
@@ -113,7 +132,7 @@ def hostile(directory: Path, kind: str, count: int) -> Iterator[int]:
         finally:
             assert running.stdin is not None
             running.stdin.close()
-            if kind == "churn":
+            if kind.startswith("churn"):
                 running.kill()
 
 

@@ -4,6 +4,8 @@
  *                                    that COUNT executable ranges are left
  *   ranges files DIRECTORY COUNT     maps COUNT files of its own, one range each
  *   ranges churn FILE COUNT FILE2    as split, then two threads map and unmap FILE2 about 1,000 times a second
+ *   ranges churnfiles DIRECTORY COUNT FILE2  the same after files
+ *   ranges weave FILE COUNT FILE2    maps pages of the two by turns, COUNT of each
  *   ranges fork FILE COUNT CHILDREN  as split, then that many children that stay
  *
  * FILE is made, and made long enough, where it has to be. Prints "ready COUNT" and then waits for the end
@@ -59,6 +61,19 @@ static char *split(const char *path, unsigned long count)
 	return at;
 }
 
+static void weave(const char *first, unsigned long count, const char *second)
+{
+	int fds[2] = {open_of(first, 2 * count), open_of(second, 2 * count)};
+	char *at = mmap(NULL, 2 * count * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (at == MAP_FAILED)
+		fail("mmap");
+	for (unsigned long page = 0; page < 2 * count; page++)
+		if (mmap(at + page * PAGE, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED, fds[page % 2],
+			 page * PAGE) == MAP_FAILED)
+			fail("mmap");
+}
+
 static void map_files(const char *directory, unsigned long count)
 {
 	char path[4096];
@@ -96,15 +111,17 @@ int main(int argc, char **argv)
 	char line[64], *at = NULL;
 
 	signal(SIGCHLD, SIG_IGN);
-	if (!strcmp(how, "files")) {
+	if (!strcmp(how, "files") || (argc > 4 && !strcmp(how, "churnfiles"))) {
 		map_files(argv[2], count);
+	} else if (argc > 4 && !strcmp(how, "weave")) {
+		weave(argv[2], count, argv[4]);
 	} else if (!strcmp(how, "split") || (argc > 4 && (!strcmp(how, "churn") || !strcmp(how, "fork")))) {
 		at = split(argv[2], count);
 	} else {
 		fprintf(stderr, "usage: see the head of ranges.c\n");
 		return 2;
 	}
-	for (int thread = 0; !strcmp(how, "churn") && thread < 2; thread++) {
+	for (int thread = 0; !strncmp(how, "churn", 5) && thread < 2; thread++) {
 		pthread_t id;
 
 		if (pthread_create(&id, NULL, churn, argv[4]))
