@@ -243,7 +243,7 @@ class Keeper:
         Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
         In a flood there is always more to read: after `SETTLING_S` what is left is left to its turn.
         """
-        end_s = time.monotonic() + SETTLING_S
+        begun = time.monotonic()
         for pid in self._tracker.narrow:
             self._tracker.dirty.setdefault(pid, LIVE)
         self._source.refresh()
@@ -253,12 +253,11 @@ class Keeper:
             self.drain()
             if self._tracker.has_strangers and time.monotonic() >= self._strangers_at:
                 self._look_for_strangers()
-            if all(pid in self._source.unread for pid in self._tracker.dirty):
-                return
             is_flood = len(self._tracker.dirty) > MANY_READINGS
-            self._turns.hurry(self._tracker.dirty)
+            if not self._turns.hurry(self._tracker.dirty, begun):
+                return
             self._reread()
-            if is_flood or time.monotonic() >= end_s:
+            if is_flood or time.monotonic() >= begun + SETTLING_S:
                 return
 
     def finish(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable
+from math import inf
 from typing import Final
 
 from sowatch.engine.table import Causes
@@ -11,10 +12,12 @@ __all__ = ["RescanSchedule"]
 
 #: A process that is dirty again at once is read at most this often in the long run.
 SLOWEST_REREAD_S: Final = 0.25
-#: A scan that took longer than this is followed by a rest of so many times that, up to the second.
+#: A scan that took longer than this is followed by a rest of so many times that, up to the third.
 SHORT_SCAN_S: Final = 0.005
 SCAN_REST: Final = 20
-LONGEST_REST_S: Final = 1.0
+LONGEST_REST_S: Final = 5.0
+#: A process whose next scan is further off than this is not scanned twice for one question.
+FAR_S: Final = 0.1
 #: A 32-bit process is read this long after its exec, then after twice that, up to the second.
 FIRST_NARROW_S: Final = 0.002
 SLOWEST_NARROW_S: Final = 1.0
@@ -40,9 +43,18 @@ class RescanSchedule:
         """When something is due."""
         return [*self.due.values(), *(when for when, _ in self._narrow.values())]
 
-    def hurry(self, pids: Iterable[int]) -> None:
-        """Whatever their pace, it is their turn now."""
-        self.due = dict.fromkeys((pid for pid in pids if pid not in self.held), 0.0)
+    def hurry(self, pids: Iterable[int], since: float = inf) -> bool:
+        """Whatever their pace, it is their turn now; whether it is anybody's.
+
+        But not of those that have been scanned since that time and whose next scan is far: they change all the time,
+        or their scans take long, and whoever waits for one more waits in vain.
+        """
+        self.due = {}
+        for pid in pids:
+            if pid not in self.held:
+                last, interval = self._pace.get(pid, (0.0, 0.0))
+                self.due[pid] = last + interval if last >= since and interval > FAR_S else 0.0
+        return 0.0 in self.due.values()
 
     def take(self, dirty: dict[int, Causes], now: float) -> dict[int, Causes]:
         """Takes those out of ``dirty`` whose turn it is."""

@@ -12,7 +12,8 @@ from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.reconciler import Keeper
-from sowatch.engine.table import Tracker
+from sowatch.engine.rescan_schedule import LONGEST_REST_S, RescanSchedule
+from sowatch.engine.table import LIVE, Tracker
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Losses, Report
@@ -252,3 +253,31 @@ def test_a_loss_is_not_said_to_be_repaired_as_long_as_nobody_can_be_read(keeper,
     while not keeper.is_repaired:
         turn(keeper, time.monotonic())
     assert told() == ["repaired"]
+
+
+# ---- scans that take long -----------------------------------------------------------------------
+
+
+def test_a_scan_that_took_long_is_followed_by_a_rest_of_many_times_that_and_a_short_one_is_not():
+    turns = RescanSchedule()
+    for pid, seconds in ((1, 0.05), (2, 0.0001), (3, 60.0)):
+        assert turns.take({pid: LIVE}, now=100.0) == {pid: LIVE}
+        turns.rest(pid, seconds)
+    dirty = {1: LIVE, 2: LIVE, 3: LIVE}
+    assert turns.take(dirty, now=100.1) == {2: LIVE}
+    assert turns.take(dirty, now=100.0 + 20 * 0.05) == {1: LIVE}
+    assert min(turns.times()) == 100.0 + LONGEST_REST_S
+    assert turns.take(dirty, now=100.0 + LONGEST_REST_S) == {3: LIVE}
+
+
+def test_whose_scans_take_long_is_scanned_once_for_a_question():
+    turns = RescanSchedule()
+    dirty = {1: LIVE, 2: LIVE}
+    assert turns.hurry(dirty, since=100.0)
+    assert turns.take(dirty, now=100.0) == {1: LIVE, 2: LIVE}
+    turns.rest(1, 0.5)
+    assert turns.hurry({1: LIVE, 2: LIVE}, since=100.0)
+    assert turns.take({1: LIVE, 2: LIVE}, now=100.5) == {2: LIVE}
+    assert not turns.hurry({1: LIVE}, since=100.0)
+    # The next question is another one.
+    assert turns.hurry({1: LIVE}, since=101.0)
