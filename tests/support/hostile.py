@@ -78,8 +78,8 @@ class Opens:
         for fd in self._names:
             os.close(fd)
 
-    def by(self, pid: int) -> list[str]:
-        """Names of the baits that a process opened since the last call, one for each open."""
+    def by(self, pid: int | None) -> list[str]:
+        """Names of the baits that a process (None: anybody) opened since the last call, one for each open."""
         found = []
         for fd, name in self._names.items():
             while True:
@@ -90,7 +90,7 @@ class Opens:
                 while data:
                     length, *_, opener = _FANOTIFY_EVENT.unpack_from(data)
                     data = data[length:]
-                    if opener == pid:
+                    if pid in (None, opener):
                         found.append(name)
         return found
 

@@ -37,7 +37,7 @@ from sowatch.model.escape import one_line, visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
 
 if TYPE_CHECKING:
-    from sowatch.cli._options import Selection
+    from sowatch.cli._options import Selection, WatcherLike
     from sowatch.inventory.coverage import Coverage
     from sowatch.inventory.staleness import Disk, StaleAnswer
     from sowatch.linux.cgroups import Unit
@@ -78,19 +78,22 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
             watcher.wait(args.duration)
         disk = Disk(ProcFs(selection.config.proc_root))
         entries = [_Entry(one, disk.staleness(one.process, one.library, one.ranges)) for one in watcher.snapshot()]
+        hung = _hung(watcher, selection)
     finally:
         watcher.stop()
     elsewhere = why_not_whole_host(ProcFs(selection.config.proc_root)) if args.stale else None
     if args.stale:
         entries = _with_owners([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
-    coverage = _coverage(selection, ready.strategy, entries)
+    coverage = _coverage(selection, ready.strategy, entries, hung)
     if args.by == "process":
         entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
     else:
         entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
     _print(entries, coverage, args, out, as_json=as_json)
     open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
+    if hung:
+        open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")
     if elsewhere:
         open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
     if args.stale:
@@ -133,16 +136,22 @@ def _conclude(
         warn(open_end)
 
 
-def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry]) -> Coverage:
+def _hung(watcher: WatcherLike, selection: Selection) -> frozenset[int]:
+    """Processes that nobody can read now: a page fault of theirs is not answered."""
+    hung = frozenset(getattr(watcher, "unread", ()))
+    return hung & selection.pids if selection.pids else hung
+
+
+def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hung: frozenset[int]) -> Coverage:
     """How many of the processes that were asked for could be read."""
     from sowatch.inventory.coverage import Coverage, coverage_of
     from sowatch.inventory.staleness import NOT_PERMITTED as REASON
     from sowatch.linux.containers import container_id
 
     if strategy not in _READ_FROM_PROC:
-        # The kernel side read them all. Whether their files are stale takes a look at the process.
-        closed = {entry.mapped.process.id for entry in entries if entry.answer.reason == REASON}
-        return Coverage(len({entry.mapped.process.id for entry in entries} - closed), len(closed), is_hidden=False)
+        # The kernel side read all but those that hang. Whether their files are stale takes a look at the process.
+        closed = {entry.mapped.process.pid for entry in entries if entry.answer.reason == REASON} | hung
+        return Coverage(len({entry.mapped.process.pid for entry in entries} - closed), len(closed), is_hidden=False)
     proc, container = ProcFs(selection.config.proc_root), selection.container
 
     def is_wanted(pid: int) -> bool:

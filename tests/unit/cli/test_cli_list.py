@@ -292,3 +292,38 @@ def test_a_host_without_stale_files_is_told_so_on_stderr(listed: Any) -> None:
 
     assert done.warnings == ["nothing runs on deleted or replaced files."]
     assert len(done.rows()) == 1
+
+
+# --- what could not be read ---------------------------------------------------------------------
+
+
+def test_processes_that_hang_leave_the_answer_open_and_are_counted(listed: Any) -> None:
+    watcher = ScriptedWatcher(entries=[Entry(NGINX)])
+    watcher.unread = {7: 1.5, 8: 0.5}  # type: ignore[attr-defined]
+
+    done = listed(watcher, "--stale", "--json")
+
+    assert done.code == 3
+    assert done.lines() == [
+        {
+            "schema": 1,
+            "event": "coverage",
+            "seq": 1,
+            "processes": {"read": 0, "unreadable": 2, "hidden": False},
+        }
+    ]
+    assert done.warnings[0].startswith(
+        "nothing that can be seen runs on deleted or replaced files, but 2 processes could not be read."
+    )
+    assert done.warnings[1] == "of 2 of them a page fault waits for a file system that does not answer"
+
+
+def test_a_file_of_which_it_cannot_be_told_is_listed_as_unknown_with_the_reason(listed: Any) -> None:
+    ours = ProcFs().stat(os.getpid())
+    assert ours
+    out_of_reach = Library("/no/such/file.so", FileId(254, 0, 1))
+
+    (line,) = listed([Entry(Process(os.getpid(), ours.start_ns), out_of_reach)], "--stale", "--json").lines()
+
+    assert (line["stale"], line["package"]) == ("unknown", None)
+    assert line["stale_reason"].startswith("its path leads nowhere")
