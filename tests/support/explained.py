@@ -210,6 +210,7 @@ def no_files(case: Case) -> None:
 
 
 def static(case: Case) -> None:
+    case.look = replace(case.look, image_kinds=frozenset({"executable"}))
     case.base = 0
     case.rows = [row("/usr/sbin/nginx")]
     case.files = []

@@ -264,9 +264,15 @@ class Space:
         self._layout = new
         return [entry for file_id, entry in old.entries.items() if file_id not in found], came
 
-    def snapshot(self, found: Found) -> RangeSnapshot[FileId]:
-        """Its ranges beside those of a scan; of files that have too many it is not known where they are."""
+    def snapshot(self, found: Found, *, with_images: bool) -> RangeSnapshot[FileId]:
+        """Its ranges beside those of a scan; of files that have too many it is not known where they are.
+
+        Without ``with_images`` what exec has mapped is left out: scans show it, and no record reports it.
+        """
         wide = {*self._layout.wide, *(file_id for file_id, one in found.items() if one.is_wide)}
+        if not with_images:
+            wide.update(file_id for file_id, one in found.items() if one.row.flags & FLAG_IMAGE)
+            wide.update(file_id for file_id, one in self._layout.entries.items() if one.is_image)
         rows = ((start, end, file_id) for file_id, one in found.items() for start, end in one.ranges)
         return RangeSnapshot(self._layout.ranges, rows, wide)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import stat
 import threading
 import time
@@ -35,6 +36,8 @@ MORE_THREADS: Final = 8
 MAX_THREADS: Final = 64
 #: Files that were given up and are looked at again when what hung has returned.
 MAX_GIVEN_UP: Final = 5_000
+#: What dynamic loaders are called: ld-linux-x86-64.so.2, ld-musl-x86_64.so.1, ld64.so.2, ld.so.1, libc.musl-...
+LOADER_NAME: Final = re.compile(r"/(ld(64)?(-[^/]*)?\.so[^/]*|libc\.musl-[^/]*|ld-[0-9.]+\.so)$")
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
 
@@ -54,6 +57,25 @@ class FileFacts(NamedTuple):
     soname: str | None = None
     exports: frozenset[str] | None = None
     is_partial: bool = False
+    #: What the kernel can start a process with it as; see `sowatch.linux.elf.ElfFacts`.
+    image_kinds: frozenset[str] = frozenset()
+
+    def kind(self, claimed: str, path: str, *, is_anonymous: bool) -> str:
+        """What the file at ``path`` is to a process that claims it to be ``claimed``.
+
+        Executable and interpreter are claims: a process can write its auxiliary vector and its exe link
+        (prctl(PR_SET_MM)), and map anything over what exec has mapped. So the file has to be one that the kernel can
+        start a process with. If it could not be read, an interpreter has to be called like one.
+        """
+        if claimed in ("executable", "interpreter"):
+            if self.is_elf is None:
+                is_library = claimed == "interpreter" and not LOADER_NAME.search(path)
+            else:
+                is_library = self.is_elf and claimed not in self.image_kinds
+            return "library" if is_library else claimed
+        if claimed == "library" and (self.is_elf is False or (is_anonymous and not self.is_elf)):
+            return "other"
+        return claimed
 
 
 class Inspection:
@@ -252,8 +274,9 @@ class Inspector:
                 facts.soname,
                 None if search is None else search.found,
                 facts.is_partial or (search is not None and search.gave_up is not None),
+                image_kinds=facts.image_kinds,
             )
-        except ElfError:
+        except (ElfError, OSError):
             return FileFacts()  # it could not be read, and may be tried again
         finally:
             os.close(fd)

@@ -275,9 +275,7 @@ class Publisher:
 
     def _load(self, change: Change, facts: FileFacts) -> None:
         name = change.name
-        kind = change.kind
-        if kind == "library" and (facts.is_elf is False or (name.is_anonymous and not facts.is_elf)):
-            kind = "other"
+        kind = facts.kind(change.kind, name.path, is_anonymous=name.is_anonymous)
         rule = self._rules.match(name.path, kind, facts.exports)
         self.partial += facts.is_partial
         process = change.process

@@ -422,7 +422,7 @@ class Tracker:
         known = self._processes.get(reading.tgid)
         is_known = known is not None and known.id.start_ns == reading.start_ns
         space = known.space if known is not None and is_known else Space()
-        ranges = space.snapshot(self._found(reading, self._name_of))
+        ranges = space.snapshot(self._found(reading, self._name_of), with_images=self._rules.wants_images)
         first_after = None
         for record in records:
             if ranges.is_same:

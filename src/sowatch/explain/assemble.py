@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, Self
 
 from sowatch.bpf.records import MAX_FILE_RANGES, ROOT, file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
+from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain.audit import Difference
 from sowatch.explain.records import (
@@ -455,16 +456,14 @@ def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: Fi
     if file is None:
         exe = facts.exe
         if not isinstance(exe, Miss) and exe.path.encode("utf-8", "surrogateescape") == group.rows[0].path:
-            return "executable"
-        if facts.interpreter_base and any(row.start - row.offset_bytes == facts.interpreter_base for row in group.rows):
-            return "interpreter"
-        if look.elf == "not_regular" or (group.is_deleted and group.path.startswith(_SEGMENTS)):
+            kind = "executable"
+        elif facts.interpreter_base in {row.start - row.offset_bytes for row in group.rows} - {0}:
+            kind = "interpreter"
+        elif look.elf == "not_regular" or (group.is_deleted and group.path.startswith(_SEGMENTS)):
             return "other"
-    if kind != "library":
-        return kind
+    is_elf = True if look.elf in ("elf", "partial") else False if look.elf == "not_elf" else None
     is_memfd = group.is_deleted and group.path.startswith("/memfd:") and "/" not in group.path[5:]
-    is_elf = look.elf in ("elf", "partial")
-    return "other" if look.elf == "not_elf" or (is_memfd and not is_elf) else "library"
+    return FileFacts(is_elf, image_kinds=look.image_kinds).kind(kind, group.path, is_anonymous=is_memfd)
 
 
 def _untold(file: KnownFile | None, process: KnownProcess | None, known: Known, rule: str | None) -> Untold:

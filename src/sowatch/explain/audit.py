@@ -10,6 +10,7 @@ reader sees it, and on overlayfs another device than the real one.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import time
 from bisect import bisect_right
@@ -19,7 +20,11 @@ from itertools import accumulate
 from typing import Final, Literal
 
 from sowatch.engine.queries import Held, View
+from sowatch.linux.elf import read_facts
+from sowatch.linux.elf_file import ElfError
+from sowatch.linux.openat import reopen
 from sowatch.linux.proc import MapRow, Miss, ProcFs, seen_path
+from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 
@@ -29,6 +34,8 @@ __all__ = ["AuditReport", "Difference", "audit"]
 LOOKS: Final = 4
 PAUSE_S: Final = 0.05
 AT_BASE: Final = 7
+#: A file that cannot be read in this time is believed to be what its process says.
+READ_TIMEOUT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +87,14 @@ def audit(
         only: just this one.
     """
     begun = time.monotonic()
+    images = _Images(proc)
     pids = proc.pids() if only is None else [only]
     differences: set[Difference] = set()
     hung: set[int] = set()
     processes = mappings = unreadable = 0
     view = look()
     for pid in pids:
-        found = _compare(pid, view, proc, rules)
+        found = _compare(pid, view, images, rules)
         if found is None:
             stat = proc.stat(pid)
             if stat and not (stat.is_kernel_thread or stat.is_dead):
@@ -105,11 +113,12 @@ def audit(
         view = look()
         again: set[Difference] = set()
         for pid in {one.pid for one in differences}:
-            found = _compare(pid, view, proc, rules)
+            found = _compare(pid, view, images, rules)
             if found is None and not proc.stat(pid) and (held := view.get(pid)):
                 found = set(_all_of(pid, held[1]))
             again |= found or set()
         differences &= again
+    images.close()
     ordered = tuple(sorted(differences, key=lambda one: (one.pid, one.start, one.kind)))
     hung.update(unread())
     return AuditReport(
@@ -123,10 +132,11 @@ def _all_of(pid: int, held: Iterable[Held]) -> Iterable[Difference]:
             yield Difference("extra", pid, one.path, one.file_id.inode, start, end)
 
 
-def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Difference] | None:
+def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Difference] | None:
     """What differs for one process; None if it cannot be read."""
     if pid in view and view[pid] is None:
         return set()
+    proc = images.proc
     rows = proc.executable_maps(pid)
     stat = proc.stat(pid)
     if not isinstance(rows, list) or not stat or stat.is_kernel_thread or (stat.is_dead and stat.threads < 2):
@@ -147,10 +157,12 @@ def _compare(pid: int, view: View, proc: ProcFs, rules: RuleSet) -> set[Differen
         for start, end in one.ranges
         if not _is_covered(start, end, one.file_id, rows, ends)
     }
-    return found | _missing(pid, held, proc, rules, rows)
+    return found | _missing(pid, held, images, rules, rows)
 
 
-def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows: Collection[MapRow]) -> set[Difference]:
+def _missing(
+    pid: int, held: Iterable[Held], images: _Images, rules: RuleSet, rows: Collection[MapRow]
+) -> set[Difference]:
     """Rows of wanted files that the map does not have."""
     found: set[Difference] = set()
     ours = sorted(span for one in held if one.range_count is None for span in one.ranges)
@@ -158,21 +170,21 @@ def _missing(pid: int, held: Iterable[Held], proc: ProcFs, rules: RuleSet, rows:
     reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
     # Of a file with very many ranges the map has the first, and what spans the others.
     wide = [(one.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
-    images = root = None
+    claims = root = None
     for row in rows:
         if row.end <= reach[bisect_right(starts, row.start)]:
             continue
         if any(low <= row.start and row.inode == file_id.inode for file_id, low in wide):
             continue
         if root is None:
-            root = _root_of(pid, proc)
+            root = _root_of(pid, images.proc)
         # Rules look at the path below the root of the process; maps shows ours.
         path = seen_path(row.path, root).decode("utf-8", "surrogateescape")
         if not rules.could_match(path):
             continue
-        if images is None:
-            images = _images(pid, proc, rows)
-        if row in images and not rules.wants_images:
+        if claims is None:
+            claims = images.claims(pid, rows)
+        if row in claims and not rules.wants_images and images.can_be(pid, row, claims[row]):
             continue
         found.add(Difference("missing", pid, path, row.inode, row.start, row.end))
     return found
@@ -205,24 +217,73 @@ def _could_be(major: int, minor: int, inode: int, file_id: FileId) -> bool:
     return inode == file_id.inode or (major, minor) != (file_id.major, file_id.minor)
 
 
-def _images(pid: int, proc: ProcFs, rows: Iterable[MapRow]) -> set[MapRow]:
-    """Rows of the main executable and of the interpreter, which exec mapped."""
-    exe = None
-    base = 0
-    tid = proc.live_thread(pid)
-    try:
-        with open(f"{proc.root}/{tid}/auxv", "rb") as file:
-            for key, value in struct.iter_unpack("=QQ", file.read(1024)):
-                if key == AT_BASE:
-                    base = value
-    except (OSError, struct.error):
-        pass
-    link = proc.exe(pid)
-    if link:
-        exe = link.path
-    return {
-        row
-        for row in rows
-        if (exe is not None and row.path == exe.encode("utf-8", "surrogateescape"))
-        or (base and row.start - row.offset_bytes == base)
-    }
+class _Images:
+    """Which rows are the main executable's and the interpreter's, which exec maps: no record reports them.
+
+    The process itself may say so of any file, so the file has to be one that the kernel can start a process with.
+    """
+
+    def __init__(self, proc: ProcFs) -> None:
+        self.proc = proc
+        self._kinds: dict[tuple[int, int, int], frozenset[str] | None] = {}
+        self._worker = TimeoutWorker("sowatch-audit")
+
+    def close(self) -> None:
+        """Ends its thread."""
+        self._worker.close()
+
+    def claims(self, pid: int, rows: Iterable[MapRow]) -> dict[MapRow, str]:
+        """The rows that the process says are such, and which."""
+        base = 0
+        tid = self.proc.live_thread(pid)
+        try:
+            with open(f"{self.proc.root}/{tid}/auxv", "rb") as file:
+                for key, value in struct.iter_unpack("=QQ", file.read(1024)):
+                    if key == AT_BASE:
+                        base = value
+        except (OSError, struct.error):
+            pass
+        link = self.proc.exe(pid)
+        exe = os.fsencode(link.path) if link else None
+        found = {}
+        for row in rows:
+            if row.path == exe:
+                found[row] = "executable"
+            elif base and row.start - row.offset_bytes == base:
+                found[row] = "interpreter"
+        return found
+
+    def can_be(self, pid: int, row: MapRow, kind: str) -> bool:
+        """Whether the file of a row can be of that kind; also if it cannot be read."""
+        file = (row.major, row.minor, row.inode)
+        if file not in self._kinds:
+            try:
+                self._kinds[file] = self._worker.run(lambda: self._read(pid, row), READ_TIMEOUT_S)
+            except CallTimeout:
+                self._kinds[file] = None
+        kinds = self._kinds[file]
+        return kinds is None or kind in kinds
+
+    def _read(self, pid: int, row: MapRow) -> frozenset[str] | None:
+        directory = self.proc.map_files_dir(pid)
+        if isinstance(directory, Miss):
+            return None
+        try:
+            place = os.open(f"{directory}/{row.start:x}-{row.end:x}", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if not stat.S_ISREG(os.fstat(place).st_mode):
+                return None
+            fd = reopen(place, os.O_RDONLY)
+        except OSError:
+            return None
+        finally:
+            os.close(place)
+        try:
+            facts = read_facts(fd)
+        except ElfError:
+            return None
+        finally:
+            os.close(fd)
+        return facts.image_kinds if facts is not None and facts.is_elf else None

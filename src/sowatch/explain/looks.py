@@ -253,4 +253,6 @@ def _read(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> F
         exports = None  # it could not be read, and may be tried again, as the inspector has it
         reason = error.reason
     elf: ElfState = "partial" if reason else "elf"
-    return FileLook(elf, reason, by, tries, facts.build_id, facts.soname, exports, generation, has_given_up)
+    return FileLook(
+        elf, reason, by, tries, facts.build_id, facts.soname, exports, generation, has_given_up, facts.image_kinds
+    )

@@ -112,6 +112,8 @@ class FileLook:
     exports: frozenset[str] | None = None
     generation: int | None = None
     gave_up_exports: bool = False
+    #: What the kernel can start a process with it as; see `sowatch.linux.elf.ElfFacts`.
+    image_kinds: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

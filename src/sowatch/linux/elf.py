@@ -28,6 +28,7 @@ __all__ = ["ElfFacts", "read_facts"]
 
 _NT_GNU_BUILD_ID: Final = 3
 _DT_STRTAB, _DT_STRSZ, _DT_SONAME = 5, 10, 14
+_DT_NEEDED, _DT_FLAGS_1, _DF_1_PIE, _PT_INTERP = 1, 0x6FFFFFFB, 0x08000000, 3
 _ET_EXEC, _ET_DYN = 2, 3
 
 
@@ -40,6 +41,10 @@ class ElfFacts:
     hexadecimal. Bytes of the soname that are not UTF-8 stand as surrogate escapes. ``is_partial``:
     something contradicts itself, lies outside the file or passes a limit, and was left out; or program headers and
     section headers disagree about where the notes and the dynamic section are.
+
+    ``image_kinds`` is what the kernel can start a process with it as. ``executable``: by its type, its flags or an
+    interpreter of its own, or because it is an ``interpreter``: it has an entry point, and needs neither interpreter
+    nor library. Any other file is a library, whatever a process says of itself.
     """
 
     is_elf: bool
@@ -50,6 +55,7 @@ class ElfFacts:
     build_id: str | None = None
     soname: str | None = None
     is_partial: bool = False
+    image_kinds: frozenset[str] = frozenset()
 
 
 def read_facts(fd: int, *, limits: ElfLimits = DEFAULT_LIMITS) -> ElfFacts | None:
@@ -96,7 +102,22 @@ def read_facts(fd: int, *, limits: ElfLimits = DEFAULT_LIMITS) -> ElfFacts | Non
         build_id=build_id,
         soname=soname,
         is_partial=elf.is_partial,
+        image_kinds=_image_kinds(elf),
     )
+
+
+def _image_kinds(elf: ElfFile) -> frozenset[str]:
+    has_interpreter = any(segment.kind == _PT_INTERP for segment in elf.segments)
+    try:
+        tags = elf.dynamic()
+    except ElfError as error:
+        if error.errno is not None:
+            raise
+        tags = {_DT_NEEDED: 0}
+    if not has_interpreter and _DT_NEEDED not in tags and elf.is_code(elf.entry):
+        return frozenset(("executable", "interpreter"))
+    is_program = has_interpreter or elf.elf_type == _ET_EXEC or tags.get(_DT_FLAGS_1, 0) & _DF_1_PIE
+    return frozenset(("executable",)) if is_program else frozenset()
 
 
 def _build_id(elf: ElfFile) -> str | None:

@@ -126,6 +126,7 @@ class ElfFile:
         "bits",
         "data",
         "elf_type",
+        "entry",
         "fd",
         "head",
         "is_partial",
@@ -149,6 +150,7 @@ class ElfFile:
         self.layout = _LAYOUTS[self.bits, self.data]
         fields = self.layout.header.unpack_from(head, 16)
         self.elf_type, self.machine = fields[0], fields[1]
+        self.entry = fields[3]
         #: Where the section headers are, by the file's word: offset, bytes of each, how many.
         self.section_table = (fields[5], fields[10], fields[11])
         self.segments = self._read_segments(phoff=fields[4], phentsize=fields[8], phnum=fields[9])

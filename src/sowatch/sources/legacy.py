@@ -21,7 +21,7 @@ from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Recor
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
-from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, Report, group, value_bytes
+from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, group, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
 from sowatch.sources.unread import PatientProcFs, ScanTimeout
 
@@ -188,7 +188,6 @@ class OldKernelSource(BpfSource):
         """Turns what was found into the records of a reading; from now on the kernel side knows the ranges, too."""
         intro = reading.intro
         assert intro is not None
-        with_images = bool(self._report.value & Report.IMAGES)
         for one, answer in found:
             row, record = one.row, answer.record
             if record is None or answer.is_ignored:
@@ -198,9 +197,7 @@ class OldKernelSource(BpfSource):
             if record.key[:FILE_ID_BYTES] == intro.exe or (
                 intro.interpreter_base and row.start - row.offset_bytes == intro.interpreter_base
             ):
-                if not with_images:
-                    continue
-                flags |= FLAG_IMAGE
+                flags |= FLAG_IMAGE  # a claim of the process, which the publisher checks
             self._object.run("cover", reading.tgid, reading.start_ns, row.start, one.end)
             record = record._replace(
                 flags=flags,

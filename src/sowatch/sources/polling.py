@@ -527,9 +527,11 @@ class ProcfsSource:
         now = self._stat(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
-        code = int(stat.image[0]) if stat.image else 0
-        identity = next((row.file.key[IDENTITY] for row in process.rows if row.start <= code < row.end), bytes(24))
-        path = b"" if exe is None else text_of(seen_path(exe.removesuffix(b" (deleted)"), root))
+        seen = b"" if exe is None else seen_path(exe.removesuffix(b" (deleted)"), root)
+        path = text_of(seen) if seen else b""
+        # Not by the address of its code in stat, which any process may write. The name of a memfd is one component.
+        texts = (path, text_of(seen, is_deleted=True)) if seen else ()
+        identity = next((row.file.key[IDENTITY] for row in process.rows if row.file.text in texts), bytes(24))
         group = b"" if isinstance(cgroup, Miss) else text_of(os.fsencode(cgroup))
         return ProcessRecord(
             0, kind, 0, pid, pid, stat.start_ns, process.seen_ns, 0, 1,

@@ -364,7 +364,7 @@ class PrebuiltSource:
         look = self._reader.look(pid)
         if look is None:
             return None
-        reading = self._reader.reading_of(look, with_images=bool(self._report.value & Report.IMAGES))
+        reading = self._reader.reading_of(look)
         known = self._known.get(pid)
         if known is None or known.start_ns != reading.start_ns:
             known = self._known[pid] = _Known(reading.start_ns)

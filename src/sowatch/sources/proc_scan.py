@@ -105,12 +105,12 @@ class ProcReader:
             return None
         return Look(last, rows, begin_ns, time.monotonic_ns())
 
-    def read(self, pid: int, *, with_images: bool) -> Reading | None:
+    def read(self, pid: int) -> Reading | None:
         """The reading of one process, as `sowatch.sources.core.EventSource.read_process` gives it."""
         look = self.look(pid)
-        return None if look is None else self.reading_of(look, with_images=with_images)
+        return None if look is None else self.reading_of(look)
 
-    def reading_of(self, look: Look, *, with_images: bool) -> Reading:
+    def reading_of(self, look: Look) -> Reading:
         """The same from a look that was taken already."""
         pid, start_ns = look.stat.pid, look.stat.start_ns
         reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, touches=_FOLLOWED)
@@ -122,11 +122,9 @@ class ProcReader:
             rows = listed(look.rows)
             images = self.images(pid, [one.row for one in rows])
             for one in rows:
-                is_image = one.row in images
-                if with_images or not is_image:
-                    flags = FLAG_IMAGE if is_image else 0
-                    record = self.map_record(look.stat, view, one.row, t_ns=look.end_ns, flags=flags)
-                    reading.maps.append(with_unlisted(record, one))
+                flags = FLAG_IMAGE if one.row in images else 0
+                record = self.map_record(look.stat, view, one.row, t_ns=look.end_ns, flags=flags)
+                reading.maps.append(with_unlisted(record, one))
         return reading
 
     def view_of(self, pid: int) -> View:
@@ -143,7 +141,7 @@ class ProcReader:
         return (root.st_ino, (root.st_dev << 32 ^ namespace.st_ino) & (1 << 64) - 1, path)
 
     def images(self, pid: int, rows: list[MapRow]) -> set[MapRow]:
-        """The rows that exec itself mapped: of the main executable and of the interpreter."""
+        """The rows that the process claims exec to have mapped: of the main executable and of the interpreter."""
         exe = self.proc.exe(pid)
         path = os.fsencode(exe.path) if not isinstance(exe, Miss) else None
         base = self._interpreter_base(pid)

@@ -234,8 +234,20 @@ def test_what_was_told_stands_even_if_the_file_cannot_be_read_any_more(case: Cas
 
 
 KIND_CASES: list[tuple[str, MapRow, FileLook, str]] = [
-    ("the main program", row("/usr/sbin/nginx"), ELF, "executable"),
-    ("what starts where exec put the interpreter", row(start=0xA000, offset=0x1000), ELF, "interpreter"),
+    ("the main program", row("/usr/sbin/nginx"), replace(ELF, image_kinds={"executable"}), "executable"),
+    ("a library that is said to be the main program", row("/usr/sbin/nginx"), ELF, "library"),
+    (
+        "what starts where exec put the interpreter",
+        row(start=0xA000, offset=0x1000),
+        replace(ELF, image_kinds={"executable", "interpreter"}),
+        "interpreter",
+    ),
+    (
+        "a program that is said to start there",
+        row(start=0xA000, offset=0x1000),
+        replace(ELF, image_kinds={"executable"}),
+        "library",
+    ),
     ("a library", row(), ELF, "library"),
     ("a file that could not be read", row(), FileLook("gone"), "library"),
     ("a lying ELF file", row(), FileLook("partial"), "library"),

@@ -216,12 +216,13 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	end = vma->vm_end;
 	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
 	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
+	/*
+	 * No more than a claim: prctl(PR_SET_MM_MAP) sets both, and anything may be mapped over what exec
+	 * has mapped. So such a mapping is told in any case; user space looks at the file itself.
+	 */
 	if (is_same_file(&key.file, &reader->exe) ||
-	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base)) {
-		if (!(report & REPORT_IMAGES))
-			goto shown;
+	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base))
 		flags |= FLAG_IMAGE;
-	}
 	verdict = look_up_verdict(&key);
 	if (verdict == VERDICT_IGNORE)
 		goto shown;
