@@ -165,3 +165,20 @@ def test_children_of_one_with_very_many_ranges_are_each_told_of(
     assert len(children) == 20
     for pid in (ranges.pid, *children):
         ledger.wait_load(pid, file.stat().st_ino)
+
+
+def test_a_deleted_file_whose_mappings_stand_side_by_side_is_opened_by_one_of_them(
+    open_ledger: Callable[..., Ledger], start: Callable[[], Mapper], library: Callable[..., Path]
+) -> None:
+    mapper, file = start(), library(f"libside-{TAG}.so")
+    inode = file.stat().st_ino
+    at, _ = mapper.map(file)
+    mapper.protect(at, 4096, "rwx")
+    file.unlink()
+
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=Config(**FORCED))
+
+    load = ledger.wait_load(mapper.pid, inode)
+    assert (len(load.ranges), load.range_count) == (1, None)
+    assert load.library.deleted
+    assert load.library.build_id is not None

@@ -7,6 +7,7 @@ regular files are read.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import re
@@ -38,6 +39,8 @@ MAX_THREADS: Final = 64
 MAX_GIVEN_UP: Final = 5_000
 #: What dynamic loaders are called: ld-linux-x86-64.so.2, ld-musl-x86_64.so.1, ld64.so.2, ld.so.1, libc.musl-...
 LOADER_NAME: Final = re.compile(r"/(ld(64)?(-[^/]*)?\.so[^/]*|libc\.musl-[^/]*|ld-[0-9.]+\.so)$")
+#: Mappings within a range that has no link of its own: so many are tried.
+MAX_LINKS: Final = 8
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
 
@@ -351,11 +354,23 @@ def _candidates(
 ) -> Iterator[tuple[int, bool]]:
     """Descriptors that open nothing yet (O_PATH), and whether it is the kernel's link to the mapping."""
     links = proc.map_files_dir(pid) if ranges else None
+    has_link = False
     for start, end in ranges if links else ():
         try:
-            yield os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC), True
+            fd = os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
+        has_link = True
+        yield fd, True
+    if links and not has_link:
+        # A range of ours may be several mappings side by side, of which each has a link.
+        rows = proc.executable_maps(pid)
+        near = (row for row in rows or () if any(row.start < end and row.end > start for start, end in ranges[:2]))
+        for row in itertools.islice(near, MAX_LINKS):
+            try:
+                yield os.open(f"{links}/{row.start:x}-{row.end:x}", os.O_PATH | os.O_CLOEXEC), True
+            except OSError:
+                continue
     for root in roots:
         try:
             directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
