@@ -144,10 +144,12 @@ def test_more_hung_processes_than_there_were_threads_hold_up_nobody(
     hung = hang("lock", library(HELD), 20)
     ledger = open_ledger(RULE)
     hung.hang()
-    closing.enter_context(start().fork(how="clonevm"))
+    first = start()
+    first.map(library(HONEST))
+    closing.enter_context(first.fork(how="clonevm"))
     wait_until(lambda: set(hung.pids) <= set(ledger.watcher.audit().unread), 30, "all of them are named")
     mapper = start()
-    honest = library(HONEST)
+    honest = library(HONEST)  # another file under that name
     mapper.map(honest)
     wait_until(lambda: loads(ledger, mapper.pid) == [os.fspath(honest)], 10, "the load of somebody else")
 
@@ -184,7 +186,9 @@ def test_an_agent_says_who_hangs_and_ends_on_sigterm(
     hung = hang("maps", library(HELD))
     served = agent(f'[[rules]]\nname = "ours"\npattern = "{TAG}"\n')
     hung.hang()
-    closing.enter_context(start().fork(how="clonevm"))
+    mapper = start()
+    mapper.map(library(HONEST))
+    closing.enter_context(mapper.fork(how="clonevm"))
     (pid,) = hung.pids
     wait_until(lambda: pid in served.get("/audit").json["unread"], 20, "the audit names it")
     wait_until(
