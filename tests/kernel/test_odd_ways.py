@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sowatch import Rule
+from sowatch.model.rules import KINDS
 from support.kernel import TAG, Ledger, executable_inodes
 from support.programs import Mapper
 from support.stepped import Trick
@@ -214,6 +217,43 @@ def test_a_device_that_maps_another_file_than_its_own_is_told_as_what_it_maps(
     assert (
         len({event.library.id for event in ledger.of(process.pid) if event.library.path.startswith("/dev/zero")}) == 1
     )
+
+
+@pytest.fixture
+def huge(scratch: Path) -> Iterator[Path]:
+    """A file of hugetlbfs."""
+    subprocess.run(["mount", "-t", "hugetlbfs", "none", scratch], check=True)
+    made = scratch / "libhuge.so"
+    made.touch()
+    yield made
+    subprocess.run(["umount", "-l", scratch], check=True)
+
+
+def test_a_file_of_hugetlbfs_is_told_with_all_of_its_huge_page(
+    open_ledger: Callable[..., Ledger], huge: Path, spawn: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    ledger = open_ledger(Rule(rf"^{huge}$", name="huge", kind=KINDS))
+    # Nothing is touched, and nothing reserved: the test needs no huge page.
+    child = spawn([sys.executable, "-c", HUGE, huge], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout
+    assert child.stdout.readline() == b"ok\n"
+    ((first, end),) = ledger.wait_load(child.pid, inode(huge)).ranges
+    assert end - first >= 2 << 20
+    assert ledger.watcher.audit().differences == ()
+    child.kill()
+    child.wait()
+
+
+#: Maps one page's length of a file, executable, private and without a reservation.
+HUGE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+at = libc.mmap(None, 4096, 5, 0x4002, os.open(sys.argv[1], os.O_RDWR), 0)
+print("error" if at in (None, 2**64 - 1) else "ok", flush=True)
+sys.stdin.read()
+"""
 
 
 def maps_of(pid: int) -> list[bytes]:

@@ -71,6 +71,16 @@ static __always_inline bool makes_executable(__u64 protection)
 	       (protection & PROT_READ && READ(current_task(), personality) & READ_IMPLIES_EXEC);
 }
 
+/* hugetlbfs rounds up to its own pages, which are its blocks. */
+static __always_inline __u64 whole_pages_of(struct file *file, __u64 length)
+{
+	__u64 page = PAGE_MASK_LOW + 1;
+
+	if (READ(file, f_inode, i_sb, s_magic) == HUGETLBFS_MAGIC)
+		page = READ(file, f_inode, i_sb, s_blocksize);
+	return (length + page - 1) & ~(page - 1);
+}
+
 static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protection, __u64 flags, __u64 fd,
 				      __u64 offset_bytes)
 {
@@ -101,6 +111,7 @@ static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protectio
 				if (verdict == VERDICT_NONE)
 					call.kind |= PENDING_ASK;
 				call.file = (__u64)file;
+				length = whole_pages_of(file, length);
 			} else {
 				count(COUNT_IGNORED);
 			}

@@ -40,6 +40,7 @@ struct hlist_bl_node {
 
 struct super_block {
 	__u32 s_dev;
+	unsigned long s_blocksize;
 	unsigned long s_magic;
 };
 
@@ -313,6 +314,7 @@ struct syscall_exit {
 #define SHM_REMAP 040000
 #define SHM_EXEC 0100000
 #define VM_EXEC 0x4
+#define HUGETLBFS_MAGIC 0x958458f6
 #define OVERLAYFS_SUPER_MAGIC 0x794c7630
 #define BTRFS_SUPER_MAGIC 0x9123683e
 #define AT_BASE 7
