@@ -217,8 +217,9 @@ static __always_inline bool is_throttled(struct task_struct *task, struct proces
 	return true;
 }
 
-/* Again if it is not any more what user space was told that it is. Not inlined: it has several callers. */
-static __noinline int introduce(struct task_struct *task, struct process *process)
+/* Again if it is not any more what user space was told that it is. Inlined: kernels before 6.13 have 512 bytes of stack for
+ * all frames. */
+static __always_inline int introduce(struct task_struct *task, struct process *process)
 {
 	__u64 facts;
 
@@ -321,17 +322,17 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
  * reader of these programs among them: the range is told, so that what comes and goes meanwhile is
  * told too, and a reading corrects it if there was another process after all.
  */
-static __always_inline void report_unmapping(struct task_struct *task, struct process *process,
-					     const struct pending *call, long ret)
+static __noinline int report_unmapping(struct task_struct *task, struct process *process, const struct pending *call,
+				       long ret)
 {
 	__u32 flags = 0;
 
 	if (is_error(ret) || call->kind & PENDING_AMONG_THREADS) {
 		send_dirty(task, process);
-		return;
+		return 0;
 	}
 	if (is_throttled(task, process))
-		return;
+		return 0;
 	if (process && process->introduced)
 		introduce(task, process);
 	if (process && !was_alone(call, task)) {
@@ -340,6 +341,7 @@ static __always_inline void report_unmapping(struct task_struct *task, struct pr
 			flags |= FLAG_DIRTY;
 	}
 	send_small(task, RECORD_RANGE, flags, call->start, call->start + call->length);
+	return 0;
 }
 
 #define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)

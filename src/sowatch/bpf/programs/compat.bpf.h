@@ -127,25 +127,45 @@ static __always_inline int tell_unnoted(struct pending *call, long ret)
 	return 0;
 }
 
+/* Not on the stack: what tells it needs most of that. Hooks run with preemption off. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pending);
+} rare_call SEC(".maps");
+
+static __always_inline struct pending *take_rare_call(void)
+{
+	__u32 zero = 0;
+	struct pending *call = bpf_map_lookup_elem(&rare_call, &zero);
+
+	if (call)
+		__builtin_memset(call, 0, sizeof(*call));
+	return call;
+}
+
 static __always_inline int leave_compat_call(struct pt_regs *regs, __u32 number, long ret)
 {
-	struct pending call = {};
+	struct pending *call = take_rare_call();
 
-	read_compat_call(regs, number, &call);
-	return call.kind ? tell_unnoted(&call, ret) : 0;
+	if (!call)
+		return 0;
+	read_compat_call(regs, number, call);
+	return call->kind ? tell_unnoted(call, ret) : 0;
 }
 
 static __noinline int leave_rare_call(struct pt_regs *regs, bool is_compat, long ret)
 {
-	struct pending call = {};
+	struct pending *call = take_rare_call();
 
-	if (!regs)
+	if (!regs || !call)
 		return 0;
 	if (is_compat)
-		read_compat_call(regs, READ(regs, orig_ax), &call);
+		read_compat_call(regs, READ(regs, orig_ax), call);
 	else
-		read_x32_call(regs, READ(regs, orig_ax) & ~X32_SYSCALL_BIT, &call);
-	return call.kind ? tell_unnoted(&call, ret) : 0;
+		read_x32_call(regs, READ(regs, orig_ax) & ~X32_SYSCALL_BIT, call);
+	return call->kind ? tell_unnoted(call, ret) : 0;
 }
 
 __u32 has_x32 = 0; /* the kernel takes calls of x32; written by user space */

@@ -11,7 +11,7 @@
 #include "records.h"
 
 /* Components and mounts between a file and its root; what is deeper has no place, and is asked about each time. */
-#ifdef OLD_KERNEL
+#ifdef PROBE_READS
 #define PLACE_STEPS 48
 #else
 #define PLACE_STEPS PATH_TEXT_BYTES
@@ -59,7 +59,7 @@ static __always_inline bool ascend(struct ascent *at)
 	return parent != dentry;
 }
 
-#ifdef OLD_KERNEL
+#ifdef PROBE_READS
 
 static __always_inline void walk_to_root(struct ascent *at)
 {
