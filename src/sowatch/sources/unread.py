@@ -183,6 +183,11 @@ class PatientProcFs(ProcFs):
         self._files = TimeoutWorker("sowatch-names", max_abandoned=MAX_NAMES_ABANDONED)
         super().__init__(root)
 
+    def start(self) -> None:
+        """Starts the helper threads now rather than with the first call."""
+        self._files.start()
+        self.unread.start()
+
     def close(self) -> None:
         """Ends the threads that do not hang."""
         self._files.close()

@@ -216,7 +216,7 @@ class Watcher:
         own = {engine.keeper.own_pid} if self._exclude_self else set()
         self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own)
         ready = engine.start()
-        self._patient.unread.start()
+        self._patient.start()
         for worker in self._workers:
             worker.live_since_ns = time.monotonic_ns()
         return ready
