@@ -7,14 +7,12 @@ regular files are read.
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import re
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
@@ -23,11 +21,12 @@ from sowatch.engine.address_space import Change, Name
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
-from sowatch.linux.openat import open_below, reopen, shows_real_inode
+from sowatch.linux.mapped_file import Place, find_mapped, is_on_overlay, mapped_build_id, open_mapped
+from sowatch.linux.openat import reopen
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
 
-__all__ = ["FileFacts", "Inspection", "Inspector", "open_mapped"]
+__all__ = ["FileFacts", "Inspection", "Inspector", "host_path", "open_mapped"]
 
 #: A look that takes longer hangs: what else it hangs for is not tried until it has returned.
 STUCK_S: Final = 0.5
@@ -39,14 +38,33 @@ MAX_THREADS: Final = 64
 MAX_GIVEN_UP: Final = 5_000
 #: What dynamic loaders are called: ld-linux-x86-64.so.2, ld-musl-x86_64.so.1, ld64.so.2, ld.so.1, libc.musl-...
 LOADER_NAME: Final = re.compile(r"/(ld(64)?(-[^/]*)?\.so[^/]*|libc\.musl-[^/]*|ld-[0-9.]+\.so)$")
-#: Mappings within a range that has no link of its own: so many are tried.
-MAX_LINKS: Final = 8
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
 
 
-#: A file as it was at one time: its ctime in ns says which.
-Version = tuple[FileId, int]
+#: What changed so recently may change again within the granularity of the kernel's clock for files (a tick, 10 ms at
+#: the most), and keep its change time. Linux 6.13 has finer ones for files that were looked at.
+RACY_NS: Final = 20_000_000
+#: A file that is not whole, or is no ELF file, and changed so recently is looked at again: it may be being written.
+UNFINISHED_S: Final = 60.0
+#: So long after its last change a file that looks whole is whole.
+WRITTEN_S: Final = 2.0
+FIRST_RECHECK_S: Final = 0.25
+MAX_UNFINISHED: Final = 1_000
+
+
+class Version(NamedTuple):
+    """A file under one name, as it was when it was mapped: its change time in ns, 0 if nobody knows that."""
+
+    file_id: FileId
+    changed_ns: int
+    view: bytes
+    path: str
+    is_deleted: bool
+
+
+#: A file as it was when it was read: change time and size.
+Content = tuple[FileId, int, int]
 
 
 class FileFacts(NamedTuple):
@@ -62,6 +80,10 @@ class FileFacts(NamedTuple):
     is_partial: bool = False
     #: What the kernel can start a process with it as; see `sowatch.linux.elf.ElfFacts`.
     image_kinds: frozenset[str] = frozenset()
+    #: Which path was found to lead to it from here.
+    place: Place | None = None
+    #: The kernel's link that led to it.
+    link: str | None = None
 
     def kind(self, claimed: str, path: str, *, is_anonymous: bool) -> str:
         """What the file at ``path`` is to a process that claims it to be ``claimed``.
@@ -95,9 +117,7 @@ class _Order(NamedTuple):
     inspection: Inspection
     version: Version
     pid: int
-    path: str
     is_own_view: bool
-    is_deleted: bool
     ranges: tuple[tuple[int, int], ...]
     #: The process does not answer: only our own view is left.
     skips_process: bool = False
@@ -112,7 +132,7 @@ class _Look:
         self.since_s = time.monotonic()
         self.order: _Order | None = order
         self.pid = order.pid
-        self.device = order.version[0][:2]
+        self.device = order.version.file_id[:2]
         self.is_at_file = False
 
     def holds_up(self, pid: int, device: tuple[int, int], now_s: float) -> bool:
@@ -136,6 +156,9 @@ class Inspector:
         self._exports = exports
         self._on_done = on_done
         self._known: LRUCache[Version, FileFacts] = LRUCache(MAX_FACTS)
+        self._read: LRUCache[Content, FileFacts] = LRUCache(MAX_FACTS)
+        #: Files that may be being written: when to look again, and when the pause after that ends.
+        self._unfinished: dict[FileId, tuple[float, float]] = {}
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._under_way: dict[Version, Inspection] = {}
@@ -169,23 +192,31 @@ class Inspector:
                     self._orders.put(order._replace(skips_process=True))
 
     def take_recovered(self) -> set[FileId]:
-        """Files that could not be looked at because something hung, and can now."""
-        if not self._recovered:
+        """Files to be looked at again: what hung is over, or they may be complete by now."""
+        if not self._recovered and not self._unfinished:
             return set()
+        now_s = time.monotonic()
         with self._lock:
             taken, self._recovered = self._recovered, set()
+            for file_id, (due_s, pause_s) in list(self._unfinished.items()):
+                if now_s >= due_s:
+                    self._unfinished[file_id] = now_s + 2 * pause_s, 2 * pause_s
+                    taken.add(file_id)
+                if pause_s > UNFINISHED_S:
+                    del self._unfinished[file_id]
         return taken
 
     def known(self, name: Name) -> FileFacts | None:
         """The facts, if the file was read before and has not changed since."""
         with self._lock:
-            return self._known.get((name.file_id, name.changed_ns))
+            # One that may be being written is looked at each time.
+            return None if name.file_id in self._unfinished else self._known.get(_version_of(name))
 
     def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
         """Asks for a look at the file of a change; one look serves all who wait for that file."""
         name = change.name
         with self._lock:
-            version = name.file_id, name.changed_ns
+            version = _version_of(name)
             inspection = self._under_way.get(version)
             if inspection is None:
                 inspection = self._under_way[version] = Inspection(now_s)
@@ -194,9 +225,7 @@ class Inspector:
                         inspection,
                         version,
                         change.process.pid,
-                        name.path,
                         is_own_view,
-                        name.is_deleted,
                         change.ranges,
                     )
                 )
@@ -226,15 +255,13 @@ class Inspector:
             facts = FileFacts() if is_hopeless else self._look(order, look)
             with self._lock:
                 del self._looking[me]
-                if facts.is_elf is not None:
-                    self._known[order.version] = facts
                 order.inspection.facts = order.inspection.facts or facts
                 self._under_way.pop(order.version, None)
                 has_hung = time.monotonic() - look.since_s > STUCK_S
                 if is_hopeless and len(self._given_up) < MAX_GIVEN_UP:
-                    self._given_up[order.version[0]] = look.pid, look.device
+                    self._given_up[order.version.file_id] = look.pid, look.device
                 elif has_hung:
-                    self._recover(order.version[0], look)
+                    self._recover(order.version.file_id, look)
                 is_spare = has_hung and len(self._threads) > 1
                 if is_spare:
                     self._threads.remove(me)  # another one has taken its place
@@ -253,19 +280,71 @@ class Inspector:
         def on_file() -> None:
             look.is_at_file = True
 
-        fd = open_mapped(
+        version = order.version
+        found = find_mapped(
             self._proc,
             order.pid,
-            order.version[0],
-            order.path,
+            version.file_id,
+            version.path,
             () if order.skips_process else order.ranges,
             is_own_view=order.is_own_view,
-            is_deleted=order.is_deleted,
+            is_deleted=version.is_deleted,
+            changed_ns=version.changed_ns,
             on_file=on_file,
             skips_process=order.skips_process,
         )
-        if fd is None:
+        fd = -1
+        try:
+            if found is None:
+                # On an overlay nothing may lead to what is mapped any more; its pages still say what it is.
+                build_id = None if order.skips_process else mapped_build_id(self._proc, order.pid, order.ranges)
+                return FileFacts(is_elf=True if build_id else None, build_id=build_id, is_partial=bool(build_id))
+            fd = reopen(found.fd, os.O_RDONLY)
+            facts = self._facts_of(fd, version, found.place)._replace(place=found.place, link=found.link)
+            if version.changed_ns == 0 and facts.build_id and is_on_overlay(fd) and not order.skips_process:
+                # Nobody knows which version was mapped: after a copy-up it is not the one that the overlay shows.
+                build_id = mapped_build_id(self._proc, order.pid, order.ranges)
+                if build_id is not None and build_id != facts.build_id:
+                    facts = FileFacts(is_elf=True, build_id=build_id, is_partial=True)
+        except OSError:
             return FileFacts()
+        else:
+            return facts
+        finally:
+            if found is not None:
+                os.close(found.fd)
+            if fd >= 0:
+                os.close(fd)
+
+    def _facts_of(self, fd: int, version: Version, place: Place | None) -> FileFacts:
+        """What the file says, read once for each content of it."""
+        before = os.fstat(fd)
+        content = version.file_id, before.st_ctime_ns, before.st_size
+        with self._lock:
+            facts = self._read.get(content)
+        if facts is None:
+            facts = self._parse(fd)
+            after = os.fstat(fd)
+            age_ns = time.time_ns() - after.st_ctime_ns
+            is_same = (after.st_ctime_ns, after.st_size) == content[1:]
+            with self._lock:
+                is_settled = is_same and age_ns > RACY_NS
+                if is_settled and facts.is_elf is not None:
+                    self._read[content] = facts
+                is_whole = facts.is_elf and not facts.is_partial and age_ns > WRITTEN_S * 1e9
+                if not is_settled or (not is_whole and age_ns < UNFINISHED_S * 1e9):
+                    self._note_unfinished(version.file_id)
+        with self._lock:
+            # A link is one process's, so the next one is looked at.
+            if content in self._read and place != "link" and before.st_ctime_ns == version.changed_ns:
+                self._known[version] = facts
+        return facts
+
+    def _note_unfinished(self, file_id: FileId) -> None:
+        if file_id not in self._unfinished and len(self._unfinished) < MAX_UNFINISHED:
+            self._unfinished[file_id] = time.monotonic() + FIRST_RECHECK_S, FIRST_RECHECK_S
+
+    def _parse(self, fd: int) -> FileFacts:
         try:
             facts = read_facts(fd)
             if facts is None:
@@ -281,8 +360,6 @@ class Inspector:
             )
         except (ElfError, OSError):
             return FileFacts()  # it could not be read, and may be tried again
-        finally:
-            os.close(fd)
 
     def _search_exports(self, fd: int) -> ExportSearch | None:
         if not self._exports:
@@ -293,104 +370,14 @@ class Inspector:
             return None  # the kernel could not read it, and may do so yet
 
 
-def open_mapped(
-    proc: ProcFs,
-    pid: int,
-    file_id: FileId,
-    path: str,
-    ranges: tuple[tuple[int, int], ...],
-    *,
-    is_own_view: bool,
-    is_deleted: bool,
-    on_file: Callable[[], None] = lambda: None,
-    skips_process: bool = False,
-) -> int | None:
-    """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
-
-    Tried in order: the kernel's link to the mapping, the path below the process's root, the path
-    in our own view if it is the same. Nothing is opened before it is known to be that file: the
-    process may have mapped another one in its place, or put a link, a FIFO or a device there.
-    ``on_file`` is called before a file system is asked, and no more the process.
-    """
-    roots = _roots(None if skips_process else proc, pid, is_own_view=is_own_view)
-    for found, is_link in _candidates(proc, pid, path, ranges, () if is_deleted else roots, on_file):
-        on_file()
-        try:
-            if _is_it(found, file_id, is_link=is_link):
-                return reopen(found, os.O_RDONLY)
-        except OSError:
-            continue
-        finally:
-            os.close(found)
-    return None
+def _version_of(name: Name) -> Version:
+    return Version(name.file_id, name.changed_ns, name.view, name.path, name.is_deleted)
 
 
-def _is_it(fd: int, file_id: FileId, *, is_link: bool) -> bool:
-    """Whether a descriptor (O_PATH will do) is of that file."""
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        return False
-    if shows_real_inode(fd):
-        return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
-    # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
-    return is_link or status.st_ino == file_id.inode
-
-
-def _roots(proc: ProcFs | None, pid: int, *, is_own_view: bool) -> Iterator[str]:
-    """Where the path of the file may begin: at the root of its process, at ours if it is the same."""
-    if proc is not None and (root := proc.root_dir(pid)):
-        yield root
-    if is_own_view:
-        yield "/"
-
-
-def _candidates(
-    proc: ProcFs,
-    pid: int,
-    path: str,
-    ranges: tuple[tuple[int, int], ...],
-    roots: Iterable[str],
-    on_file: Callable[[], None],
-) -> Iterator[tuple[int, bool]]:
-    """Descriptors that open nothing yet (O_PATH), and whether it is the kernel's link to the mapping."""
-    links = proc.map_files_dir(pid) if ranges else None
-    has_link = False
-    for start, end in ranges if links else ():
-        try:
-            fd = os.open(f"{links}/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            continue
-        has_link = True
-        yield fd, True
-    if links and not has_link:
-        # A range of ours may be several mappings side by side, of which each has a link.
-        rows = proc.executable_maps(pid)
-        near = (row for row in rows or () if any(row.start < end and row.end > start for start, end in ranges[:2]))
-        for row in itertools.islice(near, MAX_LINKS):
-            try:
-                yield os.open(f"{links}/{row.start:x}-{row.end:x}", os.O_PATH | os.O_CLOEXEC), True
-            except OSError:
-                continue
-    for root in roots:
-        try:
-            directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        on_file()
-        try:
-            yield open_below(directory, path, os.O_PATH, follows_links=False), False
-        except OSError:
-            continue
-        finally:
-            os.close(directory)
-
-
-def host_path(
-    proc_root: str, pid: int, name: Name, ranges: tuple[tuple[int, int], ...], *, is_own_view: bool
-) -> str | None:
-    """A path that opens the same file from here, as far as can be said without looking."""
-    if name.is_deleted:
-        return f"{proc_root}/{pid}/map_files/{ranges[0][0]:x}-{ranges[0][1]:x}" if ranges else None
-    if name.is_partial:
-        return None
-    return name.path if is_own_view else f"{proc_root}/{pid}/root{name.path}"
+def host_path(proc_root: str, pid: int, name: Name, facts: FileFacts) -> str | None:
+    """A path that opens the same file from here, as it was found when the file was opened; None if there is none."""
+    if facts.place == "link":
+        return facts.link
+    if facts.place == "root":
+        return f"{proc_root}/{pid}/root{name.path}"
+    return name.path if facts.place == "own" else None

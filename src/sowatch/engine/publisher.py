@@ -281,14 +281,20 @@ class Publisher:
         process = change.process
         held = self._held.get(process.id, {}).get(name.file_id)
         if held is not None:
-            # Looked at again, as rules have changed.
-            if isinstance(rule, Rule) and rule.name == held.rule:
+            # Looked at again, as rules have changed, or the file was not complete or could not be read.
+            known = held.library
+            has_changed = facts.is_elf is not None and (
+                known.kind != kind or (known.build_id is not None and known.build_id != facts.build_id)
+            )
+            if isinstance(rule, Rule) and rule.name == held.rule and not has_changed:
                 if held.library.build_id is None and facts.build_id is not None:
                     # Its load was told before the file could be read.
                     library = replace(held.library, build_id=facts.build_id, soname=facts.soname)
                     self._held[process.id][name.file_id] = replace(held, library=library)
                 return
-            self._forget(process, name.file_id, "rules", change.t_ns)
+            self._forget(process, name.file_id, "repair" if has_changed else "rules", change.t_ns)
+            if has_changed:
+                change = change._replace(cause="repair")
         if not isinstance(rule, Rule):
             self.unresolved += self._rules.needs_exports and facts.is_elf is None
             return
@@ -326,23 +332,26 @@ class Publisher:
 
     def _library(self, change: Change, kind: str, facts: FileFacts) -> Library:
         name = change.name
-        is_own_view = name.view == self.own_view and not name.is_deleted
+        is_own_view = facts.place == "own"
         if is_own_view:
             known = self._libraries.get((id(name), kind))
             # The id of a name may be reused once it is gone, so the entry keeps the name itself.
-            if known is not None and known[0] is name and known[1].build_id == facts.build_id:
+            if (
+                known is not None
+                and known[0] is name
+                and (known[1].build_id, known[1].soname) == (facts.build_id, facts.soname)
+            ):
                 return known[1]
         library = Library(
             path=name.path,
             id=name.file_id,
-            host_path=host_path(
-                self._proc_root, change.process.pid, name, change.ranges, is_own_view=name.view == self.own_view
-            ),
+            host_path=host_path(self._proc_root, change.process.pid, name, facts),
             kind=kind,
             build_id=facts.build_id,
             soname=facts.soname,
             deleted=name.is_deleted,
             path_partial=name.is_partial,
+            changed_ns=name.changed_ns,
         )
         if is_own_view:
             if len(self._libraries) > 5_000:

@@ -182,6 +182,7 @@ class RuleWorker:
             event.ranges,
             is_own_view=library.host_path == library.path,
             is_deleted=library.deleted,
+            changed_ns=library.changed_ns,
         )
         if fd is None:
             raise ProcessGone(event.process.pid)

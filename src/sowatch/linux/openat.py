@@ -11,10 +11,11 @@ import errno
 import os
 import stat
 import struct
+import sys
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["open_below", "open_regular", "reopen", "shows_real_inode"]
+__all__ = ["file_system_of", "open_below", "open_regular", "reopen", "shows_real_inode"]
 
 #: The same number on every architecture but alpha (include/uapi/asm-generic/unistd.h); Linux 5.6.
 _SYS_OPENAT2: Final = 437
@@ -105,6 +106,16 @@ def _libc() -> ctypes.CDLL:
     libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
     libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
     return libc
+
+
+def file_system_of(fd: int) -> int | None:
+    """The type of the file system of a descriptor (fstatfs f_type, include/uapi/linux/magic.h), None if unknown."""
+    buffer = ctypes.create_string_buffer(512)
+    if _libc().fstatfs(fd, buffer) != 0:
+        return None
+    # f_type comes first: a long, but an int on s390 and on 32-bit machines. The other half is 0 or another field.
+    low, high = struct.unpack_from("=II", buffer.raw)
+    return int(low if sys.byteorder == "little" or not high else high)
 
 
 def shows_real_inode(fd: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -83,6 +83,9 @@ class Library:
     soname: str | None = None
     deleted: bool = False
     path_partial: bool = False
+    #: The change time of the inode when it was mapped, 0 if unknown: not part of the event. On an overlay it tells what
+    #: was mapped from what has its place since.
+    changed_ns: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

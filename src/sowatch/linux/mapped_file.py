@@ -1,0 +1,312 @@
+"""The very file that a process has mapped: opened, checked, and under which path it can be opened from here.
+
+Nothing is opened before it is known to be that file: the process may have mapped another one in its place, another may
+have its name by now, or the name may be that of a link, a FIFO or a device.
+
+On overlayfs the kernel's link to a mapping leads to the file that the overlay shows now. After a copy-up that is the
+upper one, while the process still runs the lower one. The change time tells: both are never the same. The lower file is
+then looked for in the layers, by its own inode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import itertools
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final, Literal, NamedTuple
+
+from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_inode
+from sowatch.linux.proc import ProcFs
+from sowatch.model.identity import FileId
+
+__all__ = ["Found", "Place", "find_mapped", "is_on_overlay", "mapped_build_id", "open_mapped"]
+
+#: How the file is opened from here: by its path in our view, below the root of its process, by the kernel's link.
+Place = Literal["own", "root", "link"]
+
+#: include/uapi/linux/magic.h
+OVERLAYFS_MAGIC: Final = 0x794C7630
+#: PROCMAP_QUERY (include/uapi/linux/fs.h, Linux 6.11): _IOWR('f', 17, struct procmap_query), 104 bytes.
+_PROCMAP_QUERY: Final = 0xC0686611
+_QUERY: Final = struct.Struct("=9Q4I2Q")
+_BUILD_ID_BYTES: Final = 20
+_BUILD_ID_SIZE_FIELD: Final = 12
+#: A file may have thousands of ranges; the link of each leads to the same file.
+MAX_LINKS: Final = 16
+#: Docker's limit is 127 lower layers; each costs two system calls.
+MAX_LAYERS: Final = 256
+
+
+class Found(NamedTuple):
+    """A descriptor that opens nothing yet (O_PATH), and where that file is; None: no path leads to it from here."""
+
+    fd: int
+    place: Place | None
+    #: The kernel's link, if that is how it was found.
+    link: str | None = None
+
+
+def open_mapped(
+    proc: ProcFs,
+    pid: int,
+    file_id: FileId,
+    path: str,
+    ranges: tuple[tuple[int, int], ...],
+    *,
+    is_own_view: bool,
+    is_deleted: bool,
+    changed_ns: int = 0,
+    on_file: Callable[[], None] = lambda: None,
+    skips_process: bool = False,
+) -> int | None:
+    """A descriptor of the very file that a process has mapped, or None if it cannot be had any more.
+
+    Args: as of `find_mapped`.
+    """
+    found = find_mapped(
+        proc,
+        pid,
+        file_id,
+        path,
+        ranges,
+        is_own_view=is_own_view,
+        is_deleted=is_deleted,
+        changed_ns=changed_ns,
+        on_file=on_file,
+        skips_process=skips_process,
+    )
+    if found is None:
+        return None
+    try:
+        return reopen(found.fd, os.O_RDONLY)
+    except OSError:
+        return None
+    finally:
+        os.close(found.fd)
+
+
+def find_mapped(
+    proc: ProcFs,
+    pid: int,
+    file_id: FileId,
+    path: str,
+    ranges: tuple[tuple[int, int], ...],
+    *,
+    is_own_view: bool,
+    is_deleted: bool,
+    changed_ns: int = 0,
+    on_file: Callable[[], None] = lambda: None,
+    skips_process: bool = False,
+) -> Found | None:
+    """The very file that a process has mapped, or None if it cannot be had any more.
+
+    Tried in order: the kernel's link to the mapping, the path in our own view if it is the same, the path below the
+    process's root, the layers of an overlay.
+
+    Args:
+        proc: the host's.
+        pid: of the process.
+        file_id: of the mapped file.
+        path: as the process sees it.
+        ranges: where it is mapped.
+        is_own_view: whether the process sees the same files as we do.
+        is_deleted: whether it has no name any more.
+        changed_ns: the change time of the mapped inode, 0 if nobody knows it.
+        on_file: called before a file system is asked, and no more the process.
+        skips_process: the process does not answer.
+    """
+
+    def is_it(fd: int, *, is_link: bool) -> bool:
+        return _is_it(fd, file_id, changed_ns, is_link=is_link)
+
+    link, link_path = (None, None) if skips_process else _open_link(proc, pid, ranges, on_file)
+    mapped = None if link is None or not is_it(link, is_link=True) else os.fstat(link)
+    try:
+        place: Place | None = "link" if mapped is not None else None
+        for where, root in [] if is_deleted else _roots(None if skips_process else proc, pid, is_own_view=is_own_view):
+            fd = _open_path(root, path, on_file)
+            if fd is None:
+                continue
+            is_same = is_it(fd, is_link=False) if mapped is None else os.path.samestat(os.fstat(fd), mapped)
+            if is_same and mapped is None:
+                return Found(fd, where)
+            os.close(fd)
+            if is_same:
+                place = where
+                break
+        if link is not None and mapped is not None:
+            found, link = Found(link, place, link_path), None
+            return found
+        if link is not None and changed_ns and is_on_overlay(link):
+            return _in_layers(proc, pid, file_id, path)
+        return None
+    finally:
+        if link is not None:
+            os.close(link)
+
+
+def is_on_overlay(fd: int) -> bool:
+    """Whether a file is shown by overlayfs, and may be another one than what is mapped under it."""
+    return file_system_of(fd) == OVERLAYFS_MAGIC
+
+
+def _is_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> bool:
+    """Whether a descriptor (O_PATH will do) is of that file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if shows_real_inode(fd):
+        return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
+    # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
+    if changed_ns and status.st_ctime_ns != changed_ns and is_on_overlay(fd):
+        return False
+    return is_link or status.st_ino == file_id.inode
+
+
+def _open_link(
+    proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...], on_file: Callable[[], None]
+) -> tuple[int | None, str | None]:
+    """The kernel's link to the mapping; who controls the process cannot make it lead elsewhere."""
+    links = proc.map_files_dir(pid) if ranges else None
+    if links:
+        for start, end in _with_parts(proc, pid, ranges):
+            path = f"{links}/{start:x}-{end:x}"
+            try:
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            on_file()
+            return fd, path
+    return None, None
+
+
+def _with_parts(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int]]:
+    """The ranges, then those within: one of ours may be several mappings side by side, of which each has a link."""
+    yield from ranges[:MAX_LINKS]
+    rows = proc.executable_maps(pid)
+    near = (row for row in rows or () if any(row.start < end and row.end > start for start, end in ranges[:2]))
+    for row in itertools.islice(near, MAX_LINKS):
+        yield row.start, row.end
+
+
+def _roots(proc: ProcFs | None, pid: int, *, is_own_view: bool) -> Iterator[tuple[Place, str]]:
+    """Where the path of the file may begin: at our root if it is the process's as well, at that one."""
+    if is_own_view:
+        yield "own", "/"
+    if proc is not None and (root := proc.root_dir(pid)):
+        yield "root", root
+
+
+def _open_path(root: str, path: str, on_file: Callable[[], None]) -> int | None:
+    if not path.startswith("/"):
+        return None
+    try:
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    on_file()
+    try:
+        return open_below(directory, path, os.O_PATH, follows_links=False)
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+
+
+def _in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found | None:
+    """The file in a layer below the overlay that its path leads to, if this one shows the mapped inode itself.
+
+    A path from a mount option is interpreted in our mount namespace and in that of the process; the check of the inode
+    makes it harmless that whoever mounted the overlay chose it.
+    """
+    root = proc.root_dir(pid)
+    if not root:
+        return None
+    for layer, below in _layers(proc, pid, path):
+        for at in (root, "/"):
+            fd = _open_path(at, f"{layer}/{below}", lambda: None)
+            if fd is None:
+                continue
+            try:
+                if shows_real_inode(fd) and _is_it(fd, file_id, 0, is_link=False):
+                    found, fd = Found(fd, None), -1
+                    return found
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+    return None
+
+
+def _layers(proc: ProcFs, pid: int, path: str) -> Iterator[tuple[str, str]]:
+    """The layers of the overlays that the path may be on, the nearest mount first, and the path below each."""
+    try:
+        with open(f"{proc.root}/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read(1 << 22).split("\n")
+    except OSError:
+        return
+    mounts = []
+    for line in lines:
+        head, _, tail = line.partition(" - ")
+        fields, rest = head.split(" "), tail.split(" ")
+        if len(fields) < 5 or len(rest) < 3 or rest[0] != "overlay":
+            continue
+        point = _unescaped(fields[4])
+        if path.startswith(point.rstrip("/") + "/"):
+            inner = _unescaped(fields[3]).strip("/")
+            below = f"{inner}/{path[len(point.rstrip('/')) :].lstrip('/')}".lstrip("/")
+            mounts.append((len(point), below, rest[2]))
+    count = 0
+    for _, below, options in sorted(mounts, reverse=True):
+        for layer in _layers_of(options):
+            count += 1
+            if count > MAX_LAYERS:
+                return
+            if layer.startswith("/"):
+                yield layer, below
+
+
+def _layers_of(options: str) -> Iterator[str]:
+    """The directories of an overlay's lowerdir, lowerdir+ and upperdir options."""
+    for option in options.split(","):
+        name, _, value = option.partition("=")
+        if name in ("upperdir", "lowerdir+", "datadir+"):
+            yield _unescaped(value)
+        elif name == "lowerdir":
+            yield from (_unescaped(one) for one in value.split(":") if one)
+
+
+def _unescaped(text: str) -> str:
+    r"""A field of mountinfo: blank, tab, newline and backslash stand there as \ooo."""
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def mapped_build_id(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...]) -> str | None:
+    """The build id of what is mapped there, from the pages of the mapped inode itself.
+
+    Whatever path leads where. Needs Linux 6.11 (PROCMAP_QUERY) and the right to read maps.
+
+    Returns:
+        None if there is none, or it cannot be told.
+    """
+    tid = proc.live_thread(pid) if ranges else None
+    if not tid:
+        return None
+    buffer = ctypes.create_string_buffer(_BUILD_ID_BYTES)
+    query = [_QUERY.size, 0, ranges[0][0], 0, 0, 0, 0, 0, 0, 0, 0, 0, _BUILD_ID_BYTES, 0, ctypes.addressof(buffer)]
+    answer = bytearray(_QUERY.pack(*query))
+    try:
+        fd = os.open(f"{proc.root}/{tid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, _PROCMAP_QUERY, answer)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    fields = _QUERY.unpack(answer)
+    return buffer.raw[: fields[_BUILD_ID_SIZE_FIELD]].hex() or None

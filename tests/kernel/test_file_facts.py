@@ -1,0 +1,251 @@
+"""What is said of a mapped file is of what is mapped: versions, copy-up, paths that open it from here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch import ActiveFile, Config, Rule
+from sowatch.linux.elf import read_facts
+from sowatch.model.events import Library
+from sowatch.model.rules import KINDS
+from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
+from support.programs import Mapper
+
+Start = Callable[..., Mapper]
+
+TAG = f"sow-facts-{os.getpid()}-"
+STRATEGIES = ["core", "prebuilt", "procfs"]
+
+
+def config(strategy: str) -> Config:
+    return Config(strategy=strategy, poll_interval_s=0.05, poll_cpu_percent=100)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix=TAG, dir="/var/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def one_and_two(make_library: Any) -> tuple[bytes, bytes]:
+    """The contents of two libraries with different build ids."""
+    return make_library("libone.so").read_bytes(), make_library("libtwo.so").read_bytes()
+
+
+def build_id(content: bytes, scratch: Path) -> str:
+    place = scratch / "content"
+    place.write_bytes(content)
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        facts = read_facts(fd)
+    finally:
+        os.close(fd)
+        place.unlink()
+    assert facts is not None
+    assert facts.build_id is not None
+    return facts.build_id
+
+
+def held(ledger: Ledger, pid: int, path: str | Path) -> Library | None:
+    """What is published of the file by that path in a process."""
+    ledger.catch_up()
+    found = [one.library for one in ledger.watcher.snapshot() if one.process is not None and one.process.pid == pid]
+    return next((one for one in found if one.path == os.fspath(path)), None)
+
+
+def wait_held(ledger: Ledger, pid: int, path: str | Path, is_right: Callable[[Library], bool]) -> Library:
+    def look() -> Library | None:
+        one = held(ledger, pid, path)
+        return one if one is not None and is_right(one) else None
+
+    found = ledger.wait_for(look, lambda: f"{path} in {pid} is {held(ledger, pid, path)}")
+    assert isinstance(found, Library)
+    return found
+
+
+# ---- versions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_file_that_was_overwritten_in_place_has_its_new_build_id_when_it_is_mapped_again(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    path = scratch / "lib.so"
+    for content in one_and_two:
+        mapper = start()
+        path.write_bytes(content)
+        mapper.map(path)
+        wanted = build_id(content, scratch)
+        wait_held(ledger, mapper.pid, path, lambda one, wanted=wanted: one.build_id == wanted)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [0, 3, 64])
+def test_a_file_that_is_mapped_while_it_is_written_is_told_as_what_it_is_when_it_is_complete(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+    size: int,
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    path, mapper = scratch / "lib.so", start()
+    path.write_bytes(one_and_two[0][:size])
+    mapper.map(path, *(["len", 4096] if not size else []))
+    wait_held(ledger, mapper.pid, path, lambda one: one.build_id is None)
+    with path.open("ab") as file:
+        file.write(one_and_two[0][size:])
+    wanted = build_id(one_and_two[0], scratch)
+    wait_held(ledger, mapper.pid, path, lambda one: one.build_id == wanted and one.kind == "library")
+
+
+# ---- copy-up ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overlaid(start: Start, scratch: Path, programs: Any, one_and_two: tuple[bytes, bytes]) -> tuple[Mapper, Path]:
+    """A mapper that has mapped a library of the lower layer, in whose place is another one by now."""
+    for name in ("lower", "upper", "work", "m"):
+        (scratch / name).mkdir()
+    (scratch / "lower/lib.so").write_bytes(one_and_two[0])
+    (scratch / "new").write_bytes(one_and_two[1])
+    commands = f"""mount -t tmpfs none {scratch}/work; mkdir {scratch}/work/u {scratch}/work/w
+    mount -t overlay -o lowerdir={scratch}/lower,upperdir={scratch}/work/u,workdir={scratch}/work/w none {scratch}/m"""
+    mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+    path = scratch / "m/lib.so"
+    mapper.map(path)
+    subprocess.run(["cp", scratch / "new", f"/proc/{mapper.pid}/root{path}"], check=True)
+    assert Path(f"/proc/{mapper.pid}/root{path}").read_bytes() == one_and_two[1]
+    return mapper, path
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_after_a_copy_up_the_build_id_is_that_of_the_lower_file_that_is_mapped(
+    open_ledger: Callable[..., Ledger],
+    overlaid: tuple[Mapper, Path],
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    mapper, path = overlaid
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, path, lambda _: True)
+    assert found.build_id == build_id(one_and_two[0], scratch)
+    assert found.host_path is None
+
+
+def test_after_a_copy_up_a_rule_gets_a_descriptor_of_the_lower_file(
+    open_ledger: Callable[..., Ledger], overlaid: tuple[Mapper, Path], one_and_two: tuple[bytes, bytes]
+) -> None:
+    contents: list[bytes] = []
+
+    def read(file: ActiveFile) -> None:
+        contents.append(os.pread(file.fileno(), 1 << 20, 0))
+
+    ledger = open_ledger(Rule(r"m/lib\.so$", kind=KINDS, on_activate=read), Rule(TAG, name="all", kind=KINDS))
+    mapper, path = overlaid
+    wait_held(ledger, mapper.pid, path, lambda _: True)
+    ledger.wait_for(lambda: contents, "it was not opened")
+    assert contents == [one_and_two[0]]
+
+
+# ---- paths from here ----------------------------------------------------------------------------
+
+
+def opens_the_same(library: Library, pid: int, at: int, length: int) -> bool:
+    """Whether the host path leads to what is mapped there."""
+    assert library.host_path is not None
+    return os.path.samefile(library.host_path, f"/proc/{pid}/map_files/{at:x}-{at + -(-length // 4096) * 4096:x}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_host_path_of_a_file_that_another_mount_covers_opens_that_file(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    programs: Any,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    (scratch / "m").mkdir()
+    path = scratch / "m/lib.so"
+    path.write_bytes(one_and_two[0])
+    mapper = start(with_prelude(scratch, programs["mapper"], "", launcher=IN_OWN_MOUNTS))
+    at, length = mapper.map(path)
+    enter = ["nsenter", "-m", "-t", str(mapper.pid), "sh", "-ec"]
+    (scratch / "decoy").write_bytes(one_and_two[1])
+    subprocess.run([*enter, f"mount -t tmpfs none {scratch}/m && cp {scratch}/decoy {path}"], check=True)
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, path, lambda _: True)
+    assert found.build_id == build_id(one_and_two[0], scratch)
+    assert opens_the_same(found, mapper.pid, at, length)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_host_path_after_a_lazy_unmount_does_not_lead_to_a_decoy(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    programs: Any,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    (scratch / "m").mkdir()
+    (scratch / "content").write_bytes(one_and_two[0])
+    name = f"{TAG}lib.so"
+    commands = f"mount -t tmpfs none {scratch}/m; cp {scratch}/content {scratch}/m/{name}"
+    mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+    at, length = mapper.map(scratch / "m" / name)
+    (scratch / "m" / name).write_bytes(one_and_two[1])
+    subprocess.run(["nsenter", "-m", "-t", str(mapper.pid), "umount", "-l", scratch / "m"], check=True)
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+
+    def find() -> Library | None:
+        ledger.catch_up()
+        found = [one for one in ledger.watcher.snapshot() if one.process is not None and one.process.pid == mapper.pid]
+        return next((one.library for one in found if one.library.path.endswith(name)), None)
+
+    found = ledger.wait_for(find, "it was not told")
+    assert opens_the_same(found, mapper.pid, at, length)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_host_path_of_a_file_in_a_jail_opens_that_file_and_not_ours_by_that_name(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    programs: Any,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    jail = scratch / "jail"
+    inside = jail / scratch.relative_to("/")
+    inside.mkdir(parents=True)
+    (inside / "lib.so").write_bytes(one_and_two[0])
+    (scratch / "lib.so").write_bytes(one_and_two[1])
+    mapper = start(
+        with_prelude(scratch, programs["mapper"], f"mount --rbind {inside} {scratch}", launcher=IN_OWN_MOUNTS)
+    )
+    path = scratch / "lib.so"
+    at, length = mapper.map(path)
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, path, lambda _: True)
+    assert found.host_path != str(path)
+    assert opens_the_same(found, mapper.pid, at, length)
