@@ -200,8 +200,9 @@ def test_a_wanted_file_is_told_that_one_mprotect_made_executable_together_with_a
     ledger.wait_load(process.pid, inode(wanted))
 
 
-def test_shared_memory_that_is_detached_is_unloaded(ledger: Ledger, trick: Callable[..., Trick]) -> None:
-    process = trick("shmdt")
+@pytest.mark.parametrize("way", ["shmdt", "shmdt-implied"])
+def test_shared_memory_that_is_detached_is_unloaded(ledger: Ledger, trick: Callable[..., Trick], way: str) -> None:
+    process = trick(way)
     (number,) = {int(line.split()[4]) for line in maps_of(process.pid) if b"/SYSV" in line}
     ledger.wait_load(process.pid, number)
     process.go_on()

@@ -8,6 +8,7 @@
  *   second FIRST FILE   mprotect over two files at once
  *   double FILE         mremap of a shared mapping from length 0 makes a second one; the first goes
  *   shmdt               SysV memory with SHM_EXEC comes and goes
+ *   shmdt-implied       the same without SHM_EXEC, under personality(READ_IMPLIES_EXEC)
  *   device              a shared mapping of /dev/zero, which the kernel gives a file of its own
  */
 #define _GNU_SOURCE
@@ -84,10 +85,11 @@ int main(int count, char **words)
 		at = mremap(first, 0, PAGE, MREMAP_MAYMOVE);
 		check(at != MAP_FAILED, way);
 		munmap(first, PAGE);
-	} else if (!strcmp(way, "shmdt")) {
-		int id = shmget(IPC_PRIVATE, PAGE, IPC_CREAT | 0700);
+	} else if (!strncmp(way, "shmdt", 5)) {
+		int is_implied = way[5], id = shmget(IPC_PRIVATE, PAGE, IPC_CREAT | 0700);
 
-		at = id < 0 ? (void *)-1 : shmat(id, NULL, SHM_EXEC);
+		check(!is_implied || personality(READ_IMPLIES_EXEC) >= 0, way);
+		at = id < 0 ? (void *)-1 : shmat(id, NULL, is_implied ? 0 : SHM_EXEC);
 		shmctl(id, IPC_RMID, NULL);
 		check(at != (void *)-1, way);
 		printf("ok %lx %d\n", (unsigned long)at, PAGE);

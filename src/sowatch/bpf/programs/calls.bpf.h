@@ -177,11 +177,12 @@ static __always_inline int enter_shmat(__u64 flags)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct pending call = {.kind = PENDING_REREAD};
+	bool executes = makes_executable(flags & SHM_EXEC ? PROT_EXEC : PROT_READ);
 
-	if (!(flags & (SHM_EXEC | SHM_REMAP)))
+	if (!executes && !(flags & SHM_REMAP))
 		return 0;
-	if (flags & SHM_EXEC || find_process(pid_tgid >> 32)) {
-		if (flags & SHM_EXEC)
+	if (executes || find_process(pid_tgid >> 32)) {
+		if (executes)
 			touch_process(current_task());
 		note(pid_tgid, &call);
 	}
