@@ -249,3 +249,23 @@ def test_the_host_path_of_a_file_in_a_jail_opens_that_file_and_not_ours_by_that_
     found = wait_held(ledger, mapper.pid, path, lambda _: True)
     assert found.host_path != str(path)
     assert opens_the_same(found, mapper.pid, at, length)
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_file_named_like_a_deleted_one_is_told_by_its_name(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    path, mapper = scratch / "x.so (deleted)", start()
+    path.write_bytes(one_and_two[0])
+    mapper.map(path)
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, path, lambda _: True)
+    assert not found.deleted
+    assert found.host_path == str(path)

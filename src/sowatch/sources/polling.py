@@ -379,17 +379,17 @@ class ProcfsSource:
         except OSError:
             root, view = b"/", blake2b(base, digest_size=16).digest()  # nobody else's
         return [
-            Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
+            Row(one.row.start, one.end, one.row.offset_bytes, self._file(stat.pid, one.row, root, view), one.unlisted)
             for one in listed(rows)
         ]
 
-    def _file(self, row: MapRow, root: bytes, view: bytes) -> File:
+    def _file(self, pid: int, row: MapRow, root: bytes, view: bytes) -> File:
         name = row._replace(start=0, end=0, perms="", offset_bytes=0)
         file = self._files.get((name, root, view))
         if file is None:
             if len(self._files) >= MAX_FILES:
                 self._files.clear()
-            file = file_of(row, root, view)
+            file = file_of(self._proc.settle_deleted(pid, row), root, view)
             since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
             file = self._files[name, root, view] = file._replace(since_ns=since_ns)
         return file
