@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from sowatch.model.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
     from sowatch.model.identity import FileId, ProcessId
     from sowatch.model.rules import Rule
+    from sowatch.model.stats import Mapped, Stats
     from sowatch.watcher.monitor import ProcessMonitor, process_monitor
     from sowatch.watcher.streams import awatch, watch
-    from sowatch.watcher.watcher import ActiveFile, Mapped, Stats, Watcher
+    from sowatch.watcher.watcher import ActiveFile, Watcher
 
 __version__ = "0.1.0"
 
@@ -80,7 +81,8 @@ _MODULES = {
     "model.rules": ("Rule",),
     "watcher.monitor": ("ProcessMonitor", "process_monitor"),
     "watcher.streams": ("awatch", "watch"),
-    "watcher.watcher": ("ActiveFile", "Mapped", "Stats", "Watcher"),
+    "model.stats": ("Mapped", "Stats"),
+    "watcher.watcher": ("ActiveFile", "Watcher"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from sowatch import Config
-from sowatch.watcher.watcher import Stats
+from sowatch.model.stats import Stats
 from support.kernel import Ledger
 from support.model import ARENA, ARENA_PAGES, PAGE, Actor, Move, Piece, World
 from support.model_judge import Judge, Stage

@@ -9,8 +9,7 @@ from typing import Any
 from sowatch.engine.activation import FileRegistry
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.process_events import ProcessMonitorStats
-from sowatch.sources.core import Losses
-from sowatch.watcher.watcher import Stats
+from sowatch.model.stats import Losses, Stats
 
 __all__ = ["Figures", "Monitor", "changed", "timings"]
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import Counter
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
-from sowatch.sources.core import Followed, Losses, Report, group
+from sowatch.model.stats import Losses
+from sowatch.sources.core import Followed, Report, group
 from sowatch.sources.unread import UnreadProcesses
 from support.records import PAGE, File, Proc
 

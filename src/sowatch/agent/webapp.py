@@ -28,8 +28,9 @@ from sowatch.explain.audit import AuditReport
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
+from sowatch.model.stats import Mapped
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
-from sowatch.watcher.watcher import Mapped, Watcher
+from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Readiness", "WebApp", "audit_dict", "inventory_dict"]
 

@@ -23,7 +23,8 @@ from sowatch.model.config import Config
 from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import EventSource, Losses, Reading, Report
+from sowatch.model.stats import Losses
+from sowatch.sources.core import EventSource, Reading, Report
 from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Keeper"]

@@ -34,6 +34,7 @@ from sowatch.bpf.records import (
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
+from sowatch.model.stats import Losses
 from sowatch.sources.iterator_scan import IteratorScan
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
@@ -41,7 +42,6 @@ __all__ = [
     "BpfSource",
     "EventSource",
     "Followed",
-    "Losses",
     "Reading",
     "Report",
     "Verdict",
@@ -60,21 +60,6 @@ class Report(IntFlag):
     VISITS = 8
     INTROS = 16
     FENCE = 32
-
-
-class Losses(NamedTuple):
-    """What the kernel side could not send or follow, counted since the source was opened."""
-
-    ring: int = 0
-    processes: int = 0
-    pending: int = 0
-    scratch: int = 0
-    #: Dropped because one process said more than ``Config.max_records_s`` of them in a second.
-    throttled: int = 0
-    #: Runs of a program that the kernel left out, as another was under way on that CPU.
-    skipped: int = 0
-    #: Mappings whose file could not be found out any more (strategy ``prebuilt``).
-    unresolved: int = 0
 
 
 @dataclass(slots=True)

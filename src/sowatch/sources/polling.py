@@ -40,7 +40,8 @@ from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
-from sowatch.sources.core import FILE_KEY, Followed, Losses, Reading, Report, Verdict, Verdicts
+from sowatch.model.stats import Losses
+from sowatch.sources.core import FILE_KEY, Followed, Reading, Report, Verdict, Verdicts
 from sowatch.sources.poll_timer import CpuClocks, Rhythm
 from sowatch.sources.proc_scan import listed
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses

@@ -36,7 +36,8 @@ from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
-from sowatch.sources.core import LOST, Followed, Losses, Reading, Report, Verdict
+from sowatch.model.stats import Losses
+from sowatch.sources.core import LOST, Followed, Reading, Report, Verdict
 from sowatch.sources.proc_scan import Look, ProcReader
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 

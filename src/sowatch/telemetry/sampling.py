@@ -14,11 +14,11 @@ from sowatch.engine.activation import RegistryStats
 from sowatch.model.events import Ready
 from sowatch.model.histogram import Distribution, RuleTimings
 from sowatch.model.process_events import ProcessMonitorStats
+from sowatch.model.stats import Stats
 from sowatch.telemetry import names
 from sowatch.telemetry.metrics import Gauge, MetricRegistry
 from sowatch.telemetry.pusher import Pusher
 from sowatch.telemetry.sinks import SinkRunner
-from sowatch.watcher.watcher import Stats
 
 __all__ = ["Sampler", "WatcherFigures"]
 

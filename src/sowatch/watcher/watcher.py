@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -39,15 +38,16 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import EVENT_KINDS, Library, LibraryEvent, Process, Ready
+from sowatch.model.events import EVENT_KINDS, LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import EventSource, Losses
+from sowatch.model.stats import Losses, Mapped, Stats
+from sowatch.sources.core import EventSource
 from sowatch.sources.select import open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
 
-__all__ = ["ActiveFile", "Mapped", "Stats", "Watcher"]
+__all__ = ["ActiveFile", "Watcher"]
 
 T = TypeVar("T")
 
@@ -55,62 +55,6 @@ T = TypeVar("T")
 WORKER_STOP_S = 1.0
 #: The draining thread looks for losses once a second; after so long without, nobody knows of any.
 KNOWS_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """One library in one process, as the map has it. ``ranges`` are executable address ranges.
-
-    Where ``range_count`` is not None there are that many at the least, see `sowatch.LibraryEvent`.
-    ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was told, so
-    what was there before the watch has the time at which that found it, and the cause ``snapshot``.
-    """
-
-    process: Process
-    library: Library
-    rule: str
-    ranges: tuple[tuple[int, int], ...]
-    cause: str | None = None
-    time_ns: int = 0
-    range_count: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
-
-    ``lost_throttled`` of the facts were dropped because one process said more than
-    ``Config.max_records_s`` of them in a second.
-
-    ``rereads`` are single processes whose mappings were read because other threads might have
-    interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
-    the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
-    end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
-    at ``/proc`` as it is now, None with a strategy that does not poll. ``partial`` are loads of files that contradict
-    themselves or pass a limit of work, so that facts or exports may be missing. ``unread`` are processes whose mappings
-    cannot be read now; see `Watcher.unread`.
-    """
-
-    processes: int
-    libraries: int
-    mappings: int
-    events: int
-    loads: int
-    unloads: int
-    lost_kernel: int
-    lost_throttled: int
-    lost_queue: int
-    repairs: int
-    rereads: int
-    unresolved: int
-    callback_errors: int
-    records: int
-    losses: Losses
-    audits: int
-    audit_differences: int
-    poll_interval_s: float | None = None
-    partial: int = 0
-    unread: int = 0
 
 
 class Watcher:

@@ -16,7 +16,8 @@ from sowatch.engine.rescan_schedule import LONGEST_REST_S, RescanSchedule
 from sowatch.engine.table import LIVE, Tracker
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Losses, Report
+from sowatch.model.stats import Losses
+from sowatch.sources.core import Report
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 from support.records import Proc, reading
 

@@ -15,7 +15,7 @@ from sowatch.inventory import inventory as inventory_module
 from sowatch.inventory.inventory import Inventory, Picture
 from sowatch.model.events import Process, Ready
 from sowatch.model.identity import FileId
-from sowatch.watcher.watcher import Mapped
+from sowatch.model.stats import Mapped
 from support import strict
 from support.scripted import PROCESS, READY, SSL
 

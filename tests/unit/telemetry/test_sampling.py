@@ -14,7 +14,7 @@ from sowatch.model.events import Library
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.process_events import ProcessMonitorStats
-from sowatch.sources.core import Losses
+from sowatch.model.stats import Losses
 from sowatch.telemetry import MetricRegistry, Sampler
 from sowatch.watcher.watcher import Watcher
 from support.figures import Figures, Monitor, changed
