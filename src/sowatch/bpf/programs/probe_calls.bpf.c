@@ -8,12 +8,10 @@
 #include "probe_calls.h"
 
 #include <linux/bpf.h>
-#include <linux/ptrace.h>
 #include <stdbool.h>
 
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
-#include <bpf/bpf_tracing.h>
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -26,6 +24,11 @@ const volatile bool is_filtered; /* only the processes in `wanted` */
 struct task_struct {
 	struct task_struct *group_leader;
 	__u64 start_boottime;
+} __attribute__((preserve_access_index));
+
+/* The stack pointer has this name on every architecture. */
+struct pt_regs {
+	unsigned long sp;
 } __attribute__((preserve_access_index));
 
 struct {
@@ -142,7 +145,7 @@ static __always_inline __u32 live_frames(struct frames *thread, __u64 stack)
 SEC("uprobe")
 int calls_entered(struct pt_regs *context)
 {
-	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = PT_REGS_SP(context);
+	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = context->sp;
 	struct frames_key key = {.probe = probe_of(context), .pid_tgid = pid_tgid};
 	struct frames *thread;
 	struct calls *found;
@@ -190,7 +193,7 @@ SEC("uretprobe")
 int calls_returned(struct pt_regs *context)
 {
 	/* x86 has popped the return address by now; where it is in a register, the stack is as it was at the entry. */
-	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = PT_REGS_SP(context) - RETURN_ADDRESS_BYTES;
+	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = context->sp - RETURN_ADDRESS_BYTES;
 	struct frames_key key = {.probe = probe_of(context), .pid_tgid = pid_tgid};
 	struct frames *thread = frames_of(&key, false);
 	struct calls *found;
