@@ -13,7 +13,8 @@ from collections import Counter
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
 from sowatch.model.stats import Losses
-from sowatch.sources.core import Followed, Report, group
+from sowatch.sources.core import Followed, Report
+from sowatch.sources.scan_rows import group
 from sowatch.sources.unread import UnreadProcesses
 from support.records import PAGE, File, Proc
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sowatch.bpf import records as wire
 from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType
 from sowatch.model.identity import TICK_NS, FileId
-from sowatch.sources.core import Reading, group
+from sowatch.sources.scan_rows import Reading, group
 
 __all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "reading", "text_of", "to_bytes"]
 

@@ -260,6 +260,8 @@ class Space:
             else:
                 rows += [(start, end, file_id) for start, end in one.ranges]
         new.ranges = RangeMap.of_rows(rows)
+        if new.entries == old.entries and new.wide == old.wide and new.ranges.is_same(old.ranges):
+            return [], []  # it goes on sharing with those that fork has made alike
         old.sharers -= 1
         self._layout = new
         return [entry for file_id, entry in old.entries.items() if file_id not in found], came

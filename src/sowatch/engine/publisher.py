@@ -16,6 +16,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change, Name
 from sowatch.engine.file_inspector import FileFacts, Inspection, Inspector, host_path
 from sowatch.engine.subscription import Held, Subscription
+from sowatch.model.config import Config
 from sowatch.model.events import EVENT_KINDS, Event, Library, LibraryEvent, Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule, RuleSet
@@ -50,9 +51,18 @@ class Publisher:
         registry: counts holders; its first and last decide on activate and deactivate.
         selection: which processes are told of.
         proc_root: for host paths.
+        limit_bytes: what the changes that wait for facts of files may take; beyond it the first ones wait no longer.
     """
 
-    def __init__(self, rules: RuleSet, registry: FileRegistry, selection: Selection, *, proc_root: str) -> None:
+    def __init__(
+        self,
+        rules: RuleSet,
+        registry: FileRegistry,
+        selection: Selection,
+        *,
+        proc_root: str,
+        limit_bytes: int | None = None,
+    ) -> None:
         self._rules = rules
         self._registry = registry
         #: Both are set before the engine starts.
@@ -62,6 +72,8 @@ class Publisher:
         #: The agent's own view of the file system, as `tracker.Name.view` has it.
         self.own_view = b""
         self._waiting: deque[tuple[Change, Inspection] | Callable[[], None]] = deque()
+        self._waiting_bytes = 0
+        self._limit_bytes = Config().queue_bytes if limit_bytes is None else limit_bytes
         self._held: Held = {}
         self._silent: set[tuple[ProcessId, FileId]] = set()
         self._libraries: dict[tuple[int, str], tuple[Name, Library]] = {}
@@ -129,6 +141,11 @@ class Publisher:
         return len(held), len({file for files in held for file in list(files)}), sum(map(len, held))
 
     @property
+    def waiting_bytes(self) -> int:
+        """What waits for facts of files takes, each change counted as if it shared nothing with another one."""
+        return self._waiting_bytes
+
+    @property
     def is_waiting(self) -> bool:
         """Whether something waits for a file's facts."""
         return bool(self._waiting)
@@ -146,6 +163,9 @@ class Publisher:
                     self._tell(change, facts)
                     continue
             self._waiting.append((change, self._inspect(change)))
+            self._waiting_bytes += _bytes_of(change)
+        if self._waiting_bytes > self._limit_bytes:
+            self.flush(time.monotonic())
         self.hand_over()
 
     def look_again(self, changes: list[Change], *, only_held: bool = False) -> None:
@@ -162,6 +182,7 @@ class Publisher:
                 known = [one for one in changes if one.name.file_id in self._held.get(one.process.id, {})]
             wanted = [(one, self._inspect(one)) for one in known if self.selection.wants(one)]
             self._waiting.extendleft(reversed(wanted))
+            self._waiting_bytes += sum(_bytes_of(one) for one, _ in wanted)
 
         self.in_turn(begin)
         self.flush(time.monotonic())
@@ -211,7 +232,7 @@ class Publisher:
         return len(found)
 
     def flush(self, now_s: float) -> None:
-        """Goes on with what waited for facts that are there, or that took too long."""
+        """Goes on with what waited for facts that are there, or that took too long, or while too much waits."""
         waiting = self._waiting
         if waiting and self.inspector is not None:
             self.inspector.relieve(time.monotonic())
@@ -221,10 +242,12 @@ class Publisher:
                 change, inspection = item
                 facts = inspection.facts
                 if facts is None:
-                    if now_s - inspection.asked_s < FACTS_TIMEOUT_S:
+                    is_too_much = self._waiting_bytes > self._limit_bytes
+                    if not is_too_much and now_s - inspection.asked_s < FACTS_TIMEOUT_S:
                         break
                     facts = self._facts(change) or FileFacts()
                 waiting.popleft()
+                self._waiting_bytes -= _bytes_of(change)
                 self._tell(change, facts)
             else:
                 waiting.popleft()
@@ -358,3 +381,8 @@ class Publisher:
                 self._libraries.clear()
             self._libraries[(id(name), kind)] = (name, library)
         return library
+
+
+def _bytes_of(change: Change) -> int:
+    """About what `sowatch.model.events.size_of` has for the event that it becomes."""
+    return 200 + 128 * len(change.ranges) + len(change.name.path)

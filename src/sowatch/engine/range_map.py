@@ -62,6 +62,10 @@ class RangeMap(Generic[K]):
         new._keys, new._counts = self._keys.copy(), self._counts.copy()
         return new
 
+    def is_same(self, other: RangeMap[K]) -> bool:
+        """Whether the other one has the same ranges with the same keys."""
+        return self._starts == other._starts and self._ends == other._ends and self._keys == other._keys
+
     def __len__(self) -> int:
         return len(self._starts)
 

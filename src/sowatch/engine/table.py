@@ -503,12 +503,12 @@ class Tracker:
             self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
             return
         if known is None:
-            known = self._process(reading.intro or reading.maps[0])
+            known = self._process(reading.intro or reading.maps.first())
         self._notice_exec(known, reading)  # before it learns from this reading how often it has executed
         if reading.intro is not None:
             known.learn(reading.intro)
         elif reading.maps:
-            known.rename(reading.maps[0].comm)
+            known.rename(reading.maps.first().comm)
         known.was_read = True
         self._join(known, reading, causes)
         self.announce(known, reading.begin_ns)

@@ -51,7 +51,8 @@ class Config:
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without the kernel telling anybody.
         queue_events: events a subscriber may be behind before it loses some.
-        queue_bytes: what these may take in memory, each counted as if it shared nothing with another one.
+        queue_bytes: what these may take in memory, each counted as if it shared nothing with another one; and
+            what may wait for facts of files, which the first of them then are told without.
         poll_interval_s: seconds between two looks at ``/proc`` of the strategy ``procfs``.
         poll_cpu_percent: what looking may take of one CPU; more makes the looks rarer.
         block_ttl_s: seconds a file stays blocked after its activation failed.

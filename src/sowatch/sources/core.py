@@ -10,8 +10,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from enum import IntFlag
 from errno import E2BIG, EINVAL, EPERM
 from importlib.resources import files
@@ -21,12 +20,7 @@ from typing import Final, NamedTuple, Protocol, Self
 from sowatch.bpf.binding import BpfMap, BpfObject, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
 from sowatch.bpf.records import (
-    FLAG_AGAIN,
-    FLAG_NARROW,
-    FLAG_SHARED_VM,
     MapRecord,
-    ProcessRecord,
-    RangeRecord,
     Record,
     RecordType,
     parse,
@@ -36,6 +30,7 @@ from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.stats import Losses
 from sowatch.sources.iterator_scan import IteratorScan
+from sowatch.sources.scan_rows import Grouping, Reading, RowPool, group
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
 __all__ = [
@@ -60,34 +55,6 @@ class Report(IntFlag):
     VISITS = 8
     INTROS = 16
     FENCE = 32
-
-
-@dataclass(slots=True)
-class Reading:
-    """What one process really has mapped, read from the kernel between ``begin_ns`` and ``end_ns``.
-
-    ``maps`` has one record for each executable mapping of a file that is not ignored. Times are
-    CLOCK_MONOTONIC.
-    """
-
-    tgid: int
-    start_ns: int
-    begin_ns: int
-    end_ns: int
-    intro: ProcessRecord | None = None
-    maps: list[MapRecord] = field(default_factory=list)
-    #: The highest count of mappings that made the kernel follow it; see `EventSource.settle`.
-    touches: int = 0
-    #: A 32-bit process, whose calls are not seen.
-    is_narrow: bool = False
-    #: It was within exec, so nothing could be read; to be read again.
-    is_void: bool = False
-    #: How often the process has executed a program; None: not known.
-    exec_id: int | None = None
-    #: Processes with equal numbers share their address space; 0: not known.
-    space: int = 0
-    #: A process that is not followed may share it.
-    has_strangers: bool = False
 
 
 class Followed(NamedTuple):
@@ -218,6 +185,8 @@ FILE_KEY: Final = struct.Struct("=Q52sI")
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
+#: What a full scan has read is parsed once it is so much, rather than at its end.
+MAX_UNPARSED_BYTES: Final = 4 << 20
 #: Keys whose place is remembered until they are answered, some 100 bytes each.
 MAX_PLACES: Final = 65_536
 PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
@@ -318,10 +287,13 @@ class BpfSource:
 
     def _note_places(self, records: list[Record]) -> list[Record]:
         """The same records; answers to them will be about the places that they tell."""
+        return list(self._noting_places(records))
+
+    def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
             if record.type == RecordType.MAP:
                 self._note_place(record)  # type: ignore[arg-type]
-        return records
+            yield record
 
     def _note_place(self, record: MapRecord) -> None:
         if len(self._places) >= MAX_PLACES:
@@ -334,28 +306,34 @@ class BpfSource:
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         meanwhile: list[Record] = []
 
-        def drain() -> None:
+        grouping = Grouping()
+
+        def drain(scan: IteratorScan) -> None:
             meanwhile.extend(self.drain())
+            if scan.unparsed_bytes > MAX_UNPARSED_BYTES:
+                grouping.add(self._noting_places(scan.rows()))
 
         if not self._can_iterate_one and 0 in self.unread:
             raise ScanTimeout(0)
         if not self.unread:
             scan = IteratorScan(self._open_session, (0,))
             try:
-                self._run_scan(scan, meanwhile=drain)
-                return group(self._note_places(scan.rows())), meanwhile
+                self._run_scan(scan, meanwhile=lambda: drain(scan))
+                grouping.add(self._noting_places(scan.rows()))
+                return grouping.readings(), meanwhile
             except ScanTimeout as timeout:
                 # Its rows stop where nobody knows. What it has cleared and introduced is read again.
                 if timeout.is_refused or not self._can_iterate_one:
                     raise
                 self.unread.forget(0)
-        readings = self._read_each(drain)
+        readings = self._read_each(lambda: meanwhile.extend(self.drain()))
         return readings, meanwhile
 
     def _read_each(self, drain: Callable[[], None]) -> list[Reading]:
         """Process by process, but those that hang: the iterator over all would stop at the first of them."""
         report = self._report.value
         readings: list[Reading] = []
+        pool = RowPool()
         targets: Sequence[int] = [pid for pid in self._proc.pids() if not self.unread.hangs(pid)]
         self._report.value = report | Report.INTROS
         try:
@@ -369,7 +347,7 @@ class BpfSource:
                         raise
                     hung = timeout.pid
                     targets = [pid for pid in scan.left_after() if not self.unread.hangs(pid)]
-                for reading in group(self._note_places(scan.rows(but=hung))):
+                for reading in group(self._noting_places(scan.rows(but=hung)), pool):
                     reading.begin_ns = min(reading.begin_ns, scan.begun_ns.get(reading.tgid, reading.begin_ns))
                     readings.append(reading)
         finally:
@@ -399,14 +377,14 @@ class BpfSource:
             scan = IteratorScan(self._open_session, (pid,))
             try:
                 self._run_scan(scan)
-                return self._note_places(scan.rows())
+                return list(self._noting_places(scan.rows()))
             except BpfError as error:
                 if error.errno != E2BIG:
                     raise
                 self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
         scan = IteratorScan(self._open_session, (0,))
         self._run_scan(scan)
-        return [row for row in self._note_places(scan.rows()) if row.tgid == pid]
+        return [row for row in self._noting_places(scan.rows()) if row.tgid == pid]
 
     def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:
         """Runs a scan on a helper thread.
@@ -556,30 +534,3 @@ def read_losses(bpf: BpfObject) -> Losses:
     """What a loaded ``watch.bpf.o`` has lost: its own counters, and the kernel's."""
     counted = (bpf.per_cpu_sum("counters", number) for number in LOST)
     return Losses(*counted)._replace(skipped=bpf.skipped_runs())
-
-
-def group(rows: Sequence[Record]) -> list[Reading]:
-    """Sorts what the iterator wrote into one Reading a process."""
-    found: dict[int, Reading] = {}
-    for row in rows:
-        reading = found.get(row.tgid)
-        if reading is None:
-            reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns)
-        reading.end_ns = row.t_ns
-        reading.exec_id = row.exec_id
-        # An intro has them even while somebody else may be about to map something.
-        if row.type != RecordType.INTRO:
-            reading.touches = max(reading.touches, row.touches)
-        if row.flags & FLAG_NARROW:
-            reading.is_narrow = True
-        if row.flags & FLAG_AGAIN:
-            reading.is_void = True
-        if row.type == RecordType.VISIT:
-            assert isinstance(row, RangeRecord)
-            reading.space = row.start
-            reading.has_strangers = bool(row.flags & FLAG_SHARED_VM)
-        if row.type == RecordType.MAP:
-            reading.maps.append(row)  # type: ignore[arg-type]
-        elif row.type == RecordType.INTRO:
-            reading.intro = row  # type: ignore[assignment]
-    return list(found.values())

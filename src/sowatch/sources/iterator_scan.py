@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from errno import ESRCH
 
 from sowatch.bpf.records import Record, parse
@@ -32,8 +33,9 @@ class IteratorScan:
     def __init__(self, open_session: Callable[[int], int], targets: Sequence[int]) -> None:
         self._open_session = open_session
         self._targets = targets
-        self._chunks: list[tuple[int, bytes]] = []
-        self._taken = 0
+        self._chunks: deque[tuple[int, bytes]] = deque()
+        self._read_bytes = 0
+        self._parsed_bytes = 0
         self.current = 0
         self.progress = 0
         self.is_given_up = False
@@ -68,12 +70,23 @@ class IteratorScan:
             if not chunk or self.is_given_up:
                 return
             self._chunks.append((target, chunk))
+            self._read_bytes += len(chunk)
             self.progress += 1
 
     def left_after(self) -> Sequence[int]:
         """The targets after the current one."""
         return self._targets[self._targets.index(self.current) + 1 :]
 
-    def rows(self, *, but: int = -1) -> list[Record]:
-        """What was read so far, but of one target."""
-        return [row for target, chunk in list(self._chunks) if target != but for row in parse(chunk)]
+    @property
+    def unparsed_bytes(self) -> int:
+        """What was read and not given by `rows`."""
+        return self._read_bytes - self._parsed_bytes
+
+    def rows(self, *, but: int = -1) -> Iterator[Record]:
+        """What was read since the last call, but of one target; it is kept no longer."""
+        # Those that are there now: a thread that was left behind may add one more.
+        for _ in range(len(self._chunks)):
+            target, chunk = self._chunks.popleft()
+            self._parsed_bytes += len(chunk)
+            if target != but:
+                yield from parse(chunk)

@@ -21,8 +21,9 @@ from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Recor
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
-from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, Reading, group, value_bytes
+from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
+from sowatch.sources.scan_rows import Reading, RowPool, group
 from sowatch.sources.unread import PatientProcFs, ScanTimeout
 
 __all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
@@ -118,10 +119,11 @@ class OldKernelSource(BpfSource):
         readings: list[Reading] = []
         meanwhile: list[Record] = []
         known: dict[Hashable, _Answer] = {}
+        pool = RowPool()
         self._reading_tgid.value = 0
         # A chunk holds whole processes, and the kernel waits with the next while we look at these.
         for chunk in self._iterate(VISITOR):
-            for visited in group(parse(chunk)):
+            for visited in group(parse(chunk), pool):
                 try:
                     reading = self._look(visited, known)
                 except ScanTimeout:

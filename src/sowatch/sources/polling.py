@@ -44,6 +44,7 @@ from sowatch.model.stats import Losses
 from sowatch.sources.core import FILE_KEY, Followed, Reading, Report, Verdict, Verdicts
 from sowatch.sources.poll_timer import CpuClocks, Rhythm
 from sowatch.sources.proc_scan import listed
+from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
 __all__ = ["File", "ProcfsSource", "Row", "compare"]
@@ -221,8 +222,8 @@ class ProcfsSource:
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         is_first, self._has_begun = not self._has_begun, True
         with self._rhythm.look(counts=False):
-            records = self._look_at_all()
-            readings = [self._reading(process) for process in self._processes.values() if process.rows]
+            records, pool = self._look_at_all(), RowPool()
+            readings = [self._reading(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
         # What the first look found new is in the readings.
         return [one for one in readings if one is not None], [] if is_first else records
@@ -480,7 +481,7 @@ class ProcfsSource:
         if process.intro is not None:
             records.append(self._range_record(process, kind, 0, 0)._replace(t_ns=time.monotonic_ns()))
 
-    def _reading(self, process: _Process) -> Reading | None:
+    def _reading(self, process: _Process, pool: RowPool | None = None) -> Reading | None:
         """The process as the last look found it."""
         rows = [row for row in process.rows if self._verdicts.get(row.file.key) is not False]
         if rows and process.intro is None:
@@ -489,8 +490,7 @@ class ProcfsSource:
                 process.cpu_ns = None
                 return None
             process.touches += 1
-        now_ns = time.monotonic_ns()
-        maps = [self._map_record(process, row) for row in rows]
+        now_ns, maps = time.monotonic_ns(), MapRows((self._map_record(process, row) for row in rows), pool)
         return Reading(process.pid, process.stat.start_ns, now_ns, now_ns, process.intro, maps, process.touches)
 
     def _map_record(self, process: _Process, row: Row) -> MapRecord:
@@ -594,8 +594,8 @@ class _Verdicts:
 
     def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
         wanted = {inode.to_bytes(8, "little") for inode in inodes}
-        found = [self.look_up(key) for key in self._verdicts if isinstance(key, bytes) and key[:8] in wanted]
-        return [one for one in found if one is not None]
+        keys = [key for key in self._verdicts if isinstance(key, bytes) and key[:8] in wanted]
+        return [one for key in keys if (one := self.look_up(key)) is not None]
 
     def close(self) -> None:
         self._verdicts = {}

@@ -39,6 +39,7 @@ from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.stats import Losses
 from sowatch.sources.core import LOST, Followed, Reading, Report, Verdict
 from sowatch.sources.proc_scan import Look, ProcReader
+from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
 __all__ = ["PrebuiltSource"]
@@ -348,17 +349,21 @@ class PrebuiltSource:
     def read_all(self) -> tuple[list[Reading], list[Record]]:
         readings: list[Reading] = []
         meanwhile: list[Record] = []
-        for place, pid in enumerate(self._reader.proc.pids()):
-            try:
-                reading = self.read_process(pid)
-            except ScanTimeout as timeout:
-                if timeout.is_refused:
-                    raise
-                continue
-            if reading is not None:
-                readings.append(reading)
-            if place % DRAIN_EVERY == 0:
-                meanwhile += self.drain()
+        self._reader.pool = RowPool()
+        try:
+            for place, pid in enumerate(self._reader.proc.pids()):
+                try:
+                    reading = self.read_process(pid)
+                except ScanTimeout as timeout:
+                    if timeout.is_refused:
+                        raise
+                    continue
+                if reading is not None:
+                    readings.append(reading)
+                if place % DRAIN_EVERY == 0:
+                    meanwhile += self.drain()
+        finally:
+            self._reader.pool = None
         return readings, meanwhile
 
     def read_process(self, pid: int) -> Reading | None:
@@ -377,7 +382,7 @@ class PrebuiltSource:
             self._object.run("cover", pid, one.start, one.end, has_company)
         if has_company and not wanted:
             self._object.run("cover", pid, 0, 0, True)
-        reading.maps = wanted
+        reading.maps = MapRows(wanted, self._reader.pool)
         return reading
 
     # ---- answers ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from sowatch.bpf.records import (
     text_of,
 )
 from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat, seen_path
-from sowatch.sources.core import Reading
+from sowatch.sources.scan_rows import MapRows, Reading, RowPool
 
 __all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
 
@@ -90,6 +90,8 @@ class ProcReader:
 
     def __init__(self, proc: ProcFs) -> None:
         self.proc = proc
+        #: Of the full scan that goes on.
+        self.pool: RowPool | None = None
 
     def look(self, pid: int) -> Look | None:
         """The mappings of a process; None if it is gone, a kernel thread or not ours to see."""
@@ -113,7 +115,7 @@ class ProcReader:
     def reading_of(self, look: Look) -> Reading:
         """The same from a look that was taken already."""
         pid, start_ns = look.stat.pid, look.stat.start_ns
-        reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, touches=_FOLLOWED)
+        reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, maps=MapRows(pool=self.pool), touches=_FOLLOWED)
         reading.exec_id = int(look.stat.has_executed)
         reading.is_narrow = bool(self.proc.is_32bit(pid))
         if look.rows:

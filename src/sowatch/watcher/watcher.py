@@ -119,6 +119,7 @@ class Watcher:
             self.registry,
             Selection(self._pids, container),
             proc_root=config.proc_root,
+            limit_bytes=config.queue_bytes,
         )
         self._own: Subscription | None = None
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sowatch.bpf import records as wire
 from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, RecordType, file_id_of, parse, path_of
 from sowatch.model.identity import FileId
-from sowatch.sources.core import group
+from sowatch.sources.scan_rows import group
 from support.records import File, Proc, key_of, text_of, to_bytes
 
 HEADER = Path(wire.__file__).with_name("programs") / "records.h"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sowatch.bpf.records import MAX_FILE_RANGES
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change, Name
-from sowatch.engine.file_inspector import FileFacts
+from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError
@@ -27,6 +29,20 @@ class KnowsAll:
 
     def known(self, _):
         return FileFacts(True)
+
+    def relieve(self, _):
+        pass
+
+
+class KnowsNothing:
+    """An inspector whose files never answer."""
+
+    def known(self, _):
+        return None
+
+    def inspect(self, _, *, is_own_view, now_s):
+        del is_own_view
+        return Inspection(now_s)
 
     def relieve(self, _):
         pass
@@ -75,6 +91,22 @@ def test_a_reader_with_as_many_events_of_few_bytes_loses_none(publisher):
     subscription = publisher.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
     publisher.publish(loads(range(1, 1001), RANGES[:1]))
     assert (subscription.waiting, subscription.lost) == (1001, 0)
+
+
+def test_what_waits_for_facts_of_files_is_bounded_in_bytes_and_all_of_it_is_told():
+    publisher = Publisher(RULES, FileRegistry(Config()), Selection(), proc_root="/proc", limit_bytes=LIMIT)
+    publisher.inspector = KnowsNothing()
+    subscription = publisher.subscribe(events=("load",), control=True, limit=100_000, limit_bytes=1 << 30)
+    begun = time.monotonic()
+    for pid in range(1, 101):
+        publisher.publish(loads([pid]))
+        assert publisher.waiting_bytes <= LIMIT
+    first = [one.process.pid for one in read(subscription)]
+    if time.monotonic() < begun + 1:
+        assert 50 < len(first) < 100  # some 30 of them are as much as may wait
+    publisher.flush_all()
+    assert [*first, *(one.process.pid for one in read(subscription))] == list(range(1, 101))
+    assert publisher.waiting_bytes == 0
 
 
 def test_an_event_counts_what_it_holds():

@@ -6,7 +6,7 @@ import pytest
 
 from sowatch.bpf.records import FLAG_DIRTY, FLAG_SHARED_VM
 from sowatch.engine.table import Causes
-from sowatch.sources.core import group
+from sowatch.sources.scan_rows import group
 from support.records import PAGE, Proc, reading
 from support.tracking import BASE, CRYPTO, LIBC, LIVE, REPAIR, SSL, feed, the_map, told
 

@@ -1,0 +1,139 @@
+"""A scan of very many rows takes little memory until it is merged, and forgets nothing of what it found."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Iterable
+
+from sowatch.bpf.records import FLAG_DIRTY, FLAG_MANY, MapRecord, Record
+from sowatch.engine.address_space import Name, Scanned, Space
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.iterator_scan import IteratorScan
+from sowatch.sources.scan_rows import MAX_PLAIN_ROWS, Grouping, MapRows, RowPool, group
+from support.records import PAGE, File, Proc, to_bytes
+
+FILES = [File(f"/usr/lib/{'deep/' * 10}lib{n}.so", n + 1, place=n) for n in range(5)]
+RULES = RuleSet([Rule("lib")])
+
+
+def rows_of(pid: int, count: int) -> list[MapRecord]:
+    """Rows of files by turns, of which nothing but the process is the same."""
+    proc = Proc(pid, touches=pid)
+    rows = [
+        proc.map(FILES[n % 5], 2 * n * PAGE, t=n, flags=FLAG_MANY * (n % 3 == 0) | FLAG_DIRTY * (n % 2))
+        for n in range(count)
+    ]
+    return [row._replace(offset_bytes=n * PAGE, touches=n) for n, row in enumerate(rows)]
+
+
+def test_packed_rows_are_those_that_were_added_in_their_order():
+    rows = rows_of(10, 50)
+    rows[7] = rows[7]._replace(end=0xFFFFFFFFFF601000, start=0xFFFFFFFFFF600000)
+    for limit in (0, 1, 20, 50, 1000):
+        packed = MapRows(rows, RowPool(limit))
+        assert list(packed) == rows
+        assert list(packed) == rows, "each iteration gives them all"
+        assert len(packed) == 50
+        assert packed.first() == rows[0]
+        assert packed == MapRows(rows)
+    assert not MapRows()
+    assert MapRows(rows[:3]) != MapRows(rows[:4])
+
+
+def test_the_first_rows_of_a_scan_are_kept_as_they_are_whichever_process_has_them():
+    pool = RowPool()
+    kept = rows_of(1, 100)
+    readings = [MapRows(kept, pool) for _ in range(MAX_PLAIN_ROWS // 100 + 1)]
+    assert pool.plain == MAX_PLAIN_ROWS
+    assert readings[0].first() is kept[0]
+    assert readings[-1].first() is not kept[0]
+    assert readings[-1] == readings[0]
+    assert len(pool.files) == len(FILES)
+
+
+def test_a_process_that_renames_itself_within_a_large_scan_has_its_newer_name():
+    old, new = Proc(10, comm=b"old").map(FILES[0]), Proc(10, comm=b"new").map(FILES[1], 8 * PAGE)
+    assert {row.comm.rstrip(b"\0") for row in MapRows([old, new], RowPool(0))} == {b"new"}
+
+
+def test_batches_make_the_same_readings_as_the_whole():
+    rows: list[Record] = []
+    for pid in range(1, 6):
+        rows += [Proc(pid).visit(t=pid, space=pid), Proc(pid).intro(t=pid), *rows_of(pid, 7)]
+    for limit in (0, 10_000):
+        grouping = Grouping(RowPool(limit))
+        for at in range(0, len(rows), 4):
+            grouping.add(rows[at : at + 4])
+        assert grouping.readings() == group(rows)
+
+
+def scan_of(chunks: Iterable[bytes]) -> IteratorScan:
+    """A scan whose session gives these chunks, through a pipe that keeps them apart."""
+    chunks = list(chunks)
+
+    def session(_: int) -> int:
+        reader, writer = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+        for chunk in chunks:
+            os.write(writer, chunk)
+        os.close(writer)
+        return reader
+
+    return IteratorScan(session, (0,))
+
+
+def test_what_an_iterator_wrote_is_given_once_and_not_kept():
+    rows = [Proc(10).map(file) for file in FILES]
+    scan = scan_of(to_bytes(row) for row in rows)
+    scan()
+    assert scan.unparsed_bytes == sum(len(to_bytes(row)) for row in rows)
+    given = scan.rows()
+    assert next(given) == rows[0]
+    assert scan.unparsed_bytes == sum(len(to_bytes(row)) for row in rows[1:])
+    assert list(given) == rows[1:]
+    assert (list(scan.rows()), scan.unparsed_bytes) == ([], 0)
+
+
+def test_a_scan_of_very_many_rows_takes_a_tenth_of_what_their_records_take():
+    processes, count = 200, 256
+    chunks = [b"".join(to_bytes(row) for row in rows_of(pid, count)) for pid in range(1, processes + 1)]
+
+    def traced(limit: int) -> int:
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            grouping = Grouping(RowPool(limit))
+            for chunk in chunks:
+                scan = IteratorScan(lambda _: -1, (0,))
+                scan._chunks.append((0, chunk))
+                grouping.add(scan.rows())
+            assert sum(len(one.maps) for one in grouping.readings()) == processes * count
+            return tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+
+    packed, plain = traced(0), traced(1 << 60)
+    assert plain > 500 * processes * count
+    assert packed < 100 * processes * count
+
+
+def test_a_scan_that_finds_nothing_new_leaves_the_ranges_shared_with_those_of_a_fork():
+    names = [Name(Proc().map(file), RULES) for file in FILES]
+    parent = Space()
+    for number in range(200):
+        parent.add(names[number % 5], 2 * number * PAGE, (2 * number + 1) * PAGE, is_image=False)
+    child = parent.copy()
+    ranges = parent.mappings()[FILES[0].id].ranges
+
+    def found(count: int) -> dict[object, Scanned]:
+        made: dict[object, Scanned] = {}
+        for number in range(count):
+            row = Proc().map(FILES[number % 5], 2 * number * PAGE)
+            made.setdefault(FILES[number % 5].id, Scanned(names[number % 5], row)).add(row)
+        return made
+
+    assert child.replace(found(200)) == ([], [])
+    assert child.mappings()[FILES[0].id].ranges is ranges
+    child.replace(found(195))
+    assert child.mappings()[FILES[0].id].ranges == ranges[:-1]
+    assert parent.mappings()[FILES[0].id].ranges is ranges
