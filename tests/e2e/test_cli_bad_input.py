@@ -242,7 +242,8 @@ def test_a_machine_without_libbpf_is_told_what_to_install(command: str, without_
 @needs_root
 def test_a_machine_without_libbpf_is_looked_at_and_its_files_are_read(without_libbpf: list[str]) -> None:
     done = run(["list", "--json", r"/libc\.so\.6$"], prefix=without_libbpf)
-    entries = [strict.loads(line) for line in done.stdout.splitlines()]
+    # The last line may say that the answer is incomplete: whom /proc does not show depends on the machine.
+    entries = [entry for line in done.stdout.splitlines() if "library" in (entry := strict.loads(line))]
 
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
