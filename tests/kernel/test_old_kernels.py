@@ -102,7 +102,7 @@ def test_a_process_entry_is_read_as_it_is_written() -> None:
         source.close()
     assert PROCESS_TAIL.size == 4 + 512 + 4 + 4 + 512
     assert size == 84 + PROCESS_TAIL.size
-    assert FIRST_TOUCH.size == 60
+    assert FIRST_TOUCH.size == 68
     assert PROCESS_HEAD.size == 40
 
 

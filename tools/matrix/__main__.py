@@ -61,7 +61,7 @@ def main() -> int:
         if args.verb == "start":
             return _start(args.kernels[0])
         with only_one(results_directory(), "Wait for it to end."):
-            return _run(args.kernels, asked, is_ci=args.ci, write=args.write)
+            return _run(args.kernels, asked, is_ci=args.ci, write=args.write, time_s=args.time)
     except MatrixError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 1
@@ -77,6 +77,13 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     by_name = {kernel.name: kernel for kernel in KERNELS}
     parser.add_argument("names", nargs="*", metavar="KERNEL", help=f"one of {', '.join(by_name)}")
     parser.add_argument("--ci", action="store_true", help="the kernels that .ci/run has time for")
+    parser.add_argument(
+        "--time",
+        type=float,
+        metavar="SECONDS",
+        help="with --ci: start no guest later than this, and end those that are not done by then; what was not looked at "
+        "is named, and fails nobody's run",
+    )
     parser.add_argument("--write", action="store_true", help="write docs/kernels.md after a run without faults")
     args = parser.parse_args(words)
     for name in args.names:
@@ -87,6 +94,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     args.kernels = [by_name[name] for name in dict.fromkeys(names)]
     if verb == "start" and len(args.names) != 1:
         parser.error("start takes one kernel.")
+    if args.time is not None and not args.ci:
+        parser.error("--time goes with --ci.")
     if args.write and (verb != "run" or args.ci):
         parser.error("--write goes with a run, and not with --ci.")
     return args
@@ -133,11 +142,20 @@ def _start(kernel: Kernel) -> int:
     return 1 if rc is None else rc
 
 
-def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool) -> int:
+def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool, time_s: float | None = None) -> int:
+    end_s = None if time_s is None else time.monotonic() + time_s
     ready, is_complete = _prepare(kernels, anew=False)
     _warm()
     chosen = {one.kernel.name: asked or _tests_of_ci(one.kernel, is_ci=is_ci) for one in ready}
-    verdicts = asyncio.run(_run_all(ready, chosen))
+    found = asyncio.run(_run_all(ready, chosen, end_s))
+    for one in [one for one, verdict in zip(ready, found, strict=True) if verdict is None]:
+        print(
+            f"{one.kernel.name}: NOT LOOKED AT to its end: {time_s:g} s were up. Run `scripts/matrix {one.kernel.name}`."
+        )
+    ready = [one for one, verdict in zip(ready, found, strict=True) if verdict is not None]
+    verdicts = [verdict for verdict in found if verdict is not None]
+    if not verdicts and time_s is not None:
+        return 0 if is_complete else 1
     is_flawless = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
     is_good = is_complete and bool(verdicts)
     for one, verdict in zip(ready, verdicts, strict=True):
@@ -176,16 +194,23 @@ def _warm() -> None:
     )
 
 
-async def _run_all(ready: list[Ready], asked: dict[str, list[str]]) -> list[Verdict]:
+async def _run_all(ready: list[Ready], asked: dict[str, list[str]], end_s: float | None) -> list[Verdict | None]:
+    """A verdict for each; None where the time was up before."""
     task = asyncio.current_task()
     assert task is not None
     # So that the guests end with us, as they do on SIGINT.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     free = asyncio.Semaphore(GUESTS_AT_ONCE)
 
-    async def run_one(one: Ready) -> Verdict:
+    async def run_one(one: Ready) -> Verdict | None:
         async with free:
-            return await _run_one(one, asked[one.kernel.name])
+            if end_s is None:
+                return await _run_one(one, asked[one.kernel.name])
+            try:
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(0.0, end_s - time.monotonic())):
+                    return await _run_one(one, asked[one.kernel.name])
+            except TimeoutError:
+                return None
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run_one(one)) for one in ready]
