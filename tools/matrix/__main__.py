@@ -149,9 +149,8 @@ def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool, t
     chosen = {one.kernel.name: asked or _tests_of_ci(one.kernel, is_ci=is_ci) for one in ready}
     found = asyncio.run(_run_all(ready, chosen, end_s))
     for one in [one for one, verdict in zip(ready, found, strict=True) if verdict is None]:
-        print(
-            f"{one.kernel.name}: NOT LOOKED AT to its end: {time_s:g} s were up. Run `scripts/matrix {one.kernel.name}`."
-        )
+        name = one.kernel.name
+        print(f"{name}: NOT LOOKED AT to its end: {time_s:g} s were up. Run `scripts/matrix {name}`.")
     ready = [one for one, verdict in zip(ready, found, strict=True) if verdict is not None]
     verdicts = [verdict for verdict in found if verdict is not None]
     if not verdicts and time_s is not None:

@@ -1,10 +1,8 @@
 """Strategy ``procfs``: the map from looks at ``/proc``, without BPF and without any right.
 
-`ProcfsSource` looks from time to time and tells what changed as the records that the kernel side would have sent, so
-everything above it is the same. docs/decisions/0006-polling.md has the reasons and the guarantee.
-
-A process cannot change its mappings without running, so its CPU clock tells that it need not be read.
-`compare` is the pure part.
+`ProcfsSource` polls and reports what changed as the records that the kernel side would have sent, so everything above
+it is the same. docs/decisions/0006-polling.md has the reasons and the guarantee. A process cannot change its
+mappings without running, so its CPU clock shows that it need not be read. `compare` is the pure part.
 """
 
 from __future__ import annotations
