@@ -81,8 +81,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         "--time",
         type=float,
         metavar="SECONDS",
-        help="with --ci: start no guest later than this, and end those that are not done by then; what was not looked at "
-        "is named, and fails nobody's run",
+        help="with --ci: start no guest later than this, and end those that are not done by then; what was not "
+        "looked at is named, and fails nobody's run",
     )
     parser.add_argument("--write", action="store_true", help="write docs/kernels.md after a run without faults")
     args = parser.parse_args(words)
