@@ -60,12 +60,25 @@ class UnreadProcesses:
 
     def __init__(self, *, max_abandoned: int = MAX_ABANDONED) -> None:
         self._worker = TimeoutWorker("sowatch-scan", max_abandoned=max_abandoned)
+        self._names: TimeoutWorker | None = None
+        self._is_started = False
         self._hangs: dict[int, _Hang] = {}
         self.cpu_s = 0.0
 
     def start(self) -> None:
-        """Starts the helper thread now rather than with the first scan."""
+        """Starts the helper threads now rather than with the first scan."""
+        self._is_started = True
         self._worker.start()
+        if self._names is not None:
+            self._names.start()
+
+    def names(self) -> TimeoutWorker:
+        """The worker that looks for names, made when it is first asked for; its thread lives as long as the others."""
+        if self._names is None:
+            self._names = TimeoutWorker("sowatch-names", max_abandoned=MAX_NAMES_ABANDONED)
+            if self._is_started:
+                self._names.start()
+        return self._names
 
     def __contains__(self, pid: object) -> bool:
         return pid in self._hangs
@@ -161,8 +174,11 @@ class UnreadProcesses:
         self._hangs.pop(pid, None)
 
     def close(self) -> None:
-        """Ends the thread that does not hang."""
+        """Ends the threads that do not hang."""
+        self._is_started = False
         self._worker.close()
+        if self._names is not None:
+            self._names.close()
 
 
 class PatientProcFs(ProcFs):
@@ -180,17 +196,15 @@ class PatientProcFs(ProcFs):
     def __init__(self, root: str | os.PathLike[str], unread: UnreadProcesses, *, raises: bool = True) -> None:
         self.unread = unread
         self._raises = raises
-        self._files = TimeoutWorker("sowatch-names", max_abandoned=MAX_NAMES_ABANDONED)
+        self._files = unread.names()
         super().__init__(root)
 
     def start(self) -> None:
         """Starts the helper threads now rather than with the first call."""
-        self._files.start()
         self.unread.start()
 
     def close(self) -> None:
         """Ends the threads that do not hang."""
-        self._files.close()
         self.unread.close()
 
     def _maps(self, pid: int, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
