@@ -10,7 +10,7 @@ from typing import Any
 import sowatch.bpf
 from sowatch import Watcher
 from sowatch.model.config import Config
-from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, BpfSource, value_bytes
+from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, VERDICT_VALUE, BpfSource, value_bytes
 from support.asked import OTHER, WANTED, NewLibrary, Start, pages, process
 
 PROGRAMS = Path(sowatch.bpf.__file__).parent / "programs"
@@ -44,7 +44,7 @@ def test_the_room_for_an_entry_is_as_large_as_the_kernel_writes() -> None:
     source = BpfSource(Config())
     try:
         assert value_bytes(source._processes) >= PROCESS_HEAD.size + PROCESS_TAIL.size
-        assert value_bytes(source._verdicts) == 8
+        assert value_bytes(source._verdicts) == VERDICT_VALUE.size
     finally:
         source.close()
 

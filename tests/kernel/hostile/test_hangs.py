@@ -167,7 +167,9 @@ def test_a_command_ends_while_somebody_hangs(
     done = subprocess.run([SOWATCH, *words, *what], capture_output=True, timeout=deadline(15), check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     if words[0] == "list":
-        assert [one["process"]["pid"] for one in lines] == [mapper.pid]
+        # The last line says that who hangs could not be read.
+        assert [one["process"]["pid"] for one in lines if "process" in one] == [mapper.pid]
+        assert lines[-1]["event"] == "coverage"
     elif words[0] == "audit":
         assert hung.pids[0] in lines[0]["unread"]
     else:
@@ -177,18 +179,14 @@ def test_a_command_ends_while_somebody_hangs(
 def test_an_agent_says_who_hangs_and_ends_on_sigterm(
     hang: NewHang,
     library: NewLibrary,
-    start: Start,
     agent: Callable[..., Agent],
     wait_until: Any,
     deadline: Any,
-    closing: contextlib.ExitStack,
 ) -> None:
     hung = hang("maps", library(HELD))
-    served = agent(f'[[rules]]\nname = "ours"\npattern = "{TAG}"\n')
+    # The watch scans all processes this often, for names that have changed, and so meets who hangs.
+    served = agent(f'[watch]\nignore_ttl_s = 2\n[[rules]]\nname = "ours"\npattern = "{TAG}"\n')
     hung.hang()
-    mapper = start()
-    mapper.map(library(HONEST))
-    closing.enter_context(mapper.fork(how="clonevm"))
     (pid,) = hung.pids
     wait_until(lambda: pid in served.get("/audit").json["unread"], 20, "the audit names it")
     wait_until(
