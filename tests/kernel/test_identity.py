@@ -16,6 +16,7 @@ import pytest
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
+    FLAG_IMAGE,
     FLAG_PARTIAL,
     MapRecord,
     ProcessRecord,
@@ -214,7 +215,7 @@ def test_an_answer_on_a_file_of_an_overlay_holds_live_and_in_a_reading(
     assert live(tap, in_overlays.pid, other).flags == FLAG_ASK
 
 
-def test_the_main_program_in_an_overlay_is_not_told_as_a_library_by_a_reading(
+def test_the_main_program_in_an_overlay_is_claimed_as_such_by_a_scan(
     tap: Tap, start: Start, scratch: Path, lower: Path
 ) -> None:
     program = make_mapper(start)
@@ -222,7 +223,8 @@ def test_the_main_program_in_an_overlay_is_not_told_as_a_library_by_a_reading(
     commands = overlay_commands(scratch, "a", f"{scratch}/lower") + f'exec "{scratch}/a/program"'
     commands += ' # "$0"'
     mapper = start(with_prelude(scratch, program, commands, launcher=IN_OWN_MOUNTS))
-    assert str(scratch / "a/program") not in read(tap, mapper.pid)
+    # That it is the program is a claim of the process; the publisher asks the file.
+    assert read(tap, mapper.pid)[str(scratch / "a/program")].flags & FLAG_IMAGE
 
 
 def test_one_btrfs_file_in_two_subvolumes_is_two_files(

@@ -38,13 +38,14 @@ def take() -> Holdings:
 def take_steady() -> Holdings:
     """What two looks agree on: a thread of a longer-lived watcher may have an fd for an instant.
 
-    One that is just reading about a process may still do so at the second look, so that is left out.
+    One that is just reading about a process, from /proc or by an iterator of the kernel, may still do so at the second
+    look, so that is left out.
     """
     first = take()
     second = take()
     return replace(
         second,
-        fds=frozenset(fd for fd in first.fds & second.fds if not re.match(r"/proc/\d+/", fd[1])),
+        fds=frozenset(fd for fd in first.fds & second.fds if not re.match(r"/proc/\d+/|anon_inode:\[?bpf_iter", fd[1])),
         threads=first.threads & second.threads,
         children=first.children & second.children,
     )
