@@ -51,6 +51,7 @@ class Name:
         self.key = key
         self.text = record.text
         self.file_id = file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
+        #: Of a scan of maps below 0: no change time, but another number for each version that was met.
         self.changed_ns = record.changed_ns
         self.path = path_of(record.text)
         self.is_deleted = bool(record.flags & FLAG_DELETED)

@@ -289,7 +289,7 @@ class Inspector:
             () if order.skips_process else order.ranges,
             is_own_view=order.is_own_view,
             is_deleted=version.is_deleted,
-            changed_ns=version.changed_ns,
+            changed_ns=max(0, version.changed_ns),
             on_file=on_file,
             skips_process=order.skips_process,
         )
@@ -301,7 +301,7 @@ class Inspector:
                 return FileFacts(is_elf=True if build_id else None, build_id=build_id, is_partial=bool(build_id))
             fd = reopen(found.fd, os.O_RDONLY)
             facts = self._facts_of(fd, version, found.place)._replace(place=found.place, link=found.link)
-            if version.changed_ns == 0 and facts.build_id and is_on_overlay(fd) and not order.skips_process:
+            if version.changed_ns <= 0 and facts.build_id and is_on_overlay(fd) and not order.skips_process:
                 # Nobody knows which version was mapped: after a copy-up it is not the one that the overlay shows.
                 build_id = mapped_build_id(self._proc, order.pid, order.ranges)
                 if build_id is not None and build_id != facts.build_id:

@@ -374,7 +374,7 @@ class Publisher:
             soname=facts.soname,
             deleted=name.is_deleted,
             path_partial=name.is_partial,
-            changed_ns=name.changed_ns,
+            changed_ns=max(0, name.changed_ns),
         )
         if is_own_view:
             if len(self._libraries) > 5_000:

@@ -69,7 +69,8 @@ class File(NamedTuple):
 
     ``key`` is a struct file_key whose device and inode are those that maps shows, with generation and
     subvolume 0; ``text`` the path as records have it. ``since_ns`` is when it was met after nobody had it
-    mapped, which is when its inode may have become another file's.
+    mapped, which is when its inode may have become another file's. Records have it below 0 for a change
+    time: maps shows none, and an overlay's file is compared with what is one.
     """
 
     key: bytes
@@ -501,7 +502,7 @@ class ProcfsSource:
             flags, offset_bytes = flags | FLAG_MANY, row.unlisted
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
-            process.touches, file.key, row.start, row.end, offset_bytes, file.since_ns, 0, process.stat.comm,
+            process.touches, file.key, row.start, row.end, offset_bytes, -file.since_ns, 0, process.stat.comm,
             file.mode, len(file.text), file.text,
         )  # fmt: skip
 
