@@ -1,7 +1,8 @@
 """Is a mapped file still the one on disk? `Disk` answers with yes, no and how, or unknown and why. Read-only.
 
 A process names its libraries inside its own root, which a container controls: no link is followed out of that root, and
-nothing is opened but with O_PATH. Every look has a deadline, for a file system may not answer.
+nothing is opened but with O_PATH, except for what an overlay shows: `sowatch.inventory.copied_up` reads regular files.
+Every look has a deadline, for a file system may not answer.
 docs/decisions/0026-staleness.md has the rules.
 """
 
@@ -15,9 +16,11 @@ from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+from sowatch.inventory.copied_up import Copies
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
 from sowatch.inventory.roots import RootKey, Roots
+from sowatch.linux.mapped_file import is_on_overlay
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below, shows_real_inode
 from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, seen_path
@@ -74,6 +77,7 @@ _NOWHERE: Final = (
     "its path leads nowhere, but its name was not deleted: its file system was unmounted, or is out of reach"
 )
 _NO_PATH: Final = "the kernel shows no path of it"
+_COPIED_UP: Final = "an overlay has its path: it may have been copied up and changed since it was mapped"
 _MASKED: Final = "its file system does not show which file is mapped"
 
 
@@ -138,6 +142,8 @@ class Disk:
         self._worker = TimeoutWorker("sowatch-disk", max_abandoned=MAX_HANGING)
         self._sights: dict[ProcessId, _Sight] = {}
         self._answers: dict[tuple[object, ...], StaleAnswer] = {}
+        #: The keys of answers that hold for the mappings of one process only.
+        self._is_of_process: set[tuple[object, ...]] = set()
         #: Directories of a root in which a look hung, with the device of the file that was looked for.
         self._hanging: set[tuple[RootKey, str, int, int]] = set()
 
@@ -160,7 +166,8 @@ class Disk:
         looked up inside the process's own root. What is found there is compared with the mapped file as
         ``/proc/PID/map_files`` shows it, because both are then seen through the same overlay or subvolume. Where that
         cannot be read (it takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE) the kernel's identity of the file is
-        compared, if the file system shows that in stat(2).
+        compared, if the file system shows that in stat(2). Where an overlay shows the same file, it is also asked
+        whether that is a copy of what is mapped.
 
         Args:
             process: who maps it.
@@ -180,9 +187,19 @@ class Disk:
         subject = _subject(process.pid, library, tuple(ranges), sight)
         if sight.key is None:
             return _cannot_tell(subject, sight.trouble or NOT_PERMITTED)
-        known = (sight.key, subject.path, library.path, library.id, subject.is_deleted, subject.is_outside)
+        known: tuple[object, ...] = (
+            *(sight.key, subject.path, library.path, library.id),
+            *(library.changed_ns, subject.is_deleted, subject.is_outside),
+        )
+        if known in self._is_of_process:
+            known = (*known, process.id)
         if known not in self._answers:
-            self._answers[known] = self._look_with_deadline(subject, sight.key)
+            copies = Copies(self._proc, process.pid, library, subject.row)
+            answer = self._look_with_deadline(subject, sight.key, copies)
+            if copies.depends_on_mapping:
+                self._is_of_process.add(known)
+                known = (*known, process.id)
+            self._answers[known] = answer
         return self._answers[known]
 
     def owners(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str | None]:
@@ -246,14 +263,14 @@ class Disk:
 
     # ---- a file -------------------------------------------------------------------------------
 
-    def _look_with_deadline(self, subject: _Subject, key: RootKey) -> StaleAnswer:
+    def _look_with_deadline(self, subject: _Subject, key: RootKey, copies: Copies) -> StaleAnswer:
         file_id = subject.library.id
         place = (key, os.path.dirname(subject.path), file_id.major, file_id.minor)
         if place in self._hanging:
             return _cannot_tell(subject, _NO_ANSWER)
         timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
         try:
-            return self._worker.run(lambda: self._look(subject), timeout_s)
+            return self._worker.run(lambda: self._look(subject, copies), timeout_s)
         except CallTimeout as timeout:
             if timeout.is_refused:
                 return _cannot_tell(subject, _TOO_MANY)
@@ -264,14 +281,14 @@ class Disk:
                 return FRESH
             return _cannot_tell(subject, _reason_of(error))
 
-    def _look(self, subject: _Subject) -> StaleAnswer:
+    def _look(self, subject: _Subject, copies: Copies) -> StaleAnswer:
         if subject.is_outside:
             return _cannot_tell(subject, _OUTSIDE)
         mapped = self._mapped(subject)
         with self._roots.open(subject.pid) as root_fd:
 
             def compare(path: str) -> _Found | str:
-                return _compare(root_fd, path, subject, mapped)
+                return _compare(root_fd, path, subject, mapped, copies)
 
             # What looks like the kernel's mark may be the end of a name.
             if subject.is_deleted and compare(subject.path + _DELETED) is _Found.SAME:
@@ -354,7 +371,7 @@ def _cannot_tell(subject: _Subject, reason: str) -> StaleAnswer:
     return StaleAnswer(Staleness.DELETED) if subject.is_deleted else StaleAnswer(Staleness.UNKNOWN, reason)
 
 
-def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None) -> _Found | str:
+def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None, copies: Copies) -> _Found | str:
     """What a path leads to below a root; a text says why that cannot be told."""
     try:
         fd = open_below(root_fd, path, os.O_PATH)
@@ -363,14 +380,24 @@ def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None)
     except OSError as error:
         return _reason_of(error)
     try:
-        found = os.fstat(fd)
-        mount = _mount_of(fd)
-        is_plain = shows_real_inode(fd)
+        found = _compare_inodes(fd, subject, mapped)
+        # An overlay shows a copy under the inode number of what was copied, through the link of the mapping as well.
+        if found is not _Found.SAME or not is_on_overlay(fd):
+            return found
+        is_it = copies.is_mapped(fd, path)
     finally:
         os.close(fd)
+    if is_it is None:
+        return _COPIED_UP
+    return _Found.SAME if is_it else _Found.OTHER
+
+
+def _compare_inodes(fd: int, subject: _Subject, mapped: _Mapped | None) -> _Found | str:
+    found = os.fstat(fd)
+    mount = _mount_of(fd)
     file_id, row = subject.library.id, subject.row
     if mapped is None:
-        if is_plain:
+        if shows_real_inode(fd):
             mapped = _Mapped(os.makedev(file_id.major, file_id.minor), file_id.inode, None)
         elif row is not None and os.makedev(row.major, row.minor) == found.st_dev:
             mapped = _Mapped(found.st_dev, row.inode, None)

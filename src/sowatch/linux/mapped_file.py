@@ -23,7 +23,17 @@ from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
 
-__all__ = ["Found", "Place", "find_mapped", "is_on_overlay", "mapped_build_id", "open_mapped"]
+__all__ = [
+    "Found",
+    "Place",
+    "file_version",
+    "find_in_layers",
+    "find_mapped",
+    "is_on_overlay",
+    "mapped_build_id",
+    "open_mapped",
+    "shows_a_lower_file",
+]
 
 #: How the file is opened from here: by its path in our view, below the root of its process, by the kernel's link.
 Place = Literal["own", "root", "link"]
@@ -142,7 +152,7 @@ def find_mapped(
             found, link = Found(link, place, link_path), None
             return found
         if link is not None and changed_ns and is_on_overlay(link):
-            return _in_layers(proc, pid, file_id, path)
+            return find_in_layers(proc, pid, file_id, path)
         return None
     finally:
         if link is not None:
@@ -217,32 +227,66 @@ def _open_path(root: str, path: str, on_file: Callable[[], None]) -> int | None:
         os.close(directory)
 
 
-def _in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found | None:
+def find_in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found | None:
     """The file in a layer below the overlay that its path leads to, if this one shows the mapped inode itself.
 
     A path from a mount option is interpreted in our mount namespace and in that of the process; the check of the inode
     makes it harmless that whoever mounted the overlay chose it.
     """
+    for fd in _opened_in_layers(proc, pid, path):
+        if shows_real_inode(fd) and _is_it(fd, file_id, 0, is_link=False):
+            return Found(os.dup(fd), None)
+    return None
+
+
+def shows_a_lower_file(proc: ProcFs, pid: int, path: str, shown: os.stat_result) -> bool:
+    """Whether what an overlay shows under a path lies in a lower layer: nothing has been copied up there.
+
+    Nobody can set a change time, so two files do not share it with the size and the time of modification.
+
+    Args:
+        proc: the host's.
+        pid: whose mounts are looked through.
+        path: as that process sees it.
+        shown: the status of what the path leads to.
+
+    Returns:
+        False, too, if the layer cannot be reached from here.
+    """
+    return any(
+        not is_on_overlay(fd) and file_version(os.fstat(fd)) == file_version(shown)
+        for fd in _opened_in_layers(proc, pid, path, is_lower_only=True)
+    )
+
+
+def file_version(status: os.stat_result) -> tuple[int, int, int]:
+    """What differs between a file and its copy, and an overlay shows of the file itself."""
+    return status.st_ctime_ns, status.st_mtime_ns, status.st_size
+
+
+def _opened_in_layers(proc: ProcFs, pid: int, path: str, *, is_lower_only: bool = False) -> Iterator[int]:
+    """A descriptor (O_PATH) of what each layer has under that path, closed when the next one is asked for."""
     root = proc.root_dir(pid)
     if not root:
-        return None
-    for layer, below in _layers(proc, pid, path):
+        return
+    for layer, below, is_lower in _layers(proc, pid, path):
+        if is_lower_only and not is_lower:
+            continue
         for at in (root, "/"):
             fd = _open_path(at, f"{layer}/{below}", lambda: None)
             if fd is None:
                 continue
             try:
-                if shows_real_inode(fd) and _is_it(fd, file_id, 0, is_link=False):
-                    found, fd = Found(fd, None), -1
-                    return found
+                yield fd
             finally:
-                if fd >= 0:
-                    os.close(fd)
-    return None
+                os.close(fd)
 
 
-def _layers(proc: ProcFs, pid: int, path: str) -> Iterator[tuple[str, str]]:
-    """The layers of the overlays that the path may be on, the nearest mount first, and the path below each."""
+def _layers(proc: ProcFs, pid: int, path: str) -> Iterator[tuple[str, str, bool]]:
+    """The layers of the overlays that the path may be on, the nearest mount first.
+
+    Of each the directory, the path below it, and whether it is a lower one.
+    """
     try:
         with open(f"{proc.root}/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read(1 << 22).split("\n")
@@ -261,22 +305,22 @@ def _layers(proc: ProcFs, pid: int, path: str) -> Iterator[tuple[str, str]]:
             mounts.append((len(point), below, rest[2]))
     count = 0
     for _, below, options in sorted(mounts, reverse=True):
-        for layer in _layers_of(options):
+        for layer, is_lower in _layers_of(options):
             count += 1
             if count > MAX_LAYERS:
                 return
             if layer.startswith("/"):
-                yield layer, below
+                yield layer, below, is_lower
 
 
-def _layers_of(options: str) -> Iterator[str]:
-    """The directories of an overlay's lowerdir, lowerdir+ and upperdir options."""
+def _layers_of(options: str) -> Iterator[tuple[str, bool]]:
+    """The directories of an overlay's lowerdir, lowerdir+ and upperdir options, and whether each is a lower one."""
     for option in options.split(","):
         name, _, value = option.partition("=")
         if name in ("upperdir", "lowerdir+", "datadir+"):
-            yield _unescaped(value)
+            yield _unescaped(value), name != "upperdir"
         elif name == "lowerdir":
-            yield from (_unescaped(one) for one in value.split(":") if one)
+            yield from ((_unescaped(one), True) for one in value.split(":") if one)
 
 
 def _unescaped(text: str) -> str:
