@@ -163,6 +163,25 @@ def test_a_daemon_that_forks_twice_while_its_parents_leave_keeps_what_they_mappe
     wait_story(ledger, daemon, inode(new), [("load", "fork"), ("unload", "exit")])
 
 
+@pytest.mark.parametrize("rights", ["PROT_READ | PROT_EXEC", "PROT_READ | PROT_WRITE | PROT_EXEC"])
+def test_a_child_is_not_left_with_a_file_that_its_parent_kept_from_fork(
+    ledger: Ledger, run: Any, library: NewLibrary, rights: str
+) -> None:
+    kept, copied = library("libkept.so"), library("libcopied.so")
+    source = f"""int main(int c, char **v) {{
+        void *at = map(v[1]); (void)c; map(v[2]);
+        if (mprotect(at, 4096, {rights}) || madvise(at, 4096, MADV_DONTFORK)) return 1;
+        pid_t child = fork(); if (!child) {{ pause(); _exit(0); }}
+        say(child); stay(); kill(child, SIGKILL); return 0; }}"""
+    parent = run(source, kept, copied)
+    child = line(parent)
+    ledger.wait_load(child, inode(copied))
+    ledger.wait_for(lambda: inode(kept) not in ledger.inodes(child), "the child has a file that fork did not copy")
+    assert inode(copied) in ledger.inodes(child)
+    assert ledger.inodes(parent.pid) >= {inode(kept), inode(copied)}
+    is_right(ledger, child)
+
+
 @pytest.mark.parametrize("how", ["exec", "execthread"])
 def test_exec_from_any_thread_unloads_what_was_mapped_and_keeps_the_process(
     ledger: Ledger, start: Start, library: NewLibrary, how: str

@@ -139,6 +139,7 @@ struct mm_struct {
 	atomic_t mm_users;
 	struct file *exe_file;
 	unsigned long task_size;
+	unsigned long total_vm;
 	unsigned long start_code;
 	unsigned long end_code;
 	unsigned long saved_auxv[52];

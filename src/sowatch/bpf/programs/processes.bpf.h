@@ -16,6 +16,15 @@ static __always_inline bool had_company(struct process *process)
 }
 
 /*
+ * Whether fork left out a mapping (MADV_DONTFORK, device memory): its pages are not counted in the
+ * child. All pages are compared, for the kernel does not count a writable mapping as executable.
+ */
+static __always_inline bool has_fewer_pages(struct mm_struct *mm, struct task_struct *parent)
+{
+	return BPF_CORE_READ(mm, total_vm) < BPF_CORE_READ(parent, mm, total_vm);
+}
+
+/*
  * Runs in the parent, after its mappings were copied and before the child does anything. If the
  * parent has company, a mapping may have come or gone between the copying and now: a claim.
  */
@@ -57,8 +66,8 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		}
 	}
 	flags |= narrow_flag(child);
-	if (!(flags & FLAG_SHARED_VM) &&
-	    (!is_alone(parent) || had_company(process) || (process && process->shares_vm))) {
+	if (!(flags & FLAG_SHARED_VM) && (!is_alone(parent) || had_company(process) ||
+					  (process && process->shares_vm) || has_fewer_pages(mm, parent))) {
 		flags |= FLAG_DIRTY;
 		if (inherited)
 			inherited->dirty = 1;
