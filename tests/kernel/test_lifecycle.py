@@ -182,6 +182,35 @@ def test_a_child_is_not_left_with_a_file_that_its_parent_kept_from_fork(
     is_right(ledger, child)
 
 
+def test_a_file_that_brk_took_away_is_found_by_the_audit_and_unloaded_by_the_next_scan(
+    ledger: Ledger, run: Any, library: NewLibrary
+) -> None:
+    new = library()
+    source = """int main(int c, char **v) {
+        (void)c; say(1); getchar();
+        char *top = sbrk(0); top += -(unsigned long)top & 4095; brk(top + 8192);
+        int fd = open(v[1], O_RDONLY);
+        if (mmap(top, 8192, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED, fd, 0) != top) return 1;
+        say(2); getchar(); if (brk(top)) return 2; say(3); getchar();
+        mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_ANONYMOUS, -1, 0); stay(); return 0; }"""
+    process = run(source, new)
+    line(process)
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    line(process)
+    ledger.wait_load(process.pid, inode(new))
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    assert line(process) == 3
+    found = [one.kind for one in ledger.watcher.audit().differences if one.pid == process.pid]
+    # Anything else that has the process scanned has put it right before.
+    assert found == ["extra"] or inode(new) not in ledger.inodes(process.pid)
+    process.stdin.write(b"\n")
+    process.stdin.flush()
+    ledger.wait_unload(process.pid, inode(new))
+    is_right(ledger, process.pid)
+
+
 @pytest.mark.parametrize("how", ["exec", "execthread"])
 def test_exec_from_any_thread_unloads_what_was_mapped_and_keeps_the_process(
     ledger: Ledger, start: Start, library: NewLibrary, how: str

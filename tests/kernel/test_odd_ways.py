@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sowatch import Rule
+from sowatch import Config, Rule
 from sowatch.model.rules import KINDS
 from support.kernel import TAG, Ledger, executable_inodes
 from support.programs import Mapper
@@ -207,6 +207,32 @@ def test_shared_memory_that_is_detached_is_unloaded(ledger: Ledger, trick: Calla
     ledger.wait_load(process.pid, number)
     process.go_on()
     ledger.wait_unload(process.pid, number)
+
+
+@pytest.mark.parametrize("strategy", ["core", "prebuilt", "procfs"])
+def test_executable_memory_that_is_shared_with_children_is_the_file_that_the_kernel_makes_of_it(
+    open_ledger: Callable[..., Ledger], spawn: Callable[..., subprocess.Popen[bytes]], strategy: str
+) -> None:
+    ledger = open_ledger(Rule("^/dev/zero$", name="shared", kind=KINDS), config=Config(strategy=strategy))
+    child = spawn([sys.executable, "-c", SHARED], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout
+    number = int(child.stdout.readline())
+    load = ledger.wait_load(child.pid, number)
+    assert (load.library.path, load.library.deleted, load.library.kind) == ("/dev/zero", True, "other")
+    assert [one for one in ledger.watcher.audit().differences if one.pid == child.pid] == []
+    child.kill()
+    child.wait()
+    ledger.wait_unload(child.pid, number)
+
+
+#: Maps shared anonymous memory, executable, and says its inode number.
+SHARED = """
+import mmap, sys
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+(number,) = (line.split()[4] for line in open("/proc/self/maps") if "/dev/zero" in line)
+print(number, flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_device_that_maps_another_file_than_its_own_is_told_as_what_it_maps(

@@ -84,12 +84,15 @@ static __always_inline __u64 whole_pages_of(struct file *file, __u64 length)
 static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protection, __u64 flags, __u64 fd,
 				      __u64 offset_bytes)
 {
-	bool maps_file = !(flags & MAP_ANONYMOUS) && makes_executable(protection);
+	bool executes = makes_executable(protection);
+	bool maps_file = executes && !(flags & MAP_ANONYMOUS);
+	/* Is a file of the kernel's own, /dev/zero, which no fd names. */
+	bool shares_memory = executes && flags & MAP_ANONYMOUS && flags & MAP_SHARED;
 	bool replaces = flags & MAP_FIXED;
 	struct pending call = {};
 	__u64 pid_tgid;
 
-	if (!maps_file && !replaces)
+	if (!maps_file && !shares_memory && !replaces)
 		return 0;
 	pid_tgid = bpf_get_current_pid_tgid();
 	if (maps_file) {
@@ -122,12 +125,16 @@ static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protectio
 			call.kind |= PENDING_MAP | PENDING_ASK;
 		}
 	}
+	if (shares_memory) {
+		touch_process(current_task());
+		call.kind |= PENDING_REREAD;
+	}
 	call.start = start;
 	call.length = whole_pages(length);
 	call.offset_bytes = offset_bytes;
 	if (replaces && matters(find_process(pid_tgid >> 32), call.start, call.length))
 		call.kind |= PENDING_UNMAP;
-	if (!(call.kind & (PENDING_MAP | PENDING_UNMAP)))
+	if (!(call.kind & (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD)))
 		return 0;
 	note(pid_tgid, &call);
 	return 0;

@@ -47,6 +47,8 @@ static __always_inline void ask_mmap(struct pending *call, __u64 start, __u64 le
 	call->length = length;
 	if (!(flags & MAP_ANONYMOUS) && makes_executable(protection))
 		call->kind |= PENDING_MAP | PENDING_ASK | PENDING_UNSURE_FD;
+	else if (flags & MAP_SHARED && makes_executable(protection))
+		call->kind |= PENDING_REREAD | PENDING_TOUCHED;
 	if (flags & MAP_FIXED)
 		call->kind |= PENDING_UNMAP;
 }

@@ -310,6 +310,7 @@ struct syscall_exit {
 #define PROT_READ 0x1
 #define PROT_EXEC 0x4
 #define MAP_FIXED 0x10
+#define MAP_SHARED 0x01 /* also a bit of MAP_SHARED_VALIDATE */
 #define MAP_ANONYMOUS 0x20
 #define MREMAP_FIXED 0x2
 #define SHM_REMAP 040000

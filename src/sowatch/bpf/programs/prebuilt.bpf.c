@@ -22,6 +22,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 /* include/uapi/asm-generic/mman-common.h, linux/mman.h, linux/sched.h, asm-generic/shmparam.h */
 #define PROT_EXEC 0x4
 #define MAP_FIXED 0x10
+#define MAP_SHARED 0x01 /* also a bit of MAP_SHARED_VALIDATE */
 #define MAP_ANONYMOUS 0x20
 #define MREMAP_FIXED 0x2
 #define SHM_REMAP 040000
@@ -259,10 +260,12 @@ int enter_mmap(struct syscall_enter *context)
 
 	if (!(flags & MAP_ANONYMOUS) && protection & PROT_EXEC)
 		kind |= PENDING_MAP;
+	else if (flags & MAP_SHARED && protection & PROT_EXEC)
+		kind |= PENDING_REREAD; /* a file of the kernel's own, /dev/zero */
 	else if (!(flags & MAP_FIXED))
 		return 0;
 	process = find_process(bpf_get_current_pid_tgid() >> 32);
-	if (flags & MAP_FIXED && matters(process, start, length))
+	if (flags & MAP_FIXED && !(kind & PENDING_REREAD) && matters(process, start, length))
 		kind |= PENDING_UNMAP;
 	if (kind)
 		note(process, kind, start, length);

@@ -56,7 +56,7 @@ static __always_inline void may_have_moved(void)
 
 static __always_inline void mapped(__u64 at, __u64 length, __u64 protection, __u64 flags)
 {
-	if (!(flags & MAP_ANONYMOUS) && protection & PROT_EXEC)
+	if ((!(flags & MAP_ANONYMOUS) || flags & MAP_SHARED) && protection & PROT_EXEC)
 		may_have_mapped(at, length);
 	else if (flags & MAP_FIXED)
 		may_have_unmapped(at, length);

@@ -89,7 +89,7 @@ int BPF_PROG(fentry_mmap, const struct pt_regs *regs)
 SEC("?fexit/" SYSCALL_FUNCTION "mmap")
 int BPF_PROG(fexit_mmap, const struct pt_regs *regs, long ret)
 {
-	return leave_call(ret, PENDING_MAP | PENDING_UNMAP);
+	return leave_call(ret, PENDING_MAP | PENDING_UNMAP | PENDING_REREAD);
 }
 
 SEC("?fentry/" SYSCALL_FUNCTION "munmap")
