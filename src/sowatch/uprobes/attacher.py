@@ -124,9 +124,6 @@ class Attacher:
         is_split: where the kernel has no cookies, load the object once for each site.
         pairs_returns: entry and return of one function have one cookie, that of the entry.
 
-    Attributes:
-        on_attached: called with (library, sites, failures) after each attachment, on the thread that attached.
-
     `attach` and `detach` are for `Rule`: ``Rule("libssl", on_activate=a.attach, on_deactivate=a.detach)``; `rule` does
     that. They may be called by any thread; work on one file is done by one thread at a time.
 
@@ -169,7 +166,6 @@ class Attacher:
         self._rings: list[Ring] = []
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
-        self.on_attached: Callable[[Library, list[Site], list[Failure]], object] | None = None
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -278,8 +274,6 @@ class Attacher:
                 for group in made.groups:
                     for site in group.sites:
                         self._sites.setdefault(site.cookie, site)
-            if self.on_attached is not None:
-                self.on_attached(library, [site for group in made.groups for site in group.sites], list(made.failures))
 
     def detach(self, file: ActiveFile) -> None:
         """Takes one user from a file; without users it is detached at once, or after ``linger_s``."""
