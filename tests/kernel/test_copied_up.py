@@ -61,14 +61,14 @@ def contents(make_library: Any, has_build_id: bool) -> tuple[bytes, bytes]:
 @pytest.fixture
 def mapper(start: Start, scratch: Path, programs: Any, contents: tuple[bytes, bytes]) -> Mapper:
     """It has mapped all of `NAMES`, and nothing has happened to them yet."""
-    for name in ("lower", "work", "m"):
+    for name in ("lower", "rw", "m"):
         (scratch / name).mkdir()
     (scratch / "new").write_bytes(contents[1])
     (scratch / "old").write_bytes(contents[0])
     for name in NAMES[:3]:
         (scratch / f"lower/{name}.so").write_bytes(contents[0])
-    commands = f"""mount -t tmpfs none {scratch}/work; mkdir {scratch}/work/u {scratch}/work/w
-    mount -t overlay -o lowerdir={scratch}/lower,upperdir={scratch}/work/u,workdir={scratch}/work/w none {scratch}/m
+    commands = f"""mount -t tmpfs none {scratch}/rw; mkdir {scratch}/rw/u {scratch}/rw/w
+    mount -t overlay -o lowerdir={scratch}/lower,upperdir={scratch}/rw/u,workdir={scratch}/rw/w none {scratch}/m
     cp {scratch}/old {scratch}/m/upper.so"""
     mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
     for name in NAMES:

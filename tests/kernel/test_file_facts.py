@@ -122,12 +122,12 @@ def test_a_file_that_is_mapped_while_it_is_written_is_told_as_what_it_is_when_it
 @pytest.fixture
 def overlaid(start: Start, scratch: Path, programs: Any, one_and_two: tuple[bytes, bytes]) -> tuple[Mapper, Path]:
     """A mapper that has mapped a library of the lower layer, in whose place is another one by now."""
-    for name in ("lower", "upper", "work", "m"):
+    for name in ("lower", "upper", "rw", "m"):
         (scratch / name).mkdir()
     (scratch / "lower/lib.so").write_bytes(one_and_two[0])
     (scratch / "new").write_bytes(one_and_two[1])
-    commands = f"""mount -t tmpfs none {scratch}/work; mkdir {scratch}/work/u {scratch}/work/w
-    mount -t overlay -o lowerdir={scratch}/lower,upperdir={scratch}/work/u,workdir={scratch}/work/w none {scratch}/m"""
+    commands = f"""mount -t tmpfs none {scratch}/rw; mkdir {scratch}/rw/u {scratch}/rw/w
+    mount -t overlay -o lowerdir={scratch}/lower,upperdir={scratch}/rw/u,workdir={scratch}/rw/w none {scratch}/m"""
     mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
     path = scratch / "m/lib.so"
     mapper.map(path)
