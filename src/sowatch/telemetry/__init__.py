@@ -3,8 +3,7 @@
 The core counts what it does in plain fields; a `Sampler` reads those when somebody asks, so that nothing here costs
 the draining thread anything.
 
-* ``metrics.py``: Counter, Gauge, Histogram, MetricGroup, MetricRegistry.
-* ``deltas.py``: what changed since a client last asked.
+* ``metrics.py``: Counter, Gauge, Histogram, MetricRegistry.
 * ``names.py``: every metric of sowatch, from which docs/metrics.md is made.
 * ``sampling.py``: from the figures of watcher, registry, monitor and sinks to metrics.
 * ``prometheus.py``, ``statsd.py``, ``otlp_metrics.py``: exporters; ``pusher.py`` drives the last two.
@@ -15,7 +14,7 @@ Exporters import their libraries when they are made, so the rest works without t
 """
 
 from sowatch.telemetry.file_sink import FileSink
-from sowatch.telemetry.metrics import Counter, Gauge, Histogram, MetricGroup, MetricRegistry, default_registry
+from sowatch.telemetry.metrics import Counter, Gauge, Histogram, MetricRegistry
 from sowatch.telemetry.otlp_logs import OtlpLogSink
 from sowatch.telemetry.otlp_metrics import OtlpMetricsExporter
 from sowatch.telemetry.prometheus import PrometheusExporter
@@ -30,7 +29,6 @@ __all__ = [
     "FileSink",
     "Gauge",
     "Histogram",
-    "MetricGroup",
     "MetricRegistry",
     "OtlpLogSink",
     "OtlpMetricsExporter",
@@ -42,5 +40,4 @@ __all__ = [
     "SinkStats",
     "StatsdExporter",
     "StdoutSink",
-    "default_registry",
 ]

@@ -1,10 +1,10 @@
-"""Counter, Gauge, Histogram, MetricGroup and the registry that finds or makes them.
+"""Counter, Gauge, Histogram and the registry that finds or makes them.
 
 Knows no exporter.
 
 A metric is its name and its sorted tags (``rule:tls``). Words that begin with ``_`` are options, not
-tags: ``_prometheus``, ``_statsd`` and ``_otlp`` name the exporters that get it (none: all of them),
-``_payload`` puts a counter into `MetricRegistry.payload_deltas`. They are no part of its identity.
+tags: ``_prometheus``, ``_statsd`` and ``_otlp`` name the exporters that get it (none: all of them).
+They are no part of its identity.
 """
 
 from __future__ import annotations
@@ -17,30 +17,22 @@ from typing import Any, ClassVar, Final, TypeVar
 from sowatch.model.errors import UsageError
 from sowatch.model.histogram import BOUNDS_S, Distribution, Latency
 from sowatch.telemetry import names
-from sowatch.telemetry.deltas import Deltas
 
 __all__ = [
     "OVERFLOW_TAG",
-    "PAYLOAD",
     "Counter",
     "Gauge",
     "Histogram",
     "Metric",
-    "MetricGroup",
     "MetricRegistry",
-    "default_registry",
     "split_tags",
 ]
 
-#: The option of counters that `MetricRegistry.payload_deltas` tells.
-PAYLOAD: Final = "_payload"
 #: The tag of the one series that takes what a full metric has no room for.
 OVERFLOW_TAG: Final = "overflow:true"
 
 #: Longer tags are cut: rules may be named by long patterns.
 _TAG_CHARS: Final = 200
-#: A summary of more metrics than this leaves out those that did not move.
-_SHORT_SUMMARY: Final = 5
 
 M = TypeVar("M", bound="Metric")
 
@@ -75,8 +67,7 @@ class Metric:
 
     def goes_to(self, exporter: str) -> bool:
         """Whether an exporter (``prometheus``, ``statsd``, ``otlp``) gets it."""
-        chosen = [option for option in self.options if option != PAYLOAD]
-        return not chosen or f"_{exporter}" in chosen
+        return not self.options or f"_{exporter}" in self.options
 
 
 class Counter(Metric):
@@ -164,7 +155,7 @@ class MetricRegistry:
 
     >>> registry = MetricRegistry()
     >>> registry.counter("hits", "rule:tls").add(2)
-    >>> registry.counter("hits", "rule:tls", "_payload").get()
+    >>> registry.counter("hits", "rule:tls").get()
     2
     """
 
@@ -184,7 +175,6 @@ class MetricRegistry:
         # Held while the sources are asked: a second scraper waits for the figures of the first.
         self._sampling = threading.Lock()
         self._sampled_s = float("-inf")
-        self._payload = Deltas(clock)
 
     def counter(self, name: str, *tags_and_options: str) -> Counter:
         """The counter of that name and those tags.
@@ -262,19 +252,6 @@ class MetricRegistry:
             found.append(one)
         return found
 
-    def payload_deltas(self, client_id: str) -> dict[str, int | float]:
-        """What each metric with the option ``_payload`` did since this client last asked.
-
-        A counter tells its growth, a gauge its value. The key is the name, with its tags in brackets.
-        A client that was away for `deltas.TTL_S` begins anew.
-        """
-        deltas = self._payload.since(client_id)
-        return {
-            _title(metric, metric.tags): deltas.of(metric, metric.get(), is_rising=isinstance(metric, Counter))
-            for metric in self.collect()
-            if PAYLOAD in metric.options and isinstance(metric, Counter | Gauge)
-        }
-
     def _find(self, kind: type[M], name: str, words: Sequence[str]) -> M:
         tags, options = split_tags(words)
         with self._lock:
@@ -303,82 +280,6 @@ class MetricRegistry:
         counter.add()
 
 
-class MetricGroup:
-    """Metrics that share a namespace and tags: ``MetricGroup("watcher", "rule:tls").counter("hits")``.
-
-    Args:
-        namespace: comes before each name, with a dot; may be empty.
-        common: tags and options that each metric of the group has.
-        registry: where they live; default: `default_registry`.
-
-    All methods may be called from any thread.
-    """
-
-    def __init__(self, namespace: str, *common: str, registry: MetricRegistry | None = None) -> None:
-        self._namespace = namespace
-        self._common = common
-        self._registry = registry or default_registry()
-        self._common_tags = frozenset(split_tags(common)[0])
-        self._lock = threading.Lock()
-        self._members: dict[int, Metric] = {}
-        self._deltas = Deltas(self._registry.clock)
-
-    def counter(self, name: str, *tags_and_options: str) -> Counter:
-        """The counter of that name in this group; see `MetricRegistry.counter`."""
-        return self._note(self._registry.counter(self._full(name), *self._common, *tags_and_options))
-
-    def gauge(self, name: str, *tags_and_options: str) -> Gauge:
-        """The gauge of that name in this group; see `MetricRegistry.gauge`."""
-        return self._note(self._registry.gauge(self._full(name), *self._common, *tags_and_options))
-
-    def histogram(self, name: str, *tags_and_options: str) -> Histogram:
-        """The histogram of that name in this group; see `MetricRegistry.histogram`."""
-        return self._note(self._registry.histogram(self._full(name), *self._common, *tags_and_options))
-
-    def summary(self, client_id: str = "") -> str:
-        """One line: ``hits=10(5.00/s) blocked[rule:tls]=2(1.00/s) files=7``, in the order they were made.
-
-        Counters show their growth since this client last asked and the rate of it (over a second at
-        least), histograms the same of their count, gauges their value. Tags of the whole group are left
-        out. Of more than five metrics those that stand still at zero are left out. ``n/a`` without any.
-        """
-        with self._lock:
-            members = list(self._members.values())
-        deltas = self._deltas.since(client_id)
-        parts = []
-        for metric in members:
-            value = _value(metric)
-            if isinstance(value, Distribution):
-                value = value.count
-            delta = deltas.of(metric, value, is_rising=not isinstance(metric, Gauge))
-            if not delta and len(members) > _SHORT_SUMMARY:
-                continue
-            rate = "" if isinstance(metric, Gauge) else f"({delta / max(1.0, deltas.elapsed_s):.2f}/s)"
-            own = tuple(tag for tag in metric.tags if tag not in self._common_tags)
-            parts.append(f"{_title(metric, own).removeprefix(self._full(''))}={delta}{rate}")
-        return " ".join(parts) or "n/a"
-
-    def _full(self, name: str) -> str:
-        return f"{self._namespace}.{name}" if self._namespace else name
-
-    def _note(self, metric: M) -> M:
-        with self._lock:
-            self._members[id(metric)] = metric
-        return metric
-
-
-def _title(metric: Metric, tags: Sequence[str]) -> str:
-    return f"{metric.name}[{','.join(tags)}]" if tags else metric.name
-
-
 def _value(metric: Metric) -> int | float | Distribution:
     assert isinstance(metric, Counter | Gauge | Histogram)
     return metric.get()
-
-
-_default: Final = MetricRegistry()
-
-
-def default_registry() -> MetricRegistry:
-    """The registry of this process; whoever takes a registry as an argument can be given another one."""
-    return _default

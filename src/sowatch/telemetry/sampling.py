@@ -137,10 +137,6 @@ class Sampler:
         """Follows a watcher and its file registry."""
         return self._follow(lambda source: _sample_watcher(source, watcher))
 
-    def follow_file_registry(self, registry: HasRegistryStats) -> Callable[[], None]:
-        """Follows a file registry that belongs to no watcher."""
-        return self._follow(lambda source: _sample_fields(source, registry.stats, names.FILE_REGISTRY))
-
     def follow_process_monitor(self, monitor: HasMonitorStats) -> Callable[[], None]:
         """Follows a process monitor."""
         return self._follow(lambda source: _sample_fields(source, monitor.stats, names.PROCESS_MONITOR))

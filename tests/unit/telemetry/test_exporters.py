@@ -13,7 +13,6 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from sowatch.engine.activation import FileRegistry
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.process_events import ProcessMonitorStats
 from sowatch.telemetry import MetricRegistry, OtlpMetricsExporter, PrometheusExporter, Pusher, Sampler, StatsdExporter
@@ -36,7 +35,6 @@ def everything(registry):
     sampler = Sampler(registry, version="1.2.3")
     sampler.follow_watcher(Figures(changed(loads=9, lost_queue=4), READY, timings={"tls": timings()}))
     sampler.follow_process_monitor(Monitor(ProcessMonitorStats(exec=5)))
-    sampler.follow_file_registry(FileRegistry(is_alive=lambda process: True))
     return registry
 
 
@@ -109,7 +107,7 @@ def test_tags_that_are_the_same_label_in_the_end_do_not_break_the_page(registry)
 def test_a_metric_goes_only_where_its_options_say(registry):
     registry.counter("here", "_prometheus").add(1)
     registry.counter("there", "_statsd").add(1)
-    registry.counter("everywhere", "_payload").add(1)
+    registry.counter("everywhere").add(1)
 
     body = PrometheusExporter(registry).render()[1].decode()
     assert sorted(re.findall(r"^(\w+) 1.0$", body, flags=re.MULTILINE)) == [

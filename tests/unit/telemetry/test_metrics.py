@@ -1,4 +1,4 @@
-"""Counter, Gauge, Histogram, MetricGroup and the registry: the origin's meaning, and bounds."""
+"""Counter, Gauge, Histogram and the registry: the origin's meaning, and bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sowatch.model.errors import UsageError
 from sowatch.model.histogram import Latency
-from sowatch.telemetry.metrics import OVERFLOW_TAG, Counter, MetricGroup, MetricRegistry, default_registry, split_tags
+from sowatch.telemetry.metrics import OVERFLOW_TAG, Counter, MetricRegistry, split_tags
 
 TAGS = st.lists(st.sampled_from(["a:1", "b:2", "c:3", "flag"]), max_size=4)
 
@@ -58,7 +58,7 @@ def test_options_are_no_part_of_what_a_metric_is(registry):
     assert first.options == ("_statsd",)
 
 
-@given(TAGS, st.lists(st.sampled_from(["_statsd", "_prometheus", "_payload"])), st.randoms())
+@given(TAGS, st.lists(st.sampled_from(["_statsd", "_prometheus", "_otlp"])), st.randoms())
 def test_any_order_and_repetition_of_tags_and_options_finds_the_same_metric(tags, options, random):
     registry = MetricRegistry()
     first = registry.counter("m", *tags, *options)
@@ -75,7 +75,7 @@ def test_any_order_and_repetition_of_tags_and_options_finds_the_same_metric(tags
     [
         (["b:1", "a:2"], ("a:2", "b:1"), ()),
         (["_statsd", "_prometheus"], (), ("_prometheus", "_statsd")),
-        (["_statsd", "b:1", "a:2", "_payload"], ("a:2", "b:1"), ("_payload", "_statsd")),
+        (["_statsd", "b:1", "a:2", "_otlp"], ("a:2", "b:1"), ("_otlp", "_statsd")),
     ],
 )
 def test_words_are_split_into_sorted_tags_and_options(words, tags, options):
@@ -157,113 +157,6 @@ def test_threads_that_count_at_once_lose_nothing(registry):
     assert registry.counter("m1", "a:1").get() == 8_000
     assert registry.gauge("m2").get() == 8_000
     assert registry.histogram("m3").get().count == 8_000
-
-
-# ---- groups -------------------------------------------------------------------------------------
-
-
-def test_a_metric_of_a_group_has_its_namespace_and_its_tags(registry):
-    made = MetricGroup("watcher", "tag1:a", registry=registry).counter("hits", "tag2:b", "_statsd")
-
-    assert registry.counter("watcher.hits", "tag2:b", "tag1:a") is made
-
-
-def test_a_group_without_a_namespace_leaves_names_alone(registry):
-    assert MetricGroup("", registry=registry).counter("hits").name == "hits"
-
-
-def test_a_group_uses_the_default_registry_unless_it_is_given_one():
-    made = MetricGroup("test_metrics_default").counter("hits")
-
-    assert made in default_registry().metrics()
-    default_registry().forget(made)
-
-
-def test_a_summary_has_growth_rates_and_the_tags_that_not_all_have(registry, clock):
-    group = MetricGroup("ns", "common:x", registry=registry)
-    one, two = group.counter("m1", "tag:foo"), group.counter("m2", "tag:bar")
-    group.gauge("files").set(7)
-    group.summary()
-    clock.now_s += 4
-    one.add(10)
-    two.add(20)
-
-    assert group.summary() == "m1[tag:foo]=10(2.50/s) m2[tag:bar]=20(5.00/s) files=7"
-
-
-def test_a_summary_after_less_than_a_second_does_not_claim_a_higher_rate(registry, clock):
-    group = MetricGroup("", registry=registry)
-    counter = group.counter("m")
-    group.summary()
-    clock.now_s += 0.1
-    counter.add(3)
-
-    assert group.summary() == "m=3(3.00/s)"
-
-
-def test_a_summary_of_many_metrics_leaves_out_those_that_stand_still(registry):
-    group = MetricGroup("", registry=registry)
-    for number in range(6):
-        group.counter(f"m{number}")
-    group.counter("m3").add(2)
-
-    assert group.summary() == "m3=2(2.00/s)"
-    assert group.summary() == "n/a"
-
-
-def test_a_summary_of_an_empty_group_says_so(registry):
-    assert MetricGroup("", registry=registry).summary() == "n/a"
-
-
-def test_each_client_of_a_summary_has_its_own_past(registry):
-    group = MetricGroup("", registry=registry)
-    counter = group.counter("m")
-    counter.add(10)
-
-    assert group.summary("a") == "m=10(10.00/s)"
-    counter.add(5)
-    assert group.summary("a") == "m=5(5.00/s)"
-    assert group.summary("b") == "m=15(15.00/s)"
-
-
-# ---- deltas -------------------------------------------------------------------------------------
-
-
-def test_payload_deltas_are_growth_for_counters_and_values_for_gauges(registry):
-    registry.gauge("g", "_payload").set(10)
-    counter = registry.counter("c", "a:1", "_payload")
-    registry.counter("not.told").add(1)
-    counter.add(10)
-
-    assert registry.payload_deltas("x") == {"c[a:1]": 10, "g": 10}
-    assert registry.payload_deltas("x") == {"c[a:1]": 0, "g": 10}
-    counter.add(5)
-    assert registry.payload_deltas("x") == {"c[a:1]": 5, "g": 10}
-    assert registry.payload_deltas("y") == {"c[a:1]": 15, "g": 10}
-
-
-def test_a_client_that_was_away_for_five_minutes_begins_anew(registry, clock):
-    registry.counter("c", "_payload").add(10)
-    registry.payload_deltas("x")
-
-    clock.now_s += 299
-    assert registry.payload_deltas("x") == {"c": 0}
-    clock.now_s += 300
-    assert registry.payload_deltas("x") == {"c": 10}
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 50)), max_size=30))
-def test_what_a_client_is_told_adds_up_to_what_the_counter_has(steps):
-    registry = MetricRegistry(clock=Clock())
-    counter = registry.counter("c", "_payload")
-    told = dict.fromkeys("abc", 0)
-    for client, delta in steps:
-        counter.add(delta)
-        told[client] += registry.payload_deltas(client)["c"]
-    for client in "abc":
-        told[client] += registry.payload_deltas(client)["c"]
-
-    assert set(told.values()) == {counter.get()}
 
 
 # ---- bounds -------------------------------------------------------------------------------------

@@ -162,15 +162,17 @@ def test_rules_beyond_the_limit_are_not_mixed_up_in_the_series_they_share():
 
 def test_the_figures_of_a_real_file_registry_become_metrics(registry, sampler):
     files = FileRegistry(is_alive=lambda process: True)
-    sampler.follow_file_registry(files)
+    sampler.follow_watcher(Figures(registry=files))
     library = Library("/usr/lib/libz.so.1", FileId(8, 1, 42))
-    files.register(library, ProcessId(1, 0), activate=lambda file: None, deactivate=lambda file: None)
+    files.acquire("tls", library, ProcessId(1, 0))
+    files.activate("tls", library, lambda file: None)
     found = values(registry)
 
     assert found["file_registry.registered",] == 1
     assert found["file_registry.total_files",] == 1
     assert found["file_registry.total_pids",] == 1
-    files.unregister(ProcessId(1, 0))
+    files.release("tls", library.id, ProcessId(1, 0))
+    files.deactivate("tls", library.id, lambda file: None)
     assert values(registry)["file_registry.unregistered",] == 1
     assert values(registry)["file_registry.total_files",] == 0
 
@@ -183,7 +185,7 @@ def test_every_figure_of_registry_and_monitor_has_a_metric(registry, sampler):
     assert sorted(value for key, value in found.items() if key[0].startswith("process_monitor.")) == list(
         range(1, len(numbers) + 1)
     )
-    sampler.follow_file_registry(FileRegistry(is_alive=lambda process: True))
+    sampler.follow_watcher(Figures())
     assert len([key for key in values(registry) if key[0].startswith("file_registry.")]) == len(
         dataclasses.fields(RegistryStats)
     )
