@@ -74,14 +74,14 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
         turn = tries % len(names)
         tries += 1
         fresh: dict[tuple[str, str], float] = {}
-        was_alone = is_quick or becomes_alone()
+        was_single_user = is_quick or becomes_single_user()
         with loop(build("loadloop", directory), library) as run:
             for name in names[turn:] + names[:turn]:
                 with variants[name]():
                     for mode in MODES:
                         fresh[name, mode] = run(mode, batches, pairs * (20 if mode == "getppid" else 1))
         # With --quick the figures mean little anyway.
-        if was_alone and (is_quick or is_alone()):
+        if was_single_user and (is_quick or is_single_user()):
             undisturbed += 1
             for key, value in fresh.items():
                 taken[key].append(value)
@@ -92,16 +92,16 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
     return figures(taken)
 
 
-def is_alone() -> bool:
+def is_single_user() -> bool:
     """Whether no tracepoint program is loaded: with one, "nothing attached" would not be true."""
     listed = subprocess.run([tool("bpftool"), "--json", "prog", "show"], capture_output=True, check=True).stdout
     return all(program["type"] != "tracepoint" for program in json.loads(listed))
 
 
-def becomes_alone() -> bool:
+def becomes_single_user() -> bool:
     """Whether the tracepoints are free, or are within half a minute."""
     deadline = time.monotonic() + 30
-    while not is_alone():
+    while not is_single_user():
         if time.monotonic() > deadline:
             raise SystemExit("other BPF programs are on tracepoints; they would be measured too. End them first.")
         time.sleep(0.5)
@@ -113,15 +113,15 @@ def loop(program: Path, library: Path) -> Iterator[Callable[[str, int, int], flo
     """A pinned process that measures: (mode, batches, pairs) to ns for each pair or call."""
     command = [program, library, str(MEASURED_CPU)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
-        reading, writing = running.stdout, running.stdin
-        assert reading
+        scan, writing = running.stdout, running.stdin
+        assert scan
         assert writing
 
         def run(mode: str, batches: int, pairs: int) -> float:
             writing.write(f"{mode} {batches} {pairs}\n".encode())
             writing.flush()
             # The best batch is the one that the rest of the machine disturbed least.
-            return float(json.loads(reading.readline())["min_ns"])
+            return float(json.loads(scan.readline())["min_ns"])
 
         yield run
         writing.close()

@@ -45,7 +45,7 @@ def through_callback(mapper_program: Path, library: Path, count: int) -> list[fl
 
     rule = Rule(library.name, on_load=on_load)
     with Watcher(rule), Mapper(mapper_program, library.parent) as mapper:
-        mapper.tell("loop", library, count, PAUSE_US)
+        mapper.emit("loop", library, count, PAUSE_US)
         if not done.wait(20):
             raise RuntimeError(f"{len(taken_us)} of {count} loads were told")
     return taken_us

@@ -38,9 +38,9 @@ def looks(count: int, rounds: int) -> list[Figure]:
     source = ProcfsSource(Config())
     clocks = source._clocks  # noqa: SLF001
     try:
-        readings, _ = source.read_all()
-        if len(readings) < count:
-            raise RuntimeError(f"{len(readings)} processes were read, not {count}")
+        scans, _ = source.scan_all()
+        if len(scans) < count:
+            raise RuntimeError(f"{len(scans)} processes were read, not {count}")
         look(source)
         for _ in range(rounds):
             taken["cat"].append(cat_maps())

@@ -64,12 +64,12 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
     from sowatch import Config
 
     program, template = build("mapper", directory), make_libraries(directory, 1)[0]
-    told: dict[tuple[int, int], float] = {}
+    reported: dict[tuple[int, int], float] = {}
     news = threading.Event()
 
     def note(event: LibraryEvent) -> None:
         assert event.process is not None
-        told[event.process.pid, event.library.id.inode] = time.monotonic()
+        reported[event.process.pid, event.library.id.inode] = time.monotonic()
         news.set()
 
     rules = [Rule(f"{directory}/libhonest", name="honest", on_load=note), Rule(f"{directory}/", name="all", kind=KINDS)]
@@ -85,10 +85,10 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
                 key = (honest.pid, library.stat().st_ino)
                 asked = time.monotonic()
                 honest.map(library)
-                while key not in told and time.monotonic() - asked < LIMIT_S:
+                while key not in reported and time.monotonic() - asked < LIMIT_S:
                     news.wait(0.01)
                     news.clear()
-                waits.append(told.get(key, asked + LIMIT_S) - asked)
+                waits.append(reported.get(key, asked + LIMIT_S) - asked)
                 time.sleep(0.2)
             asked = time.monotonic()
             report = watcher.audit()

@@ -64,14 +64,14 @@ def read_twice(*, is_wanted: bool, least: int) -> dict[str, float]:
     source = BpfSource(Config())
     try:
         start = time.monotonic()
-        readings, _ = source.read_all()
+        scans, _ = source.scan_all()
         unknown = time.monotonic() - start
-        if len(readings) < least:
-            raise RuntimeError(f"{len(readings)} processes were read, not {least}")
-        keys = {record.key for reading in readings for record in reading.maps}
+        if len(scans) < least:
+            raise RuntimeError(f"{len(scans)} processes were read, not {least}")
+        keys = {record.key for scan in scans for record in scan.maps}
         source.answer(list(keys), is_wanted=is_wanted)
         start = time.monotonic()
-        source.read_all()
+        source.scan_all()
         known = time.monotonic() - start
     finally:
         source.close()

@@ -106,7 +106,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float, is_hostile
         watcher.stop()
         stop_s = time.monotonic() - begun
     # The first audits fill caches; what counts is the growth after them.
-    settled = rss[len(rss) // 5 :] or rss
+    untracked = rss[len(rss) // 5 :] or rss
     return [
         Figure(f"audits in {seconds / 60:.3g} minutes", audits, ""),
         Figure("differences found on the way", divergences, ""),
@@ -120,7 +120,7 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float, is_hostile
         Figure("repairs", stats.repairs, ""),
         Figure("events lost in a queue", stats.lost_queue, ""),
         Figure("processes that could not be read", unreadable, ""),
-        Figure("resident memory at the end", rss[-1], "MB", f"{min(settled):.4g} to {max(settled):.4g}"),
+        Figure("resident memory at the end", rss[-1], "MB", f"{min(untracked):.4g} to {max(untracked):.4g}"),
         Figure("resident memory after the quiet, beyond the first audit's", quiet_mb - rss[0], "MB", aim=20),
         Figure("stop", stop_s, "s", aim=5),
         Figure("descriptors, growth", fds[-1] - fds[0], ""),

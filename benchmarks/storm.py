@@ -23,7 +23,7 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
     (library,) = make_libraries(directory, 1)
     linked = build("loader", directory, flags=["-DLINKED", str(library), f"-Wl,-rpath,{directory}"], output="linked")
     command = [storm, str(os.cpu_count() or 1), str(count), linked]
-    alone, watched, shares, told_counts, losses = [], [], [], [], 0
+    alone, watched, shares, reported_counts, losses = [], [], [], [], 0
     run_storm(command)  # warms the page cache
     for _ in range(rounds):
         alone.append(cpu_of(run_storm(command)))
@@ -34,10 +34,10 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
             loads, unloads, lost = count_events(sowatch, count)
             shares.append(100 * (sowatch.cpu_s() - before) / cpu_of(spent))
         watched.append(cpu_of(spent))
-        told_counts.append((loads, unloads))
+        reported_counts.append((loads, unloads))
         losses += lost
     slowdown = [100 * (one / other - 1) for one, other in zip(watched, alone, strict=True)]
-    missed = sum(2 * count - loads - unloads for loads, unloads in told_counts)
+    missed = sum(2 * count - loads - unloads for loads, unloads in reported_counts)
     return [
         Figure(f"loads and unloads of {count} processes not told", missed, "", f"n={rounds}", aim=0, met=missed == 0),
         Figure("events lost", losses, "", f"n={rounds}", aim=0),

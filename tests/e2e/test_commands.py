@@ -40,14 +40,14 @@ def lines_of(*words: str) -> tuple[int, list[dict[str, Any]]]:
 
 def take_until(is_last: Callable[[dict[str, Any]], bool], lines: Iterator[str], schema: Any) -> list[dict[str, Any]]:
     """The library events up to the one that is the last."""
-    told = []
+    reported = []
     for line in lines:
         event = schema(line)
         if "library" in event:
-            told.append(event)
+            reported.append(event)
             if is_last(event):
-                return told
-    raise AssertionError(f"the watch ended, and told only: {told}")
+                return reported
+    raise AssertionError(f"the watch ended, and told only: {reported}")
 
 
 def test_watch_tells_of_a_process_that_opens_a_library_and_ends(
@@ -62,16 +62,16 @@ def test_watch_tells_of_a_process_that_opens_a_library_and_ends(
     assert loader.wait(deadline(10)) == 0
     with Mapper(programs["mapper"], tmp_path) as keeper:
         keeper.map(kept)
-        told = take_until(lambda event: event["event"] == "load" and is_of(kept, event), watching.stdout, schema)
-    told += take_until(lambda event: event["event"] == "deactivate" and is_of(kept, event), watching.stdout, schema)
+        reported = take_until(lambda event: event["event"] == "load" and is_of(kept, event), watching.stdout, schema)
+    reported += take_until(lambda event: event["event"] == "deactivate" and is_of(kept, event), watching.stdout, schema)
     watching.send_signal(signal.SIGTERM)
     stopped = [schema(line) for line in watching.stdout][-1]
 
     assert ready["event"] == "ready"
-    assert story([event for event in told if is_of(kept, event)]) == story_of(keeper.pid)
-    of_brief = story([event for event in told if is_of(brief, event)])
+    assert story([event for event in reported if is_of(kept, event)]) == story_of(keeper.pid)
+    of_brief = story([event for event in reported if is_of(brief, event)])
     assert of_brief in (story_of(loader.pid), [])
-    assert {event["library"]["path"] for event in told} <= {str(kept), str(brief)}
+    assert {event["library"]["path"] for event in reported} <= {str(kept), str(brief)}
     assert (bool(of_brief), stopped["lost"] > 0) in PROMISES[ready["strategy"]]
     held = 1 + bool(of_brief)
     assert (stopped["event"], stopped["loads"], stopped["unloads"]) == ("stopped", held, held)
@@ -82,11 +82,11 @@ def is_of(library: Path, event: dict[str, Any]) -> bool:
     return event["library"]["inode"] == library.stat().st_ino
 
 
-def story(told: list[dict[str, Any]]) -> list[tuple[str, str | None, int | None]]:
+def story(reported: list[dict[str, Any]]) -> list[tuple[str, str | None, int | None]]:
     """Events, loads and unloads with their causes and pids."""
     return [
         (one["event"], one["cause"], one["process"]["pid"]) if "cause" in one else (one["event"], None, None)
-        for one in told
+        for one in reported
     ]
 
 

@@ -19,7 +19,7 @@ from support.agent import Agent, NewAgent
 from support.programs import Mapper
 from support.prometheus import Prometheus
 from support.receivers import free_port
-from support.witness import Witness, perf_is_missing
+from support.witness import CrossCheck, perf_is_missing
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root"),
@@ -109,7 +109,7 @@ def test_a_changed_file_under_load_loses_no_event(
         loaded.append(loader.pid)
         return bool(agent.get("/readyz").json["rules"] == names)
 
-    with Witness() as witness:
+    with CrossCheck() as witness:
         for turn in range(10):
             new = agent.config_path.with_name("new")
             new.write_text(ROOM + (MORE, TINY)[turn % 2], encoding="utf-8")
@@ -120,10 +120,10 @@ def test_a_changed_file_under_load_loses_no_event(
     assert witnessed == set(loaded)
     assert len(loaded) > 50
 
-    def told(kind: str) -> set[int]:
+    def reported(kind: str) -> set[int]:
         return {event["process"]["pid"] for event in list(reader.events) if event["event"] == kind}
 
-    wait_until(lambda: told("load") >= witnessed and told("unload") >= witnessed, 30, "every load and unload")
+    wait_until(lambda: reported("load") >= witnessed and reported("unload") >= witnessed, 30, "every load and unload")
     ready = agent.get("/readyz").json
     assert (ready["lost"], ready["config"]["valid"]) == ({"kernel": 0, "queue": 0}, True)
     assert 'sowatch_config_loads_total{result="ok"} 11.0' in agent.get("/metrics").text

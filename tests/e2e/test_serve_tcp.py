@@ -278,9 +278,9 @@ def test_a_request_whose_length_is_said_in_two_ways_is_refused_and_nothing_after
         client.connect(address[0])
         smuggled = "GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         client.sendall(f"{head}\r\nHost: localhost\r\n\r\n0\r\n\r\n{smuggled}".encode())
-        told = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    assert told.startswith(b"HTTP/1.1 400 ")
-    assert told.count(b"HTTP/1.1 ") == 1
+        reported = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert reported.startswith(b"HTTP/1.1 400 ")
+    assert reported.count(b"HTTP/1.1 ") == 1
 
 
 def test_out_of_descriptors_one_line_says_so(

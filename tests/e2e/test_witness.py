@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.follower import Follower
-from support.witness import Account, Seen, Witness, WitnessLostRecords, perf_is_missing
+from support.witness import Account, CrossCheck, CrossCheckLostRecords, Seen, perf_is_missing
 from support.workload import PYTHON, prepare
 
 pytestmark = pytest.mark.timeout(600)
@@ -59,17 +59,17 @@ class Comparison:
 
     def missing(self) -> set[Pair]:
         """Pairs that only perf saw. What a child inherited and maps once more is no new load."""
-        told = self._told(lambda cause: cause in WITNESSED_CAUSES)
-        inherited = self._told(lambda cause: cause == "fork")
+        reported = self._reported(lambda cause: cause in WITNESSED_CAUSES)
+        inherited = self._reported(lambda cause: cause == "fork")
         return {
             pair
             for pair, seen in self.witnessed.items()
-            if pair not in told and (seen.after_exec or pair not in inherited)
+            if pair not in reported and (seen.after_exec or pair not in inherited)
         }
 
     def extra(self) -> set[Pair]:
         """Pairs that only sowatch told of."""
-        return self._told(lambda cause: cause in WITNESSED_CAUSES) - self.witnessed.keys()
+        return self._reported(lambda cause: cause in WITNESSED_CAUSES) - self.witnessed.keys()
 
     def left_over(self) -> set[int]:
         """Processes of which sowatch thinks that they still map something."""
@@ -78,7 +78,7 @@ class Comparison:
     def differs(self) -> bool:
         return bool(self.missing() or self.extra() or self.left_over())
 
-    def _told(self, counts) -> set[Pair]:
+    def _reported(self, counts) -> set[Pair]:
         return {
             (pid, (file.major, file.minor, file.inode, file.generation))
             for pid in self.pids
@@ -107,7 +107,7 @@ class Comparison:
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_sowatch_and_perf_see_the_same_files_in_the_same_processes(seed, prepared, needs_perf, deadline, schema):
     with Follower(timeout_s=deadline(20), check=schema) as follower:
-        with Witness() as witness:
+        with CrossCheck() as witness:
             root = run_workload(seed, prepared)
         comparison = Comparison(witness.account, root, follower)
         assert len(comparison.pids) > 500
@@ -117,20 +117,20 @@ def test_sowatch_and_perf_see_the_same_files_in_the_same_processes(seed, prepare
 
 
 def test_a_witness_that_lost_records_says_so(programs, needs_perf):
-    witness = Witness(buffer="4K")
+    witness = CrossCheck(buffer="4K")
     witness.__enter__()
     os.kill(witness.perf_pid, signal.SIGSTOP)  # it cannot empty its rings: of 4 KB, soon full
     try:
         subprocess.run([programs["storm"], "2", "200", "/bin/true"], check=True, stdout=subprocess.DEVNULL)
     finally:
         os.kill(witness.perf_pid, signal.SIGCONT)
-    with pytest.raises(WitnessLostRecords):
+    with pytest.raises(CrossCheckLostRecords):
         witness.__exit__(None, None, None)
 
 
 def test_the_witness_sees_executable_interpreter_and_libraries(programs, make_library, needs_perf):
     library = make_library()
-    with Witness() as witness:
+    with CrossCheck() as witness:
         loader = subprocess.Popen([programs["loader"], library])
         assert loader.wait() == 0
     names = {Path(seen.path).name for seen in witness.account.mappings if seen.pid == loader.pid}

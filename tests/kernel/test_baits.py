@@ -75,36 +75,36 @@ class Swap:
     ``base`` is the root as the process sees it, ``seen`` the library's path there.
     """
 
-    def __init__(self, base: Path, is_container: bool, template: Path, other: Path, host_bait: Path) -> None:
+    def __init__(self, base: Path, is_container: bool, template: Path, other: Path, host_decoy: Path) -> None:
         self.directory = base / OURS
         self.directory.mkdir(parents=True)
         self.library = self.directory / "libswap.so"
         shutil.copyfile(template, self.library)
         self.seen = f"/{OURS}/libswap.so" if is_container else os.fspath(self.library)
-        self.bait = base / "bait" / "libswap.so"
-        self.bait.parent.mkdir()
-        shutil.copyfile(other, self.bait)
-        self.seen_bait = "/bait/libswap.so" if is_container else os.fspath(self.bait)
-        self.host_bait = host_bait
+        self.decoy = base / "bait" / "libswap.so"
+        self.decoy.parent.mkdir()
+        shutil.copyfile(other, self.decoy)
+        self.seen_decoy = "/bait/libswap.so" if is_container else os.fspath(self.decoy)
+        self.host_decoy = host_decoy
         self.number = inode(self.library)
 
     def symlink(self) -> Path:
         self.library.unlink()
-        self.library.symlink_to(self.seen_bait)
-        return self.bait
+        self.library.symlink_to(self.seen_decoy)
+        return self.decoy
 
     def escape(self) -> Path:
         self.library.unlink()
-        self.library.symlink_to(self.host_bait)
-        return self.host_bait
+        self.library.symlink_to(self.host_decoy)
+        return self.host_decoy
 
     def directory_symlink(self) -> Path:
         self.directory.rename(self.directory.with_name("moved"))
-        self.directory.symlink_to(os.path.dirname(self.seen_bait))
-        return self.bait
+        self.directory.symlink_to(os.path.dirname(self.seen_decoy))
+        return self.decoy
 
     def file(self) -> Path:
-        os.rename(self.bait, self.library)
+        os.rename(self.decoy, self.library)
         return self.library
 
     def fifo(self) -> Path:
@@ -146,8 +146,8 @@ def test_what_takes_the_name_of_a_library_before_it_was_looked_at_is_not_opened(
 ) -> None:
     is_container = "container" in where
     base = scratch / "root" if is_container else scratch
-    host_bait = other_library("host/libbait.so")
-    swap = Swap(base, is_container, library("libtemplate.so"), other_library("libbait.so"), host_bait)
+    host_decoy = other_library("host/libbait.so")
+    swap = Swap(base, is_container, library("libtemplate.so"), other_library("libbait.so"), host_decoy)
     mapper, marker = start(), library("libmarker.so")
     if is_container:
         shutil.copy(programs.variant("mapper", "-static"), base / "mapper")
@@ -157,11 +157,11 @@ def test_what_takes_the_name_of_a_library_before_it_was_looked_at_is_not_opened(
         mapper.unmap(*mapper.map(swap.seen))
         if "gone" in where:
             mapper.exit()
-        bait = getattr(swap, way)()
-        with Opens(bait) as opens:
-            if bait.is_file():
-                bait.read_bytes()
-                assert opens.by(os.getpid()) == [bait.name]  # the bait is being watched
+        decoy = getattr(swap, way)()
+        with Opens(decoy) as opens:
+            if decoy.is_file():
+                decoy.read_bytes()
+                assert opens.by(os.getpid()) == [decoy.name]  # the bait is being watched
             feed.thaw()
             load = feed.load_of(mapper.pid, swap.number)
             feed.unload_of(mapper.pid, swap.number)
@@ -179,13 +179,13 @@ def test_what_takes_the_name_of_a_library_before_it_was_looked_at_is_not_opened(
 def test_a_file_with_the_same_inode_number_on_another_file_system_is_not_taken_for_the_library(
     feed: Command, start: Start, scratch: Path, programs: Any, other_library: Callable[[str], Path], way: str
 ) -> None:
-    mine, bait = other_library("libmine.so"), other_library("libbait.so")
+    mine, decoy = other_library("libmine.so"), other_library("libbait.so")
     commands = f"""
     mkdir {scratch}/a {scratch}/b
     mount -t tmpfs none {scratch}/a
     mount -t tmpfs none {scratch}/b
     cp {mine} {scratch}/a/lib.so
-    cp {bait} {scratch}/b/lib.so
+    cp {decoy} {scratch}/b/lib.so
     """
     mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
     inside = Path(f"/proc/{mapper.pid}/root{scratch}")
@@ -209,15 +209,15 @@ def test_a_file_mapped_in_the_place_of_a_library_gives_its_facts_to_nobody(
     feed: Command, start: Start, other_library: Callable[[str], Path]
 ) -> None:
     """Facts are kept by file, so a lie about a shared layer's library would reach every container."""
-    first, honest, real, bait = start(), start(), other_library("libreal.so"), other_library("libbait.so")
+    first, honest, real, decoy = start(), start(), other_library("libreal.so"), other_library("libbait.so")
     feed.freeze()
     try:
         at, length = first.map(real)
-        first.map(bait, "at", f"{at:x}", "len", length)
+        first.map(decoy, "at", f"{at:x}", "len", length)
     finally:
         feed.thaw()
     assert feed.load_of(first.pid, inode(real))["library"]["soname"] in (None, "libreal.so")
-    assert feed.load_of(first.pid, inode(bait))["library"]["soname"] == "libbait.so"
+    assert feed.load_of(first.pid, inode(decoy))["library"]["soname"] == "libbait.so"
     honest.map(real)
     assert feed.load_of(honest.pid, inode(real))["library"]["soname"] == "libreal.so"
 
@@ -226,8 +226,8 @@ def test_a_callback_is_not_given_what_took_the_name_of_the_library(
     open_ledger: Any, start: Start, scratch: Path, other_library: Callable[[str], Path]
 ) -> None:
     """The callback of a first library keeps the second waiting until its name is another file's."""
-    first, second, bait = (other_library(f"lib{name}.so") for name in ("first", "second", "bait"))
-    numbers = [inode(first), inode(second), inode(bait)]
+    first, second, decoy = (other_library(f"lib{name}.so") for name in ("first", "second", "bait"))
+    numbers = [inode(first), inode(second), inode(decoy)]
     go_on, is_waiting = threading.Event(), threading.Event()
     given: list[int] = []
 
@@ -245,8 +245,8 @@ def test_a_callback_is_not_given_what_took_the_name_of_the_library(
         ledger.wait_load(mapper.pid, numbers[1])
         mapper.unmap(at, length)
         second.unlink()
-        second.symlink_to(bait)
-        with Opens(bait) as opens:
+        second.symlink_to(decoy)
+        with Opens(decoy) as opens:
             go_on.set()
             ledger.wait_unload(mapper.pid, numbers[1])
             ledger.stop()
@@ -271,20 +271,20 @@ def test_a_package_database_that_is_none_is_not_opened(
     stale = library(f"root/{OURS}/libstale.so")
     info = root / "var/lib/dpkg/info"
     info.mkdir(parents=True)
-    bait = info / "bait.list"
+    decoy = info / "bait.list"
     if what == "fifo":
-        os.mkfifo(bait)
+        os.mkfifo(decoy)
     elif what == "device":
-        os.mknod(bait, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        os.mknod(decoy, stat.S_IFCHR | 0o600, os.makedev(1, 3))
     else:
         target = other_library("host/libbait.so")
-        bait.symlink_to(target)
-        bait = target
+        decoy.symlink_to(target)
+        decoy = target
     shutil.copy(programs.variant("mapper", "-static"), root / "mapper")
     mapper = start(with_prelude(scratch, programs["mapper"], f'exec chroot {root} /mapper; "$0"'))
     mapper.map(f"/{OURS}/libstale.so")
     stale.unlink()
-    with Opens(bait) as opens:
+    with Opens(decoy) as opens:
         listing = spawn([SOWATCH, "list", "--stale", "--json", "--pid", str(mapper.pid), OURS], stdout=subprocess.PIPE)
         listed, _ = listing.communicate()
         assert [json.loads(line)["stale"] for line in listed.splitlines()] == ["deleted"]

@@ -56,7 +56,7 @@ class Actor:
         self._process = process
         self.pid = process.pid
 
-    def tell(self, *words: object) -> int:
+    def emit(self, *words: object) -> int:
         """Has it do something; the pid of the one that did it, 0 if that one ended."""
         assert self._process.stdin
         assert self._process.stdout
@@ -102,15 +102,15 @@ def test_events_after_a_change_of_user_name_and_cgroup_carry_the_new_ones(
     ours: Ledger, actor: Actor, library: Callable[..., Path], cgroup: Path
 ) -> None:
     first, second = library(f"libfirst{TAG}.so"), library(f"libsecond{TAG}.so")
-    actor.tell("map", first)
+    actor.emit("map", first)
     before = ours.wait_load(actor.pid, first.stat().st_ino).process
     assert before is not None
     assert (before.uid, before.container) == (os.getuid(), None)
 
     (cgroup / "cgroup.procs").write_text(str(actor.pid))
-    actor.tell("name", "other")
-    actor.tell("drop")
-    actor.tell("map", second)
+    actor.emit("name", "other")
+    actor.emit("drop")
+    actor.emit("map", second)
 
     try:
         now = ours.wait_load(actor.pid, second.stat().st_ino).process
@@ -120,7 +120,7 @@ def test_events_after_a_change_of_user_name_and_cgroup_carry_the_new_ones(
         assert now.cgroup.endswith(f"/docker-{CONTAINER}.scope")
         assert (now.pid, now.start_ns, now.exe) == (before.pid, before.start_ns, before.exe)
     finally:
-        actor.tell("exit")
+        actor.emit("exit")
         actor._process.wait()
 
 
@@ -128,11 +128,11 @@ def test_an_unload_after_a_change_of_user_carries_the_new_one(
     ours: Ledger, actor: Actor, library: Callable[..., Path]
 ) -> None:
     file = library(f"libfirst{TAG}.so")
-    actor.tell("map", file)
+    actor.emit("map", file)
     ours.wait_load(actor.pid, file.stat().st_ino)
 
-    actor.tell("drop")
-    actor.tell("unmap", file)
+    actor.emit("drop")
+    actor.emit("unmap", file)
 
     ours.wait_unload(actor.pid, file.stat().st_ino)
     assert uids_of_unloads(ours, actor.pid) == [NOBODY]
@@ -142,27 +142,27 @@ def test_a_child_of_one_that_changed_its_user_has_the_new_one(
     ours: Ledger, actor: Actor, library: Callable[..., Path]
 ) -> None:
     file = library(f"libfirst{TAG}.so")
-    actor.tell("map", file)
+    actor.emit("map", file)
     ours.wait_load(actor.pid, file.stat().st_ino)
 
-    actor.tell("drop")
-    child = actor.tell("fork")
+    actor.emit("drop")
+    child = actor.emit("fork")
 
     now = ours.wait_load(child, file.stat().st_ino).process
     assert now is not None
     assert (now.uid, now.ppid) == (NOBODY, actor.pid)
-    actor.tell("exit")
+    actor.emit("exit")
 
 
 def test_the_end_of_one_that_changed_its_user_carries_the_new_one(
     ours: Ledger, actor: Actor, library: Callable[..., Path]
 ) -> None:
     file = library(f"libfirst{TAG}.so")
-    actor.tell("map", file)
+    actor.emit("map", file)
     ours.wait_load(actor.pid, file.stat().st_ino)
 
-    actor.tell("drop")
-    actor.tell("exit")
+    actor.emit("drop")
+    actor.emit("exit")
 
     ours.wait_unload(actor.pid, file.stat().st_ino)
     # Where it is read in /proc it is not there any more: told as it was when it was read last.

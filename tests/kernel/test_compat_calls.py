@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from sowatch import Config, Rule
-from sowatch.sources.select import RUNGS
+from sowatch.sources.select import CANDIDATES
 from support import bpfsys, scenarios
 from support.forced import FORCED
 from support.kernel import TAG, Ledger
 from support.programs import SOURCES, Mapper
-from support.scenarios import OFTEN, STRATEGIES, Stage, Told
+from support.scenarios import OFTEN, STRATEGIES, Reported, Stage
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 has a second way into the kernel")
 
@@ -61,7 +61,7 @@ def start_compat(start: Callable[..., Mapper], programs: Any) -> Callable[[], Ma
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_calls_of_the_32_bit_kind_by_a_64_bit_program_tell_the_same_story(
     watched: Ledger,
-    scenario: Callable[[Stage], list[Told]],
+    scenario: Callable[[Stage], list[Reported]],
     start: Any,
     start_compat: Any,
     library: Any,
@@ -69,12 +69,12 @@ def test_calls_of_the_32_bit_kind_by_a_64_bit_program_tell_the_same_story(
     closing: contextlib.ExitStack,
 ) -> None:
     stage = Stage(watched, start_compat, library, programs, closing)
-    told = scenario(stage)
+    reported = scenario(stage)
     # Told after all of it, so what must not be told would have been.
     stage.map(start(), library(f"libafter{TAG}.so"))
     differences = [*scenarios.DIFFERENCES[watched.ready.strategy].get(scenario, []), *FOUND_BY_SCANS.get(scenario, [])]
 
-    for pid, inode, story in told:
+    for pid, inode, story in reported:
         stories = [story, *(instead for happened, instead in differences if happened == story)]
         with contextlib.suppress(AssertionError):  # what came instead is the better message
             watched.wait_for(lambda p=pid, i=inode, s=stories: watched.story(p, i) in s, "no such story")
@@ -85,7 +85,7 @@ def test_what_such_calls_move_attach_and_detach_is_found(watched: Ledger, start_
     mapper, file = start_compat(), library()
     at, length = mapper.map(file)
     watched.wait_load(mapper.pid, file.stat().st_ino)
-    moved, _ = mapper.tell("remap", f"{at:x}", length, length, f"{at - (64 << 20):x}")
+    moved, _ = mapper.emit("remap", f"{at:x}", length, length, f"{at - (64 << 20):x}")
     assert int(moved, 16) != at
     watched.wait_equal_of(mapper.pid, file.stat().st_ino)
     mapper.unmap(int(moved, 16), length)
@@ -93,7 +93,7 @@ def test_what_such_calls_move_attach_and_detach_is_found(watched: Ledger, start_
 
 
 def test_every_strategy_is_tried() -> None:
-    assert FORCED or set(STRATEGIES) == set(RUNGS)
+    assert FORCED or set(STRATEGIES) == set(CANDIDATES)
 
 
 def test_the_header_replaces_every_call_that_the_mapper_makes() -> None:

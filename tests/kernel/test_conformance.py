@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from sowatch import Config, Rule
-from sowatch.sources.select import RUNGS
+from sowatch.sources.select import CANDIDATES
 from support import bpfsys
 from support.forced import FORCED
 from support.kernel import TAG, Ledger
-from support.scenarios import DIFFERENCES, GUARANTEES, OFTEN, SCENARIOS, STRATEGIES, Stage, Told
+from support.scenarios import DIFFERENCES, GUARANTEES, OFTEN, SCENARIOS, STRATEGIES, Reported, Stage
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
@@ -36,19 +36,19 @@ def watched(request: pytest.FixtureRequest, schema: Any, deadline: Any, programs
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_strategy_tells_the_story_that_happened(
     watched: Ledger,
-    scenario: Callable[[Stage], list[Told]],
+    scenario: Callable[[Stage], list[Reported]],
     start: Any,
     library: Any,
     programs: Any,
     closing: contextlib.ExitStack,
 ) -> None:
     stage = Stage(watched, start, library, programs, closing)
-    told = scenario(stage)
+    reported = scenario(stage)
     # Told after all of it, so what must not be told would have been.
     stage.map(start(), library(f"libafter{TAG}.so"))
     differences = DIFFERENCES[watched.ready.strategy].get(scenario, [])
 
-    for pid, inode, story in told:
+    for pid, inode, story in reported:
         stories = [story, *(instead for happened, instead in differences if happened == story)]
         with contextlib.suppress(AssertionError):  # what came instead is the better message
             watched.wait_for(lambda p=pid, i=inode, s=stories: watched.story(p, i) in s, "no such story")
@@ -89,4 +89,4 @@ def test_what_is_mapped_before_the_start_is_in_the_snapshot(
 
 
 def test_every_rung_of_the_ladder_is_in_this_table() -> None:
-    assert RUNGS.keys() == GUARANTEES.keys() == DIFFERENCES.keys()
+    assert CANDIDATES.keys() == GUARANTEES.keys() == DIFFERENCES.keys()

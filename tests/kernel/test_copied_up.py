@@ -82,7 +82,7 @@ def change(mapper: Mapper, scratch: Path) -> None:
     subprocess.run([*enter, commands], check=True)
 
 
-def told(ledger: Ledger, pids: list[int]) -> Answers:
+def reported(ledger: Ledger, pids: list[int]) -> Answers:
     """The answers in a running watch, once it has all the files."""
 
     def look() -> Answers | None:
@@ -133,7 +133,7 @@ def test_a_file_that_was_copied_up_and_changed_while_it_is_mapped_is_replaced(
     open_question = None if can_tell else "unknown"
     before = dict.fromkeys(((mapper.pid, name) for name in NAMES), None)
     wanted: dict[tuple[int, str], str | None] = {**before, (mapper.pid, "upper"): open_question}
-    assert told(ledger, [mapper.pid]) == wanted
+    assert reported(ledger, [mapper.pid]) == wanted
     assert listed(strategy) == {key: stale for key, stale in wanted.items() if stale}
 
     change(mapper, scratch)
@@ -145,7 +145,7 @@ def test_a_file_that_was_copied_up_and_changed_while_it_is_mapped_is_replaced(
     pids = [mapper.pid, later.pid]
     wanted = {(pid, name): None if name == "left" else open_question for pid in pids for name in NAMES}
     wanted[mapper.pid, "written"] = "replaced" if can_tell else "unknown"
-    assert told(ledger, pids) == wanted
+    assert reported(ledger, pids) == wanted
     assert listed(strategy) == {key: stale for key, stale in wanted.items() if stale}
 
 

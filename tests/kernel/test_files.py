@@ -100,8 +100,8 @@ def wait_path(ledger: Ledger, pid: int, path: str | Path) -> LibraryEvent:
 
 def activations(ledger: Ledger, file_id: FileId) -> list[str]:
     ledger.catch_up()
-    told = [one for one in ledger.events if isinstance(one, LibraryEvent) and one.library.id == file_id]
-    return [one.event for one in told if one.event in ("activate", "deactivate")]
+    reported = [one for one in ledger.events if isinstance(one, LibraryEvent) and one.library.id == file_id]
+    return [one.event for one in reported if one.event in ("activate", "deactivate")]
 
 
 def is_right(ledger: Ledger, *pids: int) -> None:
@@ -481,16 +481,16 @@ def test_a_new_file_that_gets_the_inode_number_of_the_last_one_is_another_file(
     mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
     path = scratch / "m/libnew.so"
     outside = Path(f"/proc/{mapper.pid}/root{path}")
-    told = []
+    reported = []
     for name in ("libone.so", "libtwo.so"):
         outside.write_bytes(other_library(f"content/{name}").read_bytes())
         at, length = mapper.map(path)
         number = inode(outside)
-        told.append(ledger.wait_load(mapper.pid, number).library)
+        reported.append(ledger.wait_load(mapper.pid, number).library)
         mapper.unmap(at, length)
         ledger.wait_unload(mapper.pid, number)
         outside.unlink()
-    assert told[0].id.inode == told[1].id.inode, "the number did not come again, so the test shows nothing"
-    assert told[0].id.generation != told[1].id.generation
-    assert [one.soname for one in told] == ["libone.so", "libtwo.so"]
-    assert [activations(ledger, one.id) for one in told] == [["activate", "deactivate"]] * 2
+    assert reported[0].id.inode == reported[1].id.inode, "the number did not come again, so the test shows nothing"
+    assert reported[0].id.generation != reported[1].id.generation
+    assert [one.soname for one in reported] == ["libone.so", "libtwo.so"]
+    assert [activations(ledger, one.id) for one in reported] == [["activate", "deactivate"]] * 2

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from sowatch.bpf.records import FLAG_ASK, FLAG_DIRTY, MapRecord, Record, RecordType, path_of
+from sowatch.bpf.records import FLAG_ASK, FLAG_NEEDS_RESCAN, MapRecord, Record, RecordType, path_of
 from sowatch.sources import core as sources
-from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
+from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, scan_of, spans
 from support.programs import Mapper
 from support.stepped import Stall
 
 PAGE = 4096
-MAP, RANGE, DIRTY, FORK, EXEC, EXIT, INTRO = (
+MAP, RANGE, NEEDS_RESCAN, FORK, EXEC, EXIT, INTRO = (
     RecordType.MAP,
     RecordType.RANGE,
-    RecordType.DIRTY,
+    RecordType.NEEDS_RESCAN,
     RecordType.FORK,
     RecordType.EXEC,
     RecordType.EXIT,
@@ -57,8 +57,8 @@ def test_an_ignored_file_over_a_told_range_still_takes_it_away(tap: Tap, start: 
     mapper.map(ignored)
     tap.source.answer([tap.key_of(mapper.pid, ignored)], is_wanted=False)
     at, length = mapper.map(library("libwanted.so"))
-    told = tap.during(lambda: mapper.map(ignored, "at", f"{at:x}"), mapper.pid)
-    assert spans(told) == [(RANGE, at, at + pages(length))]
+    reported = tap.during(lambda: mapper.map(ignored, "at", f"{at:x}"), mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + pages(length))]
 
 
 def test_an_ignored_file_is_ignored_in_readings_too(tap: Tap, start: Start, library: NewLibrary) -> None:
@@ -67,7 +67,7 @@ def test_an_ignored_file_is_ignored_in_readings_too(tap: Tap, start: Start, libr
     mapper.map(wanted)
     tap.source.answer([tap.key_of(mapper.pid, ignored)], is_wanted=False)
     tap.source.answer([tap.key_of(mapper.pid, wanted)], is_wanted=True)
-    rows = {path_of(row.text): row.flags for row in reading_of(tap, mapper.pid).maps}
+    rows = {path_of(row.text): row.flags for row in scan_of(tap, mapper.pid).maps}
     assert str(ignored) not in rows
     assert rows[str(wanted)] == 0
 
@@ -98,8 +98,8 @@ def test_a_new_epoch_makes_every_answer_void(tap: Tap, start: Start, library: Ne
         tap.source.answer([tap.key_of(mapper.pid, path)], is_wanted=is_wanted)
     old = tap.key_of(mapper.pid, ignored)
     tap.source.new_epoch()
-    told = tap.during(lambda: (mapper.map(ignored), mapper.map(wanted)), mapper.pid)
-    assert [(r.type, r.flags) for r in told] == [(MAP, FLAG_ASK), (MAP, FLAG_ASK)]
+    reported = tap.during(lambda: (mapper.map(ignored), mapper.map(wanted)), mapper.pid)
+    assert [(r.type, r.flags) for r in reported] == [(MAP, FLAG_ASK), (MAP, FLAG_ASK)]
     # An answer that was under way when the rules changed is filed under the old epoch.
     tap.source.answer([old], is_wanted=False)
     assert only(tap.during(lambda: mapper.map(ignored), mapper.pid)).flags == FLAG_ASK
@@ -142,7 +142,7 @@ def test_a_process_that_maps_only_ignored_files_is_never_mentioned(
 ) -> None:
     ignore_what_it_has(tap, start())
     quiet = start()
-    assert tap.during(lambda: (quiet.tell("anon", PAGE, "exec"), quiet.map("/bin/true", "noexec")), quiet.pid) == []
+    assert tap.during(lambda: (quiet.emit("anon", PAGE, "exec"), quiet.map("/bin/true", "noexec")), quiet.pid) == []
     assert tap.maps(quiet.pid) == []
     child = closing.enter_context(quiet.fork())
     assert tap.during(child.exit, child.pid) == []
@@ -154,8 +154,8 @@ def test_a_process_is_followed_from_its_first_wanted_file_on(
 ) -> None:
     ignore_what_it_has(tap, start())
     late = start()
-    told = tap.during(lambda: late.map(library()), late.pid)
-    assert kinds_of(told) == [INTRO, MAP]
+    reported = tap.during(lambda: late.map(library()), late.pid)
+    assert kinds_of(reported) == [INTRO, MAP]
     child = closing.enter_context(late.fork())
     tap.wait_for(lambda r: r.type == FORK and r.tgid == child.pid, "the fork")
     assert kinds_of(tap.during(late.exit, late.pid)) == [EXIT]
@@ -170,7 +170,7 @@ def test_a_process_of_which_nothing_is_wanted_can_be_settled_and_is_silent_from_
     key = tap.key_of(late.pid, unwanted)
     tap.source.answer([key], is_wanted=False)
     record = tap.maps(late.pid)[-1]
-    assert tap.source.settle(late.pid, record.start_ns, record.touches)
+    assert tap.source.untrack(late.pid, record.start_ns, record.activity)
     assert tap.during(lambda: late.unmap(at, length), late.pid) == []
     assert kinds_of(tap.during(lambda: late.map(library("libwanted.so")), late.pid)) == [INTRO, MAP]
     assert kinds_of(tap.during(late.exit, late.pid)) == [EXIT]
@@ -183,7 +183,7 @@ def test_a_process_that_has_mapped_since_is_not_settled(tap: Tap, start: Start, 
     tap.flush()
     record = tap.maps(late.pid)[-1]
     at, length = late.map(library("libb.so"))
-    assert not tap.source.settle(late.pid, record.start_ns, record.touches)
+    assert not tap.source.untrack(late.pid, record.start_ns, record.activity)
     assert spans(tap.during(lambda: late.unmap(at, length), late.pid)) == [(RANGE, at, at + pages(length))]
 
 
@@ -197,7 +197,7 @@ def test_an_answer_about_the_program_before_an_exec_does_not_settle_the_one_afte
     record = tap.maps(late.pid)[-1]
     late.exec()
     at, length = late.map(library("libb.so"))
-    assert not tap.source.settle(late.pid, record.start_ns, record.touches)
+    assert not tap.source.untrack(late.pid, record.start_ns, record.activity)
     assert spans(tap.during(lambda: late.unmap(at, length), late.pid)) == [(RANGE, at, at + pages(length))]
 
 
@@ -207,7 +207,7 @@ def test_an_answer_about_the_program_before_an_exec_does_not_settle_the_one_afte
 def test_munmap_outside_the_known_ranges_sends_nothing(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     mapper.map(library())
-    at, length = (int(word, 16 if i == 0 else 10) for i, word in enumerate(mapper.tell("anon", 64 * PAGE)))
+    at, length = (int(word, 16 if i == 0 else 10) for i, word in enumerate(mapper.emit("anon", 64 * PAGE)))
     assert tap.during(lambda: mapper.unmap(at, length), mapper.pid) == []
 
 
@@ -217,20 +217,20 @@ def test_a_followed_process_whose_threads_unmap_other_memory_all_the_time_sends_
     mapper = start()
     mapper.map(library())
     for _ in range(2):
-        mapper.tell("thread", "anon", "-")
-    reading_of(tap, mapper.pid)
+        mapper.emit("thread", "anon", "-")
+    scan_of(tap, mapper.pid)
 
     def wait_a_little() -> None:
         for _ in range(3000):
-            mapper.tell("anon", PAGE)
+            mapper.emit("anon", PAGE)
 
     # Whoever reads /proc/PID/maps meanwhile, as other tools of this machine do, holds the address space for that
     # moment as another process would: a call of that moment is told, for a reading to decide.
-    told = tap.during(wait_a_little, mapper.pid)
-    unmapped = int(mapper.tell("thread", "stop")[0])
+    reported = tap.during(wait_a_little, mapper.pid)
+    unmapped = int(mapper.emit("thread", "stop")[0])
     assert unmapped > 1000
-    assert {record.type for record in told} <= {RANGE, DIRTY}
-    assert len(told) < unmapped / 20
+    assert {record.type for record in reported} <= {RANGE, NEEDS_RESCAN}
+    assert len(reported) < unmapped / 20
 
 
 def test_all_of_more_ranges_than_the_filter_has_room_for_are_still_told(
@@ -238,23 +238,23 @@ def test_all_of_more_ranges_than_the_filter_has_room_for_are_still_told(
 ) -> None:
     mapper, new = start(), library()
     mapped = [mapper.map(new, "len", PAGE) for _ in range(40)]
-    told = tap.during(lambda: [mapper.unmap(*one) for one in mapped], mapper.pid)
-    assert spans(told) == [(RANGE, at, at + PAGE) for at, _ in mapped]
+    reported = tap.during(lambda: [mapper.unmap(*one) for one in mapped], mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + PAGE) for at, _ in mapped]
 
 
 def test_a_reading_makes_room_in_the_range_filter(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, new = start(), library()
     # A hole between two mappings of ours that stay: in the bounds of all ranges, but in none.
-    low = int(mapper.tell("anon", 8 * PAGE)[0], 16)
+    low = int(mapper.emit("anon", 8 * PAGE)[0], 16)
     mapper.map(new, "len", PAGE, "at", f"{low:x}")
     mapper.map(new, "len", PAGE, "at", f"{low + 7 * PAGE:x}")
     for mapped in [mapper.map(new, "len", PAGE) for _ in range(40)]:
         mapper.unmap(*mapped)
     assert tap.during(lambda: mapper.unmap(low + 3 * PAGE, PAGE), mapper.pid) != []
-    reading_of(tap, mapper.pid)
+    scan_of(tap, mapper.pid)
     assert tap.during(lambda: mapper.unmap(low + 4 * PAGE, PAGE), mapper.pid) == []
-    told = tap.during(lambda: mapper.unmap(low, PAGE), mapper.pid)
-    assert spans(told) == [(RANGE, low, low + PAGE)]
+    reported = tap.during(lambda: mapper.unmap(low, PAGE), mapper.pid)
+    assert spans(reported) == [(RANGE, low, low + PAGE)]
 
 
 # ---- facts, claims, the dirty bit ---------------------------------------------------------------
@@ -264,24 +264,24 @@ def test_one_record_of_a_threaded_process_carries_the_dirty_flag_until_a_reading
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
     mapper, new = start(), library()
-    mapper.tell("thread", "idle", "-")
-    reading_of(tap, mapper.pid)
+    mapper.emit("thread", "idle", "-")
+    scan_of(tap, mapper.pid)
 
     def flags_of_a_load() -> int:
         record = only([r for r in tap.during(lambda: mapper.map(new), mapper.pid) if r.type == MAP])
-        return int(record.flags & FLAG_DIRTY)
+        return int(record.flags & FLAG_NEEDS_RESCAN)
 
-    assert [flags_of_a_load() for _ in range(3)] == [FLAG_DIRTY, 0, 0]
-    reading_of(tap, mapper.pid)
-    assert [flags_of_a_load() for _ in range(2)] == [FLAG_DIRTY, 0]
+    assert [flags_of_a_load() for _ in range(3)] == [FLAG_NEEDS_RESCAN, 0, 0]
+    scan_of(tap, mapper.pid)
+    assert [flags_of_a_load() for _ in range(2)] == [FLAG_NEEDS_RESCAN, 0]
 
 
 def test_munmap_in_a_threaded_process_is_a_question_not_a_fact(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     at, length = mapper.map(library())
-    mapper.tell("thread", "idle", "-")
-    reading_of(tap, mapper.pid)
-    assert kinds_of(tap.during(lambda: mapper.unmap(at, length), mapper.pid)) == [DIRTY]
+    mapper.emit("thread", "idle", "-")
+    scan_of(tap, mapper.pid)
+    assert kinds_of(tap.during(lambda: mapper.unmap(at, length), mapper.pid)) == [NEEDS_RESCAN]
 
 
 def test_munmap_while_somebody_reads_the_process_is_told_and_a_question_too(
@@ -291,9 +291,9 @@ def test_munmap_while_somebody_reads_the_process_is_told_and_a_question_too(
     at, length = mapper.map(new)
     tap.flush()
     pin(mapper.pid, at)
-    (first, *_) = told = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
-    assert spans(told) == [(RANGE, at, at + pages(length))]
-    assert first.flags & FLAG_DIRTY
+    (first, *_) = reported = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + pages(length))]
+    assert first.flags & FLAG_NEEDS_RESCAN
     at, length = mapper.map(new)
     assert spans(tap.during(lambda: mapper.unmap(at, length), mapper.pid)) == [(RANGE, at, at + pages(length))]
 
@@ -304,10 +304,10 @@ def test_a_process_whose_child_shares_its_memory_is_told_of_the_childs_munmap(
     parent = start()
     child = closing.enter_context(parent.fork(how="clonevm"))
     at, length = parent.map(library())
-    reading_of(tap, parent.pid)
-    reading_of(tap, child.pid)
-    told = tap.during(lambda: child.unmap(at, length), parent.pid, child.pid)
-    assert any(record.flags & FLAG_DIRTY for record in told)
+    scan_of(tap, parent.pid)
+    scan_of(tap, child.pid)
+    reported = tap.during(lambda: child.unmap(at, length), parent.pid, child.pid)
+    assert any(record.flags & FLAG_NEEDS_RESCAN for record in reported)
 
 
 def test_a_threaded_process_that_once_spawned_a_child_is_not_dirty_for_ever(
@@ -315,10 +315,10 @@ def test_a_threaded_process_that_once_spawned_a_child_is_not_dirty_for_ever(
 ) -> None:
     mapper = start()
     mapper.map(library())
-    mapper.tell("thread", "idle", "-")
-    mapper.tell("wait", mapper.tell("spawn", "/bin/true")[0])
-    reading_of(tap, mapper.pid)
-    at, length = (int(word, 16 if i == 0 else 10) for i, word in enumerate(mapper.tell("anon", 64 * PAGE)))
+    mapper.emit("thread", "idle", "-")
+    mapper.emit("wait", mapper.emit("spawn", "/bin/true")[0])
+    scan_of(tap, mapper.pid)
+    at, length = (int(word, 16 if i == 0 else 10) for i, word in enumerate(mapper.emit("anon", 64 * PAGE)))
     assert tap.during(lambda: mapper.unmap(at, length), mapper.pid) == []
 
 
@@ -390,7 +390,7 @@ def test_a_reading_gives_every_executable_mapping_with_its_offset(tap: Tap, star
     mapper.map(new)
     mapper.map(new, "offset", PAGE)
     mapper.map(new, "noexec")
-    rows = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
+    rows = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
     assert {(row.start, row.end) for row in rows} == executable_ranges(mapper.pid, new.stat().st_ino)
     assert sorted(row.offset_bytes for row in rows) == [0, PAGE]
 
@@ -400,7 +400,7 @@ def test_a_record_and_a_reading_agree_on_every_field_of_a_mapping(tap: Tap, star
     mapper.map(new, "offset", PAGE)
     tap.flush()
     live = tap.maps(mapper.pid, new)[-1]
-    (row,) = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
+    (row,) = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
     names = ("tgid", "start_ns", "exec_id", "key", "start", "end", "offset_bytes", "comm", "mode", "text", "flags")
     assert {name: getattr(live, name) for name in names} == {name: getattr(row, name) for name in names}
 
@@ -408,7 +408,7 @@ def test_a_record_and_a_reading_agree_on_every_field_of_a_mapping(tap: Tap, star
 def test_a_reading_of_a_process_that_is_gone_is_none(tap: Tap, start: Start) -> None:
     mapper = start()
     mapper.exit()
-    assert tap.source.read_process(mapper.pid) is None
+    assert tap.source.scan_process(mapper.pid) is None
 
 
 def test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once(
@@ -417,18 +417,18 @@ def test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once(
     mapper, new = start(), library()
     mapper.map(new)
     for _ in range(8):
-        mapper.tell("thread", "idle", "-")
-    mapper.tell("leaderexit")
+        mapper.emit("thread", "idle", "-")
+    mapper.emit("leaderexit")
     tap.flush()
-    for readings in ([reading_of(tap, mapper.pid)], tap.source.read_all()[0]):
-        (reading,) = [one for one in readings if one.tgid == mapper.pid]
-        assert [path_of(row.text) for row in reading.maps].count(str(new)) == 1
-        assert reading.start_ns == tap.maps(mapper.pid)[0].start_ns
+    for scans in ([scan_of(tap, mapper.pid)], tap.source.scan_all()[0]):
+        (scan,) = [one for one in scans if one.tgid == mapper.pid]
+        assert [path_of(row.text) for row in scan.maps].count(str(new)) == 1
+        assert scan.start_ns == tap.maps(mapper.pid)[0].start_ns
 
 
 def test_a_reading_of_all_shows_every_living_process_that_maps_a_file(tap: Tap, start: Start) -> None:
     mappers = [start() for _ in range(5)]
-    found = {reading.tgid: len(reading.maps) for reading in tap.source.read_all()[0]}
+    found = {scan.tgid: len(scan.maps) for scan in tap.source.scan_all()[0]}
     assert all(found[mapper.pid] >= 1 for mapper in mappers)
 
 
@@ -438,9 +438,9 @@ def test_a_process_met_by_a_reading_is_followed_from_then_on(
     mapper = start()
     at, length = mapper.map(library())
     tap = open_tap()
-    tap.source.read_all()
-    told = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
-    assert spans(told) == [(RANGE, at, at + pages(length))]
+    tap.source.scan_all()
+    reported = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + pages(length))]
     assert kinds_of(tap.during(mapper.exit, mapper.pid)) == [EXIT]
 
 
@@ -457,32 +457,32 @@ def test_every_build_of_the_programs_tells_the_same(
     tap = open_tap()
     mapper, new, other = start(), library(), library("libother.so")
     at, length = mapper.map(new)
-    mapper.tell("memfd", "some name", new)
+    mapper.emit("memfd", "some name", new)
     mapper.map(other, "at", f"{at:x}")
     mapper.protect(at, length, "r")
     mapper.protect(at, length, "rx")
     with mapper.fork() as child:
         child.exec()
-    mapper.tell("thread", "idle", "-")
+    mapper.emit("thread", "idle", "-")
     mapper.map(new)
     tap.flush()
-    told = [
-        (r.type, path_of(r.text) if isinstance(r, MapRecord) else "", r.flags & FLAG_DIRTY)
+    reported = [
+        (r.type, path_of(r.text) if isinstance(r, MapRecord) else "", r.flags & FLAG_NEEDS_RESCAN)
         for r in tap.records
         if r.tgid == mapper.pid and r.type != INTRO
     ]
-    assert told[1:] == [
+    assert reported[1:] == [
         (MAP, str(new), 0),
         (MAP, "/memfd:some name", 0),
         (RANGE, "", 0),
         (MAP, str(other), 0),
         (RANGE, "", 0),
         (MAP, str(other), 0),
-        (MAP, str(new), FLAG_DIRTY),
+        (MAP, str(new), FLAG_NEEDS_RESCAN),
     ]
     assert [r.type for r in tap.records if r.tgid == child.pid][:3] == [FORK, EXEC, INTRO]
     assert {id_of(r)[:3] for r in tap.maps(mapper.pid, new)} == {id_by_stat(new)[:3]}
-    assert {path_of(row.text) for row in reading_of(tap, mapper.pid).maps} >= {str(new), str(other)}
+    assert {path_of(row.text) for row in scan_of(tap, mapper.pid).maps} >= {str(new), str(other)}
 
 
 def test_a_verdict_has_the_size_that_the_kernel_expects(tap: Tap) -> None:

@@ -253,8 +253,8 @@ def test_what_cannot_be_mapped_is_not_told(feed: Command, start: Start, scratch:
             mapper.map(scratch / name, "len", PAGE)
     mapper.map(marker)
     feed.load_of(mapper.pid, inode(marker))
-    told = [one["library"]["path"] for one in feed.about(mapper.pid) if one["library"]["kind"] == "library"]
-    assert told == [str(marker)]
+    reported = [one["library"]["path"] for one in feed.about(mapper.pid) if one["library"]["kind"] == "library"]
+    assert reported == [str(marker)]
 
 
 def test_a_device_that_is_mapped_is_no_library_and_is_not_opened(
@@ -269,8 +269,8 @@ def test_a_device_that_is_mapped_is_no_library_and_is_not_opened(
         assert opens.by(mapper.pid) == ["libdevice.so"]
         mapper.map(marker)
         feed.load_of(mapper.pid, inode(marker))
-        told = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(device)]
-        assert [one["library"]["kind"] for one in told] in ([], ["other"])
+        reported = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(device)]
+        assert [one["library"]["kind"] for one in reported] in ([], ["other"])
         assert opens.by(feed.pid) == []
 
 
@@ -314,8 +314,8 @@ def test_a_file_that_lies_is_told_as_what_it_is_and_holds_up_nobody(
     mapper.map(path, "len", PAGE)
     mapper.map(marker)
     feed.load_of(mapper.pid, inode(marker))
-    (told,) = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(path)]
-    assert told["library"]["kind"] == kind
+    (reported,) = [one for one in feed.about(mapper.pid) if one["library"]["path"] == str(path)]
+    assert reported["library"]["kind"] == kind
     assert is_shown_safely(run("list", "--format", "table", "--pid", mapper.pid, *ALL_KINDS, OURS))
 
 
@@ -344,10 +344,10 @@ class Flood:
         self.single, self.threaded = start(), start()
         self.single.send("loop", library("libflood0.so"), 100_000_000)
         for number in (1, 2):
-            self.threaded.tell("thread", "loop", library(f"libflood{number}.so"))
+            self.threaded.emit("thread", "loop", library(f"libflood{number}.so"))
 
     def end(self) -> None:
-        self.threaded.tell("thread", "stop")
+        self.threaded.emit("thread", "stop")
         assert self.single._process
         self.single._process.kill()
         self.single.close()
@@ -359,11 +359,11 @@ def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
 ) -> None:
     honest = [start() for _ in range(4)]
     libraries = [library(f"libhonest{number}.so") for number in range(2)]
-    told: set[tuple[int, int]] = set()
+    reported: set[tuple[int, int]] = set()
 
     def note(event: LibraryEvent) -> None:
         assert event.process is not None
-        told.add((event.process.pid, event.library.id.inode))
+        reported.add((event.process.pid, event.library.id.inode))
 
     rules = [Rule(f"{OURS}.*libhonest", name="honest", on_load=note), Rule(OURS, name="all")]
     watcher = Watcher(*rules, config=Config(ring_bytes=ring_bytes))
@@ -375,7 +375,7 @@ def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
                 for mapper in honest:
                     mapper.map(new)
                 expected = {(mapper.pid, inode(new)) for mapper in honest}
-                wait_until(lambda expected=expected: expected <= told, 20, f"the load of {new.name} in all four")
+                wait_until(lambda expected=expected: expected <= reported, 20, f"the load of {new.name} in all four")
             if ring_bytes < 1 << 20:
                 with standing_still(watcher):
                     for _ in range(300):
@@ -419,8 +419,8 @@ def test_a_process_that_says_too_much_is_read_instead_and_costs_the_others_nothi
     flooder.close()
     ledger.wait_unload(flooder.pid, inode(flooded))
     wait_until(lambda: ledger.watcher.is_repaired, 30, "the repair")
-    told = [cause for kind, cause in ledger.story(flooder.pid, inode(flooded)) if kind == "load"]
-    assert {"mmap"} <= set(told) <= {"mmap", "repair"}
+    reported = [cause for kind, cause in ledger.story(flooder.pid, inode(flooded)) if kind == "load"]
+    assert {"mmap"} <= set(reported) <= {"mmap", "repair"}
     assert ledger.watcher.audit().differences == ()
 
 

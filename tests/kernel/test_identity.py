@@ -49,9 +49,9 @@ def live(tap: Tap, pid: int, path: str | Path) -> MapRecord:
 
 def read(tap: Tap, pid: int) -> dict[str, MapRecord]:
     """What a reading shows of a process, by path."""
-    reading = tap.source.read_process(pid)
-    assert reading is not None
-    return {path_of(row.text): row for row in reading.maps}
+    scan = tap.source.scan_process(pid)
+    assert scan is not None
+    return {path_of(row.text): row for row in scan.maps}
 
 
 def both_ways(tap: Tap, pid: int, path: str | Path) -> MapRecord:
@@ -389,7 +389,7 @@ def test_a_file_that_was_deleted_before_and_one_deleted_after_say_so_and_keep_th
 @pytest.mark.parametrize("name", ["jit code", "m" * 249, ""])
 def test_a_memfd_is_called_by_its_name_and_deleted(tap: Tap, start: Start, library: NewLibrary, name: str) -> None:
     mapper = start()
-    mapper.tell("memfd", name, library())
+    mapper.emit("memfd", name, library())
     record = both_ways(tap, mapper.pid, f"/memfd:{name}")
     assert record.flags & FLAG_DELETED
 
@@ -434,7 +434,7 @@ def test_in_the_first_pid_namespace_the_own_pid_is_the_pid(tap: Tap, start: Star
 def test_a_thread_that_maps_first_is_introduced_as_its_process(tap: Tap, start: Start, library: NewLibrary) -> None:
     tap.source.set_report(Report.NOTHING)
     mapper = start()
-    mapper.tell("leaderexit")
+    mapper.emit("leaderexit")
     mapper.map(library())
     tap.flush()
     record = tap.maps(mapper.pid)[-1]

@@ -1,4 +1,4 @@
-"""The ladder climbed for real: what a rung needs is taken away, and the next one is reached, or none."""
+"""The ladder climbed for real: what a candidate needs is taken away, and the next one is reached, or none."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ def test_a_tracepoint_that_is_refused_when_the_others_are_attached_takes_them_do
     )
     before = bpfsys.held_ids("self"), set(os.listdir("/proc/self/fd"))
 
-    for rung in (BpfSource, PrebuiltSource):
+    for candidate in (BpfSource, PrebuiltSource):
         with pytest.raises(BpfError, match=r"attaching \w+_shmdt failed"):
-            rung(Config())
+            candidate(Config())
 
     assert (bpfsys.held_ids("self"), set(os.listdir("/proc/self/fd"))) == before
 

@@ -28,7 +28,7 @@ HEAD = {
     "start_ns": "start_ns",
     "t_ns": "t_ns",
     "exec_id": "exec_id",
-    "touches": "touches",
+    "activity": "activity",
 }
 
 
@@ -77,9 +77,9 @@ def check_layout(
         field, size = fields[name]
         questions[f"{name}.offset"] = f"offsetof(struct {struct}, {field})"
         questions[f"{name}.size"] = size or f"sizeof(((struct {struct} *)0)->{field})"
-    told = ask_compiler(tmp_path, questions)
-    assert layout.size == told.pop("whole")
-    assert {name: (told[f"{name}.offset"], told[f"{name}.size"]) for name in found} == found
+    reported = ask_compiler(tmp_path, questions)
+    assert layout.size == reported.pop("whole")
+    assert {name: (reported[f"{name}.offset"], reported[f"{name}.size"]) for name in found} == found
 
 
 def plain(names: tuple[str, ...], head: str = "head.") -> dict[str, tuple[str, str]]:
@@ -112,7 +112,7 @@ def test_a_process_record_is_the_same_in_c_and_in_python(tmp_path: Path) -> None
 def test_a_file_id_and_the_root_in_a_file_key_stand_where_python_looks(tmp_path: Path) -> None:
     names = ("inode", "subvolume", "dev", "generation")
     check_layout(tmp_path, "file_id", records.FILE_ID, names, plain(names))
-    told = ask_compiler(
+    reported = ask_compiler(
         tmp_path,
         {
             "file": "offsetof(struct file_key, file)",
@@ -122,15 +122,15 @@ def test_a_file_id_and_the_root_in_a_file_key_stand_where_python_looks(tmp_path:
             "verdict": "sizeof(struct verdict_value)",
         },
     )
-    assert told["file"] == 0
-    assert slice(told["begin"], told["end"]) == records.ROOT
-    assert told["key"] == 64
-    assert told["verdict"] == sources.VERDICT_VALUE.size
+    assert reported["file"] == 0
+    assert slice(reported["begin"], reported["end"]) == records.ROOT
+    assert reported["key"] == 64
+    assert reported["verdict"] == sources.VERDICT_VALUE.size
 
 
 def test_both_long_records_are_of_one_size_so_that_their_text_follows_at_once(tmp_path: Path) -> None:
-    told = ask_compiler(tmp_path, {"map": "sizeof(struct map_record)", "process": "sizeof(struct process_record)"})
-    assert told["map"] == told["process"] == records.MAP.size == records.PROCESS.size
+    reported = ask_compiler(tmp_path, {"map": "sizeof(struct map_record)", "process": "sizeof(struct process_record)"})
+    assert reported["map"] == reported["process"] == records.MAP.size == records.PROCESS.size
 
 
 def test_every_number_that_has_a_name_has_the_same_in_c_and_in_python(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def wait_story(ledger: Ledger, pid: int, number: int, expected: Story) -> None:
 def events_of(ledger: Ledger, pid: int, path: Path) -> list[LibraryEvent]:
     """Loads and unloads, in every process, of the file that this process had at ``path``; inode numbers come again."""
     file_id = next(one.library.id for one in ledger.of(pid) if one.library.id.inode == inode(path))
-    told = [one for one in ledger.events if isinstance(one, LibraryEvent) and one.library.id == file_id]
-    return [one for one in told if one.event in ("load", "unload")]
+    reported = [one for one in ledger.events if isinstance(one, LibraryEvent) and one.library.id == file_id]
+    return [one for one in reported if one.event in ("load", "unload")]
 
 
 def is_right(ledger: Ledger, *pids: int) -> None:
@@ -222,7 +222,7 @@ def test_exec_from_any_thread_unloads_what_was_mapped_and_keeps_the_process(
     mapper, before, after = start(), library("libbefore.so"), library("libafter.so")
     mapper.map(before)
     if how == "execthread":
-        mapper.tell("thread", "idle", "-")
+        mapper.emit("thread", "idle", "-")
     mapper.exec(how=how)
     mapper.map(after)
     wait_story(ledger, mapper.pid, inode(after), [("load", "mmap")])
@@ -252,9 +252,9 @@ def test_children_that_are_gone_in_less_than_a_millisecond_are_told_whole(
     parent = run(source, new, flags=("-static",))
     pids = [line(parent) for _ in range(300)]
     wait_story(ledger, pids[-1], inode(new), [("load", "mmap"), ("unload", "exit")])
-    told = events_of(ledger, pids[-1], new)
-    loads = {one.process.id: one.t_ns for one in told if one.event == "load"}
-    unloads = {one.process.id: one.t_ns for one in told if one.event == "unload"}
+    reported = events_of(ledger, pids[-1], new)
+    loads = {one.process.id: one.t_ns for one in reported if one.event == "load"}
+    unloads = {one.process.id: one.t_ns for one in reported if one.event == "unload"}
     assert sorted(one.pid for one in loads) == sorted(one.pid for one in unloads) == sorted(pids)
     assert min(unloads[one] - loads[one] for one in loads) < deadline(1_000_000), "none lived so short"
 
@@ -322,8 +322,8 @@ def test_a_pid_used_again_in_a_pid_namespace_is_three_processes_with_one_number_
 
     def lives() -> list[Any]:
         ledger.catch_up()
-        told = [one for one in ledger.events[before:] if isinstance(one, LibraryEvent) and one.process]
-        return [one for one in told if one.library.id.inode == inode(new) and one.event in ("load", "unload")]
+        reported = [one for one in ledger.events[before:] if isinstance(one, LibraryEvent) and one.process]
+        return [one for one in reported if one.library.id.inode == inode(new) and one.event in ("load", "unload")]
 
     ledger.wait_for(lambda: len(lives()) == 6, lambda: f"not three loads and unloads: {lives()}")
     assert [one.event for one in lives()] == ["load", "unload"] * 3
@@ -369,10 +369,10 @@ def test_a_library_that_is_closed_and_opened_again_is_told_each_time(
 ) -> None:
     mapper, new = start(), library()
     for _ in range(2):
-        mapper.tell("dlclose", *mapper.tell("dlopen", new))
-    (handle,) = mapper.tell("dlopen", new)
-    mapper.tell("dlopen", new)
-    mapper.tell("dlclose", handle)
+        mapper.emit("dlclose", *mapper.emit("dlopen", new))
+    (handle,) = mapper.emit("dlopen", new)
+    mapper.emit("dlopen", new)
+    mapper.emit("dlclose", handle)
     round_trip: Story = [("load", "mmap"), ("unload", "munmap")]
     wait_story(ledger, mapper.pid, inode(new), [*round_trip, *round_trip, ("load", "mmap")])
     is_right(ledger, mapper.pid)
@@ -477,7 +477,7 @@ def test_execute_rights_that_come_and_go_are_loads_and_unloads(
     mapper, new = start(), library()
     at, length = mapper.map(new, "noexec")
     for protection in ("rx", "r", "rwx", "rx"):
-        mapper.tell(call, f"{at:x}", length, protection)
+        mapper.emit(call, f"{at:x}", length, protection)
     wait_story(ledger, mapper.pid, inode(new), [("load", "mmap"), ("unload", "munmap"), ("load", "mmap")])
     is_right(ledger, mapper.pid)
 

@@ -29,7 +29,7 @@ def inode(path: Path) -> int:
     return path.stat().st_ino
 
 
-def settle(ledger: Ledger, mapper: Mapper, marker: Path) -> None:
+def sync(ledger: Ledger, mapper: Mapper, marker: Path) -> None:
     """Waits until all that this process did before has come through."""
     mapper.map(marker)
     ledger.wait_load(mapper.pid, inode(marker))
@@ -44,8 +44,8 @@ def test_a_process_whose_leader_is_dead_is_in_the_snapshot_and_its_files_can_be_
     mapper, new = start(), library()
     mapper.map(new)
     for _ in range(4):
-        mapper.tell("thread", "idle", "-")
-    (thread,) = mapper.tell("leaderexit")
+        mapper.emit("thread", "idle", "-")
+    (thread,) = mapper.emit("leaderexit")
     opened: list[int] = []
     rule = Rule(NEW, name="dead", on_activate=lambda file: opened.append(os.fstat(file.fileno()).st_ino))
     ledger = open_ledger(rule)
@@ -61,7 +61,7 @@ def test_a_process_whose_leader_is_dead_is_followed_to_its_end(
 ) -> None:
     mapper, before, after = start(), library("libbefore.so"), library("libafter.so")
     mapper.map(before)
-    (thread,) = mapper.tell("leaderexit")
+    (thread,) = mapper.emit("leaderexit")
     at, length = mapper.map(after)
     load = ledger.wait_load(mapper.pid, inode(after))
     assert load.process is not None
@@ -117,10 +117,10 @@ def test_a_child_on_its_way_to_exec_is_not_said_to_have_its_parents_files(
     parent.map(new)
     pids = []
     for _ in range(30):
-        pid = int(parent.tell(how, "/bin/true")[0])
-        parent.tell("wait", pid)
+        pid = int(parent.emit(how, "/bin/true")[0])
+        parent.emit("wait", pid)
         pids.append(pid)
-    settle(ledger, parent, marker)
+    sync(ledger, parent, marker)
     assert [ledger.story(pid, inode(new)) for pid in pids] == [[]] * 30
     assert all(not ledger.inodes(pid) for pid in pids)
 
@@ -135,8 +135,8 @@ def test_a_child_on_its_way_to_exec_is_not_said_to_have_its_parents_files_by_a_s
 
     def spawn_all_the_time() -> None:
         while not over.is_set():
-            pids.append(int(parent.tell("spawn", "/bin/true")[0]))
-            parent.tell("wait", pids[-1])
+            pids.append(int(parent.emit("spawn", "/bin/true")[0]))
+            parent.emit("wait", pids[-1])
 
     thread = threading.Thread(target=spawn_all_the_time)
     thread.start()
@@ -145,9 +145,9 @@ def test_a_child_on_its_way_to_exec_is_not_said_to_have_its_parents_files_by_a_s
     finally:
         over.set()
         thread.join()
-    settle_pid = start()
-    settle_pid.map(new)
-    ledger.wait_load(settle_pid.pid, inode(new))
+    untrack_pid = start()
+    untrack_pid.map(new)
+    ledger.wait_load(untrack_pid.pid, inode(new))
     assert len(pids) > 10
     assert {pid: ledger.story(pid, inode(new)) for pid in pids if ledger.of(pid)} == {}
 
@@ -161,10 +161,10 @@ def test_a_mapping_that_was_moved_is_unloaded_when_its_new_place_is_unmapped(
     mapper, new = start(), library()
     at, length = mapper.map(new)
     ledger.wait_load(mapper.pid, inode(new))
-    moved = int(mapper.tell("remap", f"{at:x}", length, length + (1 << 20))[0], 16)
+    moved = int(mapper.emit("remap", f"{at:x}", length, length + (1 << 20))[0], 16)
     assert moved != at
     ledger.wait_for(lambda: ledger.watcher.stats.rereads, "nobody looked where it went")
-    settle(ledger, mapper, library("libmarker.so"))
+    sync(ledger, mapper, library("libmarker.so"))
     assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap")]
     mapper.unmap(moved, length + (1 << 20))
     ledger.wait_unload(mapper.pid, inode(new))
@@ -195,7 +195,7 @@ def test_a_wanted_file_is_told_that_one_mprotect_made_executable_together_with_a
     ledger = open_ledger(Rule(f"/libwanted{TAG}", name="wanted"))
     mapper = start()
     mapper.map(ignored)
-    settle(ledger, mapper, marker)
+    sync(ledger, mapper, marker)
     process = trick("second", ignored, wanted)
     ledger.wait_load(process.pid, inode(wanted))
 
@@ -239,7 +239,7 @@ def test_a_device_that_maps_another_file_than_its_own_is_told_as_what_it_maps(
     ledger: Ledger, trick: Callable[..., Trick], start: Start, library: NewLibrary
 ) -> None:
     process = trick("device")
-    settle(ledger, start(), library("libmarker.so"))
+    sync(ledger, start(), library("libmarker.so"))
     ledger.wait_equal(process.pid)
     assert (
         len({event.library.id for event in ledger.of(process.pid) if event.library.path.startswith("/dev/zero")}) == 1
@@ -297,9 +297,9 @@ def test_answers_of_a_process_that_swaps_files_under_its_descriptors_do_not_hide
     for _ in range(3):
         mapper = start()
         for _ in range(3):
-            mapper.tell("thread", "anon", "-")
-        mapper.tell("dup2race", wanted, unwanted, 500)
-        mapper.tell("thread", "stop")
+            mapper.emit("thread", "anon", "-")
+        mapper.emit("dup2race", wanted, unwanted, 500)
+        mapper.emit("thread", "stop")
         honest = start()
         honest.map(wanted)
         ledger.wait_load(honest.pid, inode(wanted))

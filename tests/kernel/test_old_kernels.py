@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import sowatch.bpf
-from sowatch.bpf.records import FLAG_DIRTY, FLAG_IMAGE, MapRecord, RecordType, path_of
+from sowatch.bpf.records import FLAG_IMAGE, FLAG_NEEDS_RESCAN, MapRecord, RecordType, path_of
 from sowatch.model.config import Config
 from sowatch.sources.core import PROCESS_HEAD, Report, value_bytes
-from sowatch.sources.legacy import FIRST_TOUCH, OLD_OBJECT, PROCESS_TAIL
+from sowatch.sources.legacy import FIRST_ACTIVITY, OLD_OBJECT, PROCESS_TAIL
 from sowatch.sources.legacy import OldKernelSource as Old
 from support import bpfsys
 from support.kernel import (
@@ -30,7 +30,7 @@ from support.kernel import (
     kinds_of,
     only,
     pages,
-    reading_of,
+    scan_of,
     spans,
     with_prelude,
 )
@@ -38,7 +38,7 @@ from support.programs import Mapper
 
 PAGE = 4096
 PROGRAMS = Path(sowatch.bpf.__file__).parent / "programs"
-MAP, RANGE, DIRTY = RecordType.MAP, RecordType.RANGE, RecordType.DIRTY
+MAP, RANGE, NEEDS_RESCAN = RecordType.MAP, RecordType.RANGE, RecordType.NEEDS_RESCAN
 #: enum bpf_func_id of Linux 5.10: the last one is redirect_peer.
 LAST_HELPER = 155
 
@@ -87,9 +87,9 @@ def test_its_atomic_operations_are_additions_that_give_no_value() -> None:
 
 
 def test_it_hands_no_function_to_a_helper() -> None:
-    told = disassembled("-r")
-    assert "R_BPF_64_32" in told  # our own functions are called
-    named = set(re.findall(r"R_BPF_64_64\s+(\S+)", told))
+    reported = disassembled("-r")
+    assert "R_BPF_64_32" in reported  # our own functions are called
+    named = set(re.findall(r"R_BPF_64_64\s+(\S+)", reported))
     assert "processes" in named
     assert not {name for name in named if name.startswith((".text", "step_up", "take_vma"))}
 
@@ -102,7 +102,7 @@ def test_a_process_entry_is_read_as_it_is_written() -> None:
         source.close()
     assert PROCESS_TAIL.size == 4 + 512 + 4 + 4 + 512
     assert size == 84 + PROCESS_TAIL.size
-    assert FIRST_TOUCH.size == 68
+    assert FIRST_ACTIVITY.size == 68
     assert PROCESS_HEAD.size == 40
 
 
@@ -114,7 +114,7 @@ def test_a_record_and_a_reading_agree_on_every_field_of_a_mapping(tap: Tap, star
     mapper.map(new, "offset", PAGE)
     tap.flush()
     live = tap.maps(mapper.pid, new)[-1]
-    (row,) = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
+    (row,) = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
     names = ("tgid", "start_ns", "exec_id", "key", "start", "end", "offset_bytes", "comm", "mode", "text", "flags")
     assert {name: getattr(live, name) for name in names} == {name: getattr(row, name) for name in names}
 
@@ -132,7 +132,7 @@ def test_a_file_below_an_overlay_is_the_same_in_a_record_and_in_a_reading(
     mapper.map(scratch / "merged/liblow.so")
     tap.flush()
     live = tap.maps(mapper.pid, scratch / "merged/liblow.so")[-1]
-    rows = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text).endswith("liblow.so")]
+    rows = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text).endswith("liblow.so")]
     assert [row.key for row in rows] == [live.key]
     assert id_of(live)[:3] == id_by_stat(low)[:3]
 
@@ -144,23 +144,23 @@ def test_memory_files_and_deleted_ones_are_read_as_they_are(
     mapper, new = start(), library()
     mapper.map(new)
     new.unlink()
-    mapper.tell("memfd", name, os.fspath("/bin/true"))
+    mapper.emit("memfd", name, os.fspath("/bin/true"))
     tap.flush()
-    told = {(path_of(r.text), r.key) for r in tap.maps(mapper.pid) if not r.flags & FLAG_IMAGE}
-    read = {(path_of(row.text), row.key) for row in reading_of(tap, mapper.pid).maps}
+    reported = {(path_of(r.text), r.key) for r in tap.maps(mapper.pid) if not r.flags & FLAG_IMAGE}
+    read = {(path_of(row.text), row.key) for row in scan_of(tap, mapper.pid).maps}
     assert f"/memfd:{name}" in {path for path, _ in read}
     assert {path for path, _ in read} >= {str(new)}
-    assert {one for one in read if one[0].startswith("/memfd:")} <= told
+    assert {one for one in read if one[0].startswith("/memfd:")} <= reported
 
 
 def test_what_mprotect_makes_executable_a_reading_shows(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, new = start(), library()
     at, length = mapper.map(new, "noexec")
-    assert kinds_of(tap.during(lambda: mapper.protect(at, length, "rx"), mapper.pid)) == [DIRTY]
-    rows = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
+    assert kinds_of(tap.during(lambda: mapper.protect(at, length, "rx"), mapper.pid)) == [NEEDS_RESCAN]
+    rows = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
     assert {(row.start, row.end) for row in rows} == executable_ranges(mapper.pid, new.stat().st_ino)
-    told = tap.during(lambda: mapper.protect(at, length, "r"), mapper.pid)
-    assert spans(told) == [(RANGE, at, at + pages(length))]
+    reported = tap.during(lambda: mapper.protect(at, length, "r"), mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + pages(length))]
 
 
 def test_images_are_the_executable_and_a_doubt_and_a_reading_shows_both(tap: Tap, start: Start, programs: Any) -> None:
@@ -169,11 +169,11 @@ def test_images_are_the_executable_and_a_doubt_and_a_reading_shows_both(tap: Tap
     tap.flush()
     images = [r for r in tap.maps(mapper.pid) if r.flags & FLAG_IMAGE]
     assert [path_of(image.text) for image in images] == [str(programs["mapper"])]
-    assert DIRTY in kinds_of([r for r in tap.records if r.tgid == mapper.pid])
+    assert NEEDS_RESCAN in kinds_of([r for r in tap.records if r.tgid == mapper.pid])
     tap.source.set_report(Report.IMAGES | Report.RANGES)
-    reading = tap.source.read_process(mapper.pid)
-    assert reading
-    read = [row for row in reading.maps if row.flags & FLAG_IMAGE]
+    scan = tap.source.scan_process(mapper.pid)
+    assert scan
+    read = [row for row in scan.maps if row.flags & FLAG_IMAGE]
     assert len(read) == 2
     assert images[0].key in {row.key for row in read}
 
@@ -190,11 +190,11 @@ def test_a_settled_process_is_silent_until_it_maps_a_wanted_file(tap: Tap, start
     tap.source.answer([tap.key_of(late.pid, unwanted)], is_wanted=False)
     record = tap.maps(late.pid)[-1]
     assert isinstance(record, MapRecord)
-    assert not tap.source.settle(late.pid, record.start_ns, record.touches - 1)
-    assert tap.source.settle(late.pid, record.start_ns, record.touches)
-    followed = tap.source.followed(late.pid)
-    assert followed
-    assert followed.touches == 0
+    assert not tap.source.untrack(late.pid, record.start_ns, record.activity - 1)
+    assert tap.source.untrack(late.pid, record.start_ns, record.activity)
+    tracked = tap.source.tracked(late.pid)
+    assert tracked
+    assert tracked.activity == 0
     assert tap.during(lambda: late.unmap(at, length), late.pid) == []
     assert only([r for r in tap.during(lambda: late.map(library()), late.pid) if r.type == MAP]).flags == 1
 
@@ -203,11 +203,11 @@ def test_a_range_that_a_threaded_process_mapped_is_never_overlooked(
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
     mapper = start()
-    mapper.tell("thread", "idle", "-")
+    mapper.emit("thread", "idle", "-")
     at, length = mapper.map(library())
-    followed = tap.source.followed(mapper.pid)
-    assert followed
-    assert followed.range_count > 32
-    reading_of(tap, mapper.pid)
-    told = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
-    assert [(r.type, r.flags & FLAG_DIRTY) for r in told] == [(DIRTY, FLAG_DIRTY)]
+    tracked = tap.source.tracked(mapper.pid)
+    assert tracked
+    assert tracked.range_count > 32
+    scan_of(tap, mapper.pid)
+    reported = tap.during(lambda: mapper.unmap(at, length), mapper.pid)
+    assert [(r.type, r.flags & FLAG_NEEDS_RESCAN) for r in reported] == [(NEEDS_RESCAN, FLAG_NEEDS_RESCAN)]

@@ -233,23 +233,23 @@ def test_of_thousands_of_rows_only_those_in_sight_are_in_the_page(
     paths = [str(library(f"libmany-{number:04d}{TAG}.so")) for number in range(2000)]
     for path in paths:
         mapper.map(path)
-    visited = visit(open_ledger(own()))
-    page = visited.page
+    scanned = visit(open_ledger(own()))
+    page = scanned.page
     page.wait_for_selector("text=2000 of 2000")
     page.click("th[data-key=path] button")
     page.wait_for_selector("th[data-key=path][aria-sort=ascending]")
     assert page.get_attribute("#table table", "aria-rowcount") == "2001"
-    visited.wait_for_link(paths[0])
-    assert visited.links() < 100
+    scanned.wait_for_link(paths[0])
+    assert scanned.links() < 100
     page.evaluate("document.querySelector('#table .scroller').scrollTop = 1e9")
-    visited.wait_for_link(paths[-1])
-    assert visited.links() < 100
+    scanned.wait_for_link(paths[-1])
+    assert scanned.links() < 100
     page.click("th[data-key=path] button")
     page.evaluate("document.querySelector('#table .scroller').scrollTop = 0")
-    visited.wait_for_link(paths[-1])
-    visited.search("many-0777")
-    visited.wait_for_paths(paths[777])
-    assert visited.faults == []
+    scanned.wait_for_link(paths[-1])
+    scanned.search("many-0777")
+    scanned.wait_for_paths(paths[777])
+    assert scanned.faults == []
 
 
 def test_everything_can_be_reached_with_the_keyboard(

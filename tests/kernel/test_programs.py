@@ -11,9 +11,9 @@ import pytest
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
-    FLAG_DIRTY,
     FLAG_IMAGE,
     FLAG_MPROTECT,
+    FLAG_NEEDS_RESCAN,
     FLAG_SHARED_VM,
     MapRecord,
     ProcessRecord,
@@ -21,15 +21,15 @@ from sowatch.bpf.records import (
     path_of,
 )
 from sowatch.sources.core import Report
-from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, reading_of, spans
+from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, scan_of, spans
 from support.programs import Mapper, Refused
 from support.stepped import Trick
 
 PAGE = 4096
-MAP, RANGE, DIRTY, FORK, EXEC, EXIT, INTRO = (
+MAP, RANGE, NEEDS_RESCAN, FORK, EXEC, EXIT, INTRO = (
     RecordType.MAP,
     RecordType.RANGE,
-    RecordType.DIRTY,
+    RecordType.NEEDS_RESCAN,
     RecordType.FORK,
     RecordType.EXEC,
     RecordType.EXIT,
@@ -47,7 +47,7 @@ def test_a_file_mapped_executable_is_told_with_its_range_path_and_identity(
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
     mapper, new = start(), library("libnew.so")
-    begun_ns = tap.source.read_process(mapper.pid).begin_ns  # type: ignore[union-attr]
+    begun_ns = tap.source.scan_process(mapper.pid).begin_ns  # type: ignore[union-attr]
     got: list[tuple[int, int]] = []
     record = only(tap.during(lambda: got.append(mapper.map(new)), mapper.pid))
     at, length = got[0]
@@ -68,7 +68,7 @@ def test_a_file_that_is_mapped_but_not_executable_is_not_told(tap: Tap, start: S
 
 def test_executable_memory_without_a_file_is_not_told(tap: Tap, start: Start) -> None:
     mapper = start()
-    assert tap.during(lambda: mapper.tell("anon", 8192, "exec"), mapper.pid) == []
+    assert tap.during(lambda: mapper.emit("anon", 8192, "exec"), mapper.pid) == []
 
 
 def test_a_failed_mapping_is_not_told(tap: Tap, start: Start, library: NewLibrary) -> None:
@@ -90,15 +90,15 @@ def test_munmap_of_a_told_range_is_told(tap: Tap, start: Start, library: NewLibr
 def test_munmap_of_a_part_tells_that_part(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     at, _ = mapper.map(library(), "len", 4 * PAGE)
-    told = tap.during(lambda: mapper.unmap(at + PAGE, PAGE), mapper.pid)
-    assert spans(told) == [(RANGE, at + PAGE, at + 2 * PAGE)]
+    reported = tap.during(lambda: mapper.unmap(at + PAGE, PAGE), mapper.pid)
+    assert spans(reported) == [(RANGE, at + PAGE, at + 2 * PAGE)]
 
 
 def test_anonymous_memory_over_a_told_range_takes_it_away(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     at, length = mapper.map(library())
-    told = tap.during(lambda: mapper.tell("anon", PAGE, "at", f"{at:x}"), mapper.pid)
-    assert spans(told) == [(RANGE, at, at + PAGE)]
+    reported = tap.during(lambda: mapper.emit("anon", PAGE, "at", f"{at:x}"), mapper.pid)
+    assert spans(reported) == [(RANGE, at, at + PAGE)]
     assert length > PAGE
 
 
@@ -106,8 +106,8 @@ def test_a_file_over_a_told_range_takes_it_away_and_then_comes(tap: Tap, start: 
     mapper = start()
     at, length = mapper.map(library("liba.so"))
     end = at + pages(length)
-    told = tap.during(lambda: mapper.map(library("libb.so"), "at", f"{at:x}"), mapper.pid)
-    assert spans(told) == [(RANGE, at, end), (MAP, at, end)]
+    reported = tap.during(lambda: mapper.map(library("libb.so"), "at", f"{at:x}"), mapper.pid)
+    assert spans(reported) == [(RANGE, at, end), (MAP, at, end)]
 
 
 @pytest.mark.parametrize("call", ["protect", "pkeyprotect"])
@@ -117,23 +117,23 @@ def test_a_file_made_executable_later_is_told_and_made_harmless_again_too(
     mapper, new = start(), library()
     at, length = mapper.map(new, "noexec")
     end = at + pages(length)
-    record = only(tap.during(lambda: mapper.tell(call, f"{at:x}", length, "rx"), mapper.pid))
+    record = only(tap.during(lambda: mapper.emit(call, f"{at:x}", length, "rx"), mapper.pid))
     assert (record.type, record.start, record.end, record.flags) == (MAP, at, end, FLAG_ASK | FLAG_MPROTECT)
     assert path_of(record.text) == str(new)
-    told = tap.during(lambda: mapper.tell(call, f"{at:x}", length, "r"), mapper.pid)
-    assert spans(told) == [(RANGE, at, end)]
+    reported = tap.during(lambda: mapper.emit(call, f"{at:x}", length, "r"), mapper.pid)
+    assert spans(reported) == [(RANGE, at, end)]
 
 
 def test_a_part_made_executable_is_told_with_just_that_part(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     at, _ = mapper.map(library(), "noexec", "len", 4 * PAGE)
-    told = tap.during(lambda: mapper.protect(at + PAGE, PAGE, "rx"), mapper.pid)
-    assert spans(told) == [(MAP, at + PAGE, at + 2 * PAGE)]
+    reported = tap.during(lambda: mapper.protect(at + PAGE, PAGE, "rx"), mapper.pid)
+    assert spans(reported) == [(MAP, at + PAGE, at + 2 * PAGE)]
 
 
 def test_executable_anonymous_memory_made_so_by_mprotect_is_not_told(tap: Tap, start: Start) -> None:
     mapper = start()
-    at = int(mapper.tell("anon", PAGE)[0], 16)
+    at = int(mapper.emit("anon", PAGE)[0], 16)
     assert tap.during(lambda: mapper.protect(at, PAGE, "rwx"), mapper.pid) == []
 
 
@@ -143,11 +143,11 @@ def test_a_move_makes_the_process_dirty_and_a_reading_shows_where_to(
     mapper, new = start(), library()
     at, length = mapper.map(new)
     got: list[list[str]] = []
-    told = tap.during(lambda: got.append(mapper.tell("remap", f"{at:x}", length, length + (1 << 20))), mapper.pid)
-    assert kinds_of(told) == [DIRTY]
+    reported = tap.during(lambda: got.append(mapper.emit("remap", f"{at:x}", length, length + (1 << 20))), mapper.pid)
+    assert kinds_of(reported) == [NEEDS_RESCAN]
     moved = int(got[0][0], 16)
     assert moved != at
-    rows = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
+    rows = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text) == str(new)]
     assert {(row.start, row.end) for row in rows} == executable_ranges(mapper.pid, new.stat().st_ino)
     assert rows[0].start == moved
 
@@ -155,21 +155,21 @@ def test_a_move_makes_the_process_dirty_and_a_reading_shows_where_to(
 def test_a_move_outside_what_is_known_is_not_told(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper = start()
     mapper.map(library())
-    at = int(mapper.tell("anon", 4 * PAGE)[0], 16)
-    assert tap.during(lambda: mapper.tell("remap", f"{at:x}", 4 * PAGE, 1 << 20), mapper.pid) == []
+    at = int(mapper.emit("anon", 4 * PAGE)[0], 16)
+    assert tap.during(lambda: mapper.emit("remap", f"{at:x}", 4 * PAGE, 1 << 20), mapper.pid) == []
 
 
 def test_executable_shared_memory_makes_the_process_dirty_and_a_reading_shows_it(tap: Tap, start: Start) -> None:
     mapper = start()
-    assert kinds_of(tap.during(lambda: mapper.tell("shm", PAGE), mapper.pid)) == [DIRTY]
-    (row,) = [row for row in reading_of(tap, mapper.pid).maps if path_of(row.text).startswith("/SYSV")]
+    assert kinds_of(tap.during(lambda: mapper.emit("shm", PAGE), mapper.pid)) == [NEEDS_RESCAN]
+    (row,) = [row for row in scan_of(tap, mapper.pid).maps if path_of(row.text).startswith("/SYSV")]
     assert row.flags & FLAG_DELETED
 
 
 def test_shared_memory_that_is_detached_makes_the_process_dirty(tap: Tap, trick: Callable[..., Trick]) -> None:
     shm = trick("shmdt")
-    reading_of(tap, shm.pid)
-    assert kinds_of(tap.during(shm.go_on, shm.pid)) == [DIRTY]
+    scan_of(tap, shm.pid)
+    assert kinds_of(tap.during(shm.go_on, shm.pid)) == [NEEDS_RESCAN]
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -194,17 +194,17 @@ def test_a_child_is_followed_from_its_fork_on(tap: Tap, start: Start, library: N
     parent = start()
     at, length = parent.map(library())
     child = closing.enter_context(parent.fork())
-    told = tap.during(lambda: child.unmap(at, length), child.pid)
-    assert spans(told) == [(RANGE, at, at + pages(length))]
+    reported = tap.during(lambda: child.unmap(at, length), child.pid)
+    assert spans(reported) == [(RANGE, at, at + pages(length))]
 
 
 def test_a_fork_of_a_threaded_process_is_a_claim(tap: Tap, start: Start, closing: Any) -> None:
     parent = start()
-    parent.tell("thread", "idle", "-")
+    parent.emit("thread", "idle", "-")
     child = closing.enter_context(parent.fork())
     tap.flush()
     (record,) = [r for r in tap.records if r.type == FORK and r.tgid == child.pid]
-    assert record.flags == FLAG_DIRTY
+    assert record.flags == FLAG_NEEDS_RESCAN
 
 
 def test_a_child_that_shares_the_address_space_is_told_as_such(tap: Tap, start: Start, closing: Any) -> None:
@@ -218,21 +218,21 @@ def test_a_child_that_shares_the_address_space_is_told_as_such(tap: Tap, start: 
 @pytest.mark.parametrize("how", ["vfork", "spawn"])
 def test_a_child_on_its_way_to_exec_is_told_with_fork_exec_and_exit(tap: Tap, start: Start, how: str) -> None:
     parent = start()
-    pid = int(parent.tell(how, "/bin/true")[0])
-    parent.tell("wait", pid)
+    pid = int(parent.emit(how, "/bin/true")[0])
+    parent.emit("wait", pid)
     tap.flush()
-    told = [r for r in tap.records if r.tgid == pid]
-    assert [r.type for r in told if r.type in (FORK, EXEC, EXIT)] == [FORK, EXEC, EXIT]
-    assert told[0].flags & FLAG_SHARED_VM
-    assert {r.start_ns for r in told} == {told[0].start_ns}
+    reported = [r for r in tap.records if r.tgid == pid]
+    assert [r.type for r in reported if r.type in (FORK, EXEC, EXIT)] == [FORK, EXEC, EXIT]
+    assert reported[0].flags & FLAG_SHARED_VM
+    assert {r.start_ns for r in reported} == {reported[0].start_ns}
 
 
 @pytest.mark.parametrize("how", ["exec", "execthread"])
 def test_exec_is_told_and_the_process_stays_the_same(tap: Tap, start: Start, how: str) -> None:
     mapper = start()
-    told = tap.during(lambda: mapper.exec(how=how), mapper.pid)
-    assert [r.type for r in told if r.type in (FORK, EXEC, EXIT)] == [EXEC]
-    (execed,) = [r for r in told if r.type == EXEC]
+    reported = tap.during(lambda: mapper.exec(how=how), mapper.pid)
+    assert [r.type for r in reported if r.type in (FORK, EXEC, EXIT)] == [EXEC]
+    (execed,) = [r for r in reported if r.type == EXEC]
     maps = tap.maps(mapper.pid)
     assert {r.start_ns for r in [execed, *maps]} == {maps[0].start_ns}
     assert maps[-1].exec_id > maps[0].exec_id
@@ -240,16 +240,16 @@ def test_exec_is_told_and_the_process_stays_the_same(tap: Tap, start: Start, how
 
 def test_after_exec_the_new_program_is_introduced_before_its_first_mapping(tap: Tap, start: Start) -> None:
     mapper = start()
-    told = tap.during(mapper.exec, mapper.pid)
-    assert kinds_of(told)[:3] == [EXEC, INTRO, MAP]
+    reported = tap.during(mapper.exec, mapper.pid)
+    assert kinds_of(reported)[:3] == [EXEC, INTRO, MAP]
 
 
 def test_the_exit_is_told_once_when_the_last_thread_is_gone_whichever_that_is(
     tap: Tap, start: Start, library: NewLibrary
 ) -> None:
     mapper = start()
-    told = tap.during(lambda: mapper.tell("leaderexit"), mapper.pid)
-    assert EXIT not in kinds_of(told)
+    reported = tap.during(lambda: mapper.emit("leaderexit"), mapper.pid)
+    assert EXIT not in kinds_of(reported)
     record = tap.during(lambda: mapper.map(library()), mapper.pid)[-1]
     assert (record.type, record.tgid) == (MAP, mapper.pid)
     assert record.tid != mapper.pid
@@ -258,9 +258,9 @@ def test_the_exit_is_told_once_when_the_last_thread_is_gone_whichever_that_is(
 
 def test_a_thread_that_comes_and_goes_is_not_told(tap: Tap, start: Start) -> None:
     mapper = start()
-    reading_of(tap, mapper.pid)
-    told = tap.during(lambda: (mapper.tell("thread", "idle", "-"), mapper.tell("thread", "stop")), mapper.pid)
-    assert not {FORK, EXIT, EXEC, INTRO} & set(kinds_of(told))
+    scan_of(tap, mapper.pid)
+    reported = tap.during(lambda: (mapper.emit("thread", "idle", "-"), mapper.emit("thread", "stop")), mapper.pid)
+    assert not {FORK, EXIT, EXEC, INTRO} & set(kinds_of(reported))
 
 
 def test_images_are_told_at_exec_if_asked_for(tap: Tap, start: Start, programs: Any) -> None:
@@ -280,9 +280,9 @@ def test_every_process_is_told_if_asked_for(tap: Tap, spawn: Any) -> None:
     process = spawn(["/bin/true"])
     process.wait()
     tap.flush()
-    told = [r for r in tap.records if r.tgid == process.pid and r.type in (FORK, EXEC, EXIT)]
-    assert kinds_of(told)[0] == FORK
-    assert kinds_of(told)[-2:] == [EXEC, EXIT]
-    (execed,) = [r for r in told if r.type == EXEC]
+    reported = [r for r in tap.records if r.tgid == process.pid and r.type in (FORK, EXEC, EXIT)]
+    assert kinds_of(reported)[0] == FORK
+    assert kinds_of(reported)[-2:] == [EXEC, EXIT]
+    (execed,) = [r for r in reported if r.type == EXEC]
     assert isinstance(execed, ProcessRecord)
     assert path_of(execed.path) == str(Path("/bin/true").resolve())

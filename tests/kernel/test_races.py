@@ -37,7 +37,7 @@ def inode(path: Path) -> int:
     return path.stat().st_ino
 
 
-def settle(ledger: Ledger, mapper: Mapper, marker: Path) -> None:
+def sync(ledger: Ledger, mapper: Mapper, marker: Path) -> None:
     """Waits until all that this process did before has come through."""
     mapper.map(marker)
     ledger.wait_load(mapper.pid, inode(marker))
@@ -72,8 +72,8 @@ def test_a_library_stays_while_any_part_of_it_is_executable(ledger: Ledger, star
     at, _ = mapper.map(new, "len", 4 * PAGE)
     mapper.unmap(at, PAGE)
     mapper.protect(at + 3 * PAGE, PAGE, "r")
-    mapper.tell("anon", PAGE, "at", f"{at + PAGE:x}")
-    settle(ledger, mapper, marker)
+    mapper.emit("anon", PAGE, "at", f"{at + PAGE:x}")
+    sync(ledger, mapper, marker)
     assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap")]
     ledger.wait_equal(mapper.pid)
     mapper.protect(at + 2 * PAGE, PAGE, "rw")
@@ -104,10 +104,10 @@ def test_a_descriptor_replaced_during_mmap_by_another_thread_hides_and_fakes_not
 ) -> None:
     mapper, first, second = start(), library("liba.so"), library("libb.so")
     second.write_bytes(second.read_bytes()[:-1] + b"\x01")
-    last, _, _, times_a, times_b = mapper.tell("dup2race", first, second, 3000)
+    last, _, _, times_a, times_b = mapper.emit("dup2race", first, second, 3000)
     assert min(int(times_a), int(times_b)) > 0
     mapped, other = (first, second) if last == "a" else (second, first)
-    settle(ledger, mapper, library("libmarker.so"))
+    sync(ledger, mapper, library("libmarker.so"))
     ledger.wait_load(mapper.pid, inode(mapped))
     ledger.wait_unload(mapper.pid, inode(other))
     ledger.wait_equal(mapper.pid)
@@ -119,11 +119,11 @@ def test_a_descriptor_replaced_while_others_hold_the_mappings_hides_and_fakes_no
     mapper, first, second = start(), library("liba.so"), library("libb.so")
     second.write_bytes(second.read_bytes()[:-1] + b"\x01")
     for _ in range(3):
-        mapper.tell("thread", "anon", "-")
-    last, *_ = mapper.tell("dup2race", first, second, 2000)
-    mapper.tell("thread", "stop")
+        mapper.emit("thread", "anon", "-")
+    last, *_ = mapper.emit("dup2race", first, second, 2000)
+    mapper.emit("thread", "stop")
     mapped, other = (first, second) if last == "a" else (second, first)
-    settle(ledger, mapper, library("libmarker.so"))
+    sync(ledger, mapper, library("libmarker.so"))
     ledger.wait_load(mapper.pid, inode(mapped))
     ledger.wait_unload(mapper.pid, inode(other))
     ledger.wait_equal(mapper.pid)
@@ -137,9 +137,9 @@ def test_children_of_a_process_whose_threads_map_and_unmap_have_what_proc_says(
 ) -> None:
     parent = start()
     for number in range(2):
-        parent.tell("thread", "loop", library(f"libloop{number}.so"))
+        parent.emit("thread", "loop", library(f"libloop{number}.so"))
     children = [closing.enter_context(parent.fork()) for _ in range(40)]
-    parent.tell("thread", "stop")
+    parent.emit("thread", "stop")
     ledger.wait_equal(parent.pid, *(child.pid for child in children))
 
 
@@ -179,7 +179,7 @@ def test_a_thread_that_maps_during_a_fork_and_leaves_before_its_end_gives_the_ch
 ) -> None:
     fork_held.second("map")
     fork_held.second("leave")
-    wait_until(fork_held.is_alone)
+    wait_until(fork_held.is_single_user)
     ledger.wait_load(fork_held.pid, inode(scratch / "libother.so"))
     child = fork_held.release()
     ledger.wait_load(child, inode(scratch / "libfirst.so"))
@@ -198,11 +198,11 @@ def test_threads_that_map_and_unmap_at_once_leave_the_map_as_proc_has_it(
     stays, marker = library("libstays.so"), library("libmarker.so")
     mapper.map(stays)
     for number in range(4):
-        mapper.tell("thread", "loop", library(f"libloop{number}.so"))
-    mapper.tell("loop", library("libloop.so"), 20000)
-    rounds = int(mapper.tell("thread", "stop")[0])
+        mapper.emit("thread", "loop", library(f"libloop{number}.so"))
+    mapper.emit("loop", library("libloop.so"), 20000)
+    rounds = int(mapper.emit("thread", "stop")[0])
     assert rounds > 1000
-    settle(ledger, mapper, marker)
+    sync(ledger, mapper, marker)
     ledger.wait_for(lambda: ledger.watcher.is_repaired, "the repair", 30)
     ledger.wait_equal(mapper.pid)
     assert ledger.story(mapper.pid, inode(stays))[-1][0] == "load"
@@ -240,11 +240,11 @@ def test_a_new_mapping_stays_although_the_thread_that_made_it_left_before_the_ot
     held.hold(deadline(5))
     held.second("map")
     held.second("leave")
-    wait_until(held.is_alone)
+    wait_until(held.is_single_user)
     ledger.wait_equal(held.pid)
     held.release()
     # What this process maps afterwards is told after whatever that call had to say.
-    settle(ledger, start(), library("libmarker.so"))
+    sync(ledger, start(), library("libmarker.so"))
     assert ledger.story(held.pid, inode(other)) == [("load", "mmap")]
     ledger.wait_equal(held.pid)
 
@@ -267,7 +267,7 @@ def storm(mappers: list[Mapper], libraries: list[Path]) -> Iterator[None]:
                 child.exec()
                 child.map(mine)
             mapper.exec()
-            mapper.tell("wait", mapper.tell("spawn", "/bin/true")[0])
+            mapper.emit("wait", mapper.emit("spawn", "/bin/true")[0])
 
     with ThreadPoolExecutor(len(mappers)) as workers:
         stirring = [workers.submit(stir, *pair) for pair in enumerate(mappers)]
@@ -288,7 +288,7 @@ def test_a_watch_that_starts_in_a_storm_knows_what_proc_says_once_it_is_over(
     for mapper in mappers[:3]:
         mapper.map(stays)
     for mapper in mappers[3:]:
-        mapper.tell("thread", "idle", "-")
+        mapper.emit("thread", "idle", "-")
     quiet = start()
     quiet.map(stays)
     for _ in range(3):
@@ -317,10 +317,10 @@ def test_threads_that_map_while_the_watch_starts_leave_the_map_as_proc_has_it(
 ) -> None:
     mapper = start()
     for number in range(3):
-        mapper.tell("thread", "loop", library(f"libloop{number}.so"))
+        mapper.emit("thread", "loop", library(f"libloop{number}.so"))
     ledger = open_ledger()
-    mapper.tell("thread", "stop")
-    settle(ledger, mapper, library("libmarker.so"))
+    mapper.emit("thread", "stop")
+    sync(ledger, mapper, library("libmarker.so"))
     ledger.wait_equal(mapper.pid)
 
 
@@ -410,7 +410,7 @@ def test_what_comes_and_goes_while_somebody_reads_the_process_is_told_each_time(
         mapper.unmap(*mapper.map(new))
     held.kill()
     held.wait()
-    settle(ledger, mapper, library("libmarker.so"))
+    sync(ledger, mapper, library("libmarker.so"))
     assert ledger.story(mapper.pid, inode(new)) == [("load", "mmap"), ("unload", "munmap")] * 100
     ledger.wait_equal(mapper.pid)
 
@@ -463,7 +463,7 @@ def test_the_exit_of_a_process_that_was_lost_is_found_by_the_repair(
     victim.map(new)
     ledger.wait_load(victim.pid, inode(new))
     with standing_still(ledger.watcher):
-        flooder.tell("loop", library("libflood.so"), 1000)
+        flooder.emit("loop", library("libflood.so"), 1000)
         victim.exit()
     ledger.wait_for(lambda: "lost" in ledger.controls(), "nothing was lost")
     ledger.wait_unload(victim.pid, inode(new))
@@ -493,16 +493,16 @@ def test_children_that_shared_memory_and_whose_records_were_lost_are_gone_after_
         before = ledger.watcher.stats.lost_kernel
         with standing_still(ledger.watcher):
             if count:
-                flooder.tell("loop", library("libflood.so"), count)
+                flooder.emit("loop", library("libflood.so"), count)
             programs = (["/bin/true"], ["/bin/sleep", "inf"])
-            children += [int(parent.tell(how, *program)[0]) for program in programs]
-            parent.tell("wait", children[-2])
+            children += [int(parent.emit(how, *program)[0]) for program in programs]
+            parent.emit("wait", children[-2])
             closing.callback(os.kill, children[-1], signal.SIGKILL)
-            flooder.tell("loop", library("libflood.so"), 100)
+            flooder.emit("loop", library("libflood.so"), 100)
         ledger.wait_for(lambda: ledger.watcher.stats.lost_kernel > before, "nothing was lost")  # noqa: B023
         ledger.wait_for(lambda: ledger.watcher.is_repaired, "no repair", 30)
     parent.exit()
     ledger.wait_unload(parent.pid, inode(new))
-    settle(ledger, flooder, library("libmarker.so"))
+    sync(ledger, flooder, library("libmarker.so"))
     assert {pid: ledger.story(pid, inode(new)) for pid in children if ledger.story(pid, inode(new))} == {}
     assert {process.pid for process, files in ledger._held.items() if files} == {flooder.pid}

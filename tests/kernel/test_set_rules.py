@@ -40,7 +40,7 @@ def inode(path: Path) -> int:
     return path.stat().st_ino
 
 
-def told(ledger: Ledger, pid: int, path: Path) -> list[tuple[str, str | None, str]]:
+def reported(ledger: Ledger, pid: int, path: Path) -> list[tuple[str, str | None, str]]:
     return [(event.event, event.cause, event.rule) for event in ledger.of(pid) if event.library.id.inode == inode(path)]
 
 
@@ -53,8 +53,8 @@ def test_what_is_wanted_now_is_loaded_and_what_is_not_any_more_unloaded(
     ledger = open_ledger(ONE)
     ledger.wait_load(mapper.pid, inode(one))
     ledger.watcher.set_rules(TWO)
-    assert told(ledger, mapper.pid, one) == [("load", "snapshot", "one"), ("unload", "rules", "one")]
-    assert told(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
+    assert reported(ledger, mapper.pid, one) == [("load", "snapshot", "one"), ("unload", "rules", "one")]
+    assert reported(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
     assert ledger.watcher.audit().differences == ()
 
 
@@ -65,8 +65,8 @@ def test_a_rule_that_stays_tells_nothing_anew(open_ledger: OpenLedger, start: St
     ledger = open_ledger(ONE)
     ledger.wait_load(mapper.pid, inode(one))
     ledger.watcher.set_rules(Rule(rf"libone{TAG}|libnever{TAG}", name="one"), TWO)
-    assert told(ledger, mapper.pid, one) == [("load", "snapshot", "one")]
-    assert told(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
+    assert reported(ledger, mapper.pid, one) == [("load", "snapshot", "one")]
+    assert reported(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
 
 
 def test_a_file_passes_to_the_rule_that_wants_it_now(open_ledger: OpenLedger, start: Start, one: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_file_passes_to_the_rule_that_wants_it_now(open_ledger: OpenLedger, st
     ledger = open_ledger(ONE)
     ledger.wait_load(mapper.pid, inode(one))
     ledger.watcher.set_rules(BOTH, ONE)
-    assert told(ledger, mapper.pid, one) == [
+    assert reported(ledger, mapper.pid, one) == [
         ("load", "snapshot", "one"),
         ("unload", "rules", "one"),
         ("load", "snapshot", "both"),
@@ -93,7 +93,7 @@ def test_the_kernel_asks_again_about_files_that_it_ignored(open_ledger: OpenLedg
     ledger.watcher.set_rules(ONE)
     mapper.map(one)
     ledger.wait_load(mapper.pid, inode(one))
-    assert told(ledger, mapper.pid, one) == [("load", "mmap", "one")]
+    assert reported(ledger, mapper.pid, one) == [("load", "mmap", "one")]
 
 
 def test_a_new_rule_on_symbols_is_applied_to_files_read_before(
@@ -105,10 +105,10 @@ def test_a_new_rule_on_symbols_is_applied_to_files_read_before(
     ledger = open_ledger(BOTH)
     ledger.wait_load(mapper.pid, inode(two))
     ledger.watcher.set_rules(Rule(exports=["two_open"], name="symbols"))
-    assert told(ledger, mapper.pid, two)[1:] == [("unload", "rules", "both"), ("load", "snapshot", "symbols")]
+    assert reported(ledger, mapper.pid, two)[1:] == [("unload", "rules", "both"), ("load", "snapshot", "symbols")]
     ledger.watcher.set_rules(Rule(exports=["one_open", "one_close"], name="symbols"))
-    assert told(ledger, mapper.pid, two)[3:] == [("unload", "rules", "symbols")]
-    assert told(ledger, mapper.pid, one)[1:] == [("unload", "rules", "both"), ("load", "snapshot", "symbols")]
+    assert reported(ledger, mapper.pid, two)[3:] == [("unload", "rules", "symbols")]
+    assert reported(ledger, mapper.pid, one)[1:] == [("unload", "rules", "both"), ("load", "snapshot", "symbols")]
 
 
 def test_a_new_rule_on_executables_sees_those_that_run_and_those_that_start(
@@ -117,10 +117,10 @@ def test_a_new_rule_on_executables_sees_those_that_run_and_those_that_start(
     before, program = start(), Path(programs["mapper"])
     ledger = open_ledger(ONE)
     ledger.watcher.set_rules(Rule(r"/mapper$", name="programs", kind="executable"))
-    assert told(ledger, before.pid, program) == [("load", "snapshot", "programs")]
+    assert reported(ledger, before.pid, program) == [("load", "snapshot", "programs")]
     after = start()
     ledger.wait_load(after.pid, inode(program))
-    assert told(ledger, after.pid, program) == [("load", "exec", "programs")]
+    assert reported(ledger, after.pid, program) == [("load", "exec", "programs")]
 
 
 def test_callbacks_of_a_rule_that_is_replaced_end_before_those_of_the_new_one_begin(
@@ -189,8 +189,8 @@ def test_a_watch_without_a_snapshot_stays_silent_about_what_was_mapped_before(
     mapper.unmap(*at)
     mapper.map(two)
     ledger.wait_load(mapper.pid, inode(two))
-    assert told(ledger, mapper.pid, two) == [("load", "mmap", "both")]
-    assert told(ledger, mapper.pid, one) == []
+    assert reported(ledger, mapper.pid, two) == [("load", "mmap", "both")]
+    assert reported(ledger, mapper.pid, one) == []
 
 
 def test_rules_that_change_under_load_lose_nothing(
@@ -238,7 +238,7 @@ def test_every_load_of_a_rule_that_stays_is_told_while_others_come_and_go(
         done.set()
         changer.join()
     ledger.wait_for(lambda: len(ledger.of(mapper.pid)) >= 600, lambda: f"{len(ledger.of(mapper.pid))} of 600 events")
-    story = told(ledger, mapper.pid, one)
+    story = reported(ledger, mapper.pid, one)
     assert [event for event, _, _ in story] == ["load", "unload"] * 300
     assert {rule for _, _, rule in story} == {"one"}
     # A reading that the change makes may see what a call has done before the call itself is told.

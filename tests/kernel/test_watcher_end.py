@@ -18,7 +18,7 @@ from sowatch import Rule, Watcher, awatch, watch
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, UsageError
 from sowatch.model.events import LibraryEvent
-from sowatch.sources.core import BpfSource, Reading
+from sowatch.sources.core import BpfSource, ProcessScan
 from support import bpfsys, leaks
 from support.kernel import TAG, Calls, Ledger
 from support.programs import Mapper
@@ -56,7 +56,7 @@ def test_a_reader_that_falls_behind_is_told_so_and_then_what_is(
     ledger = open_ledger(Rule(NEW, name="rule"), config=Config(queue_events=10), snapshot=False)
     mapper = start()
     other = ledger.watcher.subscribe(events=("load", "unload"))
-    mapper.tell("loop", new, 500)
+    mapper.emit("loop", new, 500)
     mapper.map(new)
     ledger.wait_for(lambda: ledger.controls()[-1:] == ["repaired"], lambda: f"no repair: {ledger.controls()}", 30)
     ledger.wait_equal_of(mapper.pid, new.stat().st_ino)
@@ -163,7 +163,7 @@ def test_nothing_is_left_after_stop(start: Start, library: NewLibrary, deadline:
 class Failing(BpfSource):
     """The real source, but for one call that fails."""
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         raise BpfError("reading the iterator", 5)
 
 

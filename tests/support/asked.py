@@ -12,7 +12,19 @@ from sowatch.explain import MappingReport, PathReport, ProcessReport
 from support.kernel import TAG
 from support.programs import Mapper
 
-__all__ = ["OTHER", "PAGE", "WANTED", "NewLibrary", "Start", "Watch", "mapping", "pages", "path_of", "process", "told"]
+__all__ = [
+    "OTHER",
+    "PAGE",
+    "WANTED",
+    "NewLibrary",
+    "Start",
+    "Watch",
+    "mapping",
+    "pages",
+    "path_of",
+    "process",
+    "reported",
+]
 
 PAGE = 4096
 
@@ -45,7 +57,7 @@ def path_of(watcher: Watcher, path: Path | str) -> PathReport:
     return report
 
 
-def told(watcher: Watcher, pid: int, path: Path | str, wait_until: Any) -> MappingReport:
+def reported(watcher: Watcher, pid: int, path: Path | str, wait_until: Any) -> MappingReport:
     """The mapping of a file, once its load was told."""
 
     def find() -> MappingReport | None:

@@ -19,26 +19,26 @@ class Caller:
             self.open(library)
 
     def open(self, library: Path | str) -> None:
-        self._tell(f"open {library}")
+        self._emit(f"open {library}")
 
     def call(self, name: str, value: int = 0, *, times: int = 1) -> None:
-        self._tell(f"call {name} {value} {times}")
+        self._emit(f"call {name} {value} {times}")
 
     def call_in_threads(self, name: str, times: int, threads: int) -> None:
-        self._tell(f"threads {name} {times} {threads}")
+        self._emit(f"threads {name} {times} {threads}")
 
     def close_library(self) -> None:
-        self._tell("close")
+        self._emit("close")
 
     def fork_and_leave(self) -> None:
         """The process goes on as its own child; the parent has exited."""
-        self.pid = self._tell("fork")
+        self.pid = self._emit("fork")
 
     def end(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
-    def _tell(self, line: str) -> int:
+    def _emit(self, line: str) -> int:
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
         return self._answer()

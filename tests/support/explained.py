@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from sowatch.engine.activation import BlockedFile, RegisteredFile
-from sowatch.engine.address_space import Name
+from sowatch.engine.address_space import MappedFile
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain import FileLook, MappedIn, Try
 from sowatch.explain.assemble import (
@@ -27,7 +27,7 @@ from sowatch.linux.proc import Link, MapRow, Miss, Stat
 from sowatch.model.events import Library, LibraryEvent, Process
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Followed, Verdict
+from sowatch.sources.core import TrackedEntry, Verdict
 from support.records import File, Proc, key_of
 
 __all__ = [
@@ -82,7 +82,7 @@ def known_file(
     is_selected: bool = True,
     rules: RuleSet = ALL,
 ) -> KnownFile:
-    name = Name(Proc().map(file or File()), rules)
+    name = MappedFile(Proc().map(file or File()), rules)
     load = None
     if rule is not None:
         library = Library(name.path, name.file_id, kind=kind, build_id="aa", soname="libssl.so.3")
@@ -106,7 +106,7 @@ class Case:
         self.is_announced = True
         self.start_ns = 10_000_077
         self.is_known = True
-        self.followed: Followed | None = Followed(10_000_077, 1, False, True, False, 1, ((0x1000, 0x2000),))
+        self.followed: TrackedEntry | None = TrackedEntry(10_000_077, 1, False, True, False, 1, ((0x1000, 0x2000),))
         self.is_waiting = False
         self.is_silent = False
         self.exact: dict[Any, Verdict | None] = {}

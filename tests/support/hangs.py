@@ -62,13 +62,13 @@ class Hang:
 
     def hang(self) -> None:
         """From now on nothing can take the locks of its processes."""
-        self._tell("hang", "hung")
+        self._emit("hang", "hung")
 
     def free(self) -> None:
         """It is over."""
-        self._tell("free", "free")
+        self._emit("free", "free")
 
-    def _tell(self, word: str, answer: str) -> None:
+    def _emit(self, word: str, answer: str) -> None:
         assert self._process.stdin
         self._process.stdin.write(word.encode() + b"\n")
         said = self._answer()

@@ -24,8 +24,8 @@ from sowatch.model.config import Config
 from sowatch.model.events import Event, LibraryEvent, Ready
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import KINDS
-from sowatch.sources.core import BpfSource, Reading, Report
-from sowatch.sources.select import RUNGS
+from sowatch.sources.core import BpfSource, ProcessScan, Report
+from sowatch.sources.select import CANDIDATES
 from sowatch.watcher.watcher import ActiveFile
 from support.programs import Mapper
 
@@ -138,7 +138,7 @@ class Tap:
 @functools.cache
 def type_of_core() -> type[BpfSource]:
     """The class that strategy core uses on this kernel."""
-    source = RUNGS["core"].open(Config())
+    source = CANDIDATES["core"].open(Config())
     source.close()
     assert isinstance(source, BpfSource)
     return type(source)
@@ -165,13 +165,13 @@ def spans(records: list[Record]) -> list[tuple[int, int, int]]:
     return [(r.type, r.start, r.end) for r in records if isinstance(r, RangeRecord | MapRecord)]
 
 
-def reading_of(tap: Tap, pid: int) -> Reading:
+def scan_of(tap: Tap, pid: int) -> ProcessScan:
     """A reading of one process, which also clears its dirty bit."""
     tap.source.set_report(Report.RANGES)
-    reading = tap.source.read_process(pid)
+    scan = tap.source.scan_process(pid)
     tap.source.set_report(Report.NOTHING)
-    assert reading is not None
-    return reading
+    assert scan is not None
+    return scan
 
 
 def id_by_stat(path: Path | str) -> FileId:
@@ -252,7 +252,7 @@ def standing_still(watcher: Watcher) -> Iterator[None]:
         stands.set()
         over.wait()
 
-    asker = threading.Thread(target=lambda: engine.ask(stand, settled=False))
+    asker = threading.Thread(target=lambda: engine.ask(stand, synced=False))
     asker.start()
     stands.wait()
     try:
@@ -393,7 +393,7 @@ class Ledger:
             self._check(event)
             self._checked |= parts
 
-    def _told(self, event: LibraryEvent) -> str:
+    def _reported(self, event: LibraryEvent) -> str:
         """All that was told of the file of an event, in its process, for a message."""
         lines = [
             f"{one.t_ns} {one.event} {one.cause}"
@@ -415,24 +415,24 @@ class Ledger:
         file = event.library.id
         key = (event.rule, file)
         if event.event == "activate":
-            assert key not in self._active, f"a second activation: {self._told(event)}"
+            assert key not in self._active, f"a second activation: {self._reported(event)}"
             self._active[key] = 0
         elif event.event == "deactivate":
             held = self._active.pop(key, None)
-            assert held is not None, f"a deactivation without an activation: {self._told(event)}"
+            assert held is not None, f"a deactivation without an activation: {self._reported(event)}"
             assert held == 0 or event.cause == "stop", (
-                f"deactivated while {held} processes hold it: {self._told(event)}"
+                f"deactivated while {held} processes hold it: {self._reported(event)}"
             )
         else:
             assert event.process is not None
             files = self._held[event.process.id]
-            assert key in self._active, f"not between activation and deactivation: {self._told(event)}"
+            assert key in self._active, f"not between activation and deactivation: {self._reported(event)}"
             if event.event == "load":
-                assert file not in files, f"a second load without an unload: {self._told(event)}"
+                assert file not in files, f"a second load without an unload: {self._reported(event)}"
                 files[file] = event
                 self._active[key] += 1
             else:
-                assert file in files, f"an unload without a load: {self._told(event)}"
+                assert file in files, f"an unload without a load: {self._reported(event)}"
                 del files[file]
                 self._active[key] -= 1
 

@@ -53,12 +53,14 @@ def take_steady() -> Holdings:
 
 def differences(before: Holdings, after: Holdings) -> list[str]:
     """One line for each thing that came and stayed, or that the test closed without owning it."""
-    told = [f"fd {fd} -> {target} was left open" for fd, target in sorted(after.fds - before.fds)]
-    told += [f"fd {fd} -> {target} was closed, but was not the test's" for fd, target in sorted(before.fds - after.fds)]
-    told += [f"thread {tid} ({name}) still runs" for tid, name in sorted(after.threads - before.threads)]
-    told += [f"child {pid} ({what}) was not reaped" for pid, what in sorted(after.children - before.children)]
-    told += [f"{kind} {number} is still loaded" for kind, number in sorted(after.bpf - before.bpf)]
-    return told
+    reported = [f"fd {fd} -> {target} was left open" for fd, target in sorted(after.fds - before.fds)]
+    reported += [
+        f"fd {fd} -> {target} was closed, but was not the test's" for fd, target in sorted(before.fds - after.fds)
+    ]
+    reported += [f"thread {tid} ({name}) still runs" for tid, name in sorted(after.threads - before.threads)]
+    reported += [f"child {pid} ({what}) was not reaped" for pid, what in sorted(after.children - before.children)]
+    reported += [f"{kind} {number} is still loaded" for kind, number in sorted(after.bpf - before.bpf)]
+    return reported
 
 
 def settle(before: Holdings, timeout_s: float) -> list[str]:

@@ -260,7 +260,7 @@ class World:
         else:
             socket.send_fds(actor.connection, [packet.encode()], [given.fileno()])
 
-    def tell(self, actor: Actor, packet: str) -> list[str]:
+    def emit(self, actor: Actor, packet: str) -> list[str]:
         self._send(actor, packet)
         words = actor.receive()
         if words:
@@ -305,7 +305,7 @@ class World:
 
     def map_memory(self, actor: Actor, number: int, at: int, pages: int) -> None:
         """Maps a memfd that holds a copy of a library."""
-        where, *identity = self.tell(actor, f"memfd lib{number}.so {self._templates[number]} {at:#x} {pages}")
+        where, *identity = self.emit(actor, f"memfd lib{number}.so {self._templates[number]} {at:#x} {pages}")
         file = File(*map(int, identity))
         self.files[file] = f"lib{number}.so"
         self._put(actor.space, int(where, 0), pages, Page(file, next(self._calls), "rx", 0))
@@ -356,7 +356,7 @@ class World:
         """By name, and the name may have got another file since it was opened first."""
         space = actor.space
         path = self._present(number)
-        handle, start, end = self.tell(actor, f"dlopen {path}")
+        handle, start, end = self.emit(actor, f"dlopen {path}")
         pages, times = space.opened.get(handle, (range(int(start, 0), int(end, 0), PAGE), 0))
         if not times:
             self._put(space, pages.start, len(pages), Page(File.at(path), next(self._calls), "rx", 0))
@@ -364,7 +364,7 @@ class World:
 
     def dlclose(self, actor: Actor, handle: str) -> None:
         space = actor.space
-        self.tell(actor, f"dlclose {handle}")
+        self.emit(actor, f"dlclose {handle}")
         pages, times = space.opened.pop(handle)
         if times > 1:
             space.opened[handle] = (pages, times - 1)
@@ -376,17 +376,17 @@ class World:
     def loop(self, actor: Actor, kind: str, number: int, pause_us: int) -> None:
         """Starts a thread that maps and unmaps a library."""
         path = self._present(number)
-        self.tell(actor, f"loop {kind} {path} {pause_us}")
+        self.emit(actor, f"loop {kind} {path} {pause_us}")
         actor.loops.append(File.at(path))
 
     def stop(self, actor: Actor) -> None:
         """Ends such threads; they leave nothing mapped."""
-        self.tell(actor, "stop")
+        self.emit(actor, "stop")
         actor.loops.clear()
         self._learn(actor.space)
 
     def end_leader(self, actor: Actor) -> None:
-        actor.tid = int(self.tell(actor, "leaderexit")[0])
+        actor.tid = int(self.emit(actor, "leaderexit")[0])
 
     def _learn(self, space: Space) -> None:
         """Whatever threads that were ended by force left mapped is taken from ``/proc``."""
@@ -458,7 +458,7 @@ class World:
 
     def brief(self, parent: Actor, number: int, count: int) -> None:
         """Children that map a library and end at once."""
-        pids = self.tell(parent, f"brief {self._present(number)} {count}")
+        pids = self.emit(parent, f"brief {self._present(number)} {count}")
         self.pids += map(int, pids)
 
     def exec(self, actor: Actor, how: str) -> None:

@@ -118,7 +118,7 @@ class Judge:
             self._marker.steps.clear()
             yield
 
-    def told(self, world: World) -> set[tuple[int, File]]:
+    def reported(self, world: World) -> set[tuple[int, File]]:
         """Who has what by the events so far."""
         pids, ours = set(world.pids), world.files.keys() | {world.program}
         return {
@@ -176,13 +176,13 @@ class Judge:
         expected = self.expected(world)
         self._agree(world, self.by_proc(world), expected, "/proc")
         self.barrier()
-        self._ledger.wait_for(lambda: not self._untold(world, expected), lambda: self._story(world, expected))
+        self._ledger.wait_for(lambda: not self._not_reported(world, expected), lambda: self._story(world, expected))
         self._ledger.wait_for(
             lambda: not self._differences(world, self.published(world), expected), lambda: self._story(world, expected)
         )
         self._notice_announced(world)
         self.barrier()
-        assert not self._untold(world, expected), self._story(world, expected)
+        assert not self._not_reported(world, expected), self._story(world, expected)
         assert not self._differences(world, self.published(world), expected), self._story(world, expected)
         self.comparisons += 1
 
@@ -208,17 +208,17 @@ class Judge:
         return {actor.pid for actor in world.actors if actor.is_silent} - {pid for pid, _ in found}
 
     def _notice_announced(self, world: World) -> None:
-        heard = {pid for pid, _ in self.told(world)}
+        heard = {pid for pid, _ in self.reported(world)}
         for actor in world.actors:
             actor.is_silent = actor.is_silent and actor.pid not in heard
 
-    def _untold(self, world: World, expected: Map) -> set[tuple[int, File]]:
+    def _not_reported(self, world: World, expected: Map) -> set[tuple[int, File]]:
         """Where the events so far differ from the model."""
-        told = self.told(world)
-        silent = self._silent(world, told)
+        reported = self.reported(world)
+        silent = self._silent(world, reported)
         wanted = {key for key in expected if key[0] not in silent}
         # A restless file may be there at any moment, but must be if it also has pages that stay.
-        return (told ^ wanted) - (self._restless(world) - wanted)
+        return (reported ^ wanted) - (self._restless(world) - wanted)
 
     def _differences(self, world: World, found: Map, expected: Map) -> dict[tuple[int, File], tuple[Ranges, Ranges]]:
         silent = self._silent(world, set(found))
@@ -242,7 +242,7 @@ class Judge:
 
     def _story(self, world: World, expected: Map) -> str:
         differences = self._differences(world, self.published(world), expected)
-        lines = [f"untold: {self._untold(world, expected)}"]
+        lines = [f"untold: {self._not_reported(world, expected)}"]
         lines += [
             f"{pid} {file}: ours {_hex(ours)}, the model's {_hex(theirs)}"
             for (pid, file), (ours, theirs) in differences.items()

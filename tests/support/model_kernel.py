@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_DIRTY, FLAG_MPROTECT, FLAG_SHARED_VM
+from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_MPROTECT, FLAG_NEEDS_RESCAN, FLAG_SHARED_VM
 from sowatch.model.stats import Losses
-from sowatch.sources.core import Followed, Report
+from sowatch.sources.core import Report, TrackedEntry
 from sowatch.sources.scan_rows import group
 from sowatch.sources.unread import UnreadProcesses
 from support.records import PAGE, File, Proc
@@ -109,11 +109,11 @@ class Entry:
         self.start_ns = process.words.start_ns
         self.image = process.words.exec_id
         self.done = self.under_way = 0
-        self.dirty = self.introduced = self.shares_vm = False
+        self.needs_rescan = self.introduced = self.shares_vm = False
         self.pages = set()
 
     @property
-    def touches(self):
+    def activity(self):
         """What brought it here; 0 if nothing of it is wanted. No two programs of a process have one in common."""
         count = self.done << 4 | self.under_way
         return count and self.image << 16 | count
@@ -123,8 +123,8 @@ class Entry:
         new.done, new.shares_vm, new.pages = 1, self.shares_vm, set(self.pages)
         return new
 
-    def mark_dirty(self):
-        was, self.dirty = self.dirty, True
+    def mark_needs_rescan(self):
+        was, self.needs_rescan = self.needs_rescan, True
         return not was
 
 
@@ -171,13 +171,13 @@ class Kernel:
         return True
 
     def words(self, process, entry=None):
-        """The writer of a process's records; ``entry`` is what `touches` is taken from."""
-        process.words.touches = entry.touches if entry else 0
+        """The writer of a process's records; ``entry`` is what `activity` is taken from."""
+        process.words.activity = entry.activity if entry else 0
         return process.words
 
     def find(self, pid):
         entry = self.entries.get(pid)
-        return entry if entry and entry.touches else None
+        return entry if entry and entry.activity else None
 
     def entry_of(self, process):
         return self.entries.setdefault(process.pid, Entry(process))
@@ -199,45 +199,45 @@ class Kernel:
             entry.shares_vm = False
         return bool(entry.pages & set(pages))
 
-    def send_dirty(self, process, entry):
-        if entry and entry.mark_dirty():
-            self.send(process.words.dirty(t=self.tick_ns()))
+    def send_needs_rescan(self, process, entry):
+        if entry and entry.mark_needs_rescan():
+            self.send(process.words.needs_rescan(t=self.tick_ns()))
 
     def introduce(self, process, entry):
         if not entry.introduced:
             entry.introduced = self.send(self.words(process, entry).intro(t=self.tick_ns()))
 
-    def report_mapping(self, process, file, pages, *, is_alone, flags=0):
+    def report_mapping(self, process, file, pages, *, is_single_user, flags=0):
         if self.verdicts.get(file.key) is None:
             flags |= FLAG_ASK
         entry = self.entry_of(process)
         entry.pages |= set(pages)
         self.introduce(process, entry)
-        if not is_alone and entry.mark_dirty():
-            flags |= FLAG_DIRTY
+        if not is_single_user and entry.mark_needs_rescan():
+            flags |= FLAG_NEEDS_RESCAN
         words = self.words(process, entry)
-        words.touches += (1 << 4) - 1  # as it will be once this record is sent
+        words.activity += (1 << 4) - 1  # as it will be once this record is sent
         record = words.map(file, pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns(), flags=flags)
         yield  # the path is walked
         self.send(record)
         entry.done += 1
         entry.under_way -= 1
-        if not is_alone:
-            self.send_dirty(process, entry)
+        if not is_single_user:
+            self.send_needs_rescan(process, entry)
 
-    def report_gone(self, process, pages, *, is_alone, has_threads):
+    def report_gone(self, process, pages, *, is_single_user, has_threads):
         entry = self.find(process.pid)
         if has_threads:
-            self.send_dirty(process, entry)
+            self.send_needs_rescan(process, entry)
             return
-        flags = FLAG_DIRTY if not is_alone and entry and entry.mark_dirty() else 0
+        flags = FLAG_NEEDS_RESCAN if not is_single_user and entry and entry.mark_needs_rescan() else 0
         self.send(process.words.range(pages[0] * PAGE, (pages[-1] + 1) * PAGE, t=self.tick_ns(), flags=flags))
 
     # ---- system calls; each yield is a moment in which anything may happen ----------------------
 
     def mmap(self, process, file, at, count, *, is_fixed):
         mm, has_threads = process.mm, len(process.tasks) > 1
-        is_alone = mm.users == 1
+        is_single_user = mm.users == 1
         maps = self.verdicts.get(file.key) is not False
         if maps:
             self.entry_of(process).under_way += 1
@@ -259,16 +259,16 @@ class Kernel:
         if maps or unmaps:
             yield
         if unmaps:
-            self.report_gone(process, pages, is_alone=is_alone, has_threads=has_threads)
+            self.report_gone(process, pages, is_single_user=is_single_user, has_threads=has_threads)
         if maps:
-            yield from self.report_mapping(process, file, pages, is_alone=is_alone)
+            yield from self.report_mapping(process, file, pages, is_single_user=is_single_user)
         mm.in_flight.subtract(pages)
 
     def munmap(self, process, at, count, *, only_hides=False, moves=False):
         mm, pages, has_threads = process.mm, range(at, at + count), len(process.tasks) > 1
         if any(mm.in_flight[page] for page in pages):
             return
-        is_alone = mm.users == 1
+        is_single_user = mm.users == 1
         is_noted = self.matters(process, pages)
         mm.in_flight.update(pages)
         if is_noted:
@@ -284,11 +284,11 @@ class Kernel:
         if not is_noted:
             return
         yield
-        self.report_gone(process, pages, is_alone=is_alone, has_threads=has_threads or moves)
+        self.report_gone(process, pages, is_single_user=is_single_user, has_threads=has_threads or moves)
 
     def mprotect_exec(self, process, at, *, is_busy):
         mm = process.mm
-        is_alone = mm.users == 1
+        is_single_user = mm.users == 1
         if at not in mm.hidden or mm.in_flight[at]:
             return
         mm.in_flight[at] += 1
@@ -299,14 +299,16 @@ class Kernel:
         yield
         mm.in_flight[at] -= 1
         file, first, end = next(vma for vma in mm.vmas() if vma[1] <= at < vma[2])
-        if is_busy and not is_alone:  # bpf_find_vma found the lock taken
-            self.send_dirty(process, entry)
+        if is_busy and not is_single_user:  # bpf_find_vma found the lock taken
+            self.send_needs_rescan(process, entry)
             entry.done += 1
             entry.under_way -= 1
         elif self.verdicts.get(file.key) is False:
             entry.under_way -= 1
         else:
-            yield from self.report_mapping(process, file, range(first, end), is_alone=is_alone, flags=FLAG_MPROTECT)
+            yield from self.report_mapping(
+                process, file, range(first, end), is_single_user=is_single_user, flags=FLAG_MPROTECT
+            )
 
     def fork(self, task, *, is_shared, is_vfork):
         parent = task.process
@@ -317,7 +319,7 @@ class Kernel:
         self.has_shared |= is_shared
         mm = parent.mm
         child = Process(free[0], self.forks, mm if is_shared else mm.copy(), parent.words.exec_id)
-        is_alone = mm.users == 1
+        is_single_user = mm.users == 1
         first = child.new_task()
         first.waits_for = first  # not before its parent has told of it
         child.is_new = True
@@ -325,12 +327,12 @@ class Kernel:
         if is_vfork or not is_shared:
             yield
         entry = self.find(parent.pid)
-        flags = FLAG_SHARED_VM if is_shared else 0 if is_alone else FLAG_DIRTY
+        flags = FLAG_SHARED_VM if is_shared else 0 if is_single_user else FLAG_NEEDS_RESCAN
         if entry or self.report & Report.PROCESSES:
             inherited = None
             if entry:
                 inherited = self.entries[child.pid] = entry.copy(child)
-                inherited.dirty = bool(flags & FLAG_DIRTY)
+                inherited.needs_rescan = bool(flags & FLAG_NEEDS_RESCAN)
                 if is_shared:
                     entry.shares_vm = inherited.shares_vm = True
             has_exe = bool(entry and entry.introduced)
@@ -364,11 +366,11 @@ class Kernel:
         yield
         process.is_in_exec = False
 
-    def exit(self, task, *, is_told_twice):
+    def exit(self, task, *, is_reported_twice):
         process = task.process
         self.leave_space(process, [one for one in process.tasks if one is not task])
         process.is_live = False
-        for _ in range(1 + is_told_twice):
+        for _ in range(1 + is_reported_twice):
             yield
             if self.find(process.pid) or self.report & Report.PROCESSES:
                 self.send(process.words.exit(t=self.tick_ns()))
@@ -424,7 +426,7 @@ class Kernel:
         if what == "exec":
             return self.exec(task)
         if what == "exit":
-            return self.exit(task, is_told_twice=b % 4 == 0)
+            return self.exit(task, is_reported_twice=b % 4 == 0)
         if what == "thread":
             process.new_task()
         elif len(process.tasks) > 1:  # thread_exit
@@ -471,7 +473,7 @@ class Kernel:
     def refresh(self):
         pass
 
-    def read_all(self):
+    def scan_all(self):
         meanwhile = []
         rows = []
         for pid in PIDS:
@@ -481,16 +483,16 @@ class Kernel:
         self.between()
         return group(rows), meanwhile
 
-    def read_process(self, pid):
+    def scan_process(self, pid):
         begin_ns = self.tick_ns()
         report = self.report
         self.report |= Report.VISITS
         self.between()
-        readings = group(self.visit(pid))
+        scans = group(self.visit(pid))
         self.report = report
-        for reading in readings:
-            reading.begin_ns = min(begin_ns, reading.begin_ns)
-            return reading
+        for scan in scans:
+            scan.begin_ns = min(begin_ns, scan.begin_ns)
+            return scan
         return None
 
     def visit(self, pid):
@@ -502,7 +504,7 @@ class Kernel:
         rows = []
         mm, entry, words = process.mm, self.find(pid), process.words
         if entry:
-            entry.dirty = False
+            entry.needs_rescan = False
         if entry or self.report & Report.VISITS:
             self.words(process, entry)
             rows.append(words.visit(t=self.tick_ns()))
@@ -532,19 +534,21 @@ class Kernel:
     def answer(self, keys, *, is_wanted):
         self.verdicts.update(dict.fromkeys(keys, is_wanted))
 
-    def followed(self, pid):
+    def tracked(self, pid):
         entry = self.entries.get(pid)
         if entry is None:
             return None
-        return Followed(entry.start_ns, 0, entry.dirty, entry.introduced, entry.shares_vm, entry.touches, ())
+        return TrackedEntry(
+            entry.start_ns, 0, entry.needs_rescan, entry.introduced, entry.shares_vm, entry.activity, ()
+        )
 
-    def settle(self, pid, start_ns, touches):
+    def untrack(self, pid, start_ns, activity):
         self.between()
         entry = self.entries.get(pid)
         if entry is None or entry.start_ns != start_ns:
             return False
-        entry.introduced = entry.dirty = False
-        if entry.under_way or entry.shares_vm or entry.touches != touches:
+        entry.introduced = entry.needs_rescan = False
+        if entry.under_way or entry.shares_vm or entry.activity != activity:
             return False
         entry.done = 0
         return True

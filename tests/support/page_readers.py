@@ -17,7 +17,7 @@ class Page:
     def __init__(self) -> None:
         self.is_open = asyncio.Event()
         self.loads = 0
-        self.told = asyncio.Condition()
+        self.reported = asyncio.Condition()
 
     async def follow(self, port: int) -> None:
         """Reads until the stream ends."""
@@ -25,15 +25,15 @@ class Page:
         writer.write(f"GET /page/updates HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         while line := await reader.readline():
             if line.startswith(b"data: "):
-                async with self.told:
+                async with self.reported:
                     self.loads = json.loads(line[6:])["status"]["loads"]
                     self.is_open.set()
-                    self.told.notify_all()
+                    self.reported.notify_all()
 
     async def wait_for(self, loads: int) -> None:
         """Waits until so many loads were told."""
-        async with self.told:
-            await self.told.wait_for(lambda: self.loads == loads)
+        async with self.reported:
+            await self.reported.wait_for(lambda: self.loads == loads)
 
 
 async def main(port: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""A `ProcfsSource` and a `Tracker` that a test drives by hand: a look when it says so, and what came of it."""
+"""A `ProcfsSource` and a `MappingTable` that a test drives by hand: a look when it says so, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sowatch.engine.address_space import Change
-from sowatch.engine.table import Causes, Tracker
+from sowatch.engine.table import Causes, MappingTable
 from sowatch.model.config import Config
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
@@ -26,9 +26,9 @@ class Poller:
     def __init__(self, pattern: str, **config: Any) -> None:
         self.source = ProcfsSource(Config(**config))
         self.rules = RuleSet([Rule(pattern, kind=("library", "executable", "interpreter", "other"))])
-        self.tracker = Tracker(self.rules)
-        readings, records = self.source.read_all()
-        self.tracker.merge(readings, records, Causes("snapshot", "repair"), is_start=True)
+        self.table = MappingTable(self.rules)
+        scans, records = self.source.scan_all()
+        self.table.merge(scans, records, Causes("snapshot", "repair"), is_start=True)
         self.snapshot = self._take()
         self.changes: list[Change] = []
 
@@ -44,11 +44,11 @@ class Poller:
         for _ in range(times):
             self.source.refresh()
             for record in self.source.drain():
-                self.tracker.apply(record)
+                self.table.apply(record)
             self.changes += self._take()
-        return self.told(self.changes[before:])
+        return self.reported(self.changes[before:])
 
-    def told(self, changes: list[Change]) -> list[str]:
+    def reported(self, changes: list[Change]) -> list[str]:
         """``+10 libssl.so mmap`` for a load, with the last part of the path."""
         return [
             f"{'+' if one.is_load else '-'}{one.process.pid} {Path(one.name.path).name} {one.cause}" for one in changes
@@ -56,7 +56,7 @@ class Poller:
 
     def held(self, pid: int) -> set[int]:
         """The inodes that the map has for a process."""
-        process = self.tracker.get(pid)
+        process = self.table.get(pid)
         return set() if process is None else {file.inode for file in process.space.files}
 
     def check_alternation(self) -> None:
@@ -68,14 +68,14 @@ class Poller:
             (files.add if change.is_load else files.remove)(change.name.file_id)
 
     def _take(self) -> list[Change]:
-        wanted, ignored = self.tracker.take_answers()
+        wanted, ignored = self.table.take_answers()
         self.source.answer(wanted, is_wanted=True)
         self.source.answer(ignored, is_wanted=False)
-        for pid, start_ns, touches in self.tracker.take_idle():
-            if self.source.settle(pid, start_ns, touches):
-                self.tracker.settled(pid, start_ns)
-        assert not self.tracker.dirty  # a look leaves no doubt
-        return self.tracker.take_changes()
+        for pid, start_ns, activity in self.table.take_idle():
+            if self.source.untrack(pid, start_ns, activity):
+                self.table.untracked(pid, start_ns)
+        assert not self.table.needs_rescan  # a look leaves no doubt
+        return self.table.take_changes()
 
 
 def mapped(pid: int, below: Path) -> set[int]:

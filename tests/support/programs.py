@@ -174,7 +174,7 @@ class Mapper:
         else:
             self._input.write(line)
 
-    def tell(self, *words: object) -> list[str]:
+    def emit(self, *words: object) -> list[str]:
         """Give a command and return the words of its answer.
 
         Raises:
@@ -198,16 +198,16 @@ class Mapper:
 
     def map(self, path: Path | str, *words: object) -> tuple[int, int]:
         """Map a file, executable unless told otherwise: its address and length."""
-        at, length = self.tell("map", path, *words)
+        at, length = self.emit("map", path, *words)
         return int(at, 16), int(length)
 
     def unmap(self, at: int, length: int) -> None:
         """Unmap a range."""
-        self.tell("unmap", f"{at:x}", length)
+        self.emit("unmap", f"{at:x}", length)
 
     def protect(self, at: int, length: int, protection: str) -> None:
         """Change the protection of a range to ``r``, ``rx``, ``rw`` or ``rwx``."""
-        self.tell("protect", f"{at:x}", length, protection)
+        self.emit("protect", f"{at:x}", length, protection)
 
     def fork(self, *, how: str = "fork") -> Mapper:
         """A child that takes commands of its own; ``how="clonevm"`` shares the address space."""
@@ -224,7 +224,7 @@ class Mapper:
 
     def exec(self, *, how: str = "exec") -> None:
         """Execute the mapper anew in place; ``how="execthread"`` does so from another thread."""
-        self.tell(how, self._program)
+        self.emit(how, self._program)
         assert int(self._answer()[0]) == self.pid
 
     def exit(self, code: int = 0) -> None:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from sowatch.bpf import records as wire
 from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType
 from sowatch.model.identity import TICK_NS, FileId
-from sowatch.sources.scan_rows import Reading, group
+from sowatch.sources.scan_rows import ProcessScan, group
 
-__all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "reading", "text_of", "to_bytes"]
+__all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "scan", "text_of", "to_bytes"]
 
 R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord)
 
@@ -92,7 +92,7 @@ class Proc:
     interpreter_base: int = 0
     exec_id: int = 1
     #: How many mappings made the kernel follow it, as its next records say.
-    touches: int = 1
+    activity: int = 1
 
     @property
     def start_ns(self) -> int:
@@ -100,7 +100,7 @@ class Proc:
         return self.start_ticks * TICK_NS + 77
 
     def _head(self, kind: int, t_ns: int, flags: int) -> tuple[int, ...]:
-        return (0, kind, flags, self.pid, self.pid, self.start_ns, t_ns, self.exec_id, self.touches)
+        return (0, kind, flags, self.pid, self.pid, self.start_ns, t_ns, self.exec_id, self.activity)
 
     def map(self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0) -> MapRecord:
         """RECORD_MAP: ``file`` at [start, end); a page if no end is given."""
@@ -111,17 +111,19 @@ class Proc:
         where = file.key, start, end, 0, file.changed_ns, file.place
         return _sized(MapRecord(*head, *where, _comm(self.comm), file.mode, len(text), text))
 
-    def claim(self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0) -> MapRecord:
-        """The same with FLAG_DIRTY: the one that turned the bit on."""
-        return self.map(file, start, end, t=t, flags=flags | wire.FLAG_DIRTY)
+    def tentative(
+        self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0
+    ) -> MapRecord:
+        """The same with FLAG_NEEDS_RESCAN: the one that turned the bit on."""
+        return self.map(file, start, end, t=t, flags=flags | wire.FLAG_NEEDS_RESCAN)
 
     def range(self, start: int, end: int, *, t: int = 0, flags: int = 0) -> RangeRecord:
         """RECORD_RANGE."""
         return _sized(RangeRecord(*self._head(RecordType.RANGE, t, flags), start, end))
 
-    def dirty(self, *, t: int = 0) -> RangeRecord:
-        """RECORD_DIRTY."""
-        return _sized(RangeRecord(*self._head(RecordType.DIRTY, t, wire.FLAG_DIRTY), 0, 0))
+    def needs_rescan(self, *, t: int = 0) -> RangeRecord:
+        """RECORD_NEEDS_RESCAN."""
+        return _sized(RangeRecord(*self._head(RecordType.NEEDS_RESCAN, t, wire.FLAG_NEEDS_RESCAN), 0, 0))
 
     def exit(self, *, t: int = 0) -> RangeRecord:
         """RECORD_EXIT."""
@@ -168,10 +170,10 @@ class Proc:
         )
 
 
-def reading(
+def scan(
     proc: Proc, begin: int, end: int, *rows: MapRecord, intro: bool = False, space: int = 0, flags: int = 0
-) -> Reading:
-    """A Reading of one process; its rows are records of `Proc.map`, ``flags`` those of the visit."""
+) -> ProcessScan:
+    """A ProcessScan of one process; its rows are records of `Proc.map`, ``flags`` those of the visit."""
     first: list[Record] = [proc.visit(t=begin, space=space, flags=flags)]
     if intro:
         first.append(proc.intro(t=begin))

@@ -22,8 +22,8 @@ __all__ = [
     "OFTEN",
     "SCENARIOS",
     "STRATEGIES",
+    "Reported",
     "Stage",
-    "Told",
     "exec_maps_the_program_itself",
 ]
 
@@ -47,7 +47,7 @@ ENDED = ("unload", "exit")
 REPLACED = ("unload", "exec")
 
 
-class Told(NamedTuple):
+class Reported(NamedTuple):
     """What one process has to be told to have had of one file."""
 
     pid: int
@@ -80,90 +80,96 @@ class Stage:
         return at, length
 
 
-def a_file_is_mapped_and_unmapped(stage: Stage) -> list[Told]:
+def a_file_is_mapped_and_unmapped(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     mapper.unmap(*stage.map(mapper, file))
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
 
 
-def a_process_ends(stage: Stage) -> list[Told]:
+def a_process_ends(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
     mapper.exit()
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, ENDED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, ENDED])]
 
 
-def a_child_inherits(stage: Stage) -> list[Told]:
+def a_child_inherits(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
     child = stage.fork(mapper)
     stage.ledger.wait_load(child.pid, file.stat().st_ino)
     child.exit()
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(child.pid, file.stat().st_ino, [INHERITED, ENDED])]
+    return [
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED]),
+        Reported(child.pid, file.stat().st_ino, [INHERITED, ENDED]),
+    ]
 
 
-def a_child_unmaps_what_it_inherited(stage: Stage) -> list[Told]:
+def a_child_unmaps_what_it_inherited(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     at = stage.map(mapper, file)
     child = stage.fork(mapper)
     stage.ledger.wait_load(child.pid, file.stat().st_ino)
     child.unmap(*at)
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(child.pid, file.stat().st_ino, [INHERITED, UNMAPPED])]
+    return [
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED]),
+        Reported(child.pid, file.stat().st_ino, [INHERITED, UNMAPPED]),
+    ]
 
 
-def exec_drops_everything(stage: Stage) -> list[Told]:
+def exec_drops_everything(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
     mapper.exec()
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
 
 
-def a_thread_executes_another_program(stage: Stage) -> list[Told]:
+def a_thread_executes_another_program(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
     mapper.exec(how="execthread")
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, REPLACED])]
 
 
-def protection_goes_and_comes_back(stage: Stage) -> list[Told]:
+def protection_goes_and_comes_back(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     at = stage.map(mapper, file)
     mapper.protect(*at, "r")
     stage.ledger.wait_unload(mapper.pid, file.stat().st_ino)
     mapper.protect(*at, "rx")
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED, MAPPED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED, MAPPED])]
 
 
-def another_file_takes_its_place(stage: Stage) -> list[Told]:
+def another_file_takes_its_place(stage: Stage) -> list[Reported]:
     mapper, file, other = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"libother{TAG}.so")
     at, length = stage.map(mapper, file)
     mapper.map(other, "at", f"{at:x}", "len", length)
     return [
-        Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED]),
-        Told(mapper.pid, other.stat().st_ino, [MAPPED]),
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED]),
+        Reported(mapper.pid, other.stat().st_ino, [MAPPED]),
     ]
 
 
-def a_process_with_threads_maps_and_unmaps(stage: Stage) -> list[Told]:
+def a_process_with_threads_maps_and_unmaps(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
-    mapper.tell("thread", "idle", file)
+    mapper.emit("thread", "idle", file)
     mapper.unmap(*stage.map(mapper, file))
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
 
 
-def the_leader_ends_first(stage: Stage) -> list[Told]:
+def the_leader_ends_first(stage: Stage) -> list[Reported]:
     mapper, file, later = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"liblater{TAG}.so")
     stage.map(mapper, file)
-    mapper.tell("leaderexit")
+    mapper.emit("leaderexit")
     stage.map(mapper, later)
     mapper.exit()
     return [
-        Told(mapper.pid, file.stat().st_ino, [MAPPED, ENDED]),
-        Told(mapper.pid, later.stat().st_ino, [MAPPED, ENDED]),
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED, ENDED]),
+        Reported(mapper.pid, later.stat().st_ino, [MAPPED, ENDED]),
     ]
 
 
-def an_address_space_is_shared(stage: Stage) -> list[Told]:
+def an_address_space_is_shared(stage: Stage) -> list[Reported]:
     mapper, file, later = stage.start(), stage.library(f"libone{TAG}.so"), stage.library(f"liblater{TAG}.so")
     stage.map(mapper, file)
     child = stage.fork(mapper, how="clonevm")
@@ -172,50 +178,53 @@ def an_address_space_is_shared(stage: Stage) -> list[Told]:
     stage.ledger.wait_unload(mapper.pid, later.stat().st_ino)
     child.exit()
     return [
-        Told(mapper.pid, file.stat().st_ino, [MAPPED]),
-        Told(mapper.pid, later.stat().st_ino, [MAPPED, UNMAPPED]),
-        Told(child.pid, file.stat().st_ino, [INHERITED, ENDED]),
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED]),
+        Reported(mapper.pid, later.stat().st_ino, [MAPPED, UNMAPPED]),
+        Reported(child.pid, file.stat().st_ino, [INHERITED, ENDED]),
     ]
 
 
-def a_child_of_vfork_has_nothing_of_its_parents(stage: Stage) -> list[Told]:
+def a_child_of_vfork_has_nothing_of_its_parents(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
-    (pid,) = mapper.tell("vfork", "/bin/true")
-    mapper.tell("wait", pid)
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(int(pid), file.stat().st_ino, [])]
+    (pid,) = mapper.emit("vfork", "/bin/true")
+    mapper.emit("wait", pid)
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED]), Reported(int(pid), file.stat().st_ino, [])]
 
 
-def a_file_that_is_deleted_stays_mapped(stage: Stage) -> list[Told]:
+def a_file_that_is_deleted_stays_mapped(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     inode = file.stat().st_ino
     stage.map(mapper, file)
     file.unlink()
     child = stage.fork(mapper)
     stage.ledger.wait_load(child.pid, inode)
-    return [Told(mapper.pid, inode, [MAPPED]), Told(child.pid, inode, [INHERITED])]
+    return [Reported(mapper.pid, inode, [MAPPED]), Reported(child.pid, inode, [INHERITED])]
 
 
-def a_file_is_mapped_for_a_moment(stage: Stage) -> list[Told]:
+def a_file_is_mapped_for_a_moment(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     mapper.unmap(*mapper.map(file))
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
+    return [Reported(mapper.pid, file.stat().st_ino, [MAPPED, UNMAPPED])]
 
 
-def a_child_lives_for_a_moment(stage: Stage) -> list[Told]:
+def a_child_lives_for_a_moment(stage: Stage) -> list[Reported]:
     mapper, file = stage.start(), stage.library()
     stage.map(mapper, file)
     child = stage.fork(mapper)
     child.exit()
-    return [Told(mapper.pid, file.stat().st_ino, [MAPPED]), Told(child.pid, file.stat().st_ino, [INHERITED, ENDED])]
+    return [
+        Reported(mapper.pid, file.stat().st_ino, [MAPPED]),
+        Reported(child.pid, file.stat().st_ino, [INHERITED, ENDED]),
+    ]
 
 
-def exec_maps_the_program_itself(stage: Stage) -> list[Told]:
+def exec_maps_the_program_itself(stage: Stage) -> list[Reported]:
     mapper = stage.start()
     program = stage.programs["mapper"].stat().st_ino
     stage.ledger.wait_load(mapper.pid, program)
     mapper.exit()
-    return [Told(mapper.pid, program, [("load", "exec"), ENDED])]
+    return [Reported(mapper.pid, program, [("load", "exec"), ENDED])]
 
 
 SCENARIOS = (
@@ -239,7 +248,7 @@ SCENARIOS = (
 
 #: By strategy, the scenarios in which it may tell another story than the one that happened: which one happened,
 #: and what may be told instead.
-DIFFERENCES: dict[str, dict[Callable[[Stage], list[Told]], list[tuple[Story, Story]]]] = {
+DIFFERENCES: dict[str, dict[Callable[[Stage], list[Reported]], list[tuple[Story, Story]]]] = {
     "core": {},
     "runtime": {},
     # What has gone before it was looked up in /proc is counted as lost.

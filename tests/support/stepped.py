@@ -70,7 +70,7 @@ class Stall:
         self._write(command)
         assert self._line() == ["ok"]
 
-    def is_alone(self) -> bool:
+    def is_single_user(self) -> bool:
         """Whether the first thread is the only one."""
         return len(os.listdir(f"/proc/{self.pid}/task")) == 1
 
@@ -78,7 +78,7 @@ class Stall:
         """Lets the held call return. The child's pid, if it was a fork."""
         message = os.read(self._events, _UFFD_MESSAGE_BYTES)
         if message[0] == _UFFD_EVENT_FORK:
-            # Reading made a userfaultfd for the child, here.
+            # ProcessScan made a userfaultfd for the child, here.
             os.close(int.from_bytes(message[8:12], "little"))
         word, child = self._line()
         assert word == "done"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sowatch.bpf.records import Record
-from sowatch.engine.table import Causes, Tracker
+from sowatch.engine.table import Causes, MappingTable
 from support.records import File
 
-__all__ = ["BASE", "CRYPTO", "LIBC", "LIVE", "REPAIR", "SNAPSHOT", "SSL", "feed", "the_map", "told"]
+__all__ = ["BASE", "CRYPTO", "LIBC", "LIVE", "REPAIR", "SNAPSHOT", "SSL", "feed", "reported", "the_map"]
 
 LIVE = Causes("mmap", "munmap")
 REPAIR = Causes("repair", "repair")
@@ -18,23 +18,23 @@ LIBC = File("/usr/lib/libc.so.6", 102)
 BASE = 0x7F0000000000
 
 
-def told(tracker: Tracker) -> list[str]:
+def reported(table: MappingTable) -> list[str]:
     """What came (+) and went (-) since the last look."""
     return [
         f"{'+' if one.is_load else '-'}{one.process.pid} {one.name.path.rsplit('/', 1)[-1]} {one.cause}"
-        for one in tracker.take_changes()
+        for one in table.take_changes()
     ]
 
 
-def the_map(tracker: Tracker) -> dict[tuple[int, int], list[tuple[int, int]]]:
+def the_map(table: MappingTable) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """The ranges of each (pid, inode)."""
     return {
-        (process.id.pid, mapping.name.file_id.inode): sorted(mapping.ranges) for process, mapping in tracker.mappings()
+        (process.id.pid, mapping.name.file_id.inode): sorted(mapping.ranges) for process, mapping in table.mappings()
     }
 
 
-def feed(tracker: Tracker, *records: Record) -> list[str]:
-    """What these records told, as `told` says it."""
+def feed(table: MappingTable, *records: Record) -> list[str]:
+    """What these records told, as `reported` says it."""
     for record in records:
-        tracker.apply(record)
-    return told(tracker)
+        table.apply(record)
+    return reported(table)

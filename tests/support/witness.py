@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
-__all__ = ["Account", "Life", "Seen", "Witness", "WitnessLostRecords", "perf_is_missing"]
+__all__ = ["Account", "CrossCheck", "CrossCheckLostRecords", "Life", "Seen", "perf_is_missing"]
 
 
 class Seen(NamedTuple):
@@ -72,7 +72,7 @@ class Account:
         return [line for line in self.lines if any(name in line for name in names)]
 
 
-class WitnessLostRecords(Exception):
+class CrossCheckLostRecords(Exception):
     """perf itself lost records, so its word is worth nothing."""
 
 
@@ -85,7 +85,7 @@ def perf_is_missing() -> str | None:
     return None
 
 
-class Witness:
+class CrossCheck:
     """Records while the block runs; `account` gives what it saw once the block is left.
 
     Args:
@@ -113,7 +113,7 @@ class Witness:
         )
         os.close(to_perf)
         os.close(from_perf)
-        self._tell("enable")
+        self._emit("enable")
         self._markers = [_run_marker()]
         return self
 
@@ -141,7 +141,7 @@ class Witness:
         """What was seen; there once the block is left."""
         return self._account
 
-    def _tell(self, command: str) -> None:
+    def _emit(self, command: str) -> None:
         os.write(self._control, f"{command}\n".encode())
         answer = b""
         while not answer.startswith(b"ack\n"):
@@ -161,7 +161,7 @@ class Witness:
         self._account = _parse(os.fsdecode(result.stdout), self._said())
         seen = {mapping.pid for mapping in self._account.mappings}
         if not seen.issuperset(self._markers):
-            raise WitnessLostRecords("perf did not see the processes that mark the begin and the end of its work")
+            raise CrossCheckLostRecords("perf did not see the processes that mark the begin and the end of its work")
 
 
 def _run_marker() -> int:
@@ -181,7 +181,7 @@ _COMM_EXEC = re.compile(r" exec: .*:(\d+)/\d+$")
 
 def _parse(text: str, messages: str) -> Account:
     if re.search(r"\blost\b", messages, re.IGNORECASE):
-        raise WitnessLostRecords(messages)
+        raise CrossCheckLostRecords(messages)
     found = Account()
     for line in text.splitlines():
         parts = _LINE.search(line)
@@ -195,7 +195,7 @@ def _parse(text: str, messages: str) -> Account:
 
 def _take(found: Account, kind: str, rest: str, time_ns: int, line: str) -> None:
     if kind.startswith("LOST"):
-        raise WitnessLostRecords(line)
+        raise CrossCheckLostRecords(line)
     if kind == "MMAP2":
         _take_mapping(found, rest, time_ns, line)
     elif kind == "COMM":

@@ -80,20 +80,20 @@ class Workload:
     def fork_without_exec(self) -> None:
         """A child of a small parent that opens a library its parent does not have."""
         with Mapper(self.directory / "mapper", self.scratch) as parent:
-            parent.tell("dlopen", self.libraries[1])
+            parent.emit("dlopen", self.libraries[1])
             with parent.fork() as child:
-                child.tell("dlopen", self.libraries[2])
+                child.emit("dlopen", self.libraries[2])
                 with child.fork() as grandchild:
                     grandchild.map(self.libraries[3])
 
     def fork_of_threaded(self) -> None:
         """Children of a process whose other thread maps and unmaps meanwhile."""
         with Mapper(self.directory / "mapper", self.scratch) as parent:
-            parent.tell("thread", "loop", self.libraries[4])
+            parent.emit("thread", "loop", self.libraries[4])
             for _ in range(3):
                 with parent.fork() as child:
                     child.map(self.libraries[5])
-            parent.tell("thread", "stop")
+            parent.emit("thread", "stop")
 
     def fork_in_python(self) -> None:
         """A forked interpreter that opens a library and ends without exec."""
@@ -116,8 +116,8 @@ class Workload:
             mapper.map(self.libraries[1], "at", f"{at:x}")
             mapper.map(self.libraries[2], "noexec")
             moved, length = mapper.map(self.libraries[3])
-            mapper.tell("remap", f"{moved:x}", length, length + 65536)
-            mapper.tell("memfd", "some name", self.libraries[4])
+            mapper.emit("remap", f"{moved:x}", length, length + 65536)
+            mapper.emit("memfd", "some name", self.libraries[4])
             mapper.map(odd)
             odd.unlink()
             mapper.exec()
@@ -126,20 +126,20 @@ class Workload:
     def threads_that_interfere(self) -> None:
         """A leader that leaves first, exec from another thread, an fd replaced under mmap."""
         with Mapper(self.directory / "mapper", self.scratch) as mapper:
-            mapper.tell("leaderexit")
+            mapper.emit("leaderexit")
             mapper.map(self.libraries[1])
             mapper.exec(how="execthread")
-            mapper.tell("thread", "anon", "-")
-            mapper.tell("dup2race", self.libraries[2], self.libraries[3], 300)
-            mapper.tell("thread", "stop")
+            mapper.emit("thread", "anon", "-")
+            mapper.emit("dup2race", self.libraries[2], self.libraries[3], 300)
+            mapper.emit("thread", "stop")
 
     def ways_to_start(self) -> None:
         """Children by vfork and posix_spawn of a process with mappings of its own."""
         with Mapper(self.directory / "mapper", self.scratch) as mapper:
             mapper.map(self.libraries[0])
             for how in ("vfork", "spawn"):
-                (pid,) = mapper.tell(how, self.directory / "loader", self.libraries[1])
-                mapper.tell("wait", pid)
+                (pid,) = mapper.emit(how, self.directory / "loader", self.libraries[1])
+                mapper.emit("wait", pid)
 
     def plan(self, rounds: int) -> list[Callable[[], None]]:
         """Everything to do, in no particular order: some 350 processes a round."""

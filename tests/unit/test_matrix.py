@@ -29,7 +29,7 @@ from matrix.kernels import (
 from matrix.page import Run, is_news, read, render
 from sowatch.bpf.features import run_probes
 from sowatch.model.config import Config
-from sowatch.sources.select import RUNGS
+from sowatch.sources.select import CANDIDATES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/kernels.md"
@@ -87,7 +87,7 @@ def test_every_strategy_has_a_cell_that_its_options_force() -> None:
         forced = dict(zip(cell.options[::2], cell.options[1::2], strict=True))
         assert forced.pop("--strategy") == cell.strategy
         assert forced in ({}, {"--hooks": cell.hooks})
-    assert {cell.strategy for cell in CELLS} == RUNGS.keys()
+    assert {cell.strategy for cell in CELLS} == CANDIDATES.keys()
 
 
 def test_what_doctor_asks_is_in_the_table_of_features() -> None:

@@ -82,7 +82,7 @@ class Daemon:
         self._config_path = config_path
         self._notifier = notifier or Notifier()
         self._on_stopping = on_stopping
-        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._metrics = MetricRegistry(sample_interval_s=0.25)
         self._sampler = Sampler(self._metrics, version=version)
@@ -123,7 +123,7 @@ class Daemon:
             self._serve(stack, sockets, EventHub(subscription))
             self._start_thread(stack, self._audit_again_and_again, "sowatch-audit")
             if settings.reload:
-                watch = FileWatch(self._config_path, lambda: self._orders.put("reload"))
+                watch = FileWatch(self._config_path, lambda: self._commands.put("reload"))
                 stack.callback(watch.close)
                 watch.start()
             self._note_config(None)
@@ -198,16 +198,16 @@ class Daemon:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        orders = {signal.SIGTERM: "stop", signal.SIGINT: "stop", signal.SIGHUP: "hangup"}
+        commands = {signal.SIGTERM: "stop", signal.SIGINT: "stop", signal.SIGHUP: "hangup"}
         # SimpleQueue.put may be called from a handler that interrupts a get.
 
         def take(order: str) -> None:
-            self._orders.put(order)
+            self._commands.put(order)
             if order == "stop":
                 self._on_stopping()
 
         before = {
-            number: signal.signal(number, lambda *_, order=order: take(order)) for number, order in orders.items()
+            number: signal.signal(number, lambda *_, order=order: take(order)) for number, order in commands.items()
         }
         try:
             yield
@@ -227,7 +227,7 @@ class Daemon:
         every_s = min(_TURN_S, (self._notifier.watchdog_s or _TURN_S) / 3)
         while True:
             try:
-                order = self._orders.get(timeout=every_s)
+                order = self._commands.get(timeout=every_s)
             except queue.Empty:
                 order = ""
             if order == "stop":

@@ -15,12 +15,12 @@ from sowatch.model.identity import FileId
 __all__ = [
     "FLAG_AGAIN",
     "FLAG_ASK",
+    "FLAG_COMPAT",
     "FLAG_DELETED",
-    "FLAG_DIRTY",
     "FLAG_IMAGE",
     "FLAG_MANY",
     "FLAG_MPROTECT",
-    "FLAG_NARROW",
+    "FLAG_NEEDS_RESCAN",
     "FLAG_PARTIAL",
     "FLAG_SHARED_VM",
     "FLAG_THROTTLED",
@@ -44,7 +44,7 @@ class RecordType:
 
     MAP: Final = 1
     RANGE: Final = 2
-    DIRTY: Final = 3
+    NEEDS_RESCAN: Final = 3
     FORK: Final = 4
     EXEC: Final = 5
     EXIT: Final = 6
@@ -54,13 +54,13 @@ class RecordType:
 
 # enum record_flag
 FLAG_ASK: Final = 1 << 0
-FLAG_DIRTY: Final = 1 << 1
+FLAG_NEEDS_RESCAN: Final = 1 << 1
 FLAG_DELETED: Final = 1 << 2
 FLAG_PARTIAL: Final = 1 << 3
 FLAG_SHARED_VM: Final = 1 << 4
 FLAG_MPROTECT: Final = 1 << 5
 FLAG_IMAGE: Final = 1 << 6
-FLAG_NARROW: Final = 1 << 7
+FLAG_COMPAT: Final = 1 << 7
 FLAG_AGAIN: Final = 1 << 8
 FLAG_THROTTLED: Final = 1 << 9
 FLAG_MANY: Final = 1 << 10
@@ -93,7 +93,7 @@ class RangeRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
-    touches: int = 0
+    activity: int = 0
     start: int = 0
     end: int = 0
 
@@ -112,7 +112,7 @@ class MapRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
-    touches: int
+    activity: int
     key: Hashable
     start: int
     end: int
@@ -136,7 +136,7 @@ class ProcessRecord(NamedTuple):
     start_ns: int
     t_ns: int
     exec_id: int
-    touches: int
+    activity: int
     parent_start_ns: int
     parent_tgid: int
     ppid: int

@@ -96,7 +96,7 @@ class Selection:
     snapshot: bool
 
     @property
-    def is_narrow(self) -> bool:
+    def is_compat(self) -> bool:
         """Whether it asks for less than every library of every process."""
         return bool(self.pids) or self.container is not None or any(rule.pattern for rule in self.rules)
 

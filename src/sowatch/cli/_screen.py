@@ -22,7 +22,7 @@ from sowatch.model.escape import visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sowatch.inventory.inventory import Inventory, Picture
+    from sowatch.inventory.inventory import Inventory, InventoryView
 
 __all__ = ["show"]
 
@@ -47,14 +47,14 @@ def show(inventory: Inventory, state: State, out: Out, *, is_over: Callable[[], 
     live = Live(
         console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False, transient=True
     )
-    picture, due_s = inventory.look(), 0.0
+    view, due_s = inventory.look(), 0.0
     with Keys() as keys, live:
         while not is_over():
             if time.monotonic() >= due_s:
                 begun_s = time.monotonic()
-                picture = inventory.look()
+                view = inventory.look()
                 due_s = time.monotonic() + max(_LOOK_S, 10 * (time.monotonic() - begun_s))
-            live.update(_screen(inventory, picture, state, console), refresh=True)
+            live.update(_screen(inventory, view, state, console), refresh=True)
             out.flush()
             if out.reader_is_gone():
                 raise PipeClosed
@@ -68,14 +68,14 @@ def show(inventory: Inventory, state: State, out: Out, *, is_over: Callable[[], 
                 key = keys.get(0)
 
 
-def _screen(inventory: Inventory, picture: Picture, state: State, console: Console) -> Text:
+def _screen(inventory: Inventory, view: InventoryView, state: State, console: Console) -> Text:
     width, height = console.size
-    rows = rows_of(picture, state)
+    rows = rows_of(view, state)
     room = max(1, height - _OTHER_LINES)
     state.first = max(0, min(state.first, len(rows) - room))
     shown = rows[state.first : state.first + room]
     columns = _columns(state, width)
-    lines = [*_header(inventory, picture, state, len(rows), width), _head(columns, state, width)]
+    lines = [*_header(inventory, view, state, len(rows), width), _head(columns, state, width)]
     lines += [_row(row, columns, width) for row in shown]
     lines += [Text()] * (room - len(shown))
     lines.append(_keys(state, width))
@@ -83,26 +83,26 @@ def _screen(inventory: Inventory, picture: Picture, state: State, console: Conso
     return Text("\n", no_wrap=True, overflow="crop").join(lines[:height])
 
 
-def _header(inventory: Inventory, picture: Picture, state: State, found: int, width: int) -> list[Text]:
+def _header(inventory: Inventory, view: InventoryView, state: State, found: int, width: int) -> list[Text]:
     watcher, history = inventory.watcher, inventory.history()
     stats, ready = watcher.stats, watcher.ready
     lost = stats.lost_kernel + stats.lost_queue
     last = history[-1].loads if history else 0.0
-    count = len(picture.libraries if state.view == "libraries" else picture.processes)
+    count = len(view.libraries if state.view == "libraries" else view.processes)
     first = Text.assemble(
         ("sowatch ", "bold"),
         "" if ready is None else f"{visible(ready.host)}  {ready.strategy}, {ready.guarantee}  ",
-        (f"{len(picture.libraries)}", "bold"),
+        (f"{len(view.libraries)}", "bold"),
         " libraries  ",
-        (f"{len(picture.processes)}", "bold"),
+        (f"{len(view.processes)}", "bold"),
         " processes  ",
-        (f"{picture.mappings}", "bold"),
+        (f"{view.mappings}", "bold"),
         " mappings  ",
         (f"{lost}", "bold yellow" if lost else "bold"),
         " lost" if watcher.is_repaired else " lost, being repaired",
     )
-    if picture.left_out:
-        first.append(f"  {picture.left_out} mappings not shown", "bold yellow")
+    if view.left_out:
+        first.append(f"  {view.left_out} mappings not shown", "bold yellow")
     sparks = _sparks([second.loads for second in history], max(0, min(60, width - 50)))
     second = Text.assemble(
         (state.view, "bold"),

@@ -54,7 +54,7 @@ class Stopper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tell(b"q")
+        self._emit(b"q")
         self._thread.join()
         self._last_resort.call_off()
         for number, handler in self._before.items():
@@ -67,17 +67,17 @@ class Stopper:
     def stop_after(self, seconds: float) -> None:
         """Stop that many seconds from now."""
         self._end_s = time.monotonic() + seconds
-        self._tell(b"t")
+        self._emit(b"t")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_signal_s is None:
             self._first_signal_s = now
-            self._tell(b"s")
+            self._emit(b"s")
         elif now - self._first_signal_s > _INSISTING_S:
             os._exit(128 + number)  # the kernel cleans up: nothing is pinned
 
-    def _tell(self, byte: bytes) -> None:
+    def _emit(self, byte: bytes) -> None:
         with suppress(BlockingIOError):  # full of earlier bytes, which the thread has yet to see
             os.write(self._write_fd, byte)
 
@@ -90,12 +90,12 @@ class Stopper:
                 break
             poll.poll(min(left_s, _LONGEST_WAIT_S) * 1000)
             try:
-                told = os.read(self._read_fd, 64)
+                reported = os.read(self._read_fd, 64)
             except BlockingIOError:
                 continue
-            if b"q" in told:
+            if b"q" in reported:
                 return
-            if b"s" in told:
+            if b"s" in reported:
                 self._last_resort.arm()
                 break
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sowatch.inventory.inventory import LibraryRow, Picture, ProcessRow
+from sowatch.inventory.inventory import InventoryView, LibraryRow, ProcessRow
 from sowatch.model.escape import visible
 
 __all__ = ["VIEWS", "Column", "State", "cells", "head", "press", "rows_of"]
@@ -145,9 +145,9 @@ def _type(state: State, key: str) -> None:
     state.first = 0
 
 
-def rows_of(picture: Picture, state: State) -> list[Any]:
+def rows_of(view: InventoryView, state: State) -> list[Any]:
     """The rows that pass the filter, in order. Each word of the filter has to be in some cell."""
-    rows: list[Any] = list((picture.libraries if state.view == "libraries" else picture.processes).values())
+    rows: list[Any] = list((view.libraries if state.view == "libraries" else view.processes).values())
     words = state.filter.lower().split()
     if words:
         rows = [row for row in rows if all(word in _text(row) for word in words)]

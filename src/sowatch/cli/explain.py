@@ -11,8 +11,8 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
 --json gives one object. Of a process:
   schema, event "explain", target "process"; process and library as in events
   state running, zombie or kernel_thread; threads; leader_alive; bits 32, 64 or null
-  kernel  null, or followed, touches, range_count, ranges, dirty, shares_vm
-  map     null, or since, since_ns, files, announced, awaits_reading
+  kernel  null, or followed, activity, range_count, ranges, dirty, shares_vm
+  map     null, or since, since_ns, files, announced, awaits_rescan
   mappings, one for each file it has mapped executable:
     library, ranges, id_from map, verdict (the kernel's memory) or proc (which does not know
             the real device below overlayfs and btrfs)
@@ -22,7 +22,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     untold  why no load was told: no_rule, not_selected, passing (vfork), awaiting_facts,
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
-    file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;
+    file    opened_by map_files, root, own_view_id or null; tries: by, path, error; exports found;
             elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer,
             skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
@@ -225,12 +225,12 @@ def _process(report: ProcessReport) -> Iterator[str]:
     if report.state == "running":
         state.append("leader alive" if report.is_leader_alive else "its leader has ended, other threads go on")
     yield _line("state", ", ".join(state))
-    if followed is None or not followed.touches:
+    if followed is None or not followed.activity:
         is_settled = followed is not None
         yield _line("kernel", "does not follow it" + (": it did, and nothing of it was wanted" if is_settled else ""))
     else:
-        dirty = "a reading is owed" if followed.is_dirty else "no reading is owed"
-        yield _line("kernel", f"follows it: {followed.touches} touches, {followed.range_count} ranges known, {dirty}")
+        dirty = "a reading is owed" if followed.needs_rescan else "no reading is owed"
+        yield _line("kernel", f"follows it: {followed.activity} activity, {followed.range_count} ranges known, {dirty}")
     if known is None or report.known_since_ns is None:
         yield _line("map", "does not know it")
     else:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 NOT_PERMITTED = 3
 #: Strategies that find files in /proc, and so only those of processes that it may be asked about.
 _READ_FROM_PROC = ("prebuilt", "procfs")
-_REMEDY = "Reading all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
+_REMEDY = "ProcessScan all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
 _ORDERS = ("library", "process")
 _ID_LENGTH = 12
 

@@ -32,7 +32,7 @@ from sowatch.model.errors import UsageError
 from sowatch.model.events import SCHEMA, library_dict, process_dict
 
 if TYPE_CHECKING:
-    from sowatch.inventory.inventory import Inventory, LibraryRow, Picture, ProcessRow, Watched
+    from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, Watched
 
 _ORDERS: Final = ("library", "process")
 
@@ -84,22 +84,22 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
 
 def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) -> None:
     inventory.compare()
-    picture = inventory.look()
-    rows = rows_of(picture, state)
+    view = inventory.look()
+    rows = rows_of(view, state)
     if as_json:
         for seq, row in enumerate(rows, 1):
-            out.write(dumps(_object(picture, row, seq, state.view)) + "\n")
+            out.write(dumps(_object(view, row, seq, state.view)) + "\n")
         out.flush()
         return
     numbers = [at for at, column in enumerate(VIEWS[state.view]) if column.is_number]
     write_table(out, head(state.view), [cells(row, state.view) for row in rows], right=numbers)
 
 
-def _object(picture: Picture, row: LibraryRow | ProcessRow, seq: int, view: str) -> dict[str, Any]:
+def _object(inventory: InventoryView, row: LibraryRow | ProcessRow, seq: int, view: str) -> dict[str, Any]:
     found: dict[str, Any] = {"schema": SCHEMA, "event": "library" if view == "libraries" else "process", "seq": seq}
     if view == "libraries":
         library = cast("LibraryRow", row)
-        pids = sorted(picture.processes[number].process.pid for number in library.holders)
+        pids = sorted(inventory.processes[number].process.pid for number in library.holders)
         return found | {
             "library": library_dict(library.library),
             "pids": pids,

@@ -1,6 +1,6 @@
 """Address spaces: the files in one, where they are mapped, and the processes that hold it.
 
-Pure values and sums, no policy: `tracker` decides what changes when.
+Pure values and sums, no policy: `table` decides what changes when.
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ from sowatch.model.events import Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 
-__all__ = ["Change", "Found", "Mapping", "Name", "Range", "Removal", "Scanned", "Space", "Tracked"]
+__all__ = [
+    "AddressSpace",
+    "Change",
+    "MappedFile",
+    "Mapping",
+    "ProcessState",
+    "Range",
+    "Removal",
+    "Scanned",
+    "ScannedFiles",
+]
 
 
-class Name:
+class MappedFile:
     """A file under one name in one view of the file system: what the kernel's verdicts are about."""
 
     __slots__ = (
@@ -64,9 +74,9 @@ class Name:
     @property
     def is_anonymous(self) -> bool:
         """A memfd, SysV segment or shared anonymous memory: its one component may hold slashes."""
-        is_alone = self.text.count(b"\0") == 1
+        is_single_user = self.text.count(b"\0") == 1
         has_such_a_name = self.text.startswith((b"memfd:", b"SYSV", b"dev/zero"))
-        return self.is_deleted and ((is_alone and has_such_a_name) or self.path == "/dev/zero")
+        return self.is_deleted and ((is_single_user and has_such_a_name) or self.path == "/dev/zero")
 
 
 class Mapping(NamedTuple):
@@ -76,13 +86,13 @@ class Mapping(NamedTuple):
     first one, and what spans the others; then ``range_count`` is how many there are, at the least.
     """
 
-    name: Name
+    name: MappedFile
     is_image: bool
     ranges: tuple[Range, ...] = ()
     range_count: int | None = None
 
     @property
-    def where(self) -> tuple[Name, tuple[Range, ...], int | None]:
+    def where(self) -> tuple[MappedFile, tuple[Range, ...], int | None]:
         """Name, ranges and their number, as a `Change` has them."""
         return self.name, self.ranges, self.range_count
 
@@ -92,7 +102,7 @@ class Scanned:
 
     __slots__ = ("has_more", "name", "ranges", "row", "unlisted")
 
-    def __init__(self, name: Name, row: MapRecord) -> None:
+    def __init__(self, name: MappedFile, row: MapRecord) -> None:
         self.name = name
         self.row = row
         self.ranges: list[Range] = []
@@ -113,7 +123,7 @@ class Scanned:
 
 
 #: What a scan found of each wanted file.
-Found = dict[FileId, Scanned]
+ScannedFiles = dict[FileId, Scanned]
 
 
 class _Wide(NamedTuple):
@@ -174,21 +184,21 @@ class Removal(NamedTuple):
     is_unsure: bool
 
 
-class Space:
+class AddressSpace:
     """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
 
-    __slots__ = ("_layout", "holders", "is_doubted")
+    __slots__ = ("_layout", "needs_rescan", "sharers")
 
     def __init__(self) -> None:
         self._layout = _Layout()
-        self.holders: list[Tracked] = []
+        self.sharers: list[ProcessState] = []
         #: A holder has claimed something since the last reading. If that one is gone before it was
         #: read, another one has to be.
-        self.is_doubted = False
+        self.needs_rescan = False
 
-    def copy(self) -> Space:
+    def copy(self) -> AddressSpace:
         """What fork makes of it: the same until either changes."""
-        new = Space()
+        new = AddressSpace()
         new._layout = self._layout
         self._layout.sharers += 1
         return new
@@ -215,7 +225,7 @@ class Space:
             }
         return layout.mappings
 
-    def add(self, name: Name, start: int, end: int, *, is_image: bool) -> tuple[Mapping | None, list[Mapping]]:
+    def add(self, name: MappedFile, start: int, end: int, *, is_image: bool) -> tuple[Mapping | None, list[Mapping]]:
         """Gives a file one more range, beside what is there; the file if it is new here, and files that are gone."""
         file_id = name.file_id
         layout = self._writable()
@@ -244,7 +254,7 @@ class Space:
         layout.widen({file_id for _, _, keys in layout.ranges.within(start - 1, end + 1) for file_id in keys})
         return Removal(gone, is_unsure)
 
-    def replace(self, found: Found) -> tuple[list[Mapping], list[Scanned]]:
+    def replace(self, found: ScannedFiles) -> tuple[list[Mapping], list[Scanned]]:
         """Makes it hold what a scan found; the files that are gone, and those that came."""
         old = self._layout
         new = _Layout()
@@ -267,7 +277,7 @@ class Space:
         self._layout = new
         return [entry for file_id, entry in old.entries.items() if file_id not in found], came
 
-    def snapshot(self, found: Found, *, with_images: bool) -> RangeSnapshot[FileId]:
+    def snapshot(self, found: ScannedFiles, *, with_images: bool) -> RangeSnapshot[FileId]:
         """Its ranges beside those of a scan; of files that have too many it is not known where they are.
 
         Without ``with_images`` what exec has mapped is left out: scans show it, and no record reports it.
@@ -288,7 +298,7 @@ class Space:
         return layout
 
 
-class Tracked:
+class ProcessState:
     """A process the kernel follows for us, and what is known of it."""
 
     __slots__ = (
@@ -329,8 +339,8 @@ class Tracked:
         self.exec_id = 0
         #: A reading has shown its mappings.
         self.was_read = False
-        self.space = Space()
-        self.space.holders.append(self)
+        self.space = AddressSpace()
+        self.space.sharers.append(self)
         self._record: Process | None = None
 
     def learn(self, record: ProcessRecord) -> None:
@@ -398,6 +408,6 @@ class Change(NamedTuple):
     t_ns: int
     process: Process
     kind: str
-    name: Name
+    name: MappedFile
     ranges: tuple[Range, ...]
     range_count: int | None = None

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from cachetools import LRUCache
 
-from sowatch.engine.address_space import Change, Name
+from sowatch.engine.address_space import Change, MappedFile
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
@@ -206,7 +206,7 @@ class Inspector:
                     del self._unfinished[file_id]
         return taken
 
-    def known(self, name: Name) -> FileFacts | None:
+    def known(self, name: MappedFile) -> FileFacts | None:
         """The facts, if the file was read before and has not changed since."""
         with self._lock:
             # One that may be being written is looked at each time.
@@ -370,11 +370,11 @@ class Inspector:
             return None  # the kernel could not read it, and may do so yet
 
 
-def _version_of(name: Name) -> Version:
+def _version_of(name: MappedFile) -> Version:
     return Version(name.file_id, name.changed_ns, name.view, name.path, name.is_deleted)
 
 
-def host_path(proc_root: str, pid: int, name: Name, facts: FileFacts) -> str | None:
+def host_path(proc_root: str, pid: int, name: MappedFile, facts: FileFacts) -> str | None:
     """A path that opens the same file from here, as it was found when the file was opened; None if there is none."""
     if facts.place == "link":
         return facts.link

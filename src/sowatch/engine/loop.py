@@ -1,4 +1,4 @@
-"""The thread that drains the kernel: it turns round for its `Keeper`, and answers what others ask about the map.
+"""The thread that drains the kernel: it turns round for its `Reconciler`, and answers what others ask about the map.
 
 It never runs user code, reads no file but ``/proc`` and waits for nobody, so that the ring is emptied as fast as one
 thread can.
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-from sowatch.engine.address_space import Change, Mapping, Name
+from sowatch.engine.address_space import Change, MappedFile, Mapping
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
-from sowatch.engine.reconciler import Keeper
-from sowatch.engine.table import Tracker
+from sowatch.engine.reconciler import Reconciler
+from sowatch.engine.table import MappingTable
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
@@ -62,13 +62,13 @@ class Engine:
     Attributes:
         keeper: what works on that thread. Others may read its figures.
         ready: what `start` returned.
-        turned_s: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
+        last_iteration_s: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
     """
 
     def __init__(
         self,
         source: EventSource,
-        tracker: Tracker,
+        table: MappingTable,
         publisher: Publisher,
         rules: RuleSet,
         config: Config,
@@ -76,18 +76,18 @@ class Engine:
         silent_baseline: bool,
     ) -> None:
         self._source = source
-        self._tracker = tracker
+        self._table = table
         self._publisher = publisher
         self._silent = silent_baseline
         self._proc = ProcFs(config.proc_root)
-        self.keeper = Keeper(source, tracker, publisher, rules, config, silent_baseline=silent_baseline)
+        self.reconciler = Reconciler(source, table, publisher, rules, config, silent_baseline=silent_baseline)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = threading.Event()
         self._ready = threading.Event()
         self.ready: Ready | None = None
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self.turned_s = time.monotonic()
+        self.last_iteration_s = time.monotonic()
         self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
         self._deferred: list[tuple[Callable[[], None], Future[Any]]] = []
         self._has_ended = False
@@ -132,12 +132,12 @@ class Engine:
         if fd >= 0:
             os.eventfd_write(fd, 1)
 
-    def ask(self, question: Callable[[], T], *, settled: bool = True) -> T:
+    def ask(self, question: Callable[[], T], *, synced: bool = True) -> T:
         """Answers a question about the map on the engine's thread.
 
         Args:
             question: what to call there.
-            settled: with everything on its way taken in, and every doubt read away.
+            synced: with everything on its way taken in, and every doubt read away.
 
         Raises:
             SowatchError: the watch has ended.
@@ -146,9 +146,9 @@ class Engine:
         end_s = time.monotonic() + REST_S
 
         def job() -> None:
-            if settled:
-                self.keeper.settle_doubts()
-                if self.keeper.is_resting and time.monotonic() < end_s:
+            if synced:
+                self.reconciler.sync()
+                if self.reconciler.is_resting and time.monotonic() < end_s:
                     # Whoever asks again and again gets no scans that would not be made without them.
                     self._deferred.append((job, answer))
                     return
@@ -187,7 +187,7 @@ class Engine:
     def view(self) -> View:
         """The map for an audit."""
         found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
-        for process in self._tracker.processes():
+        for process in self._table.processes():
             if not process.is_announced:
                 found[process.id.pid] = None
                 continue
@@ -198,21 +198,21 @@ class Engine:
 
     def mappings(self) -> dict[ProcessId, dict[FileId, Mapping]]:
         """Where everything is mapped by now. Not to be changed."""
-        return {process.id: process.space.mappings() for process in self._tracker.processes()}
+        return {process.id: process.space.mappings() for process in self._table.processes()}
 
-    def known(self, pid: int | None, wants: Callable[[Name], bool]) -> Known:
+    def known(self, pid: int | None, wants: Callable[[MappedFile], bool]) -> Known:
         """What an explanation needs. The caller closes its ``verdicts``.
 
         Args:
             pid: of one process; None: all that have a file that is wanted.
             wants: which files.
         """
-        one = None if pid is None else self._tracker.get(pid)
-        told = self._publisher.held_copy()
+        one = None if pid is None else self._table.get(pid)
+        reported = self._publisher.held_copy()
         processes: dict[int, KnownProcess] = {}
-        for process in self._tracker.processes() if pid is None else [one] if one is not None else []:
+        for process in self._table.processes() if pid is None else [one] if one is not None else []:
             record = process.record()
-            loads = told.get(process.id, {})
+            loads = reported.get(process.id, {})
             files = []
             for file_id, mapping in process.space.mappings().items():
                 if wants(mapping.name):
@@ -226,15 +226,15 @@ class Engine:
                     record,
                     process.seen_ns,
                     process.is_announced,
-                    process.id.pid in self._tracker.dirty,
-                    process.id.pid in self._tracker.narrow,
+                    process.id.pid in self._table.needs_rescan,
+                    process.id.pid in self._table.compat,
                     tuple(files),
                 )
         return Known(
             processes,
-            None if pid is None else self._source.followed(pid),
+            None if pid is None else self._source.tracked(pid),
             self._source.open_verdicts(),
-            self._publisher.own_view,
+            self._publisher.own_view_id,
             self._publisher.is_waiting,
             self._silent,
             None if pid is None else self._source.unread.since_s(pid),
@@ -247,9 +247,9 @@ class Engine:
         try:
             poller.register(self._source.fileno(), select.EPOLLIN)
             poller.register(self._wake_fd, select.EPOLLIN)
-            self.keeper.take_snapshot(self._make_ready)
+            self.reconciler.take_snapshot(self._make_ready)
             self._loop(poller)
-            self.keeper.finish()
+            self.reconciler.finish()
         except BaseException as error:
             self._failure = error
             LOG.exception("the watch ended")
@@ -262,14 +262,14 @@ class Engine:
             poller.close()
             now_ns = time.time_ns()
             self._publisher.stop(now_ns)
-            self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.keeper.lost))
+            self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.reconciler.lost))
             self._publisher.end()
             self._ready.set()
             if self._is_left_behind:
                 self._source.close()
 
     def _loop(self, poller: select.epoll) -> None:
-        keeper = self.keeper
+        reconciler = self.reconciler
         next_tick = time.monotonic() + TICK_S
         wakes, window, deferred_until = 0, 0.0, 0.0
         while not self._stop.is_set():
@@ -283,18 +283,18 @@ class Engine:
                 time.sleep(BATCH_S)
                 now = time.monotonic()
             if now >= next_tick:
-                self.turned_s = now
-                keeper.tick()
+                self.last_iteration_s = now
+                reconciler.tick()
                 next_tick = now + TICK_S
             try:
-                ready = poller.poll(max(0.0, keeper.next_work_at(next_tick) - now))
+                ready = poller.poll(max(0.0, reconciler.next_work_at(next_tick) - now))
             except InterruptedError:
                 continue
             if any(fd == self._wake_fd for fd, _ in ready):
                 self._on_wake()
-            keeper.drain()
-            keeper.do_what_is_due(now)
-            if self._deferred and (not keeper.is_resting or now >= deferred_until):
+            reconciler.drain()
+            reconciler.do_what_is_due(now)
+            if self._deferred and (not reconciler.is_resting or now >= deferred_until):
                 jobs, self._deferred = self._deferred, []
                 self._do(jobs)
                 deferred_until = now + DEFERRED_S

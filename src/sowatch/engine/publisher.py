@@ -1,6 +1,6 @@
 """From changes of the map to events: file facts, rules, activation.
 
-Runs on the engine's thread; nothing here runs user code or touches a file.
+Runs on the engine's thread; nothing here runs user code or activity a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from sowatch.engine.activation import FileRegistry
-from sowatch.engine.address_space import Change, Name
+from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.file_inspector import FileFacts, Inspection, Inspector, host_path
 from sowatch.engine.subscription import Held, Subscription
 from sowatch.model.config import Config
@@ -69,14 +69,14 @@ class Publisher:
         self.inspector: Inspector | None = None
         self.selection = selection
         self._proc_root = proc_root
-        #: The agent's own view of the file system, as `tracker.Name.view` has it.
-        self.own_view = b""
+        #: The agent's own view of the file system, as `table.MappedFile.view` has it.
+        self.own_view_id = b""
         self._waiting: deque[tuple[Change, Inspection] | Callable[[], None]] = deque()
         self._waiting_bytes = 0
         self._limit_bytes = Config().queue_bytes if limit_bytes is None else limit_bytes
         self._held: Held = {}
         self._silent: set[tuple[ProcessId, FileId]] = set()
-        self._libraries: dict[tuple[int, str], tuple[Name, Library]] = {}
+        self._libraries: dict[tuple[int, str], tuple[MappedFile, Library]] = {}
         self._lock = threading.Lock()
         self._subscriptions: tuple[Subscription, ...] = ()
         self.loads = 0
@@ -160,7 +160,7 @@ class Publisher:
             if not self._waiting:
                 facts = self._facts(change)
                 if facts is not None:
-                    self._tell(change, facts)
+                    self._emit(change, facts)
                     continue
             self._waiting.append((change, self._inspect(change)))
             self._waiting_bytes += _bytes_of(change)
@@ -248,7 +248,7 @@ class Publisher:
                     facts = self._facts(change) or FileFacts()
                 waiting.popleft()
                 self._waiting_bytes -= _bytes_of(change)
-                self._tell(change, facts)
+                self._emit(change, facts)
             else:
                 waiting.popleft()
                 item()
@@ -288,9 +288,9 @@ class Publisher:
             done.facts = facts
             return done
         assert self.inspector is not None
-        return self.inspector.inspect(change, is_own_view=change.name.view == self.own_view, now_s=time.monotonic())
+        return self.inspector.inspect(change, is_own_view=change.name.view == self.own_view_id, now_s=time.monotonic())
 
-    def _tell(self, change: Change, facts: FileFacts) -> None:
+    def _emit(self, change: Change, facts: FileFacts) -> None:
         if change.is_load:
             self._load(change, facts)
         else:

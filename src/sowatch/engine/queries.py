@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
-from sowatch.engine.address_space import Name
+from sowatch.engine.address_space import MappedFile
 from sowatch.model.events import LibraryEvent, Process
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.sources.core import Followed, Verdicts
+from sowatch.sources.core import TrackedEntry, Verdicts
 
 __all__ = ["Held", "Known", "KnownFile", "KnownProcess", "View"]
 
@@ -31,7 +31,7 @@ View = Mapping[int, tuple[ProcessId, list[Held]] | None]
 class KnownFile(NamedTuple):
     """One file in one process, as the map has it. ``load`` is None if it was not told of."""
 
-    name: Name
+    name: MappedFile
     kind: str
     ranges: tuple[Range, ...]
     is_selected: bool
@@ -45,22 +45,22 @@ class KnownProcess(NamedTuple):
     process: Process
     since_ns: int
     is_announced: bool
-    awaits_reading: bool
-    is_narrow: bool
+    awaits_rescan: bool
+    is_compat: bool
     files: tuple[KnownFile, ...]
 
 
 class Known(NamedTuple):
     """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
 
-    ``followed`` is the kernel's entry of the process that was asked for. ``own_view`` is the root of
-    the agent as `sowatch.engine.address_space.Name.view` has it.
+    ``tracked`` is the kernel's entry of the process that was asked for. ``own_view_id`` is the root of
+    the agent as `sowatch.engine.address_space.MappedFile.view` has it.
     """
 
     processes: Mapping[int, KnownProcess]
-    followed: Followed | None
+    tracked: TrackedEntry | None
     verdicts: Verdicts
-    own_view: bytes
+    own_view_id: bytes
     is_waiting_for_facts: bool
     is_silent_start: bool
     #: The mappings of the process that was asked for cannot be read since then (CLOCK_MONOTONIC).

@@ -10,14 +10,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Final, Generic, TypeVar
 
-__all__ = ["MAX_CLAIMS", "Coverage", "Range", "RangeMap", "RangeSnapshot"]
+__all__ = ["MAX_TENTATIVE", "Coverage", "Range", "RangeMap", "RangeSnapshot"]
 
 Range = tuple[int, int]
 K = TypeVar("K", bound=Hashable)
 
 #: So many keys may be said to be at one address before it was scanned. At most one of them really is there, so the
 #: one that was said first goes: else a list of claims at one address could grow without limit.
-MAX_CLAIMS: Final = 8
+MAX_TENTATIVE: Final = 8
 
 
 class RangeMap(Generic[K]):
@@ -80,7 +80,7 @@ class RangeMap(Generic[K]):
         """The key is there from now on, beside what is there.
 
         Returns:
-            Keys that are nowhere any more: see `MAX_CLAIMS`.
+            Keys that are nowhere any more: see `MAX_TENTATIVE`.
         """
         first, last = self._overlapped(start, end)
         pieces: list[tuple[int, int, tuple[K, ...]]] = []
@@ -93,7 +93,7 @@ class RangeMap(Generic[K]):
             if low > at:
                 pieces.append((at, low, (key,)))
             at = min(high, end)
-            pieces.append((low, at, keys if key in keys else (*keys[1 - MAX_CLAIMS :], key)))
+            pieces.append((low, at, keys if key in keys else (*keys[1 - MAX_TENTATIVE :], key)))
             if high > end:
                 pieces.append((end, high, keys))
         if at < end:

@@ -1,4 +1,4 @@
-"""`Keeper`: keeps the map true. Takes records in, reads the processes in doubt, repairs losses.
+"""`Reconciler`: keeps the map true. Takes records in, reads the processes in doubt, repairs losses.
 
 Everything here happens on the thread of the ``engine``: it runs no user code, reads no file but ``/proc``, and waits
 for nobody.
@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from sowatch.bpf.records import Record
-from sowatch.engine.address_space import Change, Tracked
+from sowatch.engine.address_space import Change, ProcessState
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RescanSchedule
-from sowatch.engine.table import LIVE, Causes, Tracker
+from sowatch.engine.table import LIVE, Causes, MappingTable
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -24,22 +24,22 @@ from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
-from sowatch.sources.core import EventSource, Reading, Report
+from sowatch.sources.core import EventSource, ProcessScan, Report
 from sowatch.sources.unread import ScanTimeout
 
-__all__ = ["Keeper"]
+__all__ = ["Reconciler"]
 
 LOG = logging.getLogger("sowatch")
 
 #: More owed readings than this are one reading of all.
-MANY_READINGS: Final = 64
+MANY_RESCANS: Final = 64
 #: So long after its last reading nobody need know how often a process was read.
 PACE_MEMORY_S: Final = 10
 #: A repair that found losses going on is tried again after this, then after twice that, up to the second.
 FIRST_REPAIR_S: Final = 0.1
 SLOWEST_REPAIR_S: Final = 5.0
 #: After a reading of all for the sake of shared address spaces so many times its CPU time without one.
-STRANGERS_REST: Final = 20
+SHARERS_REST: Final = 20
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
 SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
@@ -59,7 +59,7 @@ RULES: Final = Causes("snapshot", "rules")
 SNAPSHOT: Final = Causes("snapshot", "repair")
 
 
-class Keeper:
+class Reconciler:
     """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
 
     Its figures may be read by any thread; everything else is for one thread, the engine's, which calls
@@ -81,7 +81,7 @@ class Keeper:
     def __init__(
         self,
         source: EventSource,
-        tracker: Tracker,
+        table: MappingTable,
         publisher: Publisher,
         rules: RuleSet,
         config: Config,
@@ -89,22 +89,22 @@ class Keeper:
         silent_baseline: bool,
     ) -> None:
         self._source = source
-        self._tracker = tracker
+        self._table = table
         self._publisher = publisher
         self._proc = ProcFs(config.proc_root)
         self._guard = AdaptiveRateLimit(source, config.max_records_s)
         self._silent = silent_baseline
         self._base = _base_report(rules)
-        self._turns = RescanSchedule()
-        self._turns.held = source.unread
+        self._schedule = RescanSchedule()
+        self._schedule.held = source.unread
         self._repair_at: float | None = None
         self._repair_wait_s = FIRST_REPAIR_S
-        self._strangers_at = 0.0
+        self._sharers_at = 0.0
         self._ttl_s = config.ignore_ttl_s
         self._names_at = time.monotonic() + self._ttl_s
         self._rules_again_at: float | None = None
         self._can_read_one = True
-        self._has_read_all = True
+        self._has_scanned_all = True
         #: Throttled processes that are to be read before their losses are repaired, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
@@ -120,21 +120,21 @@ class Keeper:
         self.records = 0
         self.rereads = 0
 
-    def look_at_ourselves(self) -> None:
+    def detect_own_identity(self) -> None:
         """Our own root, to tell which processes see the paths that we see; and our real pid."""
         own = self.own_pid
         try:
-            reading = self._source.read_process(own) if own else None
+            scan = self._source.scan_process(own) if own else None
         except ScanTimeout:
-            reading = None
-        if reading is None:
+            scan = None
+        if scan is None:
             return
-        self.own_pid = reading.tgid
+        self.own_pid = scan.tgid
         # If the kernel's numbers are not those of /proc, it would look up the wrong process.
-        self._can_read_one = reading.tgid == own
-        for row in reading.maps:
+        self._can_read_one = scan.tgid == own
+        for row in scan.maps:
             if isinstance(row.key, bytes):
-                self._publisher.own_view = row.key[40:56]
+                self._publisher.own_view_id = row.key[40:56]
                 break
 
     # ---- the thread's round -------------------------------------------------------------------
@@ -148,24 +148,24 @@ class Keeper:
         begun = time.monotonic()
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
-        readings, meanwhile = self._read_all()
-        again = self._tracker.merge(readings, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
-        self._doubt_unread(SNAPSHOT)
+        scans, meanwhile = self._scan_all()
+        again = self._table.merge(scans, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
+        self._mark_unread(SNAPSHOT)
         self._source.set_report(self._base)
-        changes = self._tracker.take_changes()
-        wanted, ignored = self._tracker.take_answers()
+        changes = self._table.take_changes()
+        wanted, ignored = self._table.take_answers()
         self._source.answer(wanted, is_wanted=True)
         self._source.answer(ignored, is_wanted=False)
         for pid in again:
-            self._tracker.dirty.setdefault(pid, LIVE)
-        self._settle()
+            self._table.needs_rescan.setdefault(pid, LIVE)
+        self._untrack()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
         if not self._silent:
             self._publisher.publish(found)
         else:
             self._publisher.take_silently(found)
-        self._publisher.announce(lambda: make_ready(len(readings), seconds))
+        self._publisher.announce(lambda: make_ready(len(scans), seconds))
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
         self._check_losses()
 
@@ -174,7 +174,7 @@ class Keeper:
         self._take(self._source.drain())
 
     def _take(self, records: list[Record]) -> None:
-        apply = self._tracker.apply
+        apply = self._table.apply
         for record in records:
             apply(record)
         self.records += len(records)
@@ -182,12 +182,12 @@ class Keeper:
 
     def next_work_at(self, next_tick: float) -> float:
         """When there is something to do even if the kernel says nothing."""
-        times = [next_tick, *self._turns.times()]
+        times = [next_tick, *self._schedule.times()]
         if self._publisher.is_waiting:
             times.append(time.monotonic() + FACTS_TURN_S)
         times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
-        if self._tracker.has_strangers:
-            times.append(self._strangers_at)
+        if self._table.has_untracked_sharers:
+            times.append(self._sharers_at)
         return min(times)
 
     def do_what_is_due(self, now: float) -> None:
@@ -196,17 +196,17 @@ class Keeper:
             self._take_readable()
         if self._publisher.is_waiting:
             self._publisher.flush(now)
-        if self._tracker.narrow:
-            for pid in self._turns.take_narrow(self._tracker.narrow, now):
-                self._tracker.dirty.setdefault(pid, LIVE)
-        if self._tracker.dirty or self._turns.due or self._throttled:
+        if self._table.compat:
+            for pid in self._schedule.take_compat(self._table.compat, now):
+                self._table.needs_rescan.setdefault(pid, LIVE)
+        if self._table.needs_rescan or self._schedule.due or self._throttled:
             self._reread()
         self._repair_if_due()
         if self._rules_again_at is not None and now >= self._rules_again_at:
             self._rules_again_at = None
             self._read_for_rules()
-        if self._tracker.has_strangers and now >= self._strangers_at:
-            self._look_for_strangers()
+        if self._table.has_untracked_sharers and now >= self._sharers_at:
+            self._scan_for_sharers()
 
     def tick(self) -> None:
         """Looks for losses, and lets old things go."""
@@ -215,7 +215,7 @@ class Keeper:
         waiting = self._source.drain()
         self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
         self._take(waiting)
-        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._tracker.throttled):
+        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._table.throttled):
             self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
         self._check_losses()
         if not self.is_repaired:
@@ -223,39 +223,39 @@ class Keeper:
         self._publisher.flush(time.monotonic())
         self._publisher.catch_up()
         self._look_at_recovered()
-        for child in self._tracker.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
-            self._tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+        for child in self._table.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
+            self._table.needs_rescan.setdefault(child.id.pid, Causes("fork", "munmap"))
         for pid in self._unscanned:
-            self._tracker.dirty.setdefault(pid, REPAIR)
-        self._turns.forget(time.monotonic() - PACE_MEMORY_S)
+            self._table.needs_rescan.setdefault(pid, REPAIR)
+        self._schedule.forget(time.monotonic() - PACE_MEMORY_S)
         if time.monotonic() >= self._names_at:
             # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
             self._names_at = time.monotonic() + self._ttl_s
-            self._tracker.has_strangers = True
+            self._table.has_untracked_sharers = True
 
     @property
     def is_resting(self) -> bool:
         """Whether a full scan is owed that has to wait, so that scans do not take all the time there is."""
-        return self._tracker.has_strangers and time.monotonic() < self._strangers_at
+        return self._table.has_untracked_sharers and time.monotonic() < self._sharers_at
 
-    def settle_doubts(self) -> None:
+    def sync(self) -> None:
         """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
 
         Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
         In a flood there is always more to read: after `SETTLING_S` what is left is left to its turn.
         """
         begun = time.monotonic()
-        for pid in self._tracker.narrow:
-            self._tracker.dirty.setdefault(pid, LIVE)
+        for pid in self._table.compat:
+            self._table.needs_rescan.setdefault(pid, LIVE)
         self._source.refresh()
         self._check_losses()
         self._repair_if_due()
         for _ in range(10):
             self.drain()
-            if self._tracker.has_strangers and time.monotonic() >= self._strangers_at:
-                self._look_for_strangers()
-            is_flood = len(self._tracker.dirty) > MANY_READINGS
-            if not self._turns.hurry(self._tracker.dirty, begun):
+            if self._table.has_untracked_sharers and time.monotonic() >= self._sharers_at:
+                self._scan_for_sharers()
+            is_flood = len(self._table.needs_rescan) > MANY_RESCANS
+            if not self._schedule.expedite(self._table.needs_rescan, begun):
                 return
             self._reread()
             if is_flood or time.monotonic() >= begun + SETTLING_S:
@@ -281,19 +281,19 @@ class Keeper:
 
     def _flush(self) -> None:
         """Sends answers to the kernel and changes to the publisher."""
-        if self._tracker.answers:
-            wanted, ignored = self._tracker.take_answers()
+        if self._table.answers:
+            wanted, ignored = self._table.take_answers()
             self._source.answer(wanted, is_wanted=True)
             self._source.answer(ignored, is_wanted=False)
-        if self._tracker.idle:
-            self._settle()
-        if self._tracker.changes:
-            self._publisher.publish(self._tracker.take_changes())
+        if self._table.idle:
+            self._untrack()
+        if self._table.changes:
+            self._publisher.publish(self._table.take_changes())
 
-    def _settle(self) -> None:
-        for pid, start_ns, touches in self._tracker.take_idle():
-            if self._source.settle(pid, start_ns, touches):
-                self._tracker.settled(pid, start_ns)
+    def _untrack(self) -> None:
+        for pid, start_ns, activity in self._table.take_idle():
+            if self._source.untrack(pid, start_ns, activity):
+                self._table.untracked(pid, start_ns)
 
     # ---- other rules --------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ class Keeper:
         """
         self._flush()
         self._publisher.in_turn(lambda: self._publisher.change_rules(rules, take_over))
-        self._tracker.set_rules(rules)
+        self._table.set_rules(rules)
         self._base = _base_report(rules)
         # In this order: whatever the kernel drops by an old answer is there to be read.
         self._source.new_epoch()
@@ -318,8 +318,8 @@ class Keeper:
 
     def look_again(self, pid: int, rule: Rule) -> None:
         """Reads a process, and tells of what the rule wants and it was not told to have."""
-        self._tracker.dirty.setdefault(pid, LIVE)
-        self.settle_doubts()
+        self._table.needs_rescan.setdefault(pid, LIVE)
+        self.sync()
         self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
 
     def _look_at_recovered(self) -> None:
@@ -327,18 +327,18 @@ class Keeper:
         inspector = self._publisher.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
-            holders = {process.id for process, one in self._tracker.mappings() if one.name.file_id in files}
-            mapped = self._mapped(lambda process: process.id in holders)
+            sharers = {process.id for process, one in self._table.mappings() if one.name.file_id in files}
+            mapped = self._mapped(lambda process: process.id in sharers)
             self._publisher.look_again([one for one in mapped if one.name.file_id in files], only_held=self._silent)
 
     def _mapped(
-        self, is_meant: Callable[[Tracked], bool], wants: Callable[[str], bool] = lambda _: True
+        self, is_meant: Callable[[ProcessState], bool], wants: Callable[[str], bool] = lambda _: True
     ) -> list[Change]:
         """What is mapped now, as if it were loaded now."""
         now_ns = time.monotonic_ns()
         return [
             Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
-            for process, one in self._tracker.mappings()
+            for process, one in self._table.mappings()
             if is_meant(process) and wants(one.name.path)
         ]
 
@@ -347,7 +347,7 @@ class Keeper:
         self._forget_vanished(self._read_everything(RULES), since_ns)
         if self._silent:
             # What was mapped before is not news, whatever the rules are.
-            changes = self._tracker.take_changes()
+            changes = self._table.take_changes()
             self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
             self._publisher.publish([one for one in changes if one.cause != RULES.load])
         self._flush()
@@ -356,7 +356,7 @@ class Keeper:
 
     def _reread(self) -> None:
         """Reads the processes in doubt, each as soon as its pace allows."""
-        due = self._turns.take(self._tracker.dirty, time.monotonic())
+        due = self._schedule.take(self._table.needs_rescan, time.monotonic())
         if not due:
             if self._throttled:
                 self._unthrottle(())  # some may have ended before they were read
@@ -369,24 +369,24 @@ class Keeper:
     def _scan(self, due: dict[int, Causes]) -> None:
         """Reads these processes; one that is not there any more is forgotten, whatever became of its exit record."""
         self._source.set_report(self._base | Report.RANGES | Report.VISITS)
-        readings, meanwhile = self._read(due)
-        missing = due.keys() - {reading.tgid for reading in readings}
+        scans, meanwhile = self._read(due)
+        missing = due.keys() - {scan.tgid for scan in scans}
         # Before the ring is drained: whose end is seen here has its exit record in the ring, or lost it.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         records = [*meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
         self.rereads += len(due)
-        again = self._tracker.merge(readings, records, LIVE, own_causes=due)
+        again = self._table.merge(scans, records, LIVE, own_causes=due)
         for pid in again:
-            self._tracker.dirty.setdefault(pid, due.get(pid, LIVE))
+            self._table.needs_rescan.setdefault(pid, due.get(pid, LIVE))
         for pid in gone:
-            self._tracker.forget_pid(pid, "repair", time.monotonic_ns())
+            self._table.forget_pid(pid, "repair", time.monotonic_ns())
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
         """Whether the process known by this pid has ended; if its exit record may be lost, whether it is about to."""
-        start_ns = self._tracker.start_of(pid)
+        start_ns = self._table.start_of(pid)
         if start_ns is None:
             return False
         stat = self._proc.stat(pid)
@@ -394,105 +394,105 @@ class Keeper:
             return True
         return stat.threads < 2 and (stat.is_dead if is_lossy else stat.state in ENDED_STATES)
 
-    def _read(self, due: dict[int, Causes]) -> tuple[list[Reading], list[Record]]:
-        if len(due) > MANY_READINGS or not self._can_read_one:
-            readings, meanwhile = self._read_all()
+    def _read(self, due: dict[int, Causes]) -> tuple[list[ProcessScan], list[Record]]:
+        if len(due) > MANY_RESCANS or not self._can_read_one:
+            scans, meanwhile = self._scan_all()
             for pid in due.keys() & set(self._source.unread):
-                self._tracker.dirty.setdefault(pid, due[pid])
-            return [reading for reading in readings if reading.tgid in due], list(meanwhile)
+                self._table.needs_rescan.setdefault(pid, due[pid])
+            return [scan for scan in scans if scan.tgid in due], list(meanwhile)
         found = []
         for pid, causes in due.items():
             begun_s = self._cpu_s()
             try:
-                reading = self._source.read_process(pid)
+                scan = self._source.scan_process(pid)
             except ScanTimeout:
-                self._tracker.dirty.setdefault(pid, causes)
+                self._table.needs_rescan.setdefault(pid, causes)
             else:
                 # Taking it over costs about as much again.
-                self._turns.rest(pid, 2 * (self._cpu_s() - begun_s))
-                if reading is not None:
-                    found.append(reading)
+                self._schedule.rest(pid, 2 * (self._cpu_s() - begun_s))
+                if scan is not None:
+                    found.append(scan)
         return found, []
 
-    def _read_all(self) -> tuple[list[Reading], list[Record]]:
+    def _scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         """Whoever can be read, and what was drained meanwhile."""
-        self._has_read_all = False
+        self._has_scanned_all = False
         try:
-            found = self._source.read_all()
+            found = self._source.scan_all()
         except ScanTimeout:
             return [], []
-        self._has_read_all = True
+        self._has_scanned_all = True
         return found
 
-    def _doubt_unread(self, causes: Causes) -> None:
+    def _mark_unread(self, causes: Causes) -> None:
         """Whoever hangs is read as soon as it can be."""
         for pid in self._source.unread:
             if pid:
-                self._tracker.dirty.setdefault(pid, causes)
+                self._table.needs_rescan.setdefault(pid, causes)
 
     def _take_readable(self) -> None:
         """Reads those that do not hang any more."""
         for pid in self._source.unread.take_readable():
-            self._tracker.dirty[pid] = REPAIR
-            self._turns.due[pid] = 0.0
+            self._table.needs_rescan[pid] = REPAIR
+            self._schedule.due[pid] = 0.0
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES | Report.VISITS)
         early = self._source.drain()
-        readings, meanwhile = self._read_all()
+        scans, meanwhile = self._scan_all()
         records = [*early, *meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
-        for reading in readings:
-            self._tracker.dirty.pop(reading.tgid, None)
-        for pid in self._tracker.merge(readings, records, causes):
-            self._tracker.dirty.setdefault(pid, causes)
-        self._doubt_unread(causes)
-        return {reading.tgid for reading in readings}
+        for scan in scans:
+            self._table.needs_rescan.pop(scan.tgid, None)
+        for pid in self._table.merge(scans, records, causes):
+            self._table.needs_rescan.setdefault(pid, causes)
+        self._mark_unread(causes)
+        return {scan.tgid for scan in scans}
 
-    def _look_for_strangers(self) -> None:
+    def _scan_for_sharers(self) -> None:
         """Finds who shares an address space, by a reading of all."""
         begun_s = self._cpu_s()
-        self._tracker.has_strangers = False
+        self._table.has_untracked_sharers = False
         self._read_everything(LIVE)
         self._flush()
-        self._strangers_at = time.monotonic() + STRANGERS_REST * (self._cpu_s() - begun_s)
+        self._sharers_at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
 
     def _cpu_s(self) -> float:
         """CPU seconds that this thread and the helpers that scan have taken."""
         return time.thread_time() + self._source.unread.cpu_s
 
-    def _forget_vanished(self, visited: set[int], since_ns: int) -> None:
+    def _forget_vanished(self, scanned: set[int], since_ns: int) -> None:
         """After it every process of the map that was known before ``since_ns`` was scanned, or is forgotten."""
         late: dict[int, Causes] = {}
         # Those that were never reported first: or they would get the files of a parent that has ended, too.
-        for process in sorted(self._tracker.processes(), key=lambda one: one.is_announced):
+        for process in sorted(self._table.processes(), key=lambda one: one.is_announced):
             pid = process.id.pid
-            if pid in visited:
+            if pid in scanned:
                 self._let_go_if_untracked(process)
             elif process.seen_ns >= since_ns:
                 continue
             elif self._has_ended(pid, is_lossy=True):
-                self._tracker.forget(process, "repair", since_ns)
+                self._table.forget(process, "repair", since_ns)
             elif pid in self._source.unread:
-                self._tracker.dirty[pid] = REPAIR
+                self._table.needs_rescan[pid] = REPAIR
             else:
                 late[pid] = REPAIR
         if late:
             for pid in late:
-                self._tracker.dirty.pop(pid, None)
+                self._table.needs_rescan.pop(pid, None)
             self._scan(late)
 
-    def _let_go_if_untracked(self, process: Tracked) -> None:
+    def _let_go_if_untracked(self, process: ProcessState) -> None:
         """One that has nothing, and whose exec record was lost: the kernel side will not report its exit either."""
         pid, space = process.id.pid, process.space
-        if space.files or len(space.holders) > 1 or pid in self._tracker.dirty:
+        if space.files or len(space.sharers) > 1 or pid in self._table.needs_rescan:
             return
-        followed = self._source.followed(pid)
-        if followed is not None and followed.start_ns == process.id.start_ns and followed.touches:
+        tracked = self._source.tracked(pid)
+        if tracked is not None and tracked.start_ns == process.id.start_ns and tracked.activity:
             return
-        self._source.settle(pid, process.id.start_ns, 0)
-        self._tracker.settled(pid, process.id.start_ns)
+        self._source.untrack(pid, process.id.start_ns, 0)
+        self._table.untracked(pid, process.id.start_ns)
 
     # ---- losses and repairs -------------------------------------------------------------------
 
@@ -514,7 +514,7 @@ class Keeper:
         if self._repair_at is not None or self._throttled:
             return
         begun = time.monotonic()
-        self._turns.hurry(self._tracker.dirty)
+        self._schedule.expedite(self._table.needs_rescan)
         self._reread()
         self._has_repaired((), time.monotonic() - begun)
 
@@ -533,21 +533,21 @@ class Keeper:
         """Those that have told so by now are to be read; what was lost of them is told before."""
         if not self._throttled:
             self._throttled_since = time.monotonic()
-        self._throttled |= self._tracker.throttled
-        self._tracker.throttled.clear()
+        self._throttled |= self._table.throttled
+        self._table.throttled.clear()
         for pid in self._throttled:
-            self._tracker.dirty[pid] = REPAIR
+            self._table.needs_rescan[pid] = REPAIR
 
     def _unthrottle(self, was_read: Collection[int]) -> None:
         """Readings of these processes were taken over, their changes are still to be flushed."""
-        owed = self._tracker.dirty
+        owed = self._table.needs_rescan
         # Whoever hangs is named as not read, and the others do not wait for it.
         self._throttled = {
             pid for pid in self._throttled if pid in owed and pid not in was_read and pid not in self._source.unread
         }
         if self._throttled or self._repair_at is not None:
             return
-        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        found = [change for change in self._table.changes if change.cause == "repair"]
         self._has_repaired(found, time.monotonic() - self._throttled_since)
 
     def _has_repaired(self, found: Collection[Change], seconds: float) -> None:
@@ -569,11 +569,11 @@ class Keeper:
         before = self.losses
         since_ns = time.monotonic_ns()
         self._forget_vanished(self._read_everything(REPAIR), since_ns)
-        found = [change for change in self._tracker.changes if change.cause == "repair"]
+        found = [change for change in self._table.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is made up for by readings of that process alone.
         stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)
-        if stood_still and self._has_read_all:
+        if stood_still and self._has_scanned_all:
             self._repair_wait_s = FIRST_REPAIR_S
             self._throttled.clear()
             self._has_repaired(found, time.monotonic() - begun)

@@ -19,8 +19,8 @@ LONGEST_REST_S: Final = 5.0
 #: A process whose next scan is further off than this is not scanned twice for one question.
 FAR_S: Final = 0.1
 #: A 32-bit process is read this long after its exec, then after twice that, up to the second.
-FIRST_NARROW_S: Final = 0.002
-SLOWEST_NARROW_S: Final = 1.0
+FIRST_COMPAT_S: Final = 0.002
+SLOWEST_COMPAT_S: Final = 1.0
 
 
 class RescanSchedule:
@@ -33,7 +33,7 @@ class RescanSchedule:
         #: When processes that wait for a reading get it.
         self.due: dict[int, float] = {}
         #: Of 32-bit processes: when the next reading is, and how long after it the one that follows.
-        self._narrow: dict[int, tuple[float, float]] = {}
+        self._compat: dict[int, tuple[float, float]] = {}
         #: When processes were read last, and how long they have to wait from then on.
         self._pace: dict[int, tuple[float, float]] = {}
         #: Processes that must not be read now, though they are in doubt.
@@ -41,9 +41,9 @@ class RescanSchedule:
 
     def times(self) -> Iterable[float]:
         """When something is due."""
-        return [*self.due.values(), *(when for when, _ in self._narrow.values())]
+        return [*self.due.values(), *(when for when, _ in self._compat.values())]
 
-    def hurry(self, pids: Iterable[int], since: float = inf) -> bool:
+    def expedite(self, pids: Iterable[int], since: float = inf) -> bool:
         """Whatever their pace, it is their turn now; whether it is anybody's.
 
         But not of those that have been scanned since that time and whose next scan is far: they change all the time,
@@ -56,22 +56,22 @@ class RescanSchedule:
                 self.due[pid] = last + interval if last >= since and interval > FAR_S else 0.0
         return 0.0 in self.due.values()
 
-    def take(self, dirty: dict[int, Causes], now: float) -> dict[int, Causes]:
-        """Takes those out of ``dirty`` whose turn it is."""
-        for pid in dirty:
+    def take(self, needs_rescan: dict[int, Causes], now: float) -> dict[int, Causes]:
+        """Takes those out of ``needs_rescan`` whose turn it is."""
+        for pid in needs_rescan:
             if pid not in self.due and pid not in self.held:
                 last, interval = self._pace.get(pid, (0.0, 0.0))
                 self.due[pid] = max(now, last + interval)
         turn = {}
         for pid, when in list(self.due.items()):
-            causes = dirty.get(pid)
+            causes = needs_rescan.get(pid)
             if causes is None or pid in self.held:
                 del self.due[pid]  # it has gone meanwhile, or hangs
             elif when <= now:
                 turn[pid] = causes
         for pid in turn:
             del self.due[pid]
-            del dirty[pid]
+            del needs_rescan[pid]
             last, interval = self._pace.get(pid, (0.0, 0.0))
             is_busy = now - last < 2 * interval + 0.002
             self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
@@ -86,15 +86,15 @@ class RescanSchedule:
             last, interval = self._pace.get(pid, (0.0, 0.0))
             self._pace[pid] = (last, max(interval, min(LONGEST_REST_S, SCAN_REST * seconds)))
 
-    def take_narrow(self, narrow: Collection[int], now: float) -> list[int]:
+    def take_compat(self, compat: Collection[int], now: float) -> list[int]:
         """Those 32-bit processes whose turn it is: when they start, then less and less often."""
-        self._narrow = {pid: due for pid, due in self._narrow.items() if pid in narrow}
+        self._compat = {pid: due for pid, due in self._compat.items() if pid in compat}
         turn = []
-        for pid in narrow:
-            when, interval = self._narrow.get(pid, (now, FIRST_NARROW_S))
+        for pid in compat:
+            when, interval = self._compat.get(pid, (now, FIRST_COMPAT_S))
             if when <= now:
                 turn.append(pid)
-                self._narrow[pid] = (now + interval, min(SLOWEST_NARROW_S, 2 * interval))
+                self._compat[pid] = (now + interval, min(SLOWEST_COMPAT_S, 2 * interval))
         return turn
 
     def forget(self, before: float) -> None:

@@ -184,16 +184,16 @@ class Subscription:
         if self._seen is None:
             return
         if self.waiting <= self._limit // 4 and self.waiting_bytes <= self._limit_bytes // 4:
-            self._tell_what_it_missed(self._seen)
+            self._emit_missed(self._seen)
 
     def finish(self) -> None:
         """The last word to this reader alone, once it was told what it missed."""
         if self._seen is not None:
-            self._tell_what_it_missed(self._seen)
+            self._emit_missed(self._seen)
         self._publisher.unsubscribe(self)
         self.end()
 
-    def _tell_what_it_missed(self, seen: Held) -> None:
+    def _emit_missed(self, seen: Held) -> None:
         begun = time.monotonic()
         self._seen = None
         missed, self._missed = self._missed, 0

@@ -3,8 +3,8 @@
 Pure: no I/O, no threads, no clock; one thread uses it.
 
 A *fact* (a record of a process that nobody could interfere with) changes the map as it stands. A
-*claim* (``FLAG_DIRTY``) is applied at once and puts the process into `Tracker.dirty`: its owner
-reads the process's real mappings and hands the reading to `Tracker.merge`, which corrects the map.
+*claim* (``FLAG_NEEDS_RESCAN``) is applied at once and puts the process into `MappingTable.needs_rescan`: its owner
+reads the process's real mappings and hands the reading to `MappingTable.merge`, which corrects the map.
 docs/decisions/0002-facts-and-claims.md has the reasons.
 """
 
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from sowatch.bpf.records import (
     FLAG_ASK,
+    FLAG_COMPAT,
     FLAG_DELETED,
-    FLAG_DIRTY,
     FLAG_IMAGE,
-    FLAG_NARROW,
+    FLAG_NEEDS_RESCAN,
     FLAG_SHARED_VM,
     FLAG_THROTTLED,
     MapRecord,
@@ -28,12 +28,21 @@ from sowatch.bpf.records import (
     Record,
     RecordType,
 )
-from sowatch.engine.address_space import Change, Found, Mapping, Name, Removal, Scanned, Space, Tracked
+from sowatch.engine.address_space import (
+    AddressSpace,
+    Change,
+    MappedFile,
+    Mapping,
+    ProcessState,
+    Removal,
+    Scanned,
+    ScannedFiles,
+)
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
-from sowatch.sources.core import Reading
+from sowatch.sources.core import ProcessScan
 
-__all__ = ["LIVE", "Causes", "Tracker"]
+__all__ = ["LIVE", "Causes", "MappingTable"]
 
 #: A call that a reading has seen is told after the visit, but no later than this.
 RETURN_NS = 1_000_000
@@ -52,7 +61,7 @@ class Causes(NamedTuple):
 LIVE = Causes("mmap", "munmap")
 
 
-class Tracker:
+class MappingTable:
     """The map and its rules of change.
 
     Args:
@@ -63,13 +72,13 @@ class Tracker:
         changes: what happened since `take_changes`, in order.
         dirty: tgids whose mappings must be read, in order, with what the findings are called.
         answers: keys the kernel asked about, and whether they are wanted.
-        idle: (tgid, start_ns, touches) of processes the kernel follows although nothing of theirs
-            is wanted, as far as these touches go.
+        idle: (tgid, start_ns, activity) of processes the kernel follows although nothing of theirs
+            is wanted, as far as these activity go.
         narrow: tgid and start_ns of 32-bit processes, whose calls nobody reports: their owner reads
             them again and again.
         throttled: tgids whose changes were dropped in the kernel, being too many; their owner
             empties it.
-        has_strangers: a process was told of whose address space another one holds, nobody knows
+        has_untracked_sharers: a process was told of whose address space another one holds, nobody knows
             who: the owner reads all, and clears it.
     """
 
@@ -77,18 +86,18 @@ class Tracker:
         self._rules = rules
         #: Many processes have one cgroup.
         self._label = lru_cache(4096)(label)
-        self._processes: dict[int, Tracked] = {}
-        self._names: dict[Hashable, Name] = {}
+        self._processes: dict[int, ProcessState] = {}
+        self._names: dict[Hashable, MappedFile] = {}
         self._causes: tuple[Causes, dict[int, Causes]] = (Causes("repair", "repair"), {})
         self.changes: list[Change] = []
-        self.dirty: dict[int, Causes] = {}
+        self.needs_rescan: dict[int, Causes] = {}
         self.answers: list[tuple[Hashable, bool]] = []
         self.idle: list[tuple[int, int, int]] = []
-        self.narrow: dict[int, int] = {}
+        self.compat: dict[int, int] = {}
         self.throttled: set[int] = set()
-        self.has_strangers = False
+        self.has_untracked_sharers = False
         #: In `merge`: who was read, by address space; and where each reading belongs among the records.
-        self._by_space: dict[int, Tracked] = {}
+        self._by_mm: dict[int, ProcessState] = {}
         self._places: dict[int, Record | None] = {}
         #: Forks of a parent that were copied before a reading could confirm them, and never were.
         self.unverified = 0
@@ -98,13 +107,13 @@ class Tracker:
     def __len__(self) -> int:
         return len(self._processes)
 
-    def processes(self) -> Iterator[Tracked]:
+    def processes(self) -> Iterator[ProcessState]:
         return iter(list(self._processes.values()))
 
-    def get(self, pid: int) -> Tracked | None:
+    def get(self, pid: int) -> ProcessState | None:
         return self._processes.get(pid)
 
-    def mappings(self) -> Iterator[tuple[Tracked, Mapping]]:
+    def mappings(self) -> Iterator[tuple[ProcessState, Mapping]]:
         """Every (process, mapping) that was announced."""
         for process in self.processes():
             if process.is_announced:
@@ -127,8 +136,8 @@ class Tracker:
     def apply(self, record: Record) -> None:
         """Takes over one record, as a fact or as a claim."""
         kind = record.type
-        if record.flags & FLAG_NARROW:
-            self.narrow[record.tgid] = record.start_ns
+        if record.flags & FLAG_COMPAT:
+            self.compat[record.tgid] = record.start_ns
         if kind == RecordType.MAP:
             assert isinstance(record, MapRecord)
             self._map(record)
@@ -136,10 +145,10 @@ class Tracker:
             assert isinstance(record, RangeRecord)
             self._range(record)
         elif kind == RecordType.EXIT:
-            self.narrow.pop(record.tgid, None)
+            self.compat.pop(record.tgid, None)
             self._forget(record.tgid, record.start_ns, "exit", record.t_ns)
         elif kind == RecordType.EXEC:
-            self.narrow.pop(record.tgid, None)
+            self.compat.pop(record.tgid, None)
             if isinstance(record, ProcessRecord) and (known := self._processes.get(record.tgid)) is not None:
                 known.learn_where(record)
             self._forget(record.tgid, record.start_ns, "exec", record.t_ns)
@@ -149,33 +158,33 @@ class Tracker:
         elif kind == RecordType.INTRO:
             assert isinstance(record, ProcessRecord)
             self._process(record).learn(record)
-        elif kind == RecordType.DIRTY:
-            self._doubt(record)
+        elif kind == RecordType.NEEDS_RESCAN:
+            self._mark_needs_rescan(record)
             if record.flags & FLAG_THROTTLED:
                 self.throttled.add(record.tgid)
 
-    def _doubt(self, claim: Record) -> None:
+    def _mark_needs_rescan(self, tentative: Record) -> None:
         """The process has to be read."""
-        self.dirty.setdefault(claim.tgid, LIVE)
-        known = self._processes.get(claim.tgid)
-        if known is not None and known.id.start_ns == claim.start_ns:
-            known.space.is_doubted = True
-        if claim.flags & FLAG_SHARED_VM:
-            self.has_strangers = True
+        self.needs_rescan.setdefault(tentative.tgid, LIVE)
+        known = self._processes.get(tentative.tgid)
+        if known is not None and known.id.start_ns == tentative.start_ns:
+            known.space.needs_rescan = True
+        if tentative.flags & FLAG_SHARED_VM:
+            self.has_untracked_sharers = True
 
-    def _process(self, record: Record) -> Tracked:
+    def _process(self, record: Record) -> ProcessState:
         """The process of a record, made if it is new. A pid with another start is another process."""
         known = self._processes.get(record.tgid)
         if known is not None:
             if known.id.start_ns == record.start_ns:
                 return known
             self._forget(record.tgid, known.id.start_ns, "repair", record.t_ns)
-        new = Tracked(ProcessId(record.tgid, record.start_ns), record.t_ns, self._label)
+        new = ProcessState(ProcessId(record.tgid, record.start_ns), record.t_ns, self._label)
         new.exec_id = record.exec_id
         self._processes[record.tgid] = new
         return new
 
-    def _see(self, record: MapRecord) -> Name:
+    def _see(self, record: MapRecord) -> MappedFile:
         """The name of a mapped file, with the answer the kernel may be waiting for."""
         name = self._names.get(record.key)
         if (
@@ -186,7 +195,7 @@ class Tracker:
         ):
             if len(self._names) >= MAX_NAMES:
                 self._names.clear()  # a cache; the kernel sends each path again
-            name = Name(record, self._rules)
+            name = MappedFile(record, self._rules)
             if name.is_wanted:
                 self._names[record.key] = name
             else:
@@ -197,75 +206,75 @@ class Tracker:
 
     def _map(self, record: MapRecord) -> None:
         name = self._see(record)
-        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
-            self._doubt(record)
+        if record.flags & (FLAG_NEEDS_RESCAN | FLAG_SHARED_VM):
+            self._mark_needs_rescan(record)
         if not name.is_wanted:
             known = self._processes.get(record.tgid)
-            if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.dirty:
+            if known is not None and known.id.start_ns == record.start_ns and record.tgid not in self.needs_rescan:
                 self._take_away(known, record)
-            self._note_if_idle(record.tgid, record.start_ns, record.touches)
+            self._note_if_idle(record.tgid, record.start_ns, record.activity)
             return
         process = self._process(record)
         process.rename(record.comm)
         cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
-        if record.tgid not in self.dirty:
+        if record.tgid not in self.needs_rescan:
             self._take_away(process, record, but=name.file_id)
         is_image = bool(record.flags & FLAG_IMAGE)
         new, gone = process.space.add(name, record.start, record.end, is_image=is_image)
         if new is not None:
-            self._tell(process.space, True, cause, record.t_ns, new)
+            self._emit(process.space, True, cause, record.t_ns, new)
         for mapping in gone:
-            self._tell(process.space, False, "munmap", record.t_ns, mapping)
+            self._emit(process.space, False, "munmap", record.t_ns, mapping)
 
     def _range(self, record: RangeRecord) -> None:
-        if record.flags & (FLAG_DIRTY | FLAG_SHARED_VM):
-            self._doubt(record)
+        if record.flags & (FLAG_NEEDS_RESCAN | FLAG_SHARED_VM):
+            self._mark_needs_rescan(record)
         known = self._processes.get(record.tgid)
         if known is not None and known.id.start_ns == record.start_ns:
             self._take_away(known, record)
 
-    def _take_away(self, process: Tracked, record: MapRecord | RangeRecord, *, but: FileId | None = None) -> None:
+    def _take_away(self, process: ProcessState, record: MapRecord | RangeRecord, *, but: FileId | None = None) -> None:
         space = process.space
         removal: Removal = space.take_away(record.start, record.end, but=but)
         for mapping in removal.gone:
-            self._tell(space, False, "munmap", record.t_ns, mapping)
+            self._emit(space, False, "munmap", record.t_ns, mapping)
         if removal.is_unsure:
-            self.dirty.setdefault(record.tgid, LIVE)
-            space.is_doubted = True
+            self.needs_rescan.setdefault(record.tgid, LIVE)
+            space.needs_rescan = True
 
     def _fork(self, record: ProcessRecord) -> None:
-        if not record.touches:
+        if not record.activity:
             return  # the kernel does not follow it: nothing of its parent's was wanted
         parent = self._processes.get(record.parent_tgid)
         child = self._process(record)
         child.learn(record)
         is_known = parent is not None and parent.id.start_ns == record.parent_start_ns
-        if record.flags & FLAG_DIRTY or (is_known and record.parent_tgid in self.dirty):
-            self.dirty.setdefault(record.tgid, Causes("fork", "munmap"))
+        if record.flags & FLAG_NEEDS_RESCAN or (is_known and record.parent_tgid in self.needs_rescan):
+            self.needs_rescan.setdefault(record.tgid, Causes("fork", "munmap"))
         if parent is None or not is_known or child.was_read:
             # A child is visible to a reading a moment before its fork is told: it was copied already.
             if record.flags & FLAG_SHARED_VM:
-                self.has_strangers = True
-            self._note_if_idle(record.tgid, record.start_ns, record.touches)
+                self.has_untracked_sharers = True
+            self._note_if_idle(record.tgid, record.start_ns, record.activity)
             return
         if not record.path:
             child.exe = parent.exe
         if record.flags & FLAG_SHARED_VM:
             child.space = parent.space
-            child.space.holders.append(child)
+            child.space.sharers.append(child)
             child.is_announced = False
             return
         child.space.release()
         child.space = parent.space.copy()
-        child.space.holders.append(child)
+        child.space.sharers.append(child)
         for mapping in child.space.mappings().values():
-            self._tell(child.space, True, "fork", record.t_ns, mapping)
-        self._note_if_idle(record.tgid, record.start_ns, record.touches)
+            self._emit(child.space, True, "fork", record.t_ns, mapping)
+        self._note_if_idle(record.tgid, record.start_ns, record.activity)
 
-    def _note_if_idle(self, pid: int, start_ns: int, touches: int) -> None:
+    def _note_if_idle(self, pid: int, start_ns: int, activity: int) -> None:
         known = self._processes.get(pid)
-        if touches and (known is None or not known.space.files) and pid not in self.dirty:
-            self.idle.append((pid, start_ns, touches))
+        if activity and (known is None or not known.space.files) and pid not in self.needs_rescan:
+            self.idle.append((pid, start_ns, activity))
 
     def take_idle(self) -> list[tuple[int, int, int]]:
         """Processes to settle, each once."""
@@ -273,38 +282,38 @@ class Tracker:
         return [one for one in dict.fromkeys(taken) if self._is_idle(one[0])]
 
     def _is_idle(self, pid: int) -> bool:
-        if pid in self.narrow or pid in self.dirty:
+        if pid in self.compat or pid in self.needs_rescan:
             return False
         known = self._processes.get(pid)
         return known is None or not known.space.files
 
-    def settled(self, pid: int, start_ns: int) -> None:
+    def untracked(self, pid: int, start_ns: int) -> None:
         """The kernel does not follow it any more: no exit will be told."""
         self._forget(pid, start_ns, "exit", 0)
 
-    def announce(self, process: Tracked, t_ns: int) -> None:
+    def announce(self, process: ProcessState, t_ns: int) -> None:
         """A CLONE_VM child is still there without exec: from now on it has what its parent has."""
         if not process.is_announced:
             process.is_announced = True
             for mapping in process.space.mappings().values():
                 self.changes.append(self._change(process, True, "fork", t_ns, mapping))
 
-    def unannounced(self, before_ns: int) -> list[Tracked]:
+    def unannounced(self, before_ns: int) -> list[ProcessState]:
         """CLONE_VM children that have been silent since before that time."""
         return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
 
-    def forget(self, process: Tracked, cause: str, t_ns: int) -> None:
+    def forget(self, process: ProcessState, cause: str, t_ns: int) -> None:
         """The process is gone, as somebody outside found out."""
         self._forget(process.id.pid, process.id.start_ns, cause, t_ns)
 
     def start_of(self, pid: int) -> int | None:
         """The start time of the process that is known by this pid, 32-bit ones of which nothing is wanted included."""
         known = self._processes.get(pid)
-        return self.narrow.get(pid) if known is None else known.id.start_ns
+        return self.compat.get(pid) if known is None else known.id.start_ns
 
     def forget_pid(self, pid: int, cause: str, t_ns: int) -> None:
         """Whoever is known by this pid is gone."""
-        self.narrow.pop(pid, None)
+        self.compat.pop(pid, None)
         if known := self._processes.get(pid):
             self.forget(known, cause, t_ns)
 
@@ -312,36 +321,36 @@ class Tracker:
         known = self._processes.get(pid)
         if known is None or known.id.start_ns != start_ns:
             return
-        if pid in self.dirty and self.dirty[pid].load == "fork":
+        if pid in self.needs_rescan and self.needs_rescan[pid].load == "fork":
             self.unverified += 1
-        self.dirty.pop(pid, None)
+        self.needs_rescan.pop(pid, None)
         del self._processes[pid]
         space = known.space
-        space.holders.remove(known)
-        if not any(holder.is_announced for holder in space.holders):
-            for holder in space.holders:
-                self.announce(holder, t_ns)  # it outlives the one whose space it shares
-        if space.is_doubted and space.holders:
-            self.dirty.setdefault(space.holders[0].id.pid, LIVE)
+        space.sharers.remove(known)
+        if not any(sharer.is_announced for sharer in space.sharers):
+            for sharer in space.sharers:
+                self.announce(sharer, t_ns)  # it outlives the one whose space it shares
+        if space.needs_rescan and space.sharers:
+            self.needs_rescan.setdefault(space.sharers[0].id.pid, LIVE)
         if known.is_announced:
             for mapping in space.mappings().values():
                 self.changes.append(self._change(known, False, cause, t_ns, mapping))
-        if not space.holders:
+        if not space.sharers:
             space.release()
 
-    def _tell(self, space: Space, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
-        for holder in space.holders:
-            if holder.is_announced:
-                self.changes.append(self._change(holder, is_load, cause, t_ns, mapping))
+    def _emit(self, space: AddressSpace, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
+        for sharer in space.sharers:
+            if sharer.is_announced:
+                self.changes.append(self._change(sharer, is_load, cause, t_ns, mapping))
 
-    def _change(self, process: Tracked, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
+    def _change(self, process: ProcessState, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
         return Change(is_load, cause, t_ns, process.record(), process.kind_of(mapping), *mapping.where)
 
     # ---- readings -----------------------------------------------------------------------------
 
     def merge(
         self,
-        readings: Iterable[Reading],
+        scans: Iterable[ProcessScan],
         records: Sequence[Record],
         causes: Causes,
         *,
@@ -356,7 +365,7 @@ class Tracker:
         that it tells nothing anew, and the process is read once more.
 
         Args:
-            readings: at most one a process.
+            scans: at most one a process.
             records: a list, in ring order, drained after the last reading ended.
             causes: what the findings are called.
             own_causes: and for some tgids otherwise.
@@ -365,39 +374,39 @@ class Tracker:
         Returns:
             tgids to read again.
         """
-        readings = list(readings)
-        waiting = {reading.tgid: reading for reading in readings if not reading.is_void}
-        void = {reading.tgid for reading in readings if reading.is_void}
+        scans = list(scans)
+        waiting = {scan.tgid: scan for scan in scans if not scan.is_void}
+        void = {scan.tgid for scan in scans if scan.is_void}
         self._causes = (causes, own_causes or {})
-        self._by_space.clear()
+        self._by_mm.clear()
         self._places.clear()
-        visited = set(waiting)
-        ends = {(reading.tgid, reading.start_ns): reading.end_ns for reading in waiting.values()}
+        scanned = set(waiting)
+        ends = {(scan.tgid, scan.start_ns): scan.end_ns for scan in waiting.values()}
         again: set[int] = set()
-        later = None if is_start else _since_visits(waiting, records)
+        later = None if is_start else _since_scan(waiting, records)
         for record in records:
-            reading = waiting.get(record.tgid)
-            if reading is not None and reading.start_ns == record.start_ns:
-                is_inside = reading.begin_ns <= record.t_ns <= reading.end_ns
+            scan = waiting.get(record.tgid)
+            if scan is not None and scan.start_ns == record.start_ns:
+                is_inside = scan.begin_ns <= record.t_ns <= scan.end_ns
                 if is_inside:
                     again.add(record.tgid)
                 if is_inside and record.type in (RecordType.EXIT, RecordType.EXEC):
                     del waiting[record.tgid]  # what it saw is of the past
-                elif is_start and record.t_ns <= reading.end_ns:
+                elif is_start and record.t_ns <= scan.end_ns:
                     self._learn_only(record)
                     continue
-                elif record.t_ns >= reading.begin_ns and self._is_next(reading, record, later):
-                    self._take_reading(waiting.pop(record.tgid))
-                elif reading.intro is not None and record.type == RecordType.MAP and self._is_new(record):
-                    self._process(reading.intro).learn(reading.intro)  # the kernel introduces nobody twice
+                elif record.t_ns >= scan.begin_ns and self._is_next(scan, record, later):
+                    self._take_scan(waiting.pop(record.tgid))
+                elif scan.intro is not None and record.type == RecordType.MAP and self._is_new(record):
+                    self._process(scan.intro).learn(scan.intro)  # the kernel introduces nobody twice
             elif record.t_ns <= ends.get((record.tgid, record.start_ns), 0):
                 again.add(record.tgid)  # overtaken on its way to the ring: told after what came later
             if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
-                self._merge_fork(record, waiting, visited, again)
+                self._merge_fork(record, waiting, scanned, again)
             self.apply(record)
-        for reading in waiting.values():
-            self._take_reading(reading)
-        self._note_doubts(readings, void | again)
+        for scan in waiting.values():
+            self._take_scan(scan)
+        self._note_open(scans, void | again)
         last_word = {record.tgid: record.type for record in records}
         return {pid for pid in void | again if last_word.get(pid) != RecordType.EXIT}
 
@@ -405,47 +414,47 @@ class Tracker:
         known = self._processes.get(record.tgid)
         return known is None or known.id.start_ns != record.start_ns
 
-    def _is_next(self, reading: Reading, record: Record, later: dict[int, list[Record]] | None) -> bool:
+    def _is_next(self, scan: ProcessScan, record: Record, later: dict[int, list[Record]] | None) -> bool:
         """Whether the reading is to be taken over before this record; ``later`` is None at the start."""
         if later is None:
-            return record.t_ns > reading.end_ns
+            return record.t_ns > scan.end_ns
         if record is later[record.tgid][0]:
-            self._places[record.tgid] = self._place(reading, later[record.tgid])
+            self._places[record.tgid] = self._place(scan, later[record.tgid])
         return record is self._places[record.tgid]
 
-    def _place(self, reading: Reading, records: Sequence[Record]) -> Record | None:
+    def _place(self, scan: ProcessScan, records: Sequence[Record]) -> Record | None:
         """Which of the records since its visit began a reading is to be taken over before; None: after all.
 
         Where the map, as the records change it, equals what was read. If it does nowhere: before the
         first that came after the visit.
         """
-        known = self._processes.get(reading.tgid)
-        is_known = known is not None and known.id.start_ns == reading.start_ns
-        space = known.space if known is not None and is_known else Space()
-        ranges = space.snapshot(self._found(reading, self._name_of), with_images=self._rules.wants_images)
+        known = self._processes.get(scan.tgid)
+        is_known = known is not None and known.id.start_ns == scan.start_ns
+        space = known.space if known is not None and is_known else AddressSpace()
+        ranges = space.snapshot(self._found(scan, self._name_of), with_images=self._rules.wants_images)
         first_after = None
         for record in records:
             if ranges.is_same:
                 return record
-            if record.t_ns > reading.end_ns:
+            if record.t_ns > scan.end_ns:
                 first_after = first_after or record
                 # What is in doubt has to come after a reading, to be read again.
-                if record.t_ns > reading.end_ns + RETURN_NS or record.flags & FLAG_DIRTY:
+                if record.t_ns > scan.end_ns + RETURN_NS or record.flags & FLAG_NEEDS_RESCAN:
                     return first_after
             if isinstance(record, MapRecord):
                 name = self._name_of(record)
                 ranges.put(name.file_id if name.is_wanted else None, record.start, record.end)
             elif record.type == RecordType.RANGE and isinstance(record, RangeRecord):
                 ranges.put(None, record.start, record.end)
-            elif record.t_ns > reading.end_ns:
+            elif record.t_ns > scan.end_ns:
                 return first_after
         return None if ranges.is_same else first_after
 
     @staticmethod
-    def _found(reading: Reading, name_of: Callable[[MapRecord], Name]) -> Found:
+    def _found(scan: ProcessScan, name_of: Callable[[MapRecord], MappedFile]) -> ScannedFiles:
         """What a reading has of each file that is wanted."""
-        found: Found = {}
-        for row in reading.maps:
+        found: ScannedFiles = {}
+        for row in scan.maps:
             name = name_of(row)
             if name.is_wanted:
                 one = found.get(name.file_id)
@@ -454,29 +463,29 @@ class Tracker:
                 one.add(row)
         return found
 
-    def _name_of(self, record: MapRecord) -> Name:
+    def _name_of(self, record: MapRecord) -> MappedFile:
         name = self._names.get(record.key)
-        return name if name is not None and name.text == record.text else Name(record, self._rules)
+        return name if name is not None and name.text == record.text else MappedFile(record, self._rules)
 
-    def _note_doubts(self, readings: Iterable[Reading], again: Iterable[int]) -> None:
+    def _note_open(self, scans: Iterable[ProcessScan], again: Iterable[int]) -> None:
         """What the readings have left open."""
-        for reading in readings:
-            known = self._processes.get(reading.tgid)
-            if reading.has_strangers and known is not None and len(known.space.holders) == 1:
-                self.has_strangers = True
+        for scan in scans:
+            known = self._processes.get(scan.tgid)
+            if scan.has_untracked_sharers and known is not None and len(known.space.sharers) == 1:
+                self.has_untracked_sharers = True
         for pid in again:
             if pid in self._processes:
-                self._processes[pid].space.is_doubted = True
+                self._processes[pid].space.needs_rescan = True
 
     def _merge_fork(
-        self, record: ProcessRecord, waiting: dict[int, Reading], visited: set[int], again: set[int]
+        self, record: ProcessRecord, waiting: dict[int, ProcessScan], scanned: set[int], again: set[int]
     ) -> None:
         parent = waiting.get(record.parent_tgid)
         if parent is None or parent.start_ns != record.parent_start_ns:
             return
         if record.t_ns > parent.end_ns:
-            self._take_reading(waiting.pop(record.parent_tgid))
-        elif record.tgid not in visited:
+            self._take_scan(waiting.pop(record.parent_tgid))
+        elif record.tgid not in scanned:
             # Forked before its parent was read, and behind the reader's back: look at it on its own.
             self._process(record).learn(record)
             again.add(record.tgid)
@@ -487,82 +496,82 @@ class Tracker:
         elif isinstance(record, MapRecord):
             self._see(record)
 
-    def _take_reading(self, reading: Reading) -> None:
-        causes = self._causes[1].get(reading.tgid, self._causes[0])
-        if reading.is_narrow:
-            self.narrow[reading.tgid] = reading.start_ns
-        known = self._processes.get(reading.tgid)
-        if known is not None and known.id.start_ns != reading.start_ns:
-            self._forget(reading.tgid, known.id.start_ns, "repair", reading.begin_ns)
+    def _take_scan(self, scan: ProcessScan) -> None:
+        causes = self._causes[1].get(scan.tgid, self._causes[0])
+        if scan.is_compat:
+            self.compat[scan.tgid] = scan.start_ns
+        known = self._processes.get(scan.tgid)
+        if known is not None and known.id.start_ns != scan.start_ns:
+            self._forget(scan.tgid, known.id.start_ns, "repair", scan.begin_ns)
             known = None
-        found = self._found(reading, self._see)
-        if known is None and not found and not (reading.has_strangers and reading.intro):
-            if reading.intro is not None:
+        found = self._found(scan, self._see)
+        if known is None and not found and not (scan.has_untracked_sharers and scan.intro):
+            if scan.intro is not None:
                 # The kernel will not introduce it again unless it is settled, which may fail.
-                self._process(reading.intro).learn(reading.intro)
-            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+                self._process(scan.intro).learn(scan.intro)
+            self._note_if_idle(scan.tgid, scan.start_ns, scan.activity)
             return
         if known is None:
-            known = self._process(reading.intro or reading.maps.first())
-        self._notice_exec(known, reading)  # before it learns from this reading how often it has executed
-        if reading.intro is not None:
-            known.learn(reading.intro)
-        elif reading.maps:
-            known.rename(reading.maps.first().comm)
+            known = self._process(scan.intro or scan.maps.first())
+        self._notice_exec(known, scan)  # before it learns from this reading how often it has executed
+        if scan.intro is not None:
+            known.learn(scan.intro)
+        elif scan.maps:
+            known.rename(scan.maps.first().comm)
         known.was_read = True
-        self._join(known, reading, causes)
-        self.announce(known, reading.begin_ns)
-        self._replace(known.space, found, causes, reading.end_ns)
-        if reading.touches and not found:
-            self._note_if_idle(reading.tgid, reading.start_ns, reading.touches)
+        self._join(known, scan, causes)
+        self.announce(known, scan.begin_ns)
+        self._replace(known.space, found, causes, scan.end_ns)
+        if scan.activity and not found:
+            self._note_if_idle(scan.tgid, scan.start_ns, scan.activity)
 
-    def _join(self, process: Tracked, reading: Reading, causes: Causes) -> None:
+    def _join(self, process: ProcessState, scan: ProcessScan, causes: Causes) -> None:
         """Processes with one address space may have been told of each on its own: from now on together."""
-        other = self._by_space.setdefault(reading.space, process) if reading.space else process
+        other = self._by_mm.setdefault(scan.space, process) if scan.space else process
         if self._processes.get(other.id.pid) is not other:
-            self._by_space[reading.space] = process  # it has gone since, and its space with it
+            self._by_mm[scan.space] = process  # it has gone since, and its space with it
             return
         old, space = process.space, other.space
         if space is old:
             return
-        for holder in old.holders:
-            if holder.is_announced:
+        for sharer in old.sharers:
+            if sharer.is_announced:
                 for is_load, ours, theirs in ((False, old, space), (True, space, old)):
                     for file_id, mapping in ours.mappings().items():
                         if file_id not in theirs.files:
                             cause = causes.load if is_load else causes.unload
-                            self.changes.append(self._change(holder, is_load, cause, reading.begin_ns, mapping))
-            holder.space = space
-        space.holders += old.holders
+                            self.changes.append(self._change(sharer, is_load, cause, scan.begin_ns, mapping))
+            sharer.space = space
+        space.sharers += old.sharers
         old.release()
 
-    def _notice_exec(self, process: Tracked, reading: Reading) -> None:
+    def _notice_exec(self, process: ProcessState, scan: ProcessScan) -> None:
         """If its exec was lost, it shares nobody's space any more."""
-        if reading.exec_id is not None and reading.exec_id != process.exec_id:
-            process.exec_id = reading.exec_id
-            if len(process.space.holders) > 1:
+        if scan.exec_id is not None and scan.exec_id != process.exec_id:
+            process.exec_id = scan.exec_id
+            if len(process.space.sharers) > 1:
                 self._leave(process)
 
-    def _leave(self, process: Tracked) -> None:
+    def _leave(self, process: ProcessState) -> None:
         """It shares nobody's space any more; what it was told to have there it has not."""
         space = process.space
         if process.is_announced:
             for mapping in space.mappings().values():
                 self.changes.append(self._change(process, False, "repair", process.seen_ns, mapping))
-        space.holders.remove(process)
-        process.space = Space()
-        process.space.holders.append(process)
+        space.sharers.remove(process)
+        process.space = AddressSpace()
+        process.space.sharers.append(process)
         process.is_announced = True
 
-    def _replace(self, space: Space, found: Found, causes: Causes, t_ns: int) -> None:
+    def _replace(self, space: AddressSpace, found: ScannedFiles, causes: Causes, t_ns: int) -> None:
         """Makes the space hold what was found, and tells the difference."""
-        space.is_doubted = False
+        space.needs_rescan = False
         gone, came = space.replace(found)
         for mapping in gone:
-            self._tell(space, False, causes.unload, t_ns, mapping)
+            self._emit(space, False, causes.unload, t_ns, mapping)
         mappings = space.mappings() if came else {}
         for one in came:
-            self._tell(space, True, causes.load, one.row.t_ns, mappings[one.name.file_id])
+            self._emit(space, True, causes.load, one.row.t_ns, mappings[one.name.file_id])
 
     # ---- rules --------------------------------------------------------------------------------
 
@@ -572,11 +581,11 @@ class Tracker:
         self._names.clear()
 
 
-def _since_visits(waiting: dict[int, Reading], records: Iterable[Record]) -> dict[int, list[Record]]:
+def _since_scan(waiting: dict[int, ProcessScan], records: Iterable[Record]) -> dict[int, list[Record]]:
     """By tgid, the records from the beginning of its reading's visit on."""
     found: dict[int, list[Record]] = {}
     for record in records:
-        reading = waiting.get(record.tgid)
-        if reading is not None and reading.start_ns == record.start_ns and record.t_ns >= reading.begin_ns:
+        scan = waiting.get(record.tgid)
+        if scan is not None and scan.start_ns == record.start_ns and record.t_ns >= scan.begin_ns:
             found.setdefault(record.tgid, []).append(record)
     return found

@@ -7,7 +7,7 @@ and gives up on a file system that does not answer.
 
 from __future__ import annotations
 
-from sowatch.explain.gather import Desk, check_process, explain
+from sowatch.explain.gather import ExplainContext, check_process, explain
 from sowatch.explain.published import Published, explain_published_file, explain_published_process
 from sowatch.explain.records import (
     Blocked,
@@ -26,7 +26,7 @@ from sowatch.explain.records import (
 
 __all__ = [
     "Blocked",
-    "Desk",
+    "ExplainContext",
     "FileLook",
     "MappedIn",
     "MappingReport",

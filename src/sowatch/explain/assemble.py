@@ -1,4 +1,4 @@
-"""From what was found to reports. Pure: no I/O, no threads, no clock."""
+"""Builds reports from gathered facts: pure, without I/O, threads or a clock."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sowatch.explain.records import (
     IdSource,
     MappedIn,
     MappingReport,
+    NotReportedReason,
     PathReport,
     ProcessReport,
     Range,
     Relation,
     RuleAnswer,
     Seen,
-    Untold,
     VerdictAnswer,
     Why,
 )
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 MEMORY: Final = "memory"  # the type of file of a path like ``/memfd:NAME``
-#: Names that no directory holds; see `sowatch.engine.address_space.Name.is_anonymous`.
+#: Names that no directory holds; see `sowatch.engine.address_space.MappedFile.is_anonymous`.
 _SEGMENTS: Final = ("/SYSV", "/dev/zero")
 
 
@@ -327,7 +327,7 @@ def process_report(
     known_process = known.processes.get(process.pid)
     if known_process is not None and not known_process.process.id.same_tick(process.id):
         known_process = None
-    followed = known.followed
+    followed = known.tracked
     if followed is not None and not process.id.same_tick(process.id._replace(start_ns=followed.start_ns)):
         followed = None
     kernel_start_ns = [one.start_ns for one in (followed, known_process and known_process.process) if one is not None]
@@ -336,8 +336,8 @@ def process_report(
     groups = () if isinstance(facts.maps, Miss) else facts.maps
     files = FilesByAddress(known_process)
     views = {file.name.view for file in (known_process.files if known_process else ()) if file.name.view}
-    if facts.sees_our_files and known.own_view:
-        views.add(known.own_view)
+    if facts.sees_our_files and known.own_view_id:
+        views.add(known.own_view_id)
     at = {(one.start, one.end): one for one in differences}
     mappings = tuple(
         _mapping(
@@ -348,12 +348,12 @@ def process_report(
             looks[group],
             rules,
             views,
-            untold=lambda file, rule: _untold(file, known_process, known, rule),
+            untold=lambda file, rule: _reason(file, known_process, known, rule),
             differences=tuple(at[span] for span in group.ranges if span in at),
         )
         for group in groups
     )
-    told = {difference for mapping in mappings for difference in mapping.differences}
+    reported = {difference for mapping in mappings for difference in mapping.differences}
     state = "kernel_thread" if facts.stat.is_kernel_thread else "running"
     if facts.stat.is_dead and facts.stat.threads < 2:
         state = "zombie"
@@ -367,7 +367,7 @@ def process_report(
         known=known_process,
         known_since_ns=None if known_process is None else now_ns - (monotonic_ns - known_process.since_ns),
         mappings=mappings,
-        extra=tuple(one for one in differences if one not in told),
+        extra=tuple(one for one in differences if one not in reported),
         notes=tuple(_notes(facts, state, mappings, memory, is_unread=known.unread_since_s is not None)),
     )
 
@@ -405,7 +405,7 @@ def _mapping(
     rules: RuleSet,
     views: Collection[bytes],
     *,
-    untold: Callable[[KnownFile | None, str | None], Untold],
+    untold: Callable[[KnownFile | None, str | None], NotReportedReason],
     differences: tuple[Difference, ...],
 ) -> MappingReport:
     shown = group.shown(look.generation)
@@ -466,7 +466,7 @@ def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: Fi
     return FileFacts(is_elf, image_kinds=look.image_kinds).kind(kind, group.path, is_anonymous=is_memfd)
 
 
-def _untold(file: KnownFile | None, process: KnownProcess | None, known: Known, rule: str | None) -> Untold:
+def _reason(file: KnownFile | None, process: KnownProcess | None, known: Known, rule: str | None) -> NotReportedReason:
     if rule is None:
         return "no_rule"
     if file is None or process is None:
@@ -505,10 +505,10 @@ def ids_of(facts: PathFacts, known: Known, memory: Memory) -> tuple[Candidate, .
     for process in known.processes.values():
         for file in process.files:
             name = file.name
-            is_named = name.path == facts.resolved and name.view == known.own_view
+            is_named = name.path == facts.resolved and name.view == known.own_view_id
             if shown.could_be(name.file_id) and (name.file_id.dev == shown.dev or is_named):
                 found[name.file_id] = "map"
-    for one in memory.about(shown, {known.own_view} if known.own_view else ()):
+    for one in memory.about(shown, {known.own_view_id} if known.own_view_id else ()):
         found.setdefault(file_id_of(one.key), "verdict")
     if not found:
         found[shown.file_id] = "proc"
@@ -519,7 +519,7 @@ def path_report(
     facts: PathFacts,
     ids: tuple[Candidate, ...],
     mapped: Sequence[MappedIn],
-    own_view: bytes,
+    own_view_id: bytes,
     memory: Memory,
     look: FileLook,
     rules: RuleSet,
@@ -533,7 +533,7 @@ def path_report(
         facts: what the path stands for.
         ids: see `ids_of`.
         mapped: who has it, or another file under its path, mapped.
-        own_view: the agent's root, see `Known`.
+        own_view_id: the agent's root, see `Known`.
         memory: what is remembered of files.
         look: at the file.
         rules: the watch's.
@@ -545,7 +545,7 @@ def path_report(
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}
     shown = facts.shown
-    about = () if shown is None else memory.about(shown, {own_view} if own_view else ())
+    about = () if shown is None else memory.about(shown, {own_view_id} if own_view_id else ())
 
     def is_it(one: BlockedFile) -> bool:
         if shown is None:

@@ -170,7 +170,7 @@ def _missing(
     reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
     # Of a file with very many ranges the map has the first, and what spans the others.
     wide = [(one.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
-    claims = root = None
+    tentatives = root = None
     for row in rows:
         if row.end <= reach[bisect_right(starts, row.start)]:
             continue
@@ -182,9 +182,9 @@ def _missing(
         path = seen_path(row.path, root).decode("utf-8", "surrogateescape")
         if not rules.could_match(path):
             continue
-        if claims is None:
-            claims = images.claims(pid, rows)
-        if row in claims and not rules.wants_images and images.can_be(pid, row, claims[row]):
+        if tentatives is None:
+            tentatives = images.tentatives(pid, rows)
+        if row in tentatives and not rules.wants_images and images.can_be(pid, row, tentatives[row]):
             continue
         found.add(Difference("missing", pid, path, row.inode, row.start, row.end))
     return found
@@ -232,7 +232,7 @@ class _Images:
         """Ends its thread."""
         self._worker.close()
 
-    def claims(self, pid: int, rows: Iterable[MapRow]) -> dict[MapRow, str]:
+    def tentatives(self, pid: int, rows: Iterable[MapRow]) -> dict[MapRow, str]:
         """The rows that the process says are such, and which."""
         base = 0
         tid = self.proc.live_thread(pid)

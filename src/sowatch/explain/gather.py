@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from sowatch.engine.activation import FileRegistry
-from sowatch.engine.address_space import Name
+from sowatch.engine.address_space import MappedFile
 from sowatch.engine.queries import Known, View
 from sowatch.explain.assemble import (
     MEMORY,
@@ -34,7 +34,7 @@ from sowatch.explain.assemble import (
     same_file,
 )
 from sowatch.explain.audit import Difference, audit
-from sowatch.explain.looks import Aside, Subject, look_at, look_at_place
+from sowatch.explain.looks import Subject, TimeoutWorker, look_at, look_at_place
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.hidepid import hides_processes
@@ -45,7 +45,7 @@ from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 
-__all__ = ["Desk", "check_process", "explain"]
+__all__ = ["ExplainContext", "check_process", "explain"]
 
 _AT_BASE: Final = 7
 _NO_ANSWER: Final = FileLook("no_answer")
@@ -63,13 +63,13 @@ _TYPES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class ExplainContext:
     """What is asked: ``ask_map`` is `sowatch.engine.loop.Engine.known`, ``view`` its `view`, on its thread."""
 
     proc: ProcFs
     rules: RuleSet
     registry: FileRegistry
-    ask_map: Callable[[int | None, Callable[[Name], bool]], Known]
+    ask_map: Callable[[int | None, Callable[[MappedFile], bool]], Known]
     view: Callable[[], View]
     is_repaired: Callable[[], bool]
     #: Whether the map is made of what ``/proc`` shows us, so that it lacks processes that may not be read.
@@ -81,17 +81,17 @@ class Desk:
         return frozenset().union(*(rule.exports for rule in self.rules))
 
 
-def explain(target: int | str | os.PathLike[str], desk: Desk) -> ProcessReport | PathReport:
+def explain(target: int | str | os.PathLike[str], context: ExplainContext) -> ProcessReport | PathReport:
     """The decision trail of a process (an ``int``) or of a file (its path as we see it).
 
     Raises:
         SowatchError: there is no such process, or no such file and nobody has one of that name mapped.
         UsageError: the id of a thread, an empty path, or one with a NUL in it.
     """
-    with Aside() as aside:
+    with TimeoutWorker() as worker:
         if isinstance(target, int):
-            return _explain_process(target, desk, aside)
-        return _explain_path(os.fspath(target), desk, aside)
+            return _explain_process(target, context, worker)
+        return _explain_path(os.fspath(target), context, worker)
 
 
 # ---- a process ----------------------------------------------------------------------------------
@@ -113,50 +113,50 @@ def check_process(proc: ProcFs, pid: int) -> Stat:
     return about
 
 
-def _explain_process(pid: int, desk: Desk, aside: Aside) -> ProcessReport:
-    first = check_process(desk.proc, pid)
-    known = desk.ask_map(pid, lambda _: True)
+def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -> ProcessReport:
+    first = check_process(context.proc, pid)
+    known = context.ask_map(pid, lambda _: True)
     now_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
     with known.verdicts:
-        facts = _facts_of(desk.proc, first, aside)
+        facts = _facts_of(context.proc, first, worker)
         groups = () if isinstance(facts.maps, Miss) else facts.maps
-        memory = _memory(desk, known, {group.inode for group in groups})
+        memory = _memory(context, known, {group.inode for group in groups})
     # Who would look through its own link to a mapping waits behind the same lock.
     is_unread = known.unread_since_s is not None
-    looks = dict.fromkeys(groups, _NO_ANSWER) if is_unread else _looks(groups, facts, known, desk, aside)
-    differences = _differences(pid, desk)
-    last = desk.proc.stat(pid)
+    looks = dict.fromkeys(groups, _NO_ANSWER) if is_unread else _looks(groups, facts, known, context, worker)
+    differences = _differences(pid, context)
+    last = context.proc.stat(pid)
     if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
         raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
     return process_report(
-        facts, known, memory, looks, desk.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
+        facts, known, memory, looks, context.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
     )
 
 
-def _facts_of(proc: ProcFs, about: Stat, aside: Aside) -> ProcessFacts:
+def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:
     pid = about.pid
     process = proc.process(pid, container_of=container_id)
     if process is None:
         raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
-    rows = _settled(proc, pid, proc.executable_maps(pid), aside)
+    rows = _settled(proc, pid, proc.executable_maps(pid), worker)
     is_32bit = proc.is_32bit(pid)
     return ProcessFacts(
         process=process,
         stat=about,
         is_32bit=is_32bit,
         exe=proc.exe(pid),
-        interpreter_base=_interpreter_base(proc, pid, is_narrow=is_32bit is True),
+        interpreter_base=_interpreter_base(proc, pid, is_compat=is_32bit is True),
         maps=rows if isinstance(rows, Miss) else group_rows(rows, _root_of(proc, pid)),
         sees_our_files=_sees_our_files(proc, pid),
     )
 
 
-def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, aside: Aside) -> list[MapRow] | Miss:
-    """Rows with ``is_deleted`` as it is: the text alone cannot tell, see `ProcFs.settle_deleted`."""
+def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, worker: TimeoutWorker) -> list[MapRow] | Miss:
+    """Rows with ``is_deleted`` as it is: the text alone cannot tell, see `ProcFs.resolve_deleted_suffix`."""
     if isinstance(rows, Miss):
         return rows
     asked: dict[tuple[bytes, int], bool] = {}
-    settled = []
+    untracked = []
     end_s = time.monotonic() + LOOKING_S
     for row in rows:
         if row.is_deleted and not row.path.startswith((b"/memfd:", b"/SYSV", b"/dev/zero")):
@@ -164,19 +164,19 @@ def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, aside: Aside) ->
             if file not in asked and time.monotonic() > end_s:
                 asked[file] = True
             if file not in asked:
-                answer = aside.run(partial(proc.settle_deleted, pid, row))
+                answer = worker.run(partial(proc.resolve_deleted_suffix, pid, row))
                 asked[file] = answer is None or answer.is_deleted
             if not asked[file]:
                 row = row._replace(path=row.shown_path, is_deleted=False)  # noqa: PLW2901
-        settled.append(row)
-    return settled
+        untracked.append(row)
+    return untracked
 
 
-def _interpreter_base(proc: ProcFs, pid: int, *, is_narrow: bool) -> int:
+def _interpreter_base(proc: ProcFs, pid: int, *, is_compat: bool) -> int:
     """Where exec mapped the dynamic loader; 0 if there is none, or it cannot be told."""
     try:
         with open(f"{proc.root}/{proc.live_thread(pid)}/auxv", "rb") as file:
-            vector: dict[int, int] = dict(struct.iter_unpack("=II" if is_narrow else "=QQ", file.read(1024)))
+            vector: dict[int, int] = dict(struct.iter_unpack("=II" if is_compat else "=QQ", file.read(1024)))
             return vector.get(_AT_BASE, 0)
     except (OSError, struct.error):
         return 0
@@ -202,21 +202,21 @@ def _sees_our_files(proc: ProcFs, pid: int) -> bool | None:
     return (root.st_dev, root.st_ino) == (own.st_dev, own.st_ino)
 
 
-def _memory(desk: Desk, known: Known, inodes: set[int]) -> Memory:
+def _memory(context: ExplainContext, known: Known, inodes: set[int]) -> Memory:
     verdicts = known.verdicts
     keys = {file.name.key for process in known.processes.values() for file in process.files}
     return Memory.of(
         {key: verdicts.look_up(key) for key in keys},
         verdicts.of_inodes(inodes) if inodes else (),
-        desk.registry.blocked(),
-        desk.registry.files(),
+        context.registry.blocked(),
+        context.registry.files(),
         now_s=time.monotonic(),
-        is_repaired=desk.is_repaired(),
+        is_repaired=context.is_repaired(),
     )
 
 
 def _looks(
-    groups: Sequence[Group], facts: ProcessFacts, known: Known, desk: Desk, aside: Aside
+    groups: Sequence[Group], facts: ProcessFacts, known: Known, context: ExplainContext, worker: TimeoutWorker
 ) -> dict[Group, FileLook]:
     """A look at each file, as long as there is time."""
     files = FilesByAddress(known.processes.get(facts.process.pid))
@@ -235,42 +235,44 @@ def _looks(
         if time.monotonic() > end_s:
             found[group] = _SKIPPED
         else:
-            found[group] = aside.run(partial(look_at, desk.proc, subject, desk.exports)) or _NO_ANSWER
+            found[group] = worker.run(partial(look_at, context.proc, subject, context.exports)) or _NO_ANSWER
     return found
 
 
-def _differences(pid: int, desk: Desk) -> tuple[Difference, ...]:
+def _differences(pid: int, context: ExplainContext) -> tuple[Difference, ...]:
     def view() -> View:
-        return {known: held for known, held in desk.view().items() if known == pid}
+        return {known: held for known, held in context.view().items() if known == pid}
 
-    return audit(view, desk.proc, desk.rules, only=pid).differences
+    return audit(view, context.proc, context.rules, only=pid).differences
 
 
 # ---- a path -------------------------------------------------------------------------------------
 
 
-def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
+def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> PathReport:
     if not path or "\0" in path:
         raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
     found: list[PathFacts] = []
-    look = aside.run(lambda: _look_at_path(path, desk.exports, found.append)) or _NO_ANSWER
+    look = worker.run(lambda: _look_at_path(path, context.exports, found.append)) or _NO_ANSWER
     plain = os.path.abspath(path)
     facts = (
         found[0] if found else PathFacts(plain, plain, None, "the file system does not answer", None, could_look=False)
     )
     if facts.shown is not None:
         facts = replace(facts, shown=facts.shown._replace(generation=look.generation))
-    rows, unreadable = _rows_near(facts, desk.proc)
-    facts, look = _memory_facts(facts, look, rows, desk, aside)
+    rows, unreadable = _rows_near(facts, context.proc)
+    facts, look = _memory_facts(facts, look, rows, context, worker)
     inodes = {row.inode for found in rows.values() for row in found}
     if facts.shown is not None:
         inodes.add(facts.shown.inode)
-    known = desk.ask_map(None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved))
+    known = context.ask_map(
+        None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved)
+    )
     with known.verdicts:
-        memory = _memory(desk, known, set() if facts.shown is None else {facts.shown.inode})
+        memory = _memory(context, known, set() if facts.shown is None else {facts.shown.inode})
     ids = ids_of(facts, known, memory)
-    mapped = list(_mapped(facts, ids, known, rows, desk, aside))
-    is_hidden = hides_processes(desk.proc)
+    mapped = list(_mapped(facts, ids, known, rows, context, worker))
+    is_hidden = hides_processes(context.proc)
     if facts.file_type is None and not mapped:
         rest = f", of those that could be read: {unreadable} could not" if unreadable else ""
         rest += ", of those that /proc shows: it hides others (hidepid)" * is_hidden
@@ -279,15 +281,15 @@ def _explain_path(path: str, desk: Desk, aside: Aside) -> PathReport:
             "`sowatch list` shows what is mapped."
         )
     kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
-    if not desk.reads_proc and isinstance(desk.rules.match(facts.resolved, kind, look.exports), Rule):
+    if not context.reads_proc and isinstance(context.rules.match(facts.resolved, kind, look.exports), Rule):
         unreadable, is_hidden = 0, False  # the map has all that is wanted, of whatever process
     return path_report(
-        facts, ids, mapped, known.own_view, memory, look, desk.rules, unreadable=unreadable, is_hidden=is_hidden
+        facts, ids, mapped, known.own_view_id, memory, look, context.rules, unreadable=unreadable, is_hidden=is_hidden
     )
 
 
 def _memory_facts(
-    facts: PathFacts, look: FileLook, near: Mapping[int, list[MapRow]], desk: Desk, aside: Aside
+    facts: PathFacts, look: FileLook, near: Mapping[int, list[MapRow]], context: ExplainContext, worker: TimeoutWorker
 ) -> tuple[PathFacts, FileLook]:
     """Of a path that names nothing: those of memory that is mapped under that name."""
     if facts.shown is not None or not facts.could_look:
@@ -299,16 +301,16 @@ def _memory_facts(
                 subject = Subject(
                     pid, facts.path, row.inode, ((row.start, row.end),), is_own_view=False, is_deleted=True
                 )
-                look = aside.run(partial(look_at, desk.proc, subject, desk.exports)) or _NO_ANSWER
+                look = worker.run(partial(look_at, context.proc, subject, context.exports)) or _NO_ANSWER
                 shown = Shown(row.major, row.minor, row.inode)
                 return replace(facts, file_type=MEMORY, error=None, shown=shown), look
     return facts, look
 
 
-def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts], None]) -> FileLook:
+def _look_at_path(path: str, exports: Collection[str], emit: Callable[[PathFacts], None]) -> FileLook:
     """What stands under a path, and a look at it: at one file, whatever takes its name meanwhile.
 
-    ``tell`` is called before the file is read, which may take for ever.
+    ``emit`` is called before the file is read, which may take for ever.
     """
     plain = os.path.abspath(path)
     try:
@@ -317,7 +319,7 @@ def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts
     except OSError as error:
         is_absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
         facts = PathFacts(plain, plain, None, os.strerror(error.errno or 0), None, could_look=is_absent)
-        tell(facts)
+        emit(facts)
         return FileLook("gone" if is_absent else "not_permitted", facts.error)
     try:
         status = os.fstat(place)
@@ -325,7 +327,7 @@ def _look_at_path(path: str, exports: Collection[str], tell: Callable[[PathFacts
         with contextlib.suppress(OSError):  # longer than a page
             resolved = os.readlink(f"/proc/self/fd/{place}")
         file_type = next((name for is_it, name in _TYPES if is_it(status.st_mode)), "something else")
-        tell(PathFacts(plain, resolved, file_type, None, _shown(status)))
+        emit(PathFacts(plain, resolved, file_type, None, _shown(status)))
         look = look_at_place(place, plain, exports)
         return look if look.elf != "not_regular" else FileLook("not_regular", file_type)
     finally:
@@ -365,16 +367,16 @@ def _mapped(
     ids: Sequence[Candidate],
     known: Known,
     near: Mapping[int, list[MapRow]],
-    desk: Desk,
-    aside: Aside,
+    context: ExplainContext,
+    worker: TimeoutWorker,
 ) -> Iterator[MappedIn]:
     """Every process that has the file mapped, or another one under its path."""
-    proc = desk.proc
+    proc = context.proc
     file_ids = {one.id for one in ids}
     # Below an overlay the map may know the file by another number than /proc shows.
     by_map = {pid for pid, one in known.processes.items() if any(file.name.file_id in file_ids for file in one.files)}
     for pid in sorted(near.keys() | by_map):
-        rows = _settled(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], aside)
+        rows = _settled(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], worker)
         process = known.processes.get(pid)
         record = process.process if process is not None else proc.process(pid, container_of=container_id)
         if isinstance(rows, Miss) or record is None:
@@ -384,7 +386,7 @@ def _mapped(
             file = files.find(group)
             is_same = same_file(facts, file_ids, group, file)
             if is_same is None:
-                is_same = aside.run(partial(_is_mapped, facts, proc, pid, group))
+                is_same = worker.run(partial(_is_mapped, facts, proc, pid, group))
             relation = relation_of(facts, group.path, is_deleted=group.is_deleted, is_same_file=is_same)
             if relation is not None:
                 load = None if file is None else file.load

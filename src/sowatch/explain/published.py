@@ -15,7 +15,7 @@ from typing import Final
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain.assemble import Memory, answers, verdict_of
-from sowatch.explain.gather import Desk, check_process
+from sowatch.explain.gather import ExplainContext, check_process
 from sowatch.explain.records import (
     Candidate,
     FileLook,
@@ -41,9 +41,9 @@ _REASON: Final = "no file is opened for this answer; the facts are those of the 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What is asked: ``desk`` as for `sowatch.explain.explain`, ``loads`` are the load events of everything held."""
+    """What is asked: ``context`` as for `sowatch.explain.explain`, ``loads`` are the load events of everything held."""
 
-    desk: Desk
+    context: ExplainContext
     loads: Callable[[], Mapping[ProcessId, Mapping[FileId, LibraryEvent]]]
 
 
@@ -53,7 +53,7 @@ def explain_published_file(published: Published, *, path: str | None = None, bui
     Raises:
         SowatchError: no load event that is still in force names it.
     """
-    desk = published.desk
+    context = published.context
     found = [
         load
         for files in published.loads().values()
@@ -66,11 +66,11 @@ def explain_published_file(published: Published, *, path: str | None = None, bui
         raise SowatchError(f"no process has {what!r} mapped, as far as this watch reports. Look at /inventory.")
     first = found[0].library
     ids = tuple(dict.fromkeys(load.library.id for load in found))
-    known = desk.ask_map(None, lambda name: name.file_id in ids)
+    known = context.ask_map(None, lambda name: name.file_id in ids)
     with known.verdicts:
-        memory = _memory(known, desk.registry, is_repaired=desk.is_repaired())
+        memory = _memory(known, context.registry, is_repaired=context.is_repaired())
     shown_path = first.path if path is None else path
-    rules = _answers(desk.rules, shown_path, first.kind, found[0].rule)
+    rules = _answers(context.rules, shown_path, first.kind, found[0].rule)
     mapped = [one for process in known.processes.values() for one in _mapped(process, ids, shown_path)]
     return PathReport(
         path=shown_path,
@@ -97,25 +97,25 @@ def explain_published_process(published: Published, pid: int) -> ProcessReport:
         SowatchError: there is no such process.
         UsageError: it is one thread of a process.
     """
-    desk = published.desk
-    about = check_process(desk.proc, pid)
-    known = desk.ask_map(pid, lambda _: True)
+    context = published.context
+    about = check_process(context.proc, pid)
+    known = context.ask_map(pid, lambda _: True)
     with known.verdicts:
-        memory = _memory(known, desk.registry, is_repaired=desk.is_repaired())
+        memory = _memory(known, context.registry, is_repaired=context.is_repaired())
     now_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
     process = known.processes.get(pid)
     if process is not None and not process.process.id.same_tick(ProcessId(pid, about.start_ns)):
         process = None
-    mappings = tuple(_mappings(process, desk.rules, memory))
+    mappings = tuple(_mappings(process, context.rules, memory))
     withheld = 0 if process is None else len(process.files) - len(mappings)
     return ProcessReport(
-        process=_record(desk.proc, about) if process is None else process.process,
+        process=_record(context.proc, about) if process is None else process.process,
         state=_state(about),  # type: ignore[arg-type]
         threads=about.threads,
         is_leader_alive=not about.is_dead,
         is_32bit=None,
         # Its ranges may be of files that no load event names.
-        followed=None if process is None or known.followed is None else known.followed._replace(ranges=()),
+        followed=None if process is None or known.tracked is None else known.tracked._replace(ranges=()),
         known=process,
         known_since_ns=None if process is None else now_ns - (monotonic_ns - process.since_ns),
         mappings=mappings,

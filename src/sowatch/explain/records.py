@@ -13,7 +13,7 @@ from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
 from sowatch.model.events import SCHEMA, Library, Process, library_dict, process_dict, ranges_list
 from sowatch.model.identity import FileId
-from sowatch.sources.core import Followed
+from sowatch.sources.core import TrackedEntry
 
 __all__ = [
     "Blocked",
@@ -40,7 +40,7 @@ Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "expor
 #: a vfork child that is only passing through; its file's facts are still being read; it was there
 #: before a watch that was told to leave that out; its exports could not be read when it was loaded;
 #: or it is not in the map, though it should be.
-Untold: TypeAlias = Literal[
+NotReportedReason: TypeAlias = Literal[
     "no_rule", "not_selected", "passing", "awaiting_facts", "baseline", "unresolved", "not_in_map"
 ]
 #: What a file says of itself, or why that cannot be told.
@@ -48,7 +48,7 @@ ElfState: TypeAlias = Literal[
     "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
 ]
 #: By which way a file was opened; see `Try`.
-By: TypeAlias = Literal["map_files", "root", "own_view"]
+By: TypeAlias = Literal["map_files", "root", "own_view_id"]
 #: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
 #: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
@@ -87,7 +87,7 @@ class Try:
     """One way to open the very file, and why it did not work (None: it did).
 
     ``by``: ``map_files``, the kernel's own link to the mapping; ``root``, the path below the root of
-    the process; ``own_view``, the path as the agent sees it.
+    the process; ``own_view_id``, the path as the agent sees it.
     """
 
     by: By
@@ -152,7 +152,7 @@ class MappingReport:
     seen: Seen | None
     rule: str | None
     rules: tuple[RuleAnswer, ...]
-    untold: Untold | None
+    untold: NotReportedReason | None
     verdict: VerdictAnswer
     look: FileLook
     activations: tuple[tuple[str, str], ...]
@@ -165,7 +165,7 @@ class MappingReport:
 class ProcessReport:
     """A process and all it has mapped. ``notes`` are words for what would otherwise be silence.
 
-    They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``narrow``
+    They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``compat``
     (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
     ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unread`` (the kernel does
     not answer who reads its mappings: what is known may be old), ``unrepaired`` (facts were lost
@@ -180,7 +180,7 @@ class ProcessReport:
     threads: int
     is_leader_alive: bool
     is_32bit: bool | None
-    followed: Followed | None
+    followed: TrackedEntry | None
     known: KnownProcess | None
     known_since_ns: int | None
     mappings: tuple[MappingReport, ...]
@@ -277,11 +277,11 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
         "bits": None if report.is_32bit is None else 32 if report.is_32bit else 64,
         "kernel": followed
         and {
-            "followed": followed.touches > 0,
-            "touches": followed.touches,
+            "followed": followed.activity > 0,
+            "activity": followed.activity,
             "range_count": followed.range_count,
             "ranges": ranges_list(followed.ranges),
-            "dirty": followed.is_dirty,
+            "dirty": followed.needs_rescan,
             "shares_vm": followed.shares_vm,
         },
         "map": known
@@ -290,7 +290,7 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
             "since_ns": known.since_ns,
             "files": len(known.files),
             "announced": known.is_announced,
-            "awaits_reading": known.awaits_reading,
+            "awaits_rescan": known.awaits_rescan,
         },
         "mappings": [_mapping(one) for one in report.mappings],
         "extra": [_difference(one) for one in report.extra],

@@ -21,7 +21,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Library, Process, Ready
 from sowatch.model.identity import FileId, ProcessId
 
-__all__ = ["HISTORY_S", "Inventory", "LibraryRow", "Picture", "ProcessRow", "Second", "Watched"]
+__all__ = ["HISTORY_S", "Inventory", "InventoryView", "LibraryRow", "ProcessRow", "RateSample", "Watched"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -130,7 +130,7 @@ class ProcessRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Second:
+class RateSample:
     """What a second brought. ``time_s`` is its end by the wall clock; all others are a second's worth."""
 
     time_s: int
@@ -140,7 +140,7 @@ class Second:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class InventoryView:
     """One look. Rows by their numbers; ``left_out`` mappings were too many to be put together."""
 
     libraries: dict[int, LibraryRow]
@@ -190,7 +190,7 @@ class Inventory:
         self._files: _Numbers[_FileKey] = _Numbers()
         self._processes: _Numbers[ProcessId] = _Numbers()
         self._first: dict[_FileKey, tuple[int, bool]] = {}
-        self._history: deque[Second] = deque(maxlen=int(HISTORY_S / sample_s))
+        self._history: deque[RateSample] = deque(maxlen=int(HISTORY_S / sample_s))
         #: Replaced as a whole.
         self._stale: dict[tuple[ProcessId, _FileKey], StaleAnswer] = {}
         self._looked_s = float("-inf")
@@ -228,11 +228,11 @@ class Inventory:
         """Whether `close` was called: nobody should wait for more."""
         return self._closing.is_set()
 
-    def history(self) -> list[Second]:
+    def history(self) -> list[RateSample]:
         """The last `HISTORY_S` seconds, oldest first."""
         return list(self._history)
 
-    def look(self) -> Picture:
+    def look(self) -> InventoryView:
         """The map as published now. Takes some 3 ms for a thousand mappings."""
         self._looked_s = time.monotonic()
         self._looked.set()
@@ -247,7 +247,7 @@ class Inventory:
         with Disk(self._proc) as disk:
             self._stale = _stale(self.watcher.snapshot(), disk, self._closing.is_set)
 
-    def _look(self, mapped: Sequence[MappedLike]) -> Picture:
+    def _look(self, mapped: Sequence[MappedLike]) -> InventoryView:
         shown = mapped[:MAX_MAPPINGS]
         files: dict[_FileKey, list[MappedLike]] = {}
         processes: dict[ProcessId, list[MappedLike]] = {}
@@ -260,7 +260,7 @@ class Inventory:
         stale = self._stale
         libraries = (self._library(key, group, stale) for key, group in files.items())
         holders = (self._process(group, stale) for group in processes.values())
-        return Picture(
+        return InventoryView(
             libraries={row.number: row for row in libraries},
             processes={row.number: row for row in holders},
             mappings=len(mapped),
@@ -308,7 +308,7 @@ class Inventory:
         while not self._closing.wait(self._sample_s):
             now, now_s = self._totals(), time.monotonic()
             loads, unloads, lost = ((new - old) / (now_s - before_s) for new, old in zip(now, before, strict=True))
-            self._history.append(Second(int(time.time()), round(loads, 1), round(unloads, 1), round(lost, 1)))
+            self._history.append(RateSample(int(time.time()), round(loads, 1), round(unloads, 1), round(lost, 1)))
             before, before_s = now, now_s
 
     def _totals(self) -> tuple[int, int, int]:

@@ -166,7 +166,7 @@ class ElfFile:
             raise ElfError(f"it takes more than {self.limits.read_bytes} bytes to read")
         return self.head[offset : offset + size] if is_in_head else _pread(self.fd, size, offset)
 
-    def read_all(self, offset: int, size: int, what: str) -> bytes:
+    def scan_all(self, offset: int, size: int, what: str) -> bytes:
         """As `read`, and an error if the file ends before."""
         data = self.read(offset, size)
         if len(data) != size:

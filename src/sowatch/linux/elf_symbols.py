@@ -75,9 +75,9 @@ class _Symbols:
         record = elf.layout.symbol
         if tags.get(_DT_SYMENT, record.size) != record.size:
             raise ElfError(f"its symbols have {tags[_DT_SYMENT]} bytes each instead of {record.size}")
-        table = elf.read_all(elf.place(tags[_DT_SYMTAB], "symbol table"), count * record.size, "symbol table")
+        table = elf.scan_all(elf.place(tags[_DT_SYMTAB], "symbol table"), count * record.size, "symbol table")
         strings = elf.place(tags.get(_DT_STRTAB, -1), "string table")
-        return elf.read_all(strings, tags.get(_DT_STRSZ, 0), "string table"), self._exported(table)
+        return elf.scan_all(strings, tags.get(_DT_STRSZ, 0), "string table"), self._exported(table)
 
     def find(self, name: str) -> list[_Symbol]:
         """The exported symbols of that name, one for each version."""
@@ -96,7 +96,7 @@ class _Symbols:
         for at in places:
             symbols = elf.place(tags[_DT_SYMTAB], "symbol table")
             strings = elf.place(tags.get(_DT_STRTAB, -1), "string table")
-            data = elf.read_all(symbols + at * record.size, record.size, "symbol table")
+            data = elf.scan_all(symbols + at * record.size, record.size, "symbol table")
             found += [one for one in self._exported(data) if elf.read(strings + one.name, len(text)) == text]
         return found
 
@@ -119,13 +119,13 @@ class _Symbols:
             elf = self._elf
             place = elf.place(self._tags[_DT_GNU_HASH], "hash table")
             header = struct.Struct(elf.layout.order + "IIII")
-            buckets, first, bloom_words, _ = header.unpack(elf.read_all(place, header.size, "hash table"))
+            buckets, first, bloom_words, _ = header.unpack(elf.scan_all(place, header.size, "hash table"))
             place += header.size + bloom_words * elf.bits // 8
             self._gnu = _GnuHash(buckets, place, first, place + buckets * 4)
         return self._gnu
 
     def _words(self, place: int, count: int) -> tuple[int, ...]:
-        return struct.unpack(f"{self._elf.layout.order}{count}I", self._elf.read_all(place, count * 4, "hash table"))
+        return struct.unpack(f"{self._elf.layout.order}{count}I", self._elf.scan_all(place, count * 4, "hash table"))
 
     def _chain(self, table: _GnuHash, index: int, step: int) -> Iterator[int]:
         """The hashes of the symbols from ``index`` to the end of their bucket, read ``step`` at a time."""
@@ -172,7 +172,7 @@ class _Symbols:
             word = "Q" if elf.bits == 64 and elf.machine in (_EM_S390, _EM_ALPHA) else "I"
             record = struct.Struct(elf.layout.order + 2 * word)
             place = elf.place(self._tags[_DT_HASH], "hash table")
-            buckets, symbols = record.unpack(elf.read_all(place, record.size, "hash table"))
+            buckets, symbols = record.unpack(elf.scan_all(place, record.size, "hash table"))
             self._old = _OldHash(buckets, symbols, place + record.size, word)
         return self._old
 
@@ -188,7 +188,7 @@ class _Symbols:
             return
 
         def word(at: int) -> int:
-            found: int = record.unpack(self._elf.read_all(table.place + at * record.size, record.size, "hash table"))[0]
+            found: int = record.unpack(self._elf.scan_all(table.place + at * record.size, record.size, "hash table"))[0]
             return found
 
         at = word(value % table.buckets)

@@ -86,7 +86,7 @@ class MapRow(NamedTuple):
 
     * ``\012`` is a newline, or a backslash and three digits in a name. It is read as a newline.
     * `` (deleted)`` at the end is the mark, or the end of a name. It is read as the mark
-      (of a file "x (deleted)" that was deleted the last one is); `ProcFs.settle_deleted` asks.
+      (of a file "x (deleted)" that was deleted the last one is); `ProcFs.resolve_deleted_suffix` asks.
 
     Anywhere else in the name neither is special, and spaces never are: the path goes to the end of
     the line. No name starts with a space (paths start with ``/``, the kernel's own names with
@@ -386,7 +386,7 @@ class ProcFs:
         found = self._first(pid, lambda base: _read_rows(f"{base}/maps", pattern))
         return [] if found is Miss.ABSENT else found
 
-    def settle_deleted(self, pid: int, row: MapRow) -> MapRow:
+    def resolve_deleted_suffix(self, pid: int, row: MapRow) -> MapRow:
         """A row with ``is_deleted`` corrected if a file whose name ends in `` (deleted)`` is what is mapped.
 
         Looks for a file of that very name below the root of the process, which needs the right to, may

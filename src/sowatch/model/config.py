@@ -1,4 +1,4 @@
-"""Limits and policy in one frozen value. Nothing here touches the kernel.
+"""Limits and policy in one frozen value. Nothing here activity the kernel.
 
 Every size has a default that fits a host of a few thousand processes; `Config.replace` gives a changed copy, checked
 the same way.
@@ -14,7 +14,7 @@ from sowatch.model.errors import ConfigError
 
 __all__ = ["HOOKS", "NO_GUARD", "STRATEGIES", "Config"]
 
-#: The rungs of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
+#: The candidates of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
 STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
 
 #: Sets of hooks of the BPF strategies.

@@ -173,7 +173,7 @@ class CompileError(SowatchError):
 
 
 class LoadAttempt(NamedTuple):
-    """One rung of the load ladder that was tried: which, whether it worked, why not."""
+    """One candidate of the load ladder that was tried: which, whether it worked, why not."""
 
     strategy: str
     ok: bool

@@ -30,15 +30,15 @@ from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.stats import Losses
 from sowatch.sources.iterator_scan import IteratorScan
-from sowatch.sources.scan_rows import Grouping, Reading, RowPool, group
+from sowatch.sources.scan_rows import Grouping, ProcessScan, RowPool, group
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
 __all__ = [
     "BpfSource",
     "EventSource",
-    "Followed",
-    "Reading",
+    "ProcessScan",
     "Report",
+    "TrackedEntry",
     "Verdict",
     "Verdicts",
     "read_losses",
@@ -57,19 +57,19 @@ class Report(IntFlag):
     FENCE = 32
 
 
-class Followed(NamedTuple):
+class TrackedEntry(NamedTuple):
     """What the kernel side remembers of a process: struct process of ``state.bpf.h``.
 
-    ``touches`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
+    ``activity`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
     ``ranges`` are the first of the ``range_count`` executable ranges that it knows.
     """
 
     start_ns: int
     range_count: int
-    is_dirty: bool
+    needs_rescan: bool
     is_introduced: bool
     shares_vm: bool
-    touches: int
+    activity: int
     ranges: tuple[tuple[int, int], ...]
 
 
@@ -122,14 +122,14 @@ class EventSource(Protocol):
     def refresh(self) -> None:
         """Makes the next `drain` bring everything up to now, where a source looks only from time to time."""
 
-    def read_all(self) -> tuple[list[Reading], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         """Every process's mappings, but of those that are ``unread`` then, and what was drained meanwhile.
 
         Raises:
             ScanTimeout: nobody could be read.
         """
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         """One process's mappings, perhaps none at all; None if the process is gone.
 
         Raises:
@@ -139,7 +139,7 @@ class EventSource(Protocol):
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         """Says whether files are wanted: what is not will not be reported again for a while."""
 
-    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         """Stops following a process of which nothing is wanted; False if it has done more since."""
 
     def set_report(self, report: Report) -> None:
@@ -151,7 +151,7 @@ class EventSource(Protocol):
     def losses(self) -> Losses:
         """What was lost so far."""
 
-    def followed(self, pid: int) -> Followed | None:
+    def tracked(self, pid: int) -> TrackedEntry | None:
         """What is remembered of a process, None if nothing. It may be of an earlier process with that pid."""
 
     def open_verdicts(self) -> Verdicts:
@@ -180,7 +180,7 @@ VERDICT_VALUE: Final = struct.Struct("=IIQ")
 #: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
 FILE_KEY: Final = struct.Struct("=Q52sI")
 #: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, dirty, introduced,
-#: shares_vm; and how it ends, 516 bytes: touches, then MAX_RANGES pairs of start and end. What lies
+#: shares_vm; and how it ends, 516 bytes: activity, then MAX_RANGES pairs of start and end. What lies
 #: between is for the programs only.
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
@@ -303,7 +303,7 @@ class BpfSource:
     def refresh(self) -> None:
         """The ring has everything."""
 
-    def read_all(self) -> tuple[list[Reading], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         meanwhile: list[Record] = []
 
         grouping = Grouping()
@@ -320,41 +320,41 @@ class BpfSource:
             try:
                 self._run_scan(scan, meanwhile=lambda: drain(scan))
                 grouping.add(self._noting_places(scan.rows()))
-                return grouping.readings(), meanwhile
+                return grouping.scans(), meanwhile
             except ScanTimeout as timeout:
                 # Its rows stop where nobody knows. What it has cleared and introduced is read again.
                 if timeout.is_refused or not self._can_iterate_one:
                     raise
                 self.unread.forget(0)
-        readings = self._read_each(lambda: meanwhile.extend(self.drain()))
-        return readings, meanwhile
+        scans = self._read_each(lambda: meanwhile.extend(self.drain()))
+        return scans, meanwhile
 
-    def _read_each(self, drain: Callable[[], None]) -> list[Reading]:
+    def _read_each(self, drain: Callable[[], None]) -> list[ProcessScan]:
         """Process by process, but those that hang: the iterator over all would stop at the first of them."""
         report = self._report.value
-        readings: list[Reading] = []
+        scans: list[ProcessScan] = []
         pool = RowPool()
         targets: Sequence[int] = [pid for pid in self._proc.pids() if not self.unread.hangs(pid)]
         self._report.value = report | Report.INTROS
         try:
             while targets:
-                scan = IteratorScan(self._open_session, targets)
+                run = IteratorScan(self._open_session, targets)
                 hung, targets = -1, ()
                 try:
-                    self._run_scan(scan, meanwhile=drain)
+                    self._run_scan(run, meanwhile=drain)
                 except ScanTimeout as timeout:
                     if timeout.is_refused:
                         raise
                     hung = timeout.pid
-                    targets = [pid for pid in scan.left_after() if not self.unread.hangs(pid)]
-                for reading in group(self._noting_places(scan.rows(but=hung)), pool):
-                    reading.begin_ns = min(reading.begin_ns, scan.begun_ns.get(reading.tgid, reading.begin_ns))
-                    readings.append(reading)
+                    targets = [pid for pid in run.left_after() if not self.unread.hangs(pid)]
+                for scan in group(self._noting_places(run.rows(but=hung)), pool):
+                    scan.begin_ns = min(scan.begin_ns, run.begun_ns.get(scan.tgid, scan.begin_ns))
+                    scans.append(scan)
         finally:
             self._report.value = report
-        return readings
+        return scans
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         if self.unread.hangs(pid):
             raise ScanTimeout(pid)
         report = self._report.value
@@ -365,12 +365,12 @@ class BpfSource:
             rows = self._rows_of(pid)
         finally:
             self._report.value = report
-        readings = group(rows)
-        if not readings:
+        scans = group(rows)
+        if not scans:
             return None
-        (reading,) = readings
-        reading.begin_ns = min(begin_ns, reading.begin_ns)
-        return reading
+        (scan,) = scans
+        scan.begin_ns = min(begin_ns, scan.begin_ns)
+        return scan
 
     def _rows_of(self, pid: int) -> list[Record]:
         if self._can_iterate_one:
@@ -424,8 +424,8 @@ class BpfSource:
         values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.get(key, 0)) for key in keys]
         self._verdicts.update_many(list(keys), values)  # type: ignore[arg-type]
 
-    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
-        return self._object.run("settle", pid, start_ns, touches) == 1
+    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
+        return self._object.run("untrack", pid, start_ns, activity) == 1
 
     def set_report(self, report: Report) -> None:
         self._report.value = int(report)
@@ -439,14 +439,14 @@ class BpfSource:
     def losses(self) -> Losses:
         return read_losses(self._object)
 
-    def followed(self, pid: int) -> Followed | None:
+    def tracked(self, pid: int) -> TrackedEntry | None:
         value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
         if value is None:
             return None
-        start_ns, _, _, count, dirty, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
-        touches, *ends = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
+        start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
+        activity, *ends = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
         ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
-        return Followed(start_ns, count, bool(dirty), bool(introduced), bool(shares_vm), touches, ranges)
+        return TrackedEntry(start_ns, count, bool(needs_rescan), bool(introduced), bool(shares_vm), activity, ranges)
 
     def open_verdicts(self) -> Verdicts:
         return KernelVerdicts(self._verdicts, self._epoch.value, self._now_s.value)

@@ -21,9 +21,9 @@ from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Recor
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
-from sowatch.sources.core import PROCESS_HEAD, BpfSource, Followed, value_bytes
+from sowatch.sources.core import PROCESS_HEAD, BpfSource, TrackedEntry, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
-from sowatch.sources.scan_rows import Reading, RowPool, group
+from sowatch.sources.scan_rows import ProcessScan, RowPool, group
 from sowatch.sources.unread import PatientProcFs, ScanTimeout
 
 __all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
@@ -44,10 +44,10 @@ ROOT: Final = struct.Struct("=QQ")
 #: The number of the inode, and the kernel's dev_t (major << 20 | minor), in struct file_key.
 INODE: Final = struct.Struct("=Q8xI")
 FILE_ID_BYTES: Final = 24
-#: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, touches, as many
-#: pairs; and where first_touch is in it.
+#: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, activity, as many
+#: pairs; and where first_activity is in it.
 PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
-FIRST_TOUCH: Final = struct.Struct("=64xI")
+FIRST_ACTIVITY: Final = struct.Struct("=64xI")
 #: So many looks at a process whose mappings come and go while they are looked up; then it is read again later.
 LOOKS: Final = 8
 MAX_FILES: Final = 65_536
@@ -92,13 +92,13 @@ class OldKernelSource(BpfSource):
         return [str(files("sowatch.bpf") / "programs" / OLD_OBJECT)]
 
     def _check_proc(self) -> None:
-        own = self.read_process(os.getpid())
+        own = self.scan_process(os.getpid())
         if own is None or own.is_void:
             root = self._proc.root
             raise BpfError(
                 f"looking up our own mappings in {root}, which has to be of the host's pid namespace,", EXDEV, ""
             )
-        self.settle(own.tgid, own.start_ns, own.touches)
+        self.untrack(own.tgid, own.start_ns, own.activity)
 
     def drain(self) -> list[Record]:
         records = super().drain()
@@ -115,31 +115,31 @@ class OldKernelSource(BpfSource):
 
     # ---- readings -----------------------------------------------------------------------------
 
-    def read_all(self) -> tuple[list[Reading], list[Record]]:
-        readings: list[Reading] = []
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+        scans: list[ProcessScan] = []
         meanwhile: list[Record] = []
         known: dict[Hashable, _Answer] = {}
         pool = RowPool()
         self._reading_tgid.value = 0
         # A chunk holds whole processes, and the kernel waits with the next while we look at these.
         for chunk in self._iterate(VISITOR):
-            for visited in group(parse(chunk), pool):
+            for scanned in group(parse(chunk), pool):
                 try:
-                    reading = self._look(visited, known)
+                    scan = self._look(scanned, known)
                 except ScanTimeout:
                     continue
-                if reading is not None:
-                    readings.append(reading)
+                if scan is not None:
+                    scans.append(scan)
             meanwhile += self.drain()
-        return readings, meanwhile
+        return scans, meanwhile
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         if self.unread.hangs(pid):
             raise ScanTimeout(pid)
         self._reading_tgid.value = pid
         rows = [row for chunk in self._iterate(VISITOR) for row in parse(chunk)]
-        visited = group(rows)
-        return self._look(visited[0], {}) if visited else None
+        scanned = group(rows)
+        return self._look(scanned[0], {}) if scanned else None
 
     def _iterate(self, program: str) -> Iterator[bytes]:
         """What an iterator over tasks writes; unlike one over their mappings it waits for no lock of theirs."""
@@ -153,42 +153,42 @@ class OldKernelSource(BpfSource):
         finally:
             os.close(fd)
 
-    def _look(self, reading: Reading, known: dict[Hashable, _Answer]) -> Reading | None:
+    def _look(self, scan: ProcessScan, known: dict[Hashable, _Answer]) -> ProcessScan | None:
         """Completes what a visit began; None if the process has gone since."""
-        if reading.is_void or reading.intro is None:
-            return reading
+        if scan.is_void or scan.intro is None:
+            return scan
         found: dict[MapRow, _Answer] = {}
-        all_rows = self._rows(reading.tgid)
+        all_rows = self._rows(scan.tgid)
         if all_rows is None:
             return None
         many = {one.row: one for one in listed(all_rows)}
         rows = list(many)
         for _ in range(LOOKS):
-            directory = self._proc.map_files_dir(reading.tgid)
+            directory = self._proc.map_files_dir(scan.tgid)
             for row in rows:
                 if row not in found and not isinstance(directory, Miss):
-                    answer = self._identify(directory, reading.intro, row, known)
+                    answer = self._identify(directory, scan.intro, row, known)
                     if answer is not None:
                         found[row] = answer
             if len(found) == len(rows):
                 break
             # What has gone was told to be: its process is followed since the visit.
-            there = {(row.start, row.inode) for row in self._rows(reading.tgid) or ()}
+            there = {(row.start, row.inode) for row in self._rows(scan.tgid) or ()}
             rows = [row for row in rows if row in found or (row.start, row.inode) in there]
         else:
-            reading.is_void = len(found) < len(rows)
-        if not reading.is_void:
-            self._take(reading, [(many[row], answer) for row, answer in found.items()])
-        reading.end_ns = max(reading.end_ns, time.monotonic_ns())
-        return reading
+            scan.is_void = len(found) < len(rows)
+        if not scan.is_void:
+            self._take(scan, [(many[row], answer) for row, answer in found.items()])
+        scan.end_ns = max(scan.end_ns, time.monotonic_ns())
+        return scan
 
     def _rows(self, pid: int) -> list[MapRow] | None:
         rows = self._proc.executable_maps(pid)
         return None if isinstance(rows, Miss) else rows
 
-    def _take(self, reading: Reading, found: Sequence[tuple[Listed, _Answer]]) -> None:
+    def _take(self, scan: ProcessScan, found: Sequence[tuple[Listed, _Answer]]) -> None:
         """Turns what was found into the records of a reading; from now on the kernel side knows the ranges, too."""
-        intro = reading.intro
+        intro = scan.intro
         assert intro is not None
         for one, answer in found:
             row, record = one.row, answer.record
@@ -200,7 +200,7 @@ class OldKernelSource(BpfSource):
                 intro.interpreter_base and row.start - row.offset_bytes == intro.interpreter_base
             ):
                 flags |= FLAG_IMAGE  # a claim of the process, which the publisher checks
-            self._object.run("cover", reading.tgid, reading.start_ns, row.start, one.end)
+            self._object.run("cover", scan.tgid, scan.start_ns, row.start, one.end)
             record = record._replace(
                 flags=flags,
                 tgid=intro.tgid,
@@ -208,17 +208,17 @@ class OldKernelSource(BpfSource):
                 start_ns=intro.start_ns,
                 t_ns=intro.t_ns,
                 exec_id=intro.exec_id,
-                touches=reading.touches,
+                activity=scan.activity,
                 start=row.start,
                 end=row.end,
                 offset_bytes=row.offset_bytes,
                 comm=intro.comm,
             )
-            reading.maps.append(with_unlisted(record, one))
-        if reading.has_strangers:
-            self._object.run("cover", reading.tgid, reading.start_ns, 0, 0)
-        elif not reading.maps:
-            reading.intro = None  # nobody needs it now, and `cover` was not told that it was taken
+            scan.maps.append(with_unlisted(record, one))
+        if scan.has_untracked_sharers:
+            self._object.run("cover", scan.tgid, scan.start_ns, 0, 0)
+        elif not scan.maps:
+            scan.intro = None  # nobody needs it now, and `cover` was not told that it was taken
 
     def _identify(
         self, directory: str, intro: ProcessRecord, row: MapRow, known: dict[Hashable, _Answer]
@@ -305,25 +305,25 @@ class OldKernelSource(BpfSource):
         self._patient.close()
         super().close()
 
-    def followed(self, pid: int) -> Followed | None:
+    def tracked(self, pid: int) -> TrackedEntry | None:
         value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
         if value is None:
             return None
-        start_ns, _, _, count, dirty, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
+        start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
         covered_count, *numbers = PROCESS_TAIL.unpack_from(value, len(value) - PROCESS_TAIL.size)
-        covered, touches, own = numbers[:64], numbers[64], numbers[65:]
-        if touches == FIRST_TOUCH.unpack_from(value)[0]:
-            touches = 0
+        covered, activity, own = numbers[:64], numbers[64], numbers[65:]
+        if activity == FIRST_ACTIVITY.unpack_from(value)[0]:
+            activity = 0
         ranges = [
             *zip(covered[: 2 * covered_count : 2], covered[1 : 2 * covered_count : 2], strict=True),
             *zip(own[: 2 * count : 2], own[1 : 2 * count : 2], strict=True),
         ]
-        return Followed(
+        return TrackedEntry(
             start_ns,
             count + covered_count,
-            bool(dirty),
+            bool(needs_rescan),
             bool(introduced),
             bool(shares_vm),
-            touches,
+            activity,
             tuple(dict.fromkeys(ranges)),
         )

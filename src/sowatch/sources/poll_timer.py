@@ -17,7 +17,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 
-__all__ = ["CpuClocks", "Rhythm"]
+__all__ = ["CpuClocks", "PollTimer"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -63,7 +63,7 @@ def _is_our_namespace(proc: ProcFs) -> bool:
     return line.split()[1:] == [b"%d" % os.getpid()]
 
 
-class Rhythm:
+class PollTimer:
     """When to look: every ``poll_interval_s``, or as much rarer as ``poll_cpu_percent`` asks for.
 
     Args:

@@ -22,9 +22,9 @@ from typing import Final, NamedTuple, Self
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
-    FLAG_DIRTY,
     FLAG_IMAGE,
     FLAG_MANY,
+    FLAG_NEEDS_RESCAN,
     MapRecord,
     ProcessRecord,
     RangeRecord,
@@ -39,8 +39,8 @@ from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, parse_auxv_is_
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.stats import Losses
-from sowatch.sources.core import FILE_KEY, Followed, Reading, Report, Verdict, Verdicts
-from sowatch.sources.poll_timer import CpuClocks, Rhythm
+from sowatch.sources.core import FILE_KEY, ProcessScan, Report, TrackedEntry, Verdict, Verdicts
+from sowatch.sources.poll_timer import CpuClocks, PollTimer
 from sowatch.sources.proc_scan import listed
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
@@ -138,8 +138,8 @@ class _Process:
     is_denied: bool = False
     #: What was told of it; None while nothing is.
     intro: ProcessRecord | None = None
-    #: How often mappings of it were told; see `EventSource.settle`.
-    touches: int = 0
+    #: How often mappings of it were told; see `EventSource.untrack`.
+    activity: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -184,14 +184,14 @@ class ProcfsSource:
         self._files: dict[tuple[MapRow, bytes, bytes], File] = {}
         self._since_ns: dict[bytes, int] = {}
         self._verdicts: dict[Hashable, bool] = {}
-        #: How many processes may not be read is added by `read_all`.
+        #: How many processes may not be read is added by `scan_all`.
         self.limits: tuple[str, ...] = ()
         self._is_hidden = hides_processes(self._proc)
         #: Processes of which not even the stat may be read (hidepid=1).
         self._unseen = 0
         self._looks = 0
         self._has_begun = False
-        self._rhythm = Rhythm(config, f"looking at {config.proc_root}")
+        self._timer = PollTimer(config, f"looking at {config.proc_root}")
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
         self.unread.start()
@@ -199,18 +199,18 @@ class ProcfsSource:
     @property
     def interval_s(self) -> float:
         """Seconds between two looks, as it is now."""
-        return self._rhythm.interval_s
+        return self._timer.interval_s
 
     def fileno(self) -> int:
-        return self._rhythm.fileno()
+        return self._timer.fileno()
 
     def refresh(self) -> None:
-        self._rhythm.ask()
+        self._timer.ask()
 
     def drain(self) -> list[Record]:
-        if not self._rhythm.is_due() or not self._has_begun:
+        if not self._timer.is_due() or not self._has_begun:
             return []
-        with self._rhythm.look():
+        with self._timer.look():
             try:
                 return self._look_at_all()
             except ProcReadError as error:
@@ -218,35 +218,35 @@ class ProcfsSource:
                 LOG.warning("a look at %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
-    def read_all(self) -> tuple[list[Reading], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         is_first, self._has_begun = not self._has_begun, True
-        with self._rhythm.look(counts=False):
+        with self._timer.look(counts=False):
             records, pool = self._look_at_all(), RowPool()
-            readings = [self._reading(one, pool) for one in self._processes.values() if one.rows]
+            scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
         # What the first look found new is in the readings.
-        return [one for one in readings if one is not None], [] if is_first else records
+        return [one for one in scans if one is not None], [] if is_first else records
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         found = self._look_at(pid, self._processes.get(pid))
         if found is None or not found.rows:
             return None
         known = self._processes.get(pid)
         if known is not None and known.is_same_program(found.stat):
             found.rows = self._with_old_names(known.rows, found.rows)
-            found.intro, found.touches = self._renewed(found, known.intro), known.touches
+            found.intro, found.activity = self._renewed(found, known.intro), known.activity
         self._processes[pid] = found
-        return self._reading(found)
+        return self._scan_one(found)
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         if len(self._verdicts) > self._max_verdicts:
             self._verdicts.clear()  # what is not known is told again, and answered again
         self._verdicts.update(dict.fromkeys(keys, is_wanted))
 
-    def settle(self, pid: int, start_ns: int, touches: int) -> bool:
+    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         process = self._processes.get(pid)
         if process is not None and process.stat.start_ns == start_ns:
-            if process.touches != touches:
+            if process.activity != activity:
                 return False
             process.intro = None
         return True
@@ -263,12 +263,12 @@ class ProcfsSource:
     def losses(self) -> Losses:
         return Losses()  # what is between two looks cannot be counted
 
-    def followed(self, pid: int) -> Followed | None:
+    def tracked(self, pid: int) -> TrackedEntry | None:
         process = self._processes.get(pid)
         if process is None or process.intro is None:
             return None
         ranges = tuple((row.start, row.end) for row in process.rows)
-        return Followed(process.stat.start_ns, len(ranges), False, True, False, process.touches, ranges)
+        return TrackedEntry(process.stat.start_ns, len(ranges), False, True, False, process.activity, ranges)
 
     def open_verdicts(self) -> Verdicts:
         return _Verdicts(dict(self._verdicts))
@@ -278,7 +278,7 @@ class ProcfsSource:
 
     def close(self) -> None:
         self._patient.close()
-        self._rhythm.close()
+        self._timer.close()
 
     def _note_limits(self) -> None:
         denied = sum(process.is_denied for process in self._processes.values()) + self._unseen
@@ -299,7 +299,7 @@ class ProcfsSource:
         pids = self._proc.pids()
         self._unseen = 0
         for pid in self._processes.keys() - set(pids):
-            self._tell_end(self._processes.pop(pid), RecordType.EXIT, records)
+            self._emit_end(self._processes.pop(pid), RecordType.EXIT, records)
         new: list[_Process] = []
         for pid in pids:
             known = self._processes.get(pid)
@@ -317,7 +317,7 @@ class ProcfsSource:
                 self._tell_change(known, found, records)
             else:
                 if known is not None:
-                    self._tell_end(self._processes.pop(pid), RecordType.EXIT, records)
+                    self._emit_end(self._processes.pop(pid), RecordType.EXIT, records)
                 new.append(found)
         # Parents first, as they are by now.
         for process in sorted(new, key=lambda one: (one.stat.start_ticks, one.pid)):
@@ -390,7 +390,7 @@ class ProcfsSource:
         if file is None:
             if len(self._files) >= MAX_FILES:
                 self._files.clear()
-            file = file_of(self._proc.settle_deleted(pid, row), root, view)
+            file = file_of(self._proc.resolve_deleted_suffix(pid, row), root, view)
             since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
             file = self._files[name, root, view] = file._replace(since_ns=since_ns)
         return file
@@ -414,26 +414,26 @@ class ProcfsSource:
             is_alike = {row.what for row in parent.rows} == {row.what for row in process.rows} if is_wide else not gone
             if is_alike and (intro := self._introduction(process, RecordType.FORK, parent)):
                 process.rows = self._with_old_names(parent.rows, process.rows)
-                process.intro, process.touches = intro, 1
+                process.intro, process.activity = intro, 1
                 records.append(intro)
                 rows = more
-        self._tell_maps(process, rows, records)
+        self._emit_maps(process, rows, records)
 
     def _tell_change(self, known: _Process, found: _Process, records: list[Record]) -> None:
         self._processes[known.pid] = found
         if not known.is_same_program(found.stat) or found.is_denied:
             # One that must not be read any more has, as a rule, executed a set-user-ID program.
-            self._tell_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
-            self._tell_maps(found, found.rows, records)
+            self._emit_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
+            self._emit_maps(found, found.rows, records)
             return
         found.rows = self._with_old_names(known.rows, found.rows)
-        found.intro, found.touches = known.intro, known.touches
+        found.intro, found.activity = known.intro, known.activity
         if _is_wide(known.rows) or _is_wide(found.rows):
             if {row.what for row in known.rows} != {row.what for row in found.rows}:
                 if found.intro is not None:
-                    self._tell_dirty(found, records)
+                    self._emit_needs_rescan(found, records)
                 else:
-                    self._tell_maps(found, found.rows, records)
+                    self._emit_maps(found, found.rows, records)
             return
         added, gone = compare(known.rows, found.rows)
         names = {row.what: row.file.key for row in known.rows}
@@ -441,7 +441,7 @@ class ProcfsSource:
         if (added or gone) and (intro := self._renewed(found, found.intro)) is not found.intro:
             found.intro = intro
             records += [intro] if intro else []
-        self._tell_maps(found, added, records)
+        self._emit_maps(found, added, records)
         if found.intro is not None:
             for start, end in gone:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
@@ -456,11 +456,11 @@ class ProcfsSource:
         fresh = self._introduction(process, RecordType.INTRO, None) if intro else None
         return fresh if fresh and intro and who_is(fresh) != who_is(intro) else intro
 
-    def _tell_dirty(self, process: _Process, records: list[Record]) -> None:
+    def _emit_needs_rescan(self, process: _Process, records: list[Record]) -> None:
         """What has changed is told by a scan."""
-        records.append(self._range_record(process, RecordType.DIRTY, 0, 0)._replace(flags=FLAG_DIRTY))
+        records.append(self._range_record(process, RecordType.NEEDS_RESCAN, 0, 0)._replace(flags=FLAG_NEEDS_RESCAN))
 
-    def _tell_maps(self, process: _Process, rows: Sequence[Row], records: list[Record]) -> None:
+    def _emit_maps(self, process: _Process, rows: Sequence[Row], records: list[Record]) -> None:
         wanted = [row for row in rows if self._verdicts.get(row.file.key) is not False]
         if not wanted:
             return
@@ -470,17 +470,17 @@ class ProcfsSource:
                 process.cpu_ns, process.rows = None, ()  # it is gone, or another look will find it
                 return
             records.append(process.intro)
-        process.touches += 1
+        process.activity += 1
         if _is_wide(rows):
-            self._tell_dirty(process, records)
+            self._emit_needs_rescan(process, records)
         else:
             records += [self._map_record(process, row) for row in wanted]
 
-    def _tell_end(self, process: _Process, kind: int, records: list[Record]) -> None:
+    def _emit_end(self, process: _Process, kind: int, records: list[Record]) -> None:
         if process.intro is not None:
             records.append(self._range_record(process, kind, 0, 0)._replace(t_ns=time.monotonic_ns()))
 
-    def _reading(self, process: _Process, pool: RowPool | None = None) -> Reading | None:
+    def _scan_one(self, process: _Process, pool: RowPool | None = None) -> ProcessScan | None:
         """The process as the last look found it."""
         rows = [row for row in process.rows if self._verdicts.get(row.file.key) is not False]
         if rows and process.intro is None:
@@ -488,9 +488,9 @@ class ProcfsSource:
             if process.intro is None:
                 process.cpu_ns = None
                 return None
-            process.touches += 1
+            process.activity += 1
         now_ns, maps = time.monotonic_ns(), MapRows((self._map_record(process, row) for row in rows), pool)
-        return Reading(process.pid, process.stat.start_ns, now_ns, now_ns, process.intro, maps, process.touches)
+        return ProcessScan(process.pid, process.stat.start_ns, now_ns, now_ns, process.intro, maps, process.activity)
 
     def _map_record(self, process: _Process, row: Row) -> MapRecord:
         file = row.file
@@ -502,7 +502,7 @@ class ProcfsSource:
             flags, offset_bytes = flags | FLAG_MANY, row.unlisted
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
-            process.touches, file.key, row.start, row.end, offset_bytes, -file.since_ns, 0, process.stat.comm,
+            process.activity, file.key, row.start, row.end, offset_bytes, -file.since_ns, 0, process.stat.comm,
             file.mode, len(file.text), file.text,
         )  # fmt: skip
 

@@ -20,9 +20,9 @@ from typing import Final, Self
 from sowatch.bpf.binding import BpfObject, Tracefs
 from sowatch.bpf.hooks import HAS_COMPAT_HOOKS, OPTIONAL_CALLS
 from sowatch.bpf.records import (
-    FLAG_DIRTY,
+    FLAG_COMPAT,
     FLAG_IMAGE,
-    FLAG_NARROW,
+    FLAG_NEEDS_RESCAN,
     FLAG_SHARED_VM,
     MAX_FILE_RANGES,
     ProcessRecord,
@@ -37,7 +37,7 @@ from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.stats import Losses
-from sowatch.sources.core import LOST, Followed, Reading, Report, Verdict
+from sowatch.sources.core import LOST, ProcessScan, Report, TrackedEntry, Verdict
 from sowatch.sources.proc_scan import Look, ProcReader
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
@@ -47,7 +47,7 @@ __all__ = ["PrebuiltSource"]
 #: enum seen_type of prebuilt.bpf.c.
 SEEN_MAP: Final = 16
 SEEN_RANGE: Final = 17
-SEEN_DIRTY: Final = 18
+SEEN_NEEDS_RESCAN: Final = 18
 SEEN_FORK: Final = 19
 SEEN_EXEC: Final = 20
 SEEN_EXIT: Final = 21
@@ -199,7 +199,7 @@ class PrebuiltSource:
         """It cannot be read now; what it has mapped is found when it can."""
         about = self._reader.proc.stat(seen.tgid)
         if not isinstance(about, Miss):
-            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY, start_ns=about.start_ns)
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN, start_ns=about.start_ns)
 
     def refresh(self) -> None:
         """The ring has everything already."""
@@ -218,11 +218,11 @@ class PrebuiltSource:
         first = bisect_right(look.rows, seen.start, key=_end_of)
         rows = look.rows[first : bisect_left(look.rows, seen.end, first, key=_start_of)]
         if len(rows) > MAX_FILE_RANGES:
-            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN)
             return
         if not rows:
             self._unresolved += is_sure
-            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN)
             return
         view = self._reader.view_of(seen.tgid)
         for row in rows:
@@ -258,14 +258,14 @@ class PrebuiltSource:
                 yield from self._renew(known, Look(stat, [], 0, 0), seen.t_ns)
             yield self._small(RecordType.RANGE, seen, seen.start, seen.end)
         else:
-            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY)
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN)
 
     def _on_fork(self, seen: RangeRecord) -> Iterator[Record]:
         pid, flags = seen.start, seen.end
         parent = self._known.get(seen.tgid)
-        is_told = parent is not None and parent.intro is not None
+        is_reported = parent is not None and parent.intro is not None
         self._known.pop(pid, None)
-        if not is_told and not self._report.value & Report.PROCESSES:
+        if not is_reported and not self._report.value & Report.PROCESSES:
             return
         stat = self._reader.proc.stat(pid)
         if flags == UNKNOWN_FLAGS:
@@ -309,16 +309,16 @@ class PrebuiltSource:
         known = self._known.pop(seen.tgid, None)
         if known is not None:
             yield self._small(RecordType.EXEC, seen, start_ns=known.start_ns)
-        is_narrow = self._reader.proc.is_32bit(seen.tgid)
+        is_compat = self._reader.proc.is_32bit(seen.tgid)
         wants_images = self._report.value & Report.IMAGES
-        if not is_narrow and not wants_images:
+        if not is_compat and not wants_images:
             return
         look = self._reader.look(seen.tgid)
         if look is None:
             return
         known = self._known[seen.tgid] = _Known(look.stat.start_ns)
-        if is_narrow:
-            yield self._small(RecordType.DIRTY, seen, flags=FLAG_DIRTY | FLAG_NARROW)
+        if is_compat:
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN | FLAG_COMPAT)
         if wants_images:
             known.intro = self._reader.introduce(look.stat, look.rows, RecordType.INTRO, seen.t_ns)
             yield known.intro
@@ -346,44 +346,44 @@ class PrebuiltSource:
 
     # ---- readings -----------------------------------------------------------------------------
 
-    def read_all(self) -> tuple[list[Reading], list[Record]]:
-        readings: list[Reading] = []
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+        scans: list[ProcessScan] = []
         meanwhile: list[Record] = []
         self._reader.pool = RowPool()
         try:
             for place, pid in enumerate(self._reader.proc.pids()):
                 try:
-                    reading = self.read_process(pid)
+                    scan = self.scan_process(pid)
                 except ScanTimeout as timeout:
                     if timeout.is_refused:
                         raise
                     continue
-                if reading is not None:
-                    readings.append(reading)
+                if scan is not None:
+                    scans.append(scan)
                 if place % DRAIN_EVERY == 0:
                     meanwhile += self.drain()
         finally:
             self._reader.pool = None
-        return readings, meanwhile
+        return scans, meanwhile
 
-    def read_process(self, pid: int) -> Reading | None:
+    def scan_process(self, pid: int) -> ProcessScan | None:
         look = self._reader.look(pid)
         if look is None:
             return None
-        reading = self._reader.reading_of(look)
+        scan = self._reader.scan_of(look)
         known = self._known.get(pid)
-        if known is None or known.start_ns != reading.start_ns:
-            known = self._known[pid] = _Known(reading.start_ns)
-        known.intro = reading.intro or known.intro
-        has_company = look.stat.threads > 1
-        wanted = [one for one in reading.maps if one.key not in self._ignored]
+        if known is None or known.start_ns != scan.start_ns:
+            known = self._known[pid] = _Known(scan.start_ns)
+        known.intro = scan.intro or known.intro
+        is_shared = look.stat.threads > 1
+        wanted = [one for one in scan.maps if one.key not in self._ignored]
         # While anything is read every range is told (Report.RANGES), so what is covered now was not missed.
         for one in wanted:
-            self._object.run("cover", pid, one.start, one.end, has_company)
-        if has_company and not wanted:
+            self._object.run("cover", pid, one.start, one.end, is_shared)
+        if is_shared and not wanted:
             self._object.run("cover", pid, 0, 0, True)
-        reading.maps = MapRows(wanted, self._reader.pool)
-        return reading
+        scan.maps = MapRows(wanted, self._reader.pool)
+        return scan
 
     # ---- answers ------------------------------------------------------------------------------
 
@@ -396,7 +396,7 @@ class PrebuiltSource:
                 del self._ignored[next(iter(self._ignored))]
             self._ignored[key] = None
 
-    def settle(self, pid: int, start_ns: int, touches: int) -> bool:  # noqa: ARG002 - nobody else counts
+    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:  # noqa: ARG002 - nobody else counts
         """The map forgets it. Nothing is on its way: records and answers pass through one thread."""
         known = self._known.get(pid)
         if known is not None and known.start_ns == start_ns:
@@ -422,15 +422,15 @@ class PrebuiltSource:
             unresolved=self._unresolved,
         )
 
-    def followed(self, pid: int) -> Followed | None:
+    def tracked(self, pid: int) -> TrackedEntry | None:
         known = self._known.get(pid)
         value = self._processes.lookup(struct.pack("=I", pid), SEEN.size)
         if known is None or value is None:
             return None
         _, _, count, _, *ends = SEEN.unpack(value)
         ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
-        is_told = known.intro is not None
-        return Followed(known.start_ns, count, False, is_told, count > len(ends) // 2, int(is_told), ranges)
+        is_reported = known.intro is not None
+        return TrackedEntry(known.start_ns, count, False, is_reported, count > len(ends) // 2, int(is_reported), ranges)
 
     def open_verdicts(self) -> _Ignored:
         return _Ignored(self._ignored)

@@ -25,7 +25,7 @@ from sowatch.bpf.records import (
     text_of,
 )
 from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat, seen_path
-from sowatch.sources.scan_rows import MapRows, Reading, RowPool
+from sowatch.sources.scan_rows import MapRows, ProcessScan, RowPool
 
 __all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
 
@@ -34,7 +34,7 @@ _KEY: Final = struct.Struct("=QQIIQQQQII")
 _FILE_ID: Final = struct.Struct("=QQII")
 _AT_BASE: Final = 7
 #: What is followed: the value itself means nothing, only that it is not 0.
-_FOLLOWED: Final = 1
+_TRACKED: Final = 1
 
 
 #: What tells views of the file system apart (root inode, device and mount namespace), and the root's path.
@@ -107,27 +107,27 @@ class ProcReader:
             return None
         return Look(last, rows, begin_ns, time.monotonic_ns())
 
-    def read(self, pid: int) -> Reading | None:
-        """The reading of one process, as `sowatch.sources.core.EventSource.read_process` gives it."""
+    def read(self, pid: int) -> ProcessScan | None:
+        """The reading of one process, as `sowatch.sources.core.EventSource.scan_process` gives it."""
         look = self.look(pid)
-        return None if look is None else self.reading_of(look)
+        return None if look is None else self.scan_of(look)
 
-    def reading_of(self, look: Look) -> Reading:
+    def scan_of(self, look: Look) -> ProcessScan:
         """The same from a look that was taken already."""
         pid, start_ns = look.stat.pid, look.stat.start_ns
-        reading = Reading(pid, start_ns, look.begin_ns, look.end_ns, maps=MapRows(pool=self.pool), touches=_FOLLOWED)
-        reading.exec_id = int(look.stat.has_executed)
-        reading.is_narrow = bool(self.proc.is_32bit(pid))
+        scan = ProcessScan(pid, start_ns, look.begin_ns, look.end_ns, maps=MapRows(pool=self.pool), activity=_TRACKED)
+        scan.exec_id = int(look.stat.has_executed)
+        scan.is_compat = bool(self.proc.is_32bit(pid))
         if look.rows:
-            reading.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
+            scan.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
             view = self.view_of(pid)
             rows = listed(look.rows)
             images = self.images(pid, [one.row for one in rows])
             for one in rows:
                 flags = FLAG_IMAGE if one.row in images else 0
                 record = self.map_record(look.stat, view, one.row, t_ns=look.end_ns, flags=flags)
-                reading.maps.append(with_unlisted(record, one))
-        return reading
+                scan.maps.append(with_unlisted(record, one))
+        return scan
 
     def view_of(self, pid: int) -> View:
         """Its view of the file system; all zero if it is gone."""
@@ -163,7 +163,7 @@ class ProcReader:
     ) -> MapRecord:
         """A row as the record of an executable mapping."""
         if row.is_deleted:
-            row = self.proc.settle_deleted(of.pid, row)
+            row = self.proc.resolve_deleted_suffix(of.pid, row)
             flags |= FLAG_DELETED if row.is_deleted else 0
         path = seen_path(row.path, view[2])
         name = zlib.crc32(path)
@@ -243,5 +243,5 @@ def _head(of: Stat, kind: int, flags: int, t_ns: int) -> dict[str, Any]:
         "t_ns": t_ns,
         # How often is not shown; but a child that has executed nothing may have its parent's address space.
         "exec_id": int(of.has_executed),
-        "touches": _FOLLOWED,
+        "activity": _TRACKED,
     }

@@ -24,7 +24,7 @@ from sowatch.model.identity import ProcessId
 from sowatch.model.process_events import ProcessEvent
 from sowatch.sources.core import PROCESS_HOOKS, Report, read_losses
 from sowatch.sources.legacy import OLD_OBJECT, READERS
-from sowatch.sources.poll_timer import CpuClocks, Rhythm
+from sowatch.sources.poll_timer import CpuClocks, PollTimer
 from sowatch.sources.select import missing_capabilities
 
 __all__ = ["KernelProcessFeed", "PolledProcessFeed"]
@@ -58,7 +58,7 @@ class KernelProcessFeed:
         # What these three need the oldest kernel has.
         bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OLD_OBJECT))
         try:
-            for name in (*READERS, "settle"):
+            for name in (*READERS, "untrack"):
                 bpf.skip(name)
             bpf.set_max_entries("ring", self._config.ring_bytes)
             for name in ("processes", "verdicts", "pending_calls"):
@@ -137,7 +137,7 @@ class PolledProcessFeed:
 
     def __init__(self, config: Config | None = None) -> None:
         self._config = config or Config()
-        self._rhythm: Rhythm | None = None
+        self._timer: PollTimer | None = None
         self._known: dict[int, _Seen] = {}
 
     def open(self) -> None:
@@ -149,9 +149,9 @@ class PolledProcessFeed:
         """
         self._proc = ProcFs(self._config.proc_root)
         self._clocks = CpuClocks(self._proc)
-        self._rhythm = Rhythm(self._config, f"looking at the processes in {self._proc.root}")
+        self._timer = PollTimer(self._config, f"looking at the processes in {self._proc.root}")
         try:
-            with self._rhythm.look(counts=False):
+            with self._timer.look(counts=False):
                 self._look()
         except BaseException:
             self.close()
@@ -159,13 +159,13 @@ class PolledProcessFeed:
 
     def fileno(self) -> int:
         """A descriptor that polls readable when it is time for a look."""
-        return -1 if self._rhythm is None else self._rhythm.fileno()
+        return -1 if self._timer is None else self._timer.fileno()
 
     def drain(self) -> list[ProcessEvent]:
         """Looks if it is time: exits, then per process fork and exec, parents first."""
-        if self._rhythm is None or not self._rhythm.is_due():
+        if self._timer is None or not self._timer.is_due():
             return []
-        with self._rhythm.look():
+        with self._timer.look():
             try:
                 return self._look()
             except ProcReadError as error:
@@ -178,10 +178,10 @@ class PolledProcessFeed:
 
     def close(self) -> None:
         """Safe to call again."""
-        rhythm, self._rhythm = self._rhythm, None
+        timer, self._timer = self._timer, None
         self._known.clear()
-        if rhythm is not None:
-            rhythm.close()
+        if timer is not None:
+            timer.close()
 
     def _look(self) -> list[ProcessEvent]:
         found: dict[int, _Seen] = {}
@@ -209,10 +209,10 @@ class PolledProcessFeed:
         for pid, one in before.items():
             if pid not in found or found[pid].stat.start_ticks != one.stat.start_ticks:
                 exits.append(ProcessEvent("exit", one.process, None, now_ns))
-        told = list(exits)
+        reported = list(exits)
         for one in sorted(news, key=lambda one: (one.stat.start_ticks, one.process.pid)):
-            told += self._news_of(one, before.get(one.process.pid), now_ns)
-        return told
+            reported += self._news_of(one, before.get(one.process.pid), now_ns)
+        return reported
 
     def _news_of(self, one: _Seen, before: _Seen | None, now_ns: int) -> list[ProcessEvent]:
         is_new = before is None or before.stat.start_ticks != one.stat.start_ticks

@@ -1,4 +1,4 @@
-"""`Reading`: what a scan found of one process; `MapRows`: its rows, packed in a large scan until they are merged.
+"""`ProcessScan`: what a scan found of one process; `MapRows`: its rows, packed in a large scan until they are merged.
 
 A `MapRecord` is about 1,000 bytes, and a full scan holds the rows of all processes until they are merged with the
 records that came meanwhile. How many mappings there are is decided by any user of the host.
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sowatch.bpf.records import (
     FLAG_AGAIN,
-    FLAG_NARROW,
+    FLAG_COMPAT,
     FLAG_SHARED_VM,
     MapRecord,
     ProcessRecord,
@@ -22,12 +22,12 @@ from sowatch.bpf.records import (
     RecordType,
 )
 
-__all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "Reading", "RowPool", "group"]
+__all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "ProcessScan", "RowPool", "group"]
 
 #: So many rows of one scan are kept as they are, because that is faster: some 10 MB.
 MAX_PLAIN_ROWS: Final = 10_000
 
-#: Numbers of a packed row: flags, t_ns, touches, start, end, offset_bytes.
+#: Numbers of a packed row: flags, t_ns, activity, start, end, offset_bytes.
 _NUMBERS: Final = 6
 
 
@@ -78,7 +78,7 @@ class MapRows:
             pool.plain += 1
             self._plain.append(row)
             return
-        size, kind, flags, tgid, tid, start_ns, t_ns, exec_id, touches, key, start, end, offset, *rest = row
+        size, kind, flags, tgid, tid, start_ns, t_ns, exec_id, activity, key, start, end, offset, *rest = row
         changed_ns, place, comm, mode, path_bytes, text = rest
         head = (tgid, tid, start_ns, exec_id, comm)
         if head != self._head:
@@ -86,7 +86,7 @@ class MapRows:
                 head = (*self._head[:4], comm)
             self._head = head
         self._files.append(pool.shared((size, kind, key, changed_ns, place, mode, path_bytes, text)))
-        self._numbers.extend((flags, t_ns, touches, start, end, offset))
+        self._numbers.extend((flags, t_ns, activity, start, end, offset))
 
     def __len__(self) -> int:
         return len(self._plain) + len(self._files)
@@ -106,7 +106,7 @@ class MapRows:
         tgid, tid, start_ns, exec_id, comm = self._head
         numbers = iter(self._numbers)
         columns = zip(*[numbers] * _NUMBERS, strict=True)
-        for file, (flags, t_ns, touches, start, end, offset) in zip(self._files, columns, strict=True):
+        for file, (flags, t_ns, activity, start, end, offset) in zip(self._files, columns, strict=True):
             size, kind, key, changed_ns, place, mode, path_bytes, text = file
             yield MapRecord(
                 size,
@@ -117,7 +117,7 @@ class MapRows:
                 start_ns,
                 t_ns,
                 exec_id,
-                touches,
+                activity,
                 key,
                 start,
                 end,
@@ -140,7 +140,7 @@ class MapRows:
 
 
 @dataclass(slots=True)
-class Reading:
+class ProcessScan:
     """What one process really has mapped, read from the kernel between ``begin_ns`` and ``end_ns``.
 
     ``maps`` has one record for each executable mapping of a file that is not ignored. Times are
@@ -153,10 +153,10 @@ class Reading:
     end_ns: int
     intro: ProcessRecord | None = None
     maps: MapRows = field(default_factory=MapRows)
-    #: The highest count of mappings that made the kernel follow it; see `EventSource.settle`.
-    touches: int = 0
+    #: The highest count of mappings that made the kernel follow it; see `EventSource.untrack`.
+    activity: int = 0
     #: A 32-bit process, whose calls are not seen.
-    is_narrow: bool = False
+    is_compat: bool = False
     #: It was within exec, so nothing could be read; to be read again.
     is_void: bool = False
     #: How often the process has executed a program; None: not known.
@@ -164,14 +164,14 @@ class Reading:
     #: Processes with equal numbers share their address space; 0: not known.
     space: int = 0
     #: A process that is not followed may share it.
-    has_strangers: bool = False
+    has_untracked_sharers: bool = False
 
 
-def group(rows: Iterable[Record], pool: RowPool | None = None) -> list[Reading]:
-    """Sorts what the iterator wrote into one Reading a process; ``pool`` is that of the whole scan."""
+def group(rows: Iterable[Record], pool: RowPool | None = None) -> list[ProcessScan]:
+    """Sorts what the iterator wrote into one ProcessScan a process; ``pool`` is that of the whole scan."""
     grouping = Grouping(pool)
     grouping.add(rows)
-    return grouping.readings()
+    return grouping.scans()
 
 
 class Grouping:
@@ -179,9 +179,9 @@ class Grouping:
 
     def __init__(self, pool: RowPool | None = None) -> None:
         self._pool = pool or RowPool()
-        self._found: dict[int, Reading] = {}
+        self._found: dict[int, ProcessScan] = {}
 
-    def readings(self) -> list[Reading]:
+    def scans(self) -> list[ProcessScan]:
         """One of each process so far."""
         return list(self._found.values())
 
@@ -189,24 +189,24 @@ class Grouping:
         """Takes rows."""
         found, pool = self._found, self._pool
         for row in rows:
-            reading = found.get(row.tgid)
-            if reading is None:
+            scan = found.get(row.tgid)
+            if scan is None:
                 maps = MapRows(pool=pool)
-                reading = found[row.tgid] = Reading(row.tgid, row.start_ns, row.t_ns, row.t_ns, maps=maps)
-            reading.end_ns = row.t_ns
-            reading.exec_id = row.exec_id
+                scan = found[row.tgid] = ProcessScan(row.tgid, row.start_ns, row.t_ns, row.t_ns, maps=maps)
+            scan.end_ns = row.t_ns
+            scan.exec_id = row.exec_id
             # An intro has them even while somebody else may be about to map something.
             if row.type != RecordType.INTRO:
-                reading.touches = max(reading.touches, row.touches)
-            if row.flags & FLAG_NARROW:
-                reading.is_narrow = True
+                scan.activity = max(scan.activity, row.activity)
+            if row.flags & FLAG_COMPAT:
+                scan.is_compat = True
             if row.flags & FLAG_AGAIN:
-                reading.is_void = True
+                scan.is_void = True
             if row.type == RecordType.VISIT:
                 assert isinstance(row, RangeRecord)
-                reading.space = row.start
-                reading.has_strangers = bool(row.flags & FLAG_SHARED_VM)
+                scan.space = row.start
+                scan.has_untracked_sharers = bool(row.flags & FLAG_SHARED_VM)
             if row.type == RecordType.MAP:
-                reading.maps.append(row)  # type: ignore[arg-type]
+                scan.maps.append(row)  # type: ignore[arg-type]
             elif row.type == RecordType.INTRO:
-                reading.intro = row  # type: ignore[assignment]
+                scan.intro = row  # type: ignore[assignment]

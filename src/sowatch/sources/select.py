@@ -1,7 +1,7 @@
-"""Which strategy is used, and why not another: the load ladder.
+"""Which strategy is used, and why not another: strategy selection.
 
-`rungs_to_try` is the policy, `RUNGS` what there is to try. A rung that fails has taken everything down again before
-the next is tried.
+`candidates_to_try` is the policy, `CANDIDATES` what there is to try. A candidate that fails has
+taken everything down again before the next is tried.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
 from sowatch.sources.polling import ProcfsSource
 from sowatch.sources.prebuilt import PrebuiltSource
 
-__all__ = ["RUNGS", "Plan", "Rung", "missing_capabilities", "open_source", "plan", "rungs_to_try"]
+__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "missing_capabilities", "open_source", "plan"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -49,7 +49,7 @@ _REMEDY_ROOT = (
 _REMEDY = "See `sowatch doctor` for what this kernel can do."
 
 
-class Rung(NamedTuple):
+class Candidate(NamedTuple):
     """One strategy. ``open`` raises a `SowatchError` if it does not work here, and leaves nothing behind."""
 
     open: Callable[[Config], EventSource]
@@ -90,22 +90,22 @@ def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> E
         raise refusal from error
 
 
-#: Every rung by its strategy. What comes after what is said by `rungs_to_try`.
-RUNGS: Final[Mapping[str, Rung]] = {
-    "core": Rung(_open_core, needs_bpf=True, iterates=True),
-    "runtime": Rung(_open_runtime, needs_bpf=True, iterates=True),
-    "prebuilt": Rung(PrebuiltSource, needs_bpf=True),
-    "procfs": Rung(ProcfsSource, needs_bpf=False),
+#: Every candidate by its strategy. What comes after what is said by `candidates_to_try`.
+CANDIDATES: Final[Mapping[str, Candidate]] = {
+    "core": Candidate(_open_core, needs_bpf=True, iterates=True),
+    "runtime": Candidate(_open_runtime, needs_bpf=True, iterates=True),
+    "prebuilt": Candidate(PrebuiltSource, needs_bpf=True),
+    "procfs": Candidate(ProcfsSource, needs_bpf=False),
 }
 
 
-def rungs_to_try(config: Config) -> Iterator[str]:
+def candidates_to_try(config: Config) -> Iterator[str]:
     """The strategies in the order in which they are tried: the next one is asked for if the last failed.
 
     As in the origin, but for ``procfs``: with nothing enabled, ``prebuilt`` is what is left; a strategy
     that failed is followed by another only if a flag allows it.
 
-    >>> list(rungs_to_try(Config(allow_runtime_compiled_fallback=False)))
+    >>> list(candidates_to_try(Config(allow_runtime_compiled_fallback=False)))
     ['core', 'prebuilt', 'procfs']
     """
     if config.strategy != "auto":
@@ -155,9 +155,9 @@ def open_source(config: Config) -> EventSource:
     Raises:
         NotPermitted: a capability is missing.
         LibbpfMissing: libbpf is, and nothing else may be tried.
-        LoadError: nothing works; ``attempts`` has each rung that was tried.
+        LoadError: nothing works; ``attempts`` has each candidate that was tried.
     """
-    source, attempts, error = _climb(config)
+    source, attempts, error = _select_source(config)
     if error is not None:
         raise error
     assert source is not None
@@ -165,21 +165,21 @@ def open_source(config: Config) -> EventSource:
     return source
 
 
-def _climb(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:
+def _select_source(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:
     """The source or the error, and what was tried. Rungs that need what was found missing are not."""
     attempts: list[LoadAttempt] = []
     first: SowatchError | None = None
     no_bpf: SowatchError | None = None
-    for strategy in rungs_to_try(config):
-        rung = RUNGS[strategy]
-        if rung.needs_bpf and no_bpf is not None:
+    for strategy in candidates_to_try(config):
+        candidate = CANDIDATES[strategy]
+        if candidate.needs_bpf and no_bpf is not None:
             continue
         try:
-            if rung.needs_bpf:
-                _check_pid_namespace(config, needs_own=rung.iterates)
-            source = rung.open(config)
+            if candidate.needs_bpf:
+                _check_pid_namespace(config, needs_own=candidate.iterates)
+            source = candidate.open(config)
         except SowatchError as error:
-            found = _translate(error) if rung.needs_bpf else error
+            found = _translate(error) if candidate.needs_bpf else error
             attempts.append(LoadAttempt(strategy, False, _reason(found)))
             LOG.info("strategy %s does not work here: %s", strategy, attempts[-1].error)
             first = first or found
@@ -246,13 +246,13 @@ def _lockdown() -> str | None:
 
 def plan(config: Config) -> Plan:
     """Tries what `open_source` would do, and takes it down again."""
-    source, attempts, error = _climb(config)
+    source, attempts, error = _select_source(config)
     if source is None:
         is_only_permission = isinstance(error, NotPermitted)
         remedy = error.remedy if isinstance(error, NotPermitted | LoadError) else str(error)
         return Plan(None, None, None, attempts, remedy, is_only_permission)
     remedy = ""
-    if not RUNGS[source.strategy].needs_bpf:
+    if not CANDIDATES[source.strategy].needs_bpf:
         if why_not_whole_host(ProcFs(config.proc_root)) is not None:
             remedy = PidNamespaceError.remedy
         elif missing_capabilities():

@@ -214,12 +214,12 @@ class PatientProcFs(ProcFs):
         """See `ProcFs.live_thread`, which reads a byte of its mappings."""
         return self._patiently(pid, lambda: ProcFs.live_thread(self, pid))
 
-    def settle_deleted(self, pid: int, row: MapRow) -> MapRow:
+    def resolve_deleted_suffix(self, pid: int, row: MapRow) -> MapRow:
         """See `ProcFs`, which asks the file system of the process; one that hangs leaves the row as it is."""
         if not row.is_deleted or not row.path.startswith(b"/"):
             return row
         try:
-            return self._files.run(lambda: ProcFs.settle_deleted(self, pid, row), SCAN_TIMEOUT_S)
+            return self._files.run(lambda: ProcFs.resolve_deleted_suffix(self, pid, row), SCAN_TIMEOUT_S)
         except CallTimeout:
             return row
 

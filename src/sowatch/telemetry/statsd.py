@@ -60,7 +60,7 @@ class StatsdExporter:
         self._host, self._port, self._path = _parse(address)
         self._max_bytes = _UNIX_BYTES if self._path else _UDP_BYTES
         self._socket: socket.socket | None = None
-        self._told: dict[_Key, int | float] = {}
+        self._reported: dict[_Key, int | float] = {}
 
     def push(self) -> None:
         """Sends everything that is to tell.
@@ -73,7 +73,7 @@ class StatsdExporter:
             out = self._connected()
             for datagram, totals in self._datagrams(metrics):
                 out.send(datagram)
-                self._told.update(totals)
+                self._reported.update(totals)
         except OSError as error:
             # A server that was started again has another unix socket, a host another address.
             self.close()
@@ -143,7 +143,7 @@ class StatsdExporter:
 
     def _growth(self, metric: Metric, part: str, total: float) -> Iterator[tuple[bytes, _Key, int | float]]:
         key = (metric.name, metric.tags, part)
-        delta = total - self._told.get(key, 0)
+        delta = total - self._reported.get(key, 0)
         if delta > 0:
             yield self._line(metric, part, delta, "c"), key, total
 

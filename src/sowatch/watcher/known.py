@@ -65,18 +65,26 @@ class _Known:
 
     ``image`` is the one of the last look, of the parent's where nobody looked at the child yet: an
     exec that the feed told makes the next look differ too. ``fact_ns`` is the time of the latest
-    news. An exec from before ``told_ns``, the baseline, is told by its scan.
+    news. An exec from before ``reported_ns``, the baseline, is told by its scan.
     """
 
-    __slots__ = ("fact_ns", "image", "is_exec_untold", "is_fork_told", "is_kernel_thread", "process", "told_ns")
+    __slots__ = (
+        "fact_ns",
+        "image",
+        "is_exec_unreported",
+        "is_fork_reported",
+        "is_kernel_thread",
+        "process",
+        "reported_ns",
+    )
 
     def __init__(self, process: Process, image: tuple[bytes, ...], *, is_kernel_thread: bool = False) -> None:
         self.process = process
         self.image = image
         self.is_kernel_thread = is_kernel_thread
-        self.is_fork_told = False
-        self.is_exec_untold = False
-        self.told_ns = 0
+        self.is_fork_reported = False
+        self.is_exec_unreported = False
+        self.reported_ns = 0
         self.fact_ns = 0
 
 
@@ -104,25 +112,25 @@ class KnownProcesses:
         """What to tell because of an event from the feed, in this order. Changes nothing."""
         known = self._known.get(event.process.pid)
         if known is None:
-            return self._news_of_stranger(event)
+            return self._news_of_untracked_sharer(event)
         if not known.process.id.same_tick(event.process.id):
             if event.process.start_ns < known.process.start_ns:
                 return []  # of an earlier process with this pid, whose exit was told when this one was found
-            return [_exit(known, event.t_ns), *self._news_of_stranger(event)]
+            return [_exit(known, event.t_ns), *self._news_of_untracked_sharer(event)]
         if event.kind == "fork":
-            return [] if known.is_fork_told else [event]
+            return [] if known.is_fork_reported else [event]
         if event.kind == "exec":
-            return [] if event.t_ns < known.told_ns else [event]
+            return [] if event.t_ns < known.reported_ns else [event]
         return [dataclasses.replace(event, process=_completed(event.process, known.process))]
 
-    def _news_of_stranger(self, event: ProcessEvent) -> list[ProcessEvent]:
+    def _news_of_untracked_sharer(self, event: ProcessEvent) -> list[ProcessEvent]:
         if _tick(event.process.id) in self._gone:
             return []
         if event.kind == "exec":  # its fork was lost
             return [dataclasses.replace(event, kind="fork", cause="repair"), event]
         return [event]
 
-    def told(self, event: ProcessEvent, seen: Seen | None = None) -> None:
+    def reported(self, event: ProcessEvent, seen: Seen | None = None) -> None:
         """The event was handed on; ``seen`` if it came from a look at ``/proc``."""
         pid = event.process.pid
         known = self._known.get(pid)
@@ -135,10 +143,10 @@ class KnownProcesses:
             image = parent.image if parent is not None and event.kind == "fork" else ()
             known = self._known[pid] = _Known(event.process, image)
         if event.kind == "fork":
-            known.is_fork_told = True
+            known.is_fork_reported = True
         else:
             known.process = _completed(event.process, known.process, but=("comm", "exe"))
-            known.is_exec_untold = False
+            known.is_exec_unreported = False
         known.fact_ns = event.t_ns
         if seen is not None:
             known.image = seen.image
@@ -148,15 +156,15 @@ class KnownProcesses:
         """The event could not be handed on: the next comparison has to find it."""
         known = self._known.get(event.process.pid)
         if known is not None and event.kind == "exec" and known.process.id.same_tick(event.process.id):
-            known.is_exec_untold = True
+            known.is_exec_unreported = True
 
-    def add(self, process: Process, seen: Seen, *, is_told: bool) -> bool:
+    def add(self, process: Process, seen: Seen, *, is_reported: bool) -> bool:
         """Takes note of a process that was there before; not if the feed told of it already."""
         if process.pid in self._known or _tick(process.id) in self._gone:
             return False
         known = self._known[process.pid] = _Known(process, seen.image, is_kernel_thread=seen.is_kernel_thread)
         known.fact_ns = seen.t_ns
-        known.told_ns = seen.t_ns if is_told else 0
+        known.reported_ns = seen.t_ns if is_reported else 0
         return True
 
     def scan(self, pids: Container[int] | None = None) -> list[ProcessEvent]:
@@ -192,7 +200,7 @@ class KnownProcesses:
                     exits.append(_exit(known, began_ns))
             elif seen.is_kernel_thread:
                 continue
-            elif known.is_exec_untold or (known.image != seen.image and known.fact_ns < seen.t_ns):
+            elif known.is_exec_unreported or (known.image != seen.image and known.fact_ns < seen.t_ns):
                 changed.append(seen)
         new = sorted((seen for seen in looked.values() if self._is_new(seen)), key=lambda seen: seen.id.start_ns)
         return Differences(exits, new, changed)

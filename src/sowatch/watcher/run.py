@@ -168,17 +168,17 @@ class Run:
     def _pass_on(self, event: ProcessEvent) -> None:
         with self._subscribers.lock:
             for one in self.known.news(event):
-                if not self._tell(one):
+                if not self._emit(one):
                     self._counts.add("lost_queue")
                     self._is_repair_due = True
                     return
 
-    def _tell(self, event: ProcessEvent, seen: Seen | None = None) -> bool:
+    def _emit(self, event: ProcessEvent, seen: Seen | None = None) -> bool:
         """Queues an event and takes note of it. The lock is held by the caller."""
         if not self._delivery.put(event, self._subscribers.of(event.kind)):
             self.known.untold(event)
             return False
-        self.known.told(event, seen)
+        self.known.reported(event, seen)
         return True
 
     # Looks at /proc: the baseline once, and repairs.
@@ -217,7 +217,7 @@ class Run:
             if process is not None:
                 found.append((process, seen))
         with self._subscribers.lock:
-            added = {process.pid for process, seen in found if self.known.add(process, seen, is_told=self._scan)}
+            added = {process.pid for process, seen in found if self.known.add(process, seen, is_reported=self._scan)}
             if self._scan:
                 self._delivery.put_scan(self.known.scan(added), self._subscribers.of("exec"))
             self._has_baseline = True
@@ -231,10 +231,10 @@ class Run:
             self._drain()
         with self._subscribers.lock:
             exits, new, changed = self.known.compare(looked, began_ns)
-            if not all(self._tell(event) for event in exits):
+            if not all(self._emit(event) for event in exits):
                 return False
-        is_complete = all(self._tell_seen(seen, is_new=True) for seen in new) and all(
-            self._tell_seen(seen, is_new=False) for seen in changed
+        is_complete = all(self._emit_seen(seen, is_new=True) for seen in new) and all(
+            self._emit_seen(seen, is_new=False) for seen in changed
         )
         if is_complete:
             self._counts.add("repairs")
@@ -242,7 +242,7 @@ class Run:
             _log.warning("process events were lost; %s showed %d changes nobody was told of", self._proc.root, found)
         return is_complete
 
-    def _tell_seen(self, seen: Seen, *, is_new: bool) -> bool:
+    def _emit_seen(self, seen: Seen, *, is_new: bool) -> bool:
         if self._stopping.is_set():
             return False
         process = describe(self._proc, seen)
@@ -250,11 +250,11 @@ class Run:
             return True  # gone since; the feed tells, or loses that too
         with self._subscribers.lock:
             parent = self.known.parent_of(seen.ppid)
-            if is_new and not self._tell(ProcessEvent("fork", process, parent, seen.t_ns, "repair"), seen):
+            if is_new and not self._emit(ProcessEvent("fork", process, parent, seen.t_ns, "repair"), seen):
                 return False
             if seen.is_kernel_thread:
                 return True
-            return self._tell(ProcessEvent("exec", process, parent, seen.t_ns, "repair"), seen)
+            return self._emit(ProcessEvent("exec", process, parent, seen.t_ns, "repair"), seen)
 
     def _reopen(self, error: Exception) -> None:
         """Gets a broken feed going again. Meanwhile ``/proc`` is compared, so nothing stays untold."""

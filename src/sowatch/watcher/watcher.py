@@ -22,10 +22,10 @@ from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.subscription import Subscription
-from sowatch.engine.table import Tracker
+from sowatch.engine.table import MappingTable
 from sowatch.engine.workers import ActiveFile, RuleWorker
 from sowatch.explain import (
-    Desk,
+    ExplainContext,
     PathReport,
     ProcessReport,
     Published,
@@ -147,7 +147,7 @@ class Watcher:
     def _start(self, source: EventSource) -> Ready:
         engine = Engine(
             source,
-            Tracker(self._rules, container_id),
+            MappingTable(self._rules, container_id),
             self._publisher,
             self._rules,
             self._config,
@@ -157,8 +157,8 @@ class Watcher:
         self._inspector = Inspector(proc=self._proc, exports=self._rules.exports, on_done=engine.wake)
         self._publisher.inspector = self._inspector
         self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
-        engine.keeper.look_at_ourselves()
-        own = {engine.keeper.own_pid} if self._exclude_self else set()
+        engine.reconciler.detect_own_identity()
+        own = {engine.reconciler.own_pid} if self._exclude_self else set()
         self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own)
         ready = engine.start()
         self._patient.start()
@@ -255,7 +255,7 @@ class Watcher:
             # The watch may end at any moment.
             with contextlib.suppress(SowatchError):
                 engine = self._running_engine()
-                now = engine.ask(engine.mappings, settled=False)
+                now = engine.ask(engine.mappings, synced=False)
         return [
             Mapped(
                 event.process,
@@ -303,7 +303,7 @@ class Watcher:
                 exists or is mapped.
             UsageError: the id of a thread, or no path.
         """
-        return explain(target, self._desk())
+        return explain(target, self._explain_context())
 
     def explain_published(
         self, *, pid: int | None = None, path: str | None = None, build_id: str | None = None
@@ -324,20 +324,20 @@ class Watcher:
         """
         if (pid is not None) + (path is not None) + (build_id is not None) != 1:
             raise UsageError("explain_published() takes one of pid, path and build_id. Give exactly one.")
-        published = Published(self._desk(), self._publisher.held_copy)
+        published = Published(self._explain_context(), self._publisher.held_copy)
         if pid is not None:
             return explain_published_process(published, pid)
         return explain_published_file(published, path=path, build_id=build_id)
 
-    def _desk(self) -> Desk:
+    def _explain_context(self) -> ExplainContext:
         engine = self._running_engine()
-        return Desk(
+        return ExplainContext(
             self._asked_anew(),
             self._rules,
             self.registry,
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
             view=lambda: engine.ask(engine.view),
-            is_repaired=lambda: engine.keeper.is_repaired,
+            is_repaired=lambda: engine.reconciler.is_repaired,
             reads_proc=self.ready is not None and self.ready.strategy in ("prebuilt", "procfs"),
         )
 
@@ -390,7 +390,7 @@ class Watcher:
             def change() -> None:
                 self._rules = new
                 self._publisher.inspector = self._inspector
-                engine.keeper.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
+                engine.reconciler.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
 
             try:
                 engine.ask(change)
@@ -443,7 +443,7 @@ class Watcher:
         answer: Future[int] = Future()
 
         def look() -> None:
-            engine.keeper.look_again(pid, wanted)
+            engine.reconciler.look_again(pid, wanted)
             self._publisher.in_turn(lambda: answer.set_result(settle()))
 
         engine.ask(look)
@@ -507,7 +507,7 @@ class Watcher:
     @property
     def silent_s(self) -> float:
         """Seconds since the draining thread last went round; more than a few mean that it hangs."""
-        return 0.0 if self._engine is None else time.monotonic() - self._engine.turned_s
+        return 0.0 if self._engine is None else time.monotonic() - self._engine.last_iteration_s
 
     @property
     def stats(self) -> Stats:
@@ -521,15 +521,15 @@ class Watcher:
             events=self._publisher.events,
             loads=self._publisher.loads,
             unloads=self._publisher.unloads,
-            lost_kernel=0 if engine is None else engine.keeper.lost,
-            lost_throttled=0 if engine is None else engine.keeper.throttled,
+            lost_kernel=0 if engine is None else engine.reconciler.lost,
+            lost_throttled=0 if engine is None else engine.reconciler.throttled,
             lost_queue=self._publisher.lost_in_queues,
-            repairs=0 if engine is None else engine.keeper.repairs,
-            rereads=0 if engine is None else engine.keeper.rereads,
+            repairs=0 if engine is None else engine.reconciler.repairs,
+            rereads=0 if engine is None else engine.reconciler.rereads,
             unresolved=self._publisher.unresolved,
             callback_errors=self._retired_errors + sum(one.errors for one in (*self._workers, *self._retired)),
-            records=0 if engine is None else engine.keeper.records,
-            losses=Losses() if engine is None else engine.keeper.losses,
+            records=0 if engine is None else engine.reconciler.records,
+            losses=Losses() if engine is None else engine.reconciler.losses,
             audits=self._audits,
             audit_differences=self._audit_differences,
             poll_interval_s=None if engine is None else engine.poll_interval_s,
@@ -551,4 +551,4 @@ class Watcher:
         # A thread that hangs or drowns has not looked for losses for that long: nobody knows.
         if self._engine is None:
             return True
-        return self._engine.keeper.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)
+        return self._engine.reconciler.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)

@@ -13,7 +13,7 @@ from sowatch.engine.file_inspector import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.rules import KINDS
-from support.asked import OTHER, PAGE, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
+from support.asked import OTHER, PAGE, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, reported
 from support.kernel import TAG, id_by_stat
 
 # ---- libraries of a process -----------------------------------------------------------------------
@@ -24,7 +24,7 @@ def test_a_library_that_is_wanted_has_a_trail_without_gaps(
 ) -> None:
     mapper, new = start(), library(WANTED)
     at, length = mapper.map(new)
-    found = told(watcher, mapper.pid, new, wait_until)
+    found = reported(watcher, mapper.pid, new, wait_until)
     assert found.seen
     assert (found.seen.rule, found.seen.cause) == ("wanted", "mmap")
     assert (found.rule, found.untold, found.id_from) == ("wanted", None, "map")
@@ -61,7 +61,7 @@ def test_the_rules_look_at_libraries_unless_they_say_otherwise(
     program.chmod(0o755)
     mapper = start(program)
     rules = [Rule(TAG, name="libraries"), Rule(TAG, name="programs", kind="executable")]
-    found = told(watch(*rules), mapper.pid, program, wait_until)
+    found = reported(watch(*rules), mapper.pid, program, wait_until)
     assert found.library.kind == "executable"
     assert [(one.rule, one.wants, one.why) for one in found.rules] == [
         ("libraries", False, "kind"),
@@ -98,7 +98,7 @@ def test_a_deleted_library_is_opened_by_the_kernels_link_only(
     mapper, new = start(), library(WANTED)
     mapper.map(new)
     new.unlink()
-    found = told(watcher, mapper.pid, new, wait_until)
+    found = reported(watcher, mapper.pid, new, wait_until)
     assert found.look.opened_by == "map_files"
     assert found.look.elf == "elf"
     assert found.library.host_path
@@ -117,8 +117,8 @@ def test_a_memfd_is_explained_like_any_library(
     watcher: Watcher, start: Start, library: NewLibrary, wait_until: Any
 ) -> None:
     mapper = start()
-    mapper.tell("memfd", WANTED, library(OTHER))
-    found = told(watcher, mapper.pid, f"/memfd:{WANTED}", wait_until)
+    mapper.emit("memfd", WANTED, library(OTHER))
+    found = reported(watcher, mapper.pid, f"/memfd:{WANTED}", wait_until)
     assert (found.library.kind, found.library.deleted) == ("library", True)
     assert (found.look.opened_by, found.look.elf) == ("map_files", "elf")
 
@@ -129,7 +129,7 @@ def test_a_memfd_that_holds_no_library_is_wanted_by_no_rule_for_libraries(
     text = scratch / "text"
     text.write_bytes(bytes(PAGE))
     mapper = start()
-    mapper.tell("memfd", WANTED, text)
+    mapper.emit("memfd", WANTED, text)
     found = mapping(process(watcher, mapper.pid), f"/memfd:{WANTED}")
     assert (found.library.kind, found.look.elf, found.untold) == ("other", "not_elf", "no_rule")
     assert [one.why for one in found.rules] == ["kind"]
@@ -139,11 +139,11 @@ def test_a_library_behind_several_dead_threads_is_explained(
     watcher: Watcher, start: Start, library: NewLibrary, wait_until: Any
 ) -> None:
     mapper, new = start(), library(WANTED)
-    mapper.tell("thread", "idle", new)
-    mapper.tell("leaderexit")
+    mapper.emit("thread", "idle", new)
+    mapper.emit("leaderexit")
     mapper.map(new)
     wait_until(lambda: not process(watcher, mapper.pid).is_leader_alive, what="the end of the leader")
-    found = told(watcher, mapper.pid, new, wait_until)
+    found = reported(watcher, mapper.pid, new, wait_until)
     assert found.look.opened_by == "map_files"
     threads = {int(name) for name in os.listdir(f"/proc/{mapper.pid}/task")} - {mapper.pid}
     assert found.look.tries[-1].path.split("/")[2] in {str(thread) for thread in threads}
@@ -157,11 +157,11 @@ def test_a_mapping_that_shares_its_parents_memory_is_told_as_passing(
 ) -> None:
     mapper, new = start(), library(WANTED)
     mapper.map(new)
-    told(watcher, mapper.pid, new, wait_until)
+    reported(watcher, mapper.pid, new, wait_until)
     child = mapper.fork(how="clonevm")
     first = mapping(process(watcher, child.pid), new)
     assert (first.seen, first.untold) in [(None, "passing"), (first.seen, None)]
-    assert told(watcher, child.pid, new, wait_until).seen
+    assert reported(watcher, child.pid, new, wait_until).seen
     child.close()
 
 
@@ -179,7 +179,7 @@ def test_the_way_a_file_is_opened_is_the_way_that_callbacks_get_it(
 ) -> None:
     mapper, new = start(), library(WANTED)
     mapper.map(new)
-    found = told(watcher, mapper.pid, new, wait_until)
+    found = reported(watcher, mapper.pid, new, wait_until)
     fd = open_mapped(ProcFs(), mapper.pid, found.library.id, str(new), found.ranges, is_own_view=True, is_deleted=False)
     assert fd is not None
     assert found.library.host_path
@@ -200,7 +200,7 @@ def test_exports_that_a_library_lacks_are_named(
         Rule(re.escape(str(made)), name="more", exports=("tls_read", "tls_open", "tls_close")),
         Rule(re.escape(str(made.parent)), name="enough", exports=("tls_read",)),
     )
-    found = told(watcher, mapper.pid, made, wait_until)
+    found = reported(watcher, mapper.pid, made, wait_until)
     assert [(one.rule, one.why, one.missing) for one in found.rules] == [
         ("more", "exports", ("tls_close", "tls_open")),
         ("enough", None, ()),

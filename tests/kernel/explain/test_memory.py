@@ -20,7 +20,7 @@ def test_a_process_entry_and_a_file_key_are_the_same_in_c_and_in_python(tmp_path
     text = (PROGRAMS / "state.bpf.h").read_text(encoding="utf-8")
     (limit,) = re.findall(r"^#define MAX_RANGES \d+$", text, re.MULTILINE)
     (entry,) = re.findall(r"^struct process \{\n.*?^\};", text, re.MULTILINE | re.DOTALL)
-    fields = ["start_ns", "range_count", "dirty", "introduced", "shares_vm", "touches", "ranges"]
+    fields = ["start_ns", "range_count", "dirty", "introduced", "shares_vm", "activity", "ranges"]
     questions = [f"offsetof(struct process, {name})" for name in fields]
     questions += ["sizeof(struct process)", "sizeof(struct file_key)", "offsetof(struct file_key, epoch)"]
     lines = "".join(f'printf("%zu\\n", {question});\n' for question in questions)
@@ -57,7 +57,7 @@ def test_the_kernels_entry_of_a_process_has_its_start_and_its_ranges(
     report = process(watcher, mapper.pid)
     assert report.followed is not None
     assert report.followed.start_ns == report.process.start_ns
-    assert report.followed.touches > 0
+    assert report.followed.activity > 0
     assert (at, at + pages(length)) in report.followed.ranges
     assert report.followed.range_count == len(report.followed.ranges)
     assert report.known is not None
@@ -70,7 +70,7 @@ def test_a_process_of_which_nothing_is_wanted_is_not_followed(
     mapper = start()
     mapper.map(library(OTHER))
     report = process(watcher, mapper.pid)
-    assert report.followed is None or report.followed.touches == 0
+    assert report.followed is None or report.followed.activity == 0
     assert report.known is None
     assert "nothing_wanted" in report.notes
 

@@ -18,7 +18,7 @@ from sowatch import Rule, Watcher
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import SowatchError, UsageError
 from support import strict
-from support.asked import OTHER, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, told
+from support.asked import OTHER, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, reported
 from support.hostile import Opens
 from support.kernel import IN_OWN_MOUNTS, TAG, executable_ranges, host_pid, id_by_stat, with_prelude
 
@@ -35,7 +35,7 @@ def test_a_process_that_does_not_exist_is_an_error(watcher: Watcher, start: Star
 
 def test_the_id_of_a_thread_is_wrong_usage(watcher: Watcher, start: Start, library: NewLibrary) -> None:
     mapper = start()
-    mapper.tell("thread", "idle", library(OTHER))
+    mapper.emit("thread", "idle", library(OTHER))
     (thread,) = {int(name) for name in os.listdir(f"/proc/{mapper.pid}/task")} - {mapper.pid}
     with pytest.raises(UsageError, match=f"{thread} is a thread of process {mapper.pid}"):
         watcher.explain(thread)
@@ -78,7 +78,7 @@ def test_a_process_in_its_own_root_is_explained_with_the_paths_that_it_sees(
     mapper = start(with_prelude(scratch, static, f'exec chroot {scratch}/jail /mapper # "$0"'))
     mapper.map(f"/{WANTED}")
     mapper.map(f"/{OTHER}")
-    wanted = told(watcher, mapper.pid, f"/{WANTED}", wait_until)
+    wanted = reported(watcher, mapper.pid, f"/{WANTED}", wait_until)
     assert (wanted.library.kind, wanted.look.elf) == ("library", "elf")
     other = mapping(process(watcher, mapper.pid), f"/{OTHER}")
     assert (other.untold, other.verdict.verdict) == ("no_rule", "ignore")
@@ -99,7 +99,7 @@ def test_below_an_overlay_the_identity_is_the_kernels(
     mapper = start(with_prelude(scratch, start()._program, commands, launcher=IN_OWN_MOUNTS))
     for name in (WANTED, OTHER):
         mapper.map(scratch / "seen" / name)
-    wanted = told(watcher, mapper.pid, scratch / "seen" / WANTED, wait_until)
+    wanted = reported(watcher, mapper.pid, scratch / "seen" / WANTED, wait_until)
     other = mapping(process(watcher, mapper.pid), scratch / "seen" / OTHER)
     assert wanted.library.id[:3] == id_by_stat(scratch / "lower" / WANTED)[:3]
     assert (wanted.id_from, wanted.differences) == ("map", ())
@@ -116,7 +116,7 @@ def test_a_process_in_a_pid_namespace_of_its_own_has_both_numbers(
     new = library(WANTED)
     mapper.map(new)
     pid = host_pid(mapper)
-    assert told(watcher, pid, new, wait_until).seen
+    assert reported(watcher, pid, new, wait_until).seen
     report = process(watcher, pid)
     assert (report.process.pid, report.process.ns_pid) == (pid, 1)
 
@@ -128,8 +128,8 @@ def test_a_path_says_who_has_it_mapped(watcher: Watcher, start: Start, library: 
     first, second, new = start(), start(), library(WANTED)
     at, length = first.map(new)
     second.map(new)
-    told(watcher, first.pid, new, wait_until)
-    told(watcher, second.pid, new, wait_until)
+    reported(watcher, first.pid, new, wait_until)
+    reported(watcher, second.pid, new, wait_until)
     report = path_of(watcher, new)
     assert (report.file_type, report.rule, report.notes) == ("regular file", "wanted", ())
     assert [(one.id[:3], one.id_from) for one in report.ids] == [(id_by_stat(new)[:3], "map")]
@@ -216,7 +216,7 @@ def test_a_file_in_another_mount_namespace_is_found_through_its_process(
     mapper = start(with_prelude(scratch, start()._program, commands, launcher=IN_OWN_MOUNTS))
     path = scratch / "t" / WANTED
     mapper.map(path)
-    told(watcher, mapper.pid, path, wait_until)
+    reported(watcher, mapper.pid, path, wait_until)
     report = path_of(watcher, f"/proc/{mapper.pid}/root{path}")
     assert [(one.process.pid, one.path) for one in report.mapped] == [(mapper.pid, str(path))]
     assert report.notes == ()
@@ -227,8 +227,8 @@ def test_a_memfd_is_explained_by_its_name_as_memory_that_is_mapped(
 ) -> None:
     watcher = watch(Rule(f"^/memfd:{TAG}$", name="jit"))
     mapper = start()
-    mapper.tell("memfd", TAG, library(WANTED))
-    told(watcher, mapper.pid, f"/memfd:{TAG}", wait_until)
+    mapper.emit("memfd", TAG, library(WANTED))
+    reported(watcher, mapper.pid, f"/memfd:{TAG}", wait_until)
     report = path_of(watcher, f"/memfd:{TAG}")
     assert (report.file_type, report.error, report.look.elf) == ("memory", None, "elf")
     assert [(one.process.pid, one.relation, one.in_map) for one in report.mapped] == [(mapper.pid, "same", True)]

@@ -38,7 +38,7 @@ def test_beside_a_hostile_process_honest_loads_are_told_and_the_agent_answers_an
     served = agent(f'[[rules]]\nname = "ours"\npattern = "{TAG}"\n')
     mapper = start()
 
-    def told() -> set[str]:
+    def reported() -> set[str]:
         found = served.get("/inventory").json
         places = {place for place, one in enumerate(found["processes"]) if one["pid"] == mapper.pid}
         return {one["path"] for one in found["libraries"] if places & set(one["processes"])}
@@ -50,7 +50,7 @@ def test_beside_a_hostile_process_honest_loads_are_told_and_the_agent_answers_an
         during = served.get("/audit").json
         assert [one for one in during["differences"] if one["pid"] == mapper.pid] == []
         assert served.get("/readyz").json["silent_seconds"] < 10
-    wait_until(lambda: told() == {os.fspath(path) for path in honest}, 1, "every honest load, soon after the quiet")
+    wait_until(lambda: reported() == {os.fspath(path) for path in honest}, 1, "every honest load, soon after the quiet")
     wait_until(lambda: served.get("/readyz").json["repaired"], 10, "everything lost is made good")
     after = served.get("/audit").json
     assert after["differences"] == []

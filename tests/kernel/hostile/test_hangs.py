@@ -19,7 +19,7 @@ import pytest
 
 from sowatch import Rule
 from sowatch.explain import ProcessReport
-from sowatch.sources.select import RUNGS
+from sowatch.sources.select import CANDIDATES
 from sowatch.sources.unread import ScanTimeout
 from support.agent import Agent
 from support.hangs import Hang
@@ -56,7 +56,7 @@ def test_a_process_whose_lock_is_held_for_ever_is_named_and_holds_up_nobody(
 ) -> None:
     held, honest = library(HELD), library(HONEST)
     hung = hang(way, held)
-    ledger = open_ledger(RULE, open_source=RUNGS[strategy].open)
+    ledger = open_ledger(RULE, open_source=CANDIDATES[strategy].open)
     watcher = ledger.watcher
     (pid,) = hung.pids
     hung.hang()
@@ -87,8 +87,8 @@ def test_a_full_scan_goes_on_with_the_others_and_names_who_shares_the_address_sp
     mapper = start()
     mapper.map(library(HONEST))
     hung.hang()
-    readings, _ = tap.source.read_all()
-    tgids = {reading.tgid for reading in readings}
+    scans, _ = tap.source.scan_all()
+    tgids = {scan.tgid for scan in scans}
     assert mapper.pid in tgids
     assert set(hung.pids) & tgids == set()
     assert set(hung.pids) < set(tap.source.unread)
@@ -96,7 +96,7 @@ def test_a_full_scan_goes_on_with_the_others_and_names_who_shares_the_address_sp
     assert len(tap.source.unread) == 6
     assert tap.source.unread.abandoned_threads == 4
     with pytest.raises(ScanTimeout):
-        tap.source.read_process(hung.pids[0])
+        tap.source.scan_process(hung.pids[0])
     assert tap.source.unread.abandoned_threads == 4
 
 
@@ -106,15 +106,15 @@ def test_whoever_was_given_up_is_introduced_anew_when_it_can_be_read(
     hung = hang("lock", library(HELD))
     tap = open_tap()
     hung.hang()
-    tap.source.read_all()
+    tap.source.scan_all()
     hung.free()
     found: list[int] = []
     wait_until(lambda: found.extend(tap.source.unread.take_readable()) or not tap.source.unread, 10, "its return")
     assert hung.pids[0] in found
-    reading = tap.source.read_process(hung.pids[0])
-    assert reading is not None
-    assert reading.intro is not None
-    assert len(reading.maps) > 0
+    scan = tap.source.scan_process(hung.pids[0])
+    assert scan is not None
+    assert scan.intro is not None
+    assert len(scan.maps) > 0
 
 
 def test_a_watch_that_begins_while_somebody_hangs_begins_and_says_who(

@@ -159,7 +159,7 @@ def event(kind: str, pid: int = 1, inode: int = 1, rule: str = "r") -> LibraryEv
 READY = Ready(1, "h", None, "core", "exact", None, (), (), 0, 0, 0.0)
 
 
-class Desk:
+class ExplainContext:
     """A hub that is fed by hand."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class Desk:
         self.hub = EventHub(self.subscription)
         self.task = asyncio.create_task(self.hub.run())
 
-    async def tell(self, *events: Event) -> None:
+    async def emit(self, *events: Event) -> None:
         for one in events:
             self.subscription.offer(one)
         self.subscription.hand_over()
@@ -182,7 +182,7 @@ class Desk:
         await self.task
 
 
-async def lines(desk: Desk, **options: Any) -> list[tuple[int, str, int | None]]:
+async def lines(desk: ExplainContext, **options: Any) -> list[tuple[int, str, int | None]]:
     """What a client that joins now is told until the end: seq, event, pid."""
     client = desk.hub.join(**options)
     await desk.end()
@@ -196,10 +196,10 @@ def parsed(text: str) -> list[tuple[int, str, int | None]]:
 
 def test_a_client_is_told_what_is_mapped_when_it_joins_and_then_what_happens() -> None:
     async def story() -> None:
-        desk = Desk()
-        await desk.tell(event("load", 1), event("load", 2), READY, event("unload", 1))
+        desk = ExplainContext()
+        await desk.emit(event("load", 1), event("load", 2), READY, event("unload", 1))
         client = desk.hub.join()
-        await desk.tell(event("load", 3), Stopped(1, 3, 1, 0))
+        await desk.emit(event("load", 3), Stopped(1, 3, 1, 0))
         await desk.end()
         text = "".join([part.decode() async for part in desk.hub.stream(client)])
         assert parsed(text) == [
@@ -215,8 +215,8 @@ def test_a_client_is_told_what_is_mapped_when_it_joins_and_then_what_happens() -
 
 def test_a_client_gets_only_what_it_asks_for() -> None:
     async def story() -> None:
-        desk = Desk()
-        await desk.tell(event("load", 1, 1, "a"), event("load", 1, 2, "b"), READY)
+        desk = ExplainContext()
+        await desk.emit(event("load", 1, 1, "a"), event("load", 1, 2, "b"), READY)
         assert await lines(desk, events=("load",), rule="b") == [(0, "load", 1), (1, "ready", None)]
 
     asyncio.run(story())
@@ -224,18 +224,18 @@ def test_a_client_gets_only_what_it_asks_for() -> None:
 
 def test_a_client_that_comes_back_is_told_what_it_missed_while_that_is_known() -> None:
     async def story() -> None:
-        desk = Desk()
-        await desk.tell(READY, event("load", 1), event("load", 2), event("load", 3))
+        desk = ExplainContext()
+        await desk.emit(READY, event("load", 1), event("load", 2), event("load", 3))
         name = desk.hub._name
         assert parsed("".join([t async for t in texts(desk, f"{name}-2")])) == [(0, "load", 2), (1, "load", 3)]
         assert parsed("".join([t async for t in texts(desk, f"{name}-4")])) == []
         for unknown in (f"{name}-5", f"{name}-x", "other-2", name, ""):
             assert (0, "activate", 1) in parsed("".join([t async for t in texts(desk, unknown)]))
-        await desk.tell(*(event("load", pid) for pid in range(10, 10 + KEPT_EVENTS)))
+        await desk.emit(*(event("load", pid) for pid in range(10, 10 + KEPT_EVENTS)))
         assert (0, "activate", 1) in parsed("".join([t async for t in texts(desk, f"{name}-2")]))
         await desk.end()
 
-    async def texts(desk: Desk, last_id: str) -> Any:
+    async def texts(desk: ExplainContext, last_id: str) -> Any:
         """Up to the live part."""
         client = desk.hub.join(last_id=last_id)
         stream = desk.hub.stream(client)
@@ -253,18 +253,18 @@ def test_a_client_that_is_too_many_bytes_behind_is_told_how_much_it_missed_and_c
     ranges = tuple((at << 13, (at << 13) + 4096) for at in range(1 << 33, (1 << 33) + 256))
 
     async def story() -> None:
-        desk = Desk()
-        await desk.tell(READY)
+        desk = ExplainContext()
+        await desk.emit(READY)
         client = desk.hub.join()
         big = [dataclasses.replace(event("load", pid), ranges=ranges) for pid in range(1, 4001)]
-        await desk.tell(*big)
+        await desk.emit(*big)
         assert MAX_WAITING_BYTES <= client._waiting_bytes < MAX_WAITING_BYTES + 10_000
         assert 0 < desk.hub._kept_bytes <= KEPT_BYTES
         parts = [part.decode() async for part in desk.hub.stream(client)]
         assert max(map(len, parts)) < 2 << 20
         last = strict.loads(parts[-1].splitlines()[1][6:])
-        told = len(parsed("".join(parts))) - 2  # ready comes first, lost last
-        assert (last["event"], last["count"], last["where"]) == ("lost", 4000 - told, "queue")
+        reported = len(parsed("".join(parts))) - 2  # ready comes first, lost last
+        assert (last["event"], last["count"], last["where"]) == ("lost", 4000 - reported, "queue")
         assert (desk.hub.clients, desk.hub.clients_cut_off, client._waiting_bytes) == (0, 1, 0)
 
     asyncio.run(story())
@@ -272,10 +272,10 @@ def test_a_client_that_is_too_many_bytes_behind_is_told_how_much_it_missed_and_c
 
 def test_a_client_that_is_too_far_behind_is_told_how_much_it_missed_and_cut_off() -> None:
     async def story() -> None:
-        desk = Desk()
-        await desk.tell(READY)
+        desk = ExplainContext()
+        await desk.emit(READY)
         client = desk.hub.join()
-        await desk.tell(*(event("load", pid) for pid in range(1, MAX_WAITING + 11)))
+        await desk.emit(*(event("load", pid) for pid in range(1, MAX_WAITING + 11)))
         parts = [part.decode() async for part in desk.hub.stream(client)]
         last = strict.loads(parts[-1].splitlines()[1][6:])
         assert (last["event"], last["count"], last["where"]) == ("lost", 10, "queue")

@@ -28,7 +28,7 @@ WRITER = r"""
 static struct record head(int type, int size)
 {
     struct record h = { .size = size, .type = type, .flags = FLAG_ASK | FLAG_IMAGE, .tgid = 11, .tid = 12,
-            .start_ns = 13ull << 40, .t_ns = 14ull << 40, .exec_id = 15, .touches = 16 };
+            .start_ns = 13ull << 40, .t_ns = 14ull << 40, .exec_id = 15, .activity = 16 };
     return h;
 }
 
@@ -108,9 +108,9 @@ def test_c_and_python_agree_on_where_the_root_stands_in_a_key(written):
 
 def test_c_and_python_agree_on_the_numbers():
     text = HEADER.read_text()
-    for name in ("MAP", "RANGE", "DIRTY", "FORK", "EXEC", "EXIT", "INTRO", "VISIT"):
+    for name in ("MAP", "RANGE", "NEEDS_RESCAN", "FORK", "EXEC", "EXIT", "INTRO", "VISIT"):
         assert f"RECORD_{name} = {getattr(RecordType, name)}," in text
-    for name in ("ASK", "DIRTY", "DELETED", "PARTIAL", "SHARED_VM", "MPROTECT", "IMAGE", "NARROW"):
+    for name in ("ASK", "NEEDS_RESCAN", "DELETED", "PARTIAL", "SHARED_VM", "MPROTECT", "IMAGE", "COMPAT"):
         bit = getattr(wire, f"FLAG_{name}").bit_length() - 1
         assert f"FLAG_{name} = 1 << {bit}," in text
 
@@ -125,7 +125,7 @@ ONE_OF_EACH = [
     P.intro(t=2),
     P.map(File(), 0x7F0000001000, 0x7F0000005000, t=3, flags=wire.FLAG_ASK),
     P.range(0x7F0000001000, 0x7F0000002000, t=4),
-    P.dirty(t=5),
+    P.needs_rescan(t=5),
     P.fork(Proc(4243), t=6, flags=wire.FLAG_SHARED_VM),
     P.exec(t=7, with_exe=True),
     P.exit(t=8),

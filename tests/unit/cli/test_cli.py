@@ -341,7 +341,7 @@ def test_without_options_every_library_of_every_process_is_watched() -> None:
     assert not chosen.exclude_self
     assert chosen.snapshot
     assert chosen.config.strategy == "auto"
-    assert not chosen.is_narrow
+    assert not chosen.is_compat
 
 
 def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
@@ -351,7 +351,7 @@ def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
         ("ssl", {"library", "executable"}),
         ("z", {"library", "executable"}),
     ]
-    assert chosen.is_narrow
+    assert chosen.is_compat
 
 
 def test_an_empty_pattern_is_found_in_every_path_so_it_is_the_only_rule() -> None:

@@ -185,7 +185,7 @@ def test_only_what_is_gone_or_replaced_on_disk_is_stale(listed: Any, mapper: Map
     kept, gone, replaced = (make_library(name) for name in ("libkept.so", "libgone.so", "libreplaced.so"))
     for library in (kept, gone, replaced):
         mapper.map(library)
-    mapper.tell("memfd", "libjit.so", kept)
+    mapper.emit("memfd", "libjit.so", kept)
     gone.unlink()
     make_library("libreplaced.so.new").rename(replaced)
 

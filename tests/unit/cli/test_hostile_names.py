@@ -59,12 +59,12 @@ def event(path: bytes, comm: bytes, cgroup: bytes, soname: bytes, kind: str = "l
 def test_a_line_of_json_is_plain_and_gives_every_byte_back(
     path: bytes, comm: bytes, cgroup: bytes, soname: bytes
 ) -> None:
-    told = event(path, comm, cgroup, soname)
-    line = JsonLines().line(told, 1)
+    reported = event(path, comm, cgroup, soname)
+    line = JsonLines().line(reported, 1)
     assert line.isascii()
     assert line.isprintable()
     found = strict.loads(line)
-    assert found == strict.loads(dumps(to_dict(told, 1)))
+    assert found == strict.loads(dumps(to_dict(reported, 1)))
     assert os.fsencode(found["library"]["path"]) == os.fsencode(found["library"]["host_path"]) == path
     assert os.fsencode(found["library"]["soname"]) == soname
     assert os.fsencode(found["process"]["comm"]) == comm
@@ -82,9 +82,9 @@ def test_every_event_is_of_the_schema_whatever_the_names(
 
 @given(paths, comms, paths, st.sampled_from(["load", "unload", "activate", "deactivate"]))
 def test_a_line_for_people_prints_as_one_line(path: bytes, comm: bytes, cgroup: bytes, kind: str) -> None:
-    told = event(path, comm, cgroup, b"x", kind)
+    reported = event(path, comm, cgroup, b"x", kind)
     for with_rule in (True, False):
-        assert plain(pieces_of(told, with_rule=with_rule)).isprintable()
+        assert plain(pieces_of(reported, with_rule=with_rule)).isprintable()
 
 
 @given(names)

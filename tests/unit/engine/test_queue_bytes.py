@@ -8,7 +8,7 @@ import pytest
 
 from sowatch.bpf.records import MAX_FILE_RANGES
 from sowatch.engine.activation import FileRegistry
-from sowatch.engine.address_space import Change, Name
+from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.model.config import Config
@@ -56,7 +56,7 @@ def publisher():
 
 
 def loads(pids, ranges=RANGES):
-    name = Name(Proc().map(SSL), RULES)
+    name = MappedFile(Proc().map(SSL), RULES)
     return [Change(True, "fork", 1, Process(pid, 5), "library", name, ranges) for pid in pids]
 
 
@@ -82,8 +82,8 @@ def test_a_reader_that_is_behind_by_many_bytes_loses_events_and_gets_them_when_i
     publisher.catch_up()
     rest = read(subscription)
     assert [(rest[0].event, rest[0].where, rest[0].count), rest[-1].event] == [("lost", "queue", lost), "repaired"]
-    told = [one.process.pid for one in first + rest if one.event == "load"]
-    assert sorted(told) == list(range(1, 1001))
+    reported = [one.process.pid for one in first + rest if one.event == "load"]
+    assert sorted(reported) == list(range(1, 1001))
     assert subscription.waiting_bytes == 0
 
 

@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sowatch.engine.range_map import MAX_CLAIMS, Coverage, RangeMap, RangeSnapshot
+from sowatch.engine.range_map import MAX_TENTATIVE, Coverage, RangeMap, RangeSnapshot
 
 KEYS = "abc"
 
@@ -83,9 +83,9 @@ def test_a_copy_goes_its_own_way(first, second):
 
 def test_of_too_many_claims_at_one_address_the_first_goes():
     ranges = RangeMap()
-    gone = [key for number in range(MAX_CLAIMS + 2) for key in ranges.add(number, 0, 10)]
+    gone = [key for number in range(MAX_TENTATIVE + 2) for key in ranges.add(number, 0, 10)]
     assert gone == [0, 1]
-    assert set(ranges.of_each()) == set(range(2, MAX_CLAIMS + 2))
+    assert set(ranges.of_each()) == set(range(2, MAX_TENTATIVE + 2))
 
 
 @settings(max_examples=200, derandomize=True)

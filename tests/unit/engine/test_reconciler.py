@@ -8,18 +8,18 @@ import time
 
 import pytest
 
-from sowatch.bpf.records import FLAG_DIRTY, FLAG_THROTTLED
+from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.publisher import Publisher, Selection
-from sowatch.engine.reconciler import Keeper
+from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rescan_schedule import LONGEST_REST_S, RescanSchedule
-from sowatch.engine.table import LIVE, Tracker
+from sowatch.engine.table import LIVE, MappingTable
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
 from sowatch.sources.core import Report
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
-from support.records import Proc, reading
+from support.records import Proc, scan
 
 FLOODER = Proc(10)
 
@@ -38,13 +38,13 @@ class Scripted:
         taken, self.records = self.records, []
         return taken
 
-    def read_process(self, pid):
+    def scan_process(self, pid):
         self.read.append(pid)
-        return reading(FLOODER, 10, 20) if pid == FLOODER.pid else None
+        return scan(FLOODER, 10, 20) if pid == FLOODER.pid else None
 
-    def read_all(self):
+    def scan_all(self):
         self.read.append("all")
-        return [reading(FLOODER, 10, 20)], []
+        return [scan(FLOODER, 10, 20)], []
 
     def losses(self):
         return self.lost
@@ -55,7 +55,7 @@ class Scripted:
     def answer(self, keys, *, is_wanted):
         pass
 
-    def settle(self, pid, start_ns, touches):
+    def untrack(self, pid, start_ns, activity):
         return False
 
     def limit_records(self, max_records_s):
@@ -79,7 +79,7 @@ def publisher():
 
 
 @pytest.fixture
-def told(publisher):
+def reported(publisher):
     """``told()`` are the control events since the last call."""
     subscription = publisher.subscribe(control=True, limit=100, limit_bytes=1 << 20)
 
@@ -94,72 +94,72 @@ def told(publisher):
 
 
 @pytest.fixture
-def keeper(source, publisher):
+def reconciler(source, publisher):
     rules = RuleSet([Rule("libssl")])
-    return Keeper(source, Tracker(rules), publisher, rules, Config(), silent_baseline=False)
+    return Reconciler(source, MappingTable(rules), publisher, rules, Config(), silent_baseline=False)
 
 
 def throttled():
-    return FLOODER.dirty(t=1)._replace(flags=FLAG_DIRTY | FLAG_THROTTLED)
+    return FLOODER.needs_rescan(t=1)._replace(flags=FLAG_NEEDS_RESCAN | FLAG_THROTTLED)
 
 
-def turn(keeper, now=1e9):
-    keeper.drain()
-    keeper.do_what_is_due(now)
+def turn(reconciler, now=1e9):
+    reconciler.drain()
+    reconciler.do_what_is_due(now)
 
 
-def test_a_process_that_said_too_much_is_read_and_nobody_else(keeper, source, told):
+def test_a_process_that_said_too_much_is_read_and_nobody_else(reconciler, source, reported):
     source.records, source.lost = [throttled()], Losses(throttled=5)
-    turn(keeper)
-    keeper.tick()
-    turn(keeper)
-    assert told() == ["lost", "repaired"]
+    turn(reconciler)
+    reconciler.tick()
+    turn(reconciler)
+    assert reported() == ["lost", "repaired"]
     assert set(source.read) == {FLOODER.pid}
-    assert keeper.is_repaired
+    assert reconciler.is_repaired
 
 
-def test_who_it_was_may_be_said_after_the_loss_was_counted(keeper, source, told):
+def test_who_it_was_may_be_said_after_the_loss_was_counted(reconciler, source, reported):
     source.lost = Losses(throttled=5)
-    keeper.tick()
-    assert told() == ["lost"]
+    reconciler.tick()
+    assert reported() == ["lost"]
     source.records = [throttled()]
-    turn(keeper)
-    keeper.tick()
-    turn(keeper)
-    assert told() == ["repaired"]
+    turn(reconciler)
+    reconciler.tick()
+    turn(reconciler)
+    assert reported() == ["repaired"]
     assert set(source.read) == {FLOODER.pid}
 
 
-def test_if_nobody_says_who_it_was_all_are_read(keeper, source, told):
+def test_if_nobody_says_who_it_was_all_are_read(reconciler, source, reported):
     source.lost = Losses(throttled=5)
-    keeper.tick()
-    turn(keeper)
-    assert not keeper.is_repaired
-    keeper.tick()
-    turn(keeper)
-    assert told() == ["lost", "repaired"]
+    reconciler.tick()
+    turn(reconciler)
+    assert not reconciler.is_repaired
+    reconciler.tick()
+    turn(reconciler)
+    assert reported() == ["lost", "repaired"]
     assert source.read == ["all"]
 
 
-def test_one_that_ended_before_it_was_read_is_in_nobodys_debt(keeper, source, told):
+def test_one_that_ended_before_it_was_read_is_in_nobodys_debt(reconciler, source, reported):
     source.records, source.lost = [FLOODER.intro(t=1), throttled()], Losses(throttled=5)
-    keeper.drain()
-    keeper.tick()
+    reconciler.drain()
+    reconciler.tick()
     source.records = [FLOODER.exit(t=2)]
-    turn(keeper)
-    assert told() == ["lost", "repaired"]
+    turn(reconciler)
+    assert reported() == ["lost", "repaired"]
     assert source.read == []
 
 
-def test_nothing_is_repaired_while_the_reading_is_still_to_come(keeper, source, told):
+def test_nothing_is_repaired_while_the_reading_is_still_to_come(reconciler, source, reported):
     source.records, source.lost = [throttled()], Losses(throttled=5)
-    keeper.drain()
-    keeper.tick()
+    reconciler.drain()
+    reconciler.tick()
     seen = []
-    source.read_process = lambda pid: seen.append((pid, keeper.is_repaired))
-    keeper.do_what_is_due(1e9)
+    source.scan_process = lambda pid: seen.append((pid, reconciler.is_repaired))
+    reconciler.do_what_is_due(1e9)
     assert seen == [(FLOODER.pid, False)]
-    assert told() == ["lost", "repaired"]
+    assert reported() == ["lost", "repaired"]
 
 
 def waited(age_s):
@@ -167,55 +167,57 @@ def waited(age_s):
     return FLOODER.range(0, 4096, t=time.monotonic_ns() - int(1e9 * age_s))
 
 
-def test_while_the_watch_falls_behind_processes_may_say_less_and_then_more_again(keeper, source, caplog):
+def test_while_the_watch_falls_behind_processes_may_say_less_and_then_more_again(reconciler, source, caplog):
     for _ in range(5):
         source.records = [waited(3), waited(0)]
-        keeper.tick()
+        reconciler.tick()
     assert source.limits == [4000, 2000, 1000]
     for _ in range(6):
         source.records = [waited(0)]
-        keeper.tick()
+        reconciler.tick()
     assert source.limits[3:] == [2000, 4000, 8000, 16000, Config().max_records_s]
-    keeper.tick()
+    reconciler.tick()
     assert len(source.limits) == 8
     (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert "the watch falls behind by 3.0 s" in warning
 
 
-def test_what_waits_no_longer_than_usual_changes_nothing(keeper, source):
+def test_what_waits_no_longer_than_usual_changes_nothing(reconciler, source):
     for _ in range(3):
         source.records = [waited(0.1)]
-        keeper.tick()
-        keeper.tick()
+        reconciler.tick()
+        reconciler.tick()
     assert source.limits == []
 
 
 @pytest.mark.parametrize("configured", [1, 500, NO_GUARD])
 def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, configured):
     rules = RuleSet([Rule("libssl")])
-    keeper = Keeper(source, Tracker(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False)
+    reconciler = Reconciler(
+        source, MappingTable(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False
+    )
     source.records = [waited(3)]
-    keeper.tick()
+    reconciler.tick()
     assert source.limits == []
 
 
-def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(keeper, source):
-    keeper._tracker.has_strangers = True
-    keeper.settle_doubts()
+def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(reconciler, source):
+    reconciler._table.has_untracked_sharers = True
+    reconciler.sync()
     assert source.read == ["all"]
-    keeper._strangers_at = time.monotonic() + 60  # as after a scan of three seconds
+    reconciler._sharers_at = time.monotonic() + 60  # as after a scan of three seconds
     for _ in range(5):
-        keeper._tracker.has_strangers = True
-        keeper.settle_doubts()
-        assert keeper.is_resting
+        reconciler._table.has_untracked_sharers = True
+        reconciler.sync()
+        assert reconciler.is_resting
     assert source.read == ["all"]
-    keeper._strangers_at = 0.0
-    assert not keeper.is_resting
-    keeper.settle_doubts()
+    reconciler._sharers_at = 0.0
+    assert not reconciler.is_resting
+    reconciler.sync()
     assert source.read == ["all", "all"]
 
 
-def test_a_process_that_hangs_is_not_read_again_until_it_can_be(keeper, source):
+def test_a_process_that_hangs_is_not_read_again_until_it_can_be(reconciler, source):
     tried = []
 
     def hang(pid):
@@ -225,35 +227,35 @@ def test_a_process_that_hangs_is_not_read_again_until_it_can_be(keeper, source):
         raise ScanTimeout(pid)
 
     over = threading.Event()
-    source.read_process, read = hang, source.read_process
-    source.records = [FLOODER.dirty(t=1)]
+    source.scan_process, read = hang, source.scan_process
+    source.records = [FLOODER.needs_rescan(t=1)]
     for _ in range(3):
-        turn(keeper)
-        keeper.settle_doubts()
+        turn(reconciler)
+        reconciler.sync()
     assert tried == [FLOODER.pid]
     assert list(source.unread) == [FLOODER.pid]
-    source.read_process = read
+    source.scan_process = read
     over.set()
     while source.unread:
-        turn(keeper)
+        turn(reconciler)
     assert source.read == [FLOODER.pid]
     source.unread.close()
 
 
-def test_a_loss_is_not_said_to_be_repaired_as_long_as_nobody_can_be_read(keeper, source, told):
+def test_a_loss_is_not_said_to_be_repaired_as_long_as_nobody_can_be_read(reconciler, source, reported):
     def refuse():
         raise ScanTimeout(0, is_refused=True)
 
-    source.read_all, read = refuse, source.read_all
+    source.scan_all, read = refuse, source.scan_all
     source.lost = Losses(ring=3)
-    keeper.tick()
-    turn(keeper, time.monotonic())
-    assert told() == ["lost"]
-    assert not keeper.is_repaired
-    source.read_all = read
-    while not keeper.is_repaired:
-        turn(keeper, time.monotonic())
-    assert told() == ["repaired"]
+    reconciler.tick()
+    turn(reconciler, time.monotonic())
+    assert reported() == ["lost"]
+    assert not reconciler.is_repaired
+    source.scan_all = read
+    while not reconciler.is_repaired:
+        turn(reconciler, time.monotonic())
+    assert reported() == ["repaired"]
 
 
 # ---- scans that take long -----------------------------------------------------------------------
@@ -264,21 +266,21 @@ def test_a_scan_that_took_long_is_followed_by_a_rest_of_many_times_that_and_a_sh
     for pid, seconds in ((1, 0.05), (2, 0.0001), (3, 60.0)):
         assert turns.take({pid: LIVE}, now=100.0) == {pid: LIVE}
         turns.rest(pid, seconds)
-    dirty = {1: LIVE, 2: LIVE, 3: LIVE}
-    assert turns.take(dirty, now=100.1) == {2: LIVE}
-    assert turns.take(dirty, now=100.0 + 20 * 0.05) == {1: LIVE}
+    needs_rescan = {1: LIVE, 2: LIVE, 3: LIVE}
+    assert turns.take(needs_rescan, now=100.1) == {2: LIVE}
+    assert turns.take(needs_rescan, now=100.0 + 20 * 0.05) == {1: LIVE}
     assert min(turns.times()) == 100.0 + LONGEST_REST_S
-    assert turns.take(dirty, now=100.0 + LONGEST_REST_S) == {3: LIVE}
+    assert turns.take(needs_rescan, now=100.0 + LONGEST_REST_S) == {3: LIVE}
 
 
 def test_whose_scans_take_long_is_scanned_once_for_a_question():
     turns = RescanSchedule()
-    dirty = {1: LIVE, 2: LIVE}
-    assert turns.hurry(dirty, since=100.0)
-    assert turns.take(dirty, now=100.0) == {1: LIVE, 2: LIVE}
+    needs_rescan = {1: LIVE, 2: LIVE}
+    assert turns.expedite(needs_rescan, since=100.0)
+    assert turns.take(needs_rescan, now=100.0) == {1: LIVE, 2: LIVE}
     turns.rest(1, 0.5)
-    assert turns.hurry({1: LIVE, 2: LIVE}, since=100.0)
+    assert turns.expedite({1: LIVE, 2: LIVE}, since=100.0)
     assert turns.take({1: LIVE, 2: LIVE}, now=100.5) == {2: LIVE}
-    assert not turns.hurry({1: LIVE}, since=100.0)
+    assert not turns.expedite({1: LIVE}, since=100.0)
     # The next question is another one.
-    assert turns.hurry({1: LIVE}, since=101.0)
+    assert turns.expedite({1: LIVE}, since=101.0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sowatch.explain import FileLook
-from sowatch.explain.looks import MAX_STUCK, Aside, Subject, look_at, look_at_place
+from sowatch.explain.looks import MAX_STUCK, Subject, TimeoutWorker, look_at, look_at_place
 from sowatch.linux.proc import ProcFs
 from support.elf_files import Made
 
@@ -48,7 +48,7 @@ def test_another_file_under_the_name_is_not_taken_for_it(make_library: Callable[
     assert (look.elf, look.opened_by) == ("gone", None)
     assert tries(look)[1:] == [
         ("root", "another file has that name now"),
-        ("own_view", "another file has that name now"),
+        ("own_view_id", "another file has that name now"),
     ]
 
 
@@ -118,30 +118,30 @@ def test_what_is_no_regular_file_is_not_opened_by_its_descriptor(tmp_path: Path,
 
 
 def test_what_hangs_is_left_behind_and_the_rest_goes_on(dam: threading.Event) -> None:
-    with Aside(patience_s=0.05) as aside:
-        assert aside.run(lambda: 1) == 1
-        assert aside.run(dam.wait) is None
-        assert aside.run(lambda: 2) == 2
+    with TimeoutWorker(patience_s=0.05) as worker:
+        assert worker.run(lambda: 1) == 1
+        assert worker.run(dam.wait) is None
+        assert worker.run(lambda: 2) == 2
 
 
 def test_after_a_few_that_hang_nothing_more_is_tried(dam: threading.Event) -> None:
-    with Aside(patience_s=0.01) as aside:
+    with TimeoutWorker(patience_s=0.01) as worker:
         for _ in range(MAX_STUCK):
-            assert aside.run(dam.wait) is None
-        assert aside.run(lambda: 1) is None
+            assert worker.run(dam.wait) is None
+        assert worker.run(lambda: 1) is None
 
 
 def test_what_a_look_raises_comes_out() -> None:
     def fail() -> None:
         raise TimeoutError("of its own")
 
-    with Aside() as aside, pytest.raises(TimeoutError, match="of its own"):
-        aside.run(fail)
+    with TimeoutWorker() as worker, pytest.raises(TimeoutError, match="of its own"):
+        worker.run(fail)
 
 
 def test_no_thread_is_left() -> None:
     # Threads of the tests before that were let go may still end.
     before = set(threading.enumerate())
-    with Aside() as aside:
-        aside.run(lambda: 1)
+    with TimeoutWorker() as worker:
+        worker.run(lambda: 1)
     assert set(threading.enumerate()) <= before

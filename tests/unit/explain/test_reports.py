@@ -13,7 +13,7 @@ from sowatch.explain.assemble import PathFacts, Shown, ids_of, relation_of, same
 from sowatch.explain.records import Candidate
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Followed, Verdict
+from sowatch.sources.core import TrackedEntry, Verdict
 from support.explained import (
     ELF,
     HERE,
@@ -47,7 +47,7 @@ def test_the_time_since_when_it_is_known_is_the_wall_clocks(case: Case) -> None:
 
 def test_what_is_known_of_an_earlier_process_with_that_pid_does_not_count(case: Case) -> None:
     case.start_ns = 30_000_000
-    case.followed = Followed(30_000_000, 0, False, False, False, 1, ())
+    case.followed = TrackedEntry(30_000_000, 0, False, False, False, 1, ())
     report = case.report()
     assert (report.known, report.followed, report.known_since_ns) == (None, None, None)
     assert report.mappings[0].untold == "not_in_map"

@@ -12,7 +12,7 @@ import pytest
 
 from sowatch.agent.page.feed import Feed
 from sowatch.inventory import inventory as inventory_module
-from sowatch.inventory.inventory import Inventory, Picture
+from sowatch.inventory.inventory import Inventory, InventoryView
 from sowatch.model.events import Process, Ready
 from sowatch.model.identity import FileId
 from sowatch.model.stats import Mapped
@@ -50,7 +50,7 @@ def mapped(process: Process = NGINX, library: Any = SSL, cause: str = "mmap", ti
     return Mapped(process, library, "all", ((0x1000, 0x2000),), cause, time_ns)
 
 
-def rows(picture: Picture) -> dict[str, Any]:
+def rows(picture: InventoryView) -> dict[str, Any]:
     return {row.library.path: row for row in picture.libraries.values()}
 
 
@@ -80,7 +80,7 @@ def test_a_row_keeps_its_number_and_its_beginning_while_it_is_there_and_a_new_on
     second = rows(inventory.look())[SSL.path]
     assert (second.number, second.since_ns) == (first.number, 100)
     watched.mapped = []
-    assert inventory.look() == Picture({}, {}, 0, 0)
+    assert inventory.look() == InventoryView({}, {}, 0, 0)
     watched.mapped = [mapped(time_ns=300)]
     third = rows(inventory.look())[SSL.path]
     assert third.number > first.number
@@ -126,7 +126,7 @@ def test_closing_ends_both_threads_and_may_be_repeated(wait_until: Any) -> None:
 # ---- the feed -----------------------------------------------------------------------------------
 
 
-def told(frame: bytes) -> tuple[str, int, dict[str, Any]]:
+def reported(frame: bytes) -> tuple[str, int, dict[str, Any]]:
     """Event, id and data of a server-sent event."""
     event, number, data, *rest = frame.decode("ascii").split("\n")
     assert rest == ["", ""]
@@ -150,19 +150,19 @@ def test_a_client_gets_everything_first_and_then_only_what_changed() -> None:
 
     async def script(feed: Feed) -> None:
         await feed._look()
-        event, number, data = told((await feed.next(0))[1])
+        event, number, data = reported((await feed.next(0))[1])
         assert (event, number) == ("everything", 1)
         assert [row["path"] for row in data["libraries"]] == [SSL.path]
         assert [row["pid"] for row in data["processes"]] == [NGINX.pid]
         watched.mapped = [mapped(), mapped(library=ZLIB)]
         await feed._look()
-        event, number, data = told((await feed.next(1))[1])
+        event, number, data = reported((await feed.next(1))[1])
         assert (event, number) == ("change", 2)
         assert [row["path"] for row in data["libraries"]] == [ZLIB.path]
         assert [row["libraries"] for row in data["processes"]] == [2]
         watched.mapped = []
         await feed._look()
-        event, _, data = told((await feed.next(2))[1])
+        event, _, data = reported((await feed.next(2))[1])
         assert (event, data["libraries"], data["gone_libraries"], data["gone_processes"]) == ("change", [], [1, 2], [1])
 
     fed(watched, script)
@@ -172,9 +172,9 @@ def test_a_client_that_is_late_gets_the_changes_it_missed_and_one_that_is_very_l
     async def script(feed: Feed) -> None:
         for _ in range(6):
             await feed._look()
-        assert told((await feed.next(4))[1])[:2] == ("change", 5)
-        assert told((await feed.next(2))[1])[:2] == ("change", 3)
-        assert told((await feed.next(1))[1])[:2] == ("everything", 6)
+        assert reported((await feed.next(4))[1])[:2] == ("change", 5)
+        assert reported((await feed.next(2))[1])[:2] == ("change", 3)
+        assert reported((await feed.next(1))[1])[:2] == ("everything", 6)
 
     fed(Map(), script)
 
@@ -193,7 +193,7 @@ def test_a_frame_is_ascii_on_one_line_whatever_is_in_the_names() -> None:
 
     async def script(feed: Feed) -> None:
         await feed._look()
-        _, _, data = told((await feed.next(0))[1])
+        _, _, data = reported((await feed.next(0))[1])
         assert data["libraries"][0]["path"] == path
 
     fed(Map([mapped(library=replace(SSL, path=path))]), script)
@@ -230,7 +230,7 @@ def test_a_look_that_fails_is_not_the_end_of_the_feed(caplog: pytest.LogCaptureF
         feed = Feed(Inventory(Failing()))
         feed.enter()
         async with asyncio.timeout(30):
-            assert told((await feed.next(0))[1])[0] == "everything"
+            assert reported((await feed.next(0))[1])[0] == "everything"
         feed.leave()
 
     asyncio.run(run())

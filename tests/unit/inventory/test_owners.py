@@ -296,8 +296,8 @@ def test_owners_are_the_ones_that_dpkg_itself_tells() -> None:
     for path in paths:
         # dpkg itself does not look through a merged /usr.
         for alias in owners_module._aliases(path):
-            told = subprocess.run(["dpkg-query", "-S", alias], capture_output=True, text=True, check=False).stdout
-            owners = [line.rpartition(": ")[0] for line in told.splitlines() if line.endswith(f": {alias}")]
+            reported = subprocess.run(["dpkg-query", "-S", alias], capture_output=True, text=True, check=False).stdout
+            owners = [line.rpartition(": ")[0] for line in reported.splitlines() if line.endswith(f": {alias}")]
             if owners:
                 expected[path] = owners[0]
                 break

@@ -69,19 +69,19 @@ def test_a_library_whose_name_is_gone_is_deleted(mapper: Mapper, make_library: A
 def test_a_library_deleted_after_its_event_is_deleted(mapper: Mapper, make_library: Any) -> None:
     library = make_library("liblater.so")
     mapper.map(library)
-    process, told, ranges = mapped(mapper.pid, named(library))
+    process, reported, ranges = mapped(mapper.pid, named(library))
     library.unlink()
 
-    assert not told.deleted
-    assert look(process, told, ranges).stale is Staleness.DELETED
+    assert not reported.deleted
+    assert look(process, reported, ranges).stale is Staleness.DELETED
 
 
 def test_a_name_that_is_out_of_reach_is_not_called_deleted(mapper: Mapper, make_library: Any) -> None:
     library = make_library("libfar.so")
     mapper.map(library)
-    process, told, ranges = mapped(mapper.pid, named(library))
+    process, reported, ranges = mapped(mapper.pid, named(library))
 
-    assert look(process, replace(told, path="/other/root/libfar.so"), ranges) == FRESH
+    assert look(process, replace(reported, path="/other/root/libfar.so"), ranges) == FRESH
 
 
 def test_a_library_that_an_upgrade_renamed_over_is_replaced(mapper: Mapper, make_library: Any) -> None:
@@ -117,11 +117,11 @@ def test_a_library_whose_link_was_put_back_is_not_stale(mapper: Mapper, make_lib
     os.link(library, other)
     mapper.map(library)
     library.unlink()
-    process, told, ranges = mapped(mapper.pid, named(library))
+    process, reported, ranges = mapped(mapper.pid, named(library))
     os.link(other, library)
 
-    assert told.deleted
-    assert look(process, told, ranges) == FRESH
+    assert reported.deleted
+    assert look(process, reported, ranges) == FRESH
 
 
 @pytest.mark.parametrize(
@@ -145,40 +145,40 @@ def test_a_library_that_was_renamed_is_judged_under_its_new_name_whether_its_loa
 def test_the_kernels_identity_decides_where_the_range_is_no_mapping_any_more(mapper: Mapper, make_library: Any) -> None:
     library = make_library("libmerged.so")
     mapper.map(library)
-    process, told, _ = mapped(mapper.pid, named(library))
+    process, reported, _ = mapped(mapper.pid, named(library))
     nowhere = ((0x1000, 0x2000),)
 
-    assert look(process, told, nowhere) == FRESH
+    assert look(process, reported, nowhere) == FRESH
     make_library("libmerged.so.new").rename(library)
-    assert look(process, told, nowhere).stale is Staleness.REPLACED
+    assert look(process, reported, nowhere).stale is Staleness.REPLACED
 
 
 def test_a_memfd_is_never_stale(mapper: Mapper, make_library: Any) -> None:
-    mapper.tell("memfd", "libjit.so", make_library("libjit.so"))
+    mapper.emit("memfd", "libjit.so", make_library("libjit.so"))
 
-    process, told, ranges = mapped(mapper.pid, lambda row: row.path.startswith(b"/memfd:libjit.so"))
+    process, reported, ranges = mapped(mapper.pid, lambda row: row.path.startswith(b"/memfd:libjit.so"))
 
-    assert told.deleted
-    assert look(process, told, ranges) == FRESH
+    assert reported.deleted
+    assert look(process, reported, ranges) == FRESH
 
 
 def test_sysv_memory_is_never_stale(mapper: Mapper) -> None:
-    mapper.tell("shm", 4096)
+    mapper.emit("shm", 4096)
 
-    process, told, ranges = mapped(mapper.pid, lambda row: row.path.startswith(b"/SYSV"))
+    process, reported, ranges = mapped(mapper.pid, lambda row: row.path.startswith(b"/SYSV"))
 
-    assert told.deleted
-    assert look(process, told, ranges) == FRESH
+    assert reported.deleted
+    assert look(process, reported, ranges) == FRESH
 
 
 def test_nothing_is_stale_for_a_process_that_is_gone(mapper: Mapper, make_library: Any) -> None:
     library = make_library("libghost.so")
     mapper.map(library)
     library.unlink()
-    told = mapped(mapper.pid, named(library))
+    reported = mapped(mapper.pid, named(library))
     mapper.exit()
 
-    assert look(*told) == FRESH
+    assert look(*reported) == FRESH
 
 
 def test_a_process_whose_leader_has_exited_is_looked_at_through_another_thread(
@@ -186,13 +186,13 @@ def test_a_process_whose_leader_has_exited_is_looked_at_through_another_thread(
 ) -> None:
     library = make_library("libdeadleader.so")
     mapper.map(library)
-    mapper.tell("leaderexit")
+    mapper.emit("leaderexit")
     wait_until(lambda: (found := ProcFs().stat(mapper.pid)) and found.is_dead, what="the end of the leader")
-    told = mapped(mapper.pid, named(library))
+    reported = mapped(mapper.pid, named(library))
 
-    assert look(*told) == FRESH
+    assert look(*reported) == FRESH
     make_library("libdeadleader.so.new").rename(library)
-    assert look(*told).stale is Staleness.REPLACED
+    assert look(*reported).stale is Staleness.REPLACED
 
 
 def test_the_path_is_looked_up_in_the_root_of_the_process(spawn: Any, make_library: Any, tmp_path: Path) -> None:
@@ -205,9 +205,9 @@ def test_the_path_is_looked_up_in_the_root_of_the_process(spawn: Any, make_libra
     )
     process = spawn([sys.executable, "-c", code, jail, library], stdin=-1, stdout=-1)
     assert process.stdout.readline() == b"\n"
-    who, told, ranges = mapped(process.pid, named(library))
-    there = Library(path="/lib/libjailed.so", id=told.id)
-    gone = Library(path="/lib/libjailed.so", id=told.id, deleted=True)
+    who, reported, ranges = mapped(process.pid, named(library))
+    there = Library(path="/lib/libjailed.so", id=reported.id)
+    gone = Library(path="/lib/libjailed.so", id=reported.id, deleted=True)
 
     assert look(who, there, ranges) == FRESH
     library.unlink()
@@ -267,12 +267,12 @@ def test_after_a_chroot_it_is_unknown_whether_what_lies_outside_is_stale(
 ) -> None:
     library = make_library("libouter.so")
     decoy = make_library(f"jail{library}")  # what the same path leads to by then
-    told = mapped(there(library, tmp_path / "jail", "ctypes.CDLL(library); os.chroot(where)"), named(library))
+    reported = mapped(there(library, tmp_path / "jail", "ctypes.CDLL(library); os.chroot(where)"), named(library))
 
     assert decoy.exists()
-    assert look(*told) == (Staleness.UNKNOWN, "it lies outside the root directory that the process has now", None)
+    assert look(*reported) == (Staleness.UNKNOWN, "it lies outside the root directory that the process has now", None)
     library.unlink()
-    assert look(*told).stale is Staleness.DELETED
+    assert look(*reported).stale is Staleness.DELETED
 
 
 def test_a_file_of_a_file_system_that_was_unmounted_meanwhile_is_unknown_even_if_its_path_leads_to_another(
@@ -298,15 +298,15 @@ def test_a_path_that_another_mount_covers_is_unknown(there: Any, make_library: A
     assert isinstance(rows, list)
     lower, upper = sorted((row for row in rows if row.path.endswith(b"/libcovered.so")), key=lambda row: row.minor)
 
-    def told(row: MapRow) -> Mapped:
+    def reported(row: MapRow) -> Mapped:
         return mapped(pid, lambda other: other.start == row.start)
 
-    assert look(*told(lower)) == (
+    assert look(*reported(lower)) == (
         Staleness.UNKNOWN,
         "its path leads to another mount: its own was covered or unmounted",
         None,
     )
-    assert look(*told(upper)) == FRESH
+    assert look(*reported(upper)) == FRESH
 
 
 def test_a_file_that_is_bound_over_itself_is_not_stale(there: Any, make_library: Any, tmp_path: Path) -> None:
@@ -335,8 +335,8 @@ def test_a_real_library_below_a_directory_that_is_named_like_memory_is_stale_lik
     library = make_library(f"jail/{directory}/libreal.so")
     inside = Path("/", directory, "libreal.so")
     pid = there(library, jail, f"os.chroot(where); ctypes.CDLL({str(inside)!r})")
-    process, told, ranges = mapped(pid, named(library))
-    seen = replace(told, path=str(inside))
+    process, reported, ranges = mapped(pid, named(library))
+    seen = replace(reported, path=str(inside))
 
     assert look(process, seen, ranges) == FRESH
     make_library(f"jail/{directory}/libreal.so.2").rename(library)
@@ -379,23 +379,23 @@ def test_a_rest_of_an_installer_that_was_deleted_too_is_stale_under_its_base_nam
     library = make_library("librest.so;5f3a2b1c")
     mapper.map(library)
     library.unlink()
-    told = mapped(mapper.pid, named(library))
+    reported = mapped(mapper.pid, named(library))
     base = library.with_name("librest.so")
 
-    assert look(*told) == (Staleness.DELETED, None, str(base))
+    assert look(*reported) == (Staleness.DELETED, None, str(base))
     make_library("librest.so")
-    assert look(*told) == (Staleness.REPLACED, None, str(base))
+    assert look(*reported) == (Staleness.REPLACED, None, str(base))
 
 
 def test_a_name_that_ends_like_the_kernels_mark_is_no_mark(mapper: Mapper, make_library: Any) -> None:
     library = make_library("libnamed.so (deleted)")
     mapper.map(library)
-    told = mapped(mapper.pid, named(library.with_name("libnamed.so")))
+    reported = mapped(mapper.pid, named(library.with_name("libnamed.so")))
 
-    assert told[1].deleted
-    assert look(*told) == FRESH
+    assert reported[1].deleted
+    assert look(*reported) == FRESH
     library.unlink()
-    assert look(*told).stale is Staleness.DELETED
+    assert look(*reported).stale is Staleness.DELETED
 
 
 def test_a_process_that_may_not_be_looked_at_is_unknown(make_library: Any, spawn: Any, programs: Any) -> None:

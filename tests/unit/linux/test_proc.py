@@ -76,7 +76,7 @@ def test_a_file_deleted_while_it_is_mapped_keeps_its_name_and_is_marked(tmp_path
         row = my_row(os.fstat(fd).st_ino)
 
         assert (row.path, row.is_deleted) == (path, True)
-        assert ProcFs().settle_deleted(ME, row) == row
+        assert ProcFs().resolve_deleted_suffix(ME, row) == row
 
 
 def test_a_file_whose_name_ends_like_the_mark_is_settled_by_looking_for_it(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_file_whose_name_ends_like_the_mark_is_settled_by_looking_for_it(tmp_p
         row = my_row(os.fstat(fd).st_ino)
 
         assert (row.path, row.is_deleted) == (bytes(tmp_path) + b"/real", True)
-        assert ProcFs().settle_deleted(ME, row) == row._replace(path=path, is_deleted=False)
+        assert ProcFs().resolve_deleted_suffix(ME, row) == row._replace(path=path, is_deleted=False)
 
 
 def test_another_file_by_the_marked_name_does_not_unmark_a_deleted_one(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_another_file_by_the_marked_name_does_not_unmark_a_deleted_one(tmp_path:
         os.close(create(path + b" (deleted)"))
         row = my_row(os.fstat(fd).st_ino)
 
-        assert ProcFs().settle_deleted(ME, row).is_deleted
+        assert ProcFs().resolve_deleted_suffix(ME, row).is_deleted
 
 
 def test_a_memfd_is_shown_by_its_name_and_as_deleted() -> None:
@@ -217,7 +217,7 @@ def test_a_process_whose_other_thread_executes_a_program_while_it_is_looked_at_h
     programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Mapper(programs["mapper"], tmp_path) as mapper:
-        mapper.tell("leaderexit")
+        mapper.emit("leaderexit")
         list_threads = ProcFs.threads
 
         def then_execute(self: ProcFs, pid: int) -> list[int] | Miss:

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
-from sowatch.engine.address_space import Name, Tracked
+from sowatch.engine.address_space import MappedFile, ProcessState
 from sowatch.linux.proc import MapRow, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId
-from sowatch.sources.poll_timer import CpuClocks, Rhythm
+from sowatch.sources.poll_timer import CpuClocks, PollTimer
 from sowatch.sources.polling import REREAD_LOOKS, Row, compare, file_of
 from support.poller import Poller, mapped
 from support.programs import Mapper, make_libraries
@@ -80,7 +80,7 @@ def test_what_is_there_at_the_first_look_is_a_snapshot(start: Any, libraries: li
     mapper = start()
     mapper.map(libraries[0])
     with Poller(f"^{libraries[0].parent}/") as poller:
-        assert poller.told(poller.snapshot) == [f"+{mapper.pid} libtiny0.so snapshot"]
+        assert poller.reported(poller.snapshot) == [f"+{mapper.pid} libtiny0.so snapshot"]
         assert poller.look() == []
 
 
@@ -181,7 +181,7 @@ def test_a_process_whose_leader_is_dead_is_followed_to_its_end(
     mapper = start()
     mapper.map(libraries[0])
     poller.look()
-    mapper.tell("leaderexit")
+    mapper.emit("leaderexit")
     wait_until(lambda: (found := ProcFs().stat(mapper.pid)) and found.is_dead)
     assert poller.look() == []
     mapper.map(libraries[1])
@@ -219,8 +219,8 @@ def test_who_is_told_is_who_proc_shows(poller: Poller, start: Any, libraries: li
     poller.look()
     expected = ProcFs().process(mapper.pid)
     assert expected is not None
-    told = poller.changes[-1].process
-    assert told == Process(**{name: getattr(expected, name) for name in Process.__dataclass_fields__})
+    reported = poller.changes[-1].process
+    assert reported == Process(**{name: getattr(expected, name) for name in Process.__dataclass_fields__})
 
 
 def test_a_file_that_nobody_had_mapped_for_a_while_may_be_another_one_and_is_looked_into_again(
@@ -247,14 +247,14 @@ def test_a_process_of_which_nothing_was_wanted_introduces_itself_later(
 ) -> None:
     mapper = start()
     poller.look()
-    assert poller.tracker.get(mapper.pid) is None
-    assert poller.source.followed(mapper.pid) is None
+    assert poller.table.get(mapper.pid) is None
+    assert poller.source.tracked(mapper.pid) is None
     mapper.map(libraries[0])
     poller.look()
     assert poller.changes[-1].process.uid == os.getuid()
-    followed = poller.source.followed(mapper.pid)
-    assert followed is not None
-    assert followed.range_count > 1
+    tracked = poller.source.tracked(mapper.pid)
+    assert tracked is not None
+    assert tracked.range_count > 1
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -370,7 +370,7 @@ def test_below_the_proc_of_another_pid_namespace_everything_is_read_and_nothing_
         "from sowatch.sources.polling import *; from sowatch.sources.poll_timer import *\n"
         "from sowatch.linux.proc import ProcFs\n"
         "from sowatch.linux.pid_namespaces import own_pid\n"
-        "source = ProcfsSource(Config()); reading = source.read_process(own_pid(ProcFs()))\n"
+        "source = ProcfsSource(Config()); reading = source.scan_process(own_pid(ProcFs()))\n"
         "print(os.getpid(), CpuClocks(ProcFs()).read_ns(1), reading.tgid == int(os.readlink('/proc/self')))\n"
     )
     # Its /proc is still that of the namespace outside.
@@ -388,47 +388,47 @@ def burn(seconds: float) -> None:
 
 
 def test_looks_that_take_too_much_become_rarer_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    rhythm = Rhythm(Config(poll_interval_s=0.01, poll_cpu_percent=10), "looking")
+    timer = PollTimer(Config(poll_interval_s=0.01, poll_cpu_percent=10), "looking")
     try:
         with caplog.at_level(logging.WARNING, "sowatch"):
             for _ in range(2):
-                with rhythm.look():
+                with timer.look():
                     burn(0.02)
-        assert rhythm.interval_s >= 0.2
+        assert timer.interval_s >= 0.2
         assert len(caplog.messages) == 1
         assert "poll_cpu_percent" in caplog.text
-        with rhythm.look():
+        with timer.look():
             pass
-        assert rhythm.interval_s == pytest.approx(0.01, abs=0.01)
-        with rhythm.look(counts=False):
+        assert timer.interval_s == pytest.approx(0.01, abs=0.01)
+        with timer.look(counts=False):
             burn(0.02)
-        assert rhythm.interval_s < 0.2
+        assert timer.interval_s < 0.2
     finally:
-        rhythm.close()
-        rhythm.close()
+        timer.close()
+        timer.close()
 
 
 def test_it_is_time_when_the_descriptor_says_so_or_when_asked(deadline: Any) -> None:
-    rhythm = Rhythm(Config(poll_interval_s=0.01), "looking")
+    timer = PollTimer(Config(poll_interval_s=0.01), "looking")
     try:
-        assert not rhythm.is_due()
-        with rhythm.look():
+        assert not timer.is_due()
+        with timer.look():
             pass
-        assert select.select([rhythm.fileno()], [], [], deadline(10))[0]
-        assert rhythm.is_due()
-        assert not rhythm.is_due()
-        rhythm.ask()
-        assert rhythm.is_due()
+        assert select.select([timer.fileno()], [], [], deadline(10))[0]
+        assert timer.is_due()
+        assert not timer.is_due()
+        timer.ask()
+        assert timer.is_due()
     finally:
-        rhythm.close()
+        timer.close()
 
 
 def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
     code = (
         "import resource; from sowatch.model.config import Config; from sowatch.model.errors import SowatchError\n"
-        "from sowatch.sources.poll_timer import Rhythm\n"
+        "from sowatch.sources.poll_timer import PollTimer\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
-        "try:\n    Rhythm(Config(), 'x')\nexcept SowatchError as error:\n    print(error)\n"
+        "try:\n    PollTimer(Config(), 'x')\nexcept SowatchError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
@@ -446,7 +446,7 @@ def map_row(path: bytes, *, inode: int = 7, is_deleted: bool = False) -> MapRow:
 VIEW = bytes(range(16))
 
 
-def name_of(row: MapRow, root: bytes = b"/") -> Name:
+def name_of(row: MapRow, root: bytes = b"/") -> MappedFile:
     file = file_of(row, root, VIEW)
     from sowatch.bpf.records import MapRecord, RecordType
     from sowatch.model.rules import Rule, RuleSet
@@ -472,7 +472,7 @@ def name_of(row: MapRow, root: bytes = b"/") -> Name:
         len(file.text),
         file.text,
     )
-    return Name(record, RuleSet([Rule(None)]))
+    return MappedFile(record, RuleSet([Rule(None)]))
 
 
 def test_a_row_becomes_the_name_that_the_kernel_side_would_give() -> None:
@@ -484,11 +484,11 @@ def test_a_row_becomes_the_name_that_the_kernel_side_would_give() -> None:
     assert not name.is_anonymous
 
 
-def kind_of(name: Name) -> str:
+def kind_of(name: MappedFile) -> str:
     from sowatch.engine.address_space import Mapping as Mapped
     from sowatch.model.identity import ProcessId
 
-    return Tracked(ProcessId(1, 1), 0, lambda _: None).kind_of(Mapped(name, is_image=False))
+    return ProcessState(ProcessId(1, 1), 0, lambda _: None).kind_of(Mapped(name, is_image=False))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import os
 import tracemalloc
 from collections.abc import Iterable
 
-from sowatch.bpf.records import FLAG_DIRTY, FLAG_MANY, MapRecord, Record
-from sowatch.engine.address_space import Name, Scanned, Space
+from sowatch.bpf.records import FLAG_MANY, FLAG_NEEDS_RESCAN, MapRecord, Record
+from sowatch.engine.address_space import AddressSpace, MappedFile, Scanned
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.iterator_scan import IteratorScan
 from sowatch.sources.scan_rows import MAX_PLAIN_ROWS, Grouping, MapRows, RowPool, group
@@ -19,12 +19,12 @@ RULES = RuleSet([Rule("lib")])
 
 def rows_of(pid: int, count: int) -> list[MapRecord]:
     """Rows of files by turns, of which nothing but the process is the same."""
-    proc = Proc(pid, touches=pid)
+    proc = Proc(pid, activity=pid)
     rows = [
-        proc.map(FILES[n % 5], 2 * n * PAGE, t=n, flags=FLAG_MANY * (n % 3 == 0) | FLAG_DIRTY * (n % 2))
+        proc.map(FILES[n % 5], 2 * n * PAGE, t=n, flags=FLAG_MANY * (n % 3 == 0) | FLAG_NEEDS_RESCAN * (n % 2))
         for n in range(count)
     ]
-    return [row._replace(offset_bytes=n * PAGE, touches=n) for n, row in enumerate(rows)]
+    return [row._replace(offset_bytes=n * PAGE, activity=n) for n, row in enumerate(rows)]
 
 
 def test_packed_rows_are_those_that_were_added_in_their_order():
@@ -44,11 +44,11 @@ def test_packed_rows_are_those_that_were_added_in_their_order():
 def test_the_first_rows_of_a_scan_are_kept_as_they_are_whichever_process_has_them():
     pool = RowPool()
     kept = rows_of(1, 100)
-    readings = [MapRows(kept, pool) for _ in range(MAX_PLAIN_ROWS // 100 + 1)]
+    scans = [MapRows(kept, pool) for _ in range(MAX_PLAIN_ROWS // 100 + 1)]
     assert pool.plain == MAX_PLAIN_ROWS
-    assert readings[0].first() is kept[0]
-    assert readings[-1].first() is not kept[0]
-    assert readings[-1] == readings[0]
+    assert scans[0].first() is kept[0]
+    assert scans[-1].first() is not kept[0]
+    assert scans[-1] == scans[0]
     assert len(pool.files) == len(FILES)
 
 
@@ -65,7 +65,7 @@ def test_batches_make_the_same_readings_as_the_whole():
         grouping = Grouping(RowPool(limit))
         for at in range(0, len(rows), 4):
             grouping.add(rows[at : at + 4])
-        assert grouping.readings() == group(rows)
+        assert grouping.scans() == group(rows)
 
 
 def scan_of(chunks: Iterable[bytes]) -> IteratorScan:
@@ -107,7 +107,7 @@ def test_a_scan_of_very_many_rows_takes_a_tenth_of_what_their_records_take():
                 scan = IteratorScan(lambda _: -1, (0,))
                 scan._chunks.append((0, chunk))
                 grouping.add(scan.rows())
-            assert sum(len(one.maps) for one in grouping.readings()) == processes * count
+            assert sum(len(one.maps) for one in grouping.scans()) == processes * count
             return tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()
@@ -118,8 +118,8 @@ def test_a_scan_of_very_many_rows_takes_a_tenth_of_what_their_records_take():
 
 
 def test_a_scan_that_finds_nothing_new_leaves_the_ranges_shared_with_those_of_a_fork():
-    names = [Name(Proc().map(file), RULES) for file in FILES]
-    parent = Space()
+    names = [MappedFile(Proc().map(file), RULES) for file in FILES]
+    parent = AddressSpace()
     for number in range(200):
         parent.add(names[number % 5], 2 * number * PAGE, (2 * number + 1) * PAGE, is_image=False)
     child = parent.copy()

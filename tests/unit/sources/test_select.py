@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sowatch.model.config import STRATEGIES, Config
-from sowatch.sources.select import RUNGS, rungs_to_try
+from sowatch.sources.select import CANDIDATES, candidates_to_try
 
 NO_FALLBACK = {
     "allow_runtime_compiled_fallback": False,
@@ -41,17 +41,17 @@ NO_FALLBACK = {
     ],
 )
 def test_strategies_are_tried_in_the_order_that_the_flags_allow(flags: dict[str, Any], order: list[str]) -> None:
-    assert list(rungs_to_try(Config(**flags))) == order
+    assert list(candidates_to_try(Config(**flags))) == order
 
 
 @pytest.mark.parametrize("strategy", [one for one in STRATEGIES if one != "auto"])
 def test_a_strategy_that_was_asked_for_is_the_only_one_tried(strategy: str) -> None:
-    assert list(rungs_to_try(Config(strategy=strategy, enable_core=False))) == [strategy]
+    assert list(candidates_to_try(Config(strategy=strategy, enable_core=False))) == [strategy]
 
 
 def test_every_strategy_has_its_rung() -> None:
-    assert tuple(RUNGS) == STRATEGIES[1:]
+    assert tuple(CANDIDATES) == STRATEGIES[1:]
 
 
 def test_only_polling_does_without_bpf() -> None:
-    assert [name for name, rung in RUNGS.items() if not rung.needs_bpf] == ["procfs"]
+    assert [name for name, candidate in CANDIDATES.items() if not candidate.needs_bpf] == ["procfs"]

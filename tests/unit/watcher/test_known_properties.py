@@ -29,7 +29,7 @@ class World(RuleBasedStateMachine):
         self.ring: list[ProcessEvent] = []
         self.is_damaged = False
         self.known = KnownProcesses()
-        self.told: list[tuple[str, int, int]] = []
+        self.reported: list[tuple[str, int, int]] = []
         #: Image that the subscribers believe in, by process.
         self.believed: dict[tuple[int, int], int | None] = {}
         self.image_of_event: dict[int, int] = {}
@@ -69,14 +69,14 @@ class World(RuleBasedStateMachine):
 
     # What the monitor does.
 
-    def tell(self, event: ProcessEvent, seen: Seen | None = None, *, is_full: bool = False) -> bool:
+    def emit(self, event: ProcessEvent, seen: Seen | None = None, *, is_full: bool = False) -> bool:
         if is_full:
             self.known.untold(event)
             self.is_damaged = True
             return False
-        self.known.told(event, seen)
+        self.known.reported(event, seen)
         process = (event.process.pid, event.process.start_ns // TICK_NS)
-        self.told.append((event.kind, *process))
+        self.reported.append((event.kind, *process))
         # A fork from the kernel says that the child runs what its parent ran; one from a repair does not.
         if event.kind == "exec" or (event.kind == "fork" and event.cause == "event"):
             self.believed[process] = int(seen.image[0]) if seen else self.image_of_event[event.t_ns]
@@ -87,7 +87,7 @@ class World(RuleBasedStateMachine):
     def drain(self, data: st.DataObject) -> None:
         for event in self.ring:
             for news in self.known.news(event):
-                if not self.tell(news, is_full=data.draw(st.sampled_from([False, False, True]))):
+                if not self.emit(news, is_full=data.draw(st.sampled_from([False, False, True]))):
                     break
         self.ring.clear()
 
@@ -97,11 +97,11 @@ class World(RuleBasedStateMachine):
             for pid, (tick, image) in self.alive.items()
         }
 
-    def tell_seen(self, seen: Seen, full: Callable[[], bool], *, is_new: bool) -> None:
+    def emit_seen(self, seen: Seen, full: Callable[[], bool], *, is_new: bool) -> None:
         process = Process(*seen.id)
         fork, exec_ = (ProcessEvent(kind, process, None, seen.t_ns, "repair") for kind in ("fork", "exec"))
-        if not is_new or self.tell(fork, seen, is_full=full()):
-            self.tell(exec_, seen, is_full=full())
+        if not is_new or self.emit(fork, seen, is_full=full()):
+            self.emit(exec_, seen, is_full=full())
 
     @initialize(pids=st.sets(st.sampled_from(PIDS)), between=st.sets(st.sampled_from(PIDS)))
     def baseline(self, pids: set[int], between: set[int]) -> None:
@@ -113,7 +113,7 @@ class World(RuleBasedStateMachine):
         for pid in between & pids:
             self.exit(pid, is_lost=False, twice=False)
         for seen in looked.values():
-            assert self.known.add(Process(*seen.id), seen, is_told=True)
+            assert self.known.add(Process(*seen.id), seen, is_reported=True)
             self.believed[seen.id.pid, seen.id.start_ns // TICK_NS] = int(seen.image[0])
 
     @rule(data=st.data(), pid=st.sampled_from(PIDS))
@@ -129,32 +129,32 @@ class World(RuleBasedStateMachine):
             else:
                 self.fork(pid, 1, is_lost=False)
         was_damaged, self.is_damaged = self.is_damaged, False
-        before = len(self.told)
+        before = len(self.reported)
         for event in self.ring:
             for news in self.known.news(event):
-                if not self.tell(news, is_full=data.draw(st.sampled_from([False, False, True]))):
+                if not self.emit(news, is_full=data.draw(st.sampled_from([False, False, True]))):
                     break
         self.ring.clear()
         exits, new, changed = self.known.compare(looked, began_ns)
         if not was_damaged and not self.is_damaged:
-            assert (exits, new) == ([], []), self.told[before:]
+            assert (exits, new) == ([], []), self.reported[before:]
 
         def full() -> bool:
             return data.draw(st.sampled_from([False, False, False, True]))
 
         for event in exits:
-            self.tell(event, is_full=full())
+            self.emit(event, is_full=full())
         for seen in new:
-            self.tell_seen(seen, full, is_new=True)
+            self.emit_seen(seen, full, is_new=True)
         for seen in changed:
-            self.tell_seen(seen, full, is_new=False)
+            self.emit_seen(seen, full, is_new=False)
 
     # What must hold.
 
     @invariant()
     def nothing_is_told_of_a_process_after_its_exit_and_no_fork_or_exit_twice(self) -> None:
-        for process in {(pid, tick) for _, pid, tick in self.told}:
-            kinds = [kind for kind, *one in self.told if tuple(one) == process]
+        for process in {(pid, tick) for _, pid, tick in self.reported}:
+            kinds = [kind for kind, *one in self.reported if tuple(one) == process]
             assert kinds.count("fork") <= 1
             assert "exit" not in kinds[:-1]
 
@@ -164,7 +164,7 @@ class World(RuleBasedStateMachine):
             return
         assert len(self.known) == len(self.alive)
         assert {event.process.pid for event in self.known.scan()} == set(self.alive)
-        gone = {(pid, tick) for kind, pid, tick in self.told if kind == "exit"}
+        gone = {(pid, tick) for kind, pid, tick in self.reported if kind == "exit"}
         for pid, (tick, image) in self.alive.items():
             assert (pid, tick) not in gone
             assert self.believed.get((pid, tick)) == image
@@ -177,9 +177,9 @@ TestWorld.settings = settings(max_examples=150, stateful_step_count=30, deadline
 def test_process_that_ended_before_the_baseline_was_taken_note_of_is_not_brought_back() -> None:
     known = KnownProcesses()
     process = Process(1, TICK_NS)
-    known.told(ProcessEvent("exit", process, None, 5))
+    known.reported(ProcessEvent("exit", process, None, 5))
 
-    assert not known.add(process, Seen(process.id, 0, False, (b"1",), 4), is_told=True)
+    assert not known.add(process, Seen(process.id, 0, False, (b"1",), 4), is_reported=True)
     assert len(known) == 0
 
 
@@ -187,7 +187,7 @@ def test_process_that_was_seen_before_its_pid_was_used_again_is_not_brought_back
     known = KnownProcesses()
     old, new = ProcessId(1, TICK_NS), ProcessId(1, 2 * TICK_NS)
     # The look saw the old one; then its exit found the queue full, and the fork of the new one did not.
-    known.told(ProcessEvent("fork", Process(*new), None, 7))
+    known.reported(ProcessEvent("fork", Process(*new), None, 7))
 
     differences = known.compare({1: Seen(old, 0, False, (b"1",), 5)}, began_ns=4)
 

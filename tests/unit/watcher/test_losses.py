@@ -97,8 +97,8 @@ def test_kernel_threads_fork_but_run_no_program(feed, start, passed, wait_until,
     wait_until(lambda: monitor.stats.repairs > 0)
     passed(feed, inbox)
 
-    told = {one.process.pid: (one.kind, one.cause) for one in inbox.all() if one.process.pid in kernel}
-    assert told == {pid: ("fork", "repair") for pid in kernel if pid % 2}
+    reported = {one.process.pid: (one.kind, one.cause) for one in inbox.all() if one.process.pid in kernel}
+    assert reported == {pid: ("fork", "repair") for pid in kernel if pid % 2}
 
 
 def test_repair_tells_nothing_of_what_did_not_change(feed, start, sleeper, passed, wait_until):

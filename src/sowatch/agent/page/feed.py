@@ -17,7 +17,7 @@ from typing import Any, Final
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
-from sowatch.inventory.inventory import Inventory, LibraryRow, Picture, ProcessRow, Second
+from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, RateSample
 from sowatch.model.encoding import dumps
 from sowatch.model.events import library_dict, process_dict
 
@@ -39,8 +39,8 @@ class _State:
     """What all clients have been told, up to ``version``."""
 
     version: int
-    picture: Picture
-    seconds: list[Second]
+    view: InventoryView
+    seconds: list[RateSample]
     status: dict[str, Any]
     everything: bytes | None = None
     changes: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=_KEPT))
@@ -92,7 +92,7 @@ class Feed:
         async with self._encoding:
             version, frame = state.version, state.everything
             if frame is None:
-                frame = await asyncio.to_thread(_everything, state.picture, list(state.seconds), state.status, version)
+                frame = await asyncio.to_thread(_everything, state.view, list(state.seconds), state.status, version)
                 if state.version == version:
                     state.everything = frame
         return version, frame
@@ -108,25 +108,25 @@ class Feed:
                 spent_s = time.monotonic() - begun_s
                 await asyncio.sleep(max(_EVERY_S - spent_s, spent_s / _SHARE))
         finally:
-            self._tell()
+            self._emit()
 
     async def _look(self) -> None:
         inventory, state = self._inventory, self._state
-        picture = await asyncio.to_thread(inventory.look)
-        seconds, status = inventory.history(), _status(inventory, picture)
+        view = await asyncio.to_thread(inventory.look)
+        seconds, status = inventory.history(), _status(inventory, view)
         if state is None:
-            self._state = _State(1, picture, seconds, status)
+            self._state = _State(1, view, seconds, status)
         else:
             last = state.seconds[-1] if state.seconds else None
             new = seconds[seconds.index(last) + 1 :] if last in seconds else seconds
             version = state.version + 1
-            frame = await asyncio.to_thread(_change, state.picture, picture, new, status, version)
+            frame = await asyncio.to_thread(_change, state.view, view, new, status, version)
             state.changes.append((version, frame))
-            state.version, state.picture, state.seconds, state.status = version, picture, seconds, status
+            state.version, state.view, state.seconds, state.status = version, view, seconds, status
             state.everything = None
-        self._tell()
+        self._emit()
 
-    def _tell(self) -> None:
+    def _emit(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
@@ -158,17 +158,19 @@ class FeedResponse(StreamingResponse):
 # ---- the wire form ------------------------------------------------------------------------------
 
 
-def _everything(picture: Picture, seconds: list[Second], status: dict[str, Any], version: int) -> bytes:
+def _everything(view: InventoryView, seconds: list[RateSample], status: dict[str, Any], version: int) -> bytes:
     content = {
-        "libraries": [_library(row) for row in picture.libraries.values()],
-        "processes": [_process(row) for row in picture.processes.values()],
+        "libraries": [_library(row) for row in view.libraries.values()],
+        "processes": [_process(row) for row in view.processes.values()],
         "seconds": _seconds(seconds),
         "status": status,
     }
     return _frame("everything", version, content)
 
 
-def _change(old: Picture, new: Picture, seconds: list[Second], status: dict[str, Any], version: int) -> bytes:
+def _change(
+    old: InventoryView, new: InventoryView, seconds: list[RateSample], status: dict[str, Any], version: int
+) -> bytes:
     content = {
         "libraries": [_library(row) for key, row in new.libraries.items() if old.libraries.get(key) != row],
         "processes": [_process(row) for key, row in new.processes.items() if old.processes.get(key) != row],
@@ -208,19 +210,19 @@ def _process(row: ProcessRow) -> dict[str, Any]:
     }
 
 
-def _seconds(seconds: list[Second]) -> list[list[float]]:
+def _seconds(seconds: list[RateSample]) -> list[list[float]]:
     return [[one.time_s, one.loads, one.unloads, one.lost] for one in seconds]
 
 
-def _status(inventory: Inventory, picture: Picture) -> dict[str, Any]:
+def _status(inventory: Inventory, view: InventoryView) -> dict[str, Any]:
     watcher = inventory.watcher
     stats, ready = watcher.stats, watcher.ready
     return {
         "host": None if ready is None else ready.host,
         "strategy": None if ready is None else ready.strategy,
         "guarantee": None if ready is None else ready.guarantee,
-        "mappings": picture.mappings,
-        "left_out": picture.left_out,
+        "mappings": view.mappings,
+        "left_out": view.left_out,
         "loads": stats.loads,
         "unloads": stats.unloads,
         "lost_kernel": stats.lost_kernel,

@@ -9,15 +9,15 @@
 
 /* ---- a call enters ---------------------------------------------------------------------------- */
 
-static __always_inline void send_dirty(struct task_struct *task, struct process *process)
+static __always_inline void send_needs_rescan(struct task_struct *task, struct process *process)
 {
 	__u32 sharing;
 
 	if (!process)
 		return;
 	sharing = sharing_flag(task, process, 0);
-	if (mark_dirty(process) || sharing)
-		send_small(task, RECORD_DIRTY, FLAG_DIRTY | sharing, 0, 0);
+	if (mark_needs_rescan(process) || sharing)
+		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | sharing, 0, 0);
 }
 
 /* Whether the range holds something we follow. While a reading runs everything counts: the reader
@@ -35,7 +35,7 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 		if (process->vm_root) {
 			process->vm_root = 0;
 			forget_ranges(process);
-			send_dirty(current_task(), process);
+			send_needs_rescan(current_task(), process);
 		}
 	}
 	return overlaps(process, start, start + length);
@@ -118,15 +118,15 @@ static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protectio
 			} else {
 				count(COUNT_IGNORED);
 			}
-			/* Followed from now on, so that a fork before the exit of this call is seen. */
-			if (verdict != VERDICT_IGNORE && touch_process(task))
-				call.kind |= PENDING_TOUCHED;
+			/* TrackedEntry from now on, so that a fork before the exit of this call is seen. */
+			if (verdict != VERDICT_IGNORE && count_activity(task))
+				call.kind |= PENDING_COUNTED;
 		} else if (call.kind & PENDING_UNSURE_FD) {
 			call.kind |= PENDING_MAP | PENDING_ASK;
 		}
 	}
 	if (shares_memory) {
-		touch_process(current_task());
+		count_activity(current_task());
 		call.kind |= PENDING_REREAD;
 	}
 	call.start = start;
@@ -190,7 +190,7 @@ static __always_inline int enter_shmat(__u64 flags)
 		return 0;
 	if (executes || find_process(pid_tgid >> 32)) {
 		if (executes)
-			touch_process(current_task());
+			count_activity(current_task());
 		note(pid_tgid, &call);
 	}
 	return 0;
@@ -220,8 +220,8 @@ static __always_inline bool is_throttled(struct task_struct *task, struct proces
 		return false;
 	count(LOST_THROTTLED);
 	/* After the first of them user space knows whom to read although it was dirty before. */
-	if (mark_dirty(process) || process->rate == max_records_s + 1)
-		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_THROTTLED, 0, 0);
+	if (mark_needs_rescan(process) || process->rate == max_records_s + 1)
+		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_THROTTLED, 0, 0);
 	return true;
 }
 
@@ -243,7 +243,7 @@ static __always_inline int introduce(struct task_struct *task, struct process *p
 
 static __always_inline void untouch(const struct pending *call, __u32 tgid)
 {
-	if (call->kind & PENDING_TOUCHED)
+	if (call->kind & PENDING_COUNTED)
 		unfollow(find_process(tgid), tgid);
 }
 
@@ -293,7 +293,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 			count(COUNT_IGNORED);
 		if (!found.file || !found.is_executable || (verdict == VERDICT_IGNORE && confirmed)) {
 			if (!confirmed || !is_whole)
-				send_dirty(task, touch_process(task));
+				send_needs_rescan(task, count_activity(task));
 			untouch(call, tgid);
 			return 0;
 		}
@@ -304,18 +304,18 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	} else if (call->kind & PENDING_ASK) {
 		flags |= FLAG_ASK;
 	}
-	if (call->kind & PENDING_TOUCHED)
+	if (call->kind & PENDING_COUNTED)
 		process = find_process(tgid);
 	if (!process) /* or it was settled since the entry */
-		process = touch_process(task);
+		process = count_activity(task);
 	if (process) {
 		add_shared_range(process, found.start, found.end);
 		if (is_throttled(task, process))
 			return 0;
 		introduce(task, process);
 		flags |= sharing_flag(task, process, 0);
-		if (!is_alone_now && mark_dirty(process))
-			flags |= FLAG_DIRTY;
+		if (!is_alone_now && mark_needs_rescan(process))
+			flags |= FLAG_NEEDS_RESCAN;
 	}
 	send_map(SCRATCH_HOOKS, NULL, task, process, found.file, &found.key, found.start, found.end, found.offset_bytes,
 		 flags);
@@ -336,7 +336,7 @@ static __noinline int report_unmapping(struct task_struct *task, struct process 
 	__u32 flags = 0;
 
 	if (is_error(ret) || call->kind & PENDING_AMONG_THREADS) {
-		send_dirty(task, process);
+		send_needs_rescan(task, process);
 		return 0;
 	}
 	if (is_throttled(task, process))
@@ -345,8 +345,8 @@ static __noinline int report_unmapping(struct task_struct *task, struct process 
 		introduce(task, process);
 	if (process && !was_alone(call, task)) {
 		flags = sharing_flag(task, process, 0);
-		if (mark_dirty(process))
-			flags |= FLAG_DIRTY;
+		if (mark_needs_rescan(process))
+			flags |= FLAG_NEEDS_RESCAN;
 	}
 	send_small(task, RECORD_RANGE, flags, call->start, call->start + call->length);
 	return 0;
@@ -363,8 +363,8 @@ static __always_inline void tell_call(struct task_struct *task, struct pending *
 		struct process *process = find_process(tgid);
 
 		/* The reader may have found in another holder what this has taken away. */
-		if (!process && report & REPORT_RANGES && has_strangers(task, 0))
-			process = touch_process(task);
+		if (!process && report & REPORT_RANGES && has_untracked_sharers(task, 0))
+			process = count_activity(task);
 		report_unmapping(task, process, call, ret);
 	}
 	if (call->kind & kinds & PENDING_REREAD) {
@@ -372,8 +372,8 @@ static __always_inline void tell_call(struct task_struct *task, struct pending *
 
 		/* The reader may have passed the place where this has put something. */
 		if (!process && report & REPORT_RANGES)
-			process = touch_process(task);
-		send_dirty(task, process);
+			process = count_activity(task);
+		send_needs_rescan(task, process);
 	}
 	if (call->kind & kinds & PENDING_MAP) {
 		if (is_error(ret))
@@ -384,7 +384,7 @@ static __always_inline void tell_call(struct task_struct *task, struct pending *
 	if (call->kind & kinds & PENDING_MPROTECT_EXEC) {
 		/* A hole, or a mapping that may not be, ends it, but what came before it is done. */
 		if (is_error(ret))
-			send_dirty(task, touch_process(task));
+			send_needs_rescan(task, count_activity(task));
 		else
 			report_mapping(call, call->start);
 	}

@@ -48,7 +48,7 @@ static __always_inline void ask_mmap(struct pending *call, __u64 start, __u64 le
 	if (!(flags & MAP_ANONYMOUS) && makes_executable(protection))
 		call->kind |= PENDING_MAP | PENDING_ASK | PENDING_UNSURE_FD;
 	else if (flags & MAP_SHARED && makes_executable(protection))
-		call->kind |= PENDING_REREAD | PENDING_TOUCHED;
+		call->kind |= PENDING_REREAD | PENDING_COUNTED;
 	if (flags & MAP_FIXED)
 		call->kind |= PENDING_UNMAP;
 }
@@ -68,7 +68,7 @@ static __always_inline void ask_mprotect(struct pending *call, __u64 start, __u6
 /* What only a reading can tell; and whether that may be of a process that is not followed yet. */
 static __always_inline void ask_reading(struct pending *call, bool may_map)
 {
-	call->kind = PENDING_REREAD | (may_map ? PENDING_TOUCHED : 0);
+	call->kind = PENDING_REREAD | (may_map ? PENDING_COUNTED : 0);
 }
 
 static __always_inline void read_compat_call(struct pt_regs *regs, __u32 number, struct pending *call)
@@ -115,10 +115,10 @@ static __always_inline int tell_unnoted(struct pending *call, long ret)
 	call->length = whole_pages(call->length);
 	if (call->kind & PENDING_UNMAP && !matters(find_process(tgid), call->start, call->length))
 		call->kind &= ~PENDING_UNMAP;
-	if (call->kind & PENDING_TOUCHED) {
-		call->kind &= ~PENDING_TOUCHED;
+	if (call->kind & PENDING_COUNTED) {
+		call->kind &= ~PENDING_COUNTED;
 		if (!is_error(ret))
-			touch_process(task);
+			count_activity(task);
 	}
 	if (!call->kind)
 		return 0;
@@ -202,14 +202,14 @@ static __noinline int claim_rare_call(struct task_struct *task, struct pt_regs *
 		read_compat_call(regs, READ(regs, orig_ax), &call);
 	else
 		read_x32_call(regs, READ(regs, orig_ax) & ~X32_SYSCALL_BIT, &call);
-	if (call.kind & (PENDING_MAP | PENDING_MPROTECT_EXEC | PENDING_TOUCHED))
-		process = touch_process(task);
+	if (call.kind & (PENDING_MAP | PENDING_MPROTECT_EXEC | PENDING_COUNTED))
+		process = count_activity(task);
 	else if (call.kind & PENDING_UNMAP && !matters(process, call.start, whole_pages(call.length)))
 		return 0;
 	else if (call.kind && !process && report & REPORT_RANGES)
-		process = touch_process(task);
+		process = count_activity(task);
 	if (call.kind)
-		send_dirty(task, process);
+		send_needs_rescan(task, process);
 	return 0;
 }
 

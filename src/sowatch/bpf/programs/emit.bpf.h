@@ -41,7 +41,7 @@ static __always_inline void fill_head(struct record *head, struct task_struct *t
 	head->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
 	head->t_ns = bpf_ktime_get_ns();
 	head->exec_id = BPF_CORE_READ(task, self_exec_id);
-	head->touches = 0;
+	head->activity = 0;
 }
 
 /* Up to its NUL: before 5.17 what follows that is left of an earlier, longer name. */
@@ -52,11 +52,11 @@ static __always_inline void read_comm(struct task_struct *task, char comm[COMM_B
 }
 
 /* 32-bit programs on a 64-bit kernel make calls that the syscall tracepoints leave out. */
-static __always_inline __u32 narrow_flag(struct task_struct *task)
+static __always_inline __u32 compat_flag(struct task_struct *task)
 {
 	__u64 task_size = BPF_CORE_READ(task, mm, task_size);
 
-	return task_size && task_size <= 0xffffffff ? FLAG_NARROW : 0;
+	return task_size && task_size <= 0xffffffff ? FLAG_COMPAT : 0;
 }
 
 /* Sends a record without text. False if the ring was full, which is counted. */
@@ -166,11 +166,11 @@ enum process_text { WITHOUT_EXE, WITH_EXE };
  * What user space may settle a process by after a mapping or a reading: nothing, while a thread
  * may be on its way to map a file, which is counted already and not told yet.
  */
-static __always_inline __u32 touches_of(enum scratch_owner owner, struct task_struct *task, struct process *process)
+static __always_inline __u32 activity_of(enum scratch_owner owner, struct task_struct *task, struct process *process)
 {
 	int holders = BPF_CORE_READ(task, mm, mm_users.counter);
 
-	return process && holders == (owner == SCRATCH_READER ? 1 + READER_HOLDS : 1) ? process->touches : 0;
+	return process && holders == (owner == SCRATCH_READER ? 1 + READER_HOLDS : 1) ? process->activity : 0;
 }
 
 /* All that user space could not read any more if the process were gone by then. */
@@ -191,7 +191,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	record = &scratch->record.process;
 	__builtin_memset(record, 0, sizeof(*record));
 	fill_head(&record->head, task, type, flags, 0);
-	record->head.touches = process ? process->touches : 0;
+	record->head.activity = process ? process->activity : 0;
 	if (parent) {
 		record->parent_tgid = BPF_CORE_READ(parent, tgid);
 		record->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
@@ -252,7 +252,7 @@ static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *
 		return false;
 	record = &scratch->record.map;
 	fill_head(&record->head, task, RECORD_MAP, flags, 0);
-	record->head.touches = touches_of(owner, task, process);
+	record->head.activity = activity_of(owner, task, process);
 	record->start = start;
 	record->end = end;
 	record->offset_bytes = offset_bytes;

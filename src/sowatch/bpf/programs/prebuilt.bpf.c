@@ -35,10 +35,10 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* Every record is a struct range_record of one of these types, which no record of records.h has. */
 enum seen_type {
-	SEEN_MAP = 16,   /* a file, executable, at [start, end) */
-	SEEN_RANGE = 17, /* what was at [start, end) is gone */
-	SEEN_DIRTY = 18, /* only a reading can tell what has changed */
-	SEEN_FORK = 19,  /* start: the child's pid; end: its clone flags, UNKNOWN_FLAGS if nobody knows */
+	SEEN_MAP = 16,          /* a file, executable, at [start, end) */
+	SEEN_RANGE = 17,        /* what was at [start, end) is gone */
+	SEEN_NEEDS_RESCAN = 18, /* only a reading can tell what has changed */
+	SEEN_FORK = 19,         /* start: the child's pid; end: its clone flags, UNKNOWN_FLAGS if nobody knows */
 	SEEN_EXEC = 20,
 	SEEN_EXIT = 21, /* of a thread; start: 1 if it is the last one, 0 if nobody knows */
 	/* Perhaps a compat call that has made [start, end) executable; if it did not, that is no loss. */
@@ -165,7 +165,7 @@ static __always_inline struct seen *find_process(__u32 tgid)
 	return bpf_map_lookup_elem(&processes, &tgid);
 }
 
-static __always_inline struct seen *touch_process(__u32 tgid)
+static __always_inline struct seen *count_activity(__u32 tgid)
 {
 	static const struct seen blank;
 	struct seen *process = find_process(tgid);
@@ -334,20 +334,20 @@ int leave(struct syscall_exit *context)
 		return 0;
 	process = find_process(pid_tgid >> 32);
 	if (call->kind & PENDING_IN_COMPANY || (process && process->has_company))
-		flags |= FLAG_DIRTY;
+		flags |= FLAG_NEEDS_RESCAN;
 	if (call->kind & PENDING_UNMAP && !flags && !failed)
 		send(SEEN_RANGE, 0, call->start, call->start + call->length);
 	/* A call that failed may have taken something away before it did. */
 	else if (call->kind & (PENDING_UNMAP | PENDING_REREAD) || (failed && call->kind & PENDING_MPROTECT_EXEC))
-		send(SEEN_DIRTY, FLAG_DIRTY, 0, 0);
+		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN, 0, 0);
 	if (call->kind & (PENDING_MAP | PENDING_MPROTECT_EXEC) && !failed) {
 		start = call->kind & PENDING_MAP ? ret : call->start;
-		process = touch_process(pid_tgid >> 32);
+		process = count_activity(pid_tgid >> 32);
 		if (process)
 			add_range(process, start, start + call->length);
 		/* mprotect may make several mappings executable. */
 		if (call->kind & PENDING_MPROTECT_EXEC)
-			flags |= FLAG_MPROTECT | FLAG_DIRTY;
+			flags |= FLAG_MPROTECT | FLAG_NEEDS_RESCAN;
 		send(SEEN_MAP, flags, start, start + call->length);
 	}
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
@@ -365,7 +365,7 @@ static __always_inline int note_clone(__u64 flags)
 
 	/* A parent that waits in vfork is no company. */
 	if (flags & CLONE_VM && !(flags & CLONE_VFORK)) {
-		process = touch_process(pid_tgid >> 32);
+		process = count_activity(pid_tgid >> 32);
 		if (process)
 			process->has_company = 1;
 	}
@@ -429,7 +429,7 @@ static __always_inline int tell_fork(__u32 child)
 		} else
 			inherited->has_company = 0;
 	}
-	send(SEEN_FORK, !shares && has_company ? FLAG_DIRTY : 0, child, flags);
+	send(SEEN_FORK, !shares && has_company ? FLAG_NEEDS_RESCAN : 0, child, flags);
 	return 0;
 }
 
@@ -514,7 +514,7 @@ int process_exits_32(struct exit_with_group_dead *context)
 SEC("raw_tp")
 int cover(struct bpf_raw_tracepoint_args *context)
 {
-	struct seen *process = touch_process(context->args[0]);
+	struct seen *process = count_activity(context->args[0]);
 
 	if (!process)
 		return 0;

@@ -34,24 +34,24 @@ struct registers {
 
 static __always_inline void may_have_mapped(__u64 start, __u64 length)
 {
-	struct seen *process = touch_process(bpf_get_current_pid_tgid() >> 32);
+	struct seen *process = count_activity(bpf_get_current_pid_tgid() >> 32);
 
 	length = whole_pages(length);
 	if (process)
 		add_range(process, start, start + length);
-	send(SEEN_COMPAT, FLAG_DIRTY, start, start + length);
+	send(SEEN_COMPAT, FLAG_NEEDS_RESCAN, start, start + length);
 }
 
 static __always_inline void may_have_unmapped(__u64 start, __u64 length)
 {
 	if (matters(find_process(bpf_get_current_pid_tgid() >> 32), start, whole_pages(length)))
-		send(SEEN_DIRTY, FLAG_DIRTY, 0, 0);
+		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN, 0, 0);
 }
 
 static __always_inline void may_have_moved(void)
 {
 	if (find_process(bpf_get_current_pid_tgid() >> 32) || report & REPORT_RANGES)
-		send(SEEN_DIRTY, FLAG_DIRTY, 0, 0);
+		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN, 0, 0);
 }
 
 static __always_inline void mapped(__u64 at, __u64 length, __u64 protection, __u64 flags)

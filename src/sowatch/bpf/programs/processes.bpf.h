@@ -51,9 +51,9 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 			count(LOST_PROCESSES);
 	}
 	if (inherited) {
-		inherited->touches = 0;
-		begin_following(inherited, child_tgid);
-		follow(inherited, child_tgid);
+		inherited->activity = 0;
+		begin_tracking(inherited, child_tgid);
+		track(inherited, child_tgid);
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
 		inherited->visit_run = 0;
@@ -65,10 +65,10 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 			process->shares_vm = 1;
 		}
 	}
-	flags |= narrow_flag(child);
+	flags |= compat_flag(child);
 	if (!(flags & FLAG_SHARED_VM) && (!is_alone(parent) || had_company(process) ||
 					  (process && process->shares_vm) || has_fewer_pages(mm, parent))) {
-		flags |= FLAG_DIRTY;
+		flags |= FLAG_NEEDS_RESCAN;
 		if (inherited)
 			inherited->dirty = 1;
 	}
@@ -101,7 +101,7 @@ EACH_IMAGE int report_image(struct task_struct *task, struct found_vma *image)
 		return 0;
 	if (verdict == VERDICT_NONE)
 		flags |= FLAG_ASK;
-	process = touch_process(task);
+	process = count_activity(task);
 	if (!process)
 		return 0;
 	add_range(process, image->start, image->end);
@@ -125,7 +125,7 @@ static __noinline int report_images(struct task_struct *task)
 #ifdef OLD_KERNEL
 	/* Only a reading finds it. */
 	if (base)
-		send_dirty(task, touch_process(task));
+		send_needs_rescan(task, count_activity(task));
 #else
 	/* Usually the headers are mapped before the code, readable only. */
 	if (base && find_vma_at(base, &image) == 0 && !image.is_executable)
@@ -149,13 +149,13 @@ SEC("tp_btf/sched_process_exec")
 int BPF_PROG(process_execs, struct task_struct *task)
 {
 	__u32 tgid = BPF_CORE_READ(task, tgid);
-	bool is_followed = find_process(tgid);
+	bool is_tracked = find_process(tgid);
 
-	if (is_followed || report & REPORT_PROCESSES)
+	if (is_tracked || report & REPORT_PROCESSES)
 		report_exec(task);
 	remove_process(tgid);
-	if (narrow_flag(task) && touch_process(task))
-		send_small(task, RECORD_DIRTY, FLAG_DIRTY | FLAG_NARROW, 0, 0);
+	if (compat_flag(task) && count_activity(task))
+		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_COMPAT, 0, 0);
 	if (report & REPORT_IMAGES)
 		report_images(task);
 	return 0;
@@ -187,22 +187,22 @@ int BPF_PROG(process_exits, struct task_struct *task)
 /*
  * Run by user space, not by an event: nothing of this process is wanted, says somebody who has
  * seen all that brought it here. If another mapping has been counted since, it stays; if not, it
- * is not followed any more, until one is. Arguments: tgid, start_ns, touches. 1 if it was settled.
+ * is not followed any more, until one is. Arguments: tgid, start_ns, activity. 1 if it was settled.
  */
 SEC("raw_tp")
-int settle(struct bpf_raw_tracepoint_args *context)
+int untrack(struct bpf_raw_tracepoint_args *context)
 {
-	__u32 tgid = context->args[0], touches = context->args[2];
+	__u32 tgid = context->args[0], activity = context->args[2];
 	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
 
-	if (!process || process->start_ns != context->args[1] || !touches)
+	if (!process || process->start_ns != context->args[1] || !activity)
 		return 0;
 	process->introduced = 0; /* user space forgets it; before the swap, for it may come back at once */
 #ifdef OLD_KERNEL
-	process->first_touch = touches;
-	return !is_followed(process);
+	process->first_activity = activity;
+	return !is_tracked(process);
 #else
-	if (__sync_val_compare_and_swap(&process->touches, touches, 0) != touches)
+	if (__sync_val_compare_and_swap(&process->activity, activity, 0) != activity)
 		return 0;
 	__sync_fetch_and_sub(slot_of(tgid), 1);
 	return 1;

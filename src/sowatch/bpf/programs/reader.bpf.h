@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Reading what there is: every mapping of one process, or of all, by the kernel's own iterator. */
+/* ProcessScan what there is: every mapping of one process, or of all, by the kernel's own iterator. */
 #pragma once
 
 #include "emit.bpf.h"
@@ -96,7 +96,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	reader->tid = tid;
 	reader->visit_sent = 0;
 	reader->rows = 0;
-	reader->visit_flags = narrow_flag(task);
+	reader->visit_flags = compat_flag(task);
 	/*
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
 	 * or one that fork has not finished, which it will tell of;
@@ -123,8 +123,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	 * What another holder of its address space may map tomorrow is its own, too. And where nothing
 	 * keeps a process from changing while it is read, it is followed first: each change is told then.
 	 */
-	if (!process && (!READER_HOLDS || narrow_flag(task) || has_strangers(task, READER_HOLDS)))
-		process = touch_process(task);
+	if (!process && (!READER_HOLDS || compat_flag(task) || has_untracked_sharers(task, READER_HOLDS)))
+		process = count_activity(task);
 	if (process) {
 		process->visit_run = reading_run;
 		process->visit_tid = tid;
@@ -158,7 +158,7 @@ static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct 
 	struct range_record visit = {};
 
 	fill_head(&visit.head, task, RECORD_VISIT, flags, sizeof(visit));
-	visit.head.touches = touches_of(SCRATCH_READER, task, process);
+	visit.head.activity = activity_of(SCRATCH_READER, task, process);
 	visit.start = (__u64)BPF_CORE_READ(task, mm);
 	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
 }
@@ -229,7 +229,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	if (verdict == VERDICT_NONE)
 		flags |= FLAG_ASK;
 	if (!process) {
-		process = touch_process(task);
+		process = count_activity(task);
 		if (process) {
 			process->visit_run = reading_run;
 			process->visit_tid = task->pid;

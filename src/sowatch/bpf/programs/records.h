@@ -17,27 +17,27 @@
 #define MAX_FILE_RANGES 256
 
 enum record_type {
-	RECORD_MAP = 1,   /* map_record: a file was mapped executable */
-	RECORD_RANGE = 2, /* range_record: nothing of ours is left in this range */
-	RECORD_DIRTY = 3, /* record: read this process's mappings again */
-	RECORD_FORK = 4,  /* process_record: a child with its parent's mappings */
-	RECORD_EXEC = 5,  /* process_record: everything it had is gone */
-	RECORD_EXIT = 6,  /* record: its last thread is gone */
-	RECORD_INTRO = 7, /* process_record: first word of a process, before its first map_record */
-	RECORD_VISIT = 8, /* range_record: the reader starts on this process; start is its address space */
+	RECORD_MAP = 1,          /* map_record: a file was mapped executable */
+	RECORD_RANGE = 2,        /* range_record: nothing of ours is left in this range */
+	RECORD_NEEDS_RESCAN = 3, /* record: read this process's mappings again */
+	RECORD_FORK = 4,         /* process_record: a child with its parent's mappings */
+	RECORD_EXEC = 5,         /* process_record: everything it had is gone */
+	RECORD_EXIT = 6,         /* record: its last thread is gone */
+	RECORD_INTRO = 7,        /* process_record: first word of a process, before its first map_record */
+	RECORD_VISIT = 8,        /* range_record: the reader starts on this process; start is its address space */
 };
 
 enum record_flag {
-	FLAG_ASK = 1 << 0,     /* there is no verdict on this file yet */
-	FLAG_DIRTY = 1 << 1,   /* a claim: read the process again */
-	FLAG_DELETED = 1 << 2, /* the file's name is gone */
-	FLAG_PARTIAL = 1 << 3, /* the path is cut off at its start */
+	FLAG_ASK = 1 << 0,          /* there is no verdict on this file yet */
+	FLAG_NEEDS_RESCAN = 1 << 1, /* a claim: read the process again */
+	FLAG_DELETED = 1 << 2,      /* the file's name is gone */
+	FLAG_PARTIAL = 1 << 3,      /* the path is cut off at its start */
 	/* A fork with CLONE_VM: parent and child share one address space. Of another record: some
 	 * process shares it, and this is the first word of that. */
 	FLAG_SHARED_VM = 1 << 4,
 	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
-	FLAG_NARROW = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
+	FLAG_COMPAT = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
 	FLAG_AGAIN = 1 << 8,     /* of a visit: in the middle of an exec; read it again */
 	FLAG_THROTTLED = 1 << 9, /* of a dirty record: it said too much; some of it was dropped */
 	/* Of a scan's map record: before it, and perhaps after it, stand ranges of the file that are not
@@ -115,7 +115,7 @@ struct record {
 	__u64 start_ns;
 	__u64 t_ns;
 	__u32 exec_id;
-	__u32 touches; /* of a map, fork or intro record: see settle */
+	__u32 activity; /* of a map, fork or intro record: see settle */
 };
 
 struct range_record {

@@ -13,7 +13,7 @@
  * A process somebody may want to hear of: it maps, or may map, a file that a rule wants. Made at
  * sys_enter, copied to the child by fork, removed by exec and by the exit of the last thread. User
  * space never removes it, for another thread may be mapping a wanted file at that moment; it
- * settles it (see `settle`), which the next mapping undoes. So there is no moment in which a
+ * settles it (see `untrack`), which the next mapping undoes. So there is no moment in which a
  * process of interest is not followed.
  * Its executable ranges decide which munmap is worth a word; they only ever grow between two
  * readings, so a stale one costs a needless event and a missing one cannot be.
@@ -22,15 +22,15 @@ struct process {
 	__u64 start_ns;
 	__u64 min_start;
 	__u64 max_end;
-	__u32 range_count; /* above MAX_RANGES: every range within [min_start, max_end) counts */
-	__u32 dirty;       /* a reading is owed; set here, cleared when the reading begins */
-	__u32 introduced;  /* its RECORD_INTRO was sent */
-	__u32 shares_vm;   /* another process may hold the same mm */
-	__u64 company_ns;  /* when a thread of it, but not the last, ended last */
-	__u64 visit_run;   /* the reading that visited it last, and through which thread */
-	__u64 facts;       /* what its last introduction said, see facts_of */
-	__u32 first_touch; /* what touches counts from, see follow */
-	__u32 vm_root;     /* who else has to know of its ranges; itself if that is not known; 0: nobody */
+	__u32 range_count;    /* above MAX_RANGES: every range within [min_start, max_end) counts */
+	__u32 dirty;          /* a reading is owed; set here, cleared when the reading begins */
+	__u32 introduced;     /* its RECORD_INTRO was sent */
+	__u32 shares_vm;      /* another process may hold the same mm */
+	__u64 company_ns;     /* when a thread of it, but not the last, ended last */
+	__u64 visit_run;      /* the reading that visited it last, and through which thread */
+	__u64 facts;          /* what its last introduction said, see facts_of */
+	__u32 first_activity; /* what activity counts from, see follow */
+	__u32 vm_root;        /* who else has to know of its ranges; itself if that is not known; 0: nobody */
 	__u32 visit_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
@@ -43,8 +43,8 @@ struct process {
 	} covered[MAX_RANGES];
 	__u32 reserved;
 #endif
-	/* Mappings that brought it here. 0, or first_touch on an old kernel: settled, nothing of it is wanted. */
-	__u32 touches;
+	/* Mappings that brought it here. 0, or first_activity on an old kernel: settled, nothing of it is wanted. */
+	__u32 activity;
 	struct {
 		__u64 start;
 		__u64 end;
@@ -73,7 +73,7 @@ enum pending_kind {
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
-	PENDING_TOUCHED = 1 << 6,       /* counted in its process's touches */
+	PENDING_COUNTED = 1 << 6,       /* counted in its process's activity */
 	PENDING_IN_COMPANY = 1 << 7,    /* others could interfere when it began */
 	PENDING_AMONG_THREADS = 1 << 8, /* and there were other threads of its process among them */
 };
@@ -156,7 +156,7 @@ static __always_inline bool is_shared(struct task_struct *task)
  * is counted until it is gone, so this is never true for that alone; for a moment it is while
  * somebody reads /proc/PID/maps, which costs a needless reading.
  */
-static __always_inline bool has_strangers(struct task_struct *task, int readers)
+static __always_inline bool has_untracked_sharers(struct task_struct *task, int readers)
 {
 	int threads = BPF_CORE_READ(task, signal, nr_threads);
 
@@ -182,12 +182,12 @@ static __always_inline __u32 *slot_of(__u32 tgid)
 	return &process_slots[tgid & (SLOTS - 1)];
 }
 
-static __always_inline bool is_followed(struct process *process)
+static __always_inline bool is_tracked(struct process *process)
 {
 #ifdef OLD_KERNEL
-	return process->touches != process->first_touch;
+	return process->activity != process->first_activity;
 #else
-	return process->touches;
+	return process->activity;
 #endif
 }
 
@@ -199,36 +199,36 @@ static __always_inline struct process *find_process(__u32 tgid)
 	if (!*slot_of(tgid))
 		return NULL;
 	process = bpf_map_lookup_elem(&processes, &tgid);
-	return process && is_followed(process) ? process : NULL;
+	return process && is_tracked(process) ? process : NULL;
 }
 
 #ifdef OLD_KERNEL
 
 /*
- * Before 5.12 an atomic addition gives no value, and there is no other atomic operation. So touches
- * are only ever counted, from a random number on, and a process is settled by setting first_touch to
+ * Before 5.12 an atomic addition gives no value, and there is no other atomic operation. So activity
+ * are only ever counted, from a random number on, and a process is settled by setting first_activity to
  * the count up to which all is known: any mapping that was counted since makes the two differ. A slot
  * once taken stays taken: after as many processes as there are slots each call pays for a look-up.
  */
-static __always_inline void begin_following(struct process *process, __u32 tgid)
+static __always_inline void begin_tracking(struct process *process, __u32 tgid)
 {
 	__u32 from = bpf_get_prandom_u32() >> 1;
 
 	*slot_of(tgid) = 1;
-	process->first_touch = from;
-	/* Two threads may both begin: then the sum is as random, and fits no first_touch. */
-	__sync_fetch_and_add(&process->touches, from);
+	process->first_activity = from;
+	/* Two threads may both begin: then the sum is as random, and fits no first_activity. */
+	__sync_fetch_and_add(&process->activity, from);
 }
 
-static __always_inline void follow(struct process *process, __u32 tgid)
+static __always_inline void track(struct process *process, __u32 tgid)
 {
-	__sync_fetch_and_add(&process->touches, 1);
+	__sync_fetch_and_add(&process->activity, 1);
 }
 
 static __always_inline void unfollow(struct process *process, __u32 tgid)
 {
 	if (process)
-		__sync_fetch_and_sub(&process->touches, 1);
+		__sync_fetch_and_sub(&process->activity, 1);
 }
 
 static __always_inline void remove_process(__u32 tgid)
@@ -238,7 +238,7 @@ static __always_inline void remove_process(__u32 tgid)
 
 #else
 
-static __always_inline void begin_following(struct process *process, __u32 tgid)
+static __always_inline void begin_tracking(struct process *process, __u32 tgid)
 {
 }
 
@@ -246,13 +246,13 @@ static __always_inline void begin_following(struct process *process, __u32 tgid)
  * Each time the count begins it does so somewhere else, so that a late answer of user space, to
  * what the process was before an exec or before it was settled, never fits what it is now.
  */
-static __always_inline void follow(struct process *process, __u32 tgid)
+static __always_inline void track(struct process *process, __u32 tgid)
 {
-	if (__sync_fetch_and_add(&process->touches, 1))
+	if (__sync_fetch_and_add(&process->activity, 1))
 		return;
 	__sync_fetch_and_add(slot_of(tgid), 1);
-	process->first_touch = bpf_get_prandom_u32() >> 1;
-	__sync_fetch_and_add(&process->touches, process->first_touch);
+	process->first_activity = bpf_get_prandom_u32() >> 1;
+	__sync_fetch_and_add(&process->activity, process->first_activity);
 }
 
 /* The call that was counted at its entry sends no record after all. */
@@ -262,8 +262,8 @@ static __always_inline void unfollow(struct process *process, __u32 tgid)
 
 	if (!process)
 		return;
-	left = __sync_fetch_and_sub(&process->touches, 1) - 1;
-	if (left == process->first_touch && __sync_val_compare_and_swap(&process->touches, left, 0) == left)
+	left = __sync_fetch_and_sub(&process->activity, 1) - 1;
+	if (left == process->first_activity && __sync_val_compare_and_swap(&process->activity, left, 0) == left)
 		__sync_fetch_and_sub(slot_of(tgid), 1);
 }
 
@@ -275,7 +275,7 @@ static __always_inline void remove_process(__u32 tgid)
 	if (!process)
 		return;
 	/* Taken, not read: user space may be settling it at this moment. */
-	if (__sync_lock_test_and_set(&process->touches, 0))
+	if (__sync_lock_test_and_set(&process->activity, 0))
 		__sync_fetch_and_sub(slot_of(tgid), 1);
 	bpf_map_delete_elem(&processes, &tgid);
 }
@@ -286,7 +286,7 @@ static __always_inline void remove_process(__u32 tgid)
  * The process, made if it is not here; from now on it is followed. NULL when the map is full,
  * which is counted.
  */
-static __always_inline struct process *touch_process(struct task_struct *task)
+static __always_inline struct process *count_activity(struct task_struct *task)
 {
 	static const struct process blank;
 	__u32 tgid = BPF_CORE_READ(task, tgid);
@@ -302,9 +302,9 @@ static __always_inline struct process *touch_process(struct task_struct *task)
 	}
 	if (!process->start_ns) {
 		process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
-		begin_following(process, tgid);
+		begin_tracking(process, tgid);
 	}
-	follow(process, tgid);
+	track(process, tgid);
 	return process;
 }
 
@@ -371,7 +371,7 @@ static __noinline int add_shared_range(struct process *process, __u64 start, __u
 	root = bpf_map_lookup_elem(&processes, &tgid);
 	if (root && root != process) {
 		add_range(root, start, end);
-		follow(root, tgid);
+		track(root, tgid);
 	}
 	return 0;
 }
@@ -402,7 +402,7 @@ static __always_inline bool overlaps(struct process *process, __u64 start, __u64
 }
 
 /* True for the one who turns the bit on: that one sends the word. */
-static __always_inline bool mark_dirty(struct process *process)
+static __always_inline bool mark_needs_rescan(struct process *process)
 {
 #ifdef OLD_KERNEL
 	/* Two may both turn it on, and one word too many be sent. None is missed: see the decision 0011. */
@@ -421,7 +421,7 @@ static __always_inline bool mark_dirty(struct process *process)
  */
 static __always_inline __u32 sharing_flag(struct task_struct *task, struct process *process, int readers)
 {
-	if (process->shares_vm || !has_strangers(task, readers))
+	if (process->shares_vm || !has_untracked_sharers(task, readers))
 		return 0;
 	process->shares_vm = 1;
 	process->vm_root = BPF_CORE_READ(task, tgid);

@@ -10,7 +10,7 @@
  *
  * Facts and claims: a process that is alone in its address space gives facts, user space changes
  * its map by the record alone. Where other threads may interfere the record is a claim and the
- * process is dirty: one record carries FLAG_DIRTY, user space clears the bit by starting a
+ * process is dirty: one record carries FLAG_NEEDS_RESCAN, user space clears the bit by starting a
  * reading, and what happens later sets it again. docs/decisions/0002-facts-and-claims.md.
  *
  * Why at the exit of a call and not at its entry: a fact is true once the call has succeeded and

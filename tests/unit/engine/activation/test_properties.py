@@ -102,12 +102,14 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def files_and_processes_are_those_of_the_model(self) -> None:
         held = {key: holders for key, holders in self.holders.items() if holders}
-        told = {(file.rule, file.library.id): {same(one) for one in file.processes} for file in self.registry.files()}
-        assert {key: holders for key, holders in told.items() if holders} == held
+        reported = {
+            (file.rule, file.library.id): {same(one) for one in file.processes} for file in self.registry.files()
+        }
+        assert {key: holders for key, holders in reported.items() if holders} == held
         assert {same(one) for one in self.registry.processes()} == set().union(*held.values(), set())
         stats = self.registry.stats
         assert stats.total_pids == len(self.registry.processes())
-        assert stats.total_files == len(told)
+        assert stats.total_files == len(reported)
         assert all(file.processes for file in self.registry.files() if file.state == "held")
 
     @invariant()

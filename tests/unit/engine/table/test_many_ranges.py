@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from sowatch.bpf.records import FLAG_DIRTY, FLAG_MANY, MAX_FILE_RANGES
-from sowatch.engine.table import Tracker
+from sowatch.bpf.records import FLAG_MANY, FLAG_NEEDS_RESCAN, MAX_FILE_RANGES
+from sowatch.engine.table import MappingTable
 from sowatch.model.rules import Rule, RuleSet
-from support.records import PAGE, File, Proc, reading
-from support.tracking import BASE, CRYPTO, LIVE, SSL, feed, the_map, told
+from support.records import PAGE, File, Proc, scan
+from support.tracking import BASE, CRYPTO, LIVE, SSL, feed, reported, the_map
 
 MANY = MAX_FILE_RANGES + 44
 
@@ -20,170 +20,170 @@ def every_second_page(p, file=SSL, count=MANY, *, t=0):
     return [p.map(file, BASE + 2 * number * PAGE, t=t) for number in range(count)]
 
 
-def split(tracker, p, count):
+def split(table, p, count):
     """As a process does it that maps a file whole and takes execution from every second page."""
-    tracker.apply(p.map(SSL, BASE, BASE + 2 * count * PAGE))
+    table.apply(p.map(SSL, BASE, BASE + 2 * count * PAGE))
     for number in range(count):
-        tracker.apply(p.range(BASE + (2 * number + 1) * PAGE, BASE + (2 * number + 2) * PAGE))
+        table.apply(p.range(BASE + (2 * number + 1) * PAGE, BASE + (2 * number + 2) * PAGE))
 
 
-def mapping_of(tracker, p, file=SSL):
-    return tracker.get(p.pid).space.mappings()[file.id]
+def mapping_of(table, p, file=SSL):
+    return table.get(p.pid).space.mappings()[file.id]
 
 
-def test_of_a_file_with_few_ranges_each_is_kept(tracker):
+def test_of_a_file_with_few_ranges_each_is_kept(table):
     p = Proc()
-    split(tracker, p, MAX_FILE_RANGES)
-    found = mapping_of(tracker, p)
+    split(table, p, MAX_FILE_RANGES)
+    found = mapping_of(table, p)
     assert found.ranges == tuple((BASE + 2 * n * PAGE, BASE + (2 * n + 1) * PAGE) for n in range(MAX_FILE_RANGES))
     assert found.range_count is None
-    assert tracker.dirty == {}
+    assert table.needs_rescan == {}
 
 
-def test_of_a_file_with_many_ranges_the_first_and_what_spans_the_others_is_kept(tracker):
+def test_of_a_file_with_many_ranges_the_first_and_what_spans_the_others_is_kept(table):
     p = Proc()
     for record in every_second_page(p):
-        tracker.apply(record)
-    found = mapping_of(tracker, p)
+        table.apply(record)
+    found = mapping_of(table, p)
     assert found.ranges == ((BASE, BASE + PAGE), (BASE + 2 * PAGE, BASE + (2 * MANY - 1) * PAGE))
     assert found.range_count == MANY
-    assert told(tracker) == ["+10 libssl.so.3 mmap"]
+    assert reported(table) == ["+10 libssl.so.3 mmap"]
 
 
-def test_a_file_that_falls_into_many_ranges_is_kept_as_one_that_was_mapped_so(tracker):
+def test_a_file_that_falls_into_many_ranges_is_kept_as_one_that_was_mapped_so(table):
     p = Proc()
-    split(tracker, p, MANY)
-    found = mapping_of(tracker, p)
+    split(table, p, MANY)
+    found = mapping_of(table, p)
     assert found.ranges == ((BASE, BASE + PAGE), (BASE + 2 * PAGE, BASE + 2 * MANY * PAGE))
-    assert (found.range_count, told(tracker)) == (MAX_FILE_RANGES + 1, ["+10 libssl.so.3 mmap"])
-    assert list(tracker.dirty) == [p.pid]
+    assert (found.range_count, reported(table)) == (MAX_FILE_RANGES + 1, ["+10 libssl.so.3 mmap"])
+    assert list(table.needs_rescan) == [p.pid]
 
 
-def test_taking_some_of_many_ranges_away_unloads_nothing_before_a_scan_has_told(tracker):
+def test_taking_some_of_many_ranges_away_unloads_nothing_before_a_scan_has_told(table):
     p = Proc()
-    feed(tracker, *every_second_page(p))
-    assert feed(tracker, p.range(BASE, BASE + 2 * MANY * PAGE)) == []
-    assert list(tracker.dirty) == [p.pid]
-    tracker.dirty.clear()
-    assert tracker.merge([reading(p, 10, 20, intro=True)], [], LIVE) == set()
-    assert told(tracker) == ["-10 libssl.so.3 munmap"]
+    feed(table, *every_second_page(p))
+    assert feed(table, p.range(BASE, BASE + 2 * MANY * PAGE)) == []
+    assert list(table.needs_rescan) == [p.pid]
+    table.needs_rescan.clear()
+    assert table.merge([scan(p, 10, 20, intro=True)], [], LIVE) == set()
+    assert reported(table) == ["-10 libssl.so.3 munmap"]
 
 
-def test_what_lies_below_many_ranges_needs_no_scan(tracker):
+def test_what_lies_below_many_ranges_needs_no_scan(table):
     p = Proc()
-    feed(tracker, *every_second_page(p))
-    assert feed(tracker, p.map(CRYPTO, BASE - 4 * PAGE), p.range(BASE - 4 * PAGE, BASE - 3 * PAGE)) == [
+    feed(table, *every_second_page(p))
+    assert feed(table, p.map(CRYPTO, BASE - 4 * PAGE), p.range(BASE - 4 * PAGE, BASE - 3 * PAGE)) == [
         "+10 libcrypto.so.3 mmap",
         "-10 libcrypto.so.3 munmap",
     ]
-    assert tracker.dirty == {}
+    assert table.needs_rescan == {}
 
 
-def test_a_range_before_the_first_of_many_becomes_the_first(tracker):
+def test_a_range_before_the_first_of_many_becomes_the_first(table):
     p = Proc()
-    feed(tracker, *every_second_page(p), p.map(SSL, BASE - 8 * PAGE))
-    found = mapping_of(tracker, p)
+    feed(table, *every_second_page(p), p.map(SSL, BASE - 8 * PAGE))
+    found = mapping_of(table, p)
     assert found.ranges == ((BASE - 8 * PAGE, BASE - 7 * PAGE), (BASE, BASE + (2 * MANY - 1) * PAGE))
     assert found.range_count == MANY + 1
 
 
-def test_a_scan_that_finds_few_ranges_again_keeps_each(tracker):
+def test_a_scan_that_finds_few_ranges_again_keeps_each(table):
     p = Proc()
-    feed(tracker, *every_second_page(p))
-    tracker.merge([reading(p, 10, 20, p.map(SSL, BASE, t=20), intro=True)], [], LIVE)
-    assert (mapping_of(tracker, p).ranges, mapping_of(tracker, p).range_count) == (((BASE, BASE + PAGE),), None)
-    assert told(tracker) == []
+    feed(table, *every_second_page(p))
+    table.merge([scan(p, 10, 20, p.map(SSL, BASE, t=20), intro=True)], [], LIVE)
+    assert (mapping_of(table, p).ranges, mapping_of(table, p).range_count) == (((BASE, BASE + PAGE),), None)
+    assert reported(table) == []
 
 
-def test_ranges_that_a_scan_does_not_list_are_counted(tracker):
+def test_ranges_that_a_scan_does_not_list_are_counted(table):
     p = Proc()
     rows = every_second_page(p, count=MAX_FILE_RANGES, t=20)
     marks = [
         p.map(SSL, BASE + 2 * number * PAGE, t=20, flags=FLAG_MANY)._replace(offset_bytes=left_out)
         for number, left_out in ((MAX_FILE_RANGES, 0), (2 * MAX_FILE_RANGES, MAX_FILE_RANGES - 1))
     ]
-    tracker.merge([reading(p, 10, 20, *rows, *marks, intro=True)], [], LIVE)
-    (change,) = tracker.take_changes()
+    table.merge([scan(p, 10, 20, *rows, *marks, intro=True)], [], LIVE)
+    (change,) = table.take_changes()
     assert change.range_count == 2 * MAX_FILE_RANGES + 1
     assert change.ranges == ((BASE, BASE + PAGE), (BASE + 2 * PAGE, BASE + (4 * MAX_FILE_RANGES + 1) * PAGE))
 
 
-def test_a_scan_of_many_ranges_is_placed_by_the_other_files(tracker):
+def test_a_scan_of_many_ranges_is_placed_by_the_other_files(table):
     """A record that came before the visit and is told after it says nothing anew."""
     p = Proc()
-    feed(tracker, *every_second_page(p))
+    feed(table, *every_second_page(p))
     seen = [*every_second_page(p, t=20), p.map(CRYPTO, BASE - 9 * PAGE, t=20)]
     late = p.map(CRYPTO, BASE - 9 * PAGE, t=15)
-    assert tracker.merge([reading(p, 10, 20, *seen, intro=True)], [late], LIVE) == {p.pid}
-    assert told(tracker) == ["+10 libcrypto.so.3 mmap"]
+    assert table.merge([scan(p, 10, 20, *seen, intro=True)], [late], LIVE) == {p.pid}
+    assert reported(table) == ["+10 libcrypto.so.3 mmap"]
 
 
-def test_children_share_the_ranges_of_their_parent_until_they_change_them(tracker):
+def test_children_share_the_ranges_of_their_parent_until_they_change_them(table):
     parent, child, other = Proc(), Proc(pid=11), Proc(pid=12)
-    split(tracker, parent, 200)
-    tracker.take_changes()
+    split(table, parent, 200)
+    table.take_changes()
     for one in (child, other):
-        tracker.apply(parent.fork(one))
-    loads = tracker.take_changes()
+        table.apply(parent.fork(one))
+    loads = table.take_changes()
     assert [one.ranges is loads[0].ranges for one in loads] == [True, True]
-    feed(tracker, child.range(BASE, BASE + 398 * PAGE))
-    assert len(mapping_of(tracker, child).ranges) == 1
-    assert len(mapping_of(tracker, parent).ranges) == len(mapping_of(tracker, other).ranges) == 200
-    feed(tracker, parent.range(BASE, BASE + PAGE), other.exit(), child.exit())
-    assert len(mapping_of(tracker, parent).ranges) == 199
+    feed(table, child.range(BASE, BASE + 398 * PAGE))
+    assert len(mapping_of(table, child).ranges) == 1
+    assert len(mapping_of(table, parent).ranges) == len(mapping_of(table, other).ranges) == 200
+    feed(table, parent.range(BASE, BASE + PAGE), other.exit(), child.exit())
+    assert len(mapping_of(table, parent).ranges) == 199
 
 
-def test_one_who_shares_with_nobody_any_more_changes_its_ranges_in_place(tracker):
+def test_one_who_shares_with_nobody_any_more_changes_its_ranges_in_place(table):
     parent, child = Proc(), Proc(pid=11)
-    split(tracker, parent, 3)
-    feed(tracker, parent.fork(child), child.exit())
-    layout = tracker.get(parent.pid).space._layout
-    feed(tracker, parent.range(BASE, BASE + PAGE))
-    assert tracker.get(parent.pid).space._layout is layout
+    split(table, parent, 3)
+    feed(table, parent.fork(child), child.exit())
+    layout = table.get(parent.pid).space._layout
+    feed(table, parent.range(BASE, BASE + PAGE))
+    assert table.get(parent.pid).space._layout is layout
 
 
-def test_what_many_claim_at_one_address_is_told_and_untold(tracker):
+def test_what_many_claim_at_one_address_is_told_and_untold(table):
     """At most one file is there; the ones claimed first go before the scan that is owed."""
     p = Proc()
     files = [File(f"/usr/lib/libssl{number}.so", 500 + number) for number in range(12)]
-    events = feed(tracker, p.claim(files[0], BASE), *(p.map(file, BASE) for file in files[1:]))
+    events = feed(table, p.tentative(files[0], BASE), *(p.map(file, BASE) for file in files[1:]))
     assert len([one for one in events if one.startswith("+")]) == 12
     assert len([one for one in events if one.startswith("-")]) == 4
-    assert {inode for _, inode in the_map(tracker)} == {508, 509, 510, 511, 504, 505, 506, 507}
+    assert {inode for _, inode in the_map(table)} == {508, 509, 510, 511, 504, 505, 506, 507}
 
 
 # ---- what a record costs: with four times as many, some four times as much, not sixteen times ----------
 
 
-def of_one_file(tracker, p, count):
-    split(tracker, p, count)
+def of_one_file(table, p, count):
+    split(table, p, count)
 
 
-def of_files(tracker, p, count):
+def of_files(table, p, count):
     for number in range(count):
         file = File(f"/usr/lib/libssl{number}.so", 1000 + number)
-        tracker.apply(p.map(file, BASE + 2 * number * PAGE))
+        table.apply(p.map(file, BASE + 2 * number * PAGE))
     for number in range(count):
-        tracker.apply(p.map(SSL, BASE - PAGE))
-        tracker.apply(p.range(BASE - PAGE, BASE))
-        tracker.apply(p.range(BASE + (2 * number + 1) * PAGE, BASE + (2 * number + 2) * PAGE))
+        table.apply(p.map(SSL, BASE - PAGE))
+        table.apply(p.range(BASE - PAGE, BASE))
+        table.apply(p.range(BASE + (2 * number + 1) * PAGE, BASE + (2 * number + 2) * PAGE))
 
 
-def of_files_that_are_scanned(tracker, p, count):
+def of_files_that_are_scanned(table, p, count):
     """Many records within the visit of a process with many files, none of which makes the two the same."""
     files = [File(f"/usr/lib/libssl{number}.so", 1000 + number) for number in range(count)]
     rows = [p.map(file, BASE + 2 * number * PAGE, t=20) for number, file in enumerate(files)]
-    records = [p.claim(SSL, BASE - PAGE, t=11)]
+    records = [p.tentative(SSL, BASE - PAGE, t=11)]
     for number in range(count):
         records += [p.range(BASE - PAGE, BASE, t=12 + number % 8), p.map(SSL, BASE - PAGE, t=12 + number % 8)]
-    tracker.merge([reading(p, 10, 20, *rows, intro=True)], records, LIVE)
+    table.merge([scan(p, 10, 20, *rows, intro=True)], records, LIVE)
 
 
-def of_forks(tracker, p, count):
+def of_forks(table, p, count):
     """Children of one with 256 ranges each."""
-    split(tracker, p, MAX_FILE_RANGES)
+    split(table, p, MAX_FILE_RANGES)
     for number in range(count // 4):
-        tracker.apply(p.fork(Proc(pid=1000 + number)))
+        table.apply(p.fork(Proc(pid=1000 + number)))
 
 
 @pytest.mark.parametrize("work", [of_one_file, of_files, of_files_that_are_scanned, of_forks])
@@ -191,28 +191,28 @@ def test_no_record_costs_what_all_ranges_of_its_process_are(work):
     def cpu_s(count):
         spent = []
         for _ in range(3):
-            tracker = Tracker(RuleSet([Rule("libssl")]))
+            table = MappingTable(RuleSet([Rule("libssl")]))
             begun = time.thread_time()
-            work(tracker, Proc(), count)
+            work(table, Proc(), count)
             spent.append(time.thread_time() - begun)
         return min(spent)
 
     assert cpu_s(8_000) < 9 * cpu_s(2_000)
 
 
-def test_a_claim_in_the_middle_of_many_ranges_is_no_more_than_that(tracker):
+def test_a_claim_in_the_middle_of_many_ranges_is_no_more_than_that(table):
     p = Proc()
-    feed(tracker, *every_second_page(p))
-    assert feed(tracker, p.map(CRYPTO, BASE + PAGE, flags=FLAG_DIRTY)) == ["+10 libcrypto.so.3 mmap"]
-    assert mapping_of(tracker, p).range_count == MANY
+    feed(table, *every_second_page(p))
+    assert feed(table, p.map(CRYPTO, BASE + PAGE, flags=FLAG_NEEDS_RESCAN)) == ["+10 libcrypto.so.3 mmap"]
+    assert mapping_of(table, p).range_count == MANY
 
 
-def test_a_range_in_which_much_is_claimed_is_still_one(tracker):
+def test_a_range_in_which_much_is_claimed_is_still_one(table):
     p = Proc()
-    feed(tracker, p.claim(SSL, BASE, BASE + 4 * MANY * PAGE))
+    feed(table, p.tentative(SSL, BASE, BASE + 4 * MANY * PAGE))
     for record in every_second_page(p, CRYPTO, MAX_FILE_RANGES - 2):
-        tracker.apply(record)
-    assert (mapping_of(tracker, p).ranges, mapping_of(tracker, p).range_count) == (
+        table.apply(record)
+    assert (mapping_of(table, p).ranges, mapping_of(table, p).range_count) == (
         ((BASE, BASE + 4 * MANY * PAGE),),
         None,
     )

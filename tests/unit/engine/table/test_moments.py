@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.bpf.records import FLAG_DIRTY
-from sowatch.engine.table import Causes, Tracker
+from sowatch.bpf.records import FLAG_NEEDS_RESCAN
+from sowatch.engine.table import Causes, MappingTable
 from sowatch.model.rules import Rule, RuleSet
-from support.records import PAGE, File, Proc, reading
+from support.records import PAGE, File, Proc, scan
 
 REPAIR = Causes("repair", "repair")
 FILES = [File("/usr/lib/libssl.so.3", 100), File("/usr/lib/libcrypto.so.3", 101), File("/usr/lib/libc.so.6", 102)]
@@ -19,12 +19,12 @@ BASE = 0x7F0000000000
 VISIT = (1000, 2000)
 
 
-def new_tracker():
-    return Tracker(RuleSet([Rule(r"libssl|libcrypto")]))
+def new_table():
+    return MappingTable(RuleSet([Rule(r"libssl|libcrypto")]))
 
 
-def told(tracker):
-    return [(one.is_load, one.name.path, one.cause, one.t_ns) for one in tracker.take_changes()]
+def reported(table):
+    return [(one.is_load, one.name.path, one.cause, one.t_ns) for one in table.take_changes()]
 
 
 def address(page):
@@ -70,11 +70,11 @@ calls = st.tuples(
 @given(before=st.lists(calls, max_size=4), meanwhile=st.lists(calls, min_size=1, max_size=6), data=st.data())
 def test_of_a_process_with_one_thread_a_reading_tells_nothing_that_its_records_do_not(before, meanwhile, data):
     """The calls before the visit are told; the reading sees any number of those that are told from its begin on."""
-    p, pages, with_reading, without = Proc(), Pages(), new_tracker(), new_tracker()
+    p, pages, with_scan, without = Proc(), Pages(), new_table(), new_table()
     for number, (file, where) in enumerate(before):
         pages.do(file, where)
-        for tracker in (with_reading, without):
-            tracker.apply(record_of(p, file, where, number + 1))
+        for table in (with_scan, without):
+            table.apply(record_of(p, file, where, number + 1))
     seen = data.draw(st.integers(0, len(meanwhile)), label="calls that the reading saw")
     inside = data.draw(st.integers(min(seen, len(meanwhile)), len(meanwhile)), label="told inside the visit")
     late = data.draw(st.integers(0, min(1, seen)), label="and told after it, though seen")
@@ -88,17 +88,17 @@ def test_of_a_process_with_one_thread_a_reading_tells_nothing_that_its_records_d
             rows = pages.rows(p)
     for record in records:
         without.apply(record)
-    with_reading.merge([reading(p, *VISIT, *rows)], records, REPAIR)
-    assert told(with_reading) == told(without)
+    with_scan.merge([scan(p, *VISIT, *rows)], records, REPAIR)
+    assert reported(with_scan) == reported(without)
 
 
 def test_what_the_records_do_not_explain_is_told_by_the_reading():
-    tracker, p = new_tracker(), Proc()
+    table, p = new_table(), Proc()
     rows = [p.map(CRYPTO, address(3), t=VISIT[1])]
     inside = [p.map(SSL, address(0), t=VISIT[0] + 1), p.range(address(0), address(1), t=VISIT[0] + 2)]
     after = [p.range(address(3), address(4), t=VISIT[1] + 1)]
-    assert tracker.merge([reading(p, *VISIT, *rows)], [*inside, *after], REPAIR) == {p.pid}
-    assert [(is_load, path, cause) for is_load, path, cause, _ in told(tracker)] == [
+    assert table.merge([scan(p, *VISIT, *rows)], [*inside, *after], REPAIR) == {p.pid}
+    assert [(is_load, path, cause) for is_load, path, cause, _ in reported(table)] == [
         (True, SSL.path, "mmap"),
         (False, SSL.path, "munmap"),
         (True, CRYPTO.path, "repair"),
@@ -106,18 +106,18 @@ def test_what_the_records_do_not_explain_is_told_by_the_reading():
     ]
 
 
-@pytest.mark.parametrize("flags", [0, FLAG_DIRTY])
+@pytest.mark.parametrize("flags", [0, FLAG_NEEDS_RESCAN])
 def test_a_claim_after_the_visit_stays_a_claim(flags):
-    tracker, p = new_tracker(), Proc()
+    table, p = new_table(), Proc()
     rows = [p.map(SSL, address(0), t=VISIT[1])]
-    tracker.merge([reading(p, *VISIT, *rows)], [p.map(SSL, address(0), t=VISIT[1] + 1, flags=flags)], REPAIR)
-    assert (p.pid in tracker.dirty) == bool(flags)
-    assert tracker.get(p.pid).space.is_doubted == bool(flags)
+    table.merge([scan(p, *VISIT, *rows)], [p.map(SSL, address(0), t=VISIT[1] + 1, flags=flags)], REPAIR)
+    assert (p.pid in table.needs_rescan) == bool(flags)
+    assert table.get(p.pid).space.needs_rescan == bool(flags)
 
 
 def test_an_unmapping_in_company_is_told_and_read_again():
-    tracker, p = new_tracker(), Proc()
-    tracker.apply(p.map(SSL, address(0), t=1))
-    tracker.apply(p.range(address(0), address(1), t=2, flags=FLAG_DIRTY))
-    assert [(is_load, cause) for is_load, _, cause, _ in told(tracker)] == [(True, "mmap"), (False, "munmap")]
-    assert p.pid in tracker.dirty
+    table, p = new_table(), Proc()
+    table.apply(p.map(SSL, address(0), t=1))
+    table.apply(p.range(address(0), address(1), t=2, flags=FLAG_NEEDS_RESCAN))
+    assert [(is_load, cause) for is_load, _, cause, _ in reported(table)] == [(True, "mmap"), (False, "munmap")]
+    assert p.pid in table.needs_rescan

@@ -13,7 +13,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
-from sowatch.engine.table import Causes, Tracker
+from sowatch.engine.table import Causes, MappingTable
 from sowatch.linux.proc import Miss
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
@@ -32,42 +32,42 @@ class Owner:
 
     def __init__(self, kernel):
         self.kernel = kernel
-        self.tracker = Tracker(RULES)
+        self.table = MappingTable(RULES)
         self.seen_losses = 0
 
     def take_changes(self):
-        return self.tracker.take_changes()
+        return self.table.take_changes()
 
     def flush(self):
-        wanted, ignored = self.tracker.take_answers()
+        wanted, ignored = self.table.take_answers()
         self.kernel.answer(wanted, is_wanted=True)
         self.kernel.answer(ignored, is_wanted=False)
-        for idle in self.tracker.take_idle():
-            if self.kernel.settle(*idle):
-                self.tracker.settled(*idle[:2])
+        for idle in self.table.take_idle():
+            if self.kernel.untrack(*idle):
+                self.table.untracked(*idle[:2])
 
     def drain(self):
         for record in self.kernel.drain():
-            self.tracker.apply(record)
+            self.table.apply(record)
         self.flush()
 
     def start(self):
         self.read_everything(Causes("snapshot", "repair"), is_start=True)
 
     def reread(self):
-        due = dict(self.tracker.dirty)
-        self.tracker.dirty.clear()
+        due = dict(self.table.needs_rescan)
+        self.table.needs_rescan.clear()
         self.kernel.set_report(Report.RANGES)
-        found = [self.kernel.read_process(pid) for pid in due]
+        found = [self.kernel.scan_process(pid) for pid in due]
         missing = due.keys() - {one.tgid for one in found if one}
-        gone = [pid for pid in missing if not self.is_there(self.tracker.get(pid))]
+        gone = [pid for pid in missing if not self.is_there(self.table.get(pid))]
         records = self.kernel.drain()
         self.kernel.set_report(Report.NOTHING)
-        again = self.tracker.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
+        again = self.table.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
         for pid in again:
-            self.tracker.dirty.setdefault(pid, due.get(pid, Causes("mmap", "munmap")))
+            self.table.needs_rescan.setdefault(pid, due.get(pid, Causes("mmap", "munmap")))
         for pid in gone:
-            self.tracker.forget_pid(pid, "repair", self.kernel.now)
+            self.table.forget_pid(pid, "repair", self.kernel.now)
         self.flush()
 
     def repair(self):
@@ -78,16 +78,16 @@ class Owner:
         since_ns = self.kernel.tick_ns()
         self.kernel.set_report(Report.PROCESSES | Report.RANGES)
         early = self.kernel.drain()
-        readings, meanwhile = self.kernel.read_all()
+        scans, meanwhile = self.kernel.scan_all()
         records = [*early, *meanwhile, *self.kernel.drain()]
         self.kernel.set_report(Report.NOTHING)
-        visited = {reading.tgid for reading in readings}
-        for pid in visited:
-            self.tracker.dirty.pop(pid, None)
-        for pid in self.tracker.merge(readings, records, causes, is_start=is_start):
-            self.tracker.dirty.setdefault(pid, causes)
-        for process in () if is_start else self.tracker.processes():
-            if process.id.pid not in visited and process.seen_ns < since_ns:
+        scanned = {scan.tgid for scan in scans}
+        for pid in scanned:
+            self.table.needs_rescan.pop(pid, None)
+        for pid in self.table.merge(scans, records, causes, is_start=is_start):
+            self.table.needs_rescan.setdefault(pid, causes)
+        for process in () if is_start else self.table.processes():
+            if process.id.pid not in scanned and process.seen_ns < since_ns:
                 self.look_for(process, since_ns)
         self.flush()
 
@@ -97,16 +97,16 @@ class Owner:
 
     def look_for(self, process, since_ns):
         if not self.is_there(process):
-            self.tracker.forget(process, "repair", since_ns)
+            self.table.forget(process, "repair", since_ns)
         else:
-            self.tracker.dirty.setdefault(process.id.pid, Causes("repair", "repair"))
+            self.table.needs_rescan.setdefault(process.id.pid, Causes("repair", "repair"))
 
     def close(self):
         pass
 
     def ask_for_the_silent(self):
-        for child in self.tracker.unannounced(before_ns=1 << 63):
-            self.tracker.dirty.setdefault(child.id.pid, Causes("fork", "munmap"))
+        for child in self.table.unannounced(before_ns=1 << 63):
+            self.table.needs_rescan.setdefault(child.id.pid, Causes("fork", "munmap"))
 
 
 class Facts:
@@ -127,15 +127,15 @@ class EngineOwner(Owner):
         publisher = Publisher(RULES, registry, Selection(), proc_root="/proc")
         publisher.inspector = Facts()
         self.events = publisher.subscribe(control=True, limit=1 << 20, limit_bytes=1 << 30)
-        self.engine = Engine(kernel, self.tracker, publisher, RULES, Config(), silent_baseline=False)
+        self.engine = Engine(kernel, self.table, publisher, RULES, Config(), silent_baseline=False)
         self.engine._proc = self
-        self.keeper = self.engine.keeper
-        self.keeper._proc = self
+        self.reconciler = self.engine.reconciler
+        self.reconciler._proc = self
         self.active = {}
 
     @property
     def seen_losses(self):
-        return self.keeper.losses.ring if self.keeper.is_repaired else None
+        return self.reconciler.losses.ring if self.reconciler.is_repaired else None
 
     @seen_losses.setter
     def seen_losses(self, count):
@@ -168,18 +168,18 @@ class EngineOwner(Owner):
             yield SimpleNamespace(is_load=event.event == "load", process=event.process, name=name)
 
     def drain(self):
-        self.keeper.drain()
+        self.reconciler.drain()
 
     def start(self):
-        self.keeper.take_snapshot(self.engine._make_ready)
+        self.reconciler.take_snapshot(self.engine._make_ready)
 
     def reread(self):
-        self.keeper._turns.hurry(self.tracker.dirty)
-        self.keeper._reread()
+        self.reconciler._schedule.expedite(self.table.needs_rescan)
+        self.reconciler._reread()
 
     def repair(self):
-        self.keeper._check_losses()
-        self.keeper._repair()
+        self.reconciler._check_losses()
+        self.reconciler._repair()
 
     def close(self):
         self.engine.stop()
@@ -192,7 +192,7 @@ scripts = st.lists(calls, min_size=4, max_size=24)
 def ghosts(owner):
     """Processes of the map, announced or not, that are not alive."""
     there = {(one.words.pid, one.words.start_ns) for one in owner.kernel.processes.values() if one.is_live}
-    return [one.id for one in owner.tracker.processes() if tuple(one.id) not in there]
+    return [one.id for one in owner.table.processes() if tuple(one.id) not in there]
 
 
 class Machine(RuleBasedStateMachine):
@@ -232,7 +232,7 @@ class Machine(RuleBasedStateMachine):
     def drain(self, meanwhile):
         self.during(meanwhile, self.owner.drain)
 
-    @precondition(lambda self: self.owner.tracker.dirty)
+    @precondition(lambda self: self.owner.table.needs_rescan)
     @rule(meanwhile=scripts)
     def reread(self, meanwhile):
         self.during(meanwhile, self.owner.reread)
@@ -270,18 +270,18 @@ class Machine(RuleBasedStateMachine):
                 self.loaded[key] = change
             else:
                 del self.loaded[key]
-        tracked = {(process.id, mapping.name.file_id.inode) for process, mapping in self.owner.tracker.mappings()}
+        tracked = {(process.id, mapping.name.file_id.inode) for process, mapping in self.owner.table.mappings()}
         assert set(self.loaded) == tracked
 
     def teardown(self):
         self.kernel.is_full = False
         self.kernel.finish_all()
         try:
-            self.settle()
+            self.untrack()
         finally:
             self.owner.close()
 
-    def settle(self):
+    def untrack(self):
         """Once every reading that is owed was made, the map is what is there."""
         self.owner.drain()
         has_asked = False
@@ -291,11 +291,11 @@ class Machine(RuleBasedStateMachine):
             elif not has_asked:
                 self.owner.ask_for_the_silent()
                 has_asked = True
-            elif self.owner.tracker.dirty:
+            elif self.owner.table.needs_rescan:
                 self.owner.reread()
             else:
                 break
-        assert not self.owner.tracker.dirty
+        assert not self.owner.table.needs_rescan
         self.check()
         assert self.the_map() == self.kernel.truth()
         self.check_ghosts()
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
 
     def the_map(self):
         found = {}
-        for process, mapping in self.owner.tracker.mappings():
+        for process, mapping in self.owner.table.mappings():
             there = self.kernel.processes.get(process.id.pid)
             if there and there.is_spawning:
                 continue  # silent, unless a reading met it between its fork and the record of it
@@ -368,13 +368,13 @@ def test_after_a_repair_whoever_is_in_the_map_is_alive_whichever_records_were_lo
         kernel.is_full = False
         owner.drain()
         owner.repair()
-        assert owner.keeper.is_repaired
+        assert owner.reconciler.is_repaired
         assert ghosts(owner) == []
         do(parent, "exit")
         owner.drain()
         assert ghosts(owner) == []
-        holders = {process.id.pid for process, _ in owner.tracker.mappings()}
-        assert holders <= {pid for pid, _ in kernel.truth()} | {
+        sharers = {process.id.pid for process, _ in owner.table.mappings()}
+        assert sharers <= {pid for pid, _ in kernel.truth()} | {
             one.pid for one in kernel.processes.values() if one.is_spawning
         }
     finally:
@@ -393,7 +393,7 @@ def budget(examples):
     )
 
 
-TestTracker = Machine.TestCase
-TestTracker.settings = budget(200)
+TestMappingTable = Machine.TestCase
+TestMappingTable.settings = budget(200)
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = budget(100)
