@@ -16,10 +16,10 @@ from typing import Any, Self
 import pytest
 
 from support.agent import Agent, NewAgent
+from support.perf_cross_check import CrossCheck, perf_is_missing
 from support.programs import Mapper
 from support.prometheus import Prometheus
 from support.receivers import free_port
-from support.witness import CrossCheck, perf_is_missing
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root"),

@@ -107,7 +107,7 @@ class Cell:
     refused_on: Mapping[str, str] = field(default_factory=dict)
     tests: tuple[str, ...] = (
         "tests/e2e/test_commands.py::test_watch_tells_of_a_process_that_opens_a_library_and_ends",
-        "tests/kernel/test_conformance.py",
+        "tests/kernel/sources/test_conformance.py",
     )
 
     @property
@@ -117,7 +117,7 @@ class Cell:
 
 
 #: Each start of a command takes some eight seconds there, so only core runs them all.
-_ALL_COMMANDS: Final = ("tests/e2e/test_commands.py", "tests/kernel/test_conformance.py")
+_ALL_COMMANDS: Final = ("tests/e2e/test_commands.py", "tests/kernel/sources/test_conformance.py")
 
 CELLS: Final = (
     Cell(
@@ -168,20 +168,20 @@ CHOICES: Final[Mapping[str, tuple[str | None, str | None]]] = {
 #: on the machine itself, so these are few: each kind of event, verdict, reading and loss once, and what kernels
 #: keep in different places.
 TESTS: Final = (
-    "tests/kernel/test_programs.py",
-    "tests/kernel/test_old_kernels.py",
-    "tests/kernel/test_identity.py::test_on_an_ordinary_file_system_the_identity_is_that_of_stat",
-    "tests/kernel/test_identity.py::test_the_generation_is_the_one_of_ext4",
-    "tests/kernel/test_identity.py::test_one_lower_file_through_two_overlays_is_one_file_under_two_paths",
-    "tests/kernel/test_identity.py::test_one_btrfs_file_in_two_subvolumes_is_two_files",
-    "tests/kernel/test_identity.py::test_a_path_of_4000_bytes_is_told_whole",
-    "tests/kernel/test_identity.py::test_a_memfd_is_called_by_its_name_and_deleted[jit code]",
-    "tests/kernel/test_following.py::test_an_ignored_file_is_dropped_in_the_kernel_and_counted",
-    "tests/kernel/test_following.py::test_a_matched_file_is_told_with_its_path_and_without_a_question",
-    "tests/kernel/test_following.py::test_one_record_of_a_threaded_process_carries_the_dirty_flag_until_a_reading_clears_it",
-    "tests/kernel/test_following.py::test_records_that_do_not_fit_into_the_ring_are_counted",
-    "tests/kernel/test_following.py::test_a_record_and_a_reading_agree_on_every_field_of_a_mapping",
-    "tests/kernel/test_following.py::test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once",
+    "tests/kernel/bpf/test_programs.py",
+    "tests/kernel/sources/test_legacy.py",
+    "tests/kernel/engine/test_identity.py::test_on_an_ordinary_file_system_the_identity_is_that_of_stat",
+    "tests/kernel/engine/test_identity.py::test_the_generation_is_the_one_of_ext4",
+    "tests/kernel/engine/test_identity.py::test_one_lower_file_through_two_overlays_is_one_file_under_two_paths",
+    "tests/kernel/engine/test_identity.py::test_one_btrfs_file_in_two_subvolumes_is_two_files",
+    "tests/kernel/engine/test_identity.py::test_a_path_of_4000_bytes_is_told_whole",
+    "tests/kernel/engine/test_identity.py::test_a_memfd_is_called_by_its_name_and_deleted[jit code]",
+    "tests/kernel/bpf/test_tracking.py::test_an_ignored_file_is_dropped_in_the_kernel_and_counted",
+    "tests/kernel/bpf/test_tracking.py::test_a_matched_file_is_told_with_its_path_and_without_a_question",
+    "tests/kernel/bpf/test_tracking.py::test_one_record_of_a_threaded_process_carries_the_dirty_flag_until_a_reading_clears_it",
+    "tests/kernel/bpf/test_tracking.py::test_records_that_do_not_fit_into_the_ring_are_counted",
+    "tests/kernel/bpf/test_tracking.py::test_a_record_and_a_reading_agree_on_every_field_of_a_mapping",
+    "tests/kernel/bpf/test_tracking.py::test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once",
     # uprobe.multi from 6.12 on, perf events with cookies on 6.1 and without on 5.10.
     "tests/kernel/uprobes/test_calls.py::test_calls_of_a_process_that_runs_already_and_of_one_that_comes_are_counted",
     "tests/kernel/uprobes/test_calls.py::test_recursion_deeper_than_is_timed_is_counted_and_said",
@@ -204,7 +204,7 @@ _BY_READING: Final = "what mprotect makes executable, and interpreters, only a r
 
 KNOWN_FAULTS: Final = (
     *(
-        KnownFault(f"tests.kernel.test_programs::test_{name}", _OLD, _BY_READING)
+        KnownFault(f"tests.kernel.bpf.test_programs::test_{name}", _OLD, _BY_READING)
         for name in (
             "a_file_made_executable_later_is_told_and_made_harmless_again_too[protect]",
             "a_file_made_executable_later_is_told_and_made_harmless_again_too[pkeyprotect]",
@@ -214,12 +214,12 @@ KNOWN_FAULTS: Final = (
         )
     ),
     KnownFault(
-        "tests.kernel.test_identity::test_one_btrfs_file_in_two_subvolumes_is_two_files",
+        "tests.kernel.engine.test_identity::test_one_btrfs_file_in_two_subvolumes_is_two_files",
         _ALL,
         "btrfs as a module that comes after the programs were loaded: its types are unknown to them",
     ),
     KnownFault(
-        "tests.kernel.test_identity::test_a_path_of_4000_bytes_is_told_whole[d]",
+        "tests.kernel.engine.test_identity::test_a_path_of_4000_bytes_is_told_whole[d]",
         frozenset({"5.10"}),
         "a path of more than 128 components is told as partial there",
     ),

@@ -22,8 +22,9 @@ Each of these kernels ran as a guest (QEMU, emulated, x86-64) with as many tests
 exactly what this page says of it: a guest that shows more or less fails the run. A question mark: it did not take
 part in this run, so nothing is said of it. How to run one: `CONTRIBUTING.md`.
 
-Where a strategy works it was forced, with its hooks, and told every scenario of `tests/kernel/test_conformance.py` and
-what `sowatch watch` must tell of `tests/e2e/test_commands.py`; `runtime` compiled its programs in the guest.
+Where a strategy works it was forced, with its hooks, and reported every scenario of
+`tests/kernel/sources/test_conformance.py` and what `sowatch watch` must report of `tests/e2e/test_commands.py`;
+`runtime` compiled its programs in the guest.
 """
 _FEATURES = """\
 Found by loading or attaching something that needs them, never by the version. A `.bpf.o` is an object of the BPF

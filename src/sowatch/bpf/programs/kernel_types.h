@@ -2,7 +2,7 @@
 /*
  * The few kernel structures the programs look into, cut down to the fields they read. Offsets
  * here mean nothing: preserve_access_index makes libbpf fill in those of the running kernel.
- * Names and types are the kernel's own; tests/kernel/test_layout.py checks them against its BTF.
+ * Names and types are the kernel's own; tests/kernel/bpf/test_layout.py checks them against its BTF.
  */
 #pragma once
 

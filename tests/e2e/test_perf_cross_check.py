@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.follower import Follower
-from support.witness import Account, CrossCheck, CrossCheckLostRecords, Seen, perf_is_missing
+from support.perf_cross_check import Account, CrossCheck, CrossCheckLostRecords, Seen, perf_is_missing
 from support.workload import PYTHON, prepare
 
 pytestmark = pytest.mark.timeout(600)

@@ -29,7 +29,7 @@ NewLibrary = Callable[..., Path]
 OpenLedger = Callable[..., Ledger]
 OpenPage = Callable[..., Visit]
 
-PAGE_READERS = Path(__file__).resolve().parents[1] / "support/page_readers.py"
+PAGE_READERS = Path(__file__).resolve().parents[2] / "support/page_readers.py"
 
 #: In a path that a process maps, none of these may be more than text.
 HOSTILE = (
