@@ -263,7 +263,7 @@ def test_nobody_is_told_that_stale_files_may_run_where_it_could_not_look_and_how
     assert "nothing runs on deleted or replaced files." not in done.stderr
     found = re.fullmatch(
         r"sowatch: nothing that can be seen runs on deleted or replaced files, but (\d+) processes could not be read\. "
-        r"ProcessScan all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`\.",
+        r"To read all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`\.",
         said,
     )
     assert found, said

@@ -4,7 +4,7 @@
  *     COUNT processes (one if it is not given), each nobody in a user and mount namespace of its own. Each
  *     maps LIBRARY executable and a page of a file of the file system on DIRECTORY; a child shares its
  *     address space (CLONE_VM). Answers "pid PID" for each. Obeys lines on standard input:
- *       hang   each activity its page, whose read fails twice and is not answered the third time: the page
+ *       hang   each touches its page, whose read fails twice and is not answered the third time: the page
  *              fault holds mmap_lock for reading. Then a second thread waits for the lock to write, and
  *              whoever reads waits behind it. Answers "hung" once all of them do
  *       free   what waits is answered, and everything from now on. Answers "free"

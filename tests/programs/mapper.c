@@ -24,7 +24,7 @@
  *   execthread FILE [ARGS]   in place, from a thread that is not the leader
  *   loop FILE COUNT [PAUSE_US]   maps FILE executable and unmaps it, COUNT times
  *   thread loop FILE     a thread that does that until told to stop
- *   thread anon FILE     a thread that maps, activity and unmaps anonymous memory
+ *   thread anon FILE     a thread that maps, touches and unmaps anonymous memory
  *   thread idle FILE     a thread that sleeps
  *   thread stop          ends all of them                        -> ROUNDS
  *   dup2race A B COUNT   maps an fd COUNT times while a thread dup2s A and B over it; keeps

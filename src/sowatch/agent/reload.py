@@ -92,7 +92,7 @@ class FileWatch:
                 self._watch()
             except Exception:
                 # Out of inotify watches, or a directory that went away at the wrong moment.
-                LOG.exception("the configuration file cannot be watched; looking at it every %g s", _EVERY_S)
+                LOG.exception("the configuration file cannot be watched; it is checked every %g s", _EVERY_S)
                 self._stop.wait(_EVERY_S)
             self._look()
 

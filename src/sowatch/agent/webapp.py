@@ -202,7 +202,7 @@ class WebApp:
         except UsageError as error:
             return _refusal(error, 400)
         except HubIsFull:
-            full = SowatchError("too many clients follow the events, or the watch is ending. Try again later.")
+            full = SowatchError("too many clients read the events, or the watch is ending. Try again later.")
             return _refusal(full, 503)
         if request.method == "HEAD":
             self._hub.leave(client)

@@ -81,7 +81,7 @@ def _control(event: Event) -> tuple[str, str]:
         hooks = "" if event.hooks is None else f", {event.hooks} hooks"
         return f"ready: {found}; strategy {event.strategy} ({event.guarantee}{hooks})", "ready"
     if isinstance(event, Lost):
-        return f"lost: {_count(event.count, 'event')} in the {event.where}; looking again", "warn"
+        return f"lost: {_count(event.count, 'event')} in the {event.where}; scanning again", "warn"
     if isinstance(event, Repaired):
         missed = f"{_count(event.loads, 'load')} and {_count(event.unloads, 'unload')}"
         return f"repaired in {event.seconds:.3f} s: {missed} had been missed", "ready"

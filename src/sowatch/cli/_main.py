@@ -25,10 +25,10 @@ COMMANDS: Final = {
     "list": "Which process has which library mapped, now.",
     "top": "Libraries and who shares them, live, in the terminal.",
     "trace": "Count and time calls of library functions, wherever that library is or will be loaded.",
-    "audit": "Is the map right? Compares it with an independent reading of /proc.",
+    "audit": "Is the map right? Compares it with an independent scan of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
-    "debug": "Asks or orders a running agent, over its unix socket.",
+    "debug": "Queries or commands a running agent, over its unix socket.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 
@@ -113,7 +113,7 @@ def _main_parser() -> Parser:
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = Parser(
         prog="sowatch",
-        description=f"{_DESCRIPTION}\n\ncommands:\n{lines}\n\n`sowatch COMMAND --help` tells more of each.",
+        description=f"{_DESCRIPTION}\n\ncommands:\n{lines}\n\n`sowatch COMMAND --help` shows more of each.",
         epilog=_EXIT_CODES,
         usage="sowatch COMMAND [ARGUMENT...]",
     )

@@ -154,7 +154,7 @@ def add_common(parser: Parser) -> None:
         metavar="KIND",
         help=f"{', '.join(KINDS)}; may be repeated. Default: library",
     )
-    parser.add_argument("--no-snapshot", action="store_true", help="do not tell what is mapped already")
+    parser.add_argument("--no-snapshot", action="store_true", help="do not report what is mapped already")
     parser.add_argument("--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from `ready`")
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
@@ -235,6 +235,6 @@ def _check_pids(proc: ProcFs, pids: Collection[int]) -> None:
     for pid in pids:
         status = proc.status(pid)
         if isinstance(status, Miss):
-            raise SowatchError(f"there is no process {pid} in {proc.root}. Look for the right one with `ps -e`.")
+            raise SowatchError(f"there is no process {pid} in {proc.root}. Find the right one with `ps -e`.")
         if status.tgid != pid:
             raise UsageError(f"{pid} is a thread of process {status.tgid}. Give --pid {status.tgid}.")

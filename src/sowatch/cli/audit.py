@@ -1,4 +1,4 @@
-"""Is the map right? Compares it with an independent reading of /proc.
+"""Is the map right? Compares it with an independent scan of /proc.
 
 Watches for --duration seconds (default 1), then reads every live process's maps and prints what
 differs. A difference counts if it is still the same after a few looks, so a machine that is busy

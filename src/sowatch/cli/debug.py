@@ -1,4 +1,4 @@
-"""Asks or orders a running agent, over its unix socket.
+"""Queries or commands a running agent, over its unix socket.
 
   traced         files that some process holds, by rule, and who
   blocked        files whose activation failed, and why

@@ -11,8 +11,8 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
 --json gives one object. Of a process:
   schema, event "explain", target "process"; process and library as in events
   state running, zombie or kernel_thread; threads; leader_alive; bits 32, 64 or null
-  kernel  null, or followed, activity, range_count, ranges, dirty, shares_vm
-  map     null, or since, since_ns, files, announced, awaits_rescan
+  kernel  null, or followed, touches, range_count, ranges, dirty, shares_vm
+  map     null, or since, since_ns, files, announced, awaits_reading
   mappings, one for each file it has mapped executable:
     library, ranges, id_from map, verdict (the kernel's memory) or proc (which does not know
             the real device below overlayfs and btrfs)
@@ -22,7 +22,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     untold  why no load was told: no_rule, not_selected, passing (vfork), awaiting_facts,
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
-    file    opened_by map_files, root, own_view_id or null; tries: by, path, error; exports found;
+    file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;
             elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer,
             skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
@@ -103,14 +103,14 @@ _ELF: Final = {
     "not_permitted": "cannot be read: not permitted",
     "unreadable": "cannot be read",
     "no_answer": "cannot be read: its file system does not answer",
-    "skipped": "not looked at",
+    "skipped": "not tried",
 }
 _RELATION: Final = {
     "same": "this file",
     "other_name": "this file, by another name",
     "other_file": "another file, by the same name",
     "deleted": "a deleted file that had this name",
-    "unknown": "this file or another: it cannot be told",
+    "unknown": "this file or another: it cannot be determined",
 }
 _ID_FROM: Final = {
     "map": "by the map",
@@ -127,10 +127,10 @@ _NOTES: Final = {
     "narrow": "it is a 32-bit process: its calls are not seen, so it is read again and again.",
     "unread": "the kernel does not answer who reads its mappings, as a page fault of it waits for a file system: "
     "what is known of it may be old. It is read as soon as that is over.",
-    "unrepaired": "facts were lost and the map is not repaired yet, so it may be wrong for a moment.",
+    "unrepaired": "records were lost and the map is not repaired yet, so it may be wrong for a moment.",
     "not_mapped": "no process has this file mapped executable. A program that has the library linked in "
     "statically does not map it.",
-    "mapped_unknown": "no process that could be read has this file mapped executable, as far as it can be told.",
+    "mapped_unknown": "no process that could be read has this file mapped executable, as far as it can be determined.",
     "not_regular": "only regular files and memfds can be libraries.",
     "nothing_wants": "no rule would want it.",
     "published_only": "only what load events name is shown; `sowatch debug explain`, on the host, shows the rest.",
@@ -191,7 +191,7 @@ def _pid(target: str, proc_root: str) -> int | None:
     if not (target.isascii() and target.isdigit()):
         return None
     if len(target.lstrip("0")) > 10:
-        raise SowatchError(f"there is no process {target} in {proc_root}. Look for the right one with `ps -e`.")
+        raise SowatchError(f"there is no process {target} in {proc_root}. Find the right one with `ps -e`.")
     return int(target)
 
 
@@ -227,10 +227,11 @@ def _process(report: ProcessReport) -> Iterator[str]:
     yield _line("state", ", ".join(state))
     if followed is None or not followed.activity:
         is_settled = followed is not None
-        yield _line("kernel", "does not follow it" + (": it did, and nothing of it was wanted" if is_settled else ""))
+        yield _line("kernel", "does not track it" + (": it did, and nothing of it was wanted" if is_settled else ""))
     else:
-        dirty = "a reading is owed" if followed.needs_rescan else "no reading is owed"
-        yield _line("kernel", f"follows it: {followed.activity} activity, {followed.range_count} ranges known, {dirty}")
+        rescan = "it needs a rescan" if followed.needs_rescan else "no rescan is needed"
+        known_ranges = f"{followed.range_count} ranges known"
+        yield _line("kernel", f"tracks it: activity generation {followed.activity}, {known_ranges}, {rescan}")
     if known is None or report.known_since_ns is None:
         yield _line("map", "does not know it")
     else:
@@ -289,7 +290,7 @@ def _type_of(report: PathReport) -> str:
     if report.file_type is not None:
         return "memory, which no directory has" if report.file_type == "memory" else report.file_type
     is_absent = report.look.elf == "gone"
-    return f"{'nothing is there' if is_absent else 'cannot be told'}: {report.error}"
+    return f"{'nothing is there' if is_absent else 'cannot be determined'}: {report.error}"
 
 
 def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
@@ -298,7 +299,7 @@ def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
             str(one.process.pid),
             visible(one.process.comm or "-"),
             _RELATION[one.relation],
-            _seen(one.seen) if one.seen else "in the map, not told" if one.in_map else "not in the map",
+            _seen(one.seen) if one.seen else "in the map, not reported" if one.in_map else "not in the map",
             visible(one.path),
         )
         for one in found

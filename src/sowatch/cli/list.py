@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 NOT_PERMITTED = 3
 #: Strategies that find files in /proc, and so only those of processes that it may be asked about.
 _READ_FROM_PROC = ("prebuilt", "procfs")
-_REMEDY = "ProcessScan all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
+_REMEDY = "To read all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
 _ORDERS = ("library", "process")
 _ID_LENGTH = 12
 
@@ -127,7 +127,7 @@ def _conclude(
         text = "nothing that can be seen runs" if open_ends else "nothing runs"
         text += " on deleted or replaced files"
         if unknown:
-            text += f", as far as it can be told: of {unknown} mapped file{'s' * (unknown != 1)} it cannot"
+            text += f", as far as it can be determined: of {unknown} mapped file{'s' * (unknown != 1)} it cannot"
     if open_ends:
         warn(f"{text}, but {open_ends[0]}" if text else open_ends[0])
     elif text and not as_json:

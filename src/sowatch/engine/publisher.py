@@ -1,6 +1,6 @@
 """From changes of the map to events: file facts, rules, activation.
 
-Runs on the engine's thread; nothing here runs user code or activity a file.
+Runs on the engine's thread; nothing here runs user code or opens a file.
 """
 
 from __future__ import annotations

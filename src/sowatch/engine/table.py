@@ -73,7 +73,7 @@ class MappingTable:
         dirty: tgids whose mappings must be read, in order, with what the findings are called.
         answers: keys the kernel asked about, and whether they are wanted.
         idle: (tgid, start_ns, activity) of processes the kernel follows although nothing of theirs
-            is wanted, as far as these activity go.
+            is wanted, as far as that activity generation goes.
         narrow: tgid and start_ns of 32-bit processes, whose calls nobody reports: their owner reads
             them again and again.
         throttled: tgids whose changes were dropped in the kernel, being too many; their owner

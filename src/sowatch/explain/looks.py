@@ -137,10 +137,10 @@ def look_at_place(place: int, path: str, exports: Collection[str]) -> FileLook:
     try:
         fd = reopen(place, os.O_RDONLY)
     except OSError as error:
-        attempt = Try("own_view_id", path, os.strerror(error.errno or 0))
+        attempt = Try("own_view", path, os.strerror(error.errno or 0))
         return FileLook("not_permitted" if isinstance(error, PermissionError) else "gone", tries=(attempt,))
     try:
-        return _read(fd, "own_view_id", (Try("own_view_id", path, None),), exports)
+        return _read(fd, "own_view", (Try("own_view", path, None),), exports)
     finally:
         os.close(fd)
 
@@ -177,7 +177,7 @@ def _ways(proc: ProcFs, subject: Subject) -> Iterator[_Way]:
         return
     yield _failed("root", below + subject.path, root) if isinstance(root, Miss) else _by_path("root", root, subject)
     if subject.is_own_view:
-        yield _by_path("own_view_id", "/", subject)
+        yield _by_path("own_view", "/", subject)
 
 
 def _by_link(proc: ProcFs, subject: Subject) -> _Way:

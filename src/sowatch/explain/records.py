@@ -48,7 +48,7 @@ ElfState: TypeAlias = Literal[
     "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
 ]
 #: By which way a file was opened; see `Try`.
-By: TypeAlias = Literal["map_files", "root", "own_view_id"]
+By: TypeAlias = Literal["map_files", "root", "own_view"]
 #: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
 #: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
@@ -87,7 +87,7 @@ class Try:
     """One way to open the very file, and why it did not work (None: it did).
 
     ``by``: ``map_files``, the kernel's own link to the mapping; ``root``, the path below the root of
-    the process; ``own_view_id``, the path as the agent sees it.
+    the process; ``own_view``, the path as the agent sees it.
     """
 
     by: By
@@ -278,7 +278,7 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
         "kernel": followed
         and {
             "followed": followed.activity > 0,
-            "activity": followed.activity,
+            "touches": followed.activity,
             "range_count": followed.range_count,
             "ranges": ranges_list(followed.ranges),
             "dirty": followed.needs_rescan,
@@ -290,7 +290,7 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
             "since_ns": known.since_ns,
             "files": len(known.files),
             "announced": known.is_announced,
-            "awaits_rescan": known.awaits_rescan,
+            "awaits_reading": known.awaits_rescan,
         },
         "mappings": [_mapping(one) for one in report.mappings],
         "extra": [_difference(one) for one in report.extra],

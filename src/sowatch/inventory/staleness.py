@@ -70,7 +70,7 @@ FRESH: Final = StaleAnswer(None)
 
 _NO_ANSWER: Final = "its file system does not answer"
 _TOO_MANY: Final = "too many file systems do not answer"
-NOT_PERMITTED: Final = "this user may not look at the process"
+NOT_PERMITTED: Final = "this user may not read the process"
 _OUTSIDE: Final = "it lies outside the root directory that the process has now"
 _COVERED: Final = "its path leads to another mount: its own was covered or unmounted"
 _NOWHERE: Final = (

@@ -69,7 +69,7 @@ class ProcReadError(SowatchError):
         self.errno = errno
         super().__init__(
             f"cannot read {path}: {os.strerror(errno)}. "
-            "Look at the limits of this process (`ulimit -n`, memory) and try again."
+            "Check the limits of this process (`ulimit -n`, memory) and try again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Limits and policy in one frozen value. Nothing here activity the kernel.
+"""Limits and policy in one frozen value. Nothing here uses the kernel.
 
 Every size has a default that fits a host of a few thousand processes; `Config.replace` gives a changed copy, checked
 the same way.

@@ -223,12 +223,12 @@ class ProcessGone(RegistryError):
 
 
 class AlreadyRegistered(RegistryError):
-    """The file is already active; the process was added to its holders."""
+    """The file is already active; the process is one more that has it."""
 
     def __init__(self, file: object) -> None:
         self.file = file
         super().__init__(
-            f"{file} is already registered. Its activation ran once and stands; the process was added to its holders."
+            f"{file} is already registered. Its activation ran once and stands; the process is one more that has it."
         )
 
 

@@ -17,7 +17,7 @@ _READ_BYTES = 1 << 16
 
 
 class IteratorScan:
-    """A call for `UnreadProcesses.run`. After it was given up it activity nothing but its own descriptor.
+    """A call for `UnreadProcesses.run`. After it was given up it uses nothing but its own descriptor.
 
     Args:
         open_session: a new descriptor of the iterator for one process, or for all (0).

@@ -63,7 +63,7 @@ LOST: Final = _define(
     "are the kernel side's, throttled being records of a process that floods.",
     "where",
 )
-REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by reading again.")
+REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by a full scan.")
 IS_REPAIRED: Final = _define("gauge", "watcher.repaired", "1 while every loss in the kernel is made good, else 0.")
 UNREAD: Final = _define(
     "gauge", "watcher.unread", "Processes whose mappings cannot be read now, because the kernel does not answer."
@@ -150,10 +150,10 @@ PROCESS_MONITOR: Final = {
             "Events that found the queue full; they are found again.",
             "process_exec_channel_is_full, process_exit_channel_is_full",
         ),
-        "repairs": ("repairs", "Looks at /proc that made a loss good.", None),
+        "repairs": ("repairs", "Scans of /proc that made a loss good.", None),
         "scan_failed": (
             "process_scan_failed",
-            "Looks at /proc that failed; each is tried again.",
+            "Scans of /proc that failed; each is tried again.",
             "process_scan_failed",
         ),
         "feed_errors": (
@@ -189,7 +189,7 @@ CONFIG_VALID: Final = _define(
 OVERFLOW: Final = _define(
     "counter",
     "telemetry.overflow",
-    "Uses of a metric that had no room for another set of labels and went to its overflow series.",
+    "Uses of a metric that could not take another set of labels and went to its overflow series.",
     "metric",
 )
 SAMPLE_ERRORS: Final = _define(

@@ -66,7 +66,7 @@ class Pusher:
             self._close_exporter()
             self._thread.join(_GRACE_S)
         if self._thread.is_alive():
-            LOG.warning("the exporter %s did not finish within %.1f s and was left alone", self.name, timeout_s)
+            LOG.warning("the exporter %s did not finish within %.1f s and was abandoned", self.name, timeout_s)
 
     def __enter__(self) -> Self:
         self.start()

@@ -138,7 +138,7 @@ class SinkRunner:
                 self._sink.interrupt()
                 self._thread.join(_GRACE_S)
             if self._thread.is_alive():
-                LOG.warning("the sink %s is stuck and was left alone; it missed %d events", self.name, self.stats.lost)
+                LOG.warning("the sink %s is stuck and was abandoned; it missed %d events", self.name, self.stats.lost)
 
     @property
     def stats(self) -> SinkStats:

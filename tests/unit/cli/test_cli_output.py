@@ -433,7 +433,7 @@ def test_losses_and_repairs_are_lines_too(terminal: Terminal) -> None:
 
     text = show(terminal, ScriptedWatcher(after=[lost, repaired]))
 
-    assert "lost: 1 event in the kernel; looking again\n" in text
+    assert "lost: 1 event in the kernel; scanning again\n" in text
     assert "repaired in 0.010 s: 3 loads and 1 unload had been missed\n" in text
 
 

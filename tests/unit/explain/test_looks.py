@@ -48,7 +48,7 @@ def test_another_file_under_the_name_is_not_taken_for_it(make_library: Callable[
     assert (look.elf, look.opened_by) == ("gone", None)
     assert tries(look)[1:] == [
         ("root", "another file has that name now"),
-        ("own_view_id", "another file has that name now"),
+        ("own_view", "another file has that name now"),
     ]
 
 

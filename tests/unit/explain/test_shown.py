@@ -78,7 +78,7 @@ def test_the_text_of_a_process_names_the_rule_the_verdict_and_the_way(case: Case
         "exe        /usr/sbin/nginx",
         "cgroup     -",
         "state      running, 1 thread, 64-bit, leader alive",
-        "kernel     follows it: 1 activity, 1 ranges known, no reading is owed",
+        "kernel     tracks it: activity generation 1, 1 ranges known, no rescan is needed",
         "map        knows it since 2023-11-14T22:13:19.999999Z, 1 files",
         "",
         "/usr/lib/libssl.so.3",
@@ -101,7 +101,7 @@ def test_the_object_of_a_process_has_every_part(case: Case) -> None:
     assert (found["schema"], found["event"], found["target"], found["bits"]) == (1, "explain", "process", 64)
     assert found["kernel"] == {
         "followed": True,
-        "activity": 1,
+        "touches": 1,
         "range_count": 1,
         "ranges": [["1000", "2000"]],
         "dirty": False,

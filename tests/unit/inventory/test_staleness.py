@@ -415,7 +415,7 @@ def test_a_process_that_may_not_be_looked_at_is_unknown(make_library: Any, spawn
     asked = spawn([sys.executable, "-c", code], stdout=-1)
 
     assert asked.communicate()[0].decode().splitlines() == [
-        "unknown: this user may not look at the process",
+        "unknown: this user may not read the process",
         "deleted: None",
     ]
 

@@ -104,7 +104,7 @@ class Feed:
                 try:
                     await self._look()
                 except Exception:
-                    LOG.exception("the page could not be told what is mapped; it is tried again")
+                    LOG.exception("the page could not be sent what is mapped; it is tried again")
                 spent_s = time.monotonic() - begun_s
                 await asyncio.sleep(max(_EVERY_S - spent_s, spent_s / _SHARE))
         finally:
