@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.common import Command, Figure, crowd, main, make_libraries, median, spread, tool
 
+from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.model.config import Config
-from sowatch.sources.poll_timer import CpuClocks
 from sowatch.sources.polling import ProcfsSource
 
 

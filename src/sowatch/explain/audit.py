@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -33,7 +32,6 @@ __all__ = ["AuditReport", "Difference", "audit"]
 #: A difference counts if it is still the same after being looked at this often, this far apart.
 LOOKS: Final = 4
 PAUSE_S: Final = 0.05
-AT_BASE: Final = 7
 #: A file that cannot be read in this time is believed to be what its process says.
 READ_TIMEOUT_S: Final = 1.0
 
@@ -234,15 +232,7 @@ class _Images:
 
     def tentatives(self, pid: int, rows: Iterable[MapRow]) -> dict[MapRow, str]:
         """The rows that the process says are such, and which."""
-        base = 0
-        tid = self.proc.live_thread(pid)
-        try:
-            with open(f"{self.proc.root}/{tid}/auxv", "rb") as file:
-                for key, value in struct.iter_unpack("=QQ", file.read(1024)):
-                    if key == AT_BASE:
-                        base = value
-        except (OSError, struct.error):
-            pass
+        base = self.proc.interpreter_base(pid)
         link = self.proc.exe(pid)
         exe = os.fsencode(link.path) if link else None
         found = {}

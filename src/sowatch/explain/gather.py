@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +46,6 @@ from sowatch.model.rules import Rule, RuleSet
 
 __all__ = ["ExplainContext", "check_process", "explain"]
 
-_AT_BASE: Final = 7
 _NO_ANSWER: Final = FileLook("no_answer")
 _SKIPPED: Final = FileLook("skipped", "there are too many")
 #: A process may have 65,530 mappings, each of another file; what is not looked at within this time is not.
@@ -145,7 +143,7 @@ def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:
         stat=about,
         is_32bit=is_32bit,
         exe=proc.exe(pid),
-        interpreter_base=_interpreter_base(proc, pid, is_compat=is_32bit is True),
+        interpreter_base=proc.interpreter_base(pid),
         maps=rows if isinstance(rows, Miss) else group_rows(rows, _root_of(proc, pid)),
         sees_our_files=_sees_our_files(proc, pid),
     )
@@ -170,16 +168,6 @@ def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, worker: TimeoutW
                 row = row._replace(path=row.shown_path, is_deleted=False)  # noqa: PLW2901
         untracked.append(row)
     return untracked
-
-
-def _interpreter_base(proc: ProcFs, pid: int, *, is_compat: bool) -> int:
-    """Where exec mapped the dynamic loader; 0 if there is none, or it cannot be told."""
-    try:
-        with open(f"{proc.root}/{proc.live_thread(pid)}/auxv", "rb") as file:
-            vector: dict[int, int] = dict(struct.iter_unpack("=II" if is_compat else "=QQ", file.read(1024)))
-            return vector.get(_AT_BASE, 0)
-    except (OSError, struct.error):
-        return 0
 
 
 def _root_of(proc: ProcFs, pid: int) -> str:

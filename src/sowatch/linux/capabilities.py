@@ -12,7 +12,7 @@ from typing import Final
 
 from sowatch.model.errors import SowatchError
 
-__all__ = ["NEEDED", "drop_privileges", "effective_capabilities"]
+__all__ = ["NEEDED", "drop_privileges", "effective_capabilities", "missing_capabilities"]
 
 #: By bit number (include/uapi/linux/capability.h), with what it is for. docs/operations.md lists them, too.
 NEEDED: Final = {
@@ -22,6 +22,11 @@ NEEDED: Final = {
     "CAP_BPF": (39, "BPF programs and maps"),
     "CAP_CHECKPOINT_RESTORE": (40, "/proc/PID/map_files, by which a mapped file is opened"),
 }
+
+#: What BPF strategies need. CAP_SYS_ADMIN implies both (bpf(2), perf_event_open(2)); it is needed itself to open
+#: tracefs where it is not mounted.
+_FOR_BPF: Final = ("CAP_PERFMON", "CAP_BPF")
+_SYS_ADMIN: Final = 21
 
 _PR_CAPBSET_READ: Final = 23
 _PR_CAPBSET_DROP: Final = 24
@@ -48,6 +53,14 @@ def effective_capabilities() -> int:
     """The mask of the calling thread."""
     with open("/proc/thread-self/status", "rb") as status:
         return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+
+
+def missing_capabilities() -> tuple[str, ...]:
+    """What BPF strategies need of capabilities, and the calling thread has not."""
+    effective = effective_capabilities()
+    if effective >> _SYS_ADMIN & 1:
+        return ()
+    return tuple(name for name in _FOR_BPF if not effective >> NEEDED[name][0] & 1)
 
 
 def drop_privileges() -> int:

@@ -35,9 +35,7 @@ class ElfError(SowatchError):
     def __init__(self, reason: str, errno: int | None = None) -> None:
         self.reason = reason
         self.errno = errno
-        super().__init__(
-            f"cannot read the ELF file: {reason}. `readelf -ld FILE` shows its headers."
-        )
+        super().__init__(f"cannot read the ELF file: {reason}. `readelf -ld FILE` shows its headers.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,11 +14,11 @@ import errno
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import AnyStr, Final, Literal, NamedTuple, TypeVar
 
+from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
 from sowatch.model.errors import ProcRootError, SowatchError
 from sowatch.model.events import Process
@@ -33,7 +33,6 @@ __all__ = [
     "Stat",
     "Status",
     "executable_maps",
-    "parse_auxv_is_32bit",
     "parse_maps",
     "parse_stat",
     "parse_status",
@@ -248,17 +247,6 @@ def parse_status(data: bytes) -> Status | None:
     except (IndexError, KeyError, ValueError):
         return None
     return Status(tgid, ppid, uid, ns_pid, threads)
-
-
-def parse_auxv_is_32bit(data: bytes) -> bool | None:
-    """Whether an auxiliary vector is of a 32-bit process, ``None`` if it is empty.
-
-    Read as pairs of 64-bit words a 32-bit vector has "types" above 2**32, because its AT_PAGESZ,
-    which is never 0, fills the upper half of one.
-    """
-    if not data:
-        return None
-    return any(int.from_bytes(data[at : at + 8], sys.byteorder) >> 32 for at in range(0, len(data) - 7, 16))
 
 
 def seen_path(path: AnyStr, root: AnyStr) -> AnyStr:
@@ -478,12 +466,19 @@ class ProcFs:
         return Link(plain, plain != path)
 
     def is_32bit(self, pid: int) -> bool | Miss:
-        """Whether its program is a 32-bit one, told from the auxiliary vector; opens no file of it."""
+        """Whether its program is a 32-bit one, by the auxiliary vector; opens no file of it."""
+        data = self._auxv(pid)
+        return data if isinstance(data, Miss) else bool(auxv.is_32bit(data))
 
-        def ask(base: str) -> bool | Miss:
+    def interpreter_base(self, pid: int) -> int:
+        """The address at which exec mapped the interpreter; 0 if there is none, or it cannot be read."""
+        data = self._auxv(pid)
+        return 0 if isinstance(data, Miss) else auxv.interpreter_base(data)
+
+    def _auxv(self, pid: int) -> bytes | Miss:
+        def ask(base: str) -> bytes | Miss:
             data = _read(f"{base}/auxv")
-            answer = data if isinstance(data, Miss) else parse_auxv_is_32bit(data)
-            return Miss.ABSENT if answer is None else answer
+            return Miss.ABSENT if data == b"" else data
 
         return self._first(pid, ask)
 

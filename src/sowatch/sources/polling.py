@@ -33,14 +33,15 @@ from sowatch.bpf.records import (
     text_of,
     who_is,
 )
+from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.pid_namespaces import why_not_whole_host
-from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, parse_auxv_is_32bit, seen_path
+from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.stats import Losses
 from sowatch.sources.core import FILE_KEY, ProcessScan, Report, TrackedEntry, Verdict, Verdicts
-from sowatch.sources.poll_timer import CpuClocks, PollTimer
+from sowatch.sources.poll_timer import PollTimer
 from sowatch.sources.proc_scan import listed
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
@@ -56,7 +57,6 @@ REREAD_LOOKS: Final = 60
 TRIES: Final = 3
 #: Names of files kept; some 300 bytes each.
 MAX_FILES: Final = 65_536
-AT_BASE: Final = 7
 #: Where struct file_key has what tells one file from another.
 IDENTITY: Final = slice(0, 24)
 #: Identity and name, in whatever view.
@@ -519,11 +519,7 @@ class ProcfsSource:
         # One that has ended is found below. What cannot be read of one that is there is left open: a path longer than a
         # page, say, is no reason to leave its mappings out.
         exe, root = _link(base + b"/exe"), _link(base + b"/root") or b"/"
-        try:
-            with open(base + b"/auxv", "rb") as file:
-                interpreter_base = _auxv_base(file.read(4096))
-        except OSError:
-            interpreter_base = 0
+        interpreter_base = self._proc.interpreter_base(pid)
         now = self._stat(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
@@ -564,13 +560,6 @@ def file_of(row: MapRow, root: bytes, view: bytes) -> File:
         flags=FLAG_DELETED if row.is_deleted else 0,
         since_ns=0,
     )
-
-
-def _auxv_base(data: bytes) -> int:
-    """Where exec put the interpreter; 0 if there is none."""
-    words = struct.Struct("=II" if parse_auxv_is_32bit(data) else "=QQ")
-    pairs = words.iter_unpack(data[: len(data) // words.size * words.size])
-    return next((value for key, value in pairs if key == AT_BASE), 0)
 
 
 class _Verdicts:

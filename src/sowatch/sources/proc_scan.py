@@ -32,7 +32,6 @@ __all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
 #: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
 _KEY: Final = struct.Struct("=QQIIQQQQII")
 _FILE_ID: Final = struct.Struct("=QQII")
-_AT_BASE: Final = 7
 #: What is followed: the value itself means nothing, only that it is not 0.
 _TRACKED: Final = 1
 
@@ -146,17 +145,8 @@ class ProcReader:
         """The rows that the process claims exec to have mapped: of the main executable and of the interpreter."""
         exe = self.proc.exe(pid)
         path = os.fsencode(exe.path) if not isinstance(exe, Miss) else None
-        base = self._interpreter_base(pid)
+        base = self.proc.interpreter_base(pid)
         return {row for row in rows if row.path == path or (base and row.start - row.offset_bytes == base)}
-
-    def _interpreter_base(self, pid: int) -> int:
-        tid = self.proc.live_thread(pid)
-        try:
-            with open(f"{self.proc.root}/{tid}/auxv", "rb", buffering=0) as file:
-                words = struct.iter_unpack("=QQ", file.read(1024))
-                return next((value for key, value in words if key == _AT_BASE), 0)
-        except (OSError, struct.error):
-            return 0
 
     def map_record(
         self, of: Stat, view: tuple[int, int, bytes], row: MapRow, *, t_ns: int, flags: int = 0

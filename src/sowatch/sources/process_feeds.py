@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from sowatch.bpf.binding import BpfObject
 from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of, paths_of
+from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.cgroups import choose_cgroup
 from sowatch.linux.containers import container_id
+from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs, ProcReadError, Stat
 from sowatch.model.config import Config
@@ -24,8 +26,7 @@ from sowatch.model.identity import ProcessId
 from sowatch.model.process_events import ProcessEvent
 from sowatch.sources.core import PROCESS_HOOKS, Report, read_losses
 from sowatch.sources.legacy import OLD_OBJECT, READERS
-from sowatch.sources.poll_timer import CpuClocks, PollTimer
-from sowatch.sources.select import missing_capabilities
+from sowatch.sources.poll_timer import PollTimer
 
 __all__ = ["KernelProcessFeed", "PolledProcessFeed"]
 

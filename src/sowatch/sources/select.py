@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.compile import compile_programs
+from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -33,15 +34,10 @@ from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
 from sowatch.sources.polling import ProcfsSource
 from sowatch.sources.prebuilt import PrebuiltSource
 
-__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "missing_capabilities", "open_source", "plan"]
+__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "open_source", "plan"]
 
 LOG = logging.getLogger("sowatch")
 
-#: What BPF strategies need, by bit number (include/uapi/linux/capability.h). CAP_SYS_ADMIN implies the
-#: first two (bpf(2), perf_event_open(2)); it is needed itself to open tracefs where it is not mounted.
-NEEDED = {"CAP_PERFMON": 38, "CAP_BPF": 39}
-CAP_SYS_ADMIN = 21
-CAP_SYS_PTRACE = 19
 
 _REMEDY_ROOT = (
     "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
@@ -135,18 +131,6 @@ class Plan:
     remedy: str
     is_only_permission: bool = False
     limits: tuple[str, ...] = ()
-
-
-def missing_capabilities() -> tuple[str, ...]:
-    """Capabilities this process would need and has not."""
-    effective = 0
-    with open("/proc/thread-self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"CapEff:"):
-                effective = int(line.split()[1], 16)
-    if effective >> CAP_SYS_ADMIN & 1:
-        return ()
-    return tuple(name for name, bit in NEEDED.items() if not effective >> bit & 1)
 
 
 def open_source(config: Config) -> EventSource:

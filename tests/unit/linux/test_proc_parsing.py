@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sowatch.linux import auxv
 from sowatch.linux import proc as procfs
 from sowatch.linux.cgroups import parse_cgroup
 from sowatch.linux.proc import (
     MapRow,
     executable_maps,
-    parse_auxv_is_32bit,
     parse_maps,
     parse_stat,
     parse_status,
@@ -191,7 +191,7 @@ def test_no_bytes_make_the_other_parsers_raise(data: bytes) -> None:
     parse_status(b"\nTgid:" + data + b"\nUid:" + data + b"\nNStgid:" + data + b"\nPPid:1\nThreads:1\n")
     parse_cgroup(data)
     parse_cgroup(data.replace(b"\0", b":"))
-    parse_auxv_is_32bit(data)
+    auxv.is_32bit(data)
 
 
 def test_start_is_in_ns_at_tick_precision() -> None:
@@ -248,9 +248,9 @@ def test_a_32_bit_vector_is_told_from_a_64_bit_one() -> None:
     pairs = [(33, 0xF7F0_0000), (6, 4096), (7, 0), (9, 0x0804_8000), (0, 0)]
     words = [word for pair in pairs for word in pair]
 
-    assert parse_auxv_is_32bit(b"".join(word.to_bytes(4, sys.byteorder) for word in words)) is True
-    assert parse_auxv_is_32bit(b"".join(word.to_bytes(8, sys.byteorder) for word in words)) is False
-    assert parse_auxv_is_32bit(b"") is None
+    assert auxv.is_32bit(b"".join(word.to_bytes(4, sys.byteorder) for word in words)) is True
+    assert auxv.is_32bit(b"".join(word.to_bytes(8, sys.byteorder) for word in words)) is False
+    assert auxv.is_32bit(b"") is None
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
 from sowatch.engine.address_space import MappedFile, ProcessState
+from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.proc import MapRow, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId
-from sowatch.sources.poll_timer import CpuClocks, PollTimer
+from sowatch.sources.poll_timer import PollTimer
 from sowatch.sources.polling import REREAD_LOOKS, Row, compare, file_of
 from support.poller import Poller, mapped
 from support.programs import Mapper, make_libraries
@@ -367,7 +368,7 @@ def test_a_process_that_is_gone_has_no_clock(start: Any) -> None:
 def test_below_the_proc_of_another_pid_namespace_everything_is_read_and_nothing_mistaken() -> None:
     code = (
         "import os; from sowatch.model.config import Config\n"
-        "from sowatch.sources.polling import *; from sowatch.sources.poll_timer import *\n"
+        "from sowatch.sources.polling import *; from sowatch.linux.cpu_clock import *\n"
         "from sowatch.linux.proc import ProcFs\n"
         "from sowatch.linux.pid_namespaces import own_pid\n"
         "source = ProcfsSource(Config()); reading = source.scan_process(own_pid(ProcFs()))\n"
