@@ -12,7 +12,14 @@ from typing import Final, NamedTuple
 
 from sowatch.linux.elf_file import DEFAULT_LIMITS, ElfError, ElfFile, ElfLimits, is_regular, open_elf
 
-__all__ = ["ExportSearch", "read_exports", "search_exports", "symbol_offsets"]
+__all__ = [
+    "ExportSearch",
+    "dynamic_symbols",
+    "exported_functions",
+    "read_exports",
+    "search_exports",
+    "symbol_offsets",
+]
 
 #: Added to the budget for each name that is looked for: some sixty small reads, an honest one needs five to twenty.
 _BYTES_PER_NAME: Final = 32 << 10
@@ -78,6 +85,19 @@ class _Symbols:
         table = elf.scan_all(elf.place(tags[_DT_SYMTAB], "symbol table"), count * record.size, "symbol table")
         strings = elf.place(tags.get(_DT_STRTAB, -1), "string table")
         return elf.scan_all(strings, tags.get(_DT_STRSZ, 0), "string table"), self._exported(table)
+
+    def whole(self) -> tuple[bytes, bytes]:
+        """The symbol table and its strings, as the file has them; both empty if it has none."""
+        elf, tags = self._elf, self._tags
+        if _DT_SYMTAB not in tags or not (_DT_GNU_HASH in tags or _DT_HASH in tags):
+            return b"", b""
+        count = self._gnu_hash_count() if _DT_GNU_HASH in tags else self._old_hash().symbols
+        record = elf.layout.symbol
+        strings = elf.place(tags.get(_DT_STRTAB, -1), "string table")
+        return (
+            elf.read(elf.place(tags[_DT_SYMTAB], "symbol table"), count * record.size),
+            elf.read(strings, tags.get(_DT_STRSZ, 0)),
+        )
 
     def find(self, name: str) -> list[_Symbol]:
         """The exported symbols of that name, one for each version."""
@@ -270,6 +290,30 @@ def read_exports(
         found.add(strings[start:end].decode("utf-8", "surrogateescape"))
     found.discard("")
     return frozenset(found)
+
+
+def dynamic_symbols(elf: ElfFile) -> list[tuple[bytes, bytes]]:
+    """The dynamic symbol table and its strings, found as ld.so does, without sections; none if there is none.
+
+    Raises:
+        ElfError: as in `read_exports`.
+    """
+    symbols, strings = _Symbols(elf).whole()
+    return [(symbols, strings)] if symbols else []
+
+
+def exported_functions(elf: ElfFile, name: str) -> list[tuple[int, int]]:
+    """Offset and size of the exported functions of that name, by offset, found by the hash table; none if it lies."""
+    found = {}
+    try:
+        for one in _Symbols(elf).find(name):
+            offset = elf.offset_of(one.value)
+            if one.info & 15 in (_STT_NOTYPE, _STT_FUNC) and offset is not None and elf.is_code(one.value):
+                found[offset] = one.size
+    except ElfError as error:
+        if error.errno is not None:
+            raise
+    return sorted(found.items())
 
 
 def symbol_offsets(fd: int, name: str, *, limits: ElfLimits = DEFAULT_LIMITS) -> tuple[int, ...]:

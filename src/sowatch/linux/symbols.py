@@ -1,21 +1,30 @@
 """Functions of an ELF file by name, as probes want them: every symbol table, patterns, and why one cannot be probed.
 
-Names and patterns are looked for in ``.dynsym`` and ``.symtab``, which are read whole, within a budget; the files are
-hostile, as everywhere here.
+A name is looked for as ld.so does, then in ``.dynsym``, then in ``.symtab``; patterns in both, which are read whole,
+within a budget; the files are hostile, as everywhere here. What was found in tables is kept for the next file that has
+the same tables: the copies of one build in many containers. It is not kept by build id, which is only what a file says
+of itself: one that lies would have functions of another probed at wrong places.
+
+This reads files: never on the thread that drains the kernel.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import hashlib
 import os
 import platform
 import re
+import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Final, NamedTuple
 
 from sowatch.linux.elf_file import ElfError, ElfFile, ElfLimits, is_regular, open_elf
+from sowatch.linux.elf_symbols import dynamic_symbols, exported_functions
+from sowatch.linux.mangled import qualified_name
 from sowatch.model.errors import SowatchError
 
 __all__ = ["Symbol", "SymbolError", "is_go", "list_functions", "native_machine_error", "resolve"]
@@ -24,7 +33,10 @@ __all__ = ["Symbol", "SymbolError", "is_go", "list_functions", "native_machine_e
 _LIMITS: Final = ElfLimits(read_bytes=96 << 20)
 #: More matches than this are a mistake in the pattern: each is a breakpoint.
 MAX_MATCHES: Final = 512
+#: What is kept of earlier searches; the largest is `MAX_MATCHES` symbols, most are one.
+_KEPT_SEARCHES: Final = 2_048
 _SHT_SYMTAB, _SHT_NOTE, _SHT_DYNSYM = 2, 7, 11
+_SHT_GNU_VERNEED, _SHT_GNU_VERSYM = 0x6FFFFFFE, 0x6FFFFFFF
 _SHN_UNDEF: Final = 0
 _STT_NOTYPE, _STT_FUNC, _STT_GNU_IFUNC = 0, 2, 10
 #: e_machine by ``os.uname().machine``; both are 64-bit, little-endian.
@@ -39,8 +51,6 @@ _MACHINE_NAMES: Final = {
 }
 _OFFSET: Final = re.compile(r"(?P<name>.+)\+(?P<offset>0x[0-9a-fA-F]+|\d+)")
 _GLOB: Final = re.compile(r"[*?\[]")
-#: The beginning of a mangled name (Itanium C++ ABI 5.1.2), with its nested names.
-_NESTED: Final = re.compile(r"_ZN[rVK]*[RO]?(?P<names>.*)")
 
 
 class SymbolError(SowatchError):
@@ -50,7 +60,7 @@ class SymbolError(SowatchError):
         self.symbol = symbol
         self.reason = reason
         self.near = near
-        hint = f" Near: {', '.join(near)}." if near else " `sowatch trace --list FILE` shows what it has."
+        hint = f" Near: {', '.join(near)}." if near else " `sowatch trace --list LIB` shows what it has."
         super().__init__(f"{symbol}: {reason}.{hint}")
 
 
@@ -110,14 +120,9 @@ def resolve(fd: int, pattern: str) -> list[Symbol]:
     if match := _OFFSET.fullmatch(pattern):
         name, extra = match["name"], int(match["offset"], 0)
     try:
-        rows = _rows_named(elf, name)
-        found = _functions(elf, rows)
-        if not found:
-            raise _why_not(elf, name, rows)
+        found = _named(elf, name)
     except ElfError as error:
         raise SymbolError(name, error.reason) from error
-    if len(found) > MAX_MATCHES:
-        raise SymbolError(name, f"{len(found)} functions match, and at most {MAX_MATCHES} can be probed at once")
     if extra:
         found = [_inside(one, extra, pattern) for one in found]
     return found
@@ -131,7 +136,8 @@ def list_functions(fd: int, pattern: str = "*") -> list[Symbol]:
     """
     elf = _open(fd, pattern)
     try:
-        return sorted(_functions(elf, [row for row in _all_rows(elf) if fnmatch.fnmatchcase(row.name, pattern)]))
+        is_match = re.compile(fnmatch.translate(pattern)).match
+        return sorted(_functions(elf, [row for row in _Tables(elf).rows() if is_match(row.name)]))
     except ElfError as error:
         raise SymbolError(pattern, error.reason) from error
 
@@ -147,17 +153,71 @@ def _open(fd: int, pattern: str) -> ElfFile:
     return elf
 
 
-def _rows_named(elf: ElfFile, name: str) -> list[_Row]:
+class _Searches:
+    """What earlier searches have found, by tables and name; any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[tuple[bytes, str], list[Symbol] | SymbolError] = OrderedDict()
+
+    def get(self, key: tuple[bytes, str]) -> list[Symbol] | SymbolError | None:
+        with self._lock:
+            found = self._found.get(key)
+            if found is not None:
+                self._found.move_to_end(key)
+            return found
+
+    def put(self, key: tuple[bytes, str], found: list[Symbol] | SymbolError) -> None:
+        with self._lock:
+            self._found[key] = found
+            if len(self._found) > _KEPT_SEARCHES:
+                self._found.popitem(last=False)
+
+
+_SEARCHES: Final = _Searches()
+
+
+def _named(elf: ElfFile, name: str) -> list[Symbol]:
+    """The functions of one name or pattern."""
+    is_plain = not name.startswith("cpp:") and _GLOB.search(name) is None
+    if is_plain and (exported := exported_functions(elf, name)):
+        return [Symbol(name, offset, size) for offset, size in exported]
+    tables = _Tables(elf)
+    key = (tables.digest(), name)
+    found = _SEARCHES.get(key)
+    if found is None:
+        found = _search(elf, tables, name)
+        _SEARCHES.put(key, found)
+    if isinstance(found, SymbolError):
+        # A new one: an exception that is kept would keep what its traceback holds.
+        raise SymbolError(found.symbol, found.reason, found.near)
+    return list(found)
+
+
+def _search(elf: ElfFile, tables: _Tables, name: str) -> list[Symbol] | SymbolError:
+    rows = _rows_named(tables, name)
+    found = _functions(elf, rows)
+    if not found:
+        return _why_not(elf, tables, name, rows)
+    if name.startswith("cpp:") and len(found) > 1:
+        overloads = tuple(one.name for one in found[:10])
+        return SymbolError(name, f"it has {len(found)} overloads; give one by its symbol", overloads)
+    if len(found) > MAX_MATCHES:
+        return SymbolError(name, f"{len(found)} functions match, and at most {MAX_MATCHES} can be probed at once")
+    return found
+
+
+def _rows_named(tables: _Tables, name: str) -> list[_Row]:
     if name.startswith("cpp:"):
         wanted = name.removeprefix("cpp:")
-        rows = [row for row in _all_rows(elf) if qualified_name(row.name) == wanted]
-        overloads = sorted({row.name for row in rows})
-        if len(overloads) > 1:
-            raise SymbolError(name, f"it has {len(overloads)} overloads; give one by its symbol", tuple(overloads[:10]))
-        return rows
+        # A constructor has no name of its own in its symbol, nor has an operator.
+        part = max(re.findall(r"\w+", wanted.removesuffix("operator")) or [""], key=len)
+        part = "" if part in ("std", "operator") or "allocator" in part or "basic_" in part else part
+        return [row for row in tables.rows() if part in row.name and qualified_name(row.name) == wanted]
     if _GLOB.search(name):
-        return [row for row in _all_rows(elf) if fnmatch.fnmatchcase(row.name, name)]
-    return [row for row in _all_rows(elf, only=name) if row.name == name]
+        is_match = re.compile(fnmatch.translate(name)).match
+        return [row for row in tables.rows() if is_match(row.name)]
+    return list(tables.rows(only=name))
 
 
 def _functions(elf: ElfFile, rows: list[_Row]) -> list[Symbol]:
@@ -173,23 +233,29 @@ def _functions(elf: ElfFile, rows: list[_Row]) -> list[Symbol]:
     return [found[offset] for offset in sorted(found)]
 
 
-def _why_not(elf: ElfFile, name: str, rows: list[_Row]) -> SymbolError:
+def _why_not(elf: ElfFile, tables: _Tables, name: str, rows: list[_Row]) -> SymbolError:
     if any(row.is_defined and row.kind == _STT_GNU_IFUNC for row in rows):
         return SymbolError(
-            name, "it is indirect (IFUNC): the symbol is that of the resolver, which runs once", _near(elf, name)
+            name, "it is indirect (IFUNC): the symbol is that of the resolver, which runs once", _near(tables, name)
         )
     if any(not row.is_defined for row in rows):
+        origin = tables.origin_of(name)
+        if origin is not None:
+            return SymbolError(name, f"it is imported here, defined in {origin}: use that")
         needed = ", ".join(_needed(elf)) or "one of its libraries"
-        return SymbolError(name, f"it is imported here; probe the library that defines it ({needed})")
+        return SymbolError(name, f"it is imported here; use the library that defines it ({needed})")
     if any(row.is_defined for row in rows):
         return SymbolError(name, "it is no function")
-    return SymbolError(name, "there is no such function", _near(elf, name))
+    return SymbolError(name, "there is no such function", _near(tables, name))
 
 
-def _near(elf: ElfFile, name: str) -> tuple[str, ...]:
-    names = {row.name for row in _all_rows(elf) if row.is_defined and row.kind == _STT_FUNC}
-    plain = name.removeprefix("cpp:")
-    return tuple(difflib.get_close_matches(plain, sorted(names)[:50_000], n=3, cutoff=0.7))
+def _near(tables: _Tables, name: str) -> tuple[str, ...]:
+    names = {row.name for row in tables.rows() if row.is_defined and row.kind == _STT_FUNC}
+    if name.startswith("cpp:"):
+        names = {f"cpp:{plain}" for one in names if (plain := qualified_name(one)) is not None}
+    # Those that begin alike first: the comparison takes 20 us a name.
+    alike = sorted(names, key=lambda one: (one[:3].lower() != name[:3].lower(), abs(len(one) - len(name)), one))
+    return tuple(difflib.get_close_matches(name, alike[:20_000], n=3, cutoff=0.7))
 
 
 def _inside(symbol: Symbol, extra: int, pattern: str) -> Symbol:
@@ -225,28 +291,114 @@ def _sections(elf: ElfFile) -> list[tuple[str, _Section]]:
     return [(text[at : text.find(b"\0", at)].decode("ascii", "replace"), section) for at, section in headers]
 
 
-def _all_rows(elf: ElfFile, only: str | None = None) -> Iterator[_Row]:
-    """Every named symbol of ``.dynsym``, then of ``.symtab``; with ``only`` what has that name."""
-    wanted = None if only is None else only.encode("utf-8", "surrogateescape") + b"\0"
-    sections = [section for _, section in _sections(elf)]
-    for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
-        for section in sections:
-            if section.kind == kind and section.link < len(sections):
-                yield from _table(elf, section, sections[section.link], wanted)
+class _Tables:
+    """The symbol tables of a file as it has them: ``.dynsym``, then ``.symtab``; without sections what ld.so sees.
+
+    Raises:
+        ElfError: they are larger than the budget, or cannot be read.
+    """
+
+    def __init__(self, elf: ElfFile) -> None:
+        self._elf = elf
+        self._sections = [section for _, section in _sections(elf)]
+        #: Symbols and their strings.
+        self._tables: list[tuple[bytes, bytes]] = []
+        self._dynamic: _Section | None = None
+        for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
+            for section in self._sections:
+                if section.kind == kind and section.link < len(self._sections):
+                    strings = self._sections[section.link]
+                    self._tables.append(
+                        (elf.read(section.offset, section.size), elf.read(strings.offset, strings.size))
+                    )
+                    if kind == _SHT_DYNSYM and self._dynamic is None:
+                        self._dynamic = section
+        if self._dynamic is None:
+            self._tables[:0] = dynamic_symbols(elf)
+
+    def digest(self) -> bytes:
+        """What is the same for files in which a search finds the same."""
+        found = hashlib.blake2b(self._elf.head[:64], digest_size=32)
+        found.update(repr((os.fstat(self._elf.fd).st_size, self._elf.segments)).encode("ascii"))
+        for symbols, strings in self._tables:
+            found.update(struct.pack("<QQ", len(symbols), len(strings)) + symbols)
+            found.update(strings)
+        # What an imported name comes from.
+        found.update(repr((self._sections, _needed(self._elf))).encode("utf-8", "surrogateescape"))
+        return found.digest()
+
+    def rows(self, only: str | None = None) -> Iterator[_Row]:
+        """Every named symbol; with ``only`` those that have this name."""
+        for symbols, strings in self._tables:
+            yield from self._named_rows(symbols, strings, only)
+
+    def _named_rows(self, symbols: bytes, strings: bytes, only: str | None) -> Iterator[_Row]:
+        record = self._elf.layout.symbol
+        symbols = symbols[: len(symbols) // record.size * record.size]
+        places = None if only is None else _places_of(strings, only.encode("utf-8", "surrogateescape"))
+        if places is not None:
+            # st_name is the first word of each symbol; an own machine's file (`native_machine_error`) is little-endian.
+            names = memoryview(symbols).cast("I")[:: record.size // 4]
+            at = [number for number, name in enumerate(names.tolist()) if name in places]
+            symbols = b"".join(symbols[number * record.size : (number + 1) * record.size] for number in at)
+        for name, info, _, section, value, size in record.iter_unpack(symbols):
+            end = strings.find(b"\0", name, name + 4096) if name else 0
+            if end > 0:
+                label = strings[name:end].decode("utf-8", "surrogateescape")
+                # A version may be part of the name in .symtab: malloc@@GLIBC_2.2.5.
+                yield _Row(label.partition("@")[0], info & 15, section != _SHN_UNDEF, value, size)
+
+    def origin_of(self, name: str) -> str | None:
+        """The library that an imported function comes from, where the file asks for it by version; None: unknown."""
+        versions = next((one for one in self._sections if one.kind == _SHT_GNU_VERSYM), None)
+        needs = next((one for one in self._sections if one.kind == _SHT_GNU_VERNEED), None)
+        if self._dynamic is None or versions is None or needs is None or needs.link >= len(self._sections):
+            return None
+        elf, record = self._elf, self._elf.layout.symbol
+        symbols, strings = self._tables[0]
+        places = _places_of(strings, name.encode("utf-8", "surrogateescape"))
+        for at in range(len(symbols) // record.size):
+            if int.from_bytes(symbols[at * record.size : at * record.size + 4], "little") in places:
+                number = int.from_bytes(elf.read(versions.offset + 2 * at, 2), "little") & 0x7FFF
+                # 0 and 1 are no versions.
+                return _library_of(elf, needs, self._sections[needs.link], number) if number > 1 else None
+        return None
 
 
-def _table(elf: ElfFile, table: _Section, strings: _Section, wanted: bytes | None) -> Iterator[_Row]:
-    record = elf.layout.symbol
-    data = elf.read(table.offset, table.size)
-    text = elf.read(strings.offset, strings.size)
-    for name, info, _, section, value, size in record.iter_unpack(data[: len(data) // record.size * record.size]):
-        if not name or (wanted is not None and not text.startswith(wanted, name)):
-            continue
-        end = text.find(b"\0", name, name + 4096)
-        if end > 0:
-            label = text[name:end].decode("utf-8", "surrogateescape")
-            # A version may be part of the name in .symtab: malloc@@GLIBC_2.2.5.
-            yield _Row(label.partition("@")[0], info & 15, section != _SHN_UNDEF, value, size)
+def _places_of(strings: bytes, name: bytes) -> set[int]:
+    """Where a name stands in a string table, alone or as the end of a longer one, as linkers put it."""
+    places: set[int] = set()
+    for wanted in (name + b"\0", name + b"@"):
+        at = strings.find(wanted)
+        while at >= 0 and len(places) < 4096:
+            places.add(at)
+            at = strings.find(wanted, at + 1)
+    return places
+
+
+def _library_of(elf: ElfFile, needs: _Section, strings: _Section, version: int) -> str | None:
+    """The file that Elf64_Verneed names for a version; both records have 16 bytes."""
+    data = elf.read(needs.offset, min(needs.size, 1 << 16))
+    at = 0
+    for _ in range(len(data) // 16):
+        if at + 16 > len(data):
+            break
+        _, count, file, first, following = struct.unpack_from("<HHIII", data, at)
+        entry = at + first
+        for _ in range(min(count, len(data) // 16)):
+            if entry + 16 > len(data):
+                break
+            _, _, other, _, step = struct.unpack_from("<IHHII", data, entry)
+            if other == version:
+                text = elf.read(strings.offset + file, 256).partition(b"\0")[0]
+                return text.decode("utf-8", "surrogateescape")
+            if not step:
+                break
+            entry += step
+        if not following:
+            break
+        at += following
+    return None
 
 
 def _needed(elf: ElfFile) -> list[str]:
@@ -262,34 +414,6 @@ def _needed(elf: ElfFile) -> list[str]:
                 if tag == 1:  # DT_NEEDED
                     names.append(text[value : text.find(b"\0", value)].decode("utf-8", "replace"))
     return names
-
-
-@lru_cache(maxsize=100_000)
-def qualified_name(symbol: str) -> str | None:
-    """The C++ function that a mangled name stands for, with its namespaces and without arguments; None: it is none.
-
-    Names of plain nesting only (``_ZN2ns1fEi`` is ``ns::f``, ``_Z1fi`` is ``f``): templates and operators have none
-    here.
-
-    >>> qualified_name("_ZN2ns1fEi"), qualified_name("_Z4mainv"), qualified_name("printf")
-    ('ns::f', 'main', None)
-    """
-    if not symbol.startswith("_Z"):
-        return None
-    nested = _NESTED.fullmatch(symbol)
-    rest = nested["names"] if nested else symbol[2:]
-    parts = []
-    while match := re.match(r"(\d+)", rest):
-        length = int(match[1])
-        parts.append(rest[match.end() : match.end() + length])
-        if len(parts[-1]) != length:
-            return None
-        rest = rest[match.end() + length :]
-        if not nested:
-            break
-    if not parts or (nested and not rest.startswith("E")):
-        return None
-    return "::".join(parts)
 
 
 def open_checked(path: str) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import os
+import re
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from sowatch.linux import symbols
+from sowatch.linux import mangled, symbols
 from sowatch.linux.symbols import SymbolError, is_go, list_functions, native_machine_error, resolve
 from support.programs import build
 
@@ -93,7 +96,7 @@ def test_a_place_in_a_function_lies_within_it(probed_file: Path, opened: Open) -
     ("name", "reason"),
     [
         ("indirect", "it is indirect"),
-        ("longjmp", "it is imported here; probe the library that defines it .*libc"),
+        ("longjmp", r"it is imported here, defined in libc\.so\.6: use that"),
         ("data", "it is no function"),
         ("nothing_like_it_at_all", "there is no such function"),
     ],
@@ -144,6 +147,106 @@ def test_text_is_no_elf_file(tmp_path: Path, opened: Open) -> None:
         resolve(opened(text), "f")
 
 
+def test_constructors_templates_and_operators_are_found_by_their_qualified_names(tmp_path: Path, opened: Open) -> None:
+    source = tmp_path / "a.cc"
+    source.write_text(
+        """
+        namespace ns {
+        struct S { int x; S(int a); ~S(); bool operator==(const S &other) const; };
+        __attribute__((noinline)) S::S(int a) { x = a; }
+        __attribute__((noinline)) S::~S() { x = 0; }
+        __attribute__((noinline)) bool S::operator==(const S &other) const { return x == other.x; }
+        template <class T> __attribute__((noinline)) T same(T a) { return a; }
+        template int same<int>(int);
+        }
+        namespace std { __attribute__((noinline)) int ours(int a) { return a; } }
+        """,
+        encoding="utf-8",
+    )
+    library = tmp_path / "liba.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    fd = opened(library)
+    # The complete and the base constructor are one function with two symbols.
+    found = {name: [one.name for one in resolve(fd, f"cpp:{name}")] for name in ("ns::S::S", "ns::S::~S")}
+    assert {name: len(names) for name, names in found.items()} == {"ns::S::S": 1, "ns::S::~S": 1}
+    assert [one.name for one in resolve(fd, "cpp:ns::S::operator==")] == ["_ZNK2ns1SeqERKS0_"]
+    assert [one.name for one in resolve(fd, "cpp:ns::same")] == ["_ZN2ns4sameIiEET_S1_"]
+    assert [one.name for one in resolve(fd, "cpp:std::ours")] == ["_ZSt4oursi"]
+    with pytest.raises(SymbolError) as caught:
+        resolve(fd, "cpp:ns::sam")
+    assert caught.value.near == ("cpp:ns::same",)
+
+
+def test_qualified_names_are_those_that_binutils_gives(opened: Open) -> None:
+    asked = ["g++", "-print-file-name=libstdc++.so.6"]
+    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    # Not thunks and clones (_ZT, _ZG), which are no functions of the source.
+    names = [one.name for one in list_functions(opened(Path(library))) if re.match("_Z[^TG]", one.name)]
+    said = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    known = [(plain, text) for name, text in zip(names, said, strict=True) if (plain := mangled.qualified_name(name))]
+    # Conversion operators have none.
+    assert len(known) > 0.99 * len(names) > 1000
+    # Their template arguments may have comparisons in them, so only names without any are compared letter by letter.
+    wrong = [(plain, text) for plain, text in known if "<" not in text and "[abi" not in text and plain != text]
+    assert wrong == []
+
+
+def test_a_file_without_section_headers_is_searched_as_ld_so_does(
+    probed_file: Path, opened: Open, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.so"
+    content = bytearray(probed_file.read_bytes())
+    content[40:48] = bytes(8)  # e_shoff
+    content[58:64] = bytes(6)  # e_shentsize, e_shnum, e_shstrndx
+    bare.write_bytes(content)
+    fd, whole = opened(bare), opened(probed_file)
+    assert resolve(fd, "plain") == resolve(whole, "plain")
+    assert [one.name for one in resolve(fd, "plai[n]")] == ["plain"]
+    with pytest.raises(SymbolError, match="there is no such function"):
+        resolve(fd, "hidden")
+
+
+def test_a_copy_of_a_file_is_not_searched_again(
+    probed_file: Path, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.so"
+    copy.write_bytes(probed_file.read_bytes())
+    first = resolve(opened(probed_file), "*lain")
+    searched: list[str] = []
+    monkeypatch.setattr(symbols, "_search", lambda *_: searched.append("again"))
+    assert resolve(opened(copy), "*lain") == first
+    assert searched == []
+
+
+def test_a_file_that_has_the_build_id_of_another_gets_its_own_answer(
+    probed_file: Path, opened: Open, tmp_path: Path
+) -> None:
+    liar = tmp_path / "liar.so"
+    (hidden,) = resolve(opened(probed_file), "hidden")
+    content = probed_file.read_bytes()
+    # The same notes; its .symtab puts the function eight bytes further.
+    old = struct.pack("<Q", hidden.offset)
+    at = content.index(old, 0x2000)
+    liar.write_bytes(content[:at] + struct.pack("<Q", hidden.offset + 8) + content[at + 8 :])
+    (moved,) = resolve(opened(liar), "hidden")
+    assert moved.offset == hidden.offset + 8
+    (still,) = resolve(opened(probed_file), "hidden")
+    assert still.offset == hidden.offset
+
+
+def test_searches_that_are_kept_are_bounded(probed_file: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = symbols._Searches()
+    monkeypatch.setattr(symbols, "_SEARCHES", kept)
+    monkeypatch.setattr(symbols, "_KEPT_SEARCHES", 3)
+    fd = opened(probed_file)
+    for name in ("plai[n]", "*ested", "no_such_*", "hidden"):
+        with contextlib.suppress(SymbolError):
+            resolve(fd, name)
+    assert [name for _, name in kept._found] == ["*ested", "no_such_*", "hidden"]
+
+
 @hypothesis.settings(max_examples=200)
 @hypothesis.given(data=st.data())
 def test_a_file_that_lies_gives_an_answer_or_a_symbol_error(probed_file: Path, data: st.DataObject) -> None:
@@ -166,4 +269,4 @@ def test_a_file_that_lies_gives_an_answer_or_a_symbol_error(probed_file: Path, d
 
 
 def test_the_examples_of_docstrings_are_right() -> None:
-    assert doctest.testmod(symbols).failed == 0
+    assert doctest.testmod(symbols).failed == doctest.testmod(mangled).failed == 0
