@@ -52,9 +52,6 @@ class Hooks:
         if self.fail_off_with is not None:
             raise self.fail_off_with
 
-    def already(self, file: Library) -> None:
-        self.calls.append(("already", file))
-
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.calls]
@@ -76,15 +73,16 @@ class Gate:
         self._open.set()
 
 
-def register(registry: FileRegistry, file: Library, process: ProcessId, hooks: Hooks, rule: str = "default") -> None:
-    registry.register(
-        file,
-        process,
-        rule=rule,
-        activate=hooks.activate,
-        deactivate=hooks.deactivate,
-        already_registered=hooks.already,
+def register(registry: FileRegistry, file: Library, process: ProcessId, hooks: Hooks, rule: str = "default") -> bool:
+    """What publisher and worker do of a load: count it and, if it is the first, activate. Whether that succeeded."""
+    return registry.acquire(rule, file, process) and registry.activate(
+        rule, file, hooks.activate, deactivate=hooks.deactivate, process=process
     )
+
+
+def unregister(registry: FileRegistry, file: Library, process: ProcessId, hooks: Hooks, rule: str = "default") -> bool:
+    """What they do of an unload. Whether the file was deactivated."""
+    return registry.release(rule, file.id, process) and registry.deactivate(rule, file.id, hooks.deactivate)
 
 
 def id_of(pid: int) -> ProcessId:

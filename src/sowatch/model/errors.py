@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 __all__ = [
-    "AlreadyRegistered",
     "BpfError",
-    "CallbackMissing",
     "CompileError",
     "ConfigError",
     "EnvironmentFault",
-    "FileBlocked",
     "LibbpfMissing",
     "LoadAttempt",
     "LoadError",
@@ -211,7 +208,7 @@ class EnvironmentFault(SowatchError):
 
 
 class RegistryError(SowatchError):
-    """Base of what FileRegistry.register refuses with."""
+    """What a `FileRegistry` refuses, and the base of why."""
 
 
 class ProcessGone(RegistryError):
@@ -222,42 +219,11 @@ class ProcessGone(RegistryError):
         super().__init__(f"process {pid} does not exist any more. Nothing to do; it is not blocked.")
 
 
-class AlreadyRegistered(RegistryError):
-    """The file is already active; the process is one more that has it."""
-
-    def __init__(self, file: object) -> None:
-        self.file = file
-        super().__init__(
-            f"{file} is already registered. Its activation ran once and stands; the process is one more that has it."
-        )
-
-
-class FileBlocked(RegistryError):
-    """The file's activation failed before; ``reason`` says how."""
-
-    def __init__(self, file: object, reason: str) -> None:
-        self.file = file
-        self.reason = reason
-        super().__init__(
-            f"{file} is blocked: {reason}. "
-            "Clear the blocklist (`FileRegistry.clear_blocked()`) or wait for the block to expire."
-        )
-
-
-class CallbackMissing(RegistryError):
-    """An activation without a deactivation, or the other way round."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "activate and deactivate must both be given. Pass a function that does nothing if one is not needed."
-        )
-
-
 class RegistryStopped(RegistryError):
     """The registry was cleared for good; make a new one."""
 
     def __init__(self) -> None:
-        super().__init__("the registry was stopped. Make a new FileRegistry to register again.")
+        super().__init__("the registry was stopped. Make a new FileRegistry.")
 
 
 class SinkError(SowatchError):

@@ -36,14 +36,11 @@ class Holder:
 class Entry:
     """One (rule, file) and its state.
 
-    ``counted`` says who decides on the deactivation: the count of holders (a file activated by
-    ``register``), or whoever calls ``deactivate``. ``first`` is the process that came when nobody
-    held the file, ``deactivate`` what ends the activation, ``off_asked`` that it is to end as
-    soon as it has begun.
+    ``first`` is the process that came when no other had the file, ``deactivate`` what ends the activation,
+    ``off_asked`` that it is to end as soon as it has begun.
     """
 
     __slots__ = (
-        "counted",
         "deactivate",
         "first",
         "holders",
@@ -60,7 +57,6 @@ class Entry:
         self.library = library
         self.holders: set[Holder] = set()
         self.first: ProcessId | None = None
-        self.counted = False
         self.deactivate: FileCallback | None = None
         self.off_asked = False
         self.enter("held", since_s)

@@ -9,17 +9,10 @@ import pytest
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.model.config import Config
-from sowatch.model.errors import (
-    AlreadyRegistered,
-    BpfError,
-    CallbackMissing,
-    EnvironmentFault,
-    FileBlocked,
-    ProcessGone,
-)
+from sowatch.model.errors import BpfError, EnvironmentFault, ProcessGone
 from sowatch.model.events import Library
 from sowatch.model.identity import TICK_NS, ProcessId
-from support.registry import P1, P2, A, B, Clock, Hooks, id_of, library, register
+from support.registry import P1, P2, A, B, Clock, Hooks, id_of, library, register, unregister
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def hooks() -> Hooks:
 
 
 def test_first_process_activates_the_file(registry, hooks):
-    register(registry, A, P1, hooks)
+    assert register(registry, A, P1, hooks) is True
 
     assert hooks.calls == [("on", A)]
     assert registry.processes() == {P1}
@@ -50,58 +43,53 @@ def test_first_process_activates_the_file(registry, hooks):
 
 def test_second_process_does_not_repeat_the_activation_and_the_last_one_deactivates(registry, hooks):
     register(registry, A, P1, hooks)
-    with pytest.raises(AlreadyRegistered) as refused:
-        register(registry, A, P2, hooks)
-    assert "/usr/lib/lib1.so" in str(refused.value)
-    assert hooks.names == ["on", "already"]
+    register(registry, A, P2, hooks)
+    assert hooks.names == ["on"]
 
-    assert registry.unregister(P1) == 1
-    assert hooks.names == ["on", "already"]
-    assert registry.unregister(P2) == 1
+    assert unregister(registry, A, P1, hooks) is False
+    assert hooks.names == ["on"]
+    assert unregister(registry, A, P2, hooks) is True
 
-    assert hooks.calls == [("on", A), ("already", A), ("off", A)]
+    assert hooks.calls == [("on", A), ("off", A)]
     stats = registry.stats
     assert (stats.registered, stats.already_registered, stats.unregistered) == (1, 1, 1)
 
 
 def test_processes_are_counted_not_their_mappings(registry, hooks):
     register(registry, A, P1, hooks)
-    with pytest.raises(AlreadyRegistered):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
-    registry.unregister(P1)
+    unregister(registry, A, P1, hooks)
 
-    assert hooks.names == ["on", "already", "off"]
+    assert hooks.names == ["on", "off"]
     assert registry.files() == ()
 
 
-def test_one_process_seen_by_the_kernel_and_by_proc_is_one_holder(registry, hooks):
+def test_one_process_seen_by_the_kernel_and_by_proc_is_one_process(registry, hooks):
     exact = ProcessId(101, 5 * TICK_NS + 1234)
     truncated = ProcessId(101, 5 * TICK_NS)
     register(registry, A, exact, hooks)
-    with pytest.raises(AlreadyRegistered):
-        register(registry, A, truncated, hooks)
+    register(registry, A, truncated, hooks)
 
-    registry.unregister(truncated)
+    unregister(registry, A, truncated, hooks)
 
-    assert hooks.names == ["on", "already", "off"]
+    assert hooks.names == ["on", "off"]
 
 
-def test_a_later_process_with_the_same_pid_is_another_holder(registry, hooks):
+def test_a_later_process_with_the_same_pid_is_another_one(registry, hooks):
     earlier, later = ProcessId(101, 5 * TICK_NS), ProcessId(101, 6 * TICK_NS)
     register(registry, A, earlier, hooks)
-    with pytest.raises(AlreadyRegistered):
-        register(registry, A, later, hooks)
+    register(registry, A, later, hooks)
 
-    registry.unregister(earlier)
+    unregister(registry, A, earlier, hooks)
 
     assert registry.processes() == {later}
-    assert "off" not in hooks.names
+    assert hooks.names == ["on"]
 
 
 def test_file_becomes_active_again_after_its_deactivation(registry, hooks):
     register(registry, A, P1, hooks)
-    registry.unregister(P1)
+    unregister(registry, A, P1, hooks)
     register(registry, A, P2, hooks)
 
     assert hooks.names == ["on", "off", "on"]
@@ -115,108 +103,48 @@ def test_two_rules_activate_the_same_file_apart(registry, hooks):
     assert {(file.rule, file.library.id) for file in registry.files()} == {("tls", A.id), ("all", A.id)}
 
 
-def test_unregister_deactivates_only_what_the_process_was_last_to_hold(registry, hooks):
-    register(registry, A, P1, hooks)
-    register(registry, B, P1, hooks)
-    with pytest.raises(AlreadyRegistered):
-        register(registry, A, P2, hooks)
-    hooks.calls.clear()
-
-    assert registry.unregister(P1) == 2
-    assert hooks.calls == [("off", B)]
-    registry.unregister(P2)
-    assert hooks.calls == [("off", B), ("off", A)]
-
-
-def test_unregister_file_leaves_the_other_files_of_the_process(registry, hooks):
+def test_release_leaves_the_other_files_of_the_process(registry, hooks):
     register(registry, A, P1, hooks)
     register(registry, B, P1, hooks)
     hooks.calls.clear()
 
-    assert registry.unregister_file("default", A.id, P1) is True
+    assert unregister(registry, A, P1, hooks) is True
     assert hooks.calls == [("off", A)]
     assert registry.processes() == {P1}
 
 
-def test_unregister_of_a_process_that_holds_nothing_does_nothing(registry, hooks):
-    assert registry.unregister(P1) == 0
-    assert registry.stats.unregister_errors == 0
-
-
-def test_release_of_an_unknown_file_and_by_a_stranger_are_counted_apart(registry, hooks):
+def test_release_of_an_unknown_file_and_by_a_process_without_it_are_counted_apart(registry, hooks):
     register(registry, A, P1, hooks)
 
-    assert registry.unregister_file("default", B.id, P1) is False
-    assert registry.unregister_file("default", A.id, P2) is False
+    assert registry.release("default", B.id, P1) is False
+    assert registry.release("default", A.id, P2) is False
 
     stats = registry.stats
     assert (stats.unregister_path_id_not_found, stats.unregister_errors) == (1, 1)
     assert hooks.names == ["on"]
 
 
-# -- refusals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("missing", ["activate", "deactivate", "both"])
-def test_a_missing_callback_is_refused(registry, hooks, missing):
-    with pytest.raises(CallbackMissing):
-        registry.register(
-            A,
-            P1,
-            activate=None if missing in ("activate", "both") else hooks.activate,
-            deactivate=None if missing in ("deactivate", "both") else hooks.deactivate,
-        )
-    assert registry.files() == ()
-
-
-def test_process_that_does_not_exist_is_refused_and_nothing_is_blocked(hooks, spawn):
-    registry = FileRegistry()
-    child = spawn(["sleep", "60"])
-    process = id_of(child.pid)
-    spawn.end(child)
-
-    with pytest.raises(ProcessGone) as refused:
-        register(registry, A, process, hooks)
-
-    assert refused.value.pid == child.pid
-    assert hooks.calls == []
-    assert registry.blocked() == ()
-
-
-def test_process_that_only_has_the_pid_of_the_one_meant_is_refused(hooks):
-    registry = FileRegistry()
-    other = id_of(os.getpid())._replace(start_ns=7 * TICK_NS)
-
-    with pytest.raises(ProcessGone):
-        register(registry, A, other, hooks)
-    register(registry, A, id_of(os.getpid()), hooks)
-
-    assert hooks.names == ["on"]
+# -- activations that fail -------------------------------------------------------------------
 
 
 def test_failed_activation_cleans_up_once_and_blocks_the_file(registry, hooks):
-    failure = ValueError("no symbols")
-    hooks.fail_with = failure
-    with pytest.raises(ValueError, match="no symbols") as raised:
-        register(registry, A, P1, hooks)
-    assert raised.value is failure
+    hooks.fail_with = ValueError("no symbols")
+    assert register(registry, A, P1, hooks) is False
     assert hooks.names == ["on", "off"]
-    assert registry.processes() == frozenset()
+    assert registry.processes() == {P1}
+    assert [file.state for file in registry.files()] == ["held"]
 
-    with pytest.raises(FileBlocked) as refused:
-        register(registry, A, P2, hooks)
+    assert unregister(registry, A, P1, hooks) is False
+    assert register(registry, A, P2, hooks) is False
 
-    assert refused.value.reason == "no symbols"
     assert hooks.names == ["on", "off"]
-    assert registry.processes() == frozenset()
     stats = registry.stats
-    assert (stats.hook_failed, stats.blocked, stats.registered, stats.total_files) == (1, 1, 0, 0)
+    assert (stats.hook_failed, stats.blocked, stats.registered, stats.total_files) == (1, 1, 0, 1)
 
 
-def test_block_tells_rule_path_reason_and_time(registry, hooks, clock):
+def test_block_has_rule_path_reason_and_time(registry, hooks, clock):
     hooks.fail_with = RuntimeError()
-    with pytest.raises(RuntimeError):
-        register(registry, A, P1, hooks, rule="tls")
+    register(registry, A, P1, hooks, rule="tls")
 
     (block,) = registry.blocked()
 
@@ -227,13 +155,12 @@ def test_block_tells_rule_path_reason_and_time(registry, hooks, clock):
 
 def test_cleared_blocklist_lets_the_file_be_tried_again(registry, hooks):
     hooks.fail_with = ValueError("half written")
-    with pytest.raises(ValueError, match="half written"):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
     assert registry.clear_blocked() == 1
     assert registry.blocked() == ()
     hooks.fail_with = None
-    register(registry, A, P1, hooks)
+    assert registry.activate("default", A, hooks.activate) is True
 
     assert hooks.names == ["on", "off", "on"]
 
@@ -252,23 +179,19 @@ def test_cleared_blocklist_lets_the_file_be_tried_again(registry, hooks):
 )
 def test_failure_of_the_surroundings_does_not_block(registry, hooks, failure):
     hooks.fail_with = failure
-    with pytest.raises(type(failure)):
-        register(registry, A, P1, hooks)
+    assert register(registry, A, P1, hooks) is False
     assert hooks.names == ["on", "off"]
     assert registry.blocked() == ()
     assert (registry.stats.hook_failed, registry.stats.environment_faults) == (0, 1)
 
     hooks.fail_with = None
-    register(registry, A, P1, hooks)
-
-    assert registry.processes() == {P1}
+    assert registry.activate("default", A, hooks.activate) is True
 
 
 @pytest.mark.parametrize("failure", [OSError("odd"), OSError(errno.ENOEXEC, "bad format"), BpfError("attach", 22)])
 def test_failure_that_may_be_the_fault_of_the_file_blocks(registry, hooks, failure):
     hooks.fail_with = failure
-    with pytest.raises(type(failure)):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
     assert [block.id for block in registry.blocked()] == [A.id]
 
@@ -278,92 +201,57 @@ def test_process_that_dies_during_a_failed_activation_does_not_block_the_file(ho
     child = spawn(["sleep", "60"])
     hooks.on_activate = lambda: spawn.end(child)
     hooks.fail_with = ValueError("cannot open")
-    with pytest.raises(ProcessGone) as refused:
-        register(registry, A, id_of(child.pid), hooks)
-    assert refused.value.__cause__ is hooks.fail_with
+
+    assert register(registry, A, id_of(child.pid), hooks) is False
+
     assert registry.blocked() == ()
-
-    hooks.on_activate, hooks.fail_with = lambda: None, None
-    register(registry, A, id_of(os.getpid()), hooks)
-
-    assert hooks.names == ["on", "off", "on"]
+    assert registry.stats.environment_faults == 1
 
 
-def test_process_that_dies_during_a_good_activation_holds_nothing(hooks, spawn):
+def test_failure_in_a_process_that_only_has_the_pid_of_the_one_meant_does_not_block(hooks):
     registry = FileRegistry()
-    child = spawn(["sleep", "60"])
-    hooks.on_activate = lambda: spawn.end(child)
+    other = id_of(os.getpid())._replace(start_ns=7 * TICK_NS)
+    hooks.fail_with = ValueError("cannot open")
 
-    with pytest.raises(ProcessGone):
-        register(registry, A, id_of(child.pid), hooks)
+    register(registry, A, other, hooks)
+    assert registry.blocked() == ()
+    register(registry, B, id_of(os.getpid()), hooks)
 
-    assert hooks.names == ["on", "off"]
-    assert registry.files() == ()
-
-
-def test_process_that_dies_while_it_joins_an_active_file_holds_nothing(hooks):
-    answers = {P1: iter([True, True]), P2: iter([True, False])}
-    registry = FileRegistry(is_alive=lambda process: next(answers[process]))
-    register(registry, A, P1, hooks)
-
-    with pytest.raises(ProcessGone):
-        register(registry, A, P2, hooks)
-
-    assert registry.processes() == {P1}
-    assert hooks.names == ["on"]
+    assert [block.id for block in registry.blocked()] == [B.id]
 
 
 def test_failed_clean_up_is_counted(registry, hooks):
     hooks.fail_with, hooks.fail_off_with = ValueError("first"), ValueError("second")
 
-    with pytest.raises(ValueError, match="first"):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
     assert registry.stats.unregister_failed_cb == 1
     assert hooks.names == ["on", "off"]
 
 
-def test_interrupted_activation_leaves_nothing_and_blocks_nothing(registry, hooks):
+def test_interrupted_activation_leaves_nothing_active_and_blocks_nothing(registry, hooks):
     hooks.fail_with = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         register(registry, A, P1, hooks)
 
-    assert (registry.files(), registry.blocked()) == ((), ())
+    assert ([file.state for file in registry.files()], registry.blocked()) == (["held"], ())
     assert hooks.names == ["on", "off"]
 
 
-def test_error_of_the_already_registered_callback_is_seen_in_the_refusal(registry, hooks):
+def test_failed_deactivation_is_counted_and_the_file_is_inactive(registry, hooks, caplog):
     register(registry, A, P1, hooks)
-    failure = ValueError("x")
-
-    def already(file: Library) -> None:
-        raise failure
-
-    with pytest.raises(AlreadyRegistered) as refused:
-        registry.register(A, P2, activate=hooks.activate, deactivate=hooks.deactivate, already_registered=already)
-
-    assert refused.value.__cause__ is failure
-    assert registry.processes() == {P1, P2}
-
-
-def test_failed_deactivation_is_counted_and_the_other_files_are_deactivated(registry, hooks, caplog):
-    register(registry, A, P1, hooks)
-    register(registry, B, P1, hooks)
-    hooks.calls.clear()
     hooks.fail_off_with = ValueError("stuck probe")
 
-    assert registry.unregister(P1) == 2
+    assert unregister(registry, A, P1, hooks) is True
 
-    assert sorted(file.path for _, file in hooks.calls) == ["/usr/lib/lib1.so", "/usr/lib/lib2.so"]
     stats = registry.stats
-    assert (stats.unregister_failed_cb, stats.unregistered, stats.total_files) == (2, 2, 0)
-    assert caplog.text.count("stuck probe") == 2
+    assert (stats.unregister_failed_cb, stats.unregistered, stats.total_files) == (1, 1, 0)
+    assert caplog.text.count("stuck probe") == 1
 
 
 def test_names_in_the_log_are_escaped(registry, hooks, caplog):
     hooks.fail_with = ValueError("first\nline")
-    with pytest.raises(ValueError, match="first"):
-        register(registry, library(path="/tmp/a\nb.so"), P1, hooks)
+    register(registry, library(path="/tmp/a\nb.so"), P1, hooks)
 
     (message,) = [record.getMessage() for record in caplog.records]
     assert "\n" not in message
@@ -377,16 +265,13 @@ def block(registry: FileRegistry, file: Library) -> None:
     def fail(_: Library) -> None:
         raise ValueError("bad")
 
-    with pytest.raises(ValueError, match="bad"):
-        registry.register(file, P1, activate=fail, deactivate=lambda _: None)
+    assert registry.activate("default", file, fail) is False
 
 
 def is_refused(registry: FileRegistry, file: Library) -> bool:
-    try:
-        registry.register(file, P1, activate=lambda _: None, deactivate=lambda _: None)
-    except FileBlocked:
+    if not registry.activate("default", file, lambda _: None):
         return True
-    registry.unregister(P1)
+    registry.deactivate("default", file.id, lambda _: None)
     return False
 
 
@@ -427,7 +312,7 @@ def test_least_recently_refused_file_leaves_a_full_blocklist(clock):
     assert [one.id.inode for one in registry.blocked()] == [1, 3]
 
 
-def test_looking_at_the_blocklist_does_not_keep_files_on_it(clock):
+def test_reading_the_blocklist_does_not_keep_files_on_it(clock):
     registry = FileRegistry(Config(max_blocked=2), clock=clock, is_alive=lambda process: True)
     block(registry, library(1))
     block(registry, library(2))
@@ -453,8 +338,7 @@ def test_expired_blocks_leave_a_full_blocklist_before_the_others(clock):
 
 def test_reason_of_a_block_is_kept_but_not_without_end(registry, hooks):
     hooks.fail_with = ValueError("x" * 1_000_000)
-    with pytest.raises(ValueError, match="x"):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
     assert registry.blocked()[0].reason == "x" * 1000
 
@@ -462,7 +346,7 @@ def test_reason_of_a_block_is_kept_but_not_without_end(registry, hooks):
 # -- what is there ---------------------------------------------------------------------------
 
 
-def test_files_are_told_as_frozen_records(registry, hooks, clock):
+def test_files_are_frozen_records(registry, hooks, clock):
     register(registry, A, P1, hooks, rule="tls")
     clock.now_s += 5
 
@@ -476,7 +360,6 @@ def test_files_are_told_as_frozen_records(registry, hooks, clock):
 
 def test_gauges_follow_processes_that_join_an_active_file(registry, hooks):
     register(registry, A, P1, hooks)
-    with pytest.raises(AlreadyRegistered):
-        register(registry, A, P2, hooks)
+    register(registry, A, P2, hooks)
 
     assert (registry.stats.total_files, registry.stats.total_pids) == (1, 2)

@@ -1,8 +1,7 @@
-"""FileRegistry with several threads: who waits for whom, the split form, the end; and who is alive."""
+"""FileRegistry with several threads: who waits for whom, counting ahead of calling, the end; and who is alive."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.linux.liveness import process_is_alive
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
-from sowatch.model.errors import AlreadyRegistered, EnvironmentFault, FileBlocked, RegistryError, RegistryStopped
+from sowatch.model.errors import EnvironmentFault, RegistryError, RegistryStopped
 from sowatch.model.events import Library
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
-from support.registry import P1, P2, P3, A, B, Gate, Hooks, id_of, library, register
+from support.registry import P1, P2, P3, A, B, Gate, Hooks, id_of, library, register, unregister
 
 
 @pytest.fixture
@@ -48,123 +47,63 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 # -- several threads -------------------------------------------------------------------------
 
 
-def test_second_register_waits_for_the_activation_under_way(registry, hooks, gate, pool, wait_until, deadline):
+def test_second_activate_waits_for_the_one_under_way(registry, hooks, gate, pool, wait_until, deadline):
     hooks.on_activate = gate
     first = pool.submit(register, registry, A, P1, hooks)
     assert gate.reached.wait(deadline(10))
-    second = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P1, P2})
     assert [file.state for file in registry.files()] == ["attaching"]
+    second = pool.submit(registry.activate, "default", A, hooks.activate)
     assert not second.done()
 
     gate.open()
 
-    assert first.result(deadline(10)) is None
-    with pytest.raises(AlreadyRegistered):
-        second.result(deadline(10))
-    assert hooks.names == ["on", "already"]
+    assert first.result(deadline(10)) is True
+    assert second.result(deadline(10)) is False
+    assert hooks.names == ["on"]
 
 
-def test_waiting_register_is_refused_when_the_activation_fails(registry, hooks, gate, pool, wait_until, deadline):
-    hooks.on_activate, hooks.fail_with = gate, ValueError("bad")
-    first = pool.submit(register, registry, A, P1, hooks)
-    assert gate.reached.wait(deadline(10))
-    second = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P1, P2})
-
-    gate.open()
-
-    assert isinstance(first.exception(deadline(10)), ValueError)
-    assert isinstance(second.exception(deadline(10)), FileBlocked)
-    assert hooks.names == ["on", "off"]
-    assert registry.files() == ()
-
-
-def test_waiting_register_tries_itself_when_the_surroundings_were_at_fault(
-    registry, hooks, gate, pool, wait_until, deadline
-):
-    failing, working = Hooks(), hooks
-    failing.on_activate, failing.fail_with = gate, EnvironmentFault("not now")
-    first = pool.submit(register, registry, A, P1, failing)
-    assert gate.reached.wait(deadline(10))
-    # The same process, so that the failure of the first must not take the second one's hold away.
-    second = pool.submit(register, registry, A, P1, working)
-    third = pool.submit(register, registry, A, P2, working)
-    wait_until(lambda: registry.processes() == {P1, P2})
-
-    gate.open()
-
-    assert isinstance(first.exception(deadline(10)), EnvironmentFault)
-    outcomes = {type(second.exception(deadline(10))), type(third.exception(deadline(10)))}
-    assert outcomes == {type(None), AlreadyRegistered}
-    assert working.names.count("on") == 1
-    assert registry.processes() == {P1, P2}
-
-
-def test_waiting_register_whose_own_try_fails_leaves_nothing(registry, hooks, gate, pool, wait_until, deadline):
+def test_waiting_activate_tries_itself_when_the_surroundings_were_at_fault(registry, hooks, gate, pool, deadline):
     failing = Hooks()
     failing.on_activate, failing.fail_with = gate, EnvironmentFault("not now")
     first = pool.submit(register, registry, A, P1, failing)
     assert gate.reached.wait(deadline(10))
-    hooks.fail_with = EnvironmentFault("still not")
-    second = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P1, P2})
+    second = pool.submit(registry.activate, "default", A, hooks.activate)
 
     gate.open()
 
-    assert isinstance(first.exception(deadline(10)), EnvironmentFault)
-    assert str(second.exception(deadline(10))) == "still not"
-    assert (registry.files(), registry.processes()) == ((), frozenset())
+    assert first.result(deadline(10)) is False
+    assert second.result(deadline(10)) is True
+    assert (failing.names, hooks.names) == (["on", "off"], ["on"])
 
 
-def test_exit_does_not_wait_for_a_slow_activation(registry, hooks, gate, pool, deadline):
-    hooks.on_activate = gate
+def test_waiting_activate_is_refused_when_the_activation_fails(registry, hooks, gate, pool, deadline):
+    hooks.on_activate, hooks.fail_with = gate, ValueError("bad")
     first = pool.submit(register, registry, A, P1, hooks)
     assert gate.reached.wait(deadline(10))
+    second = pool.submit(registry.activate, "default", A, hooks.activate)
 
-    assert registry.unregister(P1) == 1
-    assert hooks.names == ["on"]
     gate.open()
 
-    first.result(deadline(10))
+    assert (first.result(deadline(10)), second.result(deadline(10))) == (False, False)
     assert hooks.names == ["on", "off"]
-    assert registry.files() == ()
+    assert registry.stats.blocked == 1
 
 
-def test_activation_stands_for_a_waiting_process_when_the_first_one_is_gone(
-    registry, hooks, gate, pool, wait_until, deadline
-):
-    hooks.on_activate = gate
-    first = pool.submit(register, registry, A, P1, hooks)
-    assert gate.reached.wait(deadline(10))
-    second = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P1, P2})
-    registry.unregister(P1)
-
-    gate.open()
-
-    first.result(deadline(10))
-    assert isinstance(second.exception(deadline(10)), AlreadyRegistered)
-    assert hooks.names == ["on", "already"]
-    assert registry.processes() == {P2}
-
-
-def test_register_waits_for_a_deactivation_and_activates_again(registry, hooks, gate, pool, wait_until, deadline):
+def test_activate_waits_for_a_deactivation_and_activates_again(registry, hooks, gate, pool, deadline):
     def slow_off(file: Library) -> None:
         gate()
         hooks.deactivate(file)
 
-    registry.register(A, P1, activate=hooks.activate, deactivate=slow_off)
-    leaving = pool.submit(registry.unregister, P1)
+    register(registry, A, P1, hooks)
+    leaving = pool.submit(registry.deactivate, "default", A.id, slow_off)
     assert gate.reached.wait(deadline(10))
-    coming = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P2})
+    coming = pool.submit(registry.activate, "default", A, hooks.activate)
     assert [file.state for file in registry.files()] == ["detaching"]
 
     gate.open()
 
-    leaving.result(deadline(10))
-    coming.result(deadline(10))
+    assert leaving.result(deadline(10)) is True
+    assert coming.result(deadline(10)) is True
     assert hooks.names == ["on", "off", "on"]
 
 
@@ -174,7 +113,7 @@ def test_other_files_are_not_held_up_by_a_slow_activation(registry, hooks, gate,
     first = pool.submit(register, registry, A, P1, slow)
     assert gate.reached.wait(deadline(10))
 
-    register(registry, B, P2, hooks)
+    assert register(registry, B, P2, hooks) is True
     assert registry.acquire("default", A, P3) is False
     assert registry.stats.total_pids == 3
 
@@ -189,7 +128,7 @@ def test_callback_may_use_the_registry_but_not_wait_for_itself(registry, hooks):
         register(registry, B, P1, inner)
         assert registry.stats.registered == 1
         with pytest.raises(RegistryError, match="callback must not wait"):
-            register(registry, A, P2, inner)
+            registry.activate("default", A, inner.activate)
 
     hooks.on_activate = nested
     register(registry, A, P1, hooks)
@@ -198,8 +137,8 @@ def test_callback_may_use_the_registry_but_not_wait_for_itself(registry, hooks):
     assert registry.processes() == {P1}
 
 
-def test_callback_may_release_the_file_it_activates(registry, hooks):
-    hooks.on_activate = lambda: registry.unregister(P1)
+def test_callback_may_deactivate_the_file_that_it_activates(registry, hooks):
+    hooks.on_activate = lambda: unregister(registry, A, P1, hooks)
 
     register(registry, A, P1, hooks)
 
@@ -207,7 +146,7 @@ def test_callback_may_release_the_file_it_activates(registry, hooks):
     assert registry.files() == ()
 
 
-# -- the split form --------------------------------------------------------------------------
+# -- counting ahead of calling ------------------------------------------------------------------
 
 
 def test_acquire_and_release_tell_the_first_and_the_last(registry):
@@ -302,11 +241,7 @@ def test_deactivate_during_the_activation_is_left_to_the_thread_that_activates(r
 
 def test_clear_deactivates_everything_and_stops_for_ever(registry, hooks):
     for number in range(5):
-        process = ProcessId(200 + number, TICK_NS)
-        try:
-            register(registry, (A, B)[number % 2], process, hooks)
-        except AlreadyRegistered:
-            assert number >= 2
+        register(registry, (A, B)[number % 2], ProcessId(200 + number, TICK_NS), hooks)
     assert (registry.stats.total_pids, registry.stats.total_files) == (5, 2)
     hooks.calls.clear()
 
@@ -314,13 +249,9 @@ def test_clear_deactivates_everything_and_stops_for_ever(registry, hooks):
 
     assert sorted(file.path for _, file in hooks.calls) == ["/usr/lib/lib1.so", "/usr/lib/lib2.so"]
     assert (registry.stats.total_pids, registry.stats.total_files) == (0, 0)
-    assert registry.is_stopped
-    with pytest.raises(RegistryStopped):
-        register(registry, A, P1, hooks)
     with pytest.raises(RegistryStopped):
         registry.acquire("default", A, P1)
     assert registry.activate("default", A, hooks.activate) is False
-    assert registry.unregister(P1) == 0
     assert registry.release("default", A.id, P1) is False
     assert registry.clear() == ()
     assert len(hooks.calls) == 2
@@ -333,9 +264,8 @@ def test_clear_tries_every_file_and_returns_what_failed(registry):
         tried.append(file)
         raise ValueError(file.path)
 
-    register_with = {"activate": lambda _: None, "deactivate": fail}
-    registry.register(A, P1, **register_with)
-    registry.register(B, P1, **register_with)
+    for one in (A, B):
+        registry.activate("default", one, lambda _: None, deactivate=fail)
 
     errors = registry.clear()
 
@@ -365,35 +295,19 @@ def test_clear_waits_for_an_activation_and_has_it_undone(registry, hooks, gate, 
     gate.open()
 
     assert end.result(deadline(10)) == ()
-    assert isinstance(first.exception(deadline(10)), RegistryStopped)
+    assert first.result(deadline(10)) is True
     assert hooks.names == ["on", "off"]
 
 
-def test_clear_has_a_split_activation_undone_that_is_under_way(registry, hooks, gate, pool, deadline):
-    hooks.on_activate = gate
-    registry.acquire("tls", A, P1)
-    activation = pool.submit(registry.activate, "tls", A, hooks.activate, deactivate=hooks.deactivate)
-    assert gate.reached.wait(deadline(10))
-    assert len(registry.clear(timeout_s=0)) == 1
-    end = pool.submit(registry.clear)
-
-    gate.open()
-
-    assert activation.result(deadline(10)) is True
-    assert end.result(deadline(10)) == ()
-    assert hooks.names == ["on", "off"]
-
-
-def test_waiting_register_ends_when_the_registry_is_cleared(registry, hooks, gate, pool, wait_until, deadline):
+def test_waiting_activate_ends_when_the_registry_is_cleared(registry, hooks, gate, pool, deadline):
     hooks.on_activate = gate
     pool.submit(register, registry, A, P1, hooks)
     assert gate.reached.wait(deadline(10))
-    second = pool.submit(register, registry, A, P2, hooks)
-    wait_until(lambda: registry.processes() == {P1, P2})
+    second = pool.submit(registry.activate, "default", A, hooks.activate)
 
     registry.clear(timeout_s=0)
 
-    assert isinstance(second.exception(deadline(10)), RegistryStopped)
+    assert second.result(deadline(10)) is False
     gate.open()
 
 
@@ -401,8 +315,7 @@ def test_callback_may_clear_the_registry(registry, hooks):
     register(registry, B, P2, hooks)
     hooks.on_activate = registry.clear
 
-    with pytest.raises(RegistryStopped):
-        register(registry, A, P1, hooks)
+    register(registry, A, P1, hooks)
 
     assert hooks.calls == [("on", B), ("on", A), ("off", B), ("off", A)]
     assert registry.files() == ()
@@ -509,19 +422,17 @@ def test_threads_that_hammer_the_registry_never_overlap_or_repeat_a_callback(dea
         for _ in range(400):
             file, process = random.choice(files), random.choice(processes)
             action = random.random()
-            if action < 0.5:
+            if action < 0.6:
                 fails = random.random() < 0.2
-                with contextlib.suppress(AlreadyRegistered, EnvironmentFault):
-                    registry.register(
-                        file,
-                        process,
-                        activate=lambda one, fails=fails: switch(one, on=True, fails=fails),
-                        deactivate=lambda one: switch(one, on=False),
-                    )
-            elif action < 0.75:
-                registry.unregister(process)
+                registry.activate(
+                    "default",
+                    file,
+                    lambda one, fails=fails: switch(one, on=True, fails=fails),
+                    deactivate=lambda one: switch(one, on=False),
+                    process=process,
+                )
             elif action < 0.95:
-                registry.unregister_file("default", file.id, process)
+                registry.deactivate("default", file.id, lambda one: switch(one, on=False))
             else:
                 registry.files()
                 registry.processes()
