@@ -37,7 +37,7 @@ from sowatch.model.escape import visible
 from sowatch.model.events import SCHEMA, library_dict, process_dict
 
 if TYPE_CHECKING:
-    from sowatch.uprobes.attacher import Failure
+    from sowatch.uprobes.records import Failure
     from sowatch.uprobes.trace import Trace, TracedCalls
 
 _GROUPS: Final = ("process", "library", "container", "symbol")

@@ -12,13 +12,13 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self
+from typing import Final, Literal, Self
 
 from sowatch.bpf.binding import BpfMap, Variable
 from sowatch.bpf.probe_object import Link, ProbeObject, Ring, has_attach_cookie, has_uprobe_multi
@@ -29,8 +29,9 @@ from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
 from sowatch.uprobes.probes import Probe, probes_of
+from sowatch.uprobes.records import AttachedFile, AttacherStats, Attachment, Failure, Site, State
 
-__all__ = ["Attacher", "AttacherStats", "Failure", "Site"]
+__all__ = ["Attacher"]
 
 LOG = logging.getLogger("sowatch.uprobes")
 
@@ -39,46 +40,12 @@ _CLOSERS: Final = 8
 #: A failure of the surroundings is tried again after this, then after twice that, up to the second.
 _FIRST_RETRY_S: Final = 1.0
 _SLOWEST_RETRY_S: Final = 60.0
+#: So many refused files are remembered with their reasons.
+_MAX_REFUSED: Final = 1024
 #: Failures that say nothing of the file (see attr `Failure.is_permanent`).
 _TRANSIENT: Final = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 )
-
-
-class Site(NamedTuple):
-    """A function that is probed: ``cookie`` is what bpf_get_attach_cookie gives there."""
-
-    cookie: int
-    library: Library
-    symbol: str
-    offset: int
-    program: str
-    is_return: bool
-
-
-class Failure(NamedTuple):
-    """A probe that could not be attached to a file, and why; a transient failure is tried again."""
-
-    library: Library
-    symbol: str
-    reason: str
-    is_permanent: bool
-
-
-@dataclass(frozen=True, slots=True)
-class AttacherStats:
-    """Gauges: ``files`` that have users or linger, ``expected`` and ``attached`` probes, ``failed`` ones.
-
-    Counters since the attacher was made: ``repaired`` links that the kernel did not have any more, ``retries`` of
-    transient failures.
-    """
-
-    files: int = 0
-    expected: int = 0
-    attached: int = 0
-    failed: int = 0
-    repaired: int = 0
-    retries: int = 0
 
 
 @dataclass(slots=True)
@@ -86,6 +53,7 @@ class _Group:
     """What one link attaches: one program on some sites of one file. ``link`` is None until that has worked.
 
     ``own_object`` is there where programs cannot tell sites apart: the object loaded once more, for this site alone.
+    ``reason`` says why there is no link.
     """
 
     program: str
@@ -93,6 +61,7 @@ class _Group:
     sites: list[Site]
     link: Link | None = None
     own_object: ProbeObject | None = None
+    reason: str | None = None
 
 
 @dataclass(slots=True)
@@ -104,7 +73,7 @@ class _File:
     users: int = 0
     lingers_until: float | None = None
     groups: list[_Group] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    missing: list[Attachment] = field(default_factory=list)
     retry_at: float | None = None
     retry_wait_s: float = _FIRST_RETRY_S
 
@@ -158,6 +127,7 @@ class Attacher:
         self._is_multi = False
         self._cookies = count(1)
         self._files: dict[FileId, _File] = {}
+        self._refused: OrderedDict[FileId, tuple[Library, str]] = OrderedDict()
         self._sites: dict[int, Site] = {}
         self._lock = threading.RLock()
         #: Work on one file is done by one thread at a time; files share these by hash.
@@ -246,6 +216,19 @@ class Attacher:
             SowatchError: the file can never be probed: not ELF, another architecture, a required function is missing.
             EnvironmentFault: it could not be done now; nothing is left attached.
         """
+        try:
+            self._attach(file)
+        except EnvironmentFault:
+            raise
+        except SowatchError as error:
+            with self._lock:
+                self._refused[file.library.id] = (file.library, str(error))
+                self._refused.move_to_end(file.library.id)
+                if len(self._refused) > _MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            raise
+
+    def _attach(self, file: ActiveFile) -> None:
         loaded = self._loaded()
         library = file.library
         with self._one_at_a_time(library.id):
@@ -255,14 +238,14 @@ class Attacher:
                     known.users += 1
                     known.lingers_until = None
                     return
-            sites, failures = self._resolve(file.fileno(), library)
+            sites, missing = self._resolve(file.fileno(), library)
             try:
                 own_fd = os.dup(file.fileno())
             except OSError as error:
                 raise EnvironmentFault(
                     f"cannot keep {library.path} open: {error.strerror}. Raise `ulimit -n`."
                 ) from error
-            made = _File(library, own_fd, users=1, groups=self._groups(sites), failures=failures)
+            made = _File(library, own_fd, users=1, groups=self._groups(sites), missing=missing)
             failure = self._link(loaded, made)
             if failure is not None and failure.errno not in _TRANSIENT:
                 self._undo(made)
@@ -270,6 +253,7 @@ class Attacher:
             if failure is not None:
                 made.retry_at = time.monotonic() + made.retry_wait_s
             with self._lock:
+                self._refused.pop(library.id, None)
                 self._files[library.id] = made
                 for group in made.groups:
                     for site in group.sites:
@@ -291,7 +275,12 @@ class Attacher:
     def failures(self) -> list[Failure]:
         """What could not be attached to the files that are attached now."""
         with self._lock:
-            return [one for file in self._files.values() for one in file.failures]
+            found = [
+                Failure(file.library, one.symbol, one.reason or "", is_permanent=True)
+                for file in self._files.values()
+                for one in file.missing
+            ]
+        return list(dict.fromkeys(found))
 
     @property
     def stats(self) -> AttacherStats:
@@ -302,10 +291,20 @@ class Attacher:
                 files=len(self._files),
                 expected=sum(len(group.sites) for group in groups),
                 attached=sum(len(group.sites) for group in groups if group.link is not None),
-                failed=sum(len(file.failures) for file in self._files.values()),
+                failed=sum(len(file.missing) for file in self._files.values()),
                 repaired=self._counts["repaired"],
                 retries=self._counts["retries"],
+                refused=len(self._refused),
             )
+
+    def files(self) -> list[AttachedFile]:
+        """Every file that is attached or was refused, with each of its probes, as it is now."""
+        with self._lock:
+            files = [_view(file) for file in self._files.values()]
+            return files + [
+                AttachedFile(library, "failed", reason, 0, is_lingering=False, is_armed=False, attachments=())
+                for library, reason in self._refused.values()
+            ]
 
     def map(self, name: str) -> BpfMap:
         """A map of the object; valid until `close`."""
@@ -355,14 +354,14 @@ class Attacher:
     def _one_at_a_time(self, file_id: FileId) -> threading.Lock:
         return self._stripes[hash(file_id) % len(self._stripes)]
 
-    def _resolve(self, fd: int, library: Library) -> tuple[list[Site], list[Failure]]:
+    def _resolve(self, fd: int, library: Library) -> tuple[list[Site], list[Attachment]]:
         """The functions of a file for each probe; raises if one that is required is not there."""
         if wrong := native_machine_error(fd):
             raise SowatchError(
                 f"cannot probe {library.path}: {wrong}. Only files of this machine's kind can be probed."
             )
         sites: list[Site] = []
-        failures: list[Failure] = []
+        missing: list[Attachment] = []
         for probe in self._probes:
             try:
                 found = _resolve_probe(fd, probe)
@@ -370,15 +369,13 @@ class Attacher:
                 if not probe.is_optional:
                     raise SowatchError(f"cannot probe {library.path}: {error}") from error
                 near = f" (near: {', '.join(error.near)})" if error.near else ""
-                failure = Failure(library, probe.symbol, error.reason + near, is_permanent=True)
-                if failure not in failures:
-                    failures.append(failure)
+                missing.append(Attachment(probe.symbol, probe.program, probe.is_return, "failed", error.reason + near))
                 continue
             sites += [self._site(library, one, probe, sites) for one in found]
         if not sites:
-            reasons = "; ".join(f"{one.symbol}: {one.reason}" for one in failures)
+            reasons = "; ".join(f"{one.symbol}: {one.reason}" for one in missing)
             raise SowatchError(f"nothing to probe: {reasons}. `sowatch trace --list` shows what it has.")
-        return sites, failures
+        return sites, missing
 
     def _site(self, library: Library, symbol: Symbol, probe: Probe, before: list[Site]) -> Site:
         entry = next((one for one in before if one.offset == symbol.offset and not one.is_return), None)
@@ -420,7 +417,10 @@ class Attacher:
                         is_return=group.is_return,
                     )
             except BpfError as error:
+                group.reason = str(error)
                 first = first or error
+            else:
+                group.reason = None
         return first
 
     def _object_for(self, loaded: ProbeObject, file: _File, group: _Group) -> ProbeObject:
@@ -496,6 +496,30 @@ def _resolve_probe(fd: int, probe: Probe) -> list[Symbol]:
     if probe.is_return and is_go(fd):
         raise SymbolError(probe.symbol, "a return probe breaks programs written in Go")
     return resolve(fd, probe.symbol)
+
+
+def _view(file: _File) -> AttachedFile:
+    attachments: list[Attachment] = []
+    for group in file.groups:
+        state: State = "retrying" if group.link is None else "attached"
+        link_id = None if group.link is None else group.link.id
+        attachments += [
+            Attachment(
+                site.symbol, site.program, site.is_return, state, group.reason, site.offset, site.cookie, link_id
+            )
+            for site in group.sites
+        ]
+    attachments += file.missing
+    waiting = [one.reason for one in attachments if one.state == "retrying"]
+    return AttachedFile(
+        file.library,
+        "retrying" if waiting else "attached",
+        waiting[0] if waiting else None,
+        file.users,
+        is_lingering=file.users == 0 and file.lingers_until is not None,
+        is_armed=False,
+        attachments=tuple(attachments),
+    )
 
 
 def _close_objects(file: _File) -> None:

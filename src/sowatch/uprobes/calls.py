@@ -12,8 +12,9 @@ from sowatch.bpf.probe_object import ProbeObject, has_attach_cookie
 from sowatch.engine.workers import ActiveFile
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
-from sowatch.uprobes.attacher import Attacher, AttacherStats, Failure, Site
+from sowatch.uprobes.attacher import Attacher
 from sowatch.uprobes.probes import Probe
+from sowatch.uprobes.records import AttachedFile, AttacherStats, Failure, Site
 
 __all__ = ["BUCKETS", "CallCounter", "Calls", "percentile_ns"]
 
@@ -148,6 +149,10 @@ class CallCounter:
     def stats(self) -> AttacherStats:
         """See `Attacher.stats`."""
         return self.attacher.stats
+
+    def files(self) -> list[AttachedFile]:
+        """See `Attacher.files`."""
+        return self.attacher.files()
 
     @property
     def lost(self) -> int:

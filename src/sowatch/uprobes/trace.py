@@ -18,8 +18,8 @@ from sowatch.model.errors import UsageError
 from sowatch.model.events import Library, LibraryEvent, Process, Ready
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
-from sowatch.uprobes.attacher import Failure
 from sowatch.uprobes.calls import CallCounter, Calls
+from sowatch.uprobes.records import Failure
 from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Target", "Trace", "TracedCalls", "parse_target"]

@@ -189,6 +189,33 @@ def test_a_missing_function_that_is_optional_does_not_keep_the_others_away(
         assert [(one.symbol, one.is_permanent) for one in attacher.failures] == [("no_such_function", True)]
 
 
+def test_files_are_shown_with_the_state_of_each_probe_and_the_reason(
+    user_object: Path, probed: Probed, active: Any
+) -> None:
+    probes = [Probe("no_such_function", "by_section", is_optional=True), Probe("plain", "by_section")]
+    good, text = active(probed()), active(_text_file(probed))
+    with Attacher(user_object, probes) as attacher:
+        attacher.attach(good)
+        with pytest.raises(SowatchError):
+            attacher.attach(text)
+        attached, refused = attacher.files()
+        assert [(one.symbol, one.state, one.reason) for one in attached.attachments] == [
+            ("plain", "attached", None),
+            ("no_such_function", "failed", "there is no such function"),
+        ]
+        assert (attached.library, attached.state, attached.users) == (good.library, "attached", 1)
+        assert (refused.library, refused.state, refused.users) == (text.library, "failed", 0)
+        assert "it is no ELF file" in refused.reason
+        stats = attacher.stats
+        assert (stats.files, stats.expected, stats.attached, stats.failed, stats.refused) == (1, 1, 1, 1, 1)
+
+
+def _text_file(probed: Probed) -> Path:
+    text = probed("libtext.so")
+    text.write_bytes(b"/* GNU ld script */")
+    return text
+
+
 @pytest.mark.parametrize(
     ("symbol", "reason"),
     [("indirect", "it is indirect"), ("data", "it is no function"), ("longjmp", "it is imported here")],
