@@ -176,7 +176,7 @@ TESTS: Final = (
     "tests/kernel/engine/test_identity.py::test_one_btrfs_file_in_two_subvolumes_is_two_files",
     "tests/kernel/engine/test_identity.py::test_a_path_of_4000_bytes_is_told_whole",
     "tests/kernel/engine/test_identity.py::test_a_memfd_is_called_by_its_name_and_deleted[jit code]",
-    "tests/kernel/bpf/test_tracking.py::test_an_ignored_file_is_dropped_in_the_kernel_and_counted",
+    "tests/kernel/bpf/test_tracking.py::test_an_ignored_file_is_dropped_in_the_kernel",
     "tests/kernel/bpf/test_tracking.py::test_a_matched_file_is_told_with_its_path_and_without_a_question",
     "tests/kernel/bpf/test_tracking.py::test_one_record_of_a_threaded_process_carries_the_dirty_flag_until_a_reading_clears_it",
     "tests/kernel/bpf/test_tracking.py::test_records_that_do_not_fit_into_the_ring_are_counted",

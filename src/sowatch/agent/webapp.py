@@ -61,7 +61,6 @@ _BUILD_ID: Final = re.compile("[0-9a-fA-F]{2,128}")
 STALLED_S: Final = 10.0
 _NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
-Handler = Callable[[Request], Any]
 _Do = Callable[[Callable[[], ProcessReport | PathReport]], Awaitable[ProcessReport | PathReport]]
 
 

@@ -26,7 +26,6 @@ _PROGRAM_SOCKET_FILTER: Final = 1
 _PROGRAM_TRACEPOINT: Final = 5
 _HELPER_FIND_VMA: Final = 180
 _HELPER_LOOP: Final = 181
-_HELPER_CURRENT_TASK_BTF: Final = 158
 
 
 class Probe(NamedTuple):

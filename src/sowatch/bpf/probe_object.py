@@ -31,8 +31,7 @@ __all__ = [
 _PERF_TYPE: Final = Path("/sys/bus/event_source/devices/uprobe/type")
 #: Before each record in a ring's buffer (shim.h): u32 length, 4 bytes of 0.
 _FRAME: Final = struct.Struct("=II")
-#: enum bpf_map_type: arrays per CPU, hashes per CPU (plain and LRU).
-_PER_CPU: Final = frozenset({5, 6, 10})
+#: enum bpf_map_type.
 _RINGBUF: Final = 27
 #: linux/bpf.h
 _PROGRAM_KPROBE: Final = 2
@@ -59,11 +58,6 @@ class MapSpec(NamedTuple):
     def is_ring(self) -> bool:
         """Whether it is a BPF ring buffer."""
         return self.kind == _RINGBUF
-
-    @property
-    def is_per_cpu(self) -> bool:
-        """Whether it has a value for each CPU."""
-        return self.kind in _PER_CPU
 
 
 class Link:

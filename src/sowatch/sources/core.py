@@ -169,10 +169,8 @@ class EventSource(Protocol):
 
 LOG = logging.getLogger("sowatch")
 
-#: enum counter; what lies between the two is lost.
-COUNT_RECORDS: Final = 0
-LOST: Final = range(1, 6)
-COUNT_IGNORED: Final = 6
+#: enum counter.
+LOST: Final = range(5)
 #: enum verdict, and the value of the map `verdicts`.
 VERDICT_MATCH: Final = 1
 VERDICT_IGNORE: Final = 2
@@ -450,14 +448,6 @@ class BpfSource:
 
     def open_verdicts(self) -> Verdicts:
         return KernelVerdicts(self._verdicts, self._epoch.value, self._now_s.value)
-
-    def records_sent(self) -> int:
-        """Records the kernel side put into the ring."""
-        return self._object.per_cpu_sum("counters", COUNT_RECORDS)
-
-    def mappings_ignored(self) -> int:
-        """Executable mappings that a verdict dropped in the kernel."""
-        return self._object.per_cpu_sum("counters", COUNT_IGNORED)
 
     def tick(self) -> None:
         self._now_s.value = 1 + int(time.monotonic() - self._started)

@@ -115,10 +115,8 @@ static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protectio
 					call.kind |= PENDING_ASK;
 				call.file = (__u64)file;
 				length = whole_pages_of(file, length);
-			} else {
-				count(COUNT_IGNORED);
 			}
-			/* TrackedEntry from now on, so that a fork before the exit of this call is seen. */
+			/* Tracked from now on, so that a fork before the exit of this call is seen. */
 			if (verdict != VERDICT_IGNORE && count_activity(task))
 				call.kind |= PENDING_COUNTED;
 		} else if (call.kind & PENDING_UNSURE_FD) {
@@ -289,8 +287,6 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 				found.file = NULL;
 		}
 		verdict = found.file ? look_up_verdict(&found.key) : VERDICT_NONE;
-		if (verdict == VERDICT_IGNORE && confirmed)
-			count(COUNT_IGNORED);
 		if (!found.file || !found.is_executable || (verdict == VERDICT_IGNORE && confirmed)) {
 			if (!confirmed || !is_whole)
 				send_needs_rescan(task, count_activity(task));

@@ -73,7 +73,6 @@ static __always_inline bool send_small(struct task_struct *task, enum record_typ
 	record->start = start;
 	record->end = end;
 	bpf_ringbuf_submit(record, 0);
-	count(COUNT_RECORDS);
 	return true;
 }
 
@@ -92,7 +91,6 @@ static __always_inline bool send_scratch(struct seq_file *seq, struct scratch *s
 		count(LOST_RING);
 		return false;
 	}
-	count(COUNT_RECORDS);
 	return true;
 }
 

@@ -157,7 +157,6 @@ static __always_inline void send(__u16 type, __u32 flags, __u64 start, __u64 end
 	record->start = start;
 	record->end = end;
 	bpf_ringbuf_submit(record, 0);
-	count(COUNT_RECORDS);
 }
 
 static __always_inline struct seen *find_process(__u32 tgid)

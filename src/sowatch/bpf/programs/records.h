@@ -61,14 +61,12 @@ enum report_bit {
 };
 
 enum counter {
-	COUNT_RECORDS = 0,  /* records sent */
-	LOST_RING = 1,      /* the ring buffer was full */
-	LOST_PROCESSES = 2, /* the process map was full */
-	LOST_PENDING = 3,   /* the map of system calls under way was full */
-	LOST_SCRATCH = 4,   /* the buffer to build a record in was taken */
-	LOST_THROTTLED = 5, /* dropped because their process said too much */
-	COUNT_IGNORED = 6,  /* executable mappings dropped by a verdict */
-	COUNTERS = 7,
+	LOST_RING = 0,      /* the ring buffer was full */
+	LOST_PROCESSES = 1, /* the process map was full */
+	LOST_PENDING = 2,   /* the map of system calls under way was full */
+	LOST_SCRATCH = 3,   /* the buffer to build a record in was taken */
+	LOST_THROTTLED = 4, /* dropped because their process said too much */
+	COUNTERS = 5,
 };
 
 /* 24 bytes: the real inode, see sowatch.model.identity.FileId. dev is the kernel's: major << 20 | minor. */
