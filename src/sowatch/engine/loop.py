@@ -208,7 +208,7 @@ class Engine:
             wants: which files.
         """
         one = None if pid is None else self._table.get(pid)
-        reported = self._publisher.held_copy()
+        reported = self._publisher.published.copy()
         processes: dict[int, KnownProcess] = {}
         for process in self._table.processes() if pid is None else [one] if one is not None else []:
             record = process.record()
@@ -262,8 +262,10 @@ class Engine:
             poller.close()
             now_ns = time.time_ns()
             self._publisher.stop(now_ns)
-            self._publisher.emit(Stopped(now_ns, self._publisher.loads, self._publisher.unloads, self.reconciler.lost))
-            self._publisher.end()
+            publisher = self._publisher
+            stopped = Stopped(now_ns, publisher.loads, publisher.unloads, self.reconciler.lost)
+            publisher.subscribers.emit(stopped)
+            publisher.subscribers.end()
             self._ready.set()
             if self._is_left_behind:
                 self._source.close()
@@ -333,7 +335,7 @@ class Engine:
             limits=source.limits + self._unread_limits(),
             attempts=source.attempts,
             processes=processes,
-            mappings=self._publisher.counts()[2],
+            mappings=self._publisher.published.counts().mappings,
             seconds=seconds,
         )
         self._ready.set()

@@ -13,6 +13,7 @@ from typing import Final
 
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, ProcessState
+from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RescanSchedule
@@ -47,7 +48,7 @@ VFORK_PATIENCE_NS: Final = 500_000_000
 #: An answer waits no longer for what floods.
 SETTLING_S: Final = 0.5
 #: What waits for the facts of files is looked after this often.
-FACTS_TURN_S: Final = 0.1
+FACTS_TURN_S: Final = 0.02
 #: A call that was under way when the rules changed has mapped its file after this.
 RULES_SECOND_LOOK_S: Final = 1.0
 
@@ -165,7 +166,7 @@ class Reconciler:
             self._publisher.publish(found)
         else:
             self._publisher.take_silently(found)
-        self._publisher.announce(lambda: make_ready(len(scans), seconds))
+        self._publisher.announce(lambda: make_ready(len(scans), seconds), holds=True)
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
         self._check_losses()
 
@@ -221,7 +222,7 @@ class Reconciler:
         if not self.is_repaired:
             self._note_throttled()
         self._publisher.flush(time.monotonic())
-        self._publisher.catch_up()
+        self._publisher.subscribers.catch_up()
         self._look_at_recovered()
         for child in self._table.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
             self._table.needs_rescan.setdefault(child.id.pid, Causes("fork", "munmap"))
@@ -297,23 +298,26 @@ class Reconciler:
 
     # ---- other rules --------------------------------------------------------------------------
 
-    def set_rules(self, rules: RuleSet, take_over: Callable[[], None], done: Callable[[], None]) -> None:
+    def set_rules(
+        self, rules: RuleSet, inspector: Inspector | None, take_over: Callable[[], None], done: Callable[[], None]
+    ) -> None:
         """Watches by other rules from now on.
 
         Args:
             rules: the new ones.
-            take_over: called when the last event of the old rules was told.
-            done: called when everything that is mapped was told by the new ones.
+            inspector: reads files for them.
+            take_over: called when the last event of the old rules was published.
+            done: called when everything that is mapped was published by the new ones.
         """
         self._flush()
-        self._publisher.in_turn(lambda: self._publisher.change_rules(rules, take_over))
+        self._publisher.change_rules(rules, inspector, take_over)
         self._table.set_rules(rules)
         self._base = _base_report(rules)
         # In this order: whatever the kernel drops by an old answer is there to be read.
         self._source.new_epoch()
         self._read_for_rules()
         self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
-        self._publisher.in_turn(done)
+        self._publisher.after_all(done)
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
     def look_again(self, pid: int, rule: Rule) -> None:

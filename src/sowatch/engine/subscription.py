@@ -12,13 +12,11 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
+from sowatch.engine.published_map import Loads
 from sowatch.model.events import Event, LibraryEvent, Lost, Repaired, size_of
-from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.identity import FileId
 
-__all__ = ["Held", "Subscription"]
-
-#: The published map: the load event of every mapping.
-Held = dict[ProcessId, dict[FileId, LibraryEvent]]
+__all__ = ["Subscription"]
 
 
 class Origin(Protocol):
@@ -26,7 +24,7 @@ class Origin(Protocol):
 
     lost_in_queues: int
 
-    def held_copy(self) -> Held:
+    def held_copy(self) -> Loads:
         """The published map."""
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -68,7 +66,7 @@ class Subscription:
         #: The (rule, file) whose activate was the last event offered.
         self._activated: tuple[str, FileId] | None = None
         self._missed = 0
-        self._seen: Held | None = None
+        self._seen: Loads | None = None
         self._is_closed = False
         self._has_ended = False
         self._on_event: Callable[[], None] | None = None
@@ -170,7 +168,7 @@ class Subscription:
         )
 
     @staticmethod
-    def _undo(held: Held, event: LibraryEvent) -> None:
+    def _undo(held: Loads, event: LibraryEvent) -> None:
         if event.process is None:
             return
         process_id, file_id = event.process.id, event.library.id
@@ -193,7 +191,7 @@ class Subscription:
         self._publisher.unsubscribe(self)
         self.end()
 
-    def _emit_missed(self, seen: Held) -> None:
+    def _emit_missed(self, seen: Loads) -> None:
         begun = time.monotonic()
         self._seen = None
         missed, self._missed = self._missed, 0
@@ -240,7 +238,7 @@ class Subscription:
             self._on_event()
 
 
-def difference(seen: Held, now: Held, now_ns: int) -> Iterator[LibraryEvent]:
+def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:
     """The events that lead from one published map to another, cause ``repair``."""
     before = {(event.rule, file) for files in seen.values() for file, event in files.items()}
     after = {(event.rule, file) for files in now.values() for file, event in files.items()}

@@ -168,7 +168,7 @@ class Watcher:
 
     def _new_worker(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
         config = self._config
-        subscription = self._publisher.subscribe(
+        subscription = self._publisher.subscribers.subscribe(
             control=False, limit=config.queue_events, limit_bytes=config.queue_bytes, rule=rule.name
         )
         return RuleWorker(rule, subscription, self.registry, self._proc, after)
@@ -182,7 +182,7 @@ class Watcher:
             if self._engine is not None:
                 self._engine.stop()
             # Once more if the engine's thread did so: whoever waits for events must not wait for ever.
-            self._publisher.end()
+            self._publisher.subscribers.end()
             deadline = time.monotonic() + WORKER_STOP_S
             for worker in (*self._workers, *self._retired):
                 worker.join(max(0.0, deadline - time.monotonic()))
@@ -236,7 +236,7 @@ class Watcher:
             if one not in EVENT_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
         config = self._config
-        return self._publisher.subscribe(
+        return self._publisher.subscribers.subscribe(
             events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
         )
 
@@ -266,7 +266,7 @@ class Watcher:
                 event.time_ns,
                 where.range_count,
             )
-            for process, files in self._publisher.held_copy().items()
+            for process, files in self._publisher.published.copy().items()
             for file, event in files.items()
             if event.process is not None
             for where in [now.get(process, {}).get(file, event)]
@@ -324,7 +324,7 @@ class Watcher:
         """
         if (pid is not None) + (path is not None) + (build_id is not None) != 1:
             raise UsageError("explain_published() takes one of pid, path and build_id. Give exactly one.")
-        published = Published(self._explain_context(), self._publisher.held_copy)
+        published = Published(self._explain_context(), self._publisher.published.copy)
         if pid is not None:
             return explain_published_process(published, pid)
         return explain_published_file(published, path=path, build_id=build_id)
@@ -389,8 +389,9 @@ class Watcher:
 
             def change() -> None:
                 self._rules = new
-                self._publisher.inspector = self._inspector
-                engine.reconciler.set_rules(new, lambda: self._hand_over_to(new), lambda: done.set_result(None))
+                engine.reconciler.set_rules(
+                    new, self._inspector, lambda: self._hand_over_to(new), lambda: done.set_result(None)
+                )
 
             try:
                 engine.ask(change)
@@ -431,7 +432,7 @@ class Watcher:
             raise SowatchError(f"there is no process {pid}. Look for the right one with `ps -e`.")
 
         def settle() -> int:
-            held = [one for one in self._publisher.held_of(pid) if one.rule == rule]
+            held = [one for one in self._publisher.published.of_pid(pid) if one.rule == rule]
             idle = {one.library.id for one in self.registry.files() if one.rule == rule and one.state == "held"}
             for worker in self._workers:
                 if worker.rule.name == rule:
@@ -444,7 +445,7 @@ class Watcher:
 
         def look() -> None:
             engine.reconciler.look_again(pid, wanted)
-            self._publisher.in_turn(lambda: answer.set_result(settle()))
+            self._publisher.after_all(lambda: answer.set_result(settle()))
 
         engine.ask(look)
         held = self._wait_for(answer, engine)
@@ -477,7 +478,7 @@ class Watcher:
             )
             answer.set_result(count)
 
-        engine.ask(lambda: self._publisher.in_turn(let_go))
+        engine.ask(lambda: self._publisher.after_all(let_go))
         held = self._wait_for(answer, engine)
         if not held:
             raise SowatchError(f"pid {pid} is not registered. See `sowatch debug traced`.")
@@ -512,18 +513,18 @@ class Watcher:
     @property
     def stats(self) -> Stats:
         """Figures so far."""
-        processes, libraries, mappings = self._publisher.counts()
+        processes, libraries, mappings = self._publisher.published.counts()
         engine = self._engine
         return Stats(
             processes=processes,
             libraries=libraries,
             mappings=mappings,
-            events=self._publisher.events,
+            events=self._publisher.subscribers.events,
             loads=self._publisher.loads,
             unloads=self._publisher.unloads,
             lost_kernel=0 if engine is None else engine.reconciler.lost,
             lost_throttled=0 if engine is None else engine.reconciler.throttled,
-            lost_queue=self._publisher.lost_in_queues,
+            lost_queue=self._publisher.subscribers.lost_in_queues,
             repairs=0 if engine is None else engine.reconciler.repairs,
             rereads=0 if engine is None else engine.reconciler.rereads,
             unresolved=self._publisher.unresolved,

@@ -19,7 +19,8 @@ from sowatch.agent.logs import _Lines
 from sowatch.agent.notify import Notifier
 from sowatch.agent.reload import directories_of
 from sowatch.agent.servers import UnixSocket, parse_listen
-from sowatch.engine.subscription import Held, Subscription, difference
+from sowatch.engine.published_map import Loads
+from sowatch.engine.subscription import Subscription, difference
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
 from sowatch.model.identity import FileId
@@ -145,7 +146,7 @@ class Origin:
 
     lost_in_queues = 0
 
-    def held_copy(self) -> Held:
+    def held_copy(self) -> Loads:
         return {}
 
     def unsubscribe(self, subscription: Subscription) -> None:

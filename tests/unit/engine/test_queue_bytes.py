@@ -33,6 +33,9 @@ class KnowsAll:
     def relieve(self, _):
         pass
 
+    def take_finished(self):
+        return []
+
 
 class KnowsNothing:
     """An inspector whose files never answer."""
@@ -46,6 +49,9 @@ class KnowsNothing:
 
     def relieve(self, _):
         pass
+
+    def take_finished(self):
+        return []
 
 
 @pytest.fixture
@@ -68,18 +74,18 @@ def read(subscription):
 
 
 def test_a_reader_that_is_behind_by_many_bytes_loses_events_and_gets_them_when_it_has_caught_up(publisher):
-    subscription = publisher.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
+    subscription = publisher.subscribers.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
     publisher.publish(loads(range(1, 1001)))
     biggest = size_of(LibraryEvent("load", "r", Library(SSL.path, SSL.id), None, None, 1, 1, RANGES))
     assert LIMIT - biggest <= subscription.waiting_bytes <= LIMIT + 2 * biggest
     assert 0 < subscription.waiting < 100
     lost = subscription.lost
-    assert lost == publisher.lost_in_queues == 1001 - subscription.waiting
+    assert lost == publisher.subscribers.lost_in_queues == 1001 - subscription.waiting
 
-    publisher.catch_up()
+    publisher.subscribers.catch_up()
     assert subscription.lost == lost
     first = read(subscription)
-    publisher.catch_up()
+    publisher.subscribers.catch_up()
     rest = read(subscription)
     assert [(rest[0].event, rest[0].where, rest[0].count), rest[-1].event] == [("lost", "queue", lost), "repaired"]
     reported = [one.process.pid for one in first + rest if one.event == "load"]
@@ -88,7 +94,7 @@ def test_a_reader_that_is_behind_by_many_bytes_loses_events_and_gets_them_when_i
 
 
 def test_a_reader_with_as_many_events_of_few_bytes_loses_none(publisher):
-    subscription = publisher.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
+    subscription = publisher.subscribers.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
     publisher.publish(loads(range(1, 1001), RANGES[:1]))
     assert (subscription.waiting, subscription.lost) == (1001, 0)
 
@@ -96,7 +102,7 @@ def test_a_reader_with_as_many_events_of_few_bytes_loses_none(publisher):
 def test_what_waits_for_facts_of_files_is_bounded_in_bytes_and_all_of_it_is_told():
     publisher = Publisher(RULES, FileRegistry(Config()), Selection(), proc_root="/proc", limit_bytes=LIMIT)
     publisher.inspector = KnowsNothing()
-    subscription = publisher.subscribe(events=("load",), control=True, limit=100_000, limit_bytes=1 << 30)
+    subscription = publisher.subscribers.subscribe(events=("load",), control=True, limit=100_000, limit_bytes=1 << 30)
     begun = time.monotonic()
     for pid in range(1, 101):
         publisher.publish(loads([pid]))

@@ -81,10 +81,10 @@ def publisher():
 @pytest.fixture
 def reported(publisher):
     """``told()`` are the control events since the last call."""
-    subscription = publisher.subscribe(control=True, limit=100, limit_bytes=1 << 20)
+    subscription = publisher.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20)
 
     def take():
-        publisher.hand_over()
+        publisher.subscribers.hand_over()
         found = []
         while (event := subscription.get(0)) is not None:
             found.append(event.event)

@@ -32,12 +32,12 @@ class Feed:
         self.publisher = Publisher(RuleSet(()), registry, Selection(), proc_root="/proc")
 
     def subscribe(self, limit=1000):
-        return self.publisher.subscribe(control=True, limit=limit, limit_bytes=1 << 30)
+        return self.publisher.subscribers.subscribe(control=True, limit=limit, limit_bytes=1 << 30)
 
     def send(self, *events):
         for one in events:
-            self.publisher.emit(one)
-        self.publisher.hand_over()
+            self.publisher.subscribers.emit(one)
+        self.publisher.subscribers.hand_over()
 
 
 class Memory:
@@ -91,7 +91,7 @@ def test_a_sink_gets_every_event_in_order_and_is_closed_with_the_watch(feed, wai
     runner.start()
     feed.send(*sent[:500])
     feed.send(*sent[500:])
-    feed.publisher.end()
+    feed.publisher.subscribers.end()
     wait_until(lambda: sink.is_closed)
 
     assert sink.taken == sent
@@ -142,7 +142,7 @@ def test_the_loss_of_a_dead_sink_is_told_to_it_and_counted_apart_from_the_kernel
         assert metrics.gauge("sink.up", "sink:memory").get() == 0
         sink.refusal = None
         wait_until(lambda: runner.stats.waiting == 0)
-        feed.publisher.catch_up()
+        feed.publisher.subscribers.catch_up()
         wait_until(lambda: sink.taken[-1].event == "repaired")
 
     reported = [one for one in sink.taken if isinstance(one, Lost)]

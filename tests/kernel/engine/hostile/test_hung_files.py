@@ -58,3 +58,27 @@ def test_a_file_that_a_hung_process_has_mapped_too_is_read_for_the_others(
     other.map(library(f"libelse{TAG}.so"))
     wait_until(lambda: any(build_ids(ledger, mapper.pid)), 10, "the file that both have")
     wait_until(lambda: any(build_ids(ledger, other.pid)), 10, "a file on the same device")
+
+
+def test_loads_of_another_process_are_reported_while_files_do_not_answer_and_each_process_keeps_its_order(
+    hang: Callable[..., Hang],
+    library: Callable[..., Path],
+    start: Callable[..., Mapper],
+    open_ledger: Any,
+) -> None:
+    known = library(f"libhonest{TAG}.so")
+    ledger = open_ledger(Rule(rf"{TAG}|/m/\d+/lib\.so$", name="ours"))
+    mapper = start()
+    mapper.unmap(*mapper.map(known))
+    ledger.wait_for(lambda: len(ledger.of(mapper.pid)) == 2, "the file is known")
+    hung = hang("files", known, 8)
+    for _ in range(5):
+        mapper.unmap(*mapper.map(known))
+    ledger.wait_for(lambda: len(ledger.of(mapper.pid)) == 12, "the loads of another process")
+    # They are given up after two seconds, and are reported without what they say of themselves.
+    assert ledger.of(hung.pids[0]) == []
+    assert [one.event for one in ledger.of(mapper.pid)] == ["load", "unload"] * 6
+    ledger.wait_for(lambda: len(ledger.of(hung.pids[0])) == 8, "the loads of files that do not answer")
+    times = [one.t_ns for one in ledger.of(hung.pids[0])]
+    assert times == sorted(times)
+    assert [one.library.build_id for one in ledger.of(hung.pids[0])] == [None] * 8

@@ -115,6 +115,9 @@ class Facts:
     def known(self, file_id):
         return FileFacts(is_elf=True)
 
+    def take_finished(self):
+        return []
+
 
 class EngineOwner(Owner):
     """The engine's keeper itself, without its thread; what it publishes stands for the tracker's changes."""
@@ -126,7 +129,7 @@ class EngineOwner(Owner):
         registry = FileRegistry(is_alive=lambda process: True)
         publisher = Publisher(RULES, registry, Selection(), proc_root="/proc")
         publisher.inspector = Facts()
-        self.events = publisher.subscribe(control=True, limit=1 << 20, limit_bytes=1 << 30)
+        self.events = publisher.subscribers.subscribe(control=True, limit=1 << 20, limit_bytes=1 << 30)
         self.engine = Engine(kernel, self.table, publisher, RULES, Config(), silent_baseline=False)
         self.engine._proc = self
         self.reconciler = self.engine.reconciler

@@ -1,0 +1,80 @@
+"""`PublishedMap`: the load event in force of every (process, file) that was published.
+
+The engine's thread writes; any thread may copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from sowatch.model.events import LibraryEvent
+from sowatch.model.identity import FileId, ProcessId
+
+__all__ = ["Counts", "Loads", "PublishedMap"]
+
+#: Load events by process and file.
+Loads: TypeAlias = dict[ProcessId, dict[FileId, LibraryEvent]]
+
+
+class Counts(NamedTuple):
+    """How many processes, files and mappings a published map has."""
+
+    processes: int
+    libraries: int
+    mappings: int
+
+
+class PublishedMap:
+    """Which load event is in force for each file of each process."""
+
+    def __init__(self) -> None:
+        self._loads: Loads = {}
+        #: The starts of processes with something in the map, by pid: two while one pid is being reused.
+        self._by_pid: dict[int, list[ProcessId]] = {}
+
+    def get(self, process: ProcessId, file: FileId) -> LibraryEvent | None:
+        """The load event of a file in a process."""
+        files = self._loads.get(process)
+        return None if files is None else files.get(file)
+
+    def put(self, process: ProcessId, file: FileId, load: LibraryEvent) -> None:
+        """From now on this load event is in force."""
+        files = self._loads.get(process)
+        if files is None:
+            files = self._loads[process] = {}
+            self._by_pid.setdefault(process.pid, []).append(process)
+        files[file] = load
+
+    def pop(self, process: ProcessId, file: FileId) -> LibraryEvent | None:
+        """Takes the load event out of a file that has gone; None if there was none."""
+        files = self._loads.get(process)
+        load = files.pop(file, None) if files is not None else None
+        if load is not None and not files:
+            del self._loads[process]
+            same_pid = self._by_pid[process.pid]
+            same_pid.remove(process)
+            if not same_pid:
+                del self._by_pid[process.pid]
+        return load
+
+    def of_process(self, process: ProcessId) -> dict[FileId, LibraryEvent]:
+        """A copy of the load events of one process."""
+        return dict(self._loads.get(process, {}))
+
+    def of_pid(self, pid: int) -> list[LibraryEvent]:
+        """The load events of whoever has this pid; on the engine's thread."""
+        return [load for process in self._by_pid.get(pid, ()) for load in self._loads[process].values()]
+
+    def where(self, is_meant: Callable[[LibraryEvent], bool]) -> list[LibraryEvent]:
+        """The load events that are meant, in order of publication within a process; on the engine's thread."""
+        return [load for files in self._loads.values() for load in files.values() if is_meant(load)]
+
+    def copy(self) -> Loads:
+        """A copy of all of it; from any thread."""
+        return {process: dict(files) for process, files in list(self._loads.items())}
+
+    def counts(self) -> Counts:
+        """How much it holds; from any thread."""
+        loads = list(self._loads.values())
+        return Counts(len(loads), len({file for files in loads for file in list(files)}), sum(map(len, loads)))
