@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.agent import Agent, NewAgent, short_directory
-from support.programs import Mapper
+from support.programs import Mapper, build
 
 
 @pytest.fixture
@@ -37,3 +38,19 @@ def closing() -> Iterator[contextlib.ExitStack]:
     """Closes what is entered into it when the test ends, last first."""
     with contextlib.ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def probed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = ["-shared", "-fPIC", "-O1", "-g0", "-Wl,--build-id"]
+    return build("probed", tmp_path_factory.mktemp("probed"), flags=flags, output="libprobed.so")
+
+
+@pytest.fixture
+def library(probed_template: Path, place: Path) -> Callable[[str], Path]:
+    """``library(name)`` is a copy of tests/programs/probed.c as a library, with an inode of its own."""
+
+    def make(name: str = "libprobed.so") -> Path:
+        return Path(shutil.copyfile(probed_template, place / name))
+
+    return make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,23 +14,8 @@ from typing import Any
 import pytest
 
 from support.callers import Caller
-from support.programs import build
 
 TraceLines = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="session")
-def probed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = ["-shared", "-fPIC", "-O1", "-g0", "-Wl,--build-id"]
-    return build("probed", tmp_path_factory.mktemp("probed"), flags=flags, output="libprobed.so")
-
-
-@pytest.fixture
-def library(probed_template: Path, place: Path) -> Callable[[str], Path]:
-    def make(name: str = "libprobed.so") -> Path:
-        return Path(shutil.copyfile(probed_template, place / name))
-
-    return make
 
 
 class Tracing:

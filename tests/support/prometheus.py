@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes one target."""
+"""A real Prometheus that scrapes one target, and pages of metrics as one reads them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from support.receivers import free_port
 
-__all__ = ["Prometheus"]
+__all__ = ["Prometheus", "samples"]
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """The value of each sample of a page of metrics, by its name and its labels."""
+    return {
+        (one.name, frozenset(one.labels.items())): one.value
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+    }
 
 
 class Prometheus:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
+from sowatch.agent.actions import Actions
 from sowatch.agent.hub import EventHub
 from sowatch.agent.logs import set_up_logging
 from sowatch.agent.notify import Notifier
@@ -86,7 +87,9 @@ class Daemon:
         self._stopping = threading.Event()
         self._metrics = MetricRegistry(sample_interval_s=0.25)
         self._sampler = Sampler(self._metrics, version=version)
-        self._watcher = Watcher(*settings.make_rules(), config=settings.watch, open_source=self._open_source)
+        self._actions = Actions(self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
+        self._first_actions = self._actions.prepare(settings.rules)
+        self._watcher = Watcher(*self._first_actions.rules, config=settings.watch, open_source=self._open_source)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
         self._start_outputs: Callable[[], None] | None = None
         self._allowed_hosts: set[str] = set()
@@ -113,6 +116,7 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             sockets = self._bind(stack)
             stack.callback(self._outputs.close)
+            stack.callback(self._actions.close)
             subscription = self._watcher.subscribe()
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)
@@ -165,8 +169,12 @@ class Daemon:
                 source.unread.start()
                 LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
             # Not before: their threads would keep every capability, and files be opened with all rights.
+            self._first_actions.start()
             self._start_outputs = self._outputs.prepare(self._settings)
+            self._first_actions.apply()
+            self._actions.start()
         except BaseException:
+            self._first_actions.discard()
             source.close()
             raise
         return source
@@ -263,9 +271,16 @@ class Daemon:
         old = self._settings
         changed = [one.name for one in dataclasses.fields(Settings) if getattr(old, one.name) != getattr(new, one.name)]
         self._needs_restart = tuple(name for name in changed if name not in _LIVE)
-        apply_outputs = self._outputs.prepare(new)
-        if "rules" in changed:
-            self._watcher.set_rules(*new.make_rules())
+        actions = self._actions.prepare(new.rules)
+        actions.start()
+        try:
+            apply_outputs = self._outputs.prepare(new)
+            if "rules" in changed or actions.is_change:
+                self._watcher.set_rules(*actions.rules)
+        except BaseException:
+            actions.discard()
+            raise
+        actions.apply()
         apply_outputs()
         set_up_logging(new.log_level, new.log_format)
         self._allow_hosts(new)

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,8 +21,17 @@ from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.rules import Rule, RuleSet
+from sowatch.uprobes.probes import Probe
 
-__all__ = ["DEFAULT_PATH", "ExporterSettings", "RuleSettings", "Settings", "SinkSettings", "load_settings"]
+__all__ = [
+    "DEFAULT_PATH",
+    "AttachSettings",
+    "ExporterSettings",
+    "RuleSettings",
+    "Settings",
+    "SinkSettings",
+    "load_settings",
+]
 
 #: Read if no other file is named; it need not be there.
 DEFAULT_PATH: Final = "/etc/sowatch/config.toml"
@@ -39,6 +48,25 @@ _SCALARS: Final = {str: "a text", int: "a whole number", float: "a number", bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttachSettings:
+    """The table ``attach`` of a rule: an object of BPF programs for the rule's files; see `sowatch.uprobes.Attacher`.
+
+    Attributes:
+        object: absolute path of a ``.bpf.o``.
+        probes: by symbol the name of a program. Without any the object's sections and names say where programs go.
+    """
+
+    object: str
+    probes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.object.startswith("/") or "\0" in self.object:
+            raise ConfigError("object", f"{self.object!r} is no absolute path. Give one, such as /etc/sowatch/x.bpf.o.")
+        for symbol, program in self.probes.items():
+            _check_probe("probes", symbol, program)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuleSettings:
     """One ``[[rules]]`` table; see `sowatch.Rule`.
 
@@ -47,14 +75,27 @@ class RuleSettings:
         pattern: a Python regular expression, searched in the path. None: every file of the kind.
         kind: some of library, executable, interpreter, other.
         exports: symbols that a file must all export.
+        count: functions of the files whose calls are counted: names, or patterns such as ``SSL_*``.
+        latency: time the calls that are counted, too.
+        attach: BPF programs of your own for the files.
+        linger_s: seconds that a file stays attached after its last process, so that the next is covered at once.
     """
 
     name: str | None = None
     pattern: str | None = None
     kind: tuple[str, ...] = ("library",)
     exports: tuple[str, ...] = ()
+    count: tuple[str, ...] = ()
+    latency: bool = True
+    attach: AttachSettings | None = None
+    linger_s: float = 5.0
 
     def __post_init__(self) -> None:
+        for symbol in self.count:
+            _check_probe("count", symbol, "count")
+        if len(set(self.count)) < len(self.count):
+            raise ConfigError("count", "a function is named twice. Name each once.")
+        _in_range("linger_s", self.linger_s, 0, 86_400)
         try:
             self.make()
         except ConfigError:
@@ -62,9 +103,14 @@ class RuleSettings:
         except SowatchError as error:
             raise ConfigError("kind" if "kind" in str(error) else "pattern", str(error)) from error
 
-    def make(self) -> Rule:
-        """The rule."""
-        return Rule(self.pattern, name=self.name, kind=self.kind, exports=self.exports)
+    @property
+    def has_action(self) -> bool:
+        """Whether something is attached to the rule's files."""
+        return bool(self.count) or self.attach is not None
+
+    def make(self, **callbacks: Callable[[Any], Any] | None) -> Rule:
+        """The rule, with callbacks as `sowatch.Rule` takes them."""
+        return Rule(self.pattern, name=self.name, kind=self.kind, exports=self.exports, **callbacks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,10 +222,6 @@ class Settings:
         for title in titles:
             if titles.count(title) > 1:
                 raise ConfigError("sinks", f"two sinks are named {title!r}. Give each its own name.")
-
-    def make_rules(self) -> list[Rule]:
-        """The rules, made anew."""
-        return [one.make() for one in self.rules]
 
 
 #: What `load_settings` adds to the defaults of a table.
@@ -361,6 +403,10 @@ def _convert(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin
         return str(value)
     if get_origin(hint) is tuple:
         return _list(arguments[0], value, path, origin)
+    if get_origin(hint) is Mapping:
+        if not isinstance(value, dict):
+            raise origin.error(path, 'it is no table. Write { "one" = "value" }.')
+        return {key: _convert(arguments[1], one, (*path, key), origin) for key, one in value.items()}
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise origin.error(path, f"it is no table. Write [{_dotted(path)}] with its keys below.")
@@ -395,6 +441,13 @@ def _from_text(hint: Any, text: str) -> Any:
         return hint(str(text))
     except ValueError:
         return str(text)
+
+
+def _check_probe(key: str, symbol: str, program: str) -> None:
+    try:
+        Probe(symbol, program)
+    except SowatchError as error:
+        raise ConfigError(key, str(error)) from error
 
 
 def _in_range(key: str, value: float, low: float, high: float) -> None:

@@ -136,6 +136,8 @@ class RuleWorker:
         if self._after is not None:
             self._after.join_at_last()
             self._after = None
+        # What an earlier rule of this name could not activate, this one may be able to.
+        self._registry.clear_blocked(self._rule.name)
         for event in self._subscription:
             if not isinstance(event, LibraryEvent):
                 continue

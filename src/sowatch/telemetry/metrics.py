@@ -35,6 +35,7 @@ OVERFLOW_TAG: Final = "overflow:true"
 _TAG_CHARS: Final = 200
 
 M = TypeVar("M", bound="Metric")
+_Tags = tuple[str, ...]
 
 
 def split_tags(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -188,9 +189,13 @@ class MetricRegistry:
         """The gauge of that name and those tags. Otherwise like `counter`."""
         return self._find(Gauge, name, tags_and_options)
 
-    def histogram(self, name: str, *tags_and_options: str) -> Histogram:
-        """The histogram of that name and those tags, with the bounds of `latency.BOUNDS_S`. Like `counter`."""
-        return self._find(Histogram, name, tags_and_options)
+    def histogram(self, name: str, *tags_and_options: str, bounds: Sequence[float] = BOUNDS_S) -> Histogram:
+        """The histogram of that name and those tags; ``bounds`` are for one that is made now. Like `counter`."""
+
+        def make(name: str, tags: _Tags, options: _Tags) -> Histogram:
+            return Histogram(name, tags, options, bounds)
+
+        return self._find(Histogram, name, tags_and_options, make)
 
     def metrics(self) -> list[Metric]:
         """Every metric, by name and tags. Asks no source."""
@@ -252,7 +257,9 @@ class MetricRegistry:
             found.append(one)
         return found
 
-    def _find(self, kind: type[M], name: str, words: Sequence[str]) -> M:
+    def _find(
+        self, kind: type[M], name: str, words: Sequence[str], make: Callable[[str, _Tags, _Tags], M] | None = None
+    ) -> M:
         tags, options = split_tags(words)
         with self._lock:
             series = self._by_name.setdefault(name, {})
@@ -267,7 +274,7 @@ class MetricRegistry:
                 found = series.get(tags)
                 self._count_overflow(name)
             if found is None:
-                found = series[tags] = kind(name, tags, options)
+                found = series[tags] = (make or kind)(name, tags, options)
             assert isinstance(found, kind)
             return found
 

@@ -106,6 +106,42 @@ ATTACH_SECONDS: Final = _define(
     origin="uprobe_attacher.binary_inspection_duration_nanoseconds",
 )
 
+CALLS: Final = _define(
+    "counter",
+    "calls",
+    "Calls of functions that a rule counts, in all processes; library is its soname, else its file name.",
+    "library",
+    "build_id",
+    "symbol",
+    "container",
+)
+CALL_SECONDS: Final = _define(
+    "histogram",
+    "calls.duration_seconds",
+    "Time that these calls took; calls left by longjmp or an exception have none.",
+    "library",
+    "build_id",
+    "symbol",
+    "container",
+)
+CALLS_LOST: Final = _define(
+    "counter", "calls.lost", "Calls that are in no count, because the kernel's table was full.", "rule"
+)
+CALLS_UNTIMED: Final = _define(
+    "counter", "calls.untimed", "Calls that were counted and not timed: one thread had too many under way.", "rule"
+)
+#: By the field of `sowatch.uprobes.AttacherStats`.
+ATTACHMENTS: Final = {
+    field: _define("counter" if field in ("repaired", "retries") else "gauge", f"attachments.{field}", text, "rule")
+    for field, text in {
+        "expected": "Probes that a rule's files should have.",
+        "attached": "Probes that they have.",
+        "failed": "Functions and files of a rule that could not be attached, blocked files among them.",
+        "repaired": "Probes that the kernel did not have any more and that were attached anew.",
+        "retries": "Attempts to attach after a failure that was the surroundings'.",
+    }.items()
+}
+
 #: By the field of `registry.RegistryStats`.
 FILE_REGISTRY: Final = {
     field: _define(

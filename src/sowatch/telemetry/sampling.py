@@ -34,6 +34,7 @@ _COUNTERS: Final = {
     "callback_errors": names.CALLBACK_ERRORS,
     "audits": names.AUDITS,
 }
+_ATTACHMENTS: Final = {**names.ATTACHMENTS, "lost": names.CALLS_LOST, "untimed": names.CALLS_UNTIMED}
 _GAUGES: Final = {
     "processes": names.PROCESSES,
     "libraries": names.LIBRARIES,
@@ -149,6 +150,10 @@ class Sampler:
         """Follows an exporter that pushes."""
         return self._follow(lambda source: _sample_exporter(source, pusher))
 
+    def follow_attachments(self, rule: str, read: Callable[[], Mapping[str, float]]) -> Callable[[], None]:
+        """Follows what a rule attaches: figures by the keys of `names.ATTACHMENTS`, and ``lost`` and ``untimed``."""
+        return self._follow(lambda source: _sample_attachments(source, rule, read()))
+
     def _follow(self, sample: Callable[[_Source], None]) -> Callable[[], None]:
         source = _Source(self._registry)
         remove = self._registry.add_source(lambda: sample(source))
@@ -215,3 +220,9 @@ def _sample_sink(source: _Source, runner: SinkRunner) -> None:
 def _sample_exporter(source: _Source, pusher: Pusher) -> None:
     source.counter(names.EXPORTER_PUSHES, pusher.pushes, f"exporter:{pusher.name}")
     source.counter(names.EXPORTER_ERRORS, pusher.errors, f"exporter:{pusher.name}")
+
+
+def _sample_attachments(source: _Source, rule: str, figures: Mapping[str, float]) -> None:
+    for field, value in figures.items():
+        definition = _ATTACHMENTS[field]
+        (source.gauge if definition.kind == "gauge" else source.counter)(definition, value, f"rule:{rule}")

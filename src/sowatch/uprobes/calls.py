@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
@@ -166,8 +166,13 @@ class CallCounter:
 
     def calls(self) -> list[Calls]:
         """The figures by function and process; of files that are detached there are none any more."""
-        sites = self.attacher.sites
-        found = []
+        return sorted(self.calls_at(self.attacher.sites), key=lambda one: (one.site.cookie, one.process))
+
+    def calls_at(self, sites: Mapping[int, Site]) -> Iterator[Calls]:
+        """The figures of these sites, by cookie; those of sites that are detached stay until `forget`.
+
+        Not so where the kernel has no cookies: there they go with the site's program.
+        """
         for table in [loaded.map("calls") for loaded in self.attacher.objects()]:
             for key in table.keys(KEY.size):
                 probe, start_ns, tgid, _ = KEY.unpack(key)
@@ -176,8 +181,7 @@ class CallCounter:
                 if site is None or value is None:
                     continue
                 calls, timed, sum_ns, *latency = VALUE.unpack(value)
-                found.append(Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency)))
-        return sorted(found, key=lambda one: (one.site.cookie, one.process))
+                yield Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency))
 
     def want(self, pid: int) -> None:
         """Counts in this process from now on; its pid in the initial pid namespace."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.agent.settings import ExporterSettings, RuleSettings, Settings, SinkSettings, load_settings
+from sowatch.agent.settings import AttachSettings, ExporterSettings, RuleSettings, Settings, SinkSettings, load_settings
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError
 
@@ -70,7 +70,7 @@ def test_every_kind_of_value_is_taken(tmp_path: Path) -> None:
     )
     assert found.sinks == (SinkSettings(type="file", path="/x"),)
     assert found.exporters == (ExporterSettings(type="otlp", protocol="grpc"),)
-    assert [rule.name for rule in found.make_rules()] == ["tls", "all"]
+    assert [one.make().name for one in found.rules] == ["tls", "all"]
 
 
 def test_texts_of_the_environment_become_what_the_setting_is(tmp_path: Path) -> None:
@@ -180,3 +180,43 @@ def test_the_example_that_ships_holds_the_defaults_and_nothing_else() -> None:
     for kind in ("rules", "sinks", "exporters"):
         hints = {"rules": RuleSettings, "sinks": SinkSettings, "exporters": ExporterSettings}[kind]
         assert set().union(*shown[kind]) == {one.name for one in dataclasses.fields(hints)}
+
+
+def test_a_rule_carries_an_action(tmp_path: Path) -> None:
+    text = """
+        [[rules]]
+        name = "tls"
+        count = ["SSL_*", "SSL_write+0x10"]
+        latency = false
+        linger_s = 0
+        attach = { object = "/x.bpf.o", probes = { SSL_write = "on_write", "cpp:ns::f" = "on_f" } }
+        [[rules]]
+        attach = { object = "/y.bpf.o" }
+        """
+    first, second = load(text, tmp_path).rules
+    assert (first.count, first.latency, first.linger_s) == (("SSL_*", "SSL_write+0x10"), False, 0.0)
+    assert first.attach == AttachSettings(object="/x.bpf.o", probes={"SSL_write": "on_write", "cpp:ns::f": "on_f"})
+    assert second.attach == AttachSettings(object="/y.bpf.o")
+    assert (second.count, second.latency, second.linger_s) == ((), True, 5.0)
+    assert (first.has_action, second.has_action, RuleSettings().has_action) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("count = 'SSL_read'", r"rules\[1\].count .*c.toml:2.* no list of texts"),
+        ("count = ['']", r"rules\[1\].count .*c.toml:2.* needs a symbol"),
+        ("count = ['f', 'f']", r"rules\[1\].count .*c.toml:2.* named twice"),
+        ("attach = 'x.bpf.o'", r"rules\[1\].attach .*c.toml:2.* no table"),
+        ("attach = { probes = {} }", r"rules\[1\].attach.object .*c.toml:2.* missing"),
+        ("attach = { object = 'x.bpf.o' }", r"rules\[1\].attach.object .*c.toml:2.* no absolute path"),
+        ("attach = { object = '/x', probes = ['f'] }", r"rules\[1\].attach.probes .*c.toml:2.* no table"),
+        ("attach = { object = '/x', probes = { f = 1 } }", r"rules\[1\].attach.probes.f .*c.toml:2.* is not a text"),
+        ("attach = { object = '/x', probes = { f = '' } }", r"rules\[1\].attach.probes .*c.toml:2.* a program"),
+        ("attach = { object = '/x', program = 'f' }", r"rules\[1\].attach.program .*c.toml:2.* no such key"),
+        ("linger_s = -1", r"rules\[1\].linger_s .*c.toml:2.* out of range"),
+    ],
+)
+def test_an_action_that_cannot_be_is_an_error_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(f"[[rules]]\n{text}\n", tmp_path)

@@ -19,7 +19,9 @@ def test_the_document_is_what_the_list_gives():
 @pytest.mark.parametrize("definition", CATALOGUE.values(), ids=lambda one: one.name)
 def test_a_metric_is_explained_and_has_no_label_without_bounds(definition):
     assert definition.help.endswith(".")
-    assert not {"pid", "tgid", "path", "inode", "container", "comm"} & set(definition.labels)
+    # Calls are counted by container because whoever runs them asks for it; the series of one metric are bounded.
+    wild = {"pid", "tgid", "path", "inode", "comm"} | ({"container"} if "calls" not in definition.name else set())
+    assert not wild & set(definition.labels)
     assert re.fullmatch(r"sowatch(_[a-z]+)+", prometheus_name(definition.name, definition.kind))
 
 

@@ -69,8 +69,9 @@ class Blocklist:
         now_s = self._clock()
         return tuple(block for block in self._blocked.values() if block.expires_s > now_s)
 
-    def clear(self) -> int:
-        """Forgets all; how many were blocked."""
-        count = len(self.entries())
-        self._blocked.clear()
+    def clear(self, rule: str | None = None) -> int:
+        """Forgets all, or all of one rule; how many were blocked."""
+        count = sum(rule in (None, block.rule) for block in self.entries())
+        for key in [key for key in self._blocked if rule in (None, key[0])]:
+            del self._blocked[key]
         return count

@@ -269,10 +269,10 @@ class FileRegistry:
         with self._changed:
             return self._blocklist.entries()
 
-    def clear_blocked(self) -> int:
-        """Empties the blocklist, and says how many files were on it."""
+    def clear_blocked(self, rule: str | None = None) -> int:
+        """Empties the blocklist, or takes the files of one rule from it, and says how many they were."""
         with self._changed:
-            return self._blocklist.clear()
+            return self._blocklist.clear(rule)
 
     @property
     def stats(self) -> RegistryStats:

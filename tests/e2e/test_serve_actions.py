@@ -1,0 +1,229 @@
+"""Rules of the agent that carry actions: what they attach, what they count, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.agent import Agent, NewAgent
+from support.callers import Caller
+from support.programs import compile_bpf
+from support.prometheus import samples
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
+
+NewLibrary = Callable[..., Path]
+NewCaller = Callable[..., Caller]
+
+
+@pytest.fixture
+def caller(spawn: Any, programs: Any) -> NewCaller:
+    return lambda library=None: Caller(spawn, programs["caller"], library)
+
+
+@pytest.fixture(scope="module")
+def user_probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_bpf("user_probes", tmp_path_factory.mktemp("bpf"))
+
+
+def rule(library: Path, more: str, *, name: str = "probed") -> str:
+    return f"[[rules]]\nname = '{name}'\npattern = '^{re.escape(str(library))}$'\n{more}\n"
+
+
+def replace(path: Path, text: str) -> None:
+    new = path.with_name(".new")
+    new.write_text(text, encoding="utf-8")
+    new.rename(path)
+
+
+def attachments(agent: Agent, rule: str = "probed") -> dict[str, float]:
+    found = samples(agent.get("/metrics").text)
+    return {
+        kind: found.get((f"sowatch_attachments_{kind}", frozenset({("rule", rule)})), -1.0)
+        for kind in ("expected", "attached", "failed")
+    }
+
+
+def is_attached(agent: Agent, probes: int, rule: str = "probed") -> bool:
+    found = attachments(agent, rule)
+    return (found["expected"], found["attached"]) == (probes, probes)
+
+
+def calls(agent: Agent, symbol: str) -> float:
+    """By all series of the symbol."""
+    found = samples(agent.get("/metrics").text)
+    return sum(
+        value
+        for (name, labels), value in found.items()
+        if name == "sowatch_calls_total" and ("symbol", symbol) in labels
+    )
+
+
+def test_calls_are_metrics_by_library_build_symbol_and_container_and_nothing_else(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    first = caller(path)
+    agent = new_agent(rule(path, "count = ['plain', 'nested']")).start()
+    wait_until(lambda: is_attached(agent, 4), 20)
+    first.call("plain", times=7)
+    second = caller(path)
+    second.call("plain", times=5)
+    wait_until(lambda: calls(agent, "plain") == 12)
+    found = samples(agent.get("/metrics").text)
+    ((_, labels),) = [key for key in found if key[0] == "sowatch_calls_total" and ("symbol", "plain") in key[1]]
+    by_name = dict(labels)
+    assert by_name.keys() == {"library", "build_id", "symbol", "container"}
+    assert (by_name["library"], by_name["container"]) == ("libprobed.so", "")
+    assert re.fullmatch("[0-9a-f]{40}", by_name["build_id"])
+    assert found["sowatch_calls_duration_seconds_count", labels] == 12
+    text = agent.get("/metrics").text
+    assert str(path.parent) not in text
+    assert not any("pid" in dict(key[1]) for key in found)
+
+
+def test_calls_of_processes_that_are_gone_stay_in_the_sum(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    agent = new_agent(rule(path, "count = ['plain']\nlinger_s = 60")).start()
+    stays = caller(path)
+    wait_until(lambda: is_attached(agent, 2), 20)
+    for _ in range(20):
+        short = caller(path)
+        short.call("plain", times=3)
+        short.end()
+    stays.end()
+    wait_until(lambda: calls(agent, "plain") == 60)
+
+
+def test_a_changed_action_detaches_and_attaches_and_a_bad_one_leaves_the_old_in_force(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    running = caller(path)
+    agent = new_agent(rule(path, "count = ['plain']\nlinger_s = 0")).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    replace(agent.config_path, rule(path, "count = ['plain', 'nested', 'recursive']\nlinger_s = 0"))
+    wait_until(lambda: is_attached(agent, 6), 20)
+    running.call("recursive", 2)
+    wait_until(lambda: calls(agent, "recursive") == 3)
+    broken = agent.directory / "broken.bpf.o"
+    broken.write_bytes(b"\x7fELF and no more")
+    for more, said in (
+        (f"attach = {{ object = '{broken}' }}", "rules[1].attach"),
+        ("attach = { object = '/nowhere/x.bpf.o' }", "No such file"),
+        ("attach = { object = 'x.bpf.o' }", "no absolute path"),
+        ("count = ['']", "rules[1].count"),
+        ("count = ['plain']\nlinger_s = -1", "rules[1].linger_s"),
+    ):
+        replace(agent.config_path, rule(path, more))
+        wait_until(lambda said=said: said in (agent.get("/readyz").json["config"]["error"] or ""), 20, said)
+    assert is_attached(agent, 6)
+    running.call("recursive", 0)
+    wait_until(lambda: calls(agent, "recursive") == 4)
+
+
+def test_a_function_that_is_not_there_blocks_its_file_until_the_rule_is_corrected(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    running = caller(path)
+    agent = new_agent(rule(path, "count = ['plian']")).start()
+    wait_until(lambda: attachments(agent)["failed"] == 1, 20)
+    ((blocked,),) = [group["PathIdentifiers"] for group in agent.get("/debug/blocked_processes").json]
+    assert "near: plain" in blocked["Reason"]
+    replace(agent.config_path, rule(path, "count = ['plain']"))
+    wait_until(lambda: is_attached(agent, 2), 20)
+    assert agent.get("/debug/blocked_processes").json is None
+    running.call("plain")
+    wait_until(lambda: calls(agent, "plain") == 1)
+
+
+def test_a_hangup_under_load_loses_no_call_of_a_rule_that_stays(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    stays, changes = library("libstays.so"), library("libchanges.so")
+    agent = new_agent(rule(stays, "count = ['plain']", name="stays") + rule(changes, "count = ['plain']", name="a"))
+    agent.start()
+    busy, other = caller(stays), caller(changes)
+    wait_until(lambda: is_attached(agent, 2, "stays") and is_attached(agent, 2, "a"), 20)
+    made = 0
+    is_over = threading.Event()
+
+    def call() -> None:
+        nonlocal made
+        while not is_over.is_set():
+            busy.call("plain", times=1000)
+            made += 1000
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        for name in ("b", "c", "d"):
+            text = rule(stays, "count = ['plain']", name="stays") + rule(changes, "count = ['nested']", name=name)
+            replace(agent.config_path, text)
+            os.kill(agent.pid, signal.SIGHUP)
+            wait_until(lambda name=name: is_attached(agent, 2, name), 20)
+    finally:
+        is_over.set()
+        thread.join()
+    other.call("nested")
+    wait_until(lambda: calls(agent, "nested") == 1)
+    assert made > 3000
+    found = samples(agent.get("/metrics").text)
+    (total,) = [
+        value
+        for (name, labels), value in found.items()
+        if name == "sowatch_calls_total" and {("library", "libstays.so"), ("symbol", "plain")} <= labels
+    ]
+    assert total == made
+
+
+def test_detach_and_attach_by_hand_act_on_the_probes(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    running = caller(path)
+    agent = new_agent(rule(path, "count = ['plain']\nlinger_s = 0")).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    order = {"pid": running.pid, "type": "probed"}
+    assert agent.post("/debug/detach-pid", order).status == 200
+    wait_until(lambda: is_attached(agent, 0), 20)
+    running.call("plain")
+    assert agent.post("/debug/attach-pid", order).status == 200
+    wait_until(lambda: is_attached(agent, 2), 20)
+    running.call("plain", times=2)
+    wait_until(lambda: calls(agent, "plain") == 2)
+
+
+def test_programs_of_the_user_are_attached_and_counted_as_attachments(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any, user_probes: Path
+) -> None:
+    path = library()
+    caller(path)
+    agent = new_agent(rule(path, f"attach = {{ object = '{user_probes}' }}\ncount = ['nested']")).start()
+    wait_until(lambda: attachments(agent)["attached"] >= 3, 20)
+    found = attachments(agent)
+    assert (found["attached"], found["failed"]) == (found["expected"], 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_the_agent_leaves_nothing_attached(
+    number: signal.Signals, new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    running = caller(path)
+    agent = new_agent(rule(path, "count = ['plain', 'nested', 'recursive']\nlinger_s = 3600")).start()
+    wait_until(lambda: is_attached(agent, 6), 20)
+    assert running.is_probed(path, "plain")
+    agent.stop(number)
+    wait_until(lambda: not running.is_probed(path, "plain"), 20)
+    running.call("plain")
