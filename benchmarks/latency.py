@@ -47,7 +47,7 @@ def through_callback(mapper_program: Path, library: Path, count: int) -> list[fl
     with Watcher(rule), Mapper(mapper_program, library.parent) as mapper:
         mapper.emit("loop", library, count, PAUSE_US)
         if not done.wait(20):
-            raise RuntimeError(f"{len(taken_us)} of {count} loads were told")
+            raise RuntimeError(f"{len(taken_us)} of {count} loads were reported")
     return taken_us
 
 
@@ -61,7 +61,7 @@ def through_loop(mapper_program: Path, library: Path, count: int) -> list[float]
             event = events.get(20)
             now = time.monotonic_ns()
             if not isinstance(event, LibraryEvent) or event.t_ns is None:
-                raise RuntimeError(f"{len(taken_us)} of {count} loads were told, then {event}")
+                raise RuntimeError(f"{len(taken_us)} of {count} loads were reported, then {event}")
             taken_us.append((now - event.t_ns) / 1000)
     return taken_us
 

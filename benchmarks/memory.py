@@ -42,7 +42,7 @@ def wait_for_loads(sowatch: Command, count: int, *, are_in_snapshot: bool = Fals
 
     sowatch.wait_for(is_last, 120)
     if loads != count:
-        raise RuntimeError(f"{loads} loads were told, not {count}")
+        raise RuntimeError(f"{loads} loads were reported, not {count}")
 
 
 if __name__ == "__main__":

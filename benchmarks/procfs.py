@@ -57,7 +57,7 @@ def looks(count: int, rounds: int) -> list[Figure]:
         Figure(f"cat of the maps of {count} processes", median(taken["cat"]), "ms", spread(taken["cat"])),
         *(
             Figure(
-                f"a look at {count} processes to cat, {name} ({median(taken[name]):.3g} ms)",
+                f"a poll of {count} processes to cat, {name} ({median(taken[name]):.3g} ms)",
                 median(ratios[name]),
                 "x",
                 spread(ratios[name]),

@@ -2,7 +2,7 @@
 
 Was every load and unload told, was anything lost, and what did sowatch itself cost? Its CPU time is
 that of the whole `sowatch watch --json` process, formatting and writing included; what the BPF
-programs take is in the workload's own time, so the workload is run alone as well.
+programs take is in the workload's own time, so the workload is run unwatched as well.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
     slowdown = [100 * (one / other - 1) for one, other in zip(watched, alone, strict=True)]
     missed = sum(2 * count - loads - unloads for loads, unloads in reported_counts)
     return [
-        Figure(f"loads and unloads of {count} processes not told", missed, "", f"n={rounds}", aim=0, met=missed == 0),
+        Figure(
+            f"loads and unloads of {count} processes not reported", missed, "", f"n={rounds}", aim=0, met=missed == 0
+        ),
         Figure("events lost", losses, "", f"n={rounds}", aim=0),
         Figure("CPU of sowatch to the workload's", median(shares), "%", spread(shares), aim=12),
-        Figure("CPU of the workload, watched to alone", median(slowdown), "%", spread(slowdown)),
-        Figure("CPU of the workload alone", median(alone), "s", spread(alone)),
+        Figure("CPU of the workload, watched to unwatched", median(slowdown), "%", spread(slowdown)),
+        Figure("CPU of the workload, unwatched", median(alone), "s", spread(alone)),
     ]
 
 

@@ -246,7 +246,7 @@ def test_the_monitor_of_nobody_polls_and_says_so() -> None:
     done = subprocess.run([*NOBODY, sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     line, is_running = done.stdout.splitlines()
 
-    assert line.startswith("processes are found by looking at /proc every 1 s: ")
+    assert line.startswith("processes are found by polling /proc every 1 s: ")
     assert is_running == "True"
 
 

@@ -7,7 +7,7 @@ cache       where kernels and images are kept, and the one error
 packages    kernels from Debian's mirror, unpacked
 image       the little initramfs that finds the shared root
 guest       one command in one guest
-inside      what runs in a guest: looks at every cell of the table, then runs tests
+inside      what runs in a guest: reads every cell of the table, then runs tests
 at_once     a plugin of pytest that shows failures when they happen
 judge       what a guest said, against the table
 page        docs/kernels.md

@@ -1,7 +1,7 @@
 """Runs the kernel tests under other kernels, each in a guest (QEMU) that shares this machine's root.
 
   scripts/matrix [KERNEL...] [-- PYTEST-ARGUMENT...]
-  scripts/matrix prepare [KERNEL...]      fetch the newest kernels and make the images, or look for newer ones
+  scripts/matrix prepare [KERNEL...]      fetch the newest kernels and make the images, or search for newer ones
   scripts/matrix start KERNEL             a shell in a guest; it ends when the shell does
 
 Without kernels: all of them. After `--`: run these tests and not the chosen ones. Kernels, images and
@@ -82,7 +82,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         type=float,
         metavar="SECONDS",
         help="with --ci: start no guest later than this, and end those that are not done by then; what was not "
-        "looked at is named, and fails nobody's run",
+        "read is named, and fails nobody's run",
     )
     parser.add_argument("--write", action="store_true", help="write docs/kernels.md after a run without faults")
     args = parser.parse_args(words)
@@ -161,7 +161,7 @@ def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool, t
         if verdict.faults and is_news(one.kernel, verdict.release, PAGE.read_text(encoding="utf-8")):
             print(
                 f"{one.kernel.name}: {verdict.release} is not the release of {PAGE.relative_to(ROOT)}, so this is no "
-                "failure. Look at it, correct the table, and run `scripts/matrix --write`."
+                "failure. Read it, correct the table, and run `scripts/matrix --write`."
             )
         elif verdict.faults:
             is_good = False
@@ -250,7 +250,7 @@ async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
     except TimeoutError:
         return Verdict("", 0, (f"not done after {LIMIT_S:g} s; see {out / 'console.log'}",))
     if rc:
-        return Verdict("", 0, (f"looking at it ended with {rc}; see {out / 'console.log'}",))
+        return Verdict("", 0, (f"reading it ended with {rc}; see {out / 'console.log'}",))
     return None if rc is None else judge(one.kernel.name, out, () if asked else CELLS)
 
 

@@ -200,7 +200,7 @@ class KnownFault:
 
 
 _OLD: Final = frozenset({"5.10"})
-_BY_READING: Final = "what mprotect makes executable, and interpreters, only a reading finds there, as `ready` says"
+_BY_READING: Final = "what mprotect makes executable, and interpreters, only a scan finds there, as `ready` says"
 
 KNOWN_FAULTS: Final = (
     *(
@@ -221,6 +221,6 @@ KNOWN_FAULTS: Final = (
     KnownFault(
         "tests.kernel.engine.test_identity::test_a_path_of_4000_bytes_is_told_whole[d]",
         frozenset({"5.10"}),
-        "a path of more than 128 components is told as partial there",
+        "a path of more than 128 components is reported as partial there",
     ),
 )

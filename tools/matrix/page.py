@@ -20,7 +20,7 @@ _HEAD = """\
 
 Each of these kernels ran as a guest (QEMU, emulated, x86-64) with as many tests as the table says, and showed
 exactly what this page says of it: a guest that shows more or less fails the run. A question mark: it did not take
-part in this run, so nothing is said of it. How to run one: `CONTRIBUTING.md`.
+part in this run, so the table is silent on it. How to run one: `CONTRIBUTING.md`.
 
 Where a strategy works it was forced, with its hooks, and reported every scenario of
 `tests/kernel/sources/test_conformance.py` and what `sowatch watch` must report of `tests/e2e/test_commands.py`;

@@ -9,6 +9,6 @@ Needs the extra ``sowatch[agent]``.
   thread that serves them.
 * ``outputs.py``: sinks and exporters, replaced while it runs.
 * ``reload.py``: notices changes of the configuration file.
-* ``privileges.py``, ``notify.py``, ``logs.py``: capabilities, systemd, log lines.
+* ``notify.py``, ``logs.py``: systemd, log lines. Capabilities: `sowatch.linux.capabilities`.
 * ``daemon.py``: puts them together, and ends them.
 """

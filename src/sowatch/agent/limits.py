@@ -135,7 +135,7 @@ class ClientLimits:
         elif not (is_costly or is_stream):
             await self._app(scope, receive, send)
         elif self._open[client, is_stream] >= (STREAMS if is_stream else COSTLY_AT_ONCE):
-            most = f"follow {STREAMS} streams" if is_stream else f"wait for {COSTLY_AT_ONCE} answers"
+            most = f"read {STREAMS} streams" if is_stream else f"wait for {COSTLY_AT_ONCE} answers"
             await _refuse(send, f"you {most} already. Ask again when one has ended.")
         else:
             self._open[client, is_stream] += 1

@@ -148,7 +148,7 @@ class Cache:
         os.rename(made, f"{key}-{digest}", dst_dir_fd=self._fd)
         fd = self.get(key)
         if fd is None:
-            raise CompileError(f"what was put into {self.path} cannot be read back", "Look at its file system.")
+            raise CompileError(f"what was put into {self.path} cannot be read back", "Check its file system.")
         return fd
 
     @contextmanager
@@ -159,7 +159,7 @@ class Cache:
         except OSError as error:
             raise CompileError(
                 f"cannot write to the cache directory {self.path}: {error.strerror}",
-                "Make room there, or set runtime_compiler_output_dir to another one.",
+                "Free space there, or set runtime_compiler_output_dir to another one.",
             ) from error
         try:
             yield Path(os.path.realpath(made))
@@ -240,7 +240,7 @@ def first_diagnostic(text: str) -> str:
     'a.c:2:3: error: no such thing'
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error:" in line), lines[-1] if lines else "it said nothing")
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else "it ended without any output")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ _options              the options they share, and the seam to the watcher (`Open
 _parser               argparse with errors that are ours
 _out, _stop           stdout that never hangs or breaks noisily; ending by signal and by the clock
 _lines, _live, _table what people see: event lines, the terminal view, tables
-_host                 what `doctor` reads off this machine
 _schema               the JSON Schema of the lines
 
 What is heavy (the watcher with its binding, rich) is imported where it is used, so that ``sowatch --help`` answers at

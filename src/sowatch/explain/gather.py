@@ -105,7 +105,7 @@ def check_process(proc: ProcFs, pid: int) -> Stat:
     status = proc.status(pid) if 0 < pid < 1 << 31 else Miss.GONE
     about = proc.stat(pid) if status else Miss.GONE
     if isinstance(status, Miss) or isinstance(about, Miss):
-        raise SowatchError(f"there is no process {pid} in {proc.root}. Look for the right one with `ps -e`.")
+        raise SowatchError(f"there is no process {pid} in {proc.root}. Find the right one with `ps -e`.")
     if status.tgid != pid:
         raise UsageError(f"{pid} is a thread of process {status.tgid}. Give {status.tgid}.")
     return about
@@ -125,7 +125,7 @@ def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -
     differences = _differences(pid, context)
     last = context.proc.stat(pid)
     if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
-        raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
+        raise SowatchError(f"process {pid} ended while it was read. Nothing to do; take the next one.")
     return process_report(
         facts, known, memory, looks, context.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
     )
@@ -135,7 +135,7 @@ def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:
     pid = about.pid
     process = proc.process(pid, container_of=container_id)
     if process is None:
-        raise SowatchError(f"process {pid} ended while it was looked at. Nothing to do; look for the next one.")
+        raise SowatchError(f"process {pid} ended while it was read. Nothing to do; take the next one.")
     rows = _settled(proc, pid, proc.executable_maps(pid), worker)
     is_32bit = proc.is_32bit(pid)
     return ProcessFacts(
@@ -265,7 +265,7 @@ def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> 
         rest = f", of those that could be read: {unreadable} could not" if unreadable else ""
         rest += ", of those that /proc shows: it hides others (hidepid)" * is_hidden
         raise SowatchError(
-            f"cannot look at {path!r}: {facts.error}; and no process has a file of that name mapped{rest}. "
+            f"cannot read {path!r}: {facts.error}; and no process has a file of that name mapped{rest}. "
             "`sowatch list` shows what is mapped."
         )
     kind = "other" if look.elf in ("not_elf", "not_regular") else "library"

@@ -63,7 +63,7 @@ def explain_published_file(published: Published, *, path: str | None = None, bui
     ]
     if not found:
         what = path if build_id is None else f"build id {build_id}"
-        raise SowatchError(f"no process has {what!r} mapped, as far as this watch reports. Look at /inventory.")
+        raise SowatchError(f"no process has {what!r} mapped, as far as this watch reports. See /inventory.")
     first = found[0].library
     ids = tuple(dict.fromkeys(load.library.id for load in found))
     known = context.ask_map(None, lambda name: name.file_id in ids)

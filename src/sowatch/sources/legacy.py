@@ -77,7 +77,7 @@ class OldKernelSource(BpfSource):
         self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
         self.limits += (
             "what mprotect makes executable, and interpreters, are not seen in a process that ends at once",
-            "a file of overlayfs that was copied up before it was told of has no inode generation",
+            "a file of overlayfs that was copied up before it was reported has no inode generation",
         )
         self._reading_tgid = self._object.variable(".bss", "reading_tgid")
         self._answer_map = self._object.map("reader_scratch")

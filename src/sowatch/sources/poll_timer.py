@@ -49,7 +49,7 @@ class PollTimer:
         self._fd: int = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_FLAGS)
         if self._fd < 0:
             reason = os.strerror(ctypes.get_errno())
-            raise SowatchError(f"cannot make a timer: {reason}. Look at the limits of this process (`ulimit -n`).")
+            raise SowatchError(f"cannot make a timer: {reason}. Check the limits of this process (`ulimit -n`).")
 
     def fileno(self) -> int:
         """Polls readable when it is time."""

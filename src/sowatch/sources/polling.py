@@ -191,7 +191,7 @@ class ProcfsSource:
         self._unseen = 0
         self._looks = 0
         self._has_begun = False
-        self._timer = PollTimer(config, f"looking at {config.proc_root}")
+        self._timer = PollTimer(config, f"polling {config.proc_root}")
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
         self.unread.start()
@@ -215,7 +215,7 @@ class ProcfsSource:
                 return self._look_at_all()
             except ProcReadError as error:
                 # Nothing is lost by it: the next look sees what this one would have.
-                LOG.warning("a look at %s failed and is repeated: %s", self._proc.root, error)
+                LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
@@ -283,10 +283,10 @@ class ProcfsSource:
     def _note_limits(self) -> None:
         denied = sum(process.is_denied for process in self._processes.values()) + self._unseen
         self.limits = (
-            f"looks every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
+            f"polls every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
             *([f"processes that this user may not read: {denied}"] if denied else []),
             *(["processes of other users are hidden: /proc is mounted with hidepid"] if self._is_hidden else []),
-            "files are told apart by device and inode as /proc shows them, without generation",
+            "files are distinguished by device and inode as /proc shows them, without generation",
             *([f"{self._elsewhere}: processes outside it are not seen"] if self._elsewhere else []),
         )
 

@@ -111,7 +111,7 @@ class PrebuiltSource:
     def __init__(self, config: Config) -> None:
         self.limits: tuple[str, ...] = (
             "a mapping that ends before it is looked up in /proc is counted as lost",
-            "files are told apart as /proc shows them: inode generations and btrfs subvolumes are not seen",
+            "files are distinguished as /proc shows them: inode generations and btrfs subvolumes are not seen",
             "32-bit processes are watched by reads",
         )
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("prebuilt", True, None),)

@@ -150,7 +150,7 @@ class PolledProcessFeed:
         """
         self._proc = ProcFs(self._config.proc_root)
         self._clocks = CpuClocks(self._proc)
-        self._timer = PollTimer(self._config, f"looking at the processes in {self._proc.root}")
+        self._timer = PollTimer(self._config, f"polling the processes in {self._proc.root}")
         try:
             with self._timer.look(counts=False):
                 self._look()
@@ -170,7 +170,7 @@ class PolledProcessFeed:
             try:
                 return self._look()
             except ProcReadError as error:
-                LOG.warning("a look at %s failed and is repeated: %s", self._proc.root, error)
+                LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
     def lost(self) -> int:

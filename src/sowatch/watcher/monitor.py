@@ -211,7 +211,5 @@ def process_monitor(config: Config | None = None) -> ProcessMonitor:
     except SowatchError as error:
         if chosen.strategy != "auto" or not chosen.allow_procfs_fallback:
             raise
-        LOG.warning(
-            "processes are found by looking at %s every %g s: %s", chosen.proc_root, chosen.poll_interval_s, error
-        )
+        LOG.warning("processes are found by polling %s every %g s: %s", chosen.proc_root, chosen.poll_interval_s, error)
         return ProcessMonitor.shared(lambda: PolledProcessFeed(chosen), config=config)

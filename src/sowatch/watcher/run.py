@@ -239,7 +239,9 @@ class Run:
         if is_complete:
             self._counts.add("repairs")
             found = len(exits) + len(new) + len(changed)
-            _log.warning("process events were lost; %s showed %d changes nobody was told of", self._proc.root, found)
+            _log.warning(
+                "process events were lost; %s showed %d changes that were not reported", self._proc.root, found
+            )
         return is_complete
 
     def _emit_seen(self, seen: Seen, *, is_new: bool) -> bool:

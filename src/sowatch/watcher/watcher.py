@@ -429,7 +429,7 @@ class Watcher:
         """
         wanted, engine = self._rule_named(rule), self._running_engine()
         if isinstance(self._proc.stat(pid), Miss):
-            raise SowatchError(f"there is no process {pid}. Look for the right one with `ps -e`.")
+            raise SowatchError(f"there is no process {pid}. Find the right one with `ps -e`.")
 
         def settle() -> int:
             held = [one for one in self._publisher.published.of_pid(pid) if one.rule == rule]

@@ -433,7 +433,7 @@ def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout.strip().endswith("Look at the limits of this process (`ulimit -n`).")
+    assert done.stdout.strip().endswith("Check the limits of this process (`ulimit -n`).")
     assert issubclass(SowatchError, Exception)
 
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* ProcessScan what there is: every mapping of one process, or of all, by the kernel's own iterator. */
+/* Scans what there is: every mapping of one process, or of all, by the kernel's own iterator. */
 #pragma once
 
 #include "emit.bpf.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * ProcessScan kernel structures on the way that every executable mmap takes. A probe read is a call of
+ * Reads kernel structures on the way that every executable mmap takes. A probe read is a call of
  * some 10 ns; a load through a typed pointer is one instruction, which the kernel makes safe by
  * itself. bpf_rdonly_cast (6.2) gives a pointer its type; where it is missing,
  * watch_probe.bpf.c builds the same programs with probe reads.
