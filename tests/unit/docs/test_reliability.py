@@ -38,3 +38,8 @@ def test_every_row_has_a_case_a_test_and_what_it_gives() -> None:
         assert case
         assert re.fullmatch(r"`test_\w+`", test), row
         assert gives
+
+
+def test_no_test_has_two_rows() -> None:
+    rows = re.findall(r"^\| .* \| `(test_\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(set(rows))
