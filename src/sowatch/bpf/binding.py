@@ -20,7 +20,7 @@ from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
 __all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf", "libbpf_version"]
 
-#: Room for what one drain of the ring brings; 128 KiB is some hundred records.
+#: Space for what one drain of the ring brings; 128 KiB is some hundred records.
 DRAIN_BYTES: Final = 1 << 17
 
 
@@ -346,7 +346,7 @@ def probe(what: str, *numbers: int) -> bool | None:
     ``trampoline`` (no number): programs on functions.
 
     Returns:
-        Whether it works, None if it could not be told.
+        Whether it works, None if it could not be determined.
     """
     function = getattr(libbpf().lib, f"sow_probe_{what}")
     result: int = function(*numbers)

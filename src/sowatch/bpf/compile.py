@@ -1,7 +1,7 @@
 """Compiles the shipped BPF programs on this machine, and keeps what came out: strategy ``runtime``.
 
 What is kept is loaded into the kernel later, so it lies in a directory that nobody but this user can write, and each
-file's name tells the hash of its content. Nothing here loads a program.
+file's name has the hash of its content. Nothing here loads a program.
 """
 
 from __future__ import annotations

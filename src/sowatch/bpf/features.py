@@ -1,4 +1,4 @@
-"""What this kernel and this user can do, found out by trying, never by looking at a version.
+"""What this kernel and this user can do, found out by trying, never by comparing versions.
 
 Everything tried is taken down again.
 """

@@ -286,5 +286,5 @@ def has_uprobe_multi() -> bool | None:
 
 
 def has_attach_cookie() -> bool | None:
-    """Whether a program can ask which of its links runs it (bpf_get_attach_cookie, 5.15+); None: cannot be told."""
+    """Whether a program can ask which of its links runs it (bpf_get_attach_cookie, 5.15+); None: no answer."""
     return probe("helper", _PROGRAM_KPROBE, _HELPER_ATTACH_COOKIE)

@@ -83,7 +83,7 @@ ROOT: Final = slice(40, 56)
 
 
 class RangeRecord(NamedTuple):
-    """struct record or struct range_record: a range, dirty, exit or visit record."""
+    """struct record or struct range_record: a range, needs-rescan, exit or scan record."""
 
     size: int
     type: int

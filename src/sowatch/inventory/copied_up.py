@@ -1,8 +1,8 @@
 """Is what an overlay shows under a path the file that is mapped, or a copy that was made of it since?
 
-Whoever writes to a file of a lower layer, or changes its mode, gets a copy in the upper one. The overlay shows it under
-the same path and inode number, while who had the lower file mapped still has that. Only what both files say of
-themselves tells them apart: the change time, the build id, the layer, the content.
+A process that writes to a file of a lower layer, or changes its mode, gets a copy in the upper one. The overlay shows
+it under the same path and inode number, while who had the lower file mapped still has that. Only what both files say of
+themselves distinguish them: the change time, the build id, the layer, the content.
 docs/decisions/0026-staleness.md has the rules.
 """
 
@@ -46,7 +46,7 @@ def is_mapped_file(
         layers: whether the layers have the mapped inode, and its content where the path leads; None if unknown.
 
     Returns:
-        None if nothing tells.
+        None if that cannot be determined.
     """
     # Another change time does not mean another file: chmod changes it, too.
     if mapped_ns and mapped_ns == shown_ns:

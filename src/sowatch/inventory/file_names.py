@@ -22,7 +22,7 @@ _BACKUP: Final = re.compile(r"(?P<base>.+?)(?:\.old|\.bak|\.orig|\.save|\.prev|\
 class GivenUp(NamedTuple):
     """A name that says that its file had another one.
 
-    ``base`` is that path, None if it cannot be told. Only a file that an installer left is stale without a file
+    ``base`` is that path, None if it cannot be determined. Only a file that an installer left is stale without a file
     under its base name: people may keep ``x.old`` and use it.
     """
 

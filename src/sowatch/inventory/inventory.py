@@ -1,7 +1,7 @@
-"""What is mapped, put together for people who look: a row a library, a row a process, loads over time.
+"""What is mapped, put together for people: a row a library, a row a process, loads over time.
 
-The page and ``sowatch top`` show what `Inventory` gives. It looks at the published map when it is asked to, so a
-storm of loads costs it nothing while nobody looks, and no more than one look at a time when many do.
+The page and ``sowatch top`` show what `Inventory` gives. It reads the published map when it is asked to, so a
+storm of loads costs it nothing while nobody asks, and no more than one view a time when many do.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LOG = logging.getLogger("sowatch")
 
 #: How much of the past is kept, one entry a second.
 HISTORY_S: Final = 600
-#: Mappings that are put together; a host that has more is told of the rest as a number.
+#: Mappings that are put together; a host that has more reports the rest as a number.
 MAX_MAPPINGS: Final = 200_000
-#: How often the disk is compared with what is mapped, while somebody looks, and how much of the time at most.
+#: How often the disk is compared with what is mapped, while somebody asks, and how much of the time at most.
 _DISK_EVERY_S: Final = 10.0
 _DISK_SHARE: Final = 0.1
-#: Nobody has looked for this long: the disk is left alone.
+#: Nobody has asked for this long: the disk is not read.
 _UNWATCHED_S: Final = 30.0
 
 K = TypeVar("K")
@@ -80,7 +80,7 @@ class Watched(Protocol):
 
     @property
     def ready(self) -> Ready | None:
-        """What the ``ready`` event said."""
+        """What the ``ready`` event reported."""
 
     @property
     def is_repaired(self) -> bool:
@@ -92,12 +92,12 @@ class LibraryRow:
     """A file under one path, and who has it mapped.
 
     Attributes:
-        number: names the row from one look to the next; never used again for another.
-        library: the file, as one of its holders sees it.
+        number: names the row from one view to the next; never used again for another.
+        library: the file, as one of the processes that map it sees it.
         holders: numbers of `ProcessRow` s, rising.
         containers: ids, sorted.
-        staleness: ``replaced`` or ``deleted`` if a holder maps what its path no longer names, ``unknown`` if that
-            cannot be told of one.
+        staleness: ``replaced`` or ``deleted`` if a process maps what its path no longer names, ``unknown`` if that
+            cannot be determined of one.
         stale_reason: see `StaleAnswer`.
         since_ns: wall clock, in ns since the epoch, of the first load since the row exists.
         is_older: it was mapped already when the watch began, at ``since_ns``.
@@ -117,7 +117,7 @@ class LibraryRow:
 class ProcessRow:
     """A process that has something mapped. ``since_ns`` and ``is_older`` are of its first library.
 
-    ``unknown_libraries`` are those of which it cannot be told whether they are stale.
+    ``unknown_libraries`` are those of which it cannot be determined whether they are stale.
     """
 
     number: int
@@ -141,7 +141,7 @@ class RateSample:
 
 @dataclass(frozen=True, slots=True)
 class InventoryView:
-    """One look. Rows by their numbers; ``left_out`` mappings were too many to be put together."""
+    """What is mapped at one moment. Rows by their numbers; ``left_out`` mappings were too many to be put together."""
 
     libraries: dict[int, LibraryRow]
     processes: dict[int, ProcessRow]
@@ -149,7 +149,7 @@ class InventoryView:
     left_out: int
 
 
-#: What tells one row of libraries from another.
+#: What distinguishes one row of libraries from another.
 _FileKey = tuple[FileId, str]
 
 
@@ -174,7 +174,7 @@ class Inventory:
     """Puts together what a watcher knows. A context manager; every method from any thread.
 
     Runs two threads from `start` to `close`: one counts loads each second, the other compares mapped
-    files with the disk while somebody looks.
+    files with the disk while somebody asks.
 
     Args:
         watcher: whose map is shown; not owned.
@@ -240,9 +240,9 @@ class Inventory:
             return self._look(self.watcher.snapshot(with_ranges=False))
 
     def compare(self) -> None:
-        """Compares what is mapped with the disk, now and in this thread; the next look has it.
+        """Compares what is mapped with the disk, now and in this thread; the next view has it.
 
-        For whoever looks only once. What lies on a file system that does not answer is ``unknown``.
+        For one answer only. What lies on a file system that does not answer is ``unknown``.
         """
         with Disk(self._proc) as disk:
             self._stale = _stale(self.watcher.snapshot(), disk, self._closing.is_set)

@@ -1,6 +1,6 @@
 """Which package owns a file. Read-only.
 
-A process names its libraries inside its own root, which a container controls. So nothing here follows a link out of
+A process names its libraries inside its own root, which a container controls. So nothing here takes a link out of
 that root, opens anything but regular files and directories, reads without a limit, or runs a container's programs.
 """
 
@@ -35,7 +35,7 @@ def _read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
     except OSError:
         return None
     try:
-        # Looked at before it is opened: opening a device or a FIFO may do something.
+        # Checked before it is opened: opening a device or a FIFO may do something.
         status = os.fstat(found)
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
             return None

@@ -1,4 +1,4 @@
-"""`Roots`: the root directories of processes, as they are while somebody looks around once."""
+"""`Roots`: the root directories of processes, as they are during one pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sowatch.linux.proc import Miss, ProcFs
 
 __all__ = ["RootKey", "Roots", "own_root_key"]
 
-#: What tells one root from another: its mount namespace, and the device and inode of the root.
+#: What distinguishes one root from another: its mount namespace, and the device and inode of the root.
 RootKey = tuple[str, int, int]
 
 
@@ -18,7 +18,7 @@ class Roots:
     """Finds root directories and remembers what it found. Waits as long as the file systems do.
 
     Args:
-        proc: the proc file system to look through.
+        proc: the proc file system to read.
     """
 
     def __init__(self, proc: ProcFs) -> None:
@@ -37,7 +37,7 @@ class Roots:
         return self._threads[pid]
 
     def key(self, pid: int) -> RootKey | None:
-        """What tells the root of a process from others; None if it has ended or is not ours to look at."""
+        """What distinguishes the root of a process from others; None if it has ended or may not be read."""
         if pid not in self._keys:
             thread = self.thread_dir(pid)
             try:

@@ -1,8 +1,8 @@
 """Is a mapped file still the one on disk? `Disk` answers with yes, no and how, or unknown and why. Read-only.
 
-A process names its libraries inside its own root, which a container controls: no link is followed out of that root, and
+A process names its libraries inside its own root, which a container controls: no link is taken out of that root, and
 nothing is opened but with O_PATH, except for what an overlay shows: `sowatch.inventory.copied_up` reads regular files.
-Every look has a deadline, for a file system may not answer.
+Every read has a deadline, for a file system may not answer.
 docs/decisions/0026-staleness.md has the rules.
 """
 
@@ -32,7 +32,7 @@ __all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness"]
 
 T = TypeVar("T")
 
-#: A look that takes longer hangs. The more do already, the sooner the next one is given up.
+#: A read that takes longer hangs. The more do already, the sooner the next one is given up.
 LOOK_TIMEOUT_S: Final = 1.0
 LEAST_TIMEOUT_S: Final = 0.05
 #: Package databases are large, and may lie on a slow disk.
@@ -42,7 +42,7 @@ _DELETED: Final = " (deleted)"
 
 
 class Staleness(StrEnum):
-    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be told."""
+    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be determined."""
 
     DELETED = "deleted"
     REPLACED = "replaced"
@@ -125,12 +125,12 @@ class _Subject:
 
 
 class Disk:
-    """What is on disk where a process looks: for one look around, as it remembers what it saw. A context manager.
+    """What is on disk where a process would open its files, for one pass: answers are kept. A context manager.
 
     Processes that share root and mount namespace share the answers. One thread uses it.
 
     Args:
-        proc: the proc file system to look through. Default: ``/proc``.
+        proc: the proc file system to read. Default: ``/proc``.
 
     Raises:
         ProcRootError: ``/proc`` is not mounted.
@@ -144,7 +144,7 @@ class Disk:
         self._answers: dict[tuple[object, ...], StaleAnswer] = {}
         #: The keys of answers that hold for the mappings of one process only.
         self._is_of_process: set[tuple[object, ...]] = set()
-        #: Directories of a root in which a look hung, with the device of the file that was looked for.
+        #: Directories of a root in which a read hung, with the device of the file that was searched for.
         self._hanging: set[tuple[RootKey, str, int, int]] = set()
 
     def __enter__(self) -> Self:
@@ -156,7 +156,7 @@ class Disk:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread that looks, unless it hangs. Safe to call again."""
+        """Ends the thread that reads, unless it hangs. Safe to call again."""
         self._worker.close()
 
     def staleness(self, process: Process, library: Library, ranges: Sequence[tuple[int, int]] = ()) -> StaleAnswer:
@@ -238,7 +238,7 @@ class Disk:
     def _look_at_process(self, process: Process) -> _Sight:
         try:
             stat = self._proc.stat(process.pid)
-            # Hidden by hidepid is not gone, but nobody can tell.
+            # Hidden by hidepid is not gone, but nobody can know.
             if stat is Miss.DENIED:
                 return _Sight(trouble=NOT_PERMITTED)
             if isinstance(stat, Miss) or stat.start_ticks != process.start_ns // TICK_NS:
@@ -367,12 +367,12 @@ def _judge(subject: _Subject, found: _Found | str, compare: Callable[[str], _Fou
 
 
 def _cannot_tell(subject: _Subject, reason: str) -> StaleAnswer:
-    """Where we cannot look the kernel's mark still stands: the name may be taken again, but was given up."""
+    """Where we cannot read the kernel's mark still stands: the name may be taken again, but was given up."""
     return StaleAnswer(Staleness.DELETED) if subject.is_deleted else StaleAnswer(Staleness.UNKNOWN, reason)
 
 
 def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None, copies: Copies) -> _Found | str:
-    """What a path leads to below a root; a text says why that cannot be told."""
+    """What a path leads to below a root; a text says why that cannot be determined."""
     try:
         fd = open_below(root_fd, path, os.O_PATH)
     except (FileNotFoundError, NotADirectoryError):

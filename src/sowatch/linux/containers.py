@@ -1,7 +1,7 @@
 r"""Which container a cgroup belongs to. Pure; imports nothing of the package.
 
 Runtimes name cgroups after containers; the table below has the forms. Where containers are nested
-(docker in docker, kind), the innermost one is told. A process that only looks after a container
+(docker in docker, kind), the innermost one is reported. A process that only serves a container
 (conmon, lxc's monitor, nspawn's supervisor) has a cgroup of its own and is not in it.
 """
 
@@ -28,7 +28,7 @@ _EXAMPLE: Final = "0123456789abcdef" * 4
 
 #: Every form that is known. Add a line and its test; order does not matter.
 CONTAINER_FORMS: Final = (
-    # The cgroupfs driver of docker, containerd and CRI-O: the id alone, below a parent that says little.
+    # The cgroupfs driver of docker, containerd and CRI-O: the id only, below a parent that names no runtime.
     ContainerForm("cgroupfs", _HEX, f"/docker/{_EXAMPLE}"),
     # systemd drivers: one scope for each container.
     ContainerForm("docker", rf"docker-{_HEX}\.scope", f"/system.slice/docker-{_EXAMPLE}.scope"),
@@ -64,7 +64,8 @@ CONTAINER_FORMS: Final = (
         r"garden/(?:(?:good|bad)/)?(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
         "/garden/good/01234567-89ab-cdef-0123-456789abcdef",
     ),
-    # containerd's ctr: /NAMESPACE/NAME at the top. Only its default namespace can be told from any other group.
+    # containerd's ctr: /NAMESPACE/NAME at the top. Only its default namespace can be distinguished from any other
+    # group.
     ContainerForm("ctr", rf"(?<=^/)default/{_NAME}", "/default/web"),
     ContainerForm("ctr, systemd", rf"ctr-{_NAME}\.scope", "/system.slice/ctr-web.scope"),
     ContainerForm("ctr, systemd path taken literally", rf"[^/:]*:ctr:{_NAME}", "/system.slice:ctr:web"),

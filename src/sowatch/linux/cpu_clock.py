@@ -21,9 +21,9 @@ class CpuClocks:
         self._is_ours = _is_our_namespace(proc)
 
     def read_ns(self, pid: int) -> int | None:
-        """CPU time of all threads that the process ever had; None if it cannot be told.
+        """CPU time of all threads that the process ever had; None if it cannot be determined.
 
-        A thread that runs right now is counted up to its last tick. So of two looks that read this *before*
+        A thread that runs right now is counted up to its last tick. So of two polls that read this *before*
         the mappings, the second finds another value if anything happened after the first.
         """
         if not self._is_ours:

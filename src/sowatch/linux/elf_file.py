@@ -1,11 +1,11 @@
 """An open ELF file: its header, segments, sections and dynamic section, read within a budget.
 
-The files are under the control of whoever runs in a container, so nothing in them is believed: every count and size
+The files are under the control of containers, so nothing in them is believed: every count and size
 has a cap (`ElfLimits`), every byte comes by ``pread`` at a computed offset and counts against a budget, no address is
 followed twice. A file that lies gives a partial answer or an `ElfError`, in bounded time and memory.
 
-This is not pyelftools because that believes the file: a PT_NOTE that claims all of a sparse terabyte
-keeps it busy for hours, a note that claims 2 GB makes it allocate them, and the two facts of an honest
+This is not pyelftools because that believes the file: a PT_NOTE that spans all of a sparse terabyte
+keeps it busy for hours, a note of a declared 2 GB makes it allocate them, and the two facts of an honest
 libc take it a hundred times as long. The tests compare the answers of both for every library there is.
 
 ``pread`` on a file of a hung FUSE or NFS mount waits: never call this where that matters.
@@ -40,15 +40,15 @@ class ElfError(SowatchError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ElfLimits:
-    """Caps on what a file may claim. The defaults fit every library of a large Debian several times.
+    """Caps on what a file may declare. The defaults fit every library of a large Debian several times.
 
     Attributes:
-        program_headers: looked at; the kernel itself takes no more than 1,170.
-        dynamic_entries: looked at in PT_DYNAMIC; usual are 30.
-        note_bytes: looked at in all PT_NOTE together; usual are 100.
+        program_headers: read at most; the kernel itself takes no more than 1,170.
+        dynamic_entries: read at most in PT_DYNAMIC; usual are 30.
+        note_bytes: read at most in all PT_NOTE together; usual are 100.
         build_id_bytes: of a build id; usual are 20.
         soname_bytes: of a soname; the kernel takes no longer path.
-        sections: looked at; usual are 30, and more only where each function has its own.
+        sections: read at most; usual are 30, and more only where each function has its own.
         read_bytes: read in one call of one function; libLLVM needs 5 MB for all its symbols, a name that is looked
             for less than 4 kB in a library of any size.
     """
@@ -219,7 +219,7 @@ class ElfFile:
             if tag == 0:
                 return tags
             tags[tag] = value
-        self.is_partial = True  # no DT_NULL where it may be looked for
+        self.is_partial = True  # no DT_NULL where it may be searched for
         return tags
 
     def _dynamic_segment(self) -> Segment | None:
@@ -230,7 +230,7 @@ class ElfFile:
         segment = self._dynamic_segment()
         if segment is None:
             return None
-        # ld.so goes by the address; a file may well claim another offset.
+        # ld.so goes by the address; a file may well declare another offset.
         offset = self.offset_of(segment.vaddr)
         return segment.offset if offset is None else offset
 

@@ -21,7 +21,7 @@ __all__ = [
     "symbol_offsets",
 ]
 
-#: Added to the budget for each name that is looked for: some sixty small reads, an honest one needs five to twenty.
+#: Added to the budget for each name that is searched for: some sixty small reads, an honest one needs five to twenty.
 _BYTES_PER_NAME: Final = 32 << 10
 
 _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_SYMENT = 4, 5, 6, 10, 11
@@ -169,7 +169,7 @@ class _Symbols:
         return last + sum(1 for _ in self._chain(table, last, 1024))
 
     def _in_gnu_hash(self, name: bytes) -> Iterator[int]:
-        """The places of the symbols whose names have the same hash, as far as it tells."""
+        """The places of the symbols whose names have the same hash, as far as it shows."""
         table = self._gnu_hash()
         wanted = 5381
         for byte in name:
@@ -261,14 +261,14 @@ def read_exports(
 
     Args:
         fd: as in `sowatch.linux.elf.read_facts`.
-        wanted: look for these only: cheap for a few names, and no library is too large for it.
+        wanted: search for these only: cheap for a few names, and no library is too large for it.
         limits: caps on what is believed.
 
     Returns:
         The names, or those of ``wanted`` that are there. Empty if it is not ELF, or is static.
 
     Raises:
-        ElfError: it cannot be told, because the file lies, is cut off, passes a limit or is not a
+        ElfError: it cannot be determined, because the file lies, is cut off, passes a limit or is not a
             regular file.
     """
     if wanted is not None:

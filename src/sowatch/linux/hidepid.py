@@ -44,7 +44,7 @@ def hides_processes(proc: ProcFs) -> bool:
     except (OSError, ValueError):
         hidepid, group = None, 0
     if hidepid not in _HIDING:
-        # There always is a first process. Where our mount table does not tell it may be missing nevertheless.
+        # There always is a first process. Where our mount table does not show it, it may be missing nevertheless.
         return not os.path.exists(f"{proc.root}/1")
     if hidepid not in _GROUPLESS and group in {os.getegid(), *os.getgroups()}:
         return False

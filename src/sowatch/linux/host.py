@@ -34,7 +34,7 @@ _SECCOMP_MODES: Final = {"0": "none", "1": "strict", "2": "filter"}
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """This user on this kernel. ``None`` means that it could not be told."""
+    """This user on this kernel. ``None`` means that it could not be determined."""
 
     release: str
     version: str
@@ -204,7 +204,7 @@ def release_number(release: str) -> tuple[int, int] | None:
 
 
 def risk_here(risk: Risk, host: Host) -> bool | None:
-    """Whether the reports are about kernels like this one; ``None`` where that cannot be told."""
+    """Whether the reports are about kernels like this one; ``None`` where that cannot be determined."""
     if risk.machine not in (None, host.machine):
         return False
     if risk.first_release is not None:

@@ -10,7 +10,7 @@ from sowatch.model.identity import TICK_NS, ProcessId
 __all__ = ["process_is_alive", "running_stat"]
 
 #: ``task_struct.flags`` of a task past exit_signals(), which is before its sched_process_exit
-#: (kernel/exit.c, do_exit). So whoever looks after that event finds the process gone.
+#: (kernel/exit.c, do_exit). A reader that comes after that event finds the process gone.
 _PF_EXITING: Final = 0x4
 
 
@@ -40,7 +40,7 @@ def running_stat(proc: ProcFs, pid: int) -> Stat | Miss:
 def process_is_alive(process: ProcessId, proc: ProcFs) -> bool:
     """Whether that very process still runs; a later one with its pid does not count.
 
-    Start times are compared at tick precision. Where ``/proc`` cannot tell (no permission, no
+    Start times are compared at tick precision. Where ``/proc`` does not show that (no permission, no
     file descriptors left) the answer is yes.
     """
     try:

@@ -4,8 +4,8 @@ Nothing is opened before it is known to be that file: the process may have mappe
 have its name by now, or the name may be that of a link, a FIFO or a device.
 
 On overlayfs the kernel's link to a mapping leads to the file that the overlay shows now. After a copy-up that is the
-upper one, while the process still runs the lower one. The change time tells: both are never the same. The lower file is
-then looked for in the layers, by its own inode.
+upper one, while the process still runs the lower one. The change time distinguishes them: both are never the same. The
+lower file is then searched for in the layers, by its own inode.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def find_in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found 
     """The file in a layer below the overlay that its path leads to, if this one shows the mapped inode itself.
 
     A path from a mount option is interpreted in our mount namespace and in that of the process; the check of the inode
-    makes it harmless that whoever mounted the overlay chose it.
+    makes it harmless that the user who mounted the overlay chose it.
     """
     for fd in _opened_in_layers(proc, pid, path):
         if shows_real_inode(fd) and _is_it(fd, file_id, 0, is_link=False):
@@ -246,7 +246,7 @@ def shows_a_lower_file(proc: ProcFs, pid: int, path: str, shown: os.stat_result)
 
     Args:
         proc: the host's.
-        pid: whose mounts are looked through.
+        pid: whose mounts are searched.
         path: as that process sees it.
         shown: the status of what the path leads to.
 
@@ -336,7 +336,7 @@ def mapped_build_id(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...])
     Whatever path leads where. Needs Linux 6.11 (PROCMAP_QUERY) and the right to read maps.
 
     Returns:
-        None if there is none, or it cannot be told.
+        None if there is none, or it cannot be determined.
     """
     tid = proc.live_thread(pid) if ranges else None
     if not tid:

@@ -1,7 +1,7 @@
-"""Opening files whose names somebody else controls, and whether stat(2) tells the inode that the kernel maps.
+"""Opening files whose names somebody else controls, and whether stat(2) shows the inode that the kernel maps.
 
 What is opened by a name may be another file by the time it is opened again by that name. So a file is found once, by a
-descriptor that opens nothing (O_PATH); its type is looked at through that, and that very file is then opened.
+descriptor that opens nothing (O_PATH); its type is read through that, and that very file is then opened.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def open_below(root_fd: int, path: str, flags: int, *, follows_links: bool = Tru
 def reopen(place: int, flags: int) -> int:
     """Opens the very file that an O_PATH descriptor is of; never waits for the other end of a FIFO.
 
-    Whoever does not want a device or a FIFO to be opened at all looks at ``os.fstat(place)`` before.
+    A caller that must not open a device or a FIFO at all reads ``os.fstat(place)`` before.
 
     Returns:
         A file descriptor that the caller closes.
@@ -123,6 +123,6 @@ def shows_real_inode(fd: int) -> bool:
     buffer = ctypes.create_string_buffer(512)
     if _libc().fstatfs(fd, buffer) != 0:
         return False
-    # f_type comes first: a long, but an int on s390 and on 32-bit machines. Look at both halves.
+    # f_type comes first: a long, but an int on s390 and on 32-bit machines. Read both halves.
     first = struct.unpack_from("=Q", buffer.raw)[0]
     return not _MASKED_FILE_SYSTEMS & {first & 0xFFFFFFFF, first >> 32}

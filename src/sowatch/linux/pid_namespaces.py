@@ -1,6 +1,6 @@
 """In which pid namespace are we, and by whose numbers does a proc file system show processes?
 
-The kernel side counts in the initial pid namespace, and its iterators visit the processes of the caller's namespace
+The kernel side counts in the initial pid namespace, and its iterators scan the processes of the caller's namespace
 only. A proc file system shows the processes of the namespace that it was mounted in, by that namespace's numbers. Where
 these are not one namespace, numbers of two would be mixed: a process would be taken for another.
 """
@@ -29,7 +29,7 @@ def own_pid(proc: ProcFs) -> int | None:
 
 
 def is_initial(proc: ProcFs) -> bool | None:
-    """Whether this very process is in the initial pid namespace; ``None`` if that cannot be told."""
+    """Whether this very process is in the initial pid namespace; ``None`` if that cannot be determined."""
     for root in (proc.root, "/proc"):
         try:
             return os.stat(f"{root}/self/ns/pid").st_ino == _INITIAL_INODE
@@ -39,7 +39,7 @@ def is_initial(proc: ProcFs) -> bool | None:
 
 
 def shows_whole_host(proc: ProcFs) -> bool | None:
-    """Whether ``proc`` is of the initial pid namespace; ``None`` if that cannot be told."""
+    """Whether ``proc`` is of the initial pid namespace; ``None`` if that cannot be determined."""
     initial = is_initial(proc)
     if own_pid(proc) is None:
         # It is not of our namespace, nor of one around it. The initial one is around all others.
@@ -51,7 +51,7 @@ def shows_whole_host(proc: ProcFs) -> bool | None:
 
 
 def why_not_whole_host(proc: ProcFs, *, needs_own: bool = False) -> str | None:
-    """What is wrong, as a clause; ``None`` if nothing is, or that cannot be told.
+    """What is wrong, as a clause; ``None`` if nothing is, or that cannot be determined.
 
     Args:
         proc: where processes are looked up.

@@ -1,7 +1,7 @@
 """What ``/proc`` says of processes: bytes in, frozen records out. Never raises for a vanished process.
 
 The ``parse_*`` functions and `executable_maps` are pure; `ProcFs` reads below one proc root. A process that ended, or
-may not be looked at, is an answer (`Miss`), not an error: what else goes wrong (no file descriptors left, say) is a
+may not be read, is an answer (`Miss`), not an error: what else goes wrong (no file descriptors left, say) is a
 `ProcReadError`.
 
 While the thread-group leader is dead and other threads live, ``/proc/PID/maps`` is empty and ``exe``,
@@ -48,10 +48,10 @@ class Miss(Enum):
 
     #: The process (or thread) ended, never was, or is hidden by the mount option ``hidepid``.
     GONE = "gone"
-    #: It is there, and this user may not look at it.
+    #: It is there, and this user may not read it.
     DENIED = "denied"
     #: It is there and has no such thing: a kernel thread or a zombie, or a path longer than the
-    #: kernel can tell (`exe`: 4,095 bytes).
+    #: kernel can give (`exe`: 4,095 bytes).
     ABSENT = "absent"
     #: It is there, and the kernel does not answer: somebody holds a lock of its address space.
     HUNG = "hung"
@@ -79,8 +79,8 @@ class MapRow(NamedTuple):
     the overlay's own, so they are no `FileId`. An anonymous mapping has 0 in all three.
 
     ``path`` has the kernel's mark for a name that is gone taken off and put into ``is_deleted``.
-    Like every path in maps it is seen from *our* root; see `seen_path`. Two things cannot be told
-    from the text alone, because the kernel (``show_map_vma``, ``seq_path(m, path, "\n")``,
+    Like every path in maps it is seen from *our* root; see `seen_path`. Two things cannot be determined
+    from the text, because the kernel (``show_map_vma``, ``seq_path(m, path, "\n")``,
     ``path_with_deleted``) escapes nothing but the newline:
 
     * ``\012`` is a newline, or a backslash and three digits in a name. It is read as a newline.
@@ -161,7 +161,7 @@ class Status(NamedTuple):
     """What is used of ``/proc/PID/status``.
 
     ``uid`` is the real one, in our user namespace. ``ns_pid`` is the process id in the innermost
-    pid namespace of the process (``None`` before kernel 4.1, which does not tell).
+    pid namespace of the process (``None`` before kernel 4.1, which does not show it).
     """
 
     tgid: int
@@ -377,8 +377,8 @@ class ProcFs:
     def resolve_deleted_suffix(self, pid: int, row: MapRow) -> MapRow:
         """A row with ``is_deleted`` corrected if a file whose name ends in `` (deleted)`` is what is mapped.
 
-        Looks for a file of that very name below the root of the process, which needs the right to, may
-        wait for a file system that hangs, and follows links that the process controls: no more comes of
+        Searches for a file of that very name below the root of the process, which needs the right to, may
+        wait for a file system that hangs, and resolves links that the process controls: no more comes of
         it than a comparison of inode numbers. Where it cannot be made the row stays as it is.
         """
         if not row.is_deleted or not row.path.startswith(b"/"):
@@ -490,7 +490,7 @@ class ProcFs:
             container_of: takes the path of a cgroup and gives the id of the container, if it is one.
 
         Returns:
-            ``None`` if there is no such process. If it ends while it is read, what its stat said:
+            ``None`` if there is no such process. If it ends while it is read, what its stat had:
             never a mixture with another process that got the pid.
         """
         first = self.stat(pid)
@@ -536,7 +536,7 @@ class ProcFs:
         answer = ask(f"{self.root}/{pid}")
         if not isinstance(answer, Miss):
             return answer
-        # A second look at the world: ENOENT and ESRCH also mean a kernel thread and a zombie, and the files
+        # Read again: ENOENT and ESRCH also mean a kernel thread and a zombie, and the files
         # of a task without memory belong to root, so that its owner is refused (task_dump_owner).
         leader = self.stat(pid)
         if isinstance(leader, Miss):

@@ -15,7 +15,7 @@ _KCMP_VM: Final = 1
 
 
 def shares_mm(pid: int, other: int) -> bool:
-    """Whether both have one address space (CLONE_VM); False if it cannot be told.
+    """Whether both have one address space (CLONE_VM); False if it cannot be determined.
 
     Needs the right to trace both, and takes none of the locks that a reader of ``/proc/PID/maps`` waits for.
     """

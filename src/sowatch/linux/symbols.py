@@ -1,6 +1,6 @@
 """Functions of an ELF file by name, as probes want them: every symbol table, patterns, and why one cannot be probed.
 
-A name is looked for as ld.so does, then in ``.dynsym``, then in ``.symtab``; patterns in both, which are read whole,
+A name is searched for as ld.so does, then in ``.dynsym``, then in ``.symtab``; patterns in both, which are read whole,
 within a budget; the files are hostile, as everywhere here. What was found in tables is kept for the next file that has
 the same tables: the copies of one build in many containers. It is not kept by build id, which is only what a file says
 of itself: one that lies would have functions of another probed at wrong places.
@@ -337,7 +337,7 @@ class _Tables:
         symbols = symbols[: len(symbols) // record.size * record.size]
         places = None if only is None else _places_of(strings, only.encode("utf-8", "surrogateescape"))
         if places is not None:
-            # st_name is the first word of each symbol; an own machine's file (`native_machine_error`) is little-endian.
+            # st_name comes first in each symbol; an own machine's file (`native_machine_error`) is little-endian.
             names = memoryview(symbols).cast("I")[:: record.size // 4]
             at = [number for number, name in enumerate(names.tolist()) if name in places]
             symbols = b"".join(symbols[number * record.size : (number + 1) * record.size] for number in at)
@@ -366,7 +366,7 @@ class _Tables:
 
 
 def _places_of(strings: bytes, name: bytes) -> set[int]:
-    """Where a name stands in a string table, alone or as the end of a longer one, as linkers put it."""
+    """Where a name stands in a string table, by itself or as the end of a longer one, as linkers put it."""
     places: set[int] = set()
     for wanted in (name + b"\0", name + b"@"):
         at = strings.find(wanted)

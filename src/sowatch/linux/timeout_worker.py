@@ -1,7 +1,7 @@
 """`TimeoutWorker`: runs calls that the kernel may never answer, and goes on without them.
 
 A thread that waits in the kernel cannot be ended, only left behind: for a lock of an address space whose page
-fault is not answered, for a file system that hangs. Whoever hands a call over must not free what it uses
+fault is not answered, for a file system that hangs. A caller must not free what the call uses
 before it has returned.
 """
 
@@ -49,7 +49,7 @@ class _Job(Generic[T]):
         """On the thread; whether somebody still waited."""
         try:
             self.result = self.call()
-        except BaseException as error:  # noqa: BLE001 - it goes to whoever waits
+        except BaseException as error:  # noqa: BLE001 - it goes to the caller
             self.error = error
         with self.lock:
             self.done.set()

@@ -14,7 +14,7 @@ from sowatch.model.errors import ConfigError
 
 __all__ = ["HOOKS", "NO_GUARD", "STRATEGIES", "Config"]
 
-#: The candidates of the load ladder, strongest guarantee first, and ``auto`` for "the best that works".
+#: The candidates of the strategy selection, strongest guarantee first, and ``auto`` for "the best that works".
 STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
 
 #: Sets of hooks of the BPF strategies.
@@ -42,19 +42,19 @@ class Config:
             may write to. None: ``/var/cache/sowatch`` for root, else ``$XDG_CACHE_HOME/sowatch``.
         compile_timeout_s: seconds after which a compiler is taken to hang.
         ring_bytes: size of the ring buffer; a power of two, at least one page.
-        max_processes: processes the kernel side can follow at once.
+        max_processes: processes the kernel side can track at once.
         max_verdicts: files the kernel side remembers an answer for (least recently used go first).
         max_pending: system calls of interest that can be under way at once.
         max_records_s: changes one process may report in a second. What it does beyond that is counted
-            as lost, and readings tell what it has mapped; the other processes are not kept waiting.
+            as lost, and scans find what it has mapped; the other processes are not kept waiting.
             While the watch falls behind it is fewer, down to 1,000; not so if it is `NO_GUARD`.
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
-            ancestor directory changes a path without the kernel telling anybody.
+            ancestor directory changes a path without any report of the kernel.
         queue_events: events a subscriber may be behind before it loses some.
         queue_bytes: what these may take in memory, each counted as if it shared nothing with another one; and
-            what may wait for facts of files, which the first of them then are told without.
-        poll_interval_s: seconds between two looks at ``/proc`` of the strategy ``procfs``.
-        poll_cpu_percent: what looking may take of one CPU; more makes the looks rarer.
+            what may wait for facts of files, without which the first of them are then reported.
+        poll_interval_s: seconds between two polls of ``/proc`` by the strategy ``procfs``.
+        poll_cpu_percent: what polls may take of one CPU; beyond that they become rarer.
         block_ttl_s: seconds a file stays blocked after its activation failed.
         max_blocked: files on the blocklist (least recently used go first).
     """

@@ -94,7 +94,7 @@ def _shown(code: int) -> str:
 
 
 def _base64(text: str) -> str:
-    # Surrogates that stand for no byte come from whoever types them, never from the kernel.
+    # Surrogates that stand for no byte come from the one that types them, never from the kernel.
     data = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text).encode("utf-8", "surrogateescape")
     return base64.b64encode(data).decode("ascii")
 

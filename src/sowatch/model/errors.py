@@ -110,7 +110,7 @@ class NotPermitted(SowatchError):
 class BpfError(SowatchError):
     """One call into libbpf or bpf(2) failed.
 
-    ``errno`` is the positive error number, ``log`` what libbpf and the verifier said.
+    ``errno`` is the positive error number, ``log`` what libbpf and the verifier wrote.
     """
 
     def __init__(self, operation: str, errno: int, log: str = "") -> None:
@@ -170,7 +170,7 @@ class CompileError(SowatchError):
 
 
 class LoadAttempt(NamedTuple):
-    """One candidate of the load ladder that was tried: which, whether it worked, why not."""
+    """One candidate of strategy selection that was tried: which, whether it worked, why not."""
 
     strategy: str
     ok: bool

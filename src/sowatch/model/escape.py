@@ -1,4 +1,4 @@
-r"""Names that others chose, made safe to look at. Pure, imports nothing of the package.
+r"""Names that others chose, made safe to show. Pure, imports nothing of the package.
 
 Processes choose their names and the names of their files, so a path may hold terminal control
 sequences, line breaks, text direction marks or bytes that are not UTF-8. JSON has escapes of its
@@ -12,7 +12,7 @@ from typing import Final
 
 __all__ = ["one_line", "visible"]
 
-#: What can be shown as it is. Anything else goes the slow way, where each character is looked at.
+#: What can be shown as it is. Anything else goes the slow way, where each character is checked.
 _PLAIN: Final = re.compile(r"[ -\[\]-~]*")
 
 _SHORT: Final = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
@@ -34,7 +34,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Like `visible`, but leaves backslashes alone: for messages that quoted their names already.
+    r"""Like `visible`, but leaves backslashes as they are: for messages that quoted their names already.
 
     >>> one_line("first\nsecond 'a\\n'")
     "first\\nsecond 'a\\n'"

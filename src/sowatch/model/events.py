@@ -1,4 +1,4 @@
-"""What sowatch tells: events and the records in them. Frozen values, no I/O.
+"""What sowatch reports: events and the records in them. Frozen values, no I/O.
 
 `to_dict` gives the wire form of schema 1; its JSON Schema (``event.schema.json``)
 describes the same.
@@ -36,7 +36,7 @@ __all__ = [
 
 SCHEMA: Final = 1
 
-#: The events that tell of libraries; control events are always sent beside them.
+#: The events about libraries; control events are always sent beside them.
 EVENT_KINDS: Final = ("load", "unload", "activate", "deactivate")
 
 
@@ -83,8 +83,8 @@ class Library:
     soname: str | None = None
     deleted: bool = False
     path_partial: bool = False
-    #: The change time of the inode when it was mapped, 0 if unknown: not part of the event. On an overlay it tells what
-    #: was mapped from what has its place since.
+    #: The change time of the inode when it was mapped, 0 if unknown: not part of the event. On an overlay it
+    #: distinguishes what was mapped from what has its place since.
     changed_ns: int = field(default=0, compare=False, repr=False)
 
 

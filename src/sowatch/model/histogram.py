@@ -1,6 +1,6 @@
 """How long things took, counted by bucket: what the core records for telemetry to show.
 
-Imports nothing of the package. The rooms below ``telemetry`` measure with this and know nothing of
+Imports nothing of the package. The packages below ``telemetry`` measure with this and know nothing of
 metrics or exporters; ``telemetry`` reads it when somebody asks.
 """
 

@@ -16,7 +16,7 @@ class FileId(NamedTuple):
 
     On overlayfs this is the lower or upper inode, so the same image layer mounted in ten
     containers is one FileId. ``major`` and ``minor`` name the file system's device,
-    ``generation`` tells a reused inode number from its former owner, and ``subvolume`` (0
+    ``generation`` distinguishes a reused inode number from its former owner, and ``subvolume`` (0
     outside btrfs) separates btrfs subvolumes, which agree in everything else.
     """
 

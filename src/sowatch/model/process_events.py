@@ -27,10 +27,10 @@ ProcessCause: TypeAlias = Literal["event", "scan", "repair"]
 class ProcessEvent:
     """A process came, changed its program, or ended.
 
-    ``cause`` is ``event`` (the kernel said so), ``scan`` (it was there when the monitor started or
+    ``cause`` is ``event`` (the kernel reported it), ``scan`` (it was there when the monitor started or
     the subscriber came) or ``repair`` (it was found after a loss; for an exec this means that the
-    program may have changed: look again). ``t_ns`` is CLOCK_MONOTONIC, of the fact itself for an
-    ``event``, else of the look at ``/proc``. An exit is that of the last thread.
+    program may have changed: read it again). ``t_ns`` is CLOCK_MONOTONIC, of the fact itself for an
+    ``event``, else of the scan of ``/proc``. An exit is that of the last thread.
     """
 
     kind: ProcessKind
@@ -80,8 +80,8 @@ class ProcessMonitorStats:
         callbacks: calls of subscribers; ``callback_errors`` of them raised.
         lost_kernel: events the feed could not collect.
         lost_queue: events that found the queue full, or were still in it when `stop` ran out of time.
-        repairs: looks at ``/proc`` that made a loss good.
-        scan_failed: looks at ``/proc`` that failed; each is tried again.
+        repairs: scans of ``/proc`` that made a loss good.
+        scan_failed: scans of ``/proc`` that failed; each is tried again.
         feed_errors: failures of an open feed; each time it is opened again and repaired.
         processes: known now.
     """

@@ -161,12 +161,12 @@ class RuleSet:
 
     @property
     def needs_exports(self) -> bool:
-        """Whether any rule looks at exported symbols."""
+        """Whether any rule asks for exported symbols."""
         return any(rule.exports for rule in self._rules)
 
     @property
     def wants_images(self) -> bool:
-        """Whether any rule looks at executables or interpreters, which exec maps, not mmap."""
+        """Whether any rule asks for executables or interpreters, which exec maps, not mmap."""
         return any(rule.kind & {"executable", "interpreter"} for rule in self._rules)
 
     def could_match(self, path: str) -> bool:

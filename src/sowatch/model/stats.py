@@ -11,13 +11,13 @@ __all__ = ["Losses", "Mapped", "Stats"]
 
 
 class Losses(NamedTuple):
-    """What the kernel side could not send or follow, counted since the source was opened."""
+    """What the kernel side could not send or track, counted since the source was opened."""
 
     ring: int = 0
     processes: int = 0
     pending: int = 0
     scratch: int = 0
-    #: Dropped because one process said more than ``Config.max_records_s`` of them in a second.
+    #: Dropped because one process reported more than ``Config.max_records_s`` of them in a second.
     throttled: int = 0
     #: Runs of a program that the kernel left out, as another was under way on that CPU.
     skipped: int = 0
@@ -30,7 +30,7 @@ class Mapped:
     """One library in one process, as the map has it. ``ranges`` are executable address ranges.
 
     Where ``range_count`` is not None there are that many at the least, see `sowatch.LibraryEvent`.
-    ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was told, so
+    ``cause`` and ``time_ns`` (wall clock, ns since the epoch) are those of the load that was reported, so
     what was there before the watch has the time at which that found it, and the cause ``snapshot``.
     """
 
@@ -47,13 +47,13 @@ class Mapped:
 class Stats:
     """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
 
-    ``lost_throttled`` of the facts were dropped because one process said more than
+    ``lost_throttled`` of the records were dropped because one process reported more than
     ``Config.max_records_s`` of them in a second.
 
     ``rereads`` are single processes whose mappings were read because other threads might have
     interfered; ``callback_errors`` are exceptions that user callbacks raised. ``records`` are what
     the kernel side sent, ``losses`` says where ``lost_kernel`` was lost. ``audits`` ran to their
-    end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two looks
+    end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two polls
     at ``/proc`` as it is now, None with a strategy that does not poll. ``partial`` are loads of files that contradict
     themselves or pass a limit of work, so that facts or exports may be missing. ``unread`` are processes whose mappings
     cannot be read now; see `Watcher.unread`.

@@ -1,4 +1,4 @@
-"""Metrics and sinks: what sowatch tells of itself, and where its events go besides its subscribers.
+"""Metrics and sinks: what sowatch reports of itself, and where its events go besides its subscribers.
 
 The core counts what it does in plain fields; a `Sampler` reads those when somebody asks, so that nothing here costs
 the draining thread anything.

@@ -28,7 +28,7 @@ __all__ = [
     "split_tags",
 ]
 
-#: The tag of the one series that takes what a full metric has no room for.
+#: The tag of the one series that takes what does not fit into a full metric.
 OVERFLOW_TAG: Final = "overflow:true"
 
 #: Longer tags are cut: rules may be named by long patterns.
@@ -148,7 +148,7 @@ class MetricRegistry:
     Args:
         max_series: how many sets of tags one name may have. What comes after them counts into one
             series tagged ``overflow:true``, and ``telemetry.overflow`` counts how often that was so:
-            a label that takes any value cannot fill the memory of whoever stores the metrics.
+            a label that takes any value cannot fill the memory of what stores the metrics.
         sample_interval_s: `collect` asks its sources at most this often, however many scrape.
         clock: seconds, monotonic.
 
@@ -203,7 +203,7 @@ class MetricRegistry:
             return [series[tags] for _, series in sorted(self._by_name.items()) for tags in sorted(series)]
 
     def forget(self, metric: Metric) -> None:
-        """Takes a series away, because what it tells of is gone. Whoever still holds it may use it in vain."""
+        """Takes a series away, because what it is about is gone. Using it afterwards has no effect."""
         with self._lock:
             series = self._by_name.get(metric.name, {})
             if series.get(metric.tags) is metric:

@@ -18,7 +18,7 @@ Protocol: TypeAlias = Literal["http", "grpc"]
 
 
 class Otlp:
-    """A collector, and what is told of ourselves.
+    """A collector, and what is known of ourselves.
 
     Args:
         endpoint: ``http://HOST:PORT`` or ``https://...``, with a path if the collector sits behind one;

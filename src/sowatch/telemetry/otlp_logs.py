@@ -1,6 +1,6 @@
 """Events as logs for an OpenTelemetry collector, over HTTP or gRPC. Needs the extra ``sowatch[otlp]``.
 
-The SDK's batching is not used: it drops without telling how much. A `SinkRunner` batches, waits and counts; the SDK's
+The SDK's batching is not used: it drops without reporting how much. A `SinkRunner` batches, waits and counts; the SDK's
 exporter sends.
 """
 
@@ -130,7 +130,7 @@ def _attributes(event: Event) -> dict[str, str | int]:
             "process.executable.path": process.exe,
             "container.id": process.container,
         }
-    # Protocol buffers hold nothing that is not UTF-8, and whoever reads logs wants no control characters.
+    # Protocol buffers hold nothing that is not UTF-8, and logs are to have no control characters.
     return {
         key: visible(value) if isinstance(value, str) else value for key, value in facts.items() if value is not None
     }

@@ -13,7 +13,7 @@ LOG = logging.getLogger("sowatch.telemetry")
 
 #: How long `Pusher.close` waits for a delivery that is under way, and for the last one.
 _CLOSE_S: Final = 5.0
-#: How long it waits once more after it has told the exporter to give up.
+#: How long it waits once more after it has made the exporter give up.
 _GRACE_S: Final = 0.2
 
 
@@ -34,7 +34,7 @@ class MetricsExporter(Protocol):
 class Pusher:
     """Calls ``exporter.push`` every ``interval_s`` seconds, and once more at the end. A context manager.
 
-    A delivery that fails is counted, told once until the next one succeeds, and never raised. The
+    A delivery that fails is counted, logged once until the next one succeeds, and never raised. The
     pusher owns the exporter and closes it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Pusher:
     def _push(self) -> None:
         try:
             self._exporter.push()
-        except Exception as error:  # noqa: BLE001 - whatever a library raises: counted, told, tried again
+        except Exception as error:  # noqa: BLE001 - whatever a library raises: counted, logged, tried again
             self.errors += 1
             if self.last_error is None:
                 LOG.warning("metrics could not be sent by %s: %s; it is tried again", self.name, error)

@@ -60,7 +60,7 @@ class HasMonitorStats(Protocol):
 
 
 class WatcherFigures(Protocol):
-    """What a `Watcher` tells of itself."""
+    """What a `Watcher` reports of itself."""
 
     @property
     def stats(self) -> Stats:
@@ -68,7 +68,7 @@ class WatcherFigures(Protocol):
 
     @property
     def ready(self) -> Ready | None:
-        """What its ``ready`` event said."""
+        """What its ``ready`` event reported."""
 
     @property
     def is_repaired(self) -> bool:
@@ -118,10 +118,10 @@ class _Source:
 
 
 class Sampler:
-    """Keeps the metrics of a registry in step with what it was told to follow.
+    """Keeps the metrics of a registry in step with what it follows.
 
-    Each ``follow_`` method returns a function that takes the last figures and ends the following;
-    the gauges of what is followed go then, its counters stay. A new watcher after a changed
+    Each ``follow_`` method returns a function that takes the last figures and ends that;
+    the gauges of what was followed go then, its counters stay. A new watcher after a changed
     configuration adds to the counters of the one before it. All methods may be called from any thread.
 
     Args:

@@ -29,7 +29,7 @@ _FIRST_PAUSE_S: Final = 0.1
 _LAST_PAUSE_S: Final = 5.0
 #: Between two tries while the end is waited for.
 _CLOSING_PAUSE_S: Final = 0.05
-#: How long the thread of a sink that was told to end is waited for.
+#: How long the thread of a sink that is to end is waited for.
 _GRACE_S: Final = 0.2
 
 
@@ -84,7 +84,7 @@ class SinkRunner:
     """The thread that takes events from a subscription to a sink. A context manager.
 
     It owns both. What a sink does not take is tried again, less and less often; meanwhile the
-    subscription fills up and loses events, which the sink is told with `Lost` (where ``queue``) and the
+    subscription fills up and loses events, which the sink gets as `Lost` (where ``queue``) and the
     repair that follows. It ends with the watch, with `close`, or when the sink says that it never will
     take anything again.
 

@@ -22,14 +22,14 @@ _UDP_BYTES: Final = 1432
 _UNIX_BYTES: Final = 8192
 _SEND_TIMEOUT_S: Final = 1.0
 
-#: A total that was told, by series and part ("", "count", "sum").
+#: A total that was sent, by series and part ("", "count", "sum").
 _Key = tuple[str, tuple[str, ...], str]
 
 
 class StatsdExporter:
     """Sends counters as growth, gauges as values, histograms as growth of their count and sum.
 
-    Growth that could not be handed to the socket is sent the next time. UDP tells nobody what was
+    Growth that could not be handed to the socket is sent the next time. UDP does not report what was
     lost on the way. Used by one thread (`Pusher`).
 
     Args:
@@ -63,7 +63,7 @@ class StatsdExporter:
         self._reported: dict[_Key, int | float] = {}
 
     def push(self) -> None:
-        """Sends everything that is to tell.
+        """Sends everything that is due.
 
         Raises:
             SowatchError: the socket did not take it.
@@ -112,7 +112,7 @@ class StatsdExporter:
         return out
 
     def _datagrams(self, metrics: Iterable[Metric]) -> Iterator[tuple[bytes, dict[_Key, int | float]]]:
-        """Full packets, and the totals that count as told once each is sent."""
+        """Full packets, and the totals that count as sent once each is sent."""
         lines: list[bytes] = []
         totals: dict[_Key, int | float] = {}
         size = 0
