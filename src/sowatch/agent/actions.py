@@ -49,7 +49,7 @@ class _Wish:
 
     @classmethod
     def of(cls, settings: RuleSettings, place: int) -> _Wish:
-        # Pattern, kind and exports are the watcher's: another pattern leaves what it attached to both ways alone.
+        # Pattern, kind and exports are the watcher's: another pattern leaves what it attached to both ways as it is.
         same = RuleSettings(
             name=settings.make().name,
             count=settings.count,
@@ -282,7 +282,7 @@ class Actions:
 
 
 def _said(error: SowatchError) -> str:
-    """An error with what the verifier said last, if it did."""
+    """An error with what the verifier wrote last, if it did."""
     if not isinstance(error, BpfError) or not error.log.strip():
         return str(error)
     lines = [line.strip() for line in error.log.strip().splitlines() if line.strip()]

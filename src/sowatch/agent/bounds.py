@@ -18,7 +18,7 @@ __all__ = ["BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "FramingCheck", "Ho
 IDLE_S: Final = 10.0
 #: A client that takes nothing for so long is cut off.
 STUCK_S: Final = 30.0
-#: Connections that one client may have, where clients are told apart.
+#: Connections that one client may have, where clients are distinguished.
 MAX_CONNECTIONS_OF_ONE: Final = 256
 #: How long a body may take, and how large it may be: a pid and a name.
 BODY_S: Final = 5.0
@@ -45,7 +45,7 @@ def _nobody(_: asyncio.Transport) -> str | None:
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol with the bounds that it lacks: two times, and connections of one client.
 
-    ``who`` gives the client at the other end, None where clients are not told apart; set in a subclass.
+    ``who`` gives the client at the other end, None where clients are not distinguished; set in a subclass.
     """
 
     who: Callable[[asyncio.Transport], str | None] = staticmethod(_nobody)
@@ -127,7 +127,7 @@ async def read_body(receive: Receive) -> bytes:
 
 
 class FramingCheck:
-    """Answers 400 to a request whose length is said in two ways, and ends the connection.
+    """Answers 400 to a request whose length is given in two ways, and ends the connection.
 
     A proxy before the agent might take the other one, and what is the end of a body here for the next request.
     """
@@ -140,7 +140,7 @@ class FramingCheck:
         if scope["type"] == "http":
             names = {name for name, _ in scope["headers"]}
             if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] != "1.1"):
-                body = b"the length of the body is said in two ways. Send Content-Length or Transfer-Encoding.\n"
+                body = b"the length of the body is given in two ways. Send Content-Length or Transfer-Encoding.\n"
                 headers = [
                     (b"content-type", b"text/plain; charset=utf-8"),
                     (b"content-length", b"%d" % len(body)),

@@ -32,7 +32,7 @@ _BOUND_BITS: Final = tuple(range(10, 36, 2))
 BOUNDS_S: Final = tuple((1 << bits) / 1e9 for bits in _BOUND_BITS)
 #: A series that nothing has counted into for so long goes, so that its place is free; longer than people scrape.
 _IDLE_S: Final = 600.0
-#: Processes are known by the events of the rule; who is not heard of any more is looked for this often.
+#: Processes are known by the events of the rule; who is not heard of any more is searched for this often.
 _LOOK_S: Final = 10.0
 _Key = tuple[int, ProcessId]
 
@@ -69,7 +69,7 @@ class _Sum:
 
 
 class _Counted:
-    """One counter that is followed. ``sites`` has those of files that are detached, too, until their counts are in."""
+    """One counter that is tracked. ``sites`` has those of files that are detached, too, until their counts are in."""
 
     def __init__(self, rule: str, counter: CallCounter) -> None:
         self.rule = rule
@@ -198,7 +198,7 @@ class CallTally:
             self._release(counted, counted.sites.pop(cookie))
 
     def _release(self, counted: _Counted, site: Site) -> None:
-        """Its file is detached, and all it counted is in: whoever else counts the function goes on."""
+        """Its file is detached, and all it counted is in: others that count the function go on."""
         key = (site.library.id, site.symbol)
         if self._owners.get(key) is counted:
             del self._owners[key]

@@ -64,7 +64,7 @@ class Daemon:
         load: reads the settings anew; raises `SowatchError` if they cannot be used.
         config_path: the file that is watched for changes.
         version: of the program, for its metrics.
-        notifier: tells systemd.
+        notifier: of systemd.
         on_stopping: called in the handler of SIGTERM and SIGINT.
     """
 
@@ -156,7 +156,7 @@ class Daemon:
         return [unix.socket, *tcp]
 
     def _open_source(self, config: Config) -> EventSource:
-        # An agent stands for its host; whoever wants it for one pid namespace says so by naming the strategy.
+        # An agent stands for its host; to have it for one pid namespace name the strategy.
         reason = why_not_whole_host(ProcFs(config.proc_root))
         if reason is not None and config.strategy != "procfs":
             raise PidNamespaceError(reason)
@@ -366,7 +366,7 @@ class Daemon:
 
 
 def _raise_file_limit() -> None:
-    """As many descriptors as allowed: each client and each file that is looked at is one."""
+    """As many descriptors as allowed: each client and each file that is read is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What is traced, what is blocked, and orders by hand: the routes that the origin's debugger has.
+"""What is traced, what is blocked, and commands by hand: the routes that the origin's debugger has.
 
 Answers and status codes are the origin's; a ``ProgramType`` is a rule here.
 """
@@ -52,8 +52,8 @@ class Debugger:
     """The routes below ``/debug``.
 
     Args:
-        watcher: whose registry is shown, and which carries orders out.
-        metrics: what ``/debug/telemetry`` tells.
+        watcher: whose registry is shown, and which carries out commands.
+        metrics: what ``/debug/telemetry`` shows.
     """
 
     def __init__(self, watcher: Watcher, metrics: MetricRegistry) -> None:

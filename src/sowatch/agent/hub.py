@@ -24,7 +24,7 @@ __all__ = ["Client", "EventHub", "HubIsFull"]
 
 #: Clients at once; each costs memory for what it has not read yet.
 MAX_CLIENTS: Final = 256
-#: Events a client may be behind. One that is further behind is told so and cut off: it comes back, and
+#: Events a client may be behind. One that is further behind gets `Lost` and is cut off: it comes back, and
 #: begins with what is mapped then.
 MAX_WAITING: Final = 20_000
 #: And so many bytes of text; clients that are as far behind share them.
@@ -47,9 +47,9 @@ class HubIsFull(Exception):
 
 
 class Client:
-    """One reader of the stream. Made by `EventHub.join`, closed by whoever sends it.
+    """One reader of the stream. Made by `EventHub.join`, closed by what sends it.
 
-    ``past`` is what it is told first, which ends with the event of that ``number``.
+    ``past`` is what it gets first, which ends with the event of that ``number``.
     """
 
     def __init__(self, events: Collection[str], rule: str | None, past: Iterable[Event], number: int) -> None:
@@ -117,7 +117,7 @@ class EventHub:
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
         self._lines = JsonLines()
-        #: Tells the ids of this agent from those of the one before it.
+        #: Distinguishes the ids of this agent from those of the one before it.
         self._name = secrets.token_hex(4)
         self._number = 0
         self._kept: deque[tuple[int, Event]] = deque()
@@ -252,7 +252,7 @@ class EventHub:
         return [] if self._ready is None else [self._ready]
 
     def _after(self, last_id: str | None) -> list[Event] | None:
-        """The events after that one; None if that cannot be told any more."""
+        """The events after that one; None if that cannot be determined any more."""
         name, _, number = (last_id or "").partition("-")
         if name != self._name or not number.isascii() or not number.isdigit() or len(number) > 18:
             return None

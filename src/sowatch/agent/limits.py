@@ -190,7 +190,7 @@ class OneAtATime:
             begun_s = time.monotonic()
             try:
                 answer.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - it goes to whoever asked
+            except BaseException as error:  # noqa: BLE001 - it goes to the one that asked
                 answer.set_exception(error)
             spent_s = time.monotonic() - begun_s
             self._is_over.wait(min(_LONGEST_PAUSE_S, spent_s * (1 / SHARE - 1)))

@@ -54,5 +54,5 @@ def set_up_logging(level: str, style: Literal["logfmt", "json"]) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # A line for each malformed request would let any client fill the disk.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # watchfiles tells of each look that finds nothing.
+    # watchfiles logs each poll that finds nothing.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What systemd is told, as sd_notify(3) has it: a datagram of a few words.
+"""Notifications to systemd, as sd_notify(3) has it: a datagram of a few words.
 
 Imports nothing of the package. Written here: it is one socket, and no package for it is kept well.
 """
@@ -14,7 +14,7 @@ __all__ = ["Notifier"]
 
 
 class Notifier:
-    """Tells systemd how the service is; does nothing if systemd did not start it.
+    """Notifies systemd how the service is; does nothing if systemd did not start it.
 
     Args:
         environment: where NOTIFY_SOCKET and WATCHDOG_USEC are.

@@ -25,8 +25,8 @@ LOG = logging.getLogger("sowatch.agent")
 _QUIET_S: Final = 0.15
 #: One that never does is taken as it is after so many.
 _MAX_LOOKS: Final = 20
-#: Looked at this often even if nothing is said: network file systems say nothing, and a change in the moment
-#: before the directories are watched is not told.
+#: Read this often even without a notification: network file systems give none, and a change in the moment
+#: before the directories are watched is not reported.
 _EVERY_S: Final = 2.0
 _MAX_LINKS: Final = 40
 
@@ -62,7 +62,7 @@ def _first_link(path: str) -> str | None:
 class FileWatch:
     """A thread that calls back when the content of a file is another one than before, and once at its start.
 
-    What was read before the start may have changed since, so the first look counts as a change.
+    What was read before the start may have changed since, so the first check counts as a change.
 
     Args:
         path: the file; it need not be there.
@@ -128,7 +128,7 @@ class FileWatch:
 
 
 def _digest(path: str) -> bytes | str:
-    """What tells one content from another; of a file that cannot be read, why."""
+    """What distinguishes one content from another; of a file that cannot be read, why."""
     try:
         with open(open_regular(path), "rb") as file:
             return hashlib.sha256(file.read(2 << 20)).digest()

@@ -1,6 +1,6 @@
 """Sockets, and the thread that serves HTTP on them.
 
-Sockets are bound by whoever starts the agent, before privileges are dropped; the thread only accepts.
+Sockets are bound by the thread that starts the agent, before privileges are dropped; the thread only accepts.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class UnixSocket:
 
 
 def _hand_over(path: str, uid: int, gid: int, mode: int) -> int:
-    """Gives a socket its owner and mode: the very one that is looked at, not what has its name by then. Its inode."""
+    """Gives a socket its owner and mode: the very one that was opened, not what has its name by then. Its inode."""
     place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(place)

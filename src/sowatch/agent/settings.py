@@ -303,7 +303,7 @@ def _put(table: dict[str, Any], key: Sequence[str], text: str) -> None:
     for part in key[:-1]:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            return  # wrong in the file already, which is told
+            return  # wrong in the file already, which is reported
         table = inner
     table[key[-1]] = _Text(text)
 

@@ -116,7 +116,7 @@ class WebApp:
     def for_tcp(self, hosts: Collection[str]) -> App:
         """What changes nothing and needs none of the agent's rights, for requests that name one of ``hosts``.
 
-        Every local user may connect. So `/explain` answers from the published map alone: the agent opens, follows and
+        Every local user may connect. So `/explain` answers from the published map only: the agent opens, follows and
         looks up nothing for who asks here.
         """
         routes = [

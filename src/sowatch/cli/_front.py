@@ -1,7 +1,7 @@
 """Ends a command that is done although a thread of it waits in the kernel.
 
 A thread that asked a file system (FUSE, say) which took the request and does not answer cannot be ended, not even by
-SIGKILL, and its process has not ended as long as it is there: whoever started the command would wait for the file
+SIGKILL, and its process has not ended as long as it is there: the caller of the command would wait for the file
 system, too. So the process that was started only waits, and another one does the work and reports its exit code.
 """
 
@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _SI_KERNEL: Final = 0x80
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _WAITED_FOR: Final = (*_ENDING, signal.SIGCHLD)
-#: A worker that has reported, or was told to end, ends within this time unless it hangs.
+#: A worker that has reported, or is to end, ends within this time unless it hangs.
 _REAPED_S: Final = 1.0
 _OBEYED_S: Final = 5.0
 
@@ -41,7 +41,7 @@ def run_behind_front(run: Callable[[], int]) -> int:
     Signals that end a process are passed on, and it ends by the signal that ended the worker.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored nobody is told of a child's end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored no end of a child is reported
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     front = os.getpid()
     worker = os.fork()
@@ -70,7 +70,7 @@ def _work(run: Callable[[], int], front: int, write_fd: int, mask: Collection[in
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        # Whoever reads the output must see its end, though a thread that hangs keeps the descriptors open.
+        # A reader of the output must see its end, though a thread that hangs keeps the descriptors open.
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(3):
             os.dup2(null, fd)

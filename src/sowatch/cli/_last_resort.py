@@ -1,4 +1,4 @@
-"""The end of a process that was told to end, whatever hangs: threads in the kernel cannot be ended, but left."""
+"""The end of a process that is to end, whatever hangs: threads in the kernel cannot be ended, but left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["END_S", "LastResort"]
 
-#: What was told to end has ended after so long.
+#: What is to end has ended after so long.
 END_S: Final = 4.5
 
 

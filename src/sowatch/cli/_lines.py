@@ -1,4 +1,4 @@
-"""An event as a line for people: pieces of text, each with the name of its look.
+"""An event as a line for people: pieces of text, each with the name of its style.
 
 Pure but for the local time zone. The pieces are joined as they are for plain text; ``_live`` gives the looks their
 colours.
@@ -15,7 +15,7 @@ from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Re
 
 __all__ = ["Pieces", "pieces_of", "plain"]
 
-#: (text, look); looks are the event's name, or ``dim``, ``name``, ``path``, ``warn``.
+#: (text, style); styles are the event's name, or ``dim``, ``name``, ``path``, ``warn``.
 Pieces = list[tuple[str, str]]
 
 _SIGNS: Final = {"load": "+", "unload": "-", "activate": "*", "deactivate": "o"}

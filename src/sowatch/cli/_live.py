@@ -101,7 +101,7 @@ class LiveView:
             self._lines.append(self._text(event))
 
     def _is_folded(self, event: Event) -> bool:
-        """Whether it only tells that the watch began or ended with this file."""
+        """Whether it only shows that the watch began or ended with this file."""
         if not self._folds or not isinstance(event, LibraryEvent):
             return False
         return not self._is_ready or (event.event == "deactivate" and event.cause == "stop")

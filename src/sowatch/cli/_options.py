@@ -179,7 +179,7 @@ def add_strategy(parser: Parser) -> None:
 
 
 def wants_json(args: Namespace, out: Out, *, when_piped: bool = True) -> bool:
-    """Whether to print JSON: asked for, or not asked and nobody looks (``when_piped``).
+    """Whether to print JSON: asked for, or not asked and nobody reads it (``when_piped``).
 
     Raises:
         UsageError: an unknown format, or two that contradict each other.

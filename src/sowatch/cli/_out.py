@@ -25,7 +25,7 @@ _GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
 class PipeClosed(Exception):
-    """Whoever read the output has gone away; the command ends quietly."""
+    """The reader of the output has gone away; the command ends quietly."""
 
 
 def reserve_standard_fds() -> None:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["show"]
 
 _TICK_S: Final = 0.25
-#: Between two looks at the map, at least; they take a tenth of the time at most.
+#: Between two reads the map, at least; they take a tenth of the time at most.
 _LOOK_S: Final = 1.0
 _GAP: Final = "  "
-#: A path that has less room than this makes other columns go.
+#: A path that has less space than this makes other columns go.
 _LEAST_PATH: Final = 24
 #: Lines that are not rows: two of the header, the head of the table, the keys.
 _OTHER_LINES: Final = 4

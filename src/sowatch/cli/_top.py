@@ -34,7 +34,7 @@ def _since(row: LibraryRow | ProcessRow) -> str:
 
 
 def _stale_count(row: ProcessRow) -> str:
-    """How many are stale; with a question mark where it cannot be told of others."""
+    """How many are stale; with a question mark where it cannot be determined of others."""
     return f"{row.stale_libraries}{'?' if row.unknown_libraries else ''}"
 
 

@@ -3,7 +3,7 @@
   traced         files that some process holds, by rule, and who
   blocked        files whose activation failed, and why
   clear-blocked  forgets those, so that the next load tries again
-  attach PID     look at a process once more; activate what a rule wants of it (--rule: only that one)
+  attach PID     scan a process once more; activate what a rule wants of it (--rule: only that one)
   detach PID     take away what a process holds
   telemetry      every metric
   inventory      which library is mapped by how many processes

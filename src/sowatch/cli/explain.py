@@ -4,7 +4,7 @@ Seen how and when? Which rule wants it, or why none? What does the kernel side d
 very file be opened, and what does it say of itself? Blocked why? Does the map agree with /proc?
 
 A target that is all digits is a process, anything else the path of a file (write ./123 for a file
-of that name). A watch is started, the whole host read once, the target looked at, and the watch
+of that name). A watch is started, the whole host read once, the target examined, and the watch
 ended. A path may be one that only other processes see, or whose file was deleted while it is
 mapped. Ends with 1 if there is no such process, or no such path here or mapped.
 
@@ -19,7 +19,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     seen    null, or rule, cause, t_ns, time of the load event
     rule    the one that wants it, or null; rules: rule, wants, missing exports, and why not:
             pattern, kind, exports, exports_unknown, exports_given_up, earlier_rule
-    untold  why no load was told: no_rule, not_selected, passing (vfork), awaiting_facts,
+    untold  why no load was reported: no_rule, not_selected, passing (vfork), awaiting_facts,
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
     file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;

@@ -2,7 +2,7 @@
 
 With --stale only mapped files that were deleted or replaced on disk: who must restart after an
 upgrade, with the package the file belongs to and the systemd unit or container of the process.
-JSON has one object for each process and file, whatever --by says; --by only orders it. Where
+JSON has one object for each process and file, whatever --by says; --by only sorts it. Where
 processes could not be read a last object, event "coverage", has their number, and --stale ends
 with 3: what runs on stale files may be among them. A unit of
 a user's service manager, or of a container's, is shown with the unit that runs that manager, as
@@ -99,7 +99,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     if args.stale:
         _conclude(entries, open_ends, warn, as_json=as_json)
         return NOT_PERMITTED if open_ends else 0
-    return 0  # what could not be read is among the limits that were said at the start
+    return 0  # what could not be read is among the limits that were shown at the start
 
 
 def _print(entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool) -> None:
@@ -149,7 +149,7 @@ def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hu
     from sowatch.linux.containers import container_id
 
     if strategy not in _READ_FROM_PROC:
-        # The kernel side read all but those that hang. Whether their files are stale takes a look at the process.
+        # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
         closed = {entry.mapped.process.pid for entry in entries if entry.answer.reason == REASON} | hung
         return Coverage(len({entry.mapped.process.pid for entry in entries} - closed), len(closed), is_hidden=False)
     proc, container = ProcFs(selection.config.proc_root), selection.container

@@ -39,7 +39,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:  # noqa: ARG001 - it logs
-    """Serve until told to end; returns the exit code."""
+    """Serve until the end is asked for; returns the exit code."""
     from sowatch.agent.settings import DEFAULT_PATH, Settings, load_settings
 
     flags: dict[str, Any] = {

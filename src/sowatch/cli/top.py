@@ -45,7 +45,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
-    """Show what is mapped until told to stop; returns the exit code."""
+    """Show what is mapped until the end is asked for; returns the exit code."""
     if args.by not in _ORDERS:
         raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
     if args.no_snapshot:

@@ -58,7 +58,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
-    """Watch until told to stop; returns the exit code."""
+    """Watch until the end is asked for; returns the exit code."""
     if not args.events:
         raise UsageError("--events needs at least one event.")
     as_json = wants_json(args, out)

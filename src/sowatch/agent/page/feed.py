@@ -1,4 +1,4 @@
-"""What the page is told: everything once, then each second what has changed, as server-sent events.
+"""What the page gets: everything once, then each second what has changed, as server-sent events.
 
 One task looks and encodes for all clients, and only while there are any. A client that cannot keep up misses changes
 and then gets everything anew; nobody waits for it, and nothing is kept for it.
@@ -25,7 +25,7 @@ __all__ = ["Feed", "FeedResponse"]
 
 LOG = logging.getLogger("sowatch")
 
-#: Between two looks, at least; and how much of the time they may take.
+#: Between two views, at least; and how much of the time they may take.
 _EVERY_S: Final = 1.0
 _SHARE: Final = 0.1
 #: Changes that are kept for clients that are late.
@@ -36,7 +36,7 @@ _STUCK_S: Final = 30.0
 
 @dataclass(slots=True)
 class _State:
-    """What all clients have been told, up to ``version``."""
+    """What all clients have got, up to ``version``."""
 
     version: int
     view: InventoryView

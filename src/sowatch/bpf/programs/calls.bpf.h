@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The system calls that change mappings: what is noted when one enters, and what is said when it
+ * The system calls that change mappings: what is noted when one enters, and what is reported when it
  * leaves. Which hook they are called from is all the same to them.
  */
 #pragma once
@@ -20,7 +20,7 @@ static __always_inline void send_needs_rescan(struct task_struct *task, struct p
 		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | sharing, 0, 0);
 }
 
-/* Whether the range holds something we follow. While a reading runs everything counts: the reader
+/* Whether the range holds something that is tracked. While a scan runs everything counts: the reader
  * may be about to add a range that this call takes away. */
 static __always_inline bool matters(struct process *process, __u64 start, __u64 length)
 {
@@ -30,7 +30,7 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 		return false;
 	if (process->shares_vm) {
 		if (is_shared(current_task()))
-			return true; /* the other holder's ranges are not in our entry */
+			return true; /* the ranges of the other sharer are not in our entry */
 		process->shares_vm = 0;
 		if (process->vm_root) {
 			process->vm_root = 0;
@@ -41,7 +41,7 @@ static __always_inline bool matters(struct process *process, __u64 start, __u64 
 	return overlaps(process, start, start + length);
 }
 
-/* Alone at both ends of the call makes a fact: one who was there at its beginning may have acted
+/* A single-user mm at both ends of the call makes the record authoritative: who was there at its beginning may have acted
  * meanwhile and be gone by its end. */
 static __always_inline void note(__u64 pid_tgid, struct pending *call)
 {
@@ -204,7 +204,7 @@ static __always_inline int enter_shmdt(__u64 start)
 
 /*
  * Whether a process sends so many records that it would drown the others. The rest of that second
- * it only counts them, and is dirty: readings tell what it has, at the reader's pace.
+ * it only counts them, and needs a rescan: scans find what it has, at the reader's pace.
  */
 static __always_inline bool is_throttled(struct task_struct *task, struct process *process)
 {
@@ -217,13 +217,13 @@ static __always_inline bool is_throttled(struct task_struct *task, struct proces
 	if (++process->rate <= max_records_s)
 		return false;
 	count(LOST_THROTTLED);
-	/* After the first of them user space knows whom to read although it was dirty before. */
+	/* After the first of them user space knows which one to read although it needed a rescan before. */
 	if (mark_needs_rescan(process) || process->rate == max_records_s + 1)
 		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_THROTTLED, 0, 0);
 	return true;
 }
 
-/* Again if it is not any more what user space was told that it is. Inlined: kernels before 6.13 have 512 bytes of stack for
+/* Again if it is not any more what was reported of it. Inlined: kernels before 6.13 have 512 bytes of stack for
  * all frames. */
 static __always_inline int introduce(struct task_struct *task, struct process *process)
 {
@@ -302,7 +302,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	}
 	if (call->kind & PENDING_COUNTED)
 		process = find_process(tgid);
-	if (!process) /* or it was settled since the entry */
+	if (!process) /* or it was untracked since the entry */
 		process = count_activity(task);
 	if (process) {
 		add_shared_range(process, found.start, found.end);
@@ -319,12 +319,12 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 }
 
 /*
- * In company a reading decides. So it does after a failure: mmap and mprotect may have taken
+ * Of a shared mm a scan decides. So it does after a failure: mmap and mprotect may have taken
  * something away before they failed. A failed munmap changes nothing, but that is rare and a
  * reading cheap.
- * If no thread is beside this one, the company is mostly somebody who reads /proc/PID/maps, the
- * reader of these programs among them: the range is told, so that what comes and goes meanwhile is
- * told too, and a reading corrects it if there was another process after all.
+ * If no thread is beside this one, the other user is mostly a reader of /proc/PID/maps, the
+ * reader of these programs among them: the range is reported, so that what comes and goes meanwhile is
+ * reported, too, and a scan corrects it if there was another process after all.
  */
 static __noinline int report_unmapping(struct task_struct *task, struct process *process, const struct pending *call,
 				       long ret)
@@ -350,7 +350,7 @@ static __noinline int report_unmapping(struct task_struct *task, struct process 
 
 #define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)
 
-/* What a call has done, told. kinds: those that this call can be. */
+/* Reports what a call has done. kinds: those that this call can be. */
 static __always_inline void tell_call(struct task_struct *task, struct pending *call, long ret, __u32 kinds)
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
@@ -358,7 +358,7 @@ static __always_inline void tell_call(struct task_struct *task, struct pending *
 	if (call->kind & kinds & PENDING_UNMAP) {
 		struct process *process = find_process(tgid);
 
-		/* The reader may have found in another holder what this has taken away. */
+		/* The reader may have found in another sharer what this has taken away. */
 		if (!process && report & REPORT_RANGES && has_untracked_sharers(task, 0))
 			process = count_activity(task);
 		report_unmapping(task, process, call, ret);

@@ -14,7 +14,7 @@
 /* What the path of version 2 may take, so that something is left for the others. */
 #define FIRST_CGROUP_BYTES 512
 
-/* Global functions, so that the verifier looks at them once: see step_up_once. Pointers go as numbers. */
+/* Global functions, so that the verifier reads them once: see step_up_once. Pointers go as numbers. */
 
 /* A number that is the same for equal paths, 0 for the root: the kernel has hashed each name. */
 __noinline __u32 hash_cgroup(__u64 node_address)

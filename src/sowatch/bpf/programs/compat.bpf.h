@@ -4,7 +4,7 @@
  * 64-bit program may execute as well as a 32-bit one, and those of x32. The syscall tracepoints leave
  * them out, and their functions are others. Nothing is noted at their entry; at their exit the
  * registers still say what they were asked for, and bpf_find_vma which file is there now. So each is a
- * claim: told at once, and the process is read. docs/decisions/0024-compat-calls.md.
+ * tentative record: sent at once, and the process is read. docs/decisions/0024-what-the-hooks-did-not-see.md.
  */
 #pragma once
 
@@ -65,7 +65,7 @@ static __always_inline void ask_mprotect(struct pending *call, __u64 start, __u6
 	ask_range(call, start, length, makes_executable(protection) ? PENDING_MPROTECT_EXEC : PENDING_UNMAP);
 }
 
-/* What only a reading can tell; and whether that may be of a process that is not followed yet. */
+/* What only a scan can determine; and whether that may be of a process that is not tracked yet. */
 static __always_inline void ask_reading(struct pending *call, bool may_map)
 {
 	call->kind = PENDING_REREAD | (may_map ? PENDING_COUNTED : 0);
@@ -106,7 +106,7 @@ static __always_inline void read_x32_call(struct pt_regs *regs, __u32 number, st
 		ask_reading(call, false);
 }
 
-/* The call has been made; what it was asked for is told as if it had been noted. */
+/* The call has been made; what it was asked for is reported as if it had been noted. */
 static __always_inline int tell_unnoted(struct pending *call, long ret)
 {
 	struct task_struct *task = current_task();
@@ -129,7 +129,7 @@ static __always_inline int tell_unnoted(struct pending *call, long ret)
 	return 0;
 }
 
-/* Not on the stack: what tells it needs most of that. Hooks run with preemption off. */
+/* Not on the stack: what sends it needs most of that. Hooks run with preemption off. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -178,7 +178,7 @@ static __always_inline bool is_x32(__u64 number)
 	return (number & ~0xfffULL) == X32_SYSCALL_BIT;
 }
 
-/* Runs at the end of every system call of the host, so it looks at as little as possible. */
+/* Runs at the end of every system call of the host, so it reads as little as possible. */
 SEC("?tp_btf/sys_exit")
 int BPF_PROG(tp_compat, struct pt_regs *regs, long ret)
 {
@@ -214,8 +214,8 @@ static __noinline int claim_rare_call(struct task_struct *task, struct pt_regs *
 }
 
 /*
- * Whoever changes mappings holds the lock of the mappings, and gives it back before anybody else can
- * look at them: for reading only, if it was downgraded. What is no system call that changes mappings
+ * The one that changes mappings holds the lock of the mappings, and gives it back before anybody else can
+ * read them: for reading only, if it was downgraded. What is no system call that changes mappings
  * leaves at once. Only where the tracepoint is cheap, see hooks.py.
  */
 SEC("?tp_btf/mmap_lock_released")

@@ -153,7 +153,7 @@ static __always_inline __u32 pid_in_own_namespace(struct task_struct *task)
 
 enum process_text { WITHOUT_EXE, WITH_EXE };
 
-/* Whether the reader counts among the holders of the address space that it reads. */
+/* Whether the reader counts among the users of the address space that it reads. */
 #ifdef OLD_KERNEL
 #define READER_HOLDS 0
 #else
@@ -161,8 +161,8 @@ enum process_text { WITHOUT_EXE, WITH_EXE };
 #endif
 
 /*
- * What user space may settle a process by after a mapping or a reading: nothing, while a thread
- * may be on its way to map a file, which is counted already and not told yet.
+ * What user space may untrack a process by after a mapping or a scan: nothing, while a thread
+ * may be on its way to map a file, which is counted already and not reported yet.
  */
 static __always_inline __u32 activity_of(enum scratch_owner owner, struct task_struct *task, struct process *process)
 {

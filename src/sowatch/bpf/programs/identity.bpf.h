@@ -57,7 +57,7 @@ static __always_inline struct path opened_path(struct file *file)
 
 /*
  * The file below overlayfs. private_data is a struct ovl_file from 6.13 on, the file itself before.
- * If overlayfs is a module that came after this program, nobody has told which: what is a backing
+ * If overlayfs is a module that came after this program, it is not known which: what is a backing
  * file is the file, and what is not points to it.
  */
 static __always_inline struct file *one_layer_down(struct file *file)
@@ -106,7 +106,7 @@ static __always_inline bool is_same_file(const struct file_id *one, const struct
 /* linux/fs.h, 6.13+: in this bit of the nanoseconds the kernel notes that somebody has asked for them. */
 #define I_CTIME_QUERIED (1u << 31)
 
-/* When the file below all stacked file systems was changed last, in ns since 1970; 0 if it cannot be told. */
+/* When the file below all stacked file systems was changed last, in ns since 1970; 0 if it cannot be determined. */
 static __always_inline __u64 changed_ns_of(struct file *file)
 {
 	struct inode *inode = NULL;
@@ -195,7 +195,7 @@ struct found_vma {
 
 #ifdef OLD_KERNEL
 
-/* Nobody can be asked; whoever wanted to know makes a claim. */
+/* Nobody can be asked; the caller makes a tentative record. */
 static __always_inline long find_vma_at(__u64 address, struct found_vma *found)
 {
 	return -1;

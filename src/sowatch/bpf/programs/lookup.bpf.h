@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Readings before iter/task_vma (5.12): the kernel says who is there, /proc says what is mapped
+ * Scans before iter/task_vma (5.12): the kernel says who is there, /proc says what is mapped
  * where, and for each file among that the kernel says which one it is, of a descriptor that user
  * space has opened through /proc/PID/map_files.
  */
@@ -8,7 +8,7 @@
 
 #include "reader.bpf.h"
 
-__u32 reading_tgid = 0; /* whom to visit; 0: everyone */
+__u32 reading_tgid = 0; /* whom to scan; 0: everyone */
 
 /* Each process once: that it is being read from now on, and who it is. */
 SEC("iter/task")
@@ -89,7 +89,7 @@ int look_up_file(struct bpf_raw_tracepoint_args *context)
 }
 
 /*
- * A reading has found something that is not ignored at [start, end). Arguments: tgid, start_ns,
+ * A scan has found something that is not ignored at [start, end). Arguments: tgid, start_ns,
  * start, end; of an end of 0 nothing but that it was introduced. One reader at a time writes this list, so nothing in it is lost.
  */
 SEC("raw_tp")
@@ -100,7 +100,7 @@ int cover(struct bpf_raw_tracepoint_args *context)
 	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
 
 	if (!process || process->start_ns != context->args[1])
-		return 0; /* it has ended, and that was told */
+		return 0; /* it has ended, and that was reported */
 	process->introduced = 1;
 	if (!end)
 		return 1;

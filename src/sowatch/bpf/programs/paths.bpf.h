@@ -119,7 +119,7 @@ static __always_inline bool step_up(struct scratch *scratch)
 #ifdef OLD_KERNEL
 
 /*
- * A global function: the verifier looks at it once, not in every round. What stays in the loop is so
+ * A global function: the verifier reads it once, not in every round. What stays in the loop is so
  * small that it is closed by a jump; kernels before 6.2 refuse one that control falls into.
  */
 __noinline int step_up_once(enum scratch_owner owner)

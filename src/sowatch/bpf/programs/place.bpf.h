@@ -2,8 +2,8 @@
 /*
  * The place of a file: a number made of every component of its path, so that a rename of any
  * directory above it, or a move of a mount, makes it another one. The kernel's own sequences that
- * would tell (rename_lock, mount_lock) are out of reach: no BTF, and kallsyms lists them on some
- * kernels only. docs/decisions/0024-paths-that-change.md.
+ * would show it (rename_lock, mount_lock) are out of reach: no BTF, and kallsyms lists them on some
+ * kernels only. docs/decisions/0024-what-the-hooks-did-not-see.md.
  */
 #pragma once
 
@@ -88,8 +88,8 @@ static __always_inline void walk_to_root(struct ascent *at)
 #endif
 
 /*
- * Of the file that a verdict is about, now; 0 if it cannot be told. Global functions: the verifier
- * looks at them once. Before 5.12 such a one takes no pointers; and where loads are typed the key
+ * Of the file that a verdict is about, now; 0 if it cannot be determined. Global functions: the verifier
+ * reads them once. Before 5.12 such a one takes no pointers; and where loads are typed the key
  * holds typed pointers, which are no numbers to it.
  */
 static __always_inline __u64 place_below(__u64 dentry, __u64 mnt, __u64 root_dentry, __u64 root_mnt)

@@ -4,11 +4,11 @@
  * load it, nothing newer than Linux 5.8 (the ring buffer), and no atomic operation that gives a value.
  *
  * A record says "process P mapped a file executable at [start, end)"; which file that is user space
- * finds out in /proc, while the process lives. Calls that may take such a mapping away are told if
- * they touch a range that was seen, or that user space has covered.
+ * finds out in /proc, while the process lives. Calls that may take such a mapping away are reported if
+ * they concern a range that was seen, or that user space has covered.
  *
- * Facts and claims as in watch.bpf.c, but company is told by the calls that make it: a process has
- * company from its first clone with CLONE_VM on, until it executes another program.
+ * Authoritative and tentative records as in watch.bpf.c, but a shared mm is known by the calls that make it: a process shares
+ * its mm from its first clone with CLONE_VM on, until it executes another program.
  */
 #include "records.h"
 
@@ -37,7 +37,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 enum seen_type {
 	SEEN_MAP = 16,          /* a file, executable, at [start, end) */
 	SEEN_RANGE = 17,        /* what was at [start, end) is gone */
-	SEEN_NEEDS_RESCAN = 18, /* only a reading can tell what has changed */
+	SEEN_NEEDS_RESCAN = 18, /* only a scan can determine what has changed */
 	SEEN_FORK = 19,         /* start: the child's pid; end: its clone flags, UNKNOWN_FLAGS if nobody knows */
 	SEEN_EXEC = 20,
 	SEEN_EXIT = 21, /* of a thread; start: 1 if it is the last one, 0 if nobody knows */
@@ -100,7 +100,7 @@ struct {
 	__type(value, struct pending);
 } pending_calls SEC(".maps");
 
-/* The flags of a clone under way, by thread: its tracepoint has no room for them. */
+/* The flags of a clone under way, by thread: its tracepoint has no space for them. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
@@ -108,7 +108,7 @@ struct {
 	__type(value, __u64);
 } clones SEC(".maps");
 
-/* Processes whose leader has ended: from then on the end of each other thread is told. */
+/* Processes whose leader has ended: from then on the end of each other thread is reported. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
@@ -179,8 +179,8 @@ static __always_inline struct seen *count_activity(__u32 tgid)
 }
 
 /*
- * Two who add at once may take the same slot. Both have company, so both sent a claim: the reading
- * that follows covers every range again.
+ * Two who add at once may take the same slot. Both share the mm, so both sent a tentative record: the scan
+ * after it covers every range again.
  */
 static __always_inline void add_range(struct seen *process, __u64 start, __u64 end)
 {
@@ -202,7 +202,7 @@ static __always_inline void add_range(struct seen *process, __u64 start, __u64 e
 		process->range_count = slot + 1;
 }
 
-/* While a reading runs every range counts: user space may be about to cover it. */
+/* While a scan runs every range counts: user space may be about to cover it. */
 static __always_inline bool matters(struct seen *process, __u64 start, __u64 length)
 {
 	__u64 end = start + length;
@@ -362,7 +362,7 @@ static __always_inline int note_clone(__u64 flags)
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct seen *process;
 
-	/* A parent that waits in vfork is no company. */
+	/* A parent that waits in vfork does not count as a sharer. */
 	if (flags & CLONE_VM && !(flags & CLONE_VFORK)) {
 		process = count_activity(pid_tgid >> 32);
 		if (process)
@@ -488,7 +488,7 @@ int process_exits(void *context)
 }
 
 /*
- * From 6.16 on the tracepoint tells the last thread, and comes before that gives up its address space: to look
+ * From 6.16 on the tracepoint shows the last thread, and comes before that gives up its address space: to look
  * for one would find it.
  */
 struct exit_with_group_dead {
@@ -509,7 +509,7 @@ int process_exits_32(struct exit_with_group_dead *context)
 
 /* ---- run by user space, not by an event ------------------------------------------------------- */
 
-/* A reading has found an executable range. Arguments: tgid, start, end, whether there is company. */
+/* A scan has found an executable range. Arguments: tgid, start, end, whether the mm is shared. */
 SEC("raw_tp")
 int cover(struct bpf_raw_tracepoint_args *context)
 {

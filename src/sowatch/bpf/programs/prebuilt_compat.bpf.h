@@ -71,9 +71,9 @@ static __always_inline void protected(__u64 at, __u64 length, __u64 protection)
 }
 
 /*
- * Without kernel types nobody tells a compat call from one of the same number; what the registers and
+ * Without kernel types nothing distinguishes a compat call from one of the same number; what the registers and
  * the result say of the one is hardly ever true of the other (192: mmap2 and lgetxattr, 125: mprotect
- * and capget), and then costs a needless look at that process.
+ * and capget), and then costs a needless read that process.
  */
 SEC("?raw_tp/sys_exit")
 int leave_compat(struct bpf_raw_tracepoint_args *context)

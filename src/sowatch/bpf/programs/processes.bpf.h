@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Processes come and go: fork, exec, exit; and are settled when nothing of theirs is wanted. */
+/* Processes come and go: fork, exec, exit; and are untracked when nothing of theirs is wanted. */
 #pragma once
 
 #include "calls.bpf.h"
 
 /*
- * A fork copies the mappings some time before it is told, and a thread that mapped meanwhile may
+ * A fork copies the mappings some time before it is reported, and a thread that mapped meanwhile may
  * be gone by then. No fork takes this long: copying the tables of a terabyte takes some 10 s.
  */
 #define FORK_NS (60 * NS_PER_S)
@@ -26,7 +26,7 @@ static __always_inline bool has_fewer_pages(struct mm_struct *mm, struct task_st
 
 /*
  * Runs in the parent, after its mappings were copied and before the child does anything. If the
- * parent has company, a mapping may have come or gone between the copying and now: a claim.
+ * parent's mm is shared, a mapping may have come or gone between the copying and now: a tentative record.
  */
 SEC("tp_btf/sched_process_fork")
 int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *child)
@@ -82,12 +82,12 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 }
 
 #ifdef OLD_KERNEL
-#define EACH_IMAGE static __always_inline /* there is only one, and no room for another frame on the stack */
+#define EACH_IMAGE static __always_inline /* there is only one, and no space for another frame on the stack */
 #else
 #define EACH_IMAGE static __noinline
 #endif
 
-/* What exec itself mapped never passed mmap: told here, as if it had, with FLAG_IMAGE. */
+/* What exec itself mapped never passed mmap: reported here, as if it had, with FLAG_IMAGE. */
 EACH_IMAGE int report_image(struct task_struct *task, struct found_vma *image)
 {
 	struct process *process;
@@ -123,7 +123,7 @@ static __noinline int report_images(struct task_struct *task)
 		report_image(task, &image);
 	}
 #ifdef OLD_KERNEL
-	/* Only a reading finds it. */
+	/* Only a scan finds it. */
 	if (base)
 		send_needs_rescan(task, count_activity(task));
 #else
@@ -187,7 +187,7 @@ int BPF_PROG(process_exits, struct task_struct *task)
 /*
  * Run by user space, not by an event: nothing of this process is wanted, says somebody who has
  * seen all that brought it here. If another mapping has been counted since, it stays; if not, it
- * is not followed any more, until one is. Arguments: tgid, start_ns, activity. 1 if it was settled.
+ * is not tracked any more, until one is. Arguments: tgid, start_ns, activity. 1 if it was untracked.
  */
 SEC("raw_tp")
 int untrack(struct bpf_raw_tracepoint_args *context)

@@ -4,7 +4,7 @@
 
 #include "emit.bpf.h"
 
-/* Where the reader stands; one reading runs at a time. */
+/* Where the reader stands; one scan runs at a time. */
 struct reader {
 	__u64 run;
 	__u64 session; /* the newest: older ones were given up by user space, and nobody takes their rows */
@@ -16,7 +16,7 @@ struct reader {
 	__u32 is_again; /* skipped, and to be read again */
 	__u32 visit_sent;
 	__u32 visit_flags;
-	__u32 rows; /* map records of this visit */
+	__u32 rows; /* map records of this scan */
 };
 
 struct {
@@ -27,7 +27,7 @@ struct {
 } reader_state SEC(".maps");
 
 #ifndef OLD_KERNEL
-/* How many ranges of a file a visit has met, once it has listed so many that one file may have too many. */
+/* How many ranges of a file a scan has met, once it has listed so many that one file may have too many. */
 struct listed {
 	__u64 run;
 	__u32 tid;
@@ -42,9 +42,9 @@ struct {
 } listed_files SEC(".maps");
 
 /*
- * The file's entry if this visit has listed many ranges; NULL: list it. A process may have as many ranges as it
+ * The file's entry if this scan has listed many ranges; NULL: list it. A process may have as many ranges as it
  * likes (vm.max_map_count), and each costs user space fifty times what it costs here. So once a process has had
- * MAX_FILE_RANGES rows, of each file as many more are listed, and then each MAX_FILE_RANGES-th. An entry that was dropped for want of room
+ * MAX_FILE_RANGES rows, of each file as many more are listed, and then each MAX_FILE_RANGES-th. An entry that was dropped for want of space
  * begins anew: then more are listed.
  */
 static __noinline struct listed *count_of(struct reader *reader, const struct file_key *key)
@@ -78,7 +78,7 @@ static __always_inline __u32 state_of(struct task_struct *task)
 
 /*
  * The first vma of a task. The lock of its mappings is held for reading, so what we mark here
- * comes before any change that this reading will not see.
+ * comes before any change that this scan will not see.
  */
 static __noinline int begin_visit(struct reader *reader, struct task_struct *task)
 {
@@ -99,8 +99,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	reader->visit_flags = compat_flag(task);
 	/*
 	 * Gone, although its mappings are still there; or a vfork child, which shows its parent's;
-	 * or one that fork has not finished, which it will tell of;
-	 * or one of the many threads that are visited once the leader is dead, but not the first.
+	 * or one that fork has not finished, which it will report;
+	 * or one of the many threads that are scanned once the leader is dead, but not the first.
 	 */
 	reader->is_skipped = BPF_CORE_READ(task, signal, live.counter) == 0 ||
 			     BPF_CORE_READ(task, vfork_done) != NULL || state_of(task) & TASK_NEW;
@@ -120,8 +120,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	if (reader->is_skipped)
 		return 0;
 	/*
-	 * What another holder of its address space may map tomorrow is its own, too. And where nothing
-	 * keeps a process from changing while it is read, it is followed first: each change is told then.
+	 * What another process of its address space may map tomorrow is its own, too. And where nothing
+	 * keeps a process from changing while it is read, it is tracked first: each change is reported then.
 	 */
 	if (!process && (!READER_HOLDS || compat_flag(task) || has_untracked_sharers(task, READER_HOLDS)))
 		process = count_activity(task);
@@ -132,7 +132,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 		if (report & REPORT_INTROS)
 			process->introduced = 0;
 		reader->visit_flags |= sharing_flag(task, process, READER_HOLDS);
-		/* Make room; while a reading runs every range counts, so none is missed meanwhile. */
+		/* Make space; while a scan runs every range counts, so none is missed meanwhile. */
 		if (process->range_count > MAX_RANGES) {
 			process->range_count = 0;
 			process->min_start = 0;
@@ -202,7 +202,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 		return 0; /* the buffer is full: the kernel calls again for this vma */
 	if (process && (!reader->visit_sent || !process->introduced))
 		facts = facts_of(task);
-	/* One that was introduced is so again if it is not any more what it was said to be. */
+	/* One that was introduced is so again if it is not any more what it was reported to be. */
 	if (process && ((!process->introduced && reader->visit_flags & FLAG_SHARED_VM) ||
 			(process->introduced && facts && facts != process->facts))) {
 		introduces = true;
@@ -217,8 +217,8 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
 	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), &key);
 	/*
-	 * No more than a claim: prctl(PR_SET_MM_MAP) sets both, and anything may be mapped over what exec
-	 * has mapped. So such a mapping is told in any case; user space looks at the file itself.
+	 * No more than a tentative record: prctl(PR_SET_MM_MAP) sets both, and anything may be mapped over what exec
+	 * has mapped. So such a mapping is reported in any case; user space reads the file itself.
 	 */
 	if (is_same_file(&key.file, &reader->exe) ||
 	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base))

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What the kernel side tells user space, in the ring buffer and in what the iterator writes.
+ * What the kernel side reports to user space, in the ring buffer and in what the iterator writes.
  * Read by the programs, by the C side of the binding and, field by field, by records.py; a test
  * compares the three. All integers are in host order, all times CLOCK_MONOTONIC or boot time in
  * ns, all addresses and lengths in bytes. Each record starts at a multiple of 8 and says its size.
@@ -23,23 +23,23 @@ enum record_type {
 	RECORD_FORK = 4,         /* process_record: a child with its parent's mappings */
 	RECORD_EXEC = 5,         /* process_record: everything it had is gone */
 	RECORD_EXIT = 6,         /* record: its last thread is gone */
-	RECORD_INTRO = 7,        /* process_record: first word of a process, before its first map_record */
+	RECORD_INTRO = 7,        /* process_record: introduction of a process, before its first map_record */
 	RECORD_VISIT = 8,        /* range_record: the reader starts on this process; start is its address space */
 };
 
 enum record_flag {
 	FLAG_ASK = 1 << 0,          /* there is no verdict on this file yet */
-	FLAG_NEEDS_RESCAN = 1 << 1, /* a claim: read the process again */
+	FLAG_NEEDS_RESCAN = 1 << 1, /* a tentative record: read the process again */
 	FLAG_DELETED = 1 << 2,      /* the file's name is gone */
 	FLAG_PARTIAL = 1 << 3,      /* the path is cut off at its start */
 	/* A fork with CLONE_VM: parent and child share one address space. Of another record: some
-	 * process shares it, and this is the first word of that. */
+	 * process shares it, and this is the first record of that. */
 	FLAG_SHARED_VM = 1 << 4,
 	FLAG_MPROTECT = 1 << 5,  /* became executable by mprotect */
 	FLAG_IMAGE = 1 << 6,     /* mapped by exec itself: the main executable or the interpreter */
 	FLAG_COMPAT = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
-	FLAG_AGAIN = 1 << 8,     /* of a visit: in the middle of an exec; read it again */
-	FLAG_THROTTLED = 1 << 9, /* of a dirty record: it said too much; some of it was dropped */
+	FLAG_AGAIN = 1 << 8,     /* of a scan: in the middle of an exec; read it again */
+	FLAG_THROTTLED = 1 << 9, /* of a needs-rescan record: there were too many; some of it was dropped */
 	/* Of a scan's map record: before it, and perhaps after it, stand ranges of the file that are not
 	 * listed; offset_bytes says how many there are between it and the record before. */
 	FLAG_MANY = 1 << 10,
@@ -55,8 +55,8 @@ enum report_bit {
 	REPORT_PROCESSES = 1 << 0, /* fork, exec and exit of every process */
 	REPORT_RANGES = 1 << 1,    /* range events of every process: while something is being read */
 	REPORT_IMAGES = 1 << 2,    /* main executables and interpreters too */
-	REPORT_VISITS = 1 << 3,    /* a visit record also of a process that is not followed */
-	REPORT_INTROS = 1 << 4,    /* an introduction of whoever is read, introduced already or not */
+	REPORT_VISITS = 1 << 3,    /* a scan record also of a process that is not tracked */
+	REPORT_INTROS = 1 << 4,    /* an introduction of each that is read, introduced already or not */
 	REPORT_FENCE = 1 << 5,     /* nothing at all: the reader only ends what older sessions of it still do */
 };
 
@@ -65,7 +65,7 @@ enum counter {
 	LOST_PROCESSES = 1, /* the process map was full */
 	LOST_PENDING = 2,   /* the map of system calls under way was full */
 	LOST_SCRATCH = 3,   /* the buffer to build a record in was taken */
-	LOST_THROTTLED = 4, /* dropped because their process said too much */
+	LOST_THROTTLED = 4, /* dropped because their process reported too much */
 	COUNTERS = 5,
 };
 
@@ -79,7 +79,7 @@ struct file_id {
 
 /*
  * 64 bytes: a file under one name in one view of the file system, which is what a verdict is
- * about. The leaf's name hash and the dentry catch a rename; the mount and the root tell views
+ * about. The leaf's name hash and the dentry catch a rename; the mount and the root distinguish views
  * apart; the epoch makes every verdict of older rules unknown at once.
  */
 struct file_key {
@@ -113,7 +113,7 @@ struct record {
 	__u64 start_ns;
 	__u64 t_ns;
 	__u32 exec_id;
-	__u32 activity; /* of a map, fork or intro record: see settle */
+	__u32 activity; /* of a map, fork or intro record: see untrack */
 };
 
 struct range_record {

@@ -13,29 +13,29 @@
  * A process somebody may want to hear of: it maps, or may map, a file that a rule wants. Made at
  * sys_enter, copied to the child by fork, removed by exec and by the exit of the last thread. User
  * space never removes it, for another thread may be mapping a wanted file at that moment; it
- * settles it (see `untrack`), which the next mapping undoes. So there is no moment in which a
- * process of interest is not followed.
- * Its executable ranges decide which munmap is worth a word; they only ever grow between two
- * readings, so a stale one costs a needless event and a missing one cannot be.
+ * untracks it (see `untrack`), which the next mapping undoes. So there is no moment in which a
+ * process of interest is not tracked.
+ * Its executable ranges decide which munmap is worth a record; they only ever grow between two
+ * scans, so a stale one costs a needless event and a missing one cannot be.
  */
 struct process {
 	__u64 start_ns;
 	__u64 min_start;
 	__u64 max_end;
 	__u32 range_count;    /* above MAX_RANGES: every range within [min_start, max_end) counts */
-	__u32 dirty;          /* a reading is owed; set here, cleared when the reading begins */
+	__u32 dirty;          /* needs a rescan; set here, cleared when the scan begins */
 	__u32 introduced;     /* its RECORD_INTRO was sent */
 	__u32 shares_vm;      /* another process may hold the same mm */
 	__u64 company_ns;     /* when a thread of it, but not the last, ended last */
-	__u64 visit_run;      /* the reading that visited it last, and through which thread */
-	__u64 facts;          /* what its last introduction said, see facts_of */
-	__u32 first_activity; /* what activity counts from, see follow */
+	__u64 visit_run;      /* the scan that scanned it last, and through which thread */
+	__u64 facts;          /* what its last introduction reported, see facts_of */
+	__u32 first_activity; /* what activity counts from, see track */
 	__u32 vm_root;        /* who else has to know of its ranges; itself if that is not known; 0: nobody */
 	__u32 visit_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
 #ifdef OLD_KERNEL
-	/* What readings have found, by their own hand: without atomics two may not fill one list. */
+	/* What scans have found, by their own hand: without atomics two may not fill one list. */
 	__u32 covered_count; /* above MAX_RANGES: every range counts */
 	struct {
 		__u64 start;
@@ -43,7 +43,7 @@ struct process {
 	} covered[MAX_RANGES];
 	__u32 reserved;
 #endif
-	/* Mappings that brought it here. 0, or first_activity on an old kernel: settled, nothing of it is wanted. */
+	/* Mappings that brought it here. 0, or first_activity on an old kernel: untracked, nothing of it is wanted. */
 	__u32 activity;
 	struct {
 		__u64 start;
@@ -69,7 +69,7 @@ struct {
 enum pending_kind {
 	PENDING_MAP = 1 << 0,           /* maps a file executable */
 	PENDING_UNMAP = 1 << 1,         /* takes this range away from what we know */
-	PENDING_REREAD = 1 << 2,        /* changes it in a way only a reading can tell */
+	PENDING_REREAD = 1 << 2,        /* changes it in a way only a scan can determine */
 	PENDING_MPROTECT_EXEC = 1 << 3, /* may make a file mapping executable */
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
@@ -136,9 +136,9 @@ static __always_inline bool is_error(long ret)
 }
 
 /*
- * Facts need a process that nobody can interfere with: one task in its address space and nobody
+ * Authoritative records need a process that nobody can interfere with: one task in its address space and nobody
  * beside it on its fd table. mm_users counts threads and CLONE_VM processes alike (and, for a
- * moment, whoever reads /proc/PID/maps: that makes a needless claim, never a wrong fact).
+ * moment, a reader of /proc/PID/maps: that makes a needless tentative record, never a wrong authoritative one).
  */
 static __always_inline bool is_alone(struct task_struct *task)
 {
@@ -152,8 +152,8 @@ static __always_inline bool is_shared(struct task_struct *task)
 }
 
 /*
- * Whether a process that is not followed may hold the task's address space. A thread on its way out
- * is counted until it is gone, so this is never true for that alone; for a moment it is while
+ * Whether a process that is not tracked may hold the task's address space. A thread on its way out
+ * is counted until it is gone, so this is never true for that reason; for a moment it is while
  * somebody reads /proc/PID/maps, which costs a needless reading.
  */
 static __always_inline bool has_untracked_sharers(struct task_struct *task, int readers)
@@ -171,8 +171,8 @@ static __always_inline bool has_own_fds(struct task_struct *task)
 }
 
 /*
- * How many followed processes have a tgid with these low bits. Most calls come from processes that
- * are not followed, and this tells so at the price of a load.
+ * How many tracked processes have a tgid with these low bits. Most calls come from processes that
+ * are not tracked, and this shows it at the price of a load.
  */
 #define SLOTS 65536
 __u32 process_slots[SLOTS];
@@ -191,7 +191,7 @@ static __always_inline bool is_tracked(struct process *process)
 #endif
 }
 
-/* The process if it is here and not settled. */
+/* The process if it is here and not untracked. */
 static __always_inline struct process *find_process(__u32 tgid)
 {
 	struct process *process;
@@ -206,7 +206,7 @@ static __always_inline struct process *find_process(__u32 tgid)
 
 /*
  * Before 5.12 an atomic addition gives no value, and there is no other atomic operation. So activity
- * are only ever counted, from a random number on, and a process is settled by setting first_activity to
+ * are only ever counted, from a random number on, and a process is untracked by setting first_activity to
  * the count up to which all is known: any mapping that was counted since makes the two differ. A slot
  * once taken stays taken: after as many processes as there are slots each call pays for a look-up.
  */
@@ -244,7 +244,7 @@ static __always_inline void begin_tracking(struct process *process, __u32 tgid)
 
 /*
  * Each time the count begins it does so somewhere else, so that a late answer of user space, to
- * what the process was before an exec or before it was settled, never fits what it is now.
+ * what the process was before an exec or before it was untracked, never fits what it is now.
  */
 static __always_inline void track(struct process *process, __u32 tgid)
 {
@@ -283,7 +283,7 @@ static __always_inline void remove_process(__u32 tgid)
 #endif
 
 /*
- * The process, made if it is not here; from now on it is followed. NULL when the map is full,
+ * The process, made if it is not here; from now on it is tracked. NULL when the map is full,
  * which is counted.
  */
 static __always_inline struct process *count_activity(struct task_struct *task)
@@ -308,7 +308,7 @@ static __always_inline struct process *count_activity(struct task_struct *task)
 	return process;
 }
 
-/* From now on until the next reading every range counts. */
+/* From now on until the next scan every range counts. */
 static __always_inline void forget_ranges(struct process *process)
 {
 	process->range_count = MAX_RANGES + 1;
@@ -318,8 +318,8 @@ static __always_inline void forget_ranges(struct process *process)
 
 /*
  * Threads may add at once: the slot is taken atomically, and one that is not filled in yet can
- * only be overlooked while its owner's claim, which comes after, is still to be sent. Where a slot
- * cannot be taken so (before 5.12) only one who is alone adds, and in company every range counts.
+ * only be overlooked while its owner's tentative record, which comes after, is still to be sent. Where a slot
+ * cannot be taken so (before 5.12) only the task of a single-user mm adds, and of a shared mm every range counts.
  */
 static __always_inline void add_range(struct process *process, __u64 start, __u64 end)
 {
@@ -348,14 +348,14 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 		process->ranges[slot].end = end;
 	}
 #ifdef OLD_KERNEL
-	/* Still added atomically: a reading may have set it back to 0, which is to last. */
+	/* Still added atomically: a scan may have set it back to 0, which is to last. */
 	__sync_fetch_and_add(&process->range_count, 1);
 #endif
 }
 
 /*
- * A range of an address space that several processes hold is told to the one that the others came
- * from, too: they may be gone when it gives it up. It has what they map, so it is followed.
+ * A range of an address space that several processes share is reported to the one that the others came
+ * from, too: they may be gone when it gives it up. It has what they map, so it is tracked.
  */
 static __noinline int add_shared_range(struct process *process, __u64 start, __u64 end)
 {
@@ -401,11 +401,11 @@ static __always_inline bool overlaps(struct process *process, __u64 start, __u64
 	return false;
 }
 
-/* True for the one who turns the bit on: that one sends the word. */
+/* True for the one who turns the bit on: that one sends the record. */
 static __always_inline bool mark_needs_rescan(struct process *process)
 {
 #ifdef OLD_KERNEL
-	/* Two may both turn it on, and one word too many be sent. None is missed: see the decision 0011. */
+	/* Two may both turn it on, and one record too many be sent. None is missed: see the decision 0011. */
 	if (process->dirty)
 		return false;
 	process->dirty = 1;

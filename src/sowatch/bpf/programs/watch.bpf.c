@@ -3,19 +3,19 @@
  * Which process has which file mapped executable: the hooks.
  *
  * The story: a call enters; if it may change an executable mapping of a file that user space has
- * not told us to ignore, we note it (pending_calls) and follow its process (processes). When it
- * leaves and has succeeded, we say so (calls.bpf.h). Fork, exec and exit keep `processes` true
+ * not answered to ignore, we note it (pending_calls) and track its process (processes). When it
+ * leaves and has succeeded, we report it (calls.bpf.h). Fork, exec and exit keep `processes` true
  * (processes.bpf.h). The iterator reads what there is: all of it at the start and after a loss,
- * one process when a claim left doubt (reader.bpf.h).
+ * one process that needs a rescan (reader.bpf.h).
  *
- * Facts and claims: a process that is alone in its address space gives facts, user space changes
- * its map by the record alone. Where other threads may interfere the record is a claim and the
- * process is dirty: one record carries FLAG_NEEDS_RESCAN, user space clears the bit by starting a
- * reading, and what happens later sets it again. docs/decisions/0002-facts-and-claims.md.
+ * A process with a single-user mm gives authoritative records, by which user space changes its map as
+ * they stand. Where other threads may interfere the record is tentative and the process needs a rescan: one
+ * record carries FLAG_NEEDS_RESCAN, user space clears the bit by starting a
+ * scan, and what happens later sets it again. docs/decisions/0002-facts-and-claims.md.
  *
- * Why at the exit of a call and not at its entry: a fact is true once the call has succeeded and
- * nobody else can have changed it in between; a claim only has to come after the change, so that
- * the reading which follows it sees the change.
+ * Why at the exit of a call and not at its entry: a record is true once the call has succeeded and
+ * nobody else can have changed it in between; a tentative record only has to come after the change, so that
+ * the scan after it sees the change.
  *
  * Two sets of hooks, of which user space loads one: syscall tracepoints, which every kernel has
  * and every system call pays for, and trampolines on the system calls' own functions, which cost
