@@ -1,6 +1,6 @@
 # Short names for what the scripts do; `make help` lists them. The scripts take arguments, this does not.
 .DEFAULT_GOAL := help
-.PHONY: help setup format lint test docs bench matrix news
+.PHONY: help setup format lint test docs schema bench matrix news
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\): ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -19,6 +19,9 @@ test: ## every test this machine can run
 
 docs: ## the examples of README and docs, and the pages that are written from code
 	scripts/test tests/unit/docs
+
+schema: ## the JSON Schema of events anew, of the types in src/sowatch/model/wire.py
+	.venv/bin/python tools/event_schema.py --write
 
 bench: ## every benchmark, with its figures
 	benchmarks/run

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.common import Mapper, build, machine, make_libraries
 
 from sowatch import LibraryEvent, Rule, Watcher
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 
 #: split: ranges of one file; weave: of two files by turns; files: files of one range; churn, churnfiles: two threads
 #: that map and unmap beside these; fork: children of split.

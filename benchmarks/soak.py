@@ -29,7 +29,7 @@ from sowatch import LibraryEvent, Rule, Watcher
 from sowatch.engine.subscription import Subscription
 from sowatch.explain.audit import AuditReport
 from sowatch.model.identity import FileId
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support import workload
 from support.hostile_process import WAYS, HostileProcess
 from support.programs import build, make_libraries

@@ -270,7 +270,7 @@ def schema() -> Callable[[Any], Any]:
     import jsonschema
 
     from sowatch.model.encoding import exact, restore
-    from sowatch.model.events import to_json
+    from sowatch.model.lines import to_json
 
     text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
     validator = jsonschema.Draft202012Validator(

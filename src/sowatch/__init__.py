@@ -30,8 +30,22 @@ if TYPE_CHECKING:
     from sowatch.explain.audit import AuditReport, Difference
     from sowatch.model.config import Config
     from sowatch.model.errors import EnvironmentFault, LoadAttempt, SowatchError
-    from sowatch.model.events import Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+    from sowatch.model.events import (
+        Activate,
+        Deactivate,
+        Event,
+        Library,
+        LibraryEvent,
+        Load,
+        Lost,
+        Process,
+        Ready,
+        Repaired,
+        Stopped,
+        Unload,
+    )
     from sowatch.model.identity import FileId, ProcessId
+    from sowatch.model.lines import decode
     from sowatch.model.rules import Rule
     from sowatch.model.stats import Mapped, Stats
     from sowatch.watcher.monitor import ProcessMonitor, process_monitor
@@ -41,15 +55,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activate",
     "ActiveFile",
     "AuditReport",
     "Config",
+    "Deactivate",
     "Difference",
     "EnvironmentFault",
+    "Event",
     "FileId",
     "FileRegistry",
     "Library",
     "LibraryEvent",
+    "Load",
     "LoadAttempt",
     "Lost",
     "Mapped",
@@ -64,8 +82,10 @@ __all__ = [
     "SowatchError",
     "Stats",
     "Stopped",
+    "Unload",
     "Watcher",
     "awatch",
+    "decode",
     "process_monitor",
     "watch",
 ]
@@ -76,8 +96,22 @@ _MODULES = {
     "explain.audit": ("AuditReport", "Difference"),
     "model.config": ("Config",),
     "model.errors": ("EnvironmentFault", "LoadAttempt", "SowatchError"),
-    "model.events": ("Library", "LibraryEvent", "Lost", "Process", "Ready", "Repaired", "Stopped"),
+    "model.events": (
+        "Activate",
+        "Deactivate",
+        "Event",
+        "Library",
+        "LibraryEvent",
+        "Load",
+        "Lost",
+        "Process",
+        "Ready",
+        "Repaired",
+        "Stopped",
+        "Unload",
+    ),
     "model.identity": ("FileId", "ProcessId"),
+    "model.lines": ("decode",),
     "model.rules": ("Rule",),
     "watcher.monitor": ("ProcessMonitor", "process_monitor"),
     "watcher.streams": ("awatch", "watch"),

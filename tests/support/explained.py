@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.address_space import MappedFile
@@ -24,7 +25,7 @@ from sowatch.explain.assemble import (
 from sowatch.explain.audit import Difference
 from sowatch.explain.records import Candidate
 from sowatch.linux.proc import Link, MapRow, Miss, Stat
-from sowatch.model.events import Library, LibraryEvent, Process
+from sowatch.model.events import Library, Load, Process
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import TrackedEntry, Verdict
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 NOW_NS = 1_700_000_000_000_000_000
+PROCESS = Process(pid=10, start_ns=10_000_000, comm="nginx", exe="/usr/sbin/nginx")
 LIBRARY = "/usr/lib/libssl.so.3"
 ELF = FileLook("elf", None, "map_files", (Try("map_files", "/proc/10/map_files/1-2", None),), "aa", "libssl.so.3")
 ALL = RuleSet([Rule(None, name="all")])
@@ -86,7 +88,7 @@ def known_file(
     load = None
     if rule is not None:
         library = Library(name.path, name.file_id, kind=kind, build_id="aa", soname="libssl.so.3")
-        load = LibraryEvent("load", rule, library, None, "mmap", 7, NOW_NS - 9, ranges)
+        load = Load(rule, library, PROCESS, "mmap", 7, NOW_NS - 9, ranges)
     return KnownFile(name, kind, ranges, is_selected, load)
 
 
@@ -94,7 +96,7 @@ class Case:
     """A process with one library, told of as it should be; each test changes one thing."""
 
     def __init__(self) -> None:
-        self.process = Process(pid=10, start_ns=10_000_000, comm="nginx", exe="/usr/sbin/nginx")
+        self.process = PROCESS
         self.stat = Stat(10, b"nginx", "S", 1, 10, 10, 0, 1, 1)
         self.rows: list[MapRow] | Miss = [row()]
         self.root = "/"

@@ -12,7 +12,8 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Process
 from sowatch.model.identity import TICK_NS, ProcessId
-from sowatch.model.process_events import ProcessEvent, ProcessKind
+from sowatch.model.literals import ProcessKind
+from sowatch.model.process_events import ProcessEvent
 
 #: No process has these pids (pid_max is at most 2**22), so only the feed can speak of them.
 NOWHERE = 2**22 + 1

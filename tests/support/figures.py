@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.model.histogram import RuleTimings
@@ -14,7 +15,7 @@ from sowatch.model.stats import Losses, Stats
 __all__ = ["Figures", "Monitor", "changed", "timings"]
 
 #: A watcher that has seen nothing.
-NO_STATS = Stats(**{one.name: Losses() if one.name == "losses" else 0 for one in dataclasses.fields(Stats)})
+NO_STATS = Stats(**{name: Losses() if name == "losses" else 0 for name in Stats.__struct_fields__})
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Monitor:
 
 def changed(**changes: Any) -> Stats:
     """The figures of a watcher that has seen just this."""
-    return dataclasses.replace(NO_STATS, **changes)
+    return replace(NO_STATS, **changes)
 
 
 def timings() -> RuleTimings:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from sowatch import Rule, Watcher
 from sowatch.model.events import Event, LibraryEvent, Lost, Ready
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 
 __all__ = ["Follower"]
 

@@ -23,7 +23,7 @@ from sowatch.bpf.records import MapRecord, RangeRecord, Record, RecordType, file
 from sowatch.model.config import Config
 from sowatch.model.events import Event, LibraryEvent, Ready
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from sowatch.sources.core import BpfSource, ProcessScan, Report
 from sowatch.sources.select import CANDIDATES
 from sowatch.watcher.watcher import ActiveFile

@@ -6,8 +6,9 @@ check each other.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sowatch.bpf import records as wire
@@ -74,7 +75,7 @@ class File:
 
     def but(self, **changes: Any) -> File:
         """The same file with something changed."""
-        return replace(self, **changes)
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass

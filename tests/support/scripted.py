@@ -12,8 +12,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from sowatch.model.errors import LoadAttempt
-from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
+from sowatch.model.events import (
+    Activate,
+    Deactivate,
+    Event,
+    Library,
+    LibraryEvent,
+    Load,
+    Process,
+    Ready,
+    Stopped,
+    Unload,
+)
 from sowatch.model.identity import FileId
 
 __all__ = ["PROCESS", "READY", "SSL", "Entry", "ScriptedWatcher", "event"]
@@ -54,22 +67,21 @@ READY = Ready(
 
 
 def event(kind: str = "load", cause: str | None = "mmap", **changes: Any) -> LibraryEvent:
-    """A load of libssl by nginx, with changes."""
+    """A load of libssl by nginx, or another event with as much of it as such events have, with changes."""
     facts: dict[str, Any] = {
-        "event": kind,
         "rule": "all",
         "library": SSL,
-        "process": None if kind == "deactivate" else PROCESS,
+        "process": PROCESS,
         "cause": cause if kind in ("load", "unload") else None,
         "t_ns": 42,
         "time_ns": TIME_NS,
         "ranges": ((0x1000, 0x2000),) if kind == "load" else (),
     }
-    return LibraryEvent(**(facts | changes))
+    made = {one.event: one for one in (Load, Unload, Activate, Deactivate)}[kind]
+    return made(**{name: value for name, value in (facts | changes).items() if name in made.__struct_fields__})
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One entry of a snapshot."""
 
     process: Process = PROCESS

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from matrix.cache import ROOT
 from matrix.kernels import CELLS, HELPERS, TESTS, Cell
@@ -25,6 +25,9 @@ from sowatch.bpf.binding import BpfObject, probe
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
 from sowatch.sources.select import plan
+
+if TYPE_CHECKING:
+    from sowatch.model.literals import HooksSetting, StrategySetting
 
 __all__: list[str] = []
 
@@ -82,7 +85,8 @@ def _doctor() -> Any:
 
 
 def _force(cell: Cell) -> dict[str, Any]:
-    found = plan(Config(strategy=cell.strategy, hooks=cell.hooks or "auto", compile_timeout_s=_COMPILE_TIMEOUT_S))
+    strategy, hooks = cast("StrategySetting", cell.strategy), cast("HooksSetting", cell.hooks or "auto")
+    found = plan(Config(strategy=strategy, hooks=hooks, compile_timeout_s=_COMPILE_TIMEOUT_S))
     attempts = [attempt._asdict() for attempt in found.attempts]
     return {"strategy": found.strategy, "hooks": found.hooks, "attempts": attempts}
 

@@ -6,7 +6,6 @@ The main thread waits for signals and for changes of the configuration; everythi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import queue
 import resource
@@ -16,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from sowatch.agent.actions import Actions
 from sowatch.agent.hub import EventHub
@@ -27,7 +28,6 @@ from sowatch.agent.reload import FileWatch
 from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 from sowatch.agent.settings import Settings
 from sowatch.agent.webapp import Readiness, WebApp
-from sowatch.explain import stamp
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
 from sowatch.linux.capabilities import drop_privileges
@@ -35,6 +35,7 @@ from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import PidNamespaceError, SowatchError
+from sowatch.model.lines import stamp
 from sowatch.sources.core import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
@@ -269,7 +270,7 @@ class Daemon:
 
     def _take_over(self, new: Settings) -> None:
         old = self._settings
-        changed = [one.name for one in dataclasses.fields(Settings) if getattr(old, one.name) != getattr(new, one.name)]
+        changed = [name for name in Settings.__struct_fields__ if getattr(old, name) != getattr(new, name)]
         self._needs_restart = tuple(name for name in changed if name not in _LIVE)
         actions = self._actions.prepare(new.rules)
         actions.start()
@@ -287,7 +288,7 @@ class Daemon:
         self._audit_interval_s = new.audit_interval_s
         self._audit_now.set()
         # What needs a restart is compared with what is in force the next time, too.
-        self._settings = dataclasses.replace(new, **{name: getattr(old, name) for name in self._needs_restart})
+        self._settings = replace(new, **{name: getattr(old, name) for name in self._needs_restart})
         self._loaded_ns = time.time_ns()
         LOG.info("took over the configuration", extra={"facts": {"changed": ",".join(changed) or "-"}})
         if self._needs_restart:

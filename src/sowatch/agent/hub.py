@@ -16,9 +16,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from typing import Final
 
+from msgspec.structs import replace
+
 from sowatch.engine.subscription import Subscription
-from sowatch.model.events import EVENT_KINDS, Event, JsonLines, LibraryEvent, Lost, Ready, size_of
+from sowatch.model.events import Activate, Event, LibraryEvent, Load, Lost, Ready, Unload, size_of
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.lines import to_json
+from sowatch.model.literals import EVENT_KINDS
 
 __all__ = ["Client", "EventHub", "HubIsFull"]
 
@@ -92,9 +96,9 @@ class _Line:
 
     __slots__ = ("after", "before", "number")
 
-    def __init__(self, event: Event, number: int, lines: JsonLines) -> None:
+    def __init__(self, event: Event, number: int) -> None:
         self.number = number
-        text = lines.line(event, 0)
+        text = to_json(event, 0)
         head, gap, tail = text.partition('"seq":0')
         self.before = f"event: {event.event}\ndata: {head}{gap[:-1]}"
         self.after = f"{tail}\n\n"
@@ -116,13 +120,12 @@ class EventHub:
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
-        self._lines = JsonLines()
         #: Distinguishes the ids of this agent from those of the one before it.
         self._name = secrets.token_hex(4)
         self._number = 0
         self._kept: deque[tuple[int, Event]] = deque()
         self._kept_bytes = 0
-        self._held: dict[ProcessId, dict[FileId, LibraryEvent]] = {}
+        self._held: dict[ProcessId, dict[FileId, Load]] = {}
         self._ready: Ready | None = None
         self._clients: set[Client] = set()
         self._has_ended = False
@@ -201,7 +204,7 @@ class EventHub:
             chunk = ["retry: 2000\n\n"]
             for event in client.past:
                 if client.wants(event):
-                    line = _Line(event, client.number, self._lines)
+                    line = _Line(event, client.number)
                     chunk.append(f"{line.before}{seq}{line.after}")
                     seq += 1
                 if len(chunk) >= _CHUNK_EVENTS:
@@ -235,7 +238,7 @@ class EventHub:
                 yield "".join(chunk).encode()
             if client.missed:
                 self.clients_cut_off += 1
-                lost = _Line(Lost(time.time_ns(), client.missed, "queue"), 0, self._lines)
+                lost = _Line(Lost(time.time_ns(), client.missed, "queue"), 0)
                 yield f"{lost.before}{seq}{lost.after}".encode()
                 return
             if client.has_ended:
@@ -276,14 +279,13 @@ class EventHub:
     def _take(self, event: Event) -> None:
         self._number += 1
         self._keep(event)
-        if isinstance(event, LibraryEvent):
-            self._note(event)
-        elif isinstance(event, Ready):
+        self._note(event)
+        if isinstance(event, Ready):
             self._ready = event
         line: _Line | None = None
         for client in self._clients:
             if client.wants(event):
-                line = line or _Line(event, self._number, self._lines)
+                line = line or _Line(event, self._number)
                 client.offer(line)
 
     def _keep(self, event: Event) -> None:
@@ -293,40 +295,22 @@ class EventHub:
             _, oldest = self._kept.popleft()
             self._kept_bytes -= size_of(oldest)
 
-    def _note(self, event: LibraryEvent) -> None:
-        if event.process is None:
-            return
-        process = event.process.id
-        if event.event == "load":
-            self._held.setdefault(process, {})[event.library.id] = event
-        elif event.event == "unload" and (files := self._held.get(process)) is not None:
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Load):
+            self._held.setdefault(event.process.id, {})[event.library.id] = event
+        elif isinstance(event, Unload) and (files := self._held.get(event.process.id)) is not None:
             files.pop(event.library.id, None)
             if not files:
-                del self._held[process]
+                del self._held[event.process.id]
 
 
-def _as_snapshot(held: Iterable[LibraryEvent]) -> Iterator[Event]:
-    """Loads that happened before, with the activation of each file before its first."""
+def _as_snapshot(held: Iterable[Load]) -> Iterator[Event]:
+    """Loads that happened before the client came, with the activation of each file before its first."""
     activated = set()
-    for event in held:
-        key = (event.rule, event.library.id)
+    for load in held:
+        key = (load.rule, load.library.id)
+        now_ns = time.time_ns()
         if key not in activated:
             activated.add(key)
-            yield _again(event, "activate")
-        yield _again(event, "load")
-
-
-def _again(load: LibraryEvent, kind: str) -> LibraryEvent:
-    """A load that happened before the client came."""
-    is_load = kind == "load"
-    return LibraryEvent(
-        kind,
-        load.rule,
-        load.library,
-        load.process,
-        "snapshot" if is_load else None,
-        load.t_ns,
-        time.time_ns(),
-        load.ranges if is_load else (),
-        load.range_count if is_load else None,
-    )
+            yield Activate(load.rule, load.library, load.process, None, load.t_ns, now_ns)
+        yield replace(load, cause="snapshot", time_ns=now_ns)

@@ -3,19 +3,20 @@
 Later ones win: defaults, file, environment, flags. An unknown key is an error, as is a value of a wrong type; errors
 name file, line and key.
 
-Not pydantic-settings: it does not know the lines of a file, and the tables are dataclasses already.
+Not pydantic-settings: it does not know the lines of a file, and the tables are structs already.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from msgspec import Struct, field
+from msgspec.structs import fields
 
 from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
@@ -47,8 +48,7 @@ _SYNTAX: Final = re.compile(r"(?P<what>.*) \(at (line (?P<line>\d+), column \d+|
 _SCALARS: Final = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttachSettings:
+class AttachSettings(Struct, frozen=True, kw_only=True):
     """The table ``attach`` of a rule: an object of BPF programs for the rule's files; see `sowatch.uprobes.Attacher`.
 
     Attributes:
@@ -66,8 +66,7 @@ class AttachSettings:
             _check_probe("probes", symbol, program)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RuleSettings:
+class RuleSettings(Struct, frozen=True, kw_only=True):
     """One ``[[rules]]`` table; see `sowatch.Rule`.
 
     Attributes:
@@ -113,8 +112,7 @@ class RuleSettings:
         return Rule(self.pattern, name=self.name, kind=self.kind, exports=self.exports, **callbacks)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SinkSettings:
+class SinkSettings(Struct, frozen=True, kw_only=True):
     """One ``[[sinks]]`` table: where events go besides HTTP clients.
 
     Attributes:
@@ -148,8 +146,7 @@ class SinkSettings:
         return self.name or self.type
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExporterSettings:
+class ExporterSettings(Struct, frozen=True, kw_only=True):
     """One ``[[exporters]]`` table: where metrics are sent besides being scraped.
 
     Attributes:
@@ -172,8 +169,7 @@ class ExporterSettings:
         _in_range("interval_s", self.interval_s, 0.1, 86_400)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True, kw_only=True):
     """How the agent runs.
 
     Attributes:
@@ -373,9 +369,9 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _build(kind: Any, table: Mapping[str, Any], path: tuple[str | int, ...], origin: _Origin) -> Any:
-    """A dataclass from a table."""
+    """A struct from a table."""
     hints = get_type_hints(kind)
-    known = dataclasses.fields(kind)
+    known = fields(kind)
     names = [one.name for one in known]
     for key in table:
         if key not in names:
@@ -384,12 +380,16 @@ def _build(kind: Any, table: Mapping[str, Any], path: tuple[str | int, ...], ori
     for key, value in table.items():
         values[key] = _convert(hints[key], value, (*path, key), origin)
     for one in known:
-        if one.name not in values and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+        if one.name not in values and one.required:
             raise origin.error((*path, one.name), "it is needed here and missing. Add it.")
     try:
         return kind(**values)
     except ConfigError as error:
         raise origin.error((*path, error.key), error.problem) from error
+
+
+def _is_table(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Struct)
 
 
 def _convert(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin) -> Any:
@@ -407,7 +407,7 @@ def _convert(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin
         if not isinstance(value, dict):
             raise origin.error(path, 'it is no table. Write { "one" = "value" }.')
         return {key: _convert(arguments[1], one, (*path, key), origin) for key, one in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if _is_table(hint):
         if not isinstance(value, dict):
             raise origin.error(path, f"it is no table. Write [{_dotted(path)}] with its keys below.")
         return _build(hint, value, path, origin)
@@ -418,7 +418,7 @@ def _list(hint: Any, value: Any, path: tuple[str | int, ...], origin: _Origin) -
     if isinstance(value, _Text):
         value = [_Text(one.strip()) for one in value.split(",") if one.strip()]
     if not isinstance(value, list):
-        what = f"tables. Write [[{_dotted(path)}]]" if dataclasses.is_dataclass(hint) else 'texts. Write ["one", "two"]'
+        what = f"tables. Write [[{_dotted(path)}]]" if _is_table(hint) else 'texts. Write ["one", "two"]'
         raise origin.error(path, f"it is no list of {what}.")
     return tuple(_convert(hint, one, (*path, place), origin) for place, one in enumerate(value))
 

@@ -10,10 +10,10 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
+from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -23,11 +23,12 @@ from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.agent.limits import ClientLimits, OneAtATime
-from sowatch.explain import PathReport, ProcessReport, stamp, to_dict
+from sowatch.explain import PathReport, ProcessReport, to_dict
 from sowatch.explain.audit import AuditReport
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import EVENT_KINDS, SCHEMA, library_dict, process_dict
+from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
+from sowatch.model.literals import EVENT_KINDS
 from sowatch.model.stats import Mapped
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
 from sowatch.watcher.watcher import Watcher
@@ -64,8 +65,7 @@ _NOT_TO_KEEP: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "n
 _Do = Callable[[Callable[[], ProcessReport | PathReport]], Awaitable[ProcessReport | PathReport]]
 
 
-@dataclass(frozen=True, slots=True)
-class Readiness:
+class Readiness(Struct, frozen=True):
     """What ``/readyz`` says; ``problems`` are why it is not ready, ``facts`` are for people and dashboards."""
 
     problems: tuple[str, ...]

@@ -11,6 +11,7 @@ from typing import ClassVar, Final, Protocol
 
 from sowatch.bpf.binding import BpfObject, Tracefs
 from sowatch.model.errors import BpfError
+from sowatch.model.literals import Hooks
 
 __all__ = ["HOOK_SETS", "HookSet", "Syscalls", "Trampolines"]
 
@@ -47,7 +48,7 @@ class HookSet(Protocol):
         BpfError: this kernel lacks what the set needs.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[Hooks]
 
     def __init__(self, bpf: BpfObject) -> None: ...
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec import Struct
+
 from sowatch.linux.proc import Miss, ProcFs
-from sowatch.model.config import HOOKS, STRATEGIES, Config
+from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.rules import KINDS, Rule, RuleSet
+from sowatch.model.literals import HOOKS, KINDS, STRATEGIES
+from sowatch.model.rules import Rule, RuleSet
 
 if TYPE_CHECKING:
     from sowatch.cli._out import Out
@@ -84,8 +86,7 @@ class WatcherLike(Protocol):
     def stats(self) -> StatsLike: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(Struct, frozen=True):
     """What the command line asks to be watched, and how."""
 
     rules: tuple[Rule, ...]

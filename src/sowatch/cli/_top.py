@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from sowatch.inventory.inventory import InventoryView, LibraryRow, ProcessRow
 from sowatch.model.escape import visible
@@ -38,8 +39,7 @@ def _stale_count(row: ProcessRow) -> str:
     return f"{row.stale_libraries}{'?' if row.unknown_libraries else ''}"
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """One column: its title, the text of a row's cell, and what it is sorted by.
 
     ``width`` is in terminal columns, 0 takes what is left; ``importance`` says which go first where there

@@ -6,7 +6,8 @@ from typing import Final, Protocol
 
 from sowatch.cli._lines import pieces_of, plain
 from sowatch.cli._out import Out
-from sowatch.model.events import Event, JsonLines
+from sowatch.model.events import Event
+from sowatch.model.lines import to_json
 
 __all__ = ["JsonView", "TextView", "View"]
 
@@ -32,11 +33,10 @@ class JsonView:
 
     def __init__(self, out: Out) -> None:
         self._out = out
-        self._lines = JsonLines()
 
     def show(self, event: Event, seq: int) -> None:
         """Keep the line for the next `flush`."""
-        self._out.write(self._lines.line(event, seq) + "\n")
+        self._out.write(to_json(event, seq) + "\n")
 
     def flush(self) -> None:
         """Write the lines."""

@@ -22,7 +22,7 @@ from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.model.encoding import dumps
 from sowatch.model.escape import visible
-from sowatch.model.events import SCHEMA
+from sowatch.model.lines import SCHEMA
 
 DEFAULT_S = 1.0
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out
@@ -25,7 +27,7 @@ from sowatch.model.config import Config
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError
 from sowatch.model.escape import visible
-from sowatch.model.events import SCHEMA
+from sowatch.model.lines import SCHEMA
 
 _LOOKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
 
@@ -62,8 +64,7 @@ class _Plan(Protocol):
     def limits(self) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Examiner:
+class Examiner(Struct, frozen=True):
     """Where the answers come from; tests put their own in its place."""
 
     libbpf_version: Callable[[], str]
@@ -107,8 +108,7 @@ def run(
     return report.exit_code
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
+class _Report(Struct, frozen=True):
     host: Host
     libbpf: str | None
     probes: tuple[_Probe, ...]

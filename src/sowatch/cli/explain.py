@@ -59,7 +59,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 
 if TYPE_CHECKING:
     from sowatch.explain import (
@@ -203,7 +203,7 @@ def _line(label: str, text: str) -> str:
 
 
 def _process(report: ProcessReport) -> Iterator[str]:
-    from sowatch.explain import stamp
+    from sowatch.model.lines import stamp
 
     process, followed, known = report.process, report.followed, report.known
     about = [
@@ -312,7 +312,7 @@ def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
 
 
 def _seen(seen: Seen) -> str:
-    from sowatch.explain import stamp
+    from sowatch.model.lines import stamp
 
     return f"{seen.cause} at {stamp(seen.time_ns)}"
 

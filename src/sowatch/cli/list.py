@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET, Struct
 
 from sowatch.cli._options import MappedLike, OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out
@@ -31,10 +32,11 @@ from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
+from sowatch.model import wire
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
-from sowatch.model.events import SCHEMA, library_dict, process_dict, ranges_list
+from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
 
 if TYPE_CHECKING:
     from sowatch.cli._options import Selection, WatcherLike
@@ -105,7 +107,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
 def _print(entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool) -> None:
     if as_json:
         for seq, entry in enumerate(entries, 1):
-            out.write(dumps(entry.to_dict(seq, with_owner=args.stale)) + "\n")
+            out.write(dumps(entry.line(seq, with_owner=args.stale)) + "\n")
         if not coverage.is_complete:
             out.write(dumps(_coverage_line(coverage, len(entries) + 1)) + "\n")
         out.flush()
@@ -161,17 +163,12 @@ def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hu
     return coverage_of(proc, selection.pids, is_wanted)
 
 
-def _coverage_line(coverage: Coverage, seq: int) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "event": "coverage",
-        "seq": seq,
-        "processes": {"read": coverage.read, "unreadable": coverage.unreadable, "hidden": coverage.is_hidden},
-    }
+def _coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
+    readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
+    return wire.Coverage(SCHEMA, "coverage", seq, readable)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(Struct, frozen=True):
     """One process and file; package and unit are looked up for ``--stale`` only."""
 
     mapped: MappedLike
@@ -184,28 +181,25 @@ class _Entry:
         """The name under which the file is stale, or else its own."""
         return self.answer.path or self.mapped.library.path
 
-    def to_dict(self, seq: int, *, with_owner: bool) -> dict[str, Any]:
-        line: dict[str, Any] = {
-            "schema": SCHEMA,
-            "event": "mapping",
-            "seq": seq,
-            "rule": self.mapped.rule,
-            "process": process_dict(self.mapped.process),
-            "library": library_dict(self.mapped.library),
-            "ranges": ranges_list(self.mapped.ranges),
-            **self.answer.to_dict(),
-        }
-        if self.mapped.range_count is not None:
-            line["range_count"] = self.mapped.range_count
-        if with_owner:
-            unit = self.unit
-            line |= {
-                "package": self.package,
-                "unit": unit and unit.name,
-                "unit_manager": unit and unit.manager,
-                "unit_uid": unit and unit.uid,
-            }
-        return line
+    def line(self, seq: int, *, with_owner: bool) -> wire.Mapping:
+        mapped, answer, unit = self.mapped, self.answer, self.unit
+        return wire.Mapping(
+            SCHEMA,
+            "mapping",
+            seq,
+            mapped.rule,
+            process_line(mapped.process),
+            library_line(mapped.library),
+            ranges_list(mapped.ranges),
+            answer.stale,
+            answer.reason,
+            answer.path or UNSET,
+            UNSET if mapped.range_count is None else mapped.range_count,
+            package=self.package if with_owner else UNSET,
+            unit=(unit and unit.name) if with_owner else UNSET,
+            unit_manager=(unit and unit.manager) if with_owner else UNSET,
+            unit_uid=(unit and unit.uid) if with_owner else UNSET,
+        )
 
 
 def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:

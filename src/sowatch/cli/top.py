@@ -29,7 +29,7 @@ from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
-from sowatch.model.events import SCHEMA, library_dict, process_dict
+from sowatch.model.lines import SCHEMA, library_dict, process_dict
 
 if TYPE_CHECKING:
     from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, Watched

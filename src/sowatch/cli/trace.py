@@ -30,11 +30,10 @@ from sowatch.cli._parser import Parser, pid, seconds
 from sowatch.cli._stop import Stopper
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
-from sowatch.explain import stamp
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
-from sowatch.model.events import SCHEMA, library_dict, process_dict
+from sowatch.model.lines import SCHEMA, library_line, process_line, stamp
 
 if TYPE_CHECKING:
     from sowatch.uprobes.records import Failure
@@ -166,7 +165,7 @@ class _Json:
                         "schema": SCHEMA,
                         "event": "attach_failed",
                         "time": stamp(now_ns),
-                        "library": library_dict(failure.library),
+                        "library": library_line(failure.library),
                         "symbol": failure.symbol,
                         "reason": failure.reason,
                         "permanent": failure.is_permanent,
@@ -193,8 +192,8 @@ def trace_dict(one: TracedCalls, now_ns: int) -> dict[str, Any]:
         "event": "trace",
         "time": stamp(now_ns),
         "symbol": calls.site.symbol,
-        "library": library_dict(calls.site.library),
-        "process": process_dict(one.process),
+        "library": library_line(calls.site.library),
+        "process": process_line(one.process),
         "calls": calls.calls,
         "latency_ns": {
             "count": calls.timed,

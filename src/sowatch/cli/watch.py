@@ -35,7 +35,8 @@ from sowatch.cli._parser import Parser, event_list
 from sowatch.cli._stop import Stopper
 from sowatch.cli._views import JsonView, TextView, View
 from sowatch.model.errors import UsageError
-from sowatch.model.events import EVENT_KINDS, Event, Lost, Ready, Repaired, Stopped
+from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
+from sowatch.model.literals import EVENT_KINDS
 
 #: Events written between two flushes while more are waiting.
 _BATCH: Final = 256

@@ -25,6 +25,7 @@ from sowatch.engine.range_map import Range, RangeMap, RangeSnapshot
 from sowatch.linux.cgroups import choose_cgroup
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import Cause, Kind
 from sowatch.model.rules import RuleSet
 
 __all__ = [
@@ -388,7 +389,7 @@ class ProcessState:
             )
         return self._record
 
-    def kind_of(self, mapping: Mapping) -> str:
+    def kind_of(self, mapping: Mapping) -> Kind:
         """What the file is to this process, as far as its mapping shows (ELF facts may say ``other``)."""
         name = mapping.name
         if name.file_id == self.exe_id:
@@ -404,10 +405,10 @@ class Change(NamedTuple):
     """One file came to or left one process. ``ranges`` of a load are those at that moment, as `Mapping` has them."""
 
     is_load: bool
-    cause: str
+    cause: Cause
     t_ns: int
     process: Process
-    kind: str
+    kind: Kind
     name: MappedFile
     ranges: tuple[Range, ...]
     range_count: int | None = None

@@ -26,6 +26,7 @@ from sowatch.linux.mapped_file import Place, find_mapped, is_on_overlay, mapped_
 from sowatch.linux.openat import reopen
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
+from sowatch.model.literals import Kind
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "host_path", "open_mapped"]
 
@@ -86,7 +87,7 @@ class FileFacts(NamedTuple):
     #: The kernel's link that led to it.
     link: str | None = None
 
-    def kind(self, claimed: str, path: str, *, is_anonymous: bool) -> str:
+    def kind(self, claimed: Kind, path: str, *, is_anonymous: bool) -> Kind:
         """What the file at ``path`` is to a process that claims it to be ``claimed``.
 
         Executable and interpreter are claims: a process can write its auxiliary vector and its exe link

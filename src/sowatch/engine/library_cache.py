@@ -7,6 +7,7 @@ from typing import Final
 from sowatch.engine.address_space import MappedFile
 from sowatch.engine.file_inspector import FileFacts, host_path
 from sowatch.model.events import Library
+from sowatch.model.literals import Kind
 
 __all__ = ["LibraryCache"]
 
@@ -25,7 +26,7 @@ class LibraryCache:
         self._proc_root = proc_root
         self._known: dict[tuple[int, str], tuple[MappedFile, Library]] = {}
 
-    def get(self, pid: int, name: MappedFile, kind: str, facts: FileFacts) -> Library:
+    def get(self, pid: int, name: MappedFile, kind: Kind, facts: FileFacts) -> Library:
         """What an event says of a file that this process has mapped."""
         # Where the path does not lead to the file from here, the host path is one of that process alone.
         is_shared = facts.place == "own"

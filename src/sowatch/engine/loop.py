@@ -217,7 +217,7 @@ class Engine:
             for file_id, mapping in process.space.mappings().items():
                 if wants(mapping.name):
                     kind = process.kind_of(mapping)
-                    change = Change(True, "", 0, record, kind, mapping.name, mapping.ranges)
+                    change = Change(True, "snapshot", 0, record, kind, mapping.name, mapping.ranges)
                     is_selected = self._publisher.selection.wants(change)
                     load = loads.get(file_id)
                     files.append(KnownFile(mapping.name, kind, mapping.ranges, is_selected, load, mapping.range_count))

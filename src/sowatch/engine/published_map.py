@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from sowatch.model.events import LibraryEvent
+from sowatch.model.events import Load
 from sowatch.model.identity import FileId, ProcessId
 
 __all__ = ["Counts", "Loads", "PublishedMap"]
 
 #: Load events by process and file.
-Loads: TypeAlias = dict[ProcessId, dict[FileId, LibraryEvent]]
+Loads: TypeAlias = dict[ProcessId, dict[FileId, Load]]
 
 
 class Counts(NamedTuple):
@@ -33,12 +33,12 @@ class PublishedMap:
         #: The starts of processes with something in the map, by pid: two while one pid is being reused.
         self._by_pid: dict[int, list[ProcessId]] = {}
 
-    def get(self, process: ProcessId, file: FileId) -> LibraryEvent | None:
+    def get(self, process: ProcessId, file: FileId) -> Load | None:
         """The load event of a file in a process."""
         files = self._loads.get(process)
         return None if files is None else files.get(file)
 
-    def put(self, process: ProcessId, file: FileId, load: LibraryEvent) -> None:
+    def put(self, process: ProcessId, file: FileId, load: Load) -> None:
         """From now on this load event is in force."""
         files = self._loads.get(process)
         if files is None:
@@ -46,7 +46,7 @@ class PublishedMap:
             self._by_pid.setdefault(process.pid, []).append(process)
         files[file] = load
 
-    def pop(self, process: ProcessId, file: FileId) -> LibraryEvent | None:
+    def pop(self, process: ProcessId, file: FileId) -> Load | None:
         """Takes the load event out of a file that has gone; None if there was none."""
         files = self._loads.get(process)
         load = files.pop(file, None) if files is not None else None
@@ -58,15 +58,15 @@ class PublishedMap:
                 del self._by_pid[process.pid]
         return load
 
-    def of_process(self, process: ProcessId) -> dict[FileId, LibraryEvent]:
+    def of_process(self, process: ProcessId) -> dict[FileId, Load]:
         """A copy of the load events of one process."""
         return dict(self._loads.get(process, {}))
 
-    def of_pid(self, pid: int) -> list[LibraryEvent]:
+    def of_pid(self, pid: int) -> list[Load]:
         """The load events of whoever has this pid; on the engine's thread."""
         return [load for process in self._by_pid.get(pid, ()) for load in self._loads[process].values()]
 
-    def where(self, is_meant: Callable[[LibraryEvent], bool]) -> list[LibraryEvent]:
+    def where(self, is_meant: Callable[[Load], bool]) -> list[Load]:
         """The load events that are meant, in order of publication within a process; on the engine's thread."""
         return [load for files in self._loads.values() for load in files.values() if is_meant(load)]
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
+
+from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change
@@ -23,8 +26,9 @@ from sowatch.engine.library_cache import LibraryCache
 from sowatch.engine.published_map import PublishedMap
 from sowatch.engine.subscribers import Subscribers
 from sowatch.model.config import Config
-from sowatch.model.events import Event, LibraryEvent, Process
+from sowatch.model.events import Activate, Deactivate, Event, Load, Process, Unload
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import LoadCause, UnloadCause
 from sowatch.model.rules import Rule, RuleSet
 
 __all__ = ["Publisher", "Selection"]
@@ -176,12 +180,11 @@ class Publisher:
             self._waiting.ask_again(self._inspect)
         self.subscribers.hand_over()
 
-    def let_go(self, is_meant: Callable[[LibraryEvent], bool]) -> int:
+    def let_go(self, is_meant: Callable[[Load], bool]) -> int:
         """Unloads by order, cause ``rules``, what was published by these load events; how many."""
         found = self.published.where(is_meant)
         now_ns = time.monotonic_ns()
         for load in found:
-            assert load.process is not None
             self._forget(load.process, load.library.id, "rules", now_ns)
         return len(found)
 
@@ -204,11 +207,11 @@ class Publisher:
 
     def stop(self, now_ns: int) -> None:
         """Deactivates every active file, cause ``stop``."""
-        active: dict[tuple[str, FileId], LibraryEvent] = {}
+        active: dict[tuple[str, FileId], Load] = {}
         for load in self.published.where(lambda _: True):
             active.setdefault((load.rule, load.library.id), load)
         for load in active.values():
-            self.subscribers.emit(LibraryEvent("deactivate", load.rule, load.library, None, "stop", None, now_ns))
+            self.subscribers.emit(Deactivate(load.rule, load.library, "stop", None, now_ns))
 
     # ---- one change ---------------------------------------------------------------------------
 
@@ -236,7 +239,7 @@ class Publisher:
         if change.is_load:
             self._load(change, facts)
         else:
-            self._forget(change.process, change.name.file_id, change.cause, change.t_ns)
+            self._forget(change.process, change.name.file_id, cast("UnloadCause", change.cause), change.t_ns)
 
     def _load(self, change: Change, facts: FileFacts) -> None:
         name = change.name
@@ -266,22 +269,23 @@ class Publisher:
         library = self._libraries.get(process.pid, name, kind, facts)
         now_ns = time.time_ns()
         where = (change.ranges, change.range_count)
-        event = LibraryEvent("load", rule.name, library, process, change.cause, change.t_ns, now_ns, *where)
+        cause = cast("LoadCause", change.cause)
+        event = Load(rule.name, library, process, cause, change.t_ns, now_ns, *where)
         self.published.put(process.id, name.file_id, event)
         self.loads += 1
         if self._registry.acquire(rule.name, library, process.id):
             # With its ranges: whoever activates the file opens it by them.
-            activate = LibraryEvent("activate", rule.name, library, process, None, change.t_ns, now_ns, *where)
+            activate = Activate(rule.name, library, process, None, change.t_ns, now_ns, *where)
             self.subscribers.emit(activate)
         self.subscribers.emit(event)
 
-    def _forget(self, process: Process, file: FileId, cause: str, t_ns: int) -> None:
+    def _forget(self, process: Process, file: FileId, cause: UnloadCause, t_ns: int) -> None:
         """Publishes that a process has a file no more, if it was published that it has."""
         load = self.published.pop(process.id, file)
         if load is None:
             return
         now_ns = time.time_ns()
         self.unloads += 1
-        self.subscribers.emit(LibraryEvent("unload", load.rule, load.library, process, cause, t_ns, now_ns))
+        self.subscribers.emit(Unload(load.rule, load.library, process, cause, t_ns, now_ns))
         if self._registry.release(load.rule, file, process.id):
-            self.subscribers.emit(LibraryEvent("deactivate", load.rule, load.library, None, None, t_ns, now_ns))
+            self.subscribers.emit(Deactivate(load.rule, load.library, None, t_ns, now_ns))

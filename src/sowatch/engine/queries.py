@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 from sowatch.engine.address_space import MappedFile
-from sowatch.model.events import LibraryEvent, Process
+from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import Kind
 from sowatch.sources.core import TrackedEntry, Verdicts
 
 __all__ = ["Held", "Known", "KnownFile", "KnownProcess", "View"]
@@ -32,10 +33,10 @@ class KnownFile(NamedTuple):
     """One file in one process, as the map has it. ``load`` is None if it was not told of."""
 
     name: MappedFile
-    kind: str
+    kind: Kind
     ranges: tuple[Range, ...]
     is_selected: bool
-    load: LibraryEvent | None
+    load: Load | None
     range_count: int | None = None
 
 

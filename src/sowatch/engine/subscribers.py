@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 from sowatch.engine.published_map import Loads, PublishedMap
 from sowatch.engine.subscription import Subscription
-from sowatch.model.events import EVENT_KINDS, Event
+from sowatch.model.events import Event
+from sowatch.model.literals import EVENT_KINDS
 
 __all__ = ["Subscribers"]
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
+from msgspec.structs import replace
+
 from sowatch.engine.published_map import Loads
-from sowatch.model.events import Event, LibraryEvent, Lost, Repaired, size_of
+from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Lost, Repaired, Unload, size_of
 from sowatch.model.identity import FileId
 
 __all__ = ["Subscription"]
@@ -150,8 +152,7 @@ class Subscription:
         if self._seen is None and self._is_full and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
             # The event that did not fit has been taken into account already.
-            if isinstance(event, LibraryEvent):
-                self._undo(self._seen, event)
+            self._undo(self._seen, event)
         if self._seen is not None and event.event != "stopped":
             self._missed += 1
             self.lost += 1
@@ -161,21 +162,18 @@ class Subscription:
 
     def _belongs_to_the_last(self, event: Event) -> bool:
         """A deactivate, and the load right after its activate, end what the reader was told before."""
-        if not isinstance(event, LibraryEvent):
-            return False
-        return event.event == "deactivate" or (
-            event.event == "load" and self._activated == (event.rule, event.library.id)
-        )
+        if isinstance(event, Load):
+            return self._activated == (event.rule, event.library.id)
+        return isinstance(event, Deactivate)
 
     @staticmethod
-    def _undo(held: Loads, event: LibraryEvent) -> None:
-        if event.process is None:
-            return
-        process_id, file_id = event.process.id, event.library.id
-        if event.event in ("load", "activate"):
-            held.get(process_id, {}).pop(file_id, None)
-        elif event.event == "unload":
-            held.setdefault(process_id, {})[file_id] = event
+    def _undo(held: Loads, event: Event) -> None:
+        if isinstance(event, Load | Activate):
+            held.get(event.process.id, {}).pop(event.library.id, None)
+        elif isinstance(event, Unload):
+            held.setdefault(event.process.id, {})[event.library.id] = Load(
+                event.rule, event.library, event.process, "repair", event.t_ns, event.time_ns
+            )
 
     def catch_up(self) -> None:
         """Repairs the reader's view once it has made room; called from time to time."""
@@ -227,8 +225,7 @@ class Subscription:
             self._put(event)
 
     def _put(self, event: Event) -> None:
-        is_activate = isinstance(event, LibraryEvent) and event.event == "activate"
-        self._activated = (event.rule, event.library.id) if is_activate else None  # type: ignore[union-attr]
+        self._activated = (event.rule, event.library.id) if isinstance(event, Activate) else None
         self._offered += 1
         self._offered_bytes += size_of(event)
         self._batch.append(event)
@@ -247,14 +244,14 @@ def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:
         for file, old in files.items():
             kept = now.get(process, {}).get(file)
             if kept is None or kept.rule != old.rule:
-                yield _again(old, "unload", "repair", now_ns)
+                yield Unload(old.rule, old.library, old.process, "repair", old.t_ns, now_ns)
     gone: set[tuple[str, FileId]] = set()
     for files in seen.values():
         for file, old in files.items():
             key = (old.rule, file)
             if key not in after and key not in gone:
                 gone.add(key)
-                yield _again(old, "deactivate", None, now_ns)
+                yield Deactivate(old.rule, old.library, None, old.t_ns, now_ns)
     for process, files in now.items():
         for file, new in files.items():
             known = seen.get(process, {}).get(file)
@@ -263,19 +260,5 @@ def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:
             key = (new.rule, file)
             if key not in before and key not in activated:
                 activated.add(key)
-                yield _again(new, "activate", None, now_ns)
-            yield _again(new, "load", "repair", now_ns)
-
-
-def _again(event: LibraryEvent, kind: str, cause: str | None, now_ns: int) -> LibraryEvent:
-    return LibraryEvent(
-        kind,
-        event.rule,
-        event.library,
-        None if kind == "deactivate" else event.process,
-        cause,
-        event.t_ns,
-        now_ns,
-        event.ranges if kind == "load" else (),
-        event.range_count if kind == "load" else None,
-    )
+                yield Activate(new.rule, new.library, new.process, None, new.t_ns, now_ns)
+            yield replace(new, cause="repair", time_ns=now_ns)

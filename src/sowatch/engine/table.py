@@ -39,6 +39,7 @@ from sowatch.engine.address_space import (
     ScannedFiles,
 )
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import Cause, LoadCause, UnloadCause
 from sowatch.model.rules import RuleSet
 from sowatch.sources.core import ProcessScan
 
@@ -53,8 +54,8 @@ MAX_NAMES = 10_000
 class Causes(NamedTuple):
     """What a reading's findings are called: a mapping it found, and one it did not find."""
 
-    load: str
-    unload: str
+    load: LoadCause
+    unload: UnloadCause
 
 
 #: What was not seen as it happened, but is not the repair of a loss either.
@@ -216,7 +217,7 @@ class MappingTable:
             return
         process = self._process(record)
         process.rename(record.comm)
-        cause = "exec" if record.flags & FLAG_IMAGE else "mmap"
+        cause: LoadCause = "exec" if record.flags & FLAG_IMAGE else "mmap"
         if record.tgid not in self.needs_rescan:
             self._take_away(process, record, but=name.file_id)
         is_image = bool(record.flags & FLAG_IMAGE)
@@ -302,7 +303,7 @@ class MappingTable:
         """CLONE_VM children that have been silent since before that time."""
         return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
 
-    def forget(self, process: ProcessState, cause: str, t_ns: int) -> None:
+    def forget(self, process: ProcessState, cause: Cause, t_ns: int) -> None:
         """The process is gone, as somebody outside found out."""
         self._forget(process.id.pid, process.id.start_ns, cause, t_ns)
 
@@ -311,13 +312,13 @@ class MappingTable:
         known = self._processes.get(pid)
         return self.compat.get(pid) if known is None else known.id.start_ns
 
-    def forget_pid(self, pid: int, cause: str, t_ns: int) -> None:
+    def forget_pid(self, pid: int, cause: Cause, t_ns: int) -> None:
         """Whoever is known by this pid is gone."""
         self.compat.pop(pid, None)
         if known := self._processes.get(pid):
             self.forget(known, cause, t_ns)
 
-    def _forget(self, pid: int, start_ns: int, cause: str, t_ns: int) -> None:
+    def _forget(self, pid: int, start_ns: int, cause: Cause, t_ns: int) -> None:
         known = self._processes.get(pid)
         if known is None or known.id.start_ns != start_ns:
             return
@@ -338,12 +339,12 @@ class MappingTable:
         if not space.sharers:
             space.release()
 
-    def _emit(self, space: AddressSpace, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> None:
+    def _emit(self, space: AddressSpace, is_load: bool, cause: Cause, t_ns: int, mapping: Mapping) -> None:
         for sharer in space.sharers:
             if sharer.is_announced:
                 self.changes.append(self._change(sharer, is_load, cause, t_ns, mapping))
 
-    def _change(self, process: ProcessState, is_load: bool, cause: str, t_ns: int, mapping: Mapping) -> Change:
+    def _change(self, process: ProcessState, is_load: bool, cause: Cause, t_ns: int, mapping: Mapping) -> Change:
         return Change(is_load, cause, t_ns, process.record(), process.kind_of(mapping), *mapping.where)
 
     # ---- readings -----------------------------------------------------------------------------
@@ -539,7 +540,7 @@ class MappingTable:
                 for is_load, ours, theirs in ((False, old, space), (True, space, old)):
                     for file_id, mapping in ours.mappings().items():
                         if file_id not in theirs.files:
-                            cause = causes.load if is_load else causes.unload
+                            cause: Cause = causes.load if is_load else causes.unload
                             self.changes.append(self._change(sharer, is_load, cause, scan.begin_ns, mapping))
             sharer.space = space
         space.sharers += old.sharers

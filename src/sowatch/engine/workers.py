@@ -5,7 +5,6 @@ A slow callback delays only its own rule.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from sowatch.engine.file_inspector import open_mapped
 from sowatch.engine.subscription import Subscription
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ProcessGone, SowatchError
-from sowatch.model.events import Library, LibraryEvent
+from sowatch.model.events import Activate, Deactivate, Library, LibraryEvent, Load, Unload
 from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
@@ -119,10 +118,12 @@ class RuleWorker:
         """Its rule is gone: it ends after what it was offered so far. On the engine's thread."""
         self._subscription.finish()
 
-    def retry(self, load: LibraryEvent) -> None:
+    def retry(self, load: Load) -> None:
         """Activates the file of a load once more, as its activation has failed. On the engine's thread."""
-        again = dataclasses.replace(load, event="activate", cause=None, time_ns=time.time_ns())
-        self._subscription.offer(again)
+        where = (load.ranges, load.range_count)
+        self._subscription.offer(
+            Activate(load.rule, load.library, load.process, None, load.t_ns, time.time_ns(), *where)
+        )
         self._subscription.hand_over()
 
     def join(self, timeout_s: float) -> None:
@@ -139,43 +140,40 @@ class RuleWorker:
         # What an earlier rule of this name could not activate, this one may be able to.
         self._registry.clear_blocked(self._rule.name)
         for event in self._subscription:
-            if not isinstance(event, LibraryEvent):
-                continue
-            if event.event == "activate":
-                self._activate(event)
-            elif event.event == "deactivate":
-                self._deactivate(event)
-            elif event.event == "load":
-                self._call("on_load", self._rule.on_load, event)
-            elif event.event == "unload":
-                self._call("on_unload", self._rule.on_unload, event)
+            match event:
+                case Activate():
+                    self._activate(event)
+                case Deactivate():
+                    self._deactivate(event)
+                case Load():
+                    self._call("on_load", self._rule.on_load, event)
+                case Unload():
+                    self._call("on_unload", self._rule.on_unload, event)
 
     def join_at_last(self) -> None:
         """Waits for the last callback, however long it takes."""
         self._thread.join()
 
-    def _activate(self, event: LibraryEvent) -> None:
+    def _activate(self, event: Activate) -> None:
         rule = self._rule
         if rule.on_activate is None and rule.on_deactivate is None:
             return
-        process = event.process
         self._registry.activate(
             rule.name,
             event.library,
             lambda library: self._open_and_call(event, library),
             deactivate=self._after_failure,
-            process=None if process is None else process.id,
+            process=event.process.id,
         )
 
-    def _open_and_call(self, event: LibraryEvent, library: Library) -> None:
+    def _open_and_call(self, event: Activate, library: Library) -> None:
         begun_s = time.monotonic()
         try:
             self._attach(event, library)
         finally:
             self.timings.attach.observe(time.monotonic() - begun_s)
 
-    def _attach(self, event: LibraryEvent, library: Library) -> None:
-        assert event.process is not None
+    def _attach(self, event: Activate, library: Library) -> None:
         fd = open_mapped(
             self._proc,
             event.process.pid,
@@ -200,7 +198,7 @@ class RuleWorker:
     def _after_failure(self, library: Library) -> None:
         self._call_deactivate(library)
 
-    def _deactivate(self, event: LibraryEvent) -> None:
+    def _deactivate(self, event: Deactivate) -> None:
         self._registry.deactivate(self._rule.name, event.library.id, self._call_deactivate)
 
     def _call_deactivate(self, library: Library) -> None:

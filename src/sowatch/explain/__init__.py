@@ -20,7 +20,6 @@ from sowatch.explain.records import (
     Seen,
     Try,
     VerdictAnswer,
-    stamp,
     to_dict,
 )
 
@@ -41,6 +40,5 @@ __all__ = [
     "explain",
     "explain_published_file",
     "explain_published_process",
-    "stamp",
     "to_dict",
 ]

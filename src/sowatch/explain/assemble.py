@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Self
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sowatch.bpf.records import MAX_FILE_RANGES, ROOT, file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
@@ -32,6 +34,7 @@ from sowatch.explain.records import (
 from sowatch.linux.proc import Link, MapRow, Miss, Stat, seen_path
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
+from sowatch.model.literals import Kind
 from sowatch.model.rules import RuleSet
 from sowatch.sources.core import Verdict
 
@@ -113,8 +116,7 @@ class Group(NamedTuple):
         return Shown(self.major, self.minor, self.inode, generation)
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessFacts:
+class ProcessFacts(Struct, frozen=True):
     """What ``/proc`` says of a process. ``maps`` are its files; ``interpreter_base`` is 0 without one.
 
     ``sees_our_files``: its root is ours; None if that could not be told.
@@ -129,8 +131,7 @@ class ProcessFacts:
     sees_our_files: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """What is remembered of files: the kernel side's answers, blocked and registered files.
 
     ``exact`` has the answers for the names in the map, ``others``, by inode number, those that might be
@@ -187,8 +188,7 @@ class Memory:
         return tuple((one.rule, one.state) for file_id in ids for one in self.registered.get(file_id, ()))
 
 
-@dataclass(frozen=True, slots=True)
-class PathFacts:
+class PathFacts(Struct, frozen=True):
     """What a path stands for here. ``shown`` is None if there is nothing, or not ``could_look``; ``error`` says why."""
 
     path: str
@@ -448,11 +448,11 @@ def _mapping(
     )
 
 
-def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: FileLook) -> str:
+def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: FileLook) -> Kind:
     """What the file is to the process, by the rules of tracker and publisher."""
     if file is not None and file.load is not None:
         return file.load.library.kind
-    kind = "library" if file is None else file.kind
+    kind: Kind = "library" if file is None else file.kind
     if file is None:
         exe = facts.exe
         if not isinstance(exe, Miss) and exe.path.encode("utf-8", "surrogateescape") == group.rows[0].path:

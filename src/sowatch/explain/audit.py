@@ -14,9 +14,10 @@ import stat
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Literal
+
+from msgspec import Struct
 
 from sowatch.engine.queries import Held, View
 from sowatch.linux.elf import read_facts
@@ -36,8 +37,7 @@ PAUSE_S: Final = 0.05
 READ_TIMEOUT_S: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """Something that the map and ``/proc`` do not agree on.
 
     ``missing``: mapped, and not in the map. ``extra``: in the map, and not mapped.
@@ -51,8 +51,7 @@ class Difference:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class AuditReport:
+class AuditReport(Struct, frozen=True):
     """``processes`` that were read, their wanted ``mappings``, and what differs.
 
     ``unreadable`` processes are there but may not be read by this user, or not by anybody now: those that do

@@ -10,9 +10,11 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import MappedFile
@@ -60,8 +62,7 @@ _TYPES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExplainContext:
+class ExplainContext(Struct, frozen=True):
     """What is asked: ``ask_map`` is `sowatch.engine.loop.Engine.known`, ``view`` its `view`, on its thread."""
 
     proc: ProcFs

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
@@ -29,7 +30,7 @@ from sowatch.explain.records import (
 )
 from sowatch.linux.proc import ProcFs, Stat
 from sowatch.model.errors import SowatchError
-from sowatch.model.events import LibraryEvent, Process
+from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 
@@ -39,12 +40,11 @@ __all__ = ["Published", "explain_published_file", "explain_published_process"]
 _REASON: Final = "no file is opened for this answer; the facts are those of the load event"
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(Struct, frozen=True):
     """What is asked: ``context`` as for `sowatch.explain.explain`, ``loads`` are the load events of everything held."""
 
     context: ExplainContext
-    loads: Callable[[], Mapping[ProcessId, Mapping[FileId, LibraryEvent]]]
+    loads: Callable[[], Mapping[ProcessId, Mapping[FileId, Load]]]
 
 
 def explain_published_file(published: Published, *, path: str | None = None, build_id: str | None = None) -> PathReport:
@@ -58,8 +58,7 @@ def explain_published_file(published: Published, *, path: str | None = None, bui
         load
         for files in published.loads().values()
         for load in files.values()
-        if load.process is not None
-        and (load.library.path == path if build_id is None else load.library.build_id == build_id)
+        if (load.library.path == path if build_id is None else load.library.build_id == build_id)
     ]
     if not found:
         what = path if build_id is None else f"build id {build_id}"
@@ -161,11 +160,11 @@ def _answers(rules: RuleSet, path: str, kind: str, winner: str) -> tuple[RuleAns
     return answers(rules, path, kind, frozenset() if rule is None else rule.exports)
 
 
-def _seen(load: LibraryEvent) -> Seen:
+def _seen(load: Load) -> Seen:
     return Seen(load.rule, load.cause, load.t_ns, load.time_ns)
 
 
-def _published(process: KnownProcess) -> Iterator[tuple[KnownFile, LibraryEvent]]:
+def _published(process: KnownProcess) -> Iterator[tuple[KnownFile, Load]]:
     for file in process.files:
         if file.load is not None:
             yield file, file.load

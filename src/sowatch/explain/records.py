@@ -5,14 +5,16 @@ The texts of ``why``, ``untold`` and the like are fixed words, for programs; the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
 
 from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
-from sowatch.model.events import SCHEMA, Library, Process, library_dict, process_dict, ranges_list
+from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
+from sowatch.model.lines import SCHEMA, library_dict, process_dict, ranges_list, stamp
+from sowatch.model.literals import LoadCause
 from sowatch.sources.core import TrackedEntry
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
     "Seen",
     "Try",
     "VerdictAnswer",
-    "stamp",
     "to_dict",
 ]
 
@@ -60,8 +61,7 @@ Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted", "un
 # ---- the report ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RuleAnswer:
+class RuleAnswer(Struct, frozen=True):
     """What one rule says of a file. ``why`` not; ``missing`` are exports it asks for and the file lacks."""
 
     rule: str
@@ -70,8 +70,7 @@ class RuleAnswer:
     missing: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class VerdictAnswer:
+class VerdictAnswer(Struct, frozen=True):
     """What the kernel side does with a file when somebody maps it.
 
     ``match``: it reports the mapping; ``ignore``: drops it, for ``seconds_left``; ``none``: asks;
@@ -82,8 +81,7 @@ class VerdictAnswer:
     seconds_left: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Try:
+class Try(Struct, frozen=True):
     """One way to open the very file, and why it did not work (None: it did).
 
     ``by``: ``map_files``, the kernel's own link to the mapping; ``root``, the path below the root of
@@ -95,8 +93,7 @@ class Try:
     error: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class FileLook:
+class FileLook(Struct, frozen=True):
     """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown.
 
     ``generation`` is what its file system says of the inode, None if it does not tell. ``gave_up_exports``: the search
@@ -116,8 +113,7 @@ class FileLook:
     image_kinds: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(Struct, frozen=True):
     """An activation that failed and will not be tried again for ``seconds_left``."""
 
     rule: str
@@ -127,18 +123,16 @@ class Blocked:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """The load that was told: see `sowatch.model.events.LibraryEvent`."""
 
     rule: str
-    cause: str | None
+    cause: LoadCause | None
     t_ns: int | None
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class MappingReport:
+class MappingReport(Struct, frozen=True):
     """One file that a process has mapped executable, by ``/proc``, and what became of it.
 
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
@@ -161,8 +155,7 @@ class MappingReport:
     range_count: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessReport:
+class ProcessReport(Struct, frozen=True):
     """A process and all it has mapped. ``notes`` are words for what would otherwise be silence.
 
     They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``compat``
@@ -189,16 +182,14 @@ class ProcessReport:
     withheld: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """An identity that a path may stand for."""
 
     id: FileId
     id_from: IdSource
 
 
-@dataclass(frozen=True, slots=True)
-class MappedIn:
+class MappedIn(Struct, frozen=True):
     """A process that has the file, or another one under its path, mapped executable.
 
     ``seen`` is None if no load was told; ``in_map`` says whether the map has it nevertheless.
@@ -214,8 +205,7 @@ class MappedIn:
     range_count: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PathReport:
+class PathReport(Struct, frozen=True):
     """A path and the file it names, if any. ``resolved`` is where it leads.
 
     ``file_type`` is None if there is nothing; ``error`` then says what the kernel said. ``rules`` are
@@ -248,16 +238,6 @@ class PathReport:
 
 
 # ---- the wire form ------------------------------------------------------------------------------
-
-
-def stamp(time_ns: int) -> str:
-    """A wall clock time, in ns since the epoch, as RFC 3339 with microseconds.
-
-    >>> stamp(1_700_000_000_123_456_789)
-    '2023-11-14T22:13:20.123456Z'
-    """
-    seconds, rest = divmod(time_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
 
 
 def to_dict(report: ProcessReport | PathReport) -> dict[str, Any]:

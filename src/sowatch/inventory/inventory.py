@@ -12,9 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
+
+from msgspec import Struct
 
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness
 from sowatch.linux.proc import ProcFs
@@ -87,8 +88,7 @@ class Watched(Protocol):
         """Whether every loss was made good."""
 
 
-@dataclass(frozen=True, slots=True)
-class LibraryRow:
+class LibraryRow(Struct, frozen=True):
     """A file under one path, and who has it mapped.
 
     Attributes:
@@ -113,8 +113,7 @@ class LibraryRow:
     stale_reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessRow:
+class ProcessRow(Struct, frozen=True):
     """A process that has something mapped. ``since_ns`` and ``is_older`` are of its first library.
 
     ``unknown_libraries`` are those of which it cannot be determined whether they are stale.
@@ -129,8 +128,7 @@ class ProcessRow:
     unknown_libraries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RateSample:
+class RateSample(Struct, frozen=True):
     """What a second brought. ``time_s`` is its end by the wall clock; all others are a second's worth."""
 
     time_s: int
@@ -139,8 +137,7 @@ class RateSample:
     lost: float
 
 
-@dataclass(frozen=True, slots=True)
-class InventoryView:
+class InventoryView(Struct, frozen=True):
     """What is mapped at one moment. Rows by their numbers; ``left_out`` mappings were too many to be put together."""
 
     libraries: dict[int, LibraryRow]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum
 from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
+
+from msgspec import Struct
 
 from sowatch.inventory.copied_up import Copies
 from sowatch.inventory.file_names import given_up_name
@@ -27,6 +28,7 @@ from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, seen_path
 from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
+from sowatch.model.literals import Staleness
 
 __all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness"]
 
@@ -41,14 +43,6 @@ MAX_HANGING: Final = 64
 _DELETED: Final = " (deleted)"
 
 
-class Staleness(StrEnum):
-    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be determined."""
-
-    DELETED = "deleted"
-    REPLACED = "replaced"
-    UNKNOWN = "unknown"
-
-
 class StaleAnswer(NamedTuple):
     """Whether a mapped file is stale.
 
@@ -59,11 +53,6 @@ class StaleAnswer(NamedTuple):
     stale: Staleness | None
     reason: str | None = None
     path: str | None = None
-
-    def to_dict(self) -> dict[str, str | None]:
-        """The fields of schema 1; ``stale_path`` only where there is one."""
-        found = {"stale": None if self.stale is None else str(self.stale), "stale_reason": self.reason}
-        return found if self.path is None else found | {"stale_path": self.path}
 
 
 FRESH: Final = StaleAnswer(None)
@@ -111,8 +100,7 @@ class _Sight(NamedTuple):
     is_gone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
+class _Subject(Struct, frozen=True):
     """A mapped file, under the name it has now."""
 
     pid: int

@@ -8,8 +8,9 @@ and later put the GNU build id into a section that no PT_NOTE covers. Where the 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from sowatch.linux.elf_file import (
     DEFAULT_LIMITS,
@@ -32,8 +33,7 @@ _DT_NEEDED, _DT_FLAGS_1, _DF_1_PIE, _PT_INTERP = 1, 0x6FFFFFFB, 0x08000000, 3
 _ET_EXEC, _ET_DYN = 2, 3
 
 
-@dataclass(frozen=True, slots=True)
-class ElfFacts:
+class ElfFacts(Struct, frozen=True):
     """What an ELF file says of itself.
 
     ``machine`` is e_machine (62 for x86-64), ``elf_type`` e_type (2 executable, 3 shared object or

@@ -17,8 +17,9 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+from msgspec import Struct
 
 from sowatch.model.errors import SowatchError
 
@@ -38,8 +39,7 @@ class ElfError(SowatchError):
         super().__init__(f"cannot read the ELF file: {reason}. `readelf -ld FILE` shows its headers.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ElfLimits:
+class ElfLimits(Struct, frozen=True, kw_only=True):
     """Caps on what a file may declare. The defaults fit every library of a large Debian several times.
 
     Attributes:

@@ -11,8 +11,9 @@ import pwd
 import re
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from sowatch.linux.proc import ProcFs
 
@@ -32,8 +33,7 @@ _INITIAL_NAMESPACES: Final = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 _SECCOMP_MODES: Final = {"0": "none", "1": "strict", "2": "filter"}
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(Struct, frozen=True):
     """This user on this kernel. ``None`` means that it could not be determined."""
 
     release: str
@@ -141,8 +141,7 @@ def _tracefs(mountinfo: str) -> str | None:
 # --- known risks --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Risk:
+class Risk(Struct, frozen=True):
     """Something that others reported of kernels; not seen here, and never acted upon.
 
     ``first_release`` is the first kernel it is reported for, ``machine`` the only architecture,

@@ -6,30 +6,25 @@ the same way.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from sowatch.model.errors import ConfigError
+from sowatch.model.literals import HOOKS, STRATEGIES, HooksSetting, StrategySetting
 
-__all__ = ["HOOKS", "NO_GUARD", "STRATEGIES", "Config"]
-
-#: The candidates of the strategy selection, strongest guarantee first, and ``auto`` for "the best that works".
-STRATEGIES: Final = ("auto", "core", "runtime", "prebuilt", "procfs")
-
-#: Sets of hooks of the BPF strategies.
-HOOKS: Final = ("auto", "trampoline", "syscall")
+__all__ = ["NO_GUARD", "Config"]
 
 #: The most that a limit may be; as ``max_records_s`` no limit, which is not lowered either.
 NO_GUARD: Final = 1 << 24
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Struct, frozen=True, kw_only=True):
     """How to watch. All fields are keyword-only.
 
     Attributes:
-        strategy: one of `STRATEGIES`.
+        strategy: one of `sowatch.model.literals.STRATEGIES`.
         hooks: of the BPF strategies: ``trampoline``, ``syscall``, or ``auto`` for the best that works.
         proc_root: where the host's proc file system is mounted.
         enable_core: try the CO-RE object (kernel BTF, 5.10+).
@@ -59,8 +54,8 @@ class Config:
         max_blocked: files on the blocklist (least recently used go first).
     """
 
-    strategy: str = "auto"
-    hooks: str = "auto"
+    strategy: StrategySetting = "auto"
+    hooks: HooksSetting = "auto"
     proc_root: str = "/proc"
     enable_core: bool = True
     enable_runtime_compiler: bool = False
@@ -119,8 +114,8 @@ class Config:
         Raises:
             ConfigError: a value is out of range, or the field does not exist.
         """
-        known = {one.name for one in dataclasses.fields(self)}
+        known = self.__struct_fields__
         for name in changes:
             if name not in known:
                 raise ConfigError(name, f"no such setting. Known ones: {', '.join(sorted(known))}.")
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)

@@ -18,9 +18,12 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
+
 __all__ = ["dumps", "exact", "readable", "restore"]
 
 _SUFFIX: Final = "_bytes"
+_encode: Final = msgspec.json.Encoder().encode
 _LONE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -28,21 +31,29 @@ def dumps(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
     r"""``value`` as JSON without spaces and line breaks, in ASCII.
 
     Args:
-        value: dicts, lists, strings, numbers; strings may hold surrogate escapes.
+        value: structs, dicts, lists, strings, numbers; strings may hold surrogate escapes.
         default: as of `json.dumps`.
 
     >>> print(dumps({"path": "/lib\udcff.so"}))
     {"path":"/lib\\xff.so","path_bytes":"L2xpYv8uc28="}
     """
-    text = json.dumps(value, separators=(",", ":"), default=default)
-    # Characters outside the BMP are written as pairs of surrogates, so this may be a false alarm.
-    if "\\ud" not in text:
-        return text
-    return json.dumps(exact(value), separators=(",", ":"), default=default)
+    try:
+        data = _encode(value) if default is None else msgspec.json.encode(value, enc_hook=default)
+    except (UnicodeEncodeError, TypeError):
+        pass  # a name that is not UTF-8, or what only `json` takes, such as keys that are None
+    else:
+        text = data.decode()
+        # What does not print is escaped below: a line in a terminal must not steer it.
+        if text.isascii() and "\x7f" not in text:
+            return text
+    plain = default or msgspec.to_builtins
+    return json.dumps(exact(value), separators=(",", ":"), default=lambda one: exact(plain(one)))
 
 
 def exact(value: Any) -> Any:
     """A copy in the form that `dumps` writes; the value itself where nothing has to be changed."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.to_builtins(value)
     if isinstance(value, str):
         return readable(value)
     if isinstance(value, list | tuple):

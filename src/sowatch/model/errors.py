@@ -15,6 +15,7 @@ __all__ = [
     "BpfError",
     "CompileError",
     "ConfigError",
+    "DecodeError",
     "EnvironmentFault",
     "LibbpfMissing",
     "LoadAttempt",
@@ -92,6 +93,17 @@ class ProcRootError(UsageError):
         super().__init__(
             f"{path!r} is not a proc file system: {reason}. "
             "Give the directory where the host's proc is mounted, usually /proc."
+        )
+
+
+class DecodeError(SowatchError):
+    """A line that is no event of schema 1; ``reason`` says where it is not."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"not an event of schema 1: {reason}. Give one whole line of `sowatch watch --json`; "
+            "a line of a later version may need that version of sowatch."
         )
 
 

@@ -10,8 +10,9 @@ import math
 import threading
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Final, Self
+
+from msgspec import Struct
 
 __all__ = ["BOUNDS_S", "CALLBACKS", "Distribution", "Latency", "RuleTimings"]
 
@@ -22,8 +23,7 @@ BOUNDS_S: Final = (1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.
 CALLBACKS: Final = ("on_load", "on_unload", "on_activate", "on_deactivate")
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
+class Distribution(Struct, frozen=True, gc=False):
     """Values by bucket. ``counts`` has one entry for each bound (values up to it), and one for the rest.
 
     ``total`` is the sum of the values, in their unit.

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
+
+from msgspec import Struct
 
 from sowatch.model.events import Process
 from sowatch.model.identity import ProcessId
+from sowatch.model.literals import ProcessCause, ProcessKind
 
 __all__ = [
     "ProcessCallback",
-    "ProcessCause",
     "ProcessEvent",
     "ProcessFeed",
-    "ProcessKind",
     "ProcessMonitorStats",
     "Unsubscribe",
 ]
 
-ProcessKind: TypeAlias = Literal["exec", "fork", "exit"]
-ProcessCause: TypeAlias = Literal["event", "scan", "repair"]
 
-
-@dataclass(frozen=True, slots=True)
-class ProcessEvent:
+class ProcessEvent(Struct, frozen=True, gc=False):
     """A process came, changed its program, or ended.
 
     ``cause`` is ``event`` (the kernel reported it), ``scan`` (it was there when the monitor started or
@@ -71,8 +67,7 @@ class ProcessFeed(Protocol):
         """Ends collecting and gives everything back."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessMonitorStats:
+class ProcessMonitorStats(Struct, frozen=True, gc=False):
     """Counters since the monitor was made, and a gauge.
 
     Attributes:

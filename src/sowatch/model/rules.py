@@ -10,17 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sowatch.model.errors import PatternError, UsageError
+from sowatch.model.literals import KINDS
 
 if TYPE_CHECKING:
     from sowatch.model.events import LibraryEvent
 
-__all__ = ["KINDS", "Decision", "Rule", "RuleSet"]
-
-#: What a mapped file can be to a process; see `sowatch.model.events.Library.kind`.
-KINDS: Final = ("library", "executable", "interpreter", "other")
+__all__ = ["Decision", "Rule", "RuleSet"]
 
 
 class Decision(Enum):

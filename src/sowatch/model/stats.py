@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from sowatch.model.events import Library, Process
+from sowatch.model.literals import LoadCause
 
 __all__ = ["Losses", "Mapped", "Stats"]
 
@@ -25,8 +27,7 @@ class Losses(NamedTuple):
     unresolved: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
+class Mapped(Struct, frozen=True, gc=False):
     """One library in one process, as the map has it. ``ranges`` are executable address ranges.
 
     Where ``range_count`` is not None there are that many at the least, see `sowatch.LibraryEvent`.
@@ -38,13 +39,12 @@ class Mapped:
     library: Library
     rule: str
     ranges: tuple[tuple[int, int], ...]
-    cause: str | None = None
+    cause: LoadCause | None = None
     time_ns: int = 0
     range_count: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(Struct, frozen=True, gc=False):
     """Figures of a watch so far. ``lost_kernel`` counts facts, ``lost_queue`` events of slow readers.
 
     ``lost_throttled`` of the records were dropped because one process reported more than

@@ -28,6 +28,7 @@ from sowatch.bpf.records import (
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
+from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.iterator_scan import IteratorScan
 from sowatch.sources.scan_rows import Grouping, ProcessScan, RowPool, group
@@ -105,9 +106,9 @@ class Verdicts(Protocol):
 class EventSource(Protocol):
     """The seam between the kernel and the map. One thread uses a source, but for `close`."""
 
-    strategy: str
+    strategy: Strategy
     guarantee: str
-    hooks: str | None
+    hooks: Hooks | None
     limits: tuple[str, ...]
     attempts: tuple[LoadAttempt, ...]
     #: Whoever could not be read when it was tried last.
@@ -211,9 +212,9 @@ class BpfSource:
     guarantee: str = "exact"
     _reader: str = READER
 
-    def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
+    def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
         self.strategy = strategy
-        self.hooks: str | None = None
+        self.hooks: Hooks | None = None
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s

@@ -21,6 +21,7 @@ from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Recor
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
+from sowatch.model.literals import Strategy
 from sowatch.sources.core import PROCESS_HEAD, BpfSource, TrackedEntry, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
 from sowatch.sources.scan_rows import ProcessScan, RowPool, group
@@ -70,7 +71,7 @@ class OldKernelSource(BpfSource):
 
     guarantee: str = "exact, but for what only a scan can find"
 
-    def __init__(self, config: Config, *, strategy: str = "core", objects: Sequence[str] = ()) -> None:
+    def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
         #: The identity of each file that was told, by its inode and device.
         self._files: dict[bytes, bytes] = {}
         super().__init__(config, strategy=strategy, objects=objects)

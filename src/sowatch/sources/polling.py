@@ -39,6 +39,7 @@ from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
+from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.core import FILE_KEY, ProcessScan, Report, TrackedEntry, Verdict, Verdicts
 from sowatch.sources.poll_timer import PollTimer
@@ -170,9 +171,9 @@ class ProcfsSource:
         SowatchError: there is no descriptor left.
     """
 
-    strategy: str = "procfs"
+    strategy: Strategy = "procfs"
     guarantee: str = "sampled"
-    hooks: str | None = None
+    hooks: Hooks | None = None
 
     def __init__(self, config: Config) -> None:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("procfs", True, None),)

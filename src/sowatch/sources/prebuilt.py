@@ -36,6 +36,7 @@ from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import MapRow, Miss
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
+from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.core import LOST, ProcessScan, Report, TrackedEntry, Verdict
 from sowatch.sources.proc_scan import Look, ProcReader
@@ -104,9 +105,9 @@ class PrebuiltSource:
         BpfError: the kernel refused, or ``proc_root`` numbers processes otherwise than the kernel (EXDEV).
     """
 
-    strategy: str = "prebuilt"
+    strategy: Strategy = "prebuilt"
     guarantee: str = "exact events, files found in /proc"
-    hooks: str | None = "syscall"
+    hooks: Hooks | None = "syscall"
 
     def __init__(self, config: Config) -> None:
         self.limits: tuple[str, ...] = (

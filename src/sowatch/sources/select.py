@@ -10,8 +10,9 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
+
+from msgspec import Struct
 
 from sowatch.bpf.compile import compile_programs
 from sowatch.linux.capabilities import missing_capabilities
@@ -29,6 +30,7 @@ from sowatch.model.errors import (
     SowatchError,
     TracefsNotMounted,
 )
+from sowatch.model.literals import Hooks, Strategy
 from sowatch.sources.core import OBJECTS, BpfSource, EventSource
 from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
 from sowatch.sources.polling import ProcfsSource
@@ -120,12 +122,11 @@ def candidates_to_try(config: Config) -> Iterator[str]:
         yield "procfs"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What would be used: ``strategy`` is None if nothing works; ``remedy`` then says what to do."""
 
-    strategy: str | None
-    hooks: str | None
+    strategy: Strategy | None
+    hooks: Hooks | None
     guarantee: str | None
     attempts: tuple[LoadAttempt, ...]
     remedy: str

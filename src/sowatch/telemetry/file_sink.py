@@ -11,7 +11,8 @@ from typing import Final
 
 from sowatch.linux.openat import open_regular
 from sowatch.model.errors import ConfigError, SinkError
-from sowatch.model.events import Event, JsonLines
+from sowatch.model.events import Event
+from sowatch.model.lines import to_json
 
 __all__ = ["FileSink"]
 
@@ -55,7 +56,6 @@ class FileSink:
         self._max_bytes = max_bytes
         self._max_files = max_files
         self._mode = mode
-        self._lines = JsonLines()
         self._seq = 0
         self._fd = -1
         self._size = 0
@@ -117,7 +117,7 @@ class FileSink:
         lines: list[bytes] = []
         size = self._size
         for place, event in enumerate(events):
-            line = self._lines.line(event, self._seq + place).encode("ascii") + b"\n"
+            line = to_json(event, self._seq + place).encode("ascii") + b"\n"
             if self._max_bytes and size and size + len(line) > self._max_bytes:
                 break
             lines.append(line)

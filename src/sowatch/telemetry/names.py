@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from msgspec import Struct
 
 __all__ = ["CATALOGUE", "Definition", "document", "prometheus_name"]
 
 
-@dataclass(frozen=True, slots=True)
-class Definition:
+class Definition(Struct, frozen=True):
     """One metric. ``origin`` is what the system that sowatch comes from called it, if it had it."""
 
     name: str

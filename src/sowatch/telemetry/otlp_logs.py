@@ -12,7 +12,8 @@ from typing import Any
 
 from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
-from sowatch.model.events import Event, JsonLines, LibraryEvent
+from sowatch.model.events import Event, LibraryEvent
+from sowatch.model.lines import to_json
 from sowatch.telemetry.otlp import Otlp, Protocol
 
 __all__ = ["OtlpLogSink"]
@@ -46,7 +47,6 @@ class OtlpLogSink:
         self.name = name
         self._otlp = Otlp(endpoint, protocol, headers, timeout_s, resource)
         self._exporter: Any = self._otlp.log_exporter()
-        self._lines = JsonLines()
         self._seq = 0
 
     def write(self, events: Sequence[Event]) -> int:
@@ -93,7 +93,7 @@ class OtlpLogSink:
             observed_timestamp=time.time_ns(),
             severity_number=SeverityNumber.WARN if is_loss else SeverityNumber.INFO,
             severity_text="WARN" if is_loss else "INFO",
-            body=self._lines.line(event, seq),
+            body=to_json(event, seq),
             attributes=_attributes(event),
             event_name=f"sowatch.{event.event}",
         )

@@ -5,7 +5,6 @@ The core pays nothing for being watched: its plain fields are read here, at a sc
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -198,9 +197,9 @@ def _sample_watcher(source: _Source, watcher: WatcherFigures) -> None:
 def _sample_fields(
     source: _Source, stats: RegistryStats | ProcessMonitorStats, definitions: Mapping[str, names.Definition]
 ) -> None:
-    for field in dataclasses.fields(stats):
-        definition = definitions[field.name]
-        value = getattr(stats, field.name)
+    for name in stats.__struct_fields__:
+        definition = definitions[name]
+        value = getattr(stats, name)
         if definition.kind == "gauge":
             source.gauge(definition, value)
         else:

@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
+
+from msgspec import Struct
 
 from sowatch.engine.subscription import Subscription
 from sowatch.model.errors import SinkError
@@ -59,8 +60,7 @@ class Sink(Protocol):
         """Gives back what it holds. Safe to call again."""
 
 
-@dataclass(frozen=True, slots=True)
-class SinkStats:
+class SinkStats(Struct, frozen=True):
     """Figures of a sink so far.
 
     Attributes:

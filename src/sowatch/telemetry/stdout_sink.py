@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from sowatch.model.errors import SinkError
-from sowatch.model.events import Event, JsonLines
+from sowatch.model.events import Event
+from sowatch.model.lines import to_json
 
 __all__ = ["StdoutSink"]
 
@@ -36,7 +37,6 @@ class StdoutSink:
         self._fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
-        self._lines = JsonLines()
         self._seq = 0
         # Of a line whose beginning was written; its event is the first of the next call.
         self._rest = b""
@@ -49,7 +49,7 @@ class StdoutSink:
         """
         for place, event in enumerate(events):
             if not self._rest:
-                self._rest = self._lines.line(event, self._seq).encode("ascii") + b"\n"
+                self._rest = to_json(event, self._seq).encode("ascii") + b"\n"
             self._drain(place)
             self._seq += 1
         return len(events)

@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sowatch.model.process_events import ProcessCallback, ProcessEvent, ProcessKind
+from sowatch.model.literals import ProcessKind
+from sowatch.model.process_events import ProcessCallback, ProcessEvent
 
 __all__ = ["Counts", "Delivery", "Subscribers", "Subscription"]
 

@@ -9,11 +9,12 @@ pid names one process at a time, and compared by `ProcessId` at tick precision.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 from typing import Final, NamedTuple
+
+from msgspec.structs import replace
 
 from sowatch.linux.containers import container_id
 from sowatch.linux.liveness import running_stat
@@ -121,13 +122,13 @@ class KnownProcesses:
             return [] if known.is_fork_reported else [event]
         if event.kind == "exec":
             return [] if event.t_ns < known.reported_ns else [event]
-        return [dataclasses.replace(event, process=_completed(event.process, known.process))]
+        return [replace(event, process=_completed(event.process, known.process))]
 
     def _news_of_untracked_sharer(self, event: ProcessEvent) -> list[ProcessEvent]:
         if _tick(event.process.id) in self._gone:
             return []
         if event.kind == "exec":  # its fork was lost
-            return [dataclasses.replace(event, kind="fork", cause="repair"), event]
+            return [replace(event, kind="fork", cause="repair"), event]
         return [event]
 
     def reported(self, event: ProcessEvent, seen: Seen | None = None) -> None:
@@ -234,13 +235,10 @@ def _completed(process: Process, earlier: Process, *, but: Iterable[str] = ()) -
     """The record, with what it does not say taken from an earlier one of the same process."""
     missing = {
         name: value
-        for name in _FIELDS
+        for name in Process.__struct_fields__
         if name not in but and getattr(process, name) is None and (value := getattr(earlier, name)) is not None
     }
-    return dataclasses.replace(process, **missing) if missing else process
-
-
-_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Process))
+    return replace(process, **missing) if missing else process
 
 
 def _tick(process: ProcessId) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from typing import Final, Self
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
-from sowatch.model.process_events import ProcessCallback, ProcessFeed, ProcessKind, ProcessMonitorStats, Unsubscribe
+from sowatch.model.literals import ProcessKind
+from sowatch.model.process_events import ProcessCallback, ProcessFeed, ProcessMonitorStats, Unsubscribe
 from sowatch.sources.process_feeds import KernelProcessFeed, PolledProcessFeed
 from sowatch.watcher.delivery import Counts, Subscribers, Subscription
 from sowatch.watcher.run import Run

@@ -38,9 +38,10 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import EVENT_KINDS, LibraryEvent, Ready
+from sowatch.model.events import LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import EVENT_KINDS
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.core import EventSource
@@ -268,7 +269,6 @@ class Watcher:
             )
             for process, files in self._publisher.published.copy().items()
             for file, event in files.items()
-            if event.process is not None
             for where in [now.get(process, {}).get(file, event)]
         ]
 
@@ -473,9 +473,7 @@ class Watcher:
         answer: Future[int] = Future()
 
         def let_go() -> None:
-            count = self._publisher.let_go(
-                lambda load: load.rule == rule and load.process is not None and load.process.pid == pid
-            )
+            count = self._publisher.let_go(lambda load: load.rule == rule and load.process.pid == pid)
             answer.set_result(count)
 
         engine.ask(lambda: self._publisher.after_all(let_go))

@@ -19,7 +19,7 @@ import pytest
 
 from sowatch import Rule
 from sowatch.model.config import Config
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.forced import FORCED
 from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sowatch import Config, Rule
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.kernel import TAG, Ledger, executable_inodes
 from support.programs import Mapper
 from support.stepped import Trick

@@ -15,7 +15,7 @@ import pytest
 from sowatch import ActiveFile, Config, Rule
 from sowatch.linux.elf import read_facts
 from sowatch.model.events import Library
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper
 

@@ -20,7 +20,7 @@ import pytest
 from sowatch import ActiveFile, Rule
 from sowatch.model.events import LibraryEvent
 from sowatch.model.identity import FileId
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.hostile import SOWATCH
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper

@@ -19,7 +19,7 @@ import pytest
 from sowatch import Rule, Watcher
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support import bpfsys, strict
 from support.elf_files import Made
 from support.hostile import SOWATCH, Command, Opens, deep_path, is_shown_safely

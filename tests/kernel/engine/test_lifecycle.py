@@ -18,7 +18,7 @@ import pytest
 
 from sowatch import Rule
 from sowatch.model.events import LibraryEvent
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support import bpfsys
 from support.hostile import compile_c
 from support.kernel import IN_OWN_MOUNTS, Ledger, executable_inodes, host_pid, with_prelude

@@ -13,7 +13,7 @@ import pytest
 
 from sowatch import Config, Rule
 from sowatch.bpf.records import MAX_FILE_RANGES
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.forced import FORCED
 from support.kernel import Ledger
 from support.programs import Mapper

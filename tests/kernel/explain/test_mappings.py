@@ -12,7 +12,7 @@ from sowatch import ActiveFile, Rule, Watcher
 from sowatch.engine.file_inspector import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.asked import OTHER, PAGE, WANTED, NewLibrary, Start, Watch, mapping, pages, path_of, process, reported
 from support.kernel import TAG, id_by_stat
 

@@ -17,7 +17,7 @@ import pytest
 from sowatch import Config, Rule
 from sowatch.inventory.staleness import Disk
 from sowatch.model.events import Library
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.hostile import SOWATCH
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper

@@ -13,7 +13,7 @@ import pytest
 from sowatch import Rule
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import LibraryEvent
-from sowatch.model.rules import KINDS
+from sowatch.model.literals import KINDS
 from support.kernel import TAG, Calls, Ledger
 from support.programs import Mapper
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sowatch.agent.hub import KEPT_BYTES, KEPT_EVENTS, MAX_WAITING, MAX_WAITING_BYTES, EventHub
 from sowatch.agent.logs import _Lines
@@ -24,7 +24,7 @@ from sowatch.engine.subscription import Subscription, difference
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
 from sowatch.model.identity import FileId
-from support import strict
+from support import scripted, strict
 
 # ---- the socket ----------------------------------------------------------------------------------
 
@@ -154,7 +154,8 @@ class Origin:
 
 
 def event(kind: str, pid: int = 1, inode: int = 1, rule: str = "r") -> LibraryEvent:
-    return LibraryEvent(kind, rule, Library("/x", FileId(1, 1, inode)), Process(pid, 5), "mmap", 1, 2)
+    library, process = Library("/x", FileId(1, 1, inode)), Process(pid, 5)
+    return scripted.event(kind, rule=rule, library=library, process=process, ranges=())
 
 
 READY = Ready(1, "h", None, "core", "exact", None, (), (), 0, 0, 0.0)
@@ -257,7 +258,7 @@ def test_a_client_that_is_too_many_bytes_behind_is_told_how_much_it_missed_and_c
         desk = ExplainContext()
         await desk.emit(READY)
         client = desk.hub.join()
-        big = [dataclasses.replace(event("load", pid), ranges=ranges) for pid in range(1, 4001)]
+        big = [replace(event("load", pid), ranges=ranges) for pid in range(1, 4001)]
         await desk.emit(*big)
         assert MAX_WAITING_BYTES <= client._waiting_bytes < MAX_WAITING_BYTES + 10_000
         assert 0 < desk.hub._kept_bytes <= KEPT_BYTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as some
 import pytest
+from msgspec.structs import replace
 
 from sowatch.agent.call_tally import BOUNDS_S, CallTally
 from sowatch.linux.proc import ProcFs
-from sowatch.model.events import Library, LibraryEvent, Process
+from sowatch.model.events import Library, Load, Process, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.telemetry import MetricRegistry
 from sowatch.uprobes import Calls, Site
@@ -51,16 +51,16 @@ class Kernel:
 
 def site(cookie: int, symbol: str = "f", inode: int = 1, **facts: Any) -> Site:
     library = Library(f"/app/lib{inode}.so", FileId(8, 1, inode), build_id="ab", soname=f"lib{inode}.so")
-    return Site(cookie, dataclasses.replace(library, **facts), symbol, 16, "calls_entered", is_return=False)
+    return Site(cookie, replace(library, **facts), symbol, 16, "calls_entered", is_return=False)
 
 
-def load(process: ProcessId, container: str | None) -> LibraryEvent:
+def load(process: ProcessId, container: str | None) -> Load:
     about = Process(pid=process.pid, start_ns=process.start_ns, container=container)
-    return LibraryEvent("load", "r", site(1).library, about, "mmap", 0, 0, ())
+    return Load("r", site(1).library, about, "mmap", 0, 0)
 
 
-def unload(process: ProcessId) -> LibraryEvent:
-    return dataclasses.replace(load(process, None), event="unload", cause="exit")
+def unload(process: ProcessId) -> Unload:
+    return Unload("r", site(1).library, Process(pid=process.pid, start_ns=process.start_ns), "exit", 0, 0)
 
 
 @pytest.fixture

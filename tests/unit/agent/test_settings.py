@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def test_texts_of_the_environment_become_what_the_setting_is(tmp_path: Path) -> 
         ("allowed_hosts = [\n  'a',\n  1,\n]\n", 4, "allowed_hosts[2]"),
         ("watch = 1\n", 1, "no table"),
         ("[watch]\nring_bytes = 4097\n", 2, "watch.ring_bytes"),
-        ("[watch]\nstrategy = 'magic'\n", 2, "unknown strategy 'magic'"),
+        ("[watch]\nstrategy = 'magic'\n", 2, "'magic' is none of auto, core"),
         ("[watch]\nring_byte = 1\n", 2, "watch.ring_byte"),
         ("[rules]\npattern = 'x'\n", 1, "no list of tables"),
         ("[[rules]]\npattern = 'x'\n\n[[rules]]\n# here\npattern = '('\n", 6, "rules[2].pattern"),
@@ -175,11 +174,11 @@ def test_the_example_that_ships_holds_the_defaults_and_nothing_else() -> None:
     text = example.read_text(encoding="utf-8")
     lines = [line[1:] if line.startswith("#") and not line.startswith("# ") else line for line in text.splitlines()]
     shown = tomllib.loads("\n".join(lines))
-    assert shown.keys() == {one.name for one in dataclasses.fields(Settings)}
-    assert shown["watch"].keys() == {one.name for one in dataclasses.fields(Config)}
+    assert shown.keys() == set(Settings.__struct_fields__)
+    assert shown["watch"].keys() == set(Config.__struct_fields__)
     for kind in ("rules", "sinks", "exporters"):
         hints = {"rules": RuleSettings, "sinks": SinkSettings, "exporters": ExporterSettings}[kind]
-        assert set().union(*shown[kind]) == {one.name for one in dataclasses.fields(hints)}
+        assert set().union(*shown[kind]) == set(hints.__struct_fields__)
 
 
 def test_a_rule_carries_an_action(tmp_path: Path) -> None:

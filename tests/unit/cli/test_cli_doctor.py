@@ -6,11 +6,13 @@ import os
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sowatch.cli import doctor
 from sowatch.cli._out import Out
@@ -29,8 +31,7 @@ class Probe:
     needed_for: str = "core"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True):
     strategy: str | None = "core"
     hooks: str | None = "syscall"
     guarantee: str | None = "exact"

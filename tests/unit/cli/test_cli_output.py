@@ -12,13 +12,13 @@ import struct
 import termios
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sowatch.cli import watch
 from sowatch.cli._out import Out, PipeClosed

@@ -17,10 +17,11 @@ from sowatch.linux.cgroups import unit_of
 from sowatch.linux.containers import container_id
 from sowatch.model.encoding import dumps
 from sowatch.model.escape import one_line, visible
-from sowatch.model.events import JsonLines, Library, LibraryEvent, Process, to_dict
+from sowatch.model.events import Library, LibraryEvent, Process
 from sowatch.model.identity import FileId
+from sowatch.model.lines import to_dict, to_json
 from sowatch.model.rules import Rule, RuleSet
-from support import strict
+from support import scripted, strict
 
 #: What is most likely to break something, and then anything: bytes as the kernel lets names be, without NUL.
 SPECIAL = [
@@ -50,9 +51,8 @@ def event(path: bytes, comm: bytes, cgroup: bytes, soname: bytes, kind: str = "l
         cgroup=text(cgroup),
         container=container_id(text(cgroup)),
     )
-    ranges = ((4096, 8192),) if kind == "load" else ()
     cause = {"load": "mmap", "unload": "munmap"}.get(kind)
-    return LibraryEvent(kind, text(path)[:20], library, process, cause, 10**9, 10**18, ranges)
+    return scripted.event(kind, cause, rule=text(path)[:20], library=library, process=process)
 
 
 @given(paths, comms, paths, names)
@@ -60,7 +60,7 @@ def test_a_line_of_json_is_plain_and_gives_every_byte_back(
     path: bytes, comm: bytes, cgroup: bytes, soname: bytes
 ) -> None:
     reported = event(path, comm, cgroup, soname)
-    line = JsonLines().line(reported, 1)
+    line = to_json(reported, 1)
     assert line.isascii()
     assert line.isprintable()
     found = strict.loads(line)

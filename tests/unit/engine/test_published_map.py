@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from sowatch.engine.published_map import Counts, PublishedMap
 from sowatch.engine.subscribers import Subscribers
-from sowatch.model.events import Library, LibraryEvent, Lost, Process
+from sowatch.model.events import Library, Load, Lost, Process
 from sowatch.model.identity import FileId, ProcessId
 
 ONE, SAME_PID, OTHER = ProcessId(1, 5), ProcessId(1, 9), ProcessId(2, 5)
 A, B = FileId(1, 1, 1), FileId(1, 1, 2)
 
 
-def load(process: ProcessId, file: FileId, rule: str = "r") -> LibraryEvent:
-    return LibraryEvent("load", rule, Library("/a", file), Process(*process), "mmap", 1, 1)
+def load(process: ProcessId, file: FileId, rule: str = "r") -> Load:
+    return Load(rule, Library("/a", file), Process(*process), "mmap", 1, 1)
 
 
 def filled() -> PublishedMap:

@@ -13,7 +13,7 @@ from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError
-from sowatch.model.events import Library, LibraryEvent, Process, Stopped, size_of
+from sowatch.model.events import Library, Load, Process, Stopped, size_of
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, Proc
@@ -76,7 +76,7 @@ def read(subscription):
 def test_a_reader_that_is_behind_by_many_bytes_loses_events_and_gets_them_when_it_has_caught_up(publisher):
     subscription = publisher.subscribers.subscribe(control=True, limit=100_000, limit_bytes=LIMIT)
     publisher.publish(loads(range(1, 1001)))
-    biggest = size_of(LibraryEvent("load", "r", Library(SSL.path, SSL.id), None, None, 1, 1, RANGES))
+    biggest = size_of(Load("r", Library(SSL.path, SSL.id), Process(1, 1), "mmap", 1, 1, RANGES))
     assert LIMIT - biggest <= subscription.waiting_bytes <= LIMIT + 2 * biggest
     assert 0 < subscription.waiting < 100
     lost = subscription.lost
@@ -116,9 +116,9 @@ def test_what_waits_for_facts_of_files_is_bounded_in_bytes_and_all_of_it_is_told
 
 
 def test_an_event_counts_what_it_holds():
-    small = LibraryEvent("load", "r", Library("/a", FileId(1, 1, 1)), None, None, 1, 1)
+    small = Load("r", Library("/a", FileId(1, 1, 1)), Process(1, 1), "mmap", 1, 1)
     library = Library("/" + "a" * 4000, FileId(1, 1, 1), host_path="/proc/1/root/" + "a" * 4000)
-    large = LibraryEvent("load", "r", library, None, None, 1, 1, RANGES)
+    large = Load("r", library, Process(1, 1), "mmap", 1, 1, RANGES)
     assert size_of(Stopped(1, 1, 1, 1)) <= size_of(small) < 500
     assert size_of(large) > size_of(small) + 8_000 + 100 * len(RANGES)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sowatch.bpf.records import file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
@@ -18,7 +18,8 @@ from sowatch.explain.audit import Difference
 from sowatch.linux.proc import MapRow
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
-from sowatch.model.rules import KINDS, Rule, RuleSet
+from sowatch.model.literals import KINDS
+from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Verdict
 from support.explained import ELF, LIBRARY, NOW_NS, OTHER_VIEW, UNTOLD, Case, group, known_file, no_rule, row
 from support.records import File, key_of

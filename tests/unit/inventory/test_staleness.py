@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sowatch.inventory.staleness import FRESH, Disk, StaleAnswer, Staleness
 from sowatch.linux.proc import MapRow, ProcFs

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from sowatch.model import rules
 from sowatch.model.errors import PatternError, UsageError
-from sowatch.model.rules import KINDS, Decision, Rule, RuleSet
+from sowatch.model.literals import KINDS
+from sowatch.model.rules import Decision, Rule, RuleSet
 
 LIBSSL = "/usr/lib/x86_64-linux-gnu/libssl.so.3"
 

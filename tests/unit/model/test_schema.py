@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -11,11 +13,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import event_schema
 from sowatch.cli._schema import load_schema
 from sowatch.model.errors import LoadAttempt
-from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped, to_dict, to_json
+from sowatch.model.events import (
+    Activate,
+    Deactivate,
+    Event,
+    Library,
+    LibraryEvent,
+    Load,
+    Lost,
+    Process,
+    Ready,
+    Repaired,
+    Stopped,
+    Unload,
+)
 from sowatch.model.identity import FileId
-from support.scripted import PROCESS, READY, SSL, TIME_NS, event
+from sowatch.model.lines import decode, to_dict, to_json
+from support.scripted import READY, SSL, TIME_NS, event
 
 STRICT = jsonschema.Draft202012Validator(load_schema(strict=True))
 OPEN = jsonschema.Draft202012Validator(load_schema())
@@ -74,18 +91,21 @@ causes = {
 }
 
 
-def library_events(kind: str) -> st.SearchStrategy[LibraryEvent]:
-    return st.builds(
-        LibraryEvent,
-        event=st.just(kind),
-        rule=rules,
-        library=libraries,
-        process=st.none() if kind == "deactivate" else processes,
-        cause=st.sampled_from(causes[kind]),
-        t_ns=st.none() | naturals,
-        time_ns=times,
-        ranges=st.lists(st.tuples(naturals, naturals), max_size=3).map(tuple),
-    )
+KINDS = (Load, Unload, Activate, Deactivate)
+
+
+def library_events(kind: type[LibraryEvent]) -> st.SearchStrategy[LibraryEvent]:
+    facts: dict[str, st.SearchStrategy[Any]] = {
+        "rule": rules,
+        "library": libraries,
+        "process": processes,
+        "cause": st.sampled_from(causes[kind.event]),
+        "t_ns": st.none() | naturals,
+        "time_ns": times,
+        "ranges": st.lists(st.tuples(naturals, naturals), max_size=3).map(tuple),
+        "range_count": st.none() | st.integers(257, 2**31),
+    }
+    return st.builds(kind, **{name: facts[name] for name in kind.__struct_fields__})
 
 
 control_events = st.one_of(
@@ -102,16 +122,90 @@ control_events = st.one_of(
         processes=naturals,
         mappings=naturals,
         seconds=st.floats(min_value=0, max_value=1e6),
-        event=st.just("ready"),
     ),
-    st.builds(Lost, times, st.integers(min_value=1), st.sampled_from(["kernel", "queue"]), event=st.just("lost")),
-    st.builds(Repaired, times, naturals, naturals, st.floats(min_value=0, max_value=1e6), event=st.just("repaired")),
-    st.builds(Stopped, times, naturals, naturals, naturals, event=st.just("stopped")),
+    st.builds(Lost, times, st.integers(min_value=1), st.sampled_from(["kernel", "queue"])),
+    st.builds(Repaired, times, naturals, naturals, st.floats(min_value=0, max_value=1e6)),
+    st.builds(Stopped, times, naturals, naturals, naturals),
 )
 
 
 def faults(validator: jsonschema.Draft202012Validator, line: Any) -> list[str]:
     return [f"{fault.json_path}: {fault.message}" for fault in validator.iter_errors(line)]
+
+
+def meaning(node: Any, defs: dict[str, Any]) -> Any:
+    """What a schema demands: references followed, no words for people, the order of sets left open."""
+    if isinstance(node, list):
+        return [meaning(one, defs) for one in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        node = defs[node["$ref"].rpartition("/")[2]]
+    found = {key: meaning(one, defs) for key, one in node.items() if key not in ("description", "title", "$defs")}
+    for key in ("enum", "required", "type"):
+        if isinstance(found.get(key), list):
+            found[key] = sorted(found[key], key=repr)
+    return found
+
+
+def differences(before: Any, now: Any, at: str = "$") -> Iterator[str]:
+    """Where two meanings differ. Schema 1 grows: further kinds of lines and members that need not be there are none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now if not at.endswith(".properties") else before:
+            if key in before and key in now:
+                yield from differences(before[key], now[key], f"{at}.{key}")
+            else:
+                yield f"{at}.{key}"
+    elif at == "$.allOf":
+        for number, (one, other) in enumerate(zip(before, now[: len(before)], strict=True)):
+            yield from differences(one, other, f"{at}[{number}]")
+    elif at == "$.properties.event.enum":
+        yield from set(before) - set(now)
+    elif before != now:
+        yield at
+
+
+def of_version_0_1() -> Any:
+    text = (Path(__file__).parent / "event.schema.0.1.json").read_text(encoding="utf-8")
+    return meaning(json.loads(text), json.loads(text)["$defs"])
+
+
+def test_the_schema_that_ships_is_made_of_the_types() -> None:
+    assert event_schema.FILE.read_text(encoding="utf-8") == event_schema.text(), "run `make schema`"
+
+
+def test_the_schema_demands_what_version_0_1_demanded() -> None:
+    now = event_schema.event_schema()
+
+    assert list(differences(of_version_0_1(), meaning(now, now["$defs"]))) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("load", "required", ["schema"]),
+        ("seq", "minimum", 1),
+        ("library", "type", "array"),
+        ("time", "pattern", ".*"),
+        ("bytes", "contentEncoding", "hex"),
+        ("ranges", "items", {}),
+    ],
+)
+def test_a_schema_that_demands_something_else_is_noticed(place: str, key: str, value: Any) -> None:
+    now = event_schema.event_schema()
+    now["$defs"][place][key] = value
+
+    assert any(one.endswith(f".{key}") for one in differences(of_version_0_1(), meaning(now, now["$defs"])))
+
+
+def test_a_schema_that_lost_a_member_or_a_kind_of_line_is_noticed() -> None:
+    now = event_schema.event_schema()
+    del now["$defs"]["process"]["properties"]["uid"]
+    now["properties"]["event"]["enum"].remove("ready")
+
+    found = list(differences(of_version_0_1(), meaning(now, now["$defs"])))
+    assert "ready" in found
+    assert any(one.endswith(".process.properties.uid") for one in found)
 
 
 def test_the_schema_is_a_schema() -> None:
@@ -127,13 +221,14 @@ def test_an_event_of_each_kind_fits_and_has_no_field_the_schema_does_not_name(ki
     assert faults(STRICT, line) == []
 
 
-@given(st.one_of(control_events, *map(library_events, causes)), st.integers(min_value=1))
+@given(st.one_of(control_events, *map(library_events, KINDS)), st.integers(min_value=1))
 def test_every_event_fits_whatever_names_processes_and_files_have(one: Event, seq: int) -> None:
     text = to_json(one, seq)
 
     assert text.isascii()
     assert "\n" not in text
     assert json.loads(text) == to_dict(one, seq)
+    assert to_json(decode(text), seq) == text
     assert faults(STRICT, json.loads(text)) == []
 
 
@@ -205,6 +300,6 @@ def test_an_unload_may_not_carry_the_fields_of_a_ready() -> None:
 
 
 def test_a_deactivate_names_no_process_because_the_last_one_is_gone() -> None:
-    line = to_dict(event("deactivate", process=PROCESS), 1)
+    line = to_dict(event("deactivate"), 1) | {"process": to_dict(event("load"), 1)["process"]}
 
     assert faults(STRICT, line)

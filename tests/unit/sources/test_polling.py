@@ -221,7 +221,7 @@ def test_who_is_told_is_who_proc_shows(poller: Poller, start: Any, libraries: li
     expected = ProcFs().process(mapper.pid)
     assert expected is not None
     reported = poller.changes[-1].process
-    assert reported == Process(**{name: getattr(expected, name) for name in Process.__dataclass_fields__})
+    assert reported == Process(**{name: getattr(expected, name) for name in Process.__struct_fields__})
 
 
 def test_a_file_that_nobody_had_mapped_for_a_while_may_be_another_one_and_is_looked_into_again(

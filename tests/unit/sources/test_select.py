@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sowatch.model.config import STRATEGIES, Config
+from sowatch.model.config import Config
+from sowatch.model.literals import STRATEGIES
 from sowatch.sources.select import CANDIDATES, candidates_to_try
 
 NO_FALLBACK = {

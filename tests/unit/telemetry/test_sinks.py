@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import signal
@@ -12,6 +11,7 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.publisher import Publisher, Selection
@@ -409,7 +409,7 @@ def test_standard_output_gets_the_lines(pipe, feed):
 def test_a_reader_that_sleeps_gets_every_line_whole_once_it_wakes(pipe, feed, wait_until):
     with SinkRunner(StdoutSink(pipe["write"]), feed.subscribe()) as runner:
         # A line of more than the pipe takes, so that the reader sleeps in the middle of one.
-        long = event(library=dataclasses.replace(SSL, path="/tmp/" + "x" * 6000))
+        long = event(library=replace(SSL, path="/tmp/" + "x" * 6000))
         feed.send(long, *numbered(99))
         wait_until(lambda: runner.stats.errors, what="an impatient sink")
         assert "behind" in (runner.stats.last_error or "")
@@ -437,7 +437,7 @@ COLLECTORS = {"http": http_collector, "grpc": grpc_collector}
 
 @pytest.mark.parametrize("protocol", COLLECTORS)
 def test_a_real_collector_gets_events_as_logs(feed, protocol, schema):
-    odd = dataclasses.replace(SSL, path="/tmp/lib\udcff\n.so")
+    odd = replace(SSL, path="/tmp/lib\udcff\n.so")
     with COLLECTORS[protocol]() as collector:
         with SinkRunner(OtlpLogSink(collector.url, protocol=protocol), feed.subscribe()) as runner:
             feed.send(READY, event(library=odd), Lost(TIME_NS, 4, "kernel"), event("deactivate"))

@@ -19,7 +19,7 @@ from starlette.types import Send
 
 from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, RateSample
 from sowatch.model.encoding import dumps
-from sowatch.model.events import library_dict, process_dict
+from sowatch.model.lines import library_dict, process_dict
 
 __all__ = ["Feed", "FeedResponse"]
 

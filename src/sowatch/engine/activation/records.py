@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from msgspec import Struct
 
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId, ProcessId
@@ -15,8 +16,7 @@ FileCallback: TypeAlias = Callable[[Library], object]
 FileState: TypeAlias = Literal["held", "attaching", "attached", "detaching"]
 
 
-@dataclass(frozen=True, slots=True)
-class RegisteredFile:
+class RegisteredFile(Struct, frozen=True):
     """One (rule, file) that some process holds, or that is not yet deactivated.
 
     ``state`` is ``held`` (counted; its activation did not run yet, or failed), ``attaching``,
@@ -32,8 +32,7 @@ class RegisteredFile:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockedFile:
+class BlockedFile(Struct, frozen=True):
     """One (rule, file) whose activation failed, and why.
 
     ``sample_path`` is the path under which it failed. ``since_s`` and ``expires_s`` are on the
@@ -49,8 +48,7 @@ class BlockedFile:
     time_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryStats:
+class RegistryStats(Struct, frozen=True):
     """Counters since the registry was made, and two gauges.
 
     Attributes:

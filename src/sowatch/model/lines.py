@@ -1,0 +1,302 @@
+"""Lines of schema 1: events written as JSON, and read back.
+
+Bytes that are not UTF-8 and what is not ASCII take a path of their own, see `sowatch.model.encoding`.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, cast, get_args
+
+import msgspec
+from msgspec import UNSET, Struct
+
+from sowatch.model import wire
+from sowatch.model.encoding import dumps, exact, restore
+from sowatch.model.errors import DecodeError, LoadAttempt
+from sowatch.model.events import (
+    Activate,
+    Deactivate,
+    Event,
+    Library,
+    Load,
+    Lost,
+    Process,
+    Ready,
+    Repaired,
+    Stopped,
+    Unload,
+)
+from sowatch.model.identity import FileId
+from sowatch.model.literals import Hooks
+from sowatch.model.wire import SCHEMA
+
+__all__ = [
+    "SCHEMA",
+    "decode",
+    "library_dict",
+    "library_line",
+    "process_dict",
+    "process_line",
+    "ranges_list",
+    "stamp",
+    "to_dict",
+    "to_json",
+]
+
+
+def to_json(event: Event, seq: int) -> str:
+    """One line of ``--json``, without its newline: ASCII, control characters escaped, no lone surrogates.
+
+    Args:
+        event: any event.
+        seq: counts the lines of one output.
+    """
+    return dumps(_line(event, seq))
+
+
+def to_dict(event: Event, seq: int) -> dict[str, Any]:
+    """The same as the plain object that such a line holds.
+
+    Names that are not UTF-8 are in it as `sowatch.model.encoding` writes them.
+    """
+    found: dict[str, Any] = exact(_line(event, seq))
+    return found
+
+
+def _line(event: Event, seq: int) -> wire.EventLine:
+    time = stamp(event.time_ns)
+    match event:
+        case Load():
+            count = UNSET if event.range_count is None else event.range_count
+            process, library = process_line(event.process), library_line(event.library)
+            ranges = ranges_list(event.ranges)
+            return wire.Load(
+                SCHEMA, "load", seq, time, event.t_ns, event.cause, event.rule, process, library, ranges, count
+            )
+        case Unload():
+            process, library = process_line(event.process), library_line(event.library)
+            return wire.Unload(SCHEMA, "unload", seq, time, event.t_ns, event.cause, event.rule, process, library)
+        case Activate():
+            return wire.Activate(
+                schema=SCHEMA,
+                event="activate",
+                seq=seq,
+                time=time,
+                cause=event.cause or UNSET,
+                rule=event.rule,
+                process=process_line(event.process),
+                library=library_line(event.library),
+            )
+        case Deactivate():
+            return wire.Deactivate(
+                schema=SCHEMA,
+                event="deactivate",
+                seq=seq,
+                time=time,
+                cause=event.cause or UNSET,
+                rule=event.rule,
+                library=library_line(event.library),
+            )
+        case Ready():
+            return wire.Ready(
+                schema=SCHEMA,
+                event="ready",
+                seq=seq,
+                time=time,
+                host=event.host,
+                boot_id=event.boot_id,
+                strategy=event.strategy,
+                guarantee=event.guarantee,
+                hooks=event.hooks,
+                limits=list(event.limits),
+                attempts=[wire.Attempt(*attempt) for attempt in event.attempts],
+                snapshot=wire.Snapshot(event.processes, event.mappings, round(event.seconds, 6)),
+            )
+        case Lost():
+            return wire.Lost(SCHEMA, "lost", seq, time, event.count, event.where)
+        case Repaired():
+            seconds = round(event.seconds, 6)
+            return wire.Repaired(SCHEMA, "repaired", seq, time, event.loads, event.unloads, seconds)
+        case Stopped():
+            return wire.Stopped(SCHEMA, "stopped", seq, time, event.loads, event.unloads, event.lost)
+
+
+def process_line(process: Process) -> wire.Process:
+    """The ``process`` object of schema 1."""
+    return wire.Process(
+        process.pid,
+        process.ns_pid,
+        process.start_ns,
+        process.ppid,
+        process.comm,
+        process.exe,
+        process.uid,
+        process.container,
+        process.cgroup,
+    )
+
+
+def library_line(library: Library) -> wire.Library:
+    """The ``library`` object of schema 1."""
+    file = library.id
+    return wire.Library(
+        library.path,
+        library.host_path,
+        f"{file.major}:{file.minor}",
+        file.inode,
+        file.generation,
+        file.subvolume,
+        library.kind,
+        library.build_id,
+        library.soname,
+        library.deleted,
+        library.path_partial or UNSET,
+    )
+
+
+def process_dict(process: Process) -> dict[str, Any]:
+    """The same as a plain object."""
+    found: dict[str, Any] = msgspec.to_builtins(process_line(process))
+    return found
+
+
+def library_dict(library: Library) -> dict[str, Any]:
+    """The same as a plain object."""
+    found: dict[str, Any] = msgspec.to_builtins(library_line(library))
+    return found
+
+
+def ranges_list(ranges: Sequence[tuple[int, int]]) -> list[list[str]]:
+    """Address ranges as pairs of hexadecimal strings."""
+    return [[f"{start:x}", f"{end:x}"] for start, end in ranges]
+
+
+#: The second that was written last, and how: most events share theirs with the one before.
+_last_second: tuple[int, str] = (-1, "")
+
+
+def stamp(time_ns: int) -> str:
+    """Wall-clock time in ns since the epoch as RFC 3339, UTC, cut to microseconds."""
+    global _last_second  # noqa: PLW0603  (one tuple, so that any thread sees a whole one)
+    seconds, rest = divmod(time_ns, 1_000_000_000)
+    known, text = _last_second
+    if known != seconds:
+        text = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}."
+        _last_second = (seconds, text)
+    return f"{text}{rest // 1000:06d}Z"
+
+
+class _Head(Struct):
+    event: str
+
+
+_DECODE_HEAD: Final = msgspec.json.Decoder(_Head).decode
+_LINES: Final[dict[str, type[wire.EventLine]]] = {kind.__name__.lower(): kind for kind in get_args(wire.EventLine)}
+_DECODERS: Final[dict[str, Callable[[str | bytes], wire.EventLine]]] = {}
+
+
+def decode(line: str | bytes) -> Event:
+    r"""The event in one line of ``sowatch watch --json``, of ``/events`` or of a file sink.
+
+    What is not on the wire is at its default: ``time_ns`` is cut to microseconds, ``changed_ns`` of a library is 0,
+    an `Activate` has no ranges. Members that this version does not know are left out, names that are not UTF-8 are
+    surrogate escapes again, as `os.fsencode` takes them. Any thread.
+
+    Raises:
+        DecodeError: this is no such line, or of a later version in a member that this one knows.
+
+    >>> decode('{"schema":1,"event":"lost","seq":7,"time":"2023-11-14T22:13:20.000000Z","count":2,"where":"queue"}')
+    Lost(time_ns=1700000000000000000, count=2, where='queue')
+    """
+    try:
+        kind = _DECODE_HEAD(line).event
+        if kind not in _LINES:
+            raise DecodeError(f"a line of the kind {kind!r} is no event")
+        return _event(_decoded(line, kind))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DecodeError(str(error)) from error
+
+
+def _decoded(line: str | bytes, kind: str) -> wire.EventLine:
+    if (b'_bytes":' if isinstance(line, bytes) else '_bytes":') in line:  # type: ignore[operator]
+        return msgspec.convert(restore(json.loads(line)), _LINES[kind])
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(_LINES[kind]).decode
+    return decoder(line)
+
+
+def _event(line: wire.EventLine) -> Event:
+    time_ns = _time_ns(line.time)
+    match line:
+        case wire.Load():
+            where = tuple((int(start, 16), int(end, 16)) for start, end in line.ranges)
+            count = None if line.range_count is UNSET else line.range_count
+            process, library = _process_of(line.process), _library_of(line.library)
+            return Load(line.rule, library, process, line.cause, line.t_ns, time_ns, where, count)
+        case wire.Unload():
+            process, library = _process_of(line.process), _library_of(line.library)
+            return Unload(line.rule, library, process, line.cause, line.t_ns, time_ns)
+        case wire.Activate():
+            cause = None if line.cause is UNSET else line.cause
+            return Activate(line.rule, _library_of(line.library), _process_of(line.process), cause, None, time_ns)
+        case wire.Deactivate():
+            why = None if line.cause is UNSET else line.cause
+            return Deactivate(line.rule, _library_of(line.library), why, None, time_ns)
+        case wire.Ready():
+            return Ready(
+                time_ns,
+                line.host,
+                line.boot_id,
+                line.strategy,
+                line.guarantee,
+                cast("Hooks | None", line.hooks),  # a later version may have others
+                tuple(line.limits),
+                tuple(LoadAttempt(one.strategy, one.ok, one.error) for one in line.attempts),
+                line.snapshot.processes,
+                line.snapshot.mappings,
+                line.snapshot.seconds,
+            )
+        case wire.Lost():
+            return Lost(time_ns, line.count, line.where)
+        case wire.Repaired():
+            return Repaired(time_ns, line.loads, line.unloads, line.seconds)
+        case wire.Stopped():
+            return Stopped(time_ns, line.loads, line.unloads, line.lost)
+
+
+def _process_of(line: wire.Process) -> Process:
+    return Process(
+        line.pid,
+        line.start_ns,
+        line.ns_pid,
+        line.ppid,
+        line.comm,
+        line.exe,
+        line.uid,
+        line.container,
+        line.cgroup,
+    )
+
+
+def _library_of(line: wire.Library) -> Library:
+    major, minor = line.dev.split(":")
+    return Library(
+        line.path,
+        FileId(int(major), int(minor), line.inode, line.generation, line.subvol),
+        line.host_path,
+        line.kind,
+        line.build_id,
+        line.soname,
+        line.deleted,
+        line.path_partial is True,
+    )
+
+
+def _time_ns(text: str) -> int:
+    moment = datetime.fromisoformat(text)
+    return (calendar.timegm(moment.utctimetuple()) * 1_000_000 + moment.microsecond) * 1_000

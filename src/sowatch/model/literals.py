@@ -1,0 +1,70 @@
+"""The words that values are made of: each set once, for types, messages and the schema of events alike."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, Literal, TypeAlias, get_args
+
+__all__ = [
+    "EVENT_KINDS",
+    "HOOKS",
+    "KINDS",
+    "STRATEGIES",
+    "Cause",
+    "DeactivateCause",
+    "EventKind",
+    "Hooks",
+    "HooksSetting",
+    "Kind",
+    "LoadCause",
+    "LossPlace",
+    "ProcessCause",
+    "ProcessKind",
+    "Staleness",
+    "Strategy",
+    "StrategySetting",
+    "UnloadCause",
+]
+
+#: What a mapped file can be to a process.
+Kind: TypeAlias = Literal["library", "executable", "interpreter", "other"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+#: The events about libraries; control events are always sent beside them.
+EventKind: TypeAlias = Literal["load", "unload", "activate", "deactivate"]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = get_args(EventKind)
+
+#: Why a load was emitted. ``exec`` maps the executable and the interpreter.
+LoadCause: TypeAlias = Literal["mmap", "snapshot", "fork", "exec", "repair"]
+#: Why an unload was emitted. ``rules``: no rule matches the file any more.
+UnloadCause: TypeAlias = Literal["munmap", "exec", "exit", "repair", "rules"]
+#: Why a deactivate was emitted, where that is said: ``stop`` when the watch ends.
+DeactivateCause: TypeAlias = Literal["munmap", "exec", "exit", "repair", "rules", "stop"]
+Cause: TypeAlias = Literal[LoadCause, UnloadCause]
+
+#: How the kernel is watched, strongest guarantee first.
+Strategy: TypeAlias = Literal["core", "runtime", "prebuilt", "procfs"]
+#: The same as a setting; ``auto`` takes the best that works.
+StrategySetting: TypeAlias = Literal["auto", "core", "runtime", "prebuilt", "procfs"]
+STRATEGIES: Final[tuple[StrategySetting, ...]] = get_args(StrategySetting)
+
+#: Sets of hooks of the BPF strategies.
+Hooks: TypeAlias = Literal["trampoline", "syscall"]
+HooksSetting: TypeAlias = Literal["auto", "trampoline", "syscall"]
+HOOKS: Final[tuple[HooksSetting, ...]] = get_args(HooksSetting)
+
+#: Where records or events were lost: in the kernel's ring, or in the queue of a slow reader.
+LossPlace: TypeAlias = Literal["kernel", "queue"]
+
+
+class Staleness(StrEnum):
+    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be determined."""
+
+    DELETED = "deleted"
+    REPLACED = "replaced"
+    UNKNOWN = "unknown"
+
+
+#: What happened to a process, and how that was found out.
+ProcessKind: TypeAlias = Literal["exec", "fork", "exit"]
+ProcessCause: TypeAlias = Literal["event", "scan", "repair"]
