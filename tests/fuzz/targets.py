@@ -13,7 +13,7 @@ from sowatch.linux.cgroups import parse_cgroup
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError, ElfLimits
 from sowatch.linux.elf_symbols import read_exports, symbol_offsets
-from sowatch.linux.proc import executable_maps, parse_maps, parse_stat, parse_status
+from sowatch.linux.proc_parse import executable_maps, parse_maps, parse_stat, parse_status
 from sowatch.model.escape import visible
 
 __all__ = ["TARGETS", "elf", "maps"]

@@ -24,7 +24,8 @@ from sowatch.explain.assemble import (
 )
 from sowatch.explain.audit import Difference
 from sowatch.explain.records import Candidate
-from sowatch.linux.proc import Link, MapRow, Miss, Stat
+from sowatch.linux.proc import Miss
+from sowatch.linux.proc_parse import Link, MapRow, Stat
 from sowatch.model.events import Library, Load, Process
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet

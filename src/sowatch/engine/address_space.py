@@ -64,7 +64,8 @@ class MappedFile:
         self.file_id = file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
         #: Of a scan of maps below 0: no change time, but another number for each version that was met.
         self.changed_ns = record.changed_ns
-        self.path = path_of(record.text)
+        #: That of a detached mount of a single file is its root.
+        self.path = path_of(record.text) or "/"
         self.is_deleted = bool(record.flags & FLAG_DELETED)
         self.is_partial = bool(record.flags & FLAG_PARTIAL)
         self.is_regular = stat.S_ISREG(record.mode)

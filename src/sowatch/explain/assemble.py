@@ -31,7 +31,8 @@ from sowatch.explain.records import (
     VerdictAnswer,
     Why,
 )
-from sowatch.linux.proc import Link, MapRow, Miss, Stat, seen_path
+from sowatch.linux.proc import Miss
+from sowatch.linux.proc_parse import Link, MapRow, Stat, seen_path
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Kind
@@ -242,12 +243,19 @@ def _winner(found: Iterable[RuleAnswer]) -> str | None:
 
 def group_rows(rows: Iterable[MapRow], root: str) -> tuple[Group, ...]:
     """The rows of each file together, in the order of their addresses."""
-    found: dict[tuple[bytes, int, int, int, bool], list[MapRow]] = {}
+    found: dict[MapRow, list[MapRow]] = {}
     for row in rows:
-        found.setdefault((row.path, row.major, row.minor, row.inode, row.is_deleted), []).append(row)
+        found.setdefault(row._replace(start=0, end=0, perms="", offset_bytes=0), []).append(row)
     return tuple(
-        Group(seen_path(path.decode("utf-8", "surrogateescape"), root), major, minor, inode, is_deleted, tuple(same))
-        for (path, major, minor, inode, is_deleted), same in found.items()
+        Group(
+            seen_path(one.path.decode("utf-8", "surrogateescape"), root),
+            one.major,
+            one.minor,
+            one.inode,
+            one.is_deleted,
+            tuple(same),
+        )
+        for one, same in found.items()
     )
 
 

@@ -23,7 +23,8 @@ from sowatch.engine.queries import Held, View
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.openat import reopen
-from sowatch.linux.proc import MapRow, Miss, ProcFs, seen_path
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc_parse import MapRow, seen_path
 from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
@@ -138,6 +139,7 @@ def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Diffe
     stat = proc.stat(pid)
     if not isinstance(rows, list) or not stat or stat.is_kernel_thread or (stat.is_dead and stat.threads < 2):
         return None
+    rows = proc.resolve(pid, rows)
     entry = view.get(pid)
     held: list[Held] = []
     if entry is not None:
@@ -146,11 +148,11 @@ def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Diffe
             return set(_all_of(pid, held))
     rows.sort(key=lambda row: row.start)
     ends = [row.end for row in rows]
-    files = {(row.major, row.minor, row.inode) for row in rows}
+    files = {(row.major, row.minor, row.inode, row.subvolume): row for row in rows}.values()
     found = {
         Difference("extra", pid, one.path, one.file_id.inode, start, end)
         for one in held
-        if one.range_count is None or not any(_could_be(*file, one.file_id) for file in files)
+        if one.range_count is None or not any(_could_be(file, one.file_id) for file in files)
         for start, end in one.ranges
         if not _is_covered(start, end, one.file_id, rows, ends)
     }
@@ -171,7 +173,7 @@ def _missing(
     for row in rows:
         if row.end <= reach[bisect_right(starts, row.start)]:
             continue
-        if any(low <= row.start and row.inode == file_id.inode for file_id, low in wide):
+        if any(low <= row.start and row.inode == file_id.inode and _could_be(row, file_id) for file_id, low in wide):
             continue
         if root is None:
             root = _root_of(pid, images.proc)
@@ -201,7 +203,7 @@ def _is_covered(start: int, end: int, file_id: FileId, rows: Sequence[MapRow], e
     at = start
     for number in range(bisect_right(ends, start), len(rows)):
         row = rows[number]
-        if row.start > at or not _could_be(row.major, row.minor, row.inode, file_id):
+        if row.start > at or not _could_be(row, file_id):
             return False
         at = row.end
         if at >= end:
@@ -209,9 +211,11 @@ def _is_covered(start: int, end: int, file_id: FileId, rows: Sequence[MapRow], e
     return False
 
 
-def _could_be(major: int, minor: int, inode: int, file_id: FileId) -> bool:
-    """On overlayfs and btrfs the device differs, on overlayfs across layers the inode may too."""
-    return inode == file_id.inode or (major, minor) != (file_id.major, file_id.minor)
+def _could_be(row: MapRow, file_id: FileId) -> bool:
+    """On overlayfs the device differs, across layers the inode may too. A subvolume that is 0 may be unknown."""
+    if row.subvolume and file_id.subvolume and row.subvolume != file_id.subvolume:
+        return False
+    return row.inode == file_id.inode or (row.major, row.minor) != (file_id.major, file_id.minor)
 
 
 class _Images:
@@ -233,10 +237,10 @@ class _Images:
         """The rows that the process says are such, and which."""
         base = self.proc.interpreter_base(pid)
         link = self.proc.exe(pid)
-        exe = os.fsencode(link.path) if link else None
+        exe = link.raw if link else None
         found = {}
         for row in rows:
-            if row.path == exe:
+            if row.raw == exe:
                 found[row] = "executable"
             elif base and row.start - row.offset_bytes == base:
                 found[row] = "interpreter"

@@ -41,7 +41,8 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.memory_files import is_memory
-from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc_parse import MapRow, Stat, as_maps_shows
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
@@ -137,7 +138,7 @@ def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:
     process = proc.process(pid, container_of=container_id)
     if process is None:
         raise SowatchError(f"process {pid} ended while it was read. Nothing to do; take the next one.")
-    rows = _settled(proc, pid, proc.executable_maps(pid), worker)
+    rows = _resolved(proc, pid, proc.executable_maps(pid), worker)
     is_32bit = proc.is_32bit(pid)
     return ProcessFacts(
         process=process,
@@ -150,25 +151,11 @@ def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:
     )
 
 
-def _settled(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, worker: TimeoutWorker) -> list[MapRow] | Miss:
-    """Rows with ``is_deleted`` as it is: the text alone cannot tell, see `ProcFs.resolve_deleted_suffix`."""
+def _resolved(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, worker: TimeoutWorker) -> list[MapRow] | Miss:
+    """Rows with what their text leaves open, see `ProcFs.resolve`."""
     if isinstance(rows, Miss):
         return rows
-    asked: dict[tuple[bytes, int], bool] = {}
-    untracked = []
-    end_s = time.monotonic() + LOOKING_S
-    for row in rows:
-        if row.is_deleted and not row.path.startswith((b"/memfd:", b"/SYSV", b"/dev/zero")):
-            file = (row.path, row.inode)
-            if file not in asked and time.monotonic() > end_s:
-                asked[file] = True
-            if file not in asked:
-                answer = worker.run(partial(proc.resolve_deleted_suffix, pid, row))
-                asked[file] = answer is None or answer.is_deleted
-            if not asked[file]:
-                row = row._replace(path=row.shown_path, is_deleted=False)  # noqa: PLW2901
-        untracked.append(row)
-    return untracked
+    return worker.run(partial(proc.resolve, pid, rows)) or rows
 
 
 def _root_of(proc: ProcFs, pid: int) -> str:
@@ -331,7 +318,7 @@ def _rows_near(facts: PathFacts, proc: ProcFs) -> tuple[dict[int, list[MapRow]],
     """Rows, by process, that may be of the file, or of another one under its path; and how many could not be read."""
     inode = None if facts.shown is None else facts.shown.inode
     # A chroot's paths begin with its root.
-    names = tuple(os.fsencode(path) for path in {facts.path, facts.resolved})
+    names = tuple(as_maps_shows(os.fsencode(path)) for path in {facts.path, facts.resolved})
     found: dict[int, list[MapRow]] = {}
     unreadable = 0
     for pid in proc.pids():
@@ -340,7 +327,7 @@ def _rows_near(facts: PathFacts, proc: ProcFs) -> tuple[dict[int, list[MapRow]],
             unreadable += rows not in (Miss.GONE, Miss.ABSENT) and _is_running(proc, pid)
             continue
         for row in rows:
-            if row.inode == inode or row.path.endswith(names) or row.shown_path.endswith(names):
+            if row.inode == inode or as_maps_shows(row.path).endswith(names) or row.raw.endswith(names):
                 found.setdefault(pid, []).append(row)
     return found, unreadable
 
@@ -365,7 +352,7 @@ def _mapped(
     # Below an overlay the map may know the file by another number than /proc shows.
     by_map = {pid for pid, one in known.processes.items() if any(file.name.file_id in file_ids for file in one.files)}
     for pid in sorted(near.keys() | by_map):
-        rows = _settled(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], worker)
+        rows = _resolved(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], worker)
         process = known.processes.get(pid)
         record = process.process if process is not None else proc.process(pid, container_of=container_id)
         if isinstance(rows, Miss) or record is None:

@@ -28,7 +28,8 @@ from sowatch.explain.records import (
     RuleAnswer,
     Seen,
 )
-from sowatch.linux.proc import ProcFs, Stat
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc_parse import Stat
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId

@@ -17,7 +17,8 @@ from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.mapped_file import file_version, find_in_layers, mapped_build_id, shows_a_lower_file
 from sowatch.linux.openat import reopen
-from sowatch.linux.proc import MapRow, ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library
 
 __all__ = ["BuildIds", "Copies", "is_mapped_file"]

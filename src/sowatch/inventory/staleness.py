@@ -24,7 +24,8 @@ from sowatch.inventory.roots import RootKey, Roots
 from sowatch.linux.mapped_file import is_on_overlay
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below, shows_real_inode
-from sowatch.linux.proc import MapRow, Miss, ProcFs, ProcReadError, seen_path
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
+from sowatch.linux.proc_parse import MapRow, seen_path
 from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
@@ -240,7 +241,8 @@ class Disk:
         except (OSError, ProcReadError) as error:
             gone = isinstance(error, (FileNotFoundError, ProcessLookupError))
             return _Sight(is_gone=gone, trouble=_reason_of(error))
-        found = rows or []
+        # What looks like a newline may be a backslash and three digits. The rest is asked where one row is looked at.
+        found = [self._proc.resolve(process.pid, [row])[0] if b"\n" in row.path else row for row in rows or ()]
         return _Sight(
             key,
             root,

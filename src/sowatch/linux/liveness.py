@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from sowatch.linux.proc import Miss, ProcFs, ProcReadError, Stat
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
+from sowatch.linux.proc_parse import Stat
 from sowatch.model.identity import TICK_NS, ProcessId
 
 __all__ = ["process_is_alive", "running_stat"]

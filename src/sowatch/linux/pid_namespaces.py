@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from sowatch.linux.proc import ProcFs, Stat
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc_parse import Stat
 
 __all__ = ["is_initial", "own_pid", "shows_whole_host", "why_not_whole_host"]
 

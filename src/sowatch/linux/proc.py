@@ -1,8 +1,7 @@
-"""What ``/proc`` says of processes: bytes in, frozen records out. Never raises for a vanished process.
+"""What ``/proc`` says of processes, as the records of `sowatch.linux.proc_parse`. Never raises for a vanished process.
 
-The ``parse_*`` functions and `executable_maps` are pure; `ProcFs` reads below one proc root. A process that ended, or
-may not be read, is an answer (`Miss`), not an error: what else goes wrong (no file descriptors left, say) is a
-`ProcReadError`.
+`ProcFs` reads below one proc root. A process that ended, or may not be read, is an answer (`Miss`), not an error:
+what else goes wrong (no file descriptors left, say) is a `ProcReadError`.
 
 While the thread-group leader is dead and other threads live, ``/proc/PID/maps`` is empty and ``exe``,
 ``root`` and the v1 cgroups are gone. `ProcFs` then reads them through a live thread.
@@ -14,31 +13,30 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import AnyStr, Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, TypeVar
 
 from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
+from sowatch.linux.mapped_rows import is_program_of, leaves_open, resolve_rows
+from sowatch.linux.proc_parse import (
+    DELETED,
+    EXECUTABLE_ROW,
+    ROW,
+    Link,
+    MapRow,
+    Stat,
+    Status,
+    parse_stat,
+    parse_status,
+    rows_of,
+    seen_path,
+)
 from sowatch.model.errors import ProcRootError, SowatchError
 from sowatch.model.events import Process
-from sowatch.model.identity import TICK_NS
 
-__all__ = [
-    "Link",
-    "MapRow",
-    "Miss",
-    "ProcFs",
-    "ProcReadError",
-    "Stat",
-    "Status",
-    "executable_maps",
-    "parse_maps",
-    "parse_stat",
-    "parse_status",
-    "seen_path",
-]
-
+__all__ = ["Miss", "ProcFs", "ProcReadError"]
 
 _T = TypeVar("_T")
 
@@ -72,195 +70,9 @@ class ProcReadError(SowatchError):
         )
 
 
-class MapRow(NamedTuple):
-    r"""One row of ``/proc/PID/maps``.
-
-    ``major``, ``minor`` and ``inode`` are what the row says: on overlayfs (kernel 6.8 and newer)
-    the overlay's own, so they are no `FileId`. An anonymous mapping has 0 in all three.
-
-    ``path`` has the kernel's mark for a name that is gone taken off and put into ``is_deleted``.
-    Like every path in maps it is seen from *our* root; see `seen_path`. Two things cannot be determined
-    from the text, because the kernel (``show_map_vma``, ``seq_path(m, path, "\n")``,
-    ``path_with_deleted``) escapes nothing but the newline:
-
-    * ``\012`` is a newline, or a backslash and three digits in a name. It is read as a newline.
-    * `` (deleted)`` at the end is the mark, or the end of a name. It is read as the mark
-      (of a file "x (deleted)" that was deleted the last one is); `ProcFs.resolve_deleted_suffix` asks.
-
-    Anywhere else in the name neither is special, and spaces never are: the path goes to the end of
-    the line. No name starts with a space (paths start with ``/``, the kernel's own names with
-    ``[`` or ``anon_inode:`` and the like), so the padding before it can be taken off safely.
-    """
-
-    start: int
-    end: int
-    perms: str
-    offset_bytes: int
-    major: int
-    minor: int
-    inode: int
-    path: bytes
-    is_deleted: bool
-
-    @property
-    def shown_path(self) -> bytes:
-        """The path with the mark, as maps and the links in ``map_files`` show it."""
-        return self.path + _DELETED if self.is_deleted else self.path
-
-
-class Link(NamedTuple):
-    """Where a link such as ``/proc/PID/exe`` points; ``is_deleted`` as in `MapRow`."""
-
-    path: str
-    is_deleted: bool
-
-
-class Stat(NamedTuple):
-    """What is used of ``/proc/PID/stat``. ``comm`` is raw; ``start_ticks`` are 1/100 s since boot.
-
-    ``image`` is where the last exec put code and stack: inherited by fork and, as addresses are random, different
-    after every exec. Empty where it may not be seen, within exec, and of kernel threads.
-    """
-
-    pid: int
-    comm: bytes
-    state: str
-    ppid: int
-    pgrp: int
-    session: int
-    flags: int
-    threads: int
-    start_ticks: int
-    image: tuple[bytes, ...] = ()
-
-    @property
-    def start_ns(self) -> int:
-        """Start in ns since boot, rounded down to the tick."""
-        return self.start_ticks * TICK_NS
-
-    @property
-    def is_kernel_thread(self) -> bool:
-        """Whether it has no program at all."""
-        return bool(self.flags & _PF_KTHREAD)
-
-    @property
-    def has_executed(self) -> bool:
-        """Whether it has executed a program since it was forked; the process itself cannot change the flag."""
-        return not self.flags & _PF_FORKNOEXEC
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether this task ended or is ending; with ``threads`` above 1 only the leader is.
-
-        The flag comes before the address space is given up (exit_signals, exit_mm), the state after.
-        """
-        return self.state in ("Z", "X", "x") or bool(self.flags & _PF_EXITING)
-
-
-class Status(NamedTuple):
-    """What is used of ``/proc/PID/status``.
-
-    ``uid`` is the real one, in our user namespace. ``ns_pid`` is the process id in the innermost
-    pid namespace of the process (``None`` before kernel 4.1, which does not show it).
-    """
-
-    tgid: int
-    ppid: int
-    uid: int
-    ns_pid: int | None
-    threads: int
-
-
-_DELETED: Final = b" (deleted)"
-_PF_EXITING: Final = 0x00000004  # include/linux/sched.h, like the next ones
-_PF_FORKNOEXEC: Final = 0x00000040
-_PF_KTHREAD: Final = 0x00200000
-_PERMS: Final = {f"{r}{w}{x}{s}".encode(): f"{r}{w}{x}{s}" for r in "r-" for w in "w-" for x in "x-" for s in "ps"}
-# Rows are matched from the newline before them: sre finds a literal first byte with memchr, which makes
-# passing over the rows without x three times as fast as with ^. A row without its own newline is cut off,
-# so the look-ahead leaves it out. Possessive, so that no input makes it backtrack.
-_RANGE: Final = rb"\n([0-9a-f]++)-([0-9a-f]++) "
-_FILE: Final = rb"([0-9a-f]++):([0-9a-f]++) ([0-9]++) *+([^\n]*+)(?=\n)"
-_ROW: Final = re.compile(_RANGE + rb"([r-][w-][x-][ps]) ([0-9a-f]++) " + _FILE)
-_EXECUTABLE_ROW: Final = re.compile(_RANGE + rb"([r-][w-]x[ps]) ([0-9a-f]++) (?!00:00 0 )" + _FILE)
-_STATUS_LINE: Final = re.compile(rb"\n(Tgid|PPid|Uid|NStgid|Threads):[ \t]*+([^\n]*+)")
-
 _READ_BYTES: Final = 1 << 16
 #: Maps are parsed in pieces of about this size: a process may have a million mappings with long paths.
 _BATCH_BYTES: Final = 1 << 18
-
-
-def parse_maps(data: bytes) -> list[MapRow]:
-    r"""Every complete row of a maps file, in its order.
-
-    >>> parse_maps(b"7f00-8f00 r-xp 00001000 fe:01 42" + b" " * 40 + b"/lib/a b.so (deleted)\n")[0].path
-    b'/lib/a b.so'
-    """
-    return _rows(_ROW, b"\n" + data)
-
-
-def executable_maps(data: bytes) -> list[MapRow]:
-    """The rows of a maps file that map a file executable: about 0.3 µs for each row passed over.
-
-    A row is of a file if it has an inode or a device: a FUSE file system may give inode 0.
-    """
-    return _rows(_EXECUTABLE_ROW, b"\n" + data)
-
-
-def _rows(pattern: re.Pattern[bytes], data: bytes) -> list[MapRow]:
-    return [
-        MapRow(
-            int(start, 16), int(end, 16), _PERMS[perms], int(offset, 16), int(major, 16), int(minor, 16), int(inode),
-            *_unmarked(path.replace(b"\\012", b"\n")),
-        )
-        for start, end, perms, offset, major, minor, inode, path in pattern.findall(data)
-    ]  # fmt: skip
-
-
-def _unmarked(path: bytes) -> tuple[bytes, bool]:
-    return (path[: -len(_DELETED)], True) if path.endswith(_DELETED) else (path, False)
-
-
-def parse_stat(data: bytes) -> Stat | None:
-    """The record of a stat file, ``None`` if it is not one.
-
-    The comm may hold anything, ``) R 1`` and newlines included, so it ends at the *last* ``)``.
-    """
-    head, _, tail = data.rpartition(b")")
-    pid, _, comm = head.partition(b" (")
-    fields = tail.split()
-    try:
-        ppid, pgrp, session, flags, threads, start_ticks = (int(fields[at]) for at in (1, 2, 3, 6, 17, 19))
-        # 0: no program; 1: we may not know where (do_task_stat without ptrace access).
-        image = () if fields[23:24] in ([], [b"0"], [b"1"]) else tuple(fields[23:26])
-        return Stat(int(pid), comm, fields[0].decode("ascii"), ppid, pgrp, session, flags, threads, start_ticks, image)
-    except (IndexError, ValueError):
-        return None
-
-
-def parse_status(data: bytes) -> Status | None:
-    """The record of a status file, ``None`` if it is not one. Its Name line is escaped by the kernel."""
-    lines = {key: value.split() for key, value in _STATUS_LINE.findall(data)}
-    try:
-        tgid, ppid, uid, threads = (int(lines[key][0]) for key in (b"Tgid", b"PPid", b"Uid", b"Threads"))
-        ns_pid = int(lines[b"NStgid"][-1]) if b"NStgid" in lines else None
-    except (IndexError, KeyError, ValueError):
-        return None
-    return Status(tgid, ppid, uid, ns_pid, threads)
-
-
-def seen_path(path: AnyStr, root: AnyStr) -> AnyStr:
-    """A path as a process with the root directory ``root`` sees it; both as ``/proc`` shows them to us.
-
-    In a mount tree of its own (most containers) its root is ``/`` and the path right already; in a
-    plain chroot it is not. A file outside the root keeps its path.
-
-    >>> seen_path("/srv/jail/lib/libz.so.1", "/srv/jail")
-    '/lib/libz.so.1'
-    """
-    if len(root) > 1 and path.startswith(root) and path[len(root) : len(root) + 1] in ("/", b"/"):
-        return path[len(root) :]
-    return path
 
 
 def _text(data: bytes) -> str:
@@ -302,7 +114,7 @@ def _read_rows(path: str, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
                     continue
                 data = b"".join(pieces)
                 cut = data.rfind(b"\n")
-                rows += _rows(pattern, data[: cut + 1])
+                rows += rows_of(pattern, data[: cut + 1])
                 is_empty = is_empty and size == 0
                 if not piece:
                     return Miss.ABSENT if is_empty else rows
@@ -364,35 +176,29 @@ class ProcFs:
         Not atomic: the kernel hands it out a page at a time, and rows of mappings that were made or
         dropped between two pages may be missing or stale.
         """
-        return self._maps(pid, _ROW)
+        return self._maps(pid, ROW)
 
     def executable_maps(self, pid: int) -> list[MapRow] | Miss:
         """The mappings of a process that map a file executable; see `maps` and the function of that name."""
-        return self._maps(pid, _EXECUTABLE_ROW)
+        return self._maps(pid, EXECUTABLE_ROW)
 
     def _maps(self, pid: int, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
         found = self._first(pid, lambda base: _read_rows(f"{base}/maps", pattern))
         return [] if found is Miss.ABSENT else found
 
-    def resolve_deleted_suffix(self, pid: int, row: MapRow) -> MapRow:
-        """A row with ``is_deleted`` corrected if a file whose name ends in `` (deleted)`` is what is mapped.
+    def resolve(self, pid: int, rows: Sequence[MapRow]) -> list[MapRow]:
+        """Rows of a process with what their text leaves open; see `sowatch.linux.mapped_rows`.
 
-        Searches for a file of that very name below the root of the process, which needs the right to, may
-        wait for a file system that hangs, and resolves links that the process controls: no more comes of
-        it than a comparison of inode numbers. Where it cannot be made the row stays as it is.
+        Needs the right to see the files of the process, may wait for a file system that hangs, and follows no link.
+        Where the answer cannot be had a row stays as it is.
         """
-        if not row.is_deleted or not row.path.startswith(b"/"):
-            return row
-        base, root = self.root_dir(pid), self._link(pid, "root")
-        if isinstance(base, Miss) or isinstance(root, Miss):
-            return row
-        try:
-            found = os.lstat(base.encode() + seen_path(row.shown_path, os.fsencode(root)))
-        except OSError:  # most often there is no such file, which is what the mark says
-            return row
-        if stat.S_ISREG(found.st_mode) and found.st_ino == row.inode:
-            return row._replace(path=row.shown_path, is_deleted=False)
-        return row
+        found = list(rows)
+        if any(leaves_open(row) for row in rows) and (root := self.root_dir(pid)):
+            self._resolve(root.removesuffix("/root"), found)
+        return found
+
+    def _resolve(self, base: str, rows: list[MapRow]) -> None:
+        resolve_rows(base, rows)
 
     def live_thread(self, pid: int) -> int | Miss:
         """A thread of the process that still has its address space: the leader if it can be.
@@ -462,8 +268,16 @@ class ProcFs:
         path = self._link(pid, "exe")
         if isinstance(path, Miss):
             return path
-        plain = path.removesuffix(_text(_DELETED))
-        return Link(plain, plain != path)
+        mark = _text(DELETED)
+        if not path.endswith(mark):
+            return Link(path, False)
+        root = self.root_dir(pid)
+        if root and self._is_program_of(root.removesuffix("/root"), path):
+            return Link(path, False)
+        return Link(path.removesuffix(mark), True)
+
+    def _is_program_of(self, base: str, path: str) -> bool:
+        return is_program_of(base, path)
 
     def is_32bit(self, pid: int) -> bool | Miss:
         """Whether its program is a 32-bit one, by the auxiliary vector; opens no file of it."""

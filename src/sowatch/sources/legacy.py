@@ -18,7 +18,8 @@ from importlib.resources import files
 from typing import Final, NamedTuple
 
 from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Record, RecordType, parse
-from sowatch.linux.proc import MapRow, Miss
+from sowatch.linux.proc import Miss
+from sowatch.linux.proc_parse import MapRow, as_maps_shows
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
 from sowatch.model.literals import Strategy
@@ -284,7 +285,7 @@ class OldKernelSource(BpfSource):
         shown = (row.inode, row.major << 20 | row.minor)
         # maps shows the real file, from 6.8 on the one of overlayfs.
         if shown not in (INODE.unpack_from(record.key), (record.end, record.start)):
-            if not is_stacked or os.readlink(f"{self._proc.root}/self/fd/{fd}".encode()) != row.shown_path:
+            if not is_stacked or as_maps_shows(os.readlink(f"{self._proc.root}/self/fd/{fd}".encode())) != row.raw:
                 return None  # another mapping has taken its place
             record = record._replace(key=self._before_copy_up(record.key, *shown))
         self._remember(record.key)

@@ -30,13 +30,15 @@ from sowatch.bpf.records import (
     RangeRecord,
     Record,
     RecordType,
+    file_id_of,
     text_of,
     who_is,
 )
 from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.pid_namespaces import why_not_whole_host
-from sowatch.linux.proc import MapRow, Miss, ProcReadError, Stat, seen_path
+from sowatch.linux.proc import Miss, ProcReadError
+from sowatch.linux.proc_parse import MapRow, Stat, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
@@ -352,7 +354,9 @@ class ProcfsSource:
         if isinstance(rows, list) and rows:
             if not after.image and not self._proc.is_image_hidden(pid):
                 return None  # within exec, where some of the new program is mapped
-            found.rows = self._rows(after, rows)
+            found.rows = self._rows(
+                after, _with_known_subvolumes(known.rows if known else (), self._proc.resolve(pid, rows))
+            )
         return found
 
     def _stat(self, pid: int) -> Stat | None:
@@ -381,17 +385,17 @@ class ProcfsSource:
         except OSError:
             root, view = b"/", blake2b(base, digest_size=16).digest()  # nobody else's
         return [
-            Row(one.row.start, one.end, one.row.offset_bytes, self._file(stat.pid, one.row, root, view), one.unlisted)
+            Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
             for one in listed(rows)
         ]
 
-    def _file(self, pid: int, row: MapRow, root: bytes, view: bytes) -> File:
+    def _file(self, row: MapRow, root: bytes, view: bytes) -> File:
         name = row._replace(start=0, end=0, perms="", offset_bytes=0)
         file = self._files.get((name, root, view))
         if file is None:
             if len(self._files) >= MAX_FILES:
                 self._files.clear()
-            file = file_of(self._proc.resolve_deleted_suffix(pid, row), root, view)
+            file = file_of(row, root, view)
             since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
             file = self._files[name, root, view] = file._replace(since_ns=since_ns)
         return file
@@ -519,12 +523,12 @@ class ProcfsSource:
         base = self._base(stat)
         # One that has ended is found below. What cannot be read of one that is there is left open: a path longer than a
         # page, say, is no reason to leave its mappings out.
-        exe, root = _link(base + b"/exe"), _link(base + b"/root") or b"/"
+        exe, root = self._proc.exe(pid), _link(base + b"/root") or b"/"
         interpreter_base = self._proc.interpreter_base(pid)
         now = self._stat(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
-        seen = b"" if exe is None else seen_path(exe.removesuffix(b" (deleted)"), root)
+        seen = seen_path(os.fsencode(exe.path), root) if exe else b""
         path = text_of(seen) if seen else b""
         # Not by the address of its code in stat, which any process may write. The name of a memfd is one component.
         texts = (path, text_of(seen, is_deleted=True)) if seen else ()
@@ -546,13 +550,26 @@ def _link(path: bytes) -> bytes | None:
         return None
 
 
+def _with_known_subvolumes(before: Iterable[Row], rows: Sequence[MapRow]) -> Sequence[MapRow]:
+    """The rows; the subvolume of a file that has lost its name since may not be shown to everybody."""
+    known = {row.start: found for row in before if (found := file_id_of(row.file.key)).subvolume}
+    if not known:
+        return rows
+    return [
+        row._replace(subvolume=one.subvolume)
+        if not row.subvolume and (one := known.get(row.start)) and one[:3] == (row.major, row.minor, row.inode)
+        else row
+        for row in rows
+    ]
+
+
 def file_of(row: MapRow, root: bytes, view: bytes) -> File:
     """The file of a row of maps, in a process whose root directory and view of the file system these are."""
     path = seen_path(row.path, root)
     device = row.major << 20 | row.minor
     digest = blake2b(path + bytes([row.is_deleted]), digest_size=16).digest()
     # struct file_key: inode; subvolume, device, generation; then whatever tells names and views apart; epoch.
-    rest = struct.pack("=QII", 0, device, 0) + digest + view + bytes(4)
+    rest = struct.pack("=QII", row.subvolume, device, 0) + digest + view + bytes(4)
     return File(
         key=FILE_KEY.pack(row.inode, rest, 0),
         text=text_of(path, is_deleted=row.is_deleted),

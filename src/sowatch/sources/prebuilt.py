@@ -33,7 +33,8 @@ from sowatch.bpf.records import (
     who_is,
 )
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import MapRow, Miss
+from sowatch.linux.proc import Miss
+from sowatch.linux.proc_parse import MapRow
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy

@@ -24,7 +24,8 @@ from sowatch.bpf.records import (
     RecordType,
     text_of,
 )
-from sowatch.linux.proc import MapRow, Miss, ProcFs, Stat, seen_path
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc_parse import MapRow, Stat, seen_path
 from sowatch.sources.scan_rows import MapRows, ProcessScan, RowPool
 
 __all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
@@ -64,9 +65,9 @@ def listed(rows: Sequence[MapRow]) -> list[Listed]:
     """
     if len(rows) <= MAX_FILE_RANGES:
         return [Listed(row, row.end) for row in rows]
-    files: dict[tuple[int, int, int, bytes, bool], list[MapRow]] = {}
+    files: dict[MapRow, list[MapRow]] = {}
     for row in rows:
-        files.setdefault((row.major, row.minor, row.inode, row.path, row.is_deleted), []).append(row)
+        files.setdefault(row._replace(start=0, end=0, perms="", offset_bytes=0), []).append(row)
     found: list[Listed] = []
     for ours in files.values():
         if len(ours) <= MAX_FILE_RANGES:
@@ -104,7 +105,8 @@ class ProcReader:
             return None
         if not rows and isinstance(self.proc.live_thread(pid), Miss):
             return None
-        return Look(last, rows, begin_ns, time.monotonic_ns())
+        end_ns = time.monotonic_ns()
+        return Look(last, self.proc.resolve(pid, rows), begin_ns, end_ns)
 
     def read(self, pid: int) -> ProcessScan | None:
         """The reading of one process, as `sowatch.sources.core.EventSource.scan_process` gives it."""
@@ -144,17 +146,15 @@ class ProcReader:
     def images(self, pid: int, rows: list[MapRow]) -> set[MapRow]:
         """The rows that the process claims exec to have mapped: of the main executable and of the interpreter."""
         exe = self.proc.exe(pid)
-        path = os.fsencode(exe.path) if not isinstance(exe, Miss) else None
+        raw = None if isinstance(exe, Miss) else exe.raw
         base = self.proc.interpreter_base(pid)
-        return {row for row in rows if row.path == path or (base and row.start - row.offset_bytes == base)}
+        return {row for row in rows if row.raw == raw or (base and row.start - row.offset_bytes == base)}
 
     def map_record(
         self, of: Stat, view: tuple[int, int, bytes], row: MapRow, *, t_ns: int, flags: int = 0
     ) -> MapRecord:
         """A row as the record of an executable mapping."""
-        if row.is_deleted:
-            row = self.proc.resolve_deleted_suffix(of.pid, row)
-            flags |= FLAG_DELETED if row.is_deleted else 0
+        flags |= FLAG_DELETED if row.is_deleted else 0
         path = seen_path(row.path, view[2])
         name = zlib.crc32(path)
         key = _KEY.pack(*_inode_of(row), name, 0, view[0], view[1], name, 0)
@@ -168,8 +168,8 @@ class ProcReader:
             changed_ns=0,  # maps does not tell
             place=0,
             comm=of.comm,
-            # Devices and FIFOs can be mapped too, but only their inode would tell.
-            mode=stat.S_IFREG,
+            # Devices and FIFOs can be mapped too, but only their inode would tell. What has no path is no file.
+            mode=stat.S_IFREG if path.startswith(b"/") else 0,
             path_bytes=len(text),
             text=text,
         )
@@ -211,14 +211,13 @@ class ProcReader:
         exe = self.proc.exe(pid) if rows else Miss.ABSENT
         if isinstance(exe, Miss):
             return bytes(_FILE_ID.size)
-        shown = (os.fsencode(exe.path), exe.is_deleted)
-        ids = (_FILE_ID.pack(*_inode_of(row)) for row in rows if (row.path, row.is_deleted) == shown)
+        ids = (_FILE_ID.pack(*_inode_of(row)) for row in rows if row.raw == exe.raw)
         return next(ids, bytes(_FILE_ID.size))
 
 
 def _inode_of(row: MapRow) -> tuple[int, int, int, int]:
     """The fields of struct file_id; the kernel's dev_t is major << 20 | minor."""
-    return row.inode, 0, row.major << 20 | row.minor, 0
+    return row.inode, row.subvolume, row.major << 20 | row.minor, 0
 
 
 def _head(of: Stat, kind: int, flags: int, t_ns: int) -> dict[str, Any]:

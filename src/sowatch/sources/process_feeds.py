@@ -18,7 +18,8 @@ from sowatch.linux.cgroups import choose_cgroup
 from sowatch.linux.containers import container_id
 from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.pid_namespaces import why_not_whole_host
-from sowatch.linux.proc import ProcFs, ProcReadError, Stat
+from sowatch.linux.proc import ProcFs, ProcReadError
+from sowatch.linux.proc_parse import Stat
 from sowatch.model.config import Config
 from sowatch.model.errors import NotPermitted, PidNamespaceError, SowatchError
 from sowatch.model.events import Process

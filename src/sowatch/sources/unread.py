@@ -12,9 +12,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final, TypeVar
 
-from sowatch.linux.proc import MapRow, Miss, ProcFs
+from sowatch.linux.mapped_rows import is_program_of, resolve_rows
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc_parse import MapRow
 from sowatch.linux.shared_mm import shares_mm
 from sowatch.linux.timeout_worker import MAX_ABANDONED, CallTimeout, TimeoutWorker
 
@@ -214,14 +217,17 @@ class PatientProcFs(ProcFs):
         """See `ProcFs.live_thread`, which reads a byte of its mappings."""
         return self._patiently(pid, lambda: ProcFs.live_thread(self, pid))
 
-    def resolve_deleted_suffix(self, pid: int, row: MapRow) -> MapRow:
-        """See `ProcFs`, which asks the file system of the process; one that hangs leaves the row as it is."""
-        if not row.is_deleted or not row.path.startswith(b"/"):
-            return row
+    def _resolve(self, base: str, rows: list[MapRow]) -> None:
+        found = list(rows)
+        with suppress(CallTimeout):  # what was found until then stands
+            self._files.run(lambda: resolve_rows(base, found), SCAN_TIMEOUT_S)
+        rows[:] = found
+
+    def _is_program_of(self, base: str, path: str) -> bool:
         try:
-            return self._files.run(lambda: ProcFs.resolve_deleted_suffix(self, pid, row), SCAN_TIMEOUT_S)
+            return self._files.run(lambda: is_program_of(base, path), SCAN_TIMEOUT_S)
         except CallTimeout:
-            return row
+            return False
 
     def _patiently(self, pid: int, call: Callable[[], T | Miss]) -> T | Miss:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from sowatch import ActiveFile, Config, Rule
 from sowatch.linux.elf import read_facts
-from sowatch.model.events import Library
+from sowatch.model.events import Library, Process
 from sowatch.model.literals import KINDS
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper
@@ -255,17 +256,90 @@ def test_the_host_path_of_a_file_in_a_jail_opens_that_file_and_not_ours_by_that_
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_file_named_like_a_deleted_one_is_told_by_its_name(
+@pytest.mark.parametrize("name", ["x.so (deleted)", r"a\012b.so", "a\nb.so", "a\\012\n (deleted)"])
+def test_a_file_whose_name_maps_shows_like_another_is_told_by_its_name(
     open_ledger: Callable[..., Ledger],
     start: Start,
     scratch: Path,
     one_and_two: tuple[bytes, bytes],
     strategy: str,
+    name: str,
 ) -> None:
-    path, mapper = scratch / "x.so (deleted)", start()
+    path, mapper = scratch / name, start()
     path.write_bytes(one_and_two[0])
     mapper.map(path)
     ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
     found = wait_held(ledger, mapper.pid, path, lambda _: True)
     assert not found.deleted
     assert found.host_path == str(path)
+    assert found.build_id == build_id(one_and_two[0], scratch)
+    assert ledger.watcher.audit().differences == ()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_deleted_file_is_not_taken_for_one_that_is_named_like_it(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    path, mapper = scratch / "x.so", start()
+    path.write_bytes(one_and_two[0])
+    mapper.map(path)
+    path.unlink()
+    (scratch / "x.so (deleted)").write_bytes(one_and_two[1])
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, path, lambda _: True)
+    assert found.deleted
+    assert found.build_id == build_id(one_and_two[0], scratch)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_program_whose_name_ends_like_the_mark_is_named_whole(
+    open_ledger: Callable[..., Ledger], start: Start, scratch: Path, programs: Any, strategy: str
+) -> None:
+    program = scratch / "mapper (deleted)"
+    shutil.copy(programs["mapper"], program)
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    mapper = start(program)
+
+    def find() -> Process | None:
+        ledger.catch_up()
+        found = [one for one in ledger.watcher.snapshot() if one.process is not None and one.process.pid == mapper.pid]
+        return next((one.process for one in found if one.library.kind == "executable"), None)
+
+    found = ledger.wait_for(find, "the program was not told as one")
+    assert found.exe == str(program)
+    assert held(ledger, mapper.pid, program) is not None
+    assert ledger.watcher.audit().differences == ()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_file_that_is_the_root_of_a_detached_mount_has_the_path_that_the_kernel_gives_it(
+    open_ledger: Callable[..., Ledger],
+    start: Start,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    path, mapper = scratch / "lib.so", start()
+    path.write_bytes(one_and_two[0])
+    detached = open_tree(path)
+    try:
+        at, length = mapper.map(f"/proc/{os.getpid()}/fd/{detached}")
+    finally:
+        os.close(detached)
+    ledger = open_ledger(Rule("^/$", kind=KINDS), config=config(strategy))
+    found = wait_held(ledger, mapper.pid, "/", lambda _: True)
+    assert found.build_id == build_id(one_and_two[0], scratch)
+    assert opens_the_same(found, mapper.pid, at, length)
+    assert ledger.watcher.audit().differences == ()
+
+
+def open_tree(path: Path) -> int:
+    """A descriptor of a copy of the mount that is nothing but the file (OPEN_TREE_CLONE; Linux 5.2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(428, -100, os.fsencode(path), 1 | os.O_CLOEXEC)  # AT_FDCWD
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    return int(fd)

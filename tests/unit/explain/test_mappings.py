@@ -15,7 +15,7 @@ from sowatch.engine.queries import KnownFile, KnownProcess
 from sowatch.explain import FileLook, VerdictAnswer
 from sowatch.explain.assemble import FilesByAddress, answers, group_rows, verdict_of
 from sowatch.explain.audit import Difference
-from sowatch.linux.proc import MapRow
+from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS

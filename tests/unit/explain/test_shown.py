@@ -15,7 +15,8 @@ from sowatch.explain import FileLook, Try, to_dict
 from sowatch.explain.assemble import PathFacts, Shown
 from sowatch.explain.audit import Difference
 from sowatch.explain.gather import explain
-from sowatch.linux.proc import Miss, executable_maps
+from sowatch.linux.proc import Miss
+from sowatch.linux.proc_parse import executable_maps
 from sowatch.model.encoding import dumps
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId

@@ -12,7 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from sowatch.inventory.staleness import FRESH, Disk, StaleAnswer, Staleness
-from sowatch.linux.proc import MapRow, ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from support.programs import Mapper

@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import pytest
 
 from sowatch.linux import proc as procfs
-from sowatch.linux.proc import Link, MapRow, Miss, ProcFs, ProcReadError, parse_maps
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
+from sowatch.linux.proc_parse import Link, MapRow, parse_maps
 from sowatch.model.errors import ProcRootError, SowatchError
 from sowatch.model.identity import TICK_NS
 from support.programs import Mapper
@@ -76,7 +78,7 @@ def test_a_file_deleted_while_it_is_mapped_keeps_its_name_and_is_marked(tmp_path
         row = my_row(os.fstat(fd).st_ino)
 
         assert (row.path, row.is_deleted) == (path, True)
-        assert ProcFs().resolve_deleted_suffix(ME, row) == row
+        assert ProcFs().resolve(ME, [row]) == [row]
 
 
 def test_a_file_whose_name_ends_like_the_mark_is_settled_by_looking_for_it(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_file_whose_name_ends_like_the_mark_is_settled_by_looking_for_it(tmp_p
         row = my_row(os.fstat(fd).st_ino)
 
         assert (row.path, row.is_deleted) == (bytes(tmp_path) + b"/real", True)
-        assert ProcFs().resolve_deleted_suffix(ME, row) == row._replace(path=path, is_deleted=False)
+        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=False)]
 
 
 def test_another_file_by_the_marked_name_does_not_unmark_a_deleted_one(tmp_path: Path) -> None:
@@ -95,7 +97,37 @@ def test_another_file_by_the_marked_name_does_not_unmark_a_deleted_one(tmp_path:
         os.close(create(path + b" (deleted)"))
         row = my_row(os.fstat(fd).st_ino)
 
-        assert ProcFs().resolve_deleted_suffix(ME, row).is_deleted
+        assert ProcFs().resolve(ME, [row]) == [row]
+
+
+@pytest.mark.parametrize("name", [b"a\\012b.so", b"a\nb.so", b"\\012\n", b"\\012 (deleted)"])
+def test_a_backslash_and_three_digits_in_a_name_are_told_from_a_newline(tmp_path: Path, name: bytes) -> None:
+    path = bytes(tmp_path) + b"/" + name
+    with mapped(fd := create(path)):
+        row = my_row(os.fstat(fd).st_ino)
+        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=False)]
+        os.unlink(path)
+        row = my_row(os.fstat(fd).st_ino)
+        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=True)]
+
+
+def test_the_same_where_the_kernels_link_cannot_be_read(tmp_path: Path) -> None:
+    path = bytes(tmp_path) + b"/a\\012b"
+    with mapped(fd := create(path)):
+        row = my_row(os.fstat(fd).st_ino)._replace(start=0)
+        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path)]
+        os.rename(path, bytes(tmp_path) + b"/a\nb")
+        assert ProcFs().resolve(ME, [row]) == [row]
+
+
+def test_a_program_whose_name_ends_like_the_mark_has_its_whole_name(spawn: Any, tmp_path: Path) -> None:
+    program = tmp_path / "sleep (deleted)"
+    shutil.copy(shutil.which("sleep") or "", program)
+    child = spawn([program, "60"])
+    assert ProcFs().exe(child.pid) == Link(str(program), False)
+    program.rename(tmp_path / "other")
+    (tmp_path / "other").unlink()
+    assert ProcFs().exe(child.pid) == Link(str(tmp_path / "other"), True)
 
 
 def test_a_memfd_is_shown_by_its_name_and_as_deleted() -> None:
@@ -377,6 +409,19 @@ def test_nobody_is_denied_maps_and_exe_and_may_read_the_rest() -> None:
 @needs_root
 def test_nobody_may_read_its_own_maps() -> None:
     assert as_nobody(lambda: len(ProcFs().executable_maps(os.getpid()) or ()) > 3) == "True"
+
+
+@needs_root
+def test_nobody_tells_a_name_that_ends_like_the_mark_by_inode_and_device() -> None:
+    # Nobody may not follow the links in map_files, so numbers are all there is to compare.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o755)
+        path = f"{place}/x (deleted)".encode()
+        with mapped(fd := create(path)):
+            row = my_row(os.fstat(fd).st_ino)
+            rows = [row, row._replace(minor=row.minor + 1), row._replace(inode=row.inode + 1)]
+            answer = as_nobody(lambda: ProcFs().resolve(os.getpid(), rows))
+    assert answer == repr([row._replace(path=path, is_deleted=False), *rows[1:]])
 
 
 def mounted_proc(options: str, code: str) -> str:

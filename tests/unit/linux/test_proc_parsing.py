@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from sowatch.linux import auxv
 from sowatch.linux import proc as procfs
 from sowatch.linux.cgroups import parse_cgroup
-from sowatch.linux.proc import (
-    MapRow,
-    executable_maps,
-    parse_maps,
-    parse_stat,
-    parse_status,
-    seen_path,
-)
+from sowatch.linux.proc_parse import MapRow, executable_maps, parse_maps, parse_stat, parse_status, seen_path
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -74,6 +67,7 @@ files = st.builds(
     inode=numbers,
     path=names.map(lambda name: b"/" + name),
     is_deleted=st.booleans(),
+    subvolume=st.just(0),
 )
 anonymous = st.builds(
     MapRow,
@@ -86,6 +80,7 @@ anonymous = st.builds(
     inode=st.just(0),
     path=st.sampled_from([b"", b"[heap]", b"[vdso]", b"[anon:a b]", b"//anon", b"anon_inode:[perf_event]"]),
     is_deleted=st.just(False),
+    subvolume=st.just(0),
 )
 tables = st.lists(files | anonymous, max_size=8)
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
 from sowatch.engine.address_space import MappedFile, ProcessState
 from sowatch.linux.cpu_clock import CpuClocks
-from sowatch.linux.proc import MapRow, ProcFs
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc_parse import MapRow
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process
