@@ -21,9 +21,9 @@ __all__ = ["FACTS_TIMEOUT_S", "FactsQueue"]
 #: How long the events behind a file wait for its facts; a file that cannot be read in that time
 #: (a dead network file system, a hostile FUSE mount) is reported without them.
 FACTS_TIMEOUT_S: Final = 2.0
-#: What has waited too long is looked for this often.
+#: What has waited too long is searched for this often.
 EXPIRY_S: Final = 0.1
-#: Beyond the limit, so much of it is emptied at once, so that not each change has to look for the longest queue.
+#: Beyond the limit, so much of it is emptied at once, so that not each change has to search for the longest queue.
 SPARE: Final = 1 / 8
 
 #: Publishes a change; the facts are None if they did not come in time. The flag is that of `FactsQueue.put`.
@@ -79,7 +79,7 @@ class FactsQueue:
     def __init__(self, publish: Publish, *, limit_bytes: int) -> None:
         self._publish = publish
         self._limit_bytes = limit_bytes
-        #: By pid, not by ProcessId: whoever reuses a pid comes after whoever had it.
+        #: By pid, not by ProcessId: a process that reuses a pid comes after the one that had it.
         self._queues: dict[int, _ProcessQueue] = {}
         #: The processes whose first change waits for an inspection.
         self._heads: dict[Inspection, list[int]] = {}

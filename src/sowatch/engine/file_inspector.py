@@ -1,6 +1,6 @@
 """Opens mapped files safely and reads what they say of themselves, off the draining thread.
 
-Files are under the control of whoever made the container: they are opened through the kernel's own link to the
+Files are under the control of containers: they are opened through the kernel's own link to the
 mapping, or below the process's own root, never by following a link out of it; without blocking on a FIFO; and only
 regular files are read.
 """
@@ -30,13 +30,13 @@ from sowatch.model.literals import Kind
 
 __all__ = ["FileFacts", "Inspection", "Inspector", "host_path", "open_mapped"]
 
-#: A look that takes longer hangs: what else it hangs for is not tried until it has returned.
+#: A read that takes longer hangs: what else it hangs for is not tried until it has returned.
 STUCK_S: Final = 0.5
-#: When all threads have looked for so long, those behind them get further ones: so many at a time, and in all.
+#: When all threads have been busy for so long, those behind them get further ones: so many at a time, and in all.
 BUSY_S: Final = 0.02
 MORE_THREADS: Final = 8
 MAX_THREADS: Final = 64
-#: Files that were given up and are looked at again when what hung has returned.
+#: Files that were given up and are read again when what hung has returned.
 MAX_GIVEN_UP: Final = 5_000
 #: What dynamic loaders are called: ld-linux-x86-64.so.2, ld-musl-x86_64.so.1, ld64.so.2, ld.so.1, libc.musl-...
 LOADER_NAME: Final = re.compile(r"/(ld(64)?(-[^/]*)?\.so[^/]*|libc\.musl-[^/]*|ld-[0-9.]+\.so)$")
@@ -45,9 +45,9 @@ MAX_FACTS: Final = 5_000
 
 
 #: What changed so recently may change again within the granularity of the kernel's clock for files (a tick, 10 ms at
-#: the most), and keep its change time. Linux 6.13 has finer ones for files that were looked at.
+#: the most), and keep its change time. Linux 6.13 has finer ones for files that were read.
 RACY_NS: Final = 20_000_000
-#: A file that is not whole, or is no ELF file, and changed so recently is looked at again: it may be being written.
+#: A file that is not whole, or is no ELF file, and changed so recently is read again: it may be being written.
 UNFINISHED_S: Final = 60.0
 #: So long after its last change a file that looks whole is whole.
 WRITTEN_S: Final = 2.0
@@ -88,11 +88,11 @@ class FileFacts(NamedTuple):
     link: str | None = None
 
     def kind(self, claimed: Kind, path: str, *, is_anonymous: bool) -> Kind:
-        """What the file at ``path`` is to a process that claims it to be ``claimed``.
+        """What the file at ``path`` is to a process that states that it is its ``claimed``.
 
-        Executable and interpreter are claims: a process can write its auxiliary vector and its exe link
-        (prctl(PR_SET_MM)), and map anything over what exec has mapped. So the file has to be one that the kernel can
-        start a process with. If it could not be read, an interpreter has to be called like one.
+        Executable and interpreter are statements of the process: a process can write its auxiliary vector and its exe
+        link (prctl(PR_SET_MM)), and map anything over what exec has mapped. So the file has to be one that the kernel
+        can start a process with. If it could not be read, an interpreter has to be called like one.
         """
         if claimed in ("executable", "interpreter"):
             if self.is_elf is None:
@@ -106,7 +106,7 @@ class FileFacts(NamedTuple):
 
 
 class Inspection:
-    """A look at one file that was asked for. ``facts`` is None until it is done."""
+    """A read of one file that was asked for. ``facts`` is None until it is done."""
 
     __slots__ = ("asked_s", "facts")
 
@@ -138,7 +138,7 @@ class _Look:
         self.is_at_file = False
 
     def holds_up(self, pid: int, device: tuple[int, int], now_s: float) -> bool:
-        """Whether this look hangs, and one at a file on that device, mapped by that process, would too."""
+        """Whether this read hangs, and one of a file on that device, mapped by that process, would too."""
         return now_s - self.since_s > STUCK_S and (device == self.device if self.is_at_file else pid == self.pid)
 
 
@@ -148,7 +148,7 @@ class Inspector:
     Args:
         proc: the host's.
         exports: symbols that some rule asks for; read only if there are any.
-        on_done: called on the inspector's thread after each look.
+        on_done: called on the inspector's thread after each read.
 
     All methods may be called from any thread.
     """
@@ -165,7 +165,7 @@ class Inspector:
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._under_way: dict[Version, Inspection] = {}
         self._looking: dict[threading.Thread, _Look] = {}
-        #: Files that were not looked at, as that would hang: on which device, for which process.
+        #: Files that were not read, as that would hang: on which device, for which process.
         self._given_up: dict[FileId, tuple[int, tuple[int, int]]] = {}
         self._recovered: set[FileId] = set()
         self._finished: deque[Inspection] = deque()
@@ -195,7 +195,7 @@ class Inspector:
                     self._orders.put(order._replace(skips_process=True))
 
     def take_recovered(self) -> set[FileId]:
-        """Files to be looked at again: what hung is over, or they may be complete by now."""
+        """Files to be read again: what hung is over, or they may be complete by now."""
         if not self._recovered and not self._unfinished:
             return set()
         now_s = time.monotonic()
@@ -217,11 +217,11 @@ class Inspector:
     def known(self, name: MappedFile) -> FileFacts | None:
         """The facts, if the file was read before and has not changed since."""
         with self._lock:
-            # One that may be being written is looked at each time.
+            # One that may be being written is read each time.
             return None if name.file_id in self._unfinished else self._known.get(_version_of(name))
 
     def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
-        """Asks for a look at the file of a change; one look serves all who wait for that file."""
+        """Asks for a read of the file of a change; one read serves all who wait for that file."""
         name = change.name
         with self._lock:
             version = _version_of(name)
@@ -344,7 +344,7 @@ class Inspector:
                 if not is_settled or (not is_whole and age_ns < UNFINISHED_S * 1e9):
                     self._note_unfinished(version.file_id)
         with self._lock:
-            # A link is one process's, so the next one is looked at.
+            # A link is one process's, so the next one is read.
             if content in self._read and place != "link" and before.st_ctime_ns == version.changed_ns:
                 self._known[version] = facts
         return facts

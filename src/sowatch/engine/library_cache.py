@@ -28,7 +28,7 @@ class LibraryCache:
 
     def get(self, pid: int, name: MappedFile, kind: Kind, facts: FileFacts) -> Library:
         """What an event says of a file that this process has mapped."""
-        # Where the path does not lead to the file from here, the host path is one of that process alone.
+        # Where the path does not lead to the file from here, the host path is only that process's.
         is_shared = facts.place == "own"
         if is_shared:
             known = self._known.get((id(name), kind))

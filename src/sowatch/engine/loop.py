@@ -53,14 +53,14 @@ NAMED: Final = 5
 
 
 class Engine:
-    """Drives one source, one tracker and one publisher on a thread of its own.
+    """Drives one source, one mapping table and one publisher on a thread of its own.
 
     Args:
         source: open; the engine closes it.
-        silent_baseline: take the start-up snapshot without telling of it.
+        silent_baseline: take the start-up snapshot without reporting it.
 
     Attributes:
-        keeper: what works on that thread. Others may read its figures.
+        reconciler: what works on that thread. Others may read its figures.
         ready: what `start` returned.
         last_iteration_s: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
     """
@@ -137,7 +137,7 @@ class Engine:
 
         Args:
             question: what to call there.
-            synced: with everything on its way taken in, and every doubt read away.
+            synced: with everything on its way taken in, and every process scanned that needed it.
 
         Raises:
             SowatchError: the watch has ended.
@@ -149,7 +149,7 @@ class Engine:
             if synced:
                 self.reconciler.sync()
                 if self.reconciler.is_resting and time.monotonic() < end_s:
-                    # Whoever asks again and again gets no scans that would not be made without them.
+                    # A caller that asks again and again gets no scans that would not be made without them.
                     self._deferred.append((job, answer))
                     return
             answer.set_result(question())
@@ -173,7 +173,7 @@ class Engine:
 
     @property
     def poll_interval_s(self) -> float | None:
-        """Between two looks of a source that polls, now; from any thread."""
+        """Between two polls of a source that polls, now; from any thread."""
         return self._source.interval_s if isinstance(self._source, ProcfsSource) else None
 
     @property
@@ -313,7 +313,7 @@ class Engine:
         for job, answer in jobs:
             try:
                 job()
-            except Exception as error:  # noqa: BLE001 - it goes to whoever asked
+            except Exception as error:  # noqa: BLE001 - it goes to the caller
                 answer.set_exception(error)
 
     def _unread_limits(self) -> tuple[str, ...]:

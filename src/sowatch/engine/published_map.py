@@ -63,7 +63,7 @@ class PublishedMap:
         return dict(self._loads.get(process, {}))
 
     def of_pid(self, pid: int) -> list[Load]:
-        """The load events of whoever has this pid; on the engine's thread."""
+        """The load events of the process that has this pid; on the engine's thread."""
         return [load for process in self._by_pid.get(pid, ()) for load in self._loads[process].values()]
 
     def where(self, is_meant: Callable[[Load], bool]) -> list[Load]:

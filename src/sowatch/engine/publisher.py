@@ -249,7 +249,7 @@ class Publisher:
         process = change.process
         held = self.published.get(process.id, name.file_id)
         if held is not None:
-            # Looked at again, as rules have changed, or the file was not complete or could not be read.
+            # Checked again, as rules have changed, or the file was not complete or could not be read.
             known = held.library
             has_changed = facts.is_elf is not None and (
                 known.kind != kind or (known.build_id is not None and known.build_id != facts.build_id)
@@ -274,7 +274,7 @@ class Publisher:
         self.published.put(process.id, name.file_id, event)
         self.loads += 1
         if self._registry.acquire(rule.name, library, process.id):
-            # With its ranges: whoever activates the file opens it by them.
+            # With its ranges: a worker that activates the file opens it by them.
             activate = Activate(rule.name, library, process, None, change.t_ns, now_ns, *where)
             self.subscribers.emit(activate)
         self.subscribers.emit(event)

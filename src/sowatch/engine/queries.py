@@ -30,7 +30,7 @@ View = Mapping[int, tuple[ProcessId, list[Held]] | None]
 
 
 class KnownFile(NamedTuple):
-    """One file in one process, as the map has it. ``load`` is None if it was not told of."""
+    """One file in one process, as the map has it. ``load`` is None if it was not reported."""
 
     name: MappedFile
     kind: Kind
@@ -52,7 +52,7 @@ class KnownProcess(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What map and kernel side know, by pid. Whoever asked for it closes ``verdicts``.
+    """What map and kernel side know, by pid. The caller closes ``verdicts``.
 
     ``tracked`` is the kernel's entry of the process that was asked for. ``own_view_id`` is the root of
     the agent as `sowatch.engine.address_space.MappedFile.view` has it.

@@ -15,8 +15,8 @@ __all__ = ["MAX_TENTATIVE", "Coverage", "Range", "RangeMap", "RangeSnapshot"]
 Range = tuple[int, int]
 K = TypeVar("K", bound=Hashable)
 
-#: So many keys may be said to be at one address before it was scanned. At most one of them really is there, so the
-#: one that was said first goes: else a list of claims at one address could grow without limit.
+#: So many keys may be reported at one address before it was scanned. At most one of them really is there, so the
+#: one that was reported first goes: else a list of tentative ones at one address could grow without limit.
 MAX_TENTATIVE: Final = 8
 
 

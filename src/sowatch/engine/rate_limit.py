@@ -22,7 +22,7 @@ FEWEST_RECORDS_S: Final = 1_000
 class AdaptiveRateLimit:
     """How many records a second one process may send: what the configuration says, fewer while the watch falls behind.
 
-    So that what floods, whoever and however many they are, cost the others a second or two and no more.
+    So that processes that flood, however many they are, cost the others a second or two and no more.
     """
 
     def __init__(self, source: EventSource, max_records_s: int) -> None:

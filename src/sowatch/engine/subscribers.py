@@ -21,7 +21,7 @@ class Subscribers:
 
     Attributes:
         events: how many were emitted.
-        lost_in_queues: how many of those no reader's queue had room for, summed over the readers.
+        lost_in_queues: how many of those no reader's queue could take, summed over the readers.
     """
 
     def __init__(self, published: PublishedMap) -> None:

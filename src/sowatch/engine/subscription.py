@@ -90,7 +90,7 @@ class Subscription:
     def get(self, timeout_s: float | None = None) -> Event | None:
         """The next event; None after the last one, or if none came within the time.
 
-        `has_ended` tells the two apart.
+        `has_ended` distinguishes the two.
         """
         opened = self._open
         if not opened:
@@ -143,7 +143,7 @@ class Subscription:
     # ---- the engine's side --------------------------------------------------------------------
 
     def offer(self, event: Event) -> None:
-        """Queues the event if this reader wants it and has room."""
+        """Queues the event if this reader wants it and has space."""
         if isinstance(event, LibraryEvent):
             if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
                 return
@@ -161,7 +161,7 @@ class Subscription:
         self._put(event)
 
     def _belongs_to_the_last(self, event: Event) -> bool:
-        """A deactivate, and the load right after its activate, end what the reader was told before."""
+        """A deactivate, and the load right after its activate, end what the reader got before."""
         if isinstance(event, Load):
             return self._activated == (event.rule, event.library.id)
         return isinstance(event, Deactivate)
@@ -176,14 +176,14 @@ class Subscription:
             )
 
     def catch_up(self) -> None:
-        """Repairs the reader's view once it has made room; called from time to time."""
+        """Repairs the reader's view once it has made space; called from time to time."""
         if self._seen is None:
             return
         if self.waiting <= self._limit // 4 and self.waiting_bytes <= self._limit_bytes // 4:
             self._emit_missed(self._seen)
 
     def finish(self) -> None:
-        """The last word to this reader alone, once it was told what it missed."""
+        """The last event, to this reader only, once it got what it missed."""
         if self._seen is not None:
             self._emit_missed(self._seen)
         self._publisher.unsubscribe(self)

@@ -1,4 +1,4 @@
-"""Is the map right? An independent reading of ``/proc``, compared with it.
+"""Is the map right? An independent scan of ``/proc``, compared with it.
 
 Nothing here uses the kernel side: rows come from ``/proc/PID/maps``, so a fault of the programs, the records or the
 map shows as a difference.
@@ -31,7 +31,7 @@ from sowatch.model.rules import RuleSet
 
 __all__ = ["AuditReport", "Difference", "audit"]
 
-#: A difference counts if it is still the same after being looked at this often, this far apart.
+#: A difference counts if it is still the same after being read this often, this far apart.
 LOOKS: Final = 4
 PAUSE_S: Final = 0.05
 #: A file that cannot be read in this time is believed to be what its process says.
@@ -177,7 +177,7 @@ def _missing(
             continue
         if root is None:
             root = _root_of(pid, images.proc)
-        # Rules look at the path below the root of the process; maps shows ours.
+        # Rules match the path below the root of the process; maps shows ours.
         path = seen_path(row.path, root).decode("utf-8", "surrogateescape")
         if not rules.could_match(path):
             continue
@@ -190,7 +190,7 @@ def _missing(
 
 
 def _root_of(pid: int, proc: ProcFs) -> bytes:
-    """The root directory of a process, seen from ours; ours if it cannot be told."""
+    """The root directory of a process, seen from ours; ours if it cannot be determined."""
     link = proc.root_dir(pid)
     try:
         return os.readlink(link.encode()) if link else b"/"

@@ -1,6 +1,6 @@
-"""Explanations from the published map alone, for askers without the agent's rights.
+"""Explanations from the published map only, for askers without the agent's rights.
 
-Nothing is opened, followed or looked up in a file system: whoever asks over TCP must not learn through the agent what
+Nothing is opened or resolved in a file system: a client over TCP must not learn through the agent what
 the kernel would not let them see. Only files that some load event names are known here, by the path of that event or by
 their build id, and processes; everything else is answered as if it did not exist.
 """
@@ -132,7 +132,7 @@ def _state(about: Stat) -> str:
 
 
 def _record(proc: ProcFs, about: Stat) -> Process:
-    """A process that the map does not know, from what every user may read: no link is followed, no cgroup told."""
+    """A process that the map does not know, from what every user may read: no link is resolved, no cgroup reported."""
     status = proc.status(about.pid)
     return Process(
         pid=about.pid,

@@ -26,7 +26,7 @@ class IteratorScan:
     Attributes:
         current: the target that is read.
         progress: changes as long as the scan gets on.
-        is_given_up: set by whoever does not wait any more.
+        is_given_up: set by the caller that does not wait any more.
         begun_ns: CLOCK_MONOTONIC of when each session began, by target.
     """
 

@@ -1,4 +1,4 @@
-"""When to look at ``/proc`` again, and at whom: what everything that polls shares.
+"""When to read ``/proc`` again, and of which processes: what everything that polls shares.
 
 Works for every user; starts no thread.
 """
@@ -43,7 +43,7 @@ class PollTimer:
         self._what = what
         self._is_asked = False
         self._has_warned = False
-        #: Seconds between the beginnings of two looks, as it is now.
+        #: Seconds between the beginnings of two polls, as it is now.
         self.interval_s = config.poll_interval_s
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._fd: int = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_FLAGS)
@@ -68,7 +68,7 @@ class PollTimer:
 
     @contextmanager
     def look(self, *, counts: bool = True) -> Iterator[None]:
-        """Takes the time of a look, and sets the next one. ``counts`` is false for the first, which costs most."""
+        """Takes the time of a poll, and sets the next one. ``counts`` is false for the first, which costs most."""
         begun, used = time.monotonic(), time.thread_time()
         try:
             yield

@@ -33,16 +33,16 @@ __all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
 #: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
 _KEY: Final = struct.Struct("=QQIIQQQQII")
 _FILE_ID: Final = struct.Struct("=QQII")
-#: What is followed: the value itself means nothing, only that it is not 0.
+#: What is tracked: the value itself means nothing, only that it is not 0.
 _TRACKED: Final = 1
 
 
-#: What tells views of the file system apart (root inode, device and mount namespace), and the root's path.
+#: What distinguishes views of the file system (root inode, device and mount namespace), and the root's path.
 View = tuple[int, int, bytes]
 
 
 class Look(NamedTuple):
-    """One look at a process: its stat, its executable mappings of files, and when."""
+    """One read of a process: its stat, its executable mappings of files, and when."""
 
     stat: Stat
     rows: list[MapRow]
@@ -109,12 +109,12 @@ class ProcReader:
         return Look(last, self.proc.resolve(pid, rows), begin_ns, end_ns)
 
     def read(self, pid: int) -> ProcessScan | None:
-        """The reading of one process, as `sowatch.sources.core.EventSource.scan_process` gives it."""
+        """The scan of one process, as `sowatch.sources.core.EventSource.scan_process` gives it."""
         look = self.look(pid)
         return None if look is None else self.scan_of(look)
 
     def scan_of(self, look: Look) -> ProcessScan:
-        """The same from a look that was taken already."""
+        """The same from a read that was made already."""
         pid, start_ns = look.stat.pid, look.stat.start_ns
         scan = ProcessScan(pid, start_ns, look.begin_ns, look.end_ns, maps=MapRows(pool=self.pool), activity=_TRACKED)
         scan.exec_id = int(look.stat.has_executed)
@@ -144,7 +144,7 @@ class ProcReader:
         return (root.st_ino, (root.st_dev << 32 ^ namespace.st_ino) & (1 << 64) - 1, path)
 
     def images(self, pid: int, rows: list[MapRow]) -> set[MapRow]:
-        """The rows that the process claims exec to have mapped: of the main executable and of the interpreter."""
+        """The rows that exec has mapped, by what the process shows: of the main executable and of the interpreter."""
         exe = self.proc.exe(pid)
         raw = None if isinstance(exe, Miss) else exe.raw
         base = self.proc.interpreter_base(pid)
@@ -165,10 +165,10 @@ class ProcReader:
             start=row.start,
             end=row.end,
             offset_bytes=row.offset_bytes,
-            changed_ns=0,  # maps does not tell
+            changed_ns=0,  # maps does not show it
             place=0,
             comm=of.comm,
-            # Devices and FIFOs can be mapped too, but only their inode would tell. What has no path is no file.
+            # Devices and FIFOs can be mapped too, but only their inode would show it. What has no path is no file.
             mode=stat.S_IFREG if path.startswith(b"/") else 0,
             path_bytes=len(text),
             text=text,
@@ -178,7 +178,7 @@ class ProcReader:
         """Who a process is. What is gone by now, or not ours to see, is left empty.
 
         Args:
-            of: what its stat said.
+            of: its stat.
             rows: its mappings, to find the main executable among them.
             kind: FORK, EXEC or INTRO.
             t_ns: the time of the record.

@@ -1,4 +1,4 @@
-"""Exec, fork and exit of every process, for the `ProcessMonitor`: from the kernel, or from looks at ``/proc``.
+"""Exec, fork and exit of every process, for the `ProcessMonitor`: from the kernel, or from polls of ``/proc``.
 
 `KernelProcessFeed` loads three of the programs that `BpfSource` loads, with maps of the smallest size; a watch beside
 it does not notice. `PolledProcessFeed` needs no right.
@@ -120,7 +120,7 @@ class KernelProcessFeed:
 
 
 class _Seen(NamedTuple):
-    """A process at the last look that was needed."""
+    """A process at the last poll that was needed."""
 
     stat: Stat
     process: Process
@@ -128,10 +128,10 @@ class _Seen(NamedTuple):
 
 
 class PolledProcessFeed:
-    """What looks at ``/proc`` show, every ``poll_interval_s``. Can be opened again after `close`.
+    """What polls of ``/proc`` show, every ``poll_interval_s``. Can be opened again after `close`.
 
-    Processes that come and go between two looks are not seen; of several execs in between only the
-    last is told, and none of processes that this user may not read. ``t_ns`` is the time of the look.
+    Processes that come and go between two polls are not seen; of several execs in between only the
+    last is reported, and none of processes that this user may not read. ``t_ns`` is the time of the poll.
 
     Args:
         config: ``proc_root``, ``poll_interval_s``, ``poll_cpu_percent``.
@@ -143,7 +143,7 @@ class PolledProcessFeed:
         self._known: dict[int, _Seen] = {}
 
     def open(self) -> None:
-        """Looks for the first time; nothing is told of what is there.
+        """Polls for the first time; what is there is not reported.
 
         Raises:
             ProcRootError: there is no proc file system.
@@ -160,7 +160,7 @@ class PolledProcessFeed:
             raise
 
     def fileno(self) -> int:
-        """A descriptor that polls readable when it is time for a look."""
+        """A descriptor that polls readable when it is time for a poll."""
         return -1 if self._timer is None else self._timer.fileno()
 
     def drain(self) -> list[ProcessEvent]:
@@ -175,7 +175,7 @@ class PolledProcessFeed:
                 return []
 
     def lost(self) -> int:
-        """0: what happens between two looks cannot be counted."""
+        """0: what happens between two polls cannot be counted."""
         return 0
 
     def close(self) -> None:

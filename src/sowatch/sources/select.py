@@ -52,7 +52,7 @@ class Candidate(NamedTuple):
 
     open: Callable[[Config], EventSource]
     needs_bpf: bool
-    #: It reads by kernel iterators, which visit the processes of our own pid namespace only.
+    #: It reads by kernel iterators, which scan the processes of our own pid namespace only.
     iterates: bool = False
 
 
@@ -88,7 +88,7 @@ def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> E
         raise refusal from error
 
 
-#: Every candidate by its strategy. What comes after what is said by `candidates_to_try`.
+#: Every candidate by its strategy. What comes after what is given by `candidates_to_try`.
 CANDIDATES: Final[Mapping[str, Candidate]] = {
     "core": Candidate(_open_core, needs_bpf=True, iterates=True),
     "runtime": Candidate(_open_runtime, needs_bpf=True, iterates=True),
@@ -151,7 +151,7 @@ def open_source(config: Config) -> EventSource:
 
 
 def _select_source(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:
-    """The source or the error, and what was tried. Rungs that need what was found missing are not."""
+    """The source or the error, and what was tried. Candidates that need what was found missing are not."""
     attempts: list[LoadAttempt] = []
     first: SowatchError | None = None
     no_bpf: SowatchError | None = None

@@ -1,7 +1,7 @@
 """`UnreadProcesses`: processes whose mappings cannot be read, because the call that reads them hangs.
 
-A page fault that a file system does not answer may hold the lock of an address space (mmap_lock), and whoever
-reads the mappings waits behind it, for ever if need be: a dead network file system does this, and any user can
+A page fault that a file system does not answer may hold the lock of an address space (mmap_lock), and a reader
+of the mappings waits behind it, for ever if need be: a dead network file system does this, and any user can
 with a FUSE file system of their own. So whatever takes that lock runs here, on a helper thread with a deadline.
 A thread that hangs is left behind with its process, until the kernel lets it return; the process is then read again.
 """
@@ -28,7 +28,7 @@ T = TypeVar("T")
 #: A scan that has not got on for so long hangs; the more hang already, the sooner the next is given up.
 SCAN_TIMEOUT_S: Final = 0.25
 LEAST_TIMEOUT_S: Final = 0.05
-#: File systems that hang while a name is looked for.
+#: File systems that hang while a name is searched for.
 MAX_NAMES_ABANDONED: Final = 8
 
 
@@ -76,7 +76,7 @@ class UnreadProcesses:
             self._names.start()
 
     def names(self) -> TimeoutWorker:
-        """The worker that looks for names, made when it is first asked for; its thread lives as long as the others."""
+        """The worker that searches for names, made when first asked for; its thread lives as long as the others."""
         if self._names is None:
             self._names = TimeoutWorker("sowatch-names", max_abandoned=MAX_NAMES_ABANDONED)
             if self._is_started:

@@ -102,7 +102,7 @@ class Delivery:
         self._counts = counts
         self._on_room = on_room
         self._changed = threading.Condition(threading.Lock())
-        # Who gets an event is settled when it is queued: a subscriber that comes later was given
+        # Who gets an event is decided when it is queued: a subscriber that comes later was given
         # the processes as they are then, and must not see older news after that.
         self._waiting: deque[tuple[Sequence[ProcessEvent], Sequence[Subscription]]] = deque()
         self._count = 0

@@ -1,8 +1,8 @@
-"""Which processes the subscribers were told of, and what there is left to tell them.
+"""Which processes were reported to the subscribers, and what is left to report.
 
 Not safe for several threads: the monitor calls it with its lock held.
 
-The set holds what was *told*, not what is: an event that could not be handed on leaves it as it
+The set holds what was *reported*, not what is: an event that could not be handed on leaves it as it
 was, so the comparison with ``/proc`` finds it again. Everything here is keyed by pid, since one
 pid names one process at a time, and compared by `ProcessId` at tick precision.
 """
@@ -25,13 +25,13 @@ from sowatch.model.process_events import ProcessEvent
 
 __all__ = ["Differences", "KnownProcesses", "Seen", "describe", "look"]
 
-#: Exits remembered so that none is told twice: a repair may find one whose event is still to come, and
+#: Exits remembered so that none is reported twice: a repair may find one whose event is still to come, and
 #: where the kernel does not say which thread is the last one, two may both look like it.
 _REMEMBERED_EXITS: Final = 8_192
 
 
 class Seen(NamedTuple):
-    """A process as a look at ``/proc`` found it.
+    """A process as a scan of ``/proc`` found it.
 
     ``image`` is where the last exec put code and stack: inherited by fork and, the addresses being
     random, different after every exec. Empty where it may not be seen, and of kernel threads.
@@ -64,9 +64,9 @@ def look(proc: ProcFs) -> dict[int, Seen]:
 class _Known:
     """A process as the subscribers know it.
 
-    ``image`` is the one of the last look, of the parent's where nobody looked at the child yet: an
-    exec that the feed told makes the next look differ too. ``fact_ns`` is the time of the latest
-    news. An exec from before ``reported_ns``, the baseline, is told by its scan.
+    ``image`` is the one of the last scan, of the parent's where nobody read the child yet: an
+    exec that the feed reported makes the next scan differ too. ``fact_ns`` is the time of the latest
+    news. An exec from before ``reported_ns``, the baseline, is reported by its scan.
     """
 
     __slots__ = (
@@ -90,7 +90,7 @@ class _Known:
 
 
 class Differences(NamedTuple):
-    """What a look at ``/proc`` shows that was not told."""
+    """What a scan of ``/proc`` shows that was not reported."""
 
     exits: list[ProcessEvent]
     new: list[Seen]
@@ -110,13 +110,13 @@ class KnownProcesses:
         return len(self._known)
 
     def news(self, event: ProcessEvent) -> list[ProcessEvent]:
-        """What to tell because of an event from the feed, in this order. Changes nothing."""
+        """What to report because of an event from the feed, in this order. Changes nothing."""
         known = self._known.get(event.process.pid)
         if known is None:
             return self._news_of_untracked_sharer(event)
         if not known.process.id.same_tick(event.process.id):
             if event.process.start_ns < known.process.start_ns:
-                return []  # of an earlier process with this pid, whose exit was told when this one was found
+                return []  # of an earlier process with this pid, whose exit was reported when this one was found
             return [_exit(known, event.t_ns), *self._news_of_untracked_sharer(event)]
         if event.kind == "fork":
             return [] if known.is_fork_reported else [event]
@@ -132,7 +132,7 @@ class KnownProcesses:
         return [event]
 
     def reported(self, event: ProcessEvent, seen: Seen | None = None) -> None:
-        """The event was handed on; ``seen`` if it came from a look at ``/proc``."""
+        """The event was handed on; ``seen`` if it came from a scan of ``/proc``."""
         pid = event.process.pid
         known = self._known.get(pid)
         if event.kind == "exit":
@@ -160,7 +160,7 @@ class KnownProcesses:
             known.is_exec_unreported = True
 
     def add(self, process: Process, seen: Seen, *, is_reported: bool) -> bool:
-        """Takes note of a process that was there before; not if the feed told of it already."""
+        """Takes note of a process that was there before; not if the feed reported it already."""
         if process.pid in self._known or _tick(process.id) in self._gone:
             return False
         known = self._known[process.pid] = _Known(process, seen.image, is_kernel_thread=seen.is_kernel_thread)
@@ -183,11 +183,11 @@ class KnownProcesses:
         return None if parent is None else parent.process.id
 
     def compare(self, looked: dict[int, Seen], began_ns: int) -> Differences:
-        """What is to be told so that the subscribers know what ``looked`` shows.
+        """What is to be reported so that the subscribers know what ``looked`` shows.
 
         Args:
-            looked: what a look that began at ``began_ns`` found. What the feed said of that time
-                must have been told; newer facts are left alone.
+            looked: what a scan that began at ``began_ns`` found. What the feed reported of that time
+                must have been reported; newer events stand.
             began_ns: CLOCK_MONOTONIC.
 
         Returns:
@@ -208,7 +208,7 @@ class KnownProcesses:
 
     def _is_new(self, seen: Seen) -> bool:
         known = self._known.get(seen.id.pid)
-        # The known one may be newer than the look: then the one that was seen is gone already.
+        # The known one may be newer than the scan: then the one that was seen is gone already.
         if known is not None and _tick(known.process.id) >= _tick(seen.id):
             return False
         return _tick(seen.id) not in self._gone
@@ -222,7 +222,7 @@ class KnownProcesses:
 
 
 def describe(proc: ProcFs, seen: Seen) -> Process | None:
-    """The whole record of a process that a look found; None if it is gone, or another one by now."""
+    """The whole record of a process that a scan found; None if it is gone, or another one by now."""
     process = proc.process(seen.id.pid, container_of=container_id)
     return process if process is not None and process.id.same_tick(seen.id) else None
 

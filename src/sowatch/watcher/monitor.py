@@ -1,4 +1,4 @@
-"""ProcessMonitor: tells of every exec, fork and exit on the host."""
+"""ProcessMonitor: reports every exec, fork and exit on the host."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LOG = logging.getLogger("sowatch")
 
 
 class ProcessMonitor:
-    """Tells of every exec, fork and exit, and makes good what was lost.
+    """Reports every exec, fork and exit, and makes good what was lost.
 
     Callbacks run in one thread of their own, in the order things happened. One that raises is
     counted and logged, and the others still run; one that is slow fills the queue
     (``config.queue_events``). What finds it full, and what the feed could not collect, is counted,
-    and then ``/proc`` is compared with what was told: subscribers get the difference with cause
+    and then ``/proc`` is compared with what was reported: subscribers get the difference with cause
     ``repair``. A process that came and went in between is only in the counts.
 
     Users are counted: each `start` needs one `stop`, and the last one stops it. Subscriptions
@@ -66,7 +66,7 @@ class ProcessMonitor:
         """The process-wide default monitor, started; each call needs one `stop`.
 
         It is made by the first call, with the feed that ``make_feed`` gives, and again by the
-        first one after it was stopped. This is the only default; whoever takes a monitor as an
+        first one after it was stopped. This is the only default; code that takes a monitor as an
         argument can be given another one.
 
         Raises:
@@ -81,7 +81,7 @@ class ProcessMonitor:
             return monitor
 
     def start(self) -> None:
-        """Begins, or counts one more user. What happens after it has returned is told.
+        """Begins, or counts one more user. What happens after it has returned is reported.
 
         Raises:
             ProcRootError: ``config.proc_root`` is none.

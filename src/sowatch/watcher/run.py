@@ -1,4 +1,4 @@
-"""One run of a process monitor, from a start to its stop: drains the feed, tells, repairs.
+"""One run of a process monitor, from a start to its stop: drains the feed, reports, repairs.
 
 The thread here is never held up by user code: what finds the queue full is counted and found again by comparing with
 ``/proc``.
@@ -82,13 +82,13 @@ class Run:
             raise
 
     def ask_to_stop(self, timeout_s: float) -> None:
-        """Returns at once. What the feed has now is still told."""
+        """Returns at once. What the feed has now is still reported."""
         self._deadline_s = time.monotonic() + timeout_s
         self._stopping.set()
         self._wake()
 
     def join(self) -> bool:
-        """Waits for the end, as long as `ask_to_stop` said; whether the feed is free again."""
+        """Waits for the end, as long as `ask_to_stop` gave; whether the feed is free again."""
         self._thread.join(max(0.0, self._deadline_s - time.monotonic()))
         # If the drain is stuck it cannot say that nothing more comes.
         self._delivery.finish(self._deadline_s)
@@ -181,10 +181,10 @@ class Run:
         self.known.reported(event, seen)
         return True
 
-    # Looks at /proc: the baseline once, and repairs.
+    # Scans of /proc: the baseline once, and repairs.
 
     def _is_look_due(self) -> bool:
-        # Without room a repair would get nowhere; the delivery wakes us when there is some.
+        # Without space a repair would get nowhere; the delivery wakes us when there is some.
         return not self._has_baseline or (self._is_repair_due and self._delivery.has_room)
 
     def _look_if_due(self) -> None:
@@ -223,11 +223,11 @@ class Run:
             self._has_baseline = True
 
     def _repair(self) -> bool:
-        """Tells the difference between ``/proc`` and what was told; False if the queue was too full for it."""
+        """Reports the difference between ``/proc`` and what was reported; False if the queue was too full for it."""
         began_ns = time.monotonic_ns()
         looked = look(self._proc)
         if self._is_open:
-            # What happened before the look is told as the fact it is, in its order.
+            # What happened before the scan is reported as the event it is, in its order.
             self._drain()
         with self._subscribers.lock:
             exits, new, changed = self.known.compare(looked, began_ns)
@@ -249,7 +249,7 @@ class Run:
             return False
         process = describe(self._proc, seen)
         if process is None:
-            return True  # gone since; the feed tells, or loses that too
+            return True  # gone since; the feed reports it, or loses that too
         with self._subscribers.lock:
             parent = self.known.parent_of(seen.ppid)
             if is_new and not self._emit(ProcessEvent("fork", process, parent, seen.t_ns, "repair"), seen):
@@ -259,7 +259,7 @@ class Run:
             return self._emit(ProcessEvent("exec", process, parent, seen.t_ns, "repair"), seen)
 
     def _reopen(self, error: Exception) -> None:
-        """Gets a broken feed going again. Meanwhile ``/proc`` is compared, so nothing stays untold."""
+        """Gets a broken feed going again. Meanwhile ``/proc`` is compared, so nothing stays unreported."""
         _log.warning("the process feed failed and is opened again: %s", error, exc_info=error)
         if time.monotonic() > self._opened_s + _LAST_BACKOFF_S:
             self._reopen_delay_s = 0.0

@@ -1,6 +1,6 @@
 """`Watcher`: source, map, rules and subscribers put together.
 
-This is the room to read first to see how the parts meet: a `Watcher` opens a source, gives it to an `Engine` thread,
+This is the module to read first to see how the parts meet: a `Watcher` opens a source, gives it to an `Engine` thread,
 and hands out what that publishes; each rule with callbacks has a worker thread of its own, so a slow callback delays
 only its own rule.
 """
@@ -54,12 +54,12 @@ T = TypeVar("T")
 
 #: How long stop() waits for the callbacks of one rule that are under way.
 WORKER_STOP_S = 1.0
-#: The draining thread looks for losses once a second; after so long without, nobody knows of any.
+#: The draining thread checks for losses once a second; after so long without, nobody knows of any.
 KNOWS_S = 5.0
 
 
 class Watcher:
-    r"""Watches the whole host, and tells of the libraries that its rules want.
+    r"""Watches the whole host, and reports the libraries that its rules want.
 
     Args:
         rules: the first that matches a file wins; without any, every shared library.
@@ -68,8 +68,8 @@ class Watcher:
         container: only processes of containers whose id starts with this.
         exclude_self: leave this very process out.
         exclude_pids: leave these processes out (pids in the initial pid namespace).
-        snapshot: tell of what is mapped already. Without, only news is told.
-        open_source: where records come from; the default climbs the load ladder.
+        snapshot: report what is mapped already. Without, only what is new is reported.
+        open_source: where records come from; the default selects the strategy.
 
     Use it as a context manager, or `start` and `stop` it. All methods may be called from any
     thread. Iterating gives the library events from before the start on.
@@ -182,7 +182,7 @@ class Watcher:
             self._is_stopped = True
             if self._engine is not None:
                 self._engine.stop()
-            # Once more if the engine's thread did so: whoever waits for events must not wait for ever.
+            # Once more if the engine's thread did so: a reader of events must not wait for ever.
             self._publisher.subscribers.end()
             deadline = time.monotonic() + WORKER_STOP_S
             for worker in (*self._workers, *self._retired):
@@ -212,7 +212,7 @@ class Watcher:
 
     @property
     def ready(self) -> Ready | None:
-        """What the ``ready`` event said; None before the start."""
+        """What the ``ready`` event reported; None before the start."""
         return None if self._engine is None else self._engine.ready
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -249,7 +249,7 @@ class Watcher:
 
         Args:
             with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
-                whoever looks again and again.
+                those who ask again and again.
         """
         now: dict[ProcessId, dict[FileId, Mapping]] = {}
         if with_ranges and self.ready is not None:
@@ -273,7 +273,7 @@ class Watcher:
         ]
 
     def audit(self) -> AuditReport:
-        """Compares the map with an independent reading of ``/proc``, every live process tried.
+        """Compares the map with an independent scan of ``/proc``, every live process tried.
 
         A difference counts if it is still there after a few looks some 50 ms apart. Takes about as
         long as reading every process's maps; `set_rules` waits for it. Any thread but a callback's may ask.
@@ -292,7 +292,7 @@ class Watcher:
     def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
         """The decision trail of one process or one file: what was seen of it, and why no more.
 
-        Looks at ``/proc``, the map, what the kernel side remembers, and the files themselves, each of
+        Reads ``/proc``, the map, what the kernel side remembers, and the files themselves, each of
         which is given up after 2 s. Changes nothing. Any thread but a callback's may ask.
 
         Args:
@@ -308,7 +308,7 @@ class Watcher:
     def explain_published(
         self, *, pid: int | None = None, path: str | None = None, build_id: str | None = None
     ) -> ProcessReport | PathReport:
-        """The same from the published map alone, for askers who must not see more than its load events say.
+        """The same from the published map only, for askers who must not see more than its load events say.
 
         No file is opened or looked up, no link followed. Exactly one argument is given. Any thread but a callback's
         may ask.
@@ -367,7 +367,7 @@ class Watcher:
         return tuple(self._rules)
 
     def set_rules(self, *rules: Rule) -> None:
-        """Watches by other rules from now on, without a gap. Returns once everything mapped was told by them.
+        """Watches by other rules from now on, without a gap. Returns once everything mapped was reported by them.
 
         What no rule wants any more is unloaded with cause ``rules``, what is wanted now loaded with cause
         ``snapshot`` (unless the watch began without a snapshot), and what another rule wants both. Rules
@@ -413,7 +413,7 @@ class Watcher:
         self._workers = (*stay, *(self._new_worker(rule, leave.get(rule.name)) for rule in begin))
 
     def attach_pid(self, pid: int, rule: str) -> int:
-        """Looks at a process once more, by hand: what the rule wants is told and activated if it was not.
+        """Scans a process once more, by hand: what the rule wants is reported and activated if it was not.
 
         Activations that failed are tried again, unless their file is blocked.
 
@@ -547,7 +547,7 @@ class Watcher:
 
         `audit` and `explain` notice and repair before they answer.
         """
-        # A thread that hangs or drowns has not looked for losses for that long: nobody knows.
+        # A thread that hangs or drowns has not checked for losses for that long: nobody knows.
         if self._engine is None:
             return True
         return self._engine.reconciler.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)

@@ -39,7 +39,7 @@ _OLD = re.compile(rf"\b(?:{'|'.join(OLD)})\b", re.IGNORECASE)
 
 #: Stands for other things here. A name in backquotes, a test's or a key's, is no prose.
 ALLOWED = {
-    r"`[^`\n]*`": "names of tests, keys and files",
+    r"`+[^`\n]*`+": "names of tests, keys and files",
     r"\b\w+_(?:told|look|looks|looked|holders?|reading|touch)\b|\b(?:told|look|holder)_\w+\b": "names",
     r"\bexplain\.looks\b": "a module",
     r"touches the (?:kernel|network)": "the verb",

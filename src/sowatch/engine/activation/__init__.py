@@ -3,7 +3,7 @@
 * ``files.py``: `FileRegistry`, which runs the callbacks.
 * ``holdings.py``: who holds what.
 * ``blocklist.py``: the files whose activation failed.
-* ``records.py``: what it tells of itself.
+* ``records.py``: what it reports of itself.
 """
 
 from sowatch.engine.activation.files import FileRegistry

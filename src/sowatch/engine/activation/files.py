@@ -265,7 +265,7 @@ class FileRegistry:
             return tuple(entry.record() for entry in self._holdings.entries.values())
 
     def blocked(self) -> tuple[BlockedFile, ...]:
-        """The blocklist, least recently used first. Looking at it changes nothing."""
+        """The blocklist, least recently used first. Reading it changes nothing."""
         with self._changed:
             return self._blocklist.entries()
 

@@ -84,7 +84,7 @@ class Entry:
 
 
 class Holdings:
-    """Entries by key and holders by process, at the precision at which ids from everywhere agree."""
+    """Entries by key and processes by id, at the precision at which ids from everywhere agree."""
 
     __slots__ = ("_clock", "entries", "holders")
 
@@ -120,7 +120,7 @@ class Holdings:
         return entry, holder
 
     def let_go(self, entry: Entry, holder: Holder) -> bool:
-        """Whether that was the last holder."""
+        """Whether that was the last process."""
         if holder not in entry.holders:
             return False
         entry.holders.discard(holder)

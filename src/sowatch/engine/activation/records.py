@@ -1,4 +1,4 @@
-"""What the registry tells of itself: frozen records."""
+"""What the registry reports of itself: frozen records."""
 
 from __future__ import annotations
 
