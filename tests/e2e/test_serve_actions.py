@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from support.agent import Agent, NewAgent
+from support.agent import Agent, NewAgent, ask
 from support.callers import Caller
 from support.programs import compile_bpf
 from support.prometheus import samples
+from support.receivers import free_port
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
@@ -227,3 +231,54 @@ def test_the_end_of_the_agent_leaves_nothing_attached(
     agent.stop(number)
     wait_until(lambda: not running.is_probed(path, "plain"), 20)
     running.call("plain")
+
+
+def attached_to(report: dict[str, Any], path: Path) -> list[Any]:
+    (found,) = [one["attachments"] for one in report["mappings"] if one["library"]["path"] == str(path)]
+    return list(found)
+
+
+def test_an_explanation_of_a_process_a_path_and_a_rule_has_the_attachments_over_both_sockets(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any, deadline: Any
+) -> None:
+    path, port = library(), free_port()
+    running = caller(path)
+    config = rule(path, "count = ['plain', 'nestde']\nlinger_s = 30")
+    agent = new_agent(config, options=["--listen", f"127.0.0.1:{port}"]).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    running.call("plain", times=3)
+    wait_until(lambda: calls(agent, "plain") == 3)
+
+    def over_tcp(route: str) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=deadline(20))
+        return ask(connection, "GET", route, None, {}).json
+
+    for get in (lambda route: agent.get(route).json, over_tcp):
+        of_process = attached_to(get(f"/explain?pid={running.pid}"), path)
+        assert get(f"/explain?path={path}")["attachments"] == of_process
+        of_rule = get("/explain?rule=probed")
+        (file,) = of_rule["files"]
+        assert file.pop("library")["path"] == str(path)
+        assert [file] == of_process
+        assert (file["rule"], file["state"], file["users"], file["lingering"]) == ("probed", "attached", 1, False)
+        assert [(one["symbol"], one["return"], one["state"]) for one in file["probes"] if one["symbol"] == "plain"] == [
+            ("plain", False, "attached"),
+            ("plain", True, "attached"),
+        ]
+        missing = [one for one in file["probes"] if one["symbol"] == "nestde"]
+        assert {one["state"] for one in missing} == {"failed"}
+        assert "near: nested" in missing[0]["reason"]
+        assert (of_rule["action"]["count"], of_rule["action"]["attached"]) == (["plain", "nestde"], 2)
+        assert [(one["symbol"], one["calls"]) for one in of_rule["calls"]] == [("plain", 3)]
+    assert agent.get("/explain?rule=other").status == 404
+    done = subprocess.run(
+        [sys.executable, "-m", "sowatch", "debug", "explain", "--rule", "probed", "--socket", agent.socket],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(
+        r"symbol +nestde\n +program.*\n(.*\n)? +return .*\n +state +failed\n +reason .*near: nested", done.stdout
+    )
+    running.end()
+    wait_until(lambda: agent.get("/explain?rule=probed").json["files"][0]["lingering"], 20)

@@ -5,8 +5,8 @@
  * Words are separated by tabs; \t, \n and \\ stand for those bytes in a word. Addresses are
  * hexadecimal, lengths decimal or 0x.... Commands:
  *
- *   map FILE [exec|noexec|write] [at ADDR] [len N] [offset N]    -> ADDR LEN
- *                        (default exec; "at" replaces what is there: MAP_FIXED)
+ *   map FILE [exec|noexec|write] [shared] [at ADDR] [len N] [offset N]    -> ADDR LEN
+ *                        (default exec and private; "at" replaces what is there: MAP_FIXED)
  *   anon LEN [exec] [at ADDR]                                    -> ADDR LEN
  *   memfd NAME FILE      maps a memfd holding a copy of FILE     -> ADDR LEN
  *   shm LEN              attaches SysV memory with SHM_EXEC      -> ADDR LEN
@@ -170,6 +170,8 @@ static void do_map(char **words)
 			prot = PROT_READ;
 		} else if (!strcmp(*word, "write")) {
 			prot = PROT_READ | PROT_WRITE;
+		} else if (!strcmp(*word, "shared")) {
+			flags = (flags & ~MAP_PRIVATE) | MAP_SHARED;
 		} else if (!strcmp(*word, "at") && word[1]) {
 			at = address(*++word);
 			flags |= MAP_FIXED;

@@ -9,7 +9,7 @@ from typing import Any
 
 from sowatch.linux.symbols import resolve
 
-__all__ = ["Caller"]
+__all__ = ["Caller", "is_probed"]
 
 
 class Caller:
@@ -38,22 +38,8 @@ class Caller:
         self.pid = self._emit("fork")
 
     def is_probed(self, library: Path, symbol: str) -> bool:
-        """Whether the code of a function is another in its memory than in the file: the kernel has a breakpoint there.
-
-        A page that it has not touched yet is the file's.
-        """
-        with library.open("rb") as file:
-            (found,) = resolve(file.fileno(), symbol)
-            expected = os.pread(file.fileno(), 1, found.offset)
-        for row in Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8").splitlines():
-            span, perms, offset, _, _, *name = row.split(maxsplit=5)
-            start, end = (int(one, 16) for one in span.split("-"))
-            at = found.offset - int(offset, 16)
-            if name == [str(library)] and "x" in perms and 0 <= at < end - start:
-                with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
-                    memory.seek(start + at)
-                    return memory.read(1) != expected
-        raise AssertionError(f"{self.pid} has no code of {library} mapped")
+        """See `is_probed`."""
+        return is_probed(self.pid, library, symbol)
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -68,3 +54,19 @@ class Caller:
         kind, _, rest = self._process.stdout.readline().rstrip("\n").partition(" ")
         assert kind == "ok", rest
         return int(rest)
+
+
+def is_probed(pid: int, library: Path, symbol: str) -> bool:
+    """Whether the code of a function is another in a process than in its file: the kernel has a probe there."""
+    with library.open("rb") as file:
+        (found,) = resolve(file.fileno(), symbol)
+        expected = os.pread(file.fileno(), 1, found.offset)
+    for row in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+        span, perms, offset, _, _, *name = row.split(maxsplit=5)
+        start, end = (int(one, 16) for one in span.split("-"))
+        at = found.offset - int(offset, 16)
+        if name == [str(library)] and "x" in perms and 0 <= at < end - start:
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(start + at)
+                return memory.read(1) != expected
+    raise AssertionError(f"{pid} has no code of {library} mapped")

@@ -20,7 +20,7 @@ from sowatch.model.errors import BpfError, ConfigError, EnvironmentFault, Sowatc
 from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import Rule
 from sowatch.telemetry import MetricRegistry, Sampler
-from sowatch.uprobes import Attacher, CallCounter
+from sowatch.uprobes import AttachedFile, Attacher, CallCounter
 
 __all__ = ["ActionChange", "Actions", "RuleAction"]
 
@@ -76,10 +76,14 @@ class RuleAction:
         settings: of the rule.
         place: of the rule in the configuration, from 0 on, for messages.
         tally: takes the counts.
+
+    Attributes:
+        settings: those that it was made for; of its rule's pattern, kind and exports others may be in force.
     """
 
     def __init__(self, settings: RuleSettings, place: int, tally: CallTally) -> None:
         self.rule = settings.make().name
+        self.settings = settings
         self._place = place
         self._tally = tally
         self._is_closed = False
@@ -155,6 +159,10 @@ class RuleAction:
         if self.counter is not None:
             found |= {"lost": self.counter.lost, "untimed": self.counter.untimed}
         return found
+
+    def files(self) -> list[AttachedFile]:
+        """Every file that is attached or was refused, with its probes, once for each of `attachers`."""
+        return [file for attacher in self.attachers for file in attacher.files()]
 
     def close(self) -> None:
         """Takes the last counts, and detaches everything. Safe to call again."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from sowatch.agent.actions import Actions
+from sowatch.agent.attachments import Attachments
 from sowatch.agent.hub import EventHub
 from sowatch.agent.logs import set_up_logging
 from sowatch.agent.notify import Notifier
@@ -182,7 +183,9 @@ class Daemon:
 
     def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
         inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
-        app = WebApp(self._watcher, self._metrics, hub, self._readiness, routes(inventory))
+        attachments = Attachments(self._actions, self._watcher)
+        pages = routes(inventory, self._actions.tally.sums)
+        app = WebApp(self._watcher, self._metrics, hub, self._readiness, attachments, pages)
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]
         if len(sockets) > 1:

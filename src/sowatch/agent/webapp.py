@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from sowatch.agent.attachments import Attachments
 from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
@@ -80,6 +81,7 @@ class WebApp:
         metrics: what ``/metrics`` shows.
         hub: runs on the same loop.
         readiness: asked for each ``/readyz``; any thread.
+        attachments: what rules have attached, for explanations.
         pages: further routes that only read, such as those of the page at ``/``.
     """
 
@@ -89,11 +91,13 @@ class WebApp:
         metrics: MetricRegistry,
         hub: EventHub,
         readiness: Callable[[], Readiness],
+        attachments: Attachments,
         pages: Sequence[BaseRoute] = (),
     ) -> None:
         self._watcher = watcher
         self._hub = hub
         self._readiness = readiness
+        self._attachments = attachments
         self._pages = tuple(pages)
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
@@ -219,7 +223,7 @@ class WebApp:
 
     async def _explain_published(self, request: Request) -> Response:
         def explain(target: _Target) -> ProcessReport | PathReport:
-            return self._watcher.explain_published(**target._asdict())
+            return self._watcher.explain_published(pid=target.pid, path=target.path, build_id=target.build_id)
 
         return await self._answer_why(request, explain, self._modest.run)
 
@@ -228,7 +232,9 @@ class WebApp:
     ) -> Response:
         try:
             target = _target(_query(request))
-            report = await do(lambda: explain(target))
+            if target.rule is not None:
+                return _json(self._attachments.explain_rule(target.rule))
+            report = await do(lambda: self._attachments.added_to(explain(target)))
         except UsageError as error:
             return _refusal(error, 400)
         except SowatchError as error:
@@ -353,19 +359,23 @@ def _flag(name: str, text: str) -> bool:
 
 
 class _Target(NamedTuple):
-    """What to explain: one of the three is not None."""
+    """What to explain: one of them is not None."""
 
     pid: int | None = None
     path: str | None = None
     build_id: str | None = None
+    rule: str | None = None
 
 
 def _target(query: dict[str, str]) -> _Target:
-    pid, path, build_id = (query.get(name) for name in _Target._fields)
-    if (pid is None) + (path is None) + (build_id is None) != 2:
+    pid, path, build_id, rule = found = [query.get(name) for name in _Target._fields]
+    if found.count(None) != len(found) - 1:
         raise UsageError(
-            "say what to explain: /explain?pid=1234, /explain?path=/usr/lib/libz.so.1 or /explain?build_id=HEX."
+            "say what to explain: /explain?pid=1234, /explain?path=/usr/lib/libz.so.1, /explain?build_id=HEX or "
+            "/explain?rule=NAME."
         )
+    if rule is not None:
+        return _Target(rule=rule)
     if path is not None:
         if not path.startswith("/") or "\0" in path:
             raise UsageError("the path is not absolute. Give it from the root on, as this machine sees it.")

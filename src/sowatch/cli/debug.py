@@ -7,7 +7,8 @@
   detach PID     take away what a process holds
   telemetry      every metric
   inventory      which library is mapped by how many processes
-  explain X      why a process (PID) or a file (PATH) is, or is not, covered
+  explain X      why a process (PID) or a file (PATH) is, or is not, covered, and what is attached to it; with --rule
+                 and without X: what a rule has attached, has counted, and could not do
   audit          compare the map with /proc; ends with 1 if they differ
 
 --json gives what the agent answers: one object or list. Ends with 1 if no agent answers or it refuses.
@@ -15,6 +16,7 @@
 Examples:
   sowatch debug traced
   sowatch debug explain /usr/lib/x86_64-linux-gnu/libssl.so.3
+  sowatch debug explain --rule tls
   sowatch debug detach 1234 --rule tls
 """
 
@@ -56,20 +58,21 @@ def configure(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument("patterns", nargs="*", metavar="ACTION", help="one of those above, with PID, or X")
     parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help=f"default: {DEFAULT_SOCKET}")
-    parser.add_argument("--rule", metavar="NAME", help="of attach and detach. Default: every rule")
+    parser.add_argument("--rule", metavar="NAME", help="of attach and detach (default: every rule), or explain")
     parser.add_argument("--json", action="store_true", help="the agent's answer as it is")
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     """Ask, print; returns the exit code."""
-    action, target = _action(args.patterns)
-    if args.rule is not None and action not in _ORDERS:
+    action, target = _action(args.patterns, has_rule=args.rule is not None)
+    if args.rule is not None and action not in _WITH_TARGET:
         raise UsageError(f"--rule says nothing to {action}. Leave it out.")
     agent = _Agent(args.socket)
     if action in _ORDERS:
         return _order(agent, action, _pid(target), args.rule, out, warn)
     if action == "explain":
-        key = "pid" if target.isascii() and target.isdigit() else "path"
+        key = "rule" if args.rule is not None else "pid" if target.isascii() and target.isdigit() else "path"
+        target = target if args.rule is None else args.rule
         found = agent.get(f"/explain?{key}={quote(target.encode('utf-8', 'surrogateescape'))}")
     else:
         found = agent.get(_ROUTES[action])
@@ -83,15 +86,17 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     return 1 if action == "audit" and found["differences"] else 0
 
 
-def _action(words: list[str]) -> tuple[str, str]:
+def _action(words: list[str], *, has_rule: bool) -> tuple[str, str]:
     known = [*_ROUTES, *_WITH_TARGET]
     if not words:
         raise UsageError(f"say what: one of {', '.join(known)}. See `sowatch debug --help`.")
     action, *rest = words
     if action not in known:
         raise UsageError(f"unknown action {action!r}. Use one of: {', '.join(known)}.")
-    if len(rest) != (action in _WITH_TARGET):
-        needs = {"explain": "one PID or PATH", "attach": "one PID", "detach": "one PID"}.get(action, "nothing else")
+    if len(rest) != (action in _WITH_TARGET and not (action == "explain" and has_rule)):
+        needs = {"explain": "one PID or PATH, or --rule NAME", "attach": "one PID", "detach": "one PID"}.get(
+            action, "nothing else"
+        )
         raise UsageError(f"`sowatch debug {action}` takes {needs}. See `sowatch debug --help`.")
     return action, "".join(rest)
 

@@ -27,6 +27,9 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
             skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
     differences to the map: kind, path, inode, range
+    unprobed why the kernel puts no uprobes into (some of) its mappings: shared, writable, hugetlb
+    attachments (an agent's answer) of rules: rule, state attached, retrying or failed, reason, users, lingering,
+            probes: symbol, program, return, state, reason, offset
   extra   what the map has and the process has not; notes: kernel_thread, zombie, no_permission,
           no_files, static, nothing_wanted, narrow, unread (the kernel does not answer who reads its
           mappings), unrepaired, published_only (an agent's answer over TCP: only what its load
@@ -111,6 +114,11 @@ _RELATION: Final = {
     "other_file": "another file, by the same name",
     "deleted": "a deleted file that had this name",
     "unknown": "this file or another: it cannot be determined",
+}
+_UNPROBED: Final = {
+    "shared": "none in a mapping that is MAP_SHARED",
+    "writable": "none in a mapping that is writable, too",
+    "hugetlb": "none in a file of huge pages",
 }
 _ID_FROM: Final = {
     "map": "by the map",
@@ -259,6 +267,8 @@ def _mapping(one: MappingReport) -> Iterator[str]:
     yield from _look(one.look, "  ", library.build_id, library.soname)
     yield from _activations(one.activations, "  ")
     yield from _blocked(one.blocked, "  ")
+    for why in one.unprobed:
+        yield _line("  uprobes", f"the kernel puts {_UNPROBED[why]}")
     for difference in one.differences:
         yield _line("  differs", f"the map has not {difference.start:x}-{difference.end:x}")
 
@@ -300,7 +310,7 @@ def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
             visible(one.process.comm or "-"),
             _RELATION[one.relation],
             _seen(one.seen) if one.seen else "in the map, not reported" if one.in_map else "not in the map",
-            visible(one.path),
+            visible(one.path) + "".join(f" (uprobes: {_UNPROBED[why]})" for why in one.unprobed),
         )
         for one in found
     ]

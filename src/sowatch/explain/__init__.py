@@ -8,6 +8,7 @@ and gives up on a file system that does not answer.
 from __future__ import annotations
 
 from sowatch.explain.gather import ExplainContext, check_process, explain
+from sowatch.explain.probing import AttachmentReport, ProbeReport, attachment_dict
 from sowatch.explain.published import Published, explain_published_file, explain_published_process
 from sowatch.explain.records import (
     Blocked,
@@ -24,18 +25,21 @@ from sowatch.explain.records import (
 )
 
 __all__ = [
+    "AttachmentReport",
     "Blocked",
     "ExplainContext",
     "FileLook",
     "MappedIn",
     "MappingReport",
     "PathReport",
+    "ProbeReport",
     "ProcessReport",
     "Published",
     "RuleAnswer",
     "Seen",
     "Try",
     "VerdictAnswer",
+    "attachment_dict",
     "check_process",
     "explain",
     "explain_published_file",

@@ -14,6 +14,7 @@ from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain.audit import Difference
+from sowatch.explain.probing import unprobed
 from sowatch.explain.records import (
     Blocked,
     Candidate,
@@ -58,8 +59,7 @@ __all__ = [
 ]
 
 MEMORY: Final = "memory"  # the type of file of a path like ``/memfd:NAME``
-#: Names that no directory holds; see `sowatch.engine.address_space.MappedFile.is_anonymous`.
-_SEGMENTS: Final = ("/SYSV", "/dev/zero")
+_SEGMENTS: Final = ("/SYSV", "/dev/zero")  # that no directory holds; see `MappedFile.is_anonymous`
 
 
 class Shown(NamedTuple):
@@ -135,8 +135,8 @@ class ProcessFacts(Struct, frozen=True):
 class Memory(Struct, frozen=True):
     """What is remembered of files: the kernel side's answers, blocked and registered files.
 
-    ``exact`` has the answers for the names in the map, ``others``, by inode number, those that might be
-    about a file of which ``/proc`` tells no more. ``now_s`` is the registry's clock.
+    ``exact`` has the answers for the names in the map, ``others``, by inode number, those that might be about a file of
+    which ``/proc`` tells no more. ``now_s`` is the registry's clock.
     """
 
     exact: Mapping[Hashable, Verdict | None]
@@ -453,6 +453,7 @@ def _mapping(
         activations=memory.activations([file_id]),
         blocked=memory.blocks(lambda one: shown.could_be(one.id) if id_from == "proc" else one.id == file_id),
         differences=differences,
+        unprobed=unprobed(group.rows, is_hugetlb=look.is_hugetlb),
     )
 
 

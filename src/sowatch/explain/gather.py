@@ -36,6 +36,7 @@ from sowatch.explain.assemble import (
 )
 from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Subject, TimeoutWorker, look_at, look_at_place
+from sowatch.explain.probing import unprobed
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.hidepid import hides_processes
@@ -247,7 +248,7 @@ def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> 
     with known.verdicts:
         memory = _memory(context, known, set() if facts.shown is None else {facts.shown.inode})
     ids = ids_of(facts, known, memory)
-    mapped = list(_mapped(facts, ids, known, rows, context, worker))
+    mapped = list(_mapped(facts, ids, known, rows, context, worker, is_hugetlb=look.is_hugetlb))
     is_hidden = hides_processes(context.proc)
     if facts.file_type is None and not mapped:
         rest = f", of those that could be read: {unreadable} could not" if unreadable else ""
@@ -345,6 +346,8 @@ def _mapped(
     near: Mapping[int, list[MapRow]],
     context: ExplainContext,
     worker: TimeoutWorker,
+    *,
+    is_hugetlb: bool,
 ) -> Iterator[MappedIn]:
     """Every process that has the file mapped, or another one under its path."""
     proc = context.proc
@@ -376,6 +379,7 @@ def _mapped(
                     in_map=file is not None,
                     seen=None if load is None else Seen(load.rule, load.cause, load.t_ns, load.time_ns),
                     range_count=range_count,
+                    unprobed=unprobed(group.rows, is_hugetlb=is_hugetlb and is_same is True),
                 )
 
 

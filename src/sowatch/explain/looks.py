@@ -17,11 +17,13 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
+from msgspec.structs import replace
+
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import search_exports
-from sowatch.linux.openat import open_below, reopen
+from sowatch.linux.openat import file_system_of, open_below, reopen
 from sowatch.linux.proc import Miss, ProcFs
 
 __all__ = ["Subject", "TimeoutWorker", "look_at", "look_at_place"]
@@ -34,6 +36,8 @@ PATIENCE_S: Final = 2.0
 MAX_STUCK: Final = 3
 #: A file may have thousands of ranges; the link of each leads to the same file.
 MAX_LINKS: Final = 4
+#: include/uapi/linux/magic.h
+HUGETLBFS_MAGIC: Final = 0x958458F6
 #: _IOR('v', 1, long), linux/fs.h; what comes back has 4 bytes.
 FS_IOC_GETVERSION: Final = 0x80087601
 
@@ -233,6 +237,10 @@ def _generation(fd: int) -> int | None:
 
 
 def _read(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> FileLook:
+    return replace(_read_elf(fd, by, tries, wanted), is_hugetlb=file_system_of(fd) == HUGETLBFS_MAGIC)
+
+
+def _read_elf(fd: int, by: By, tries: tuple[Try, ...], wanted: Collection[str]) -> FileLook:
     generation = _generation(fd)
     try:
         facts = read_facts(fd)

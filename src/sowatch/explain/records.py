@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
+from sowatch.explain.probing import AttachmentReport, Unprobed, attachment_dict
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, ranges_list, stamp
@@ -111,6 +112,8 @@ class FileLook(Struct, frozen=True):
     gave_up_exports: bool = False
     #: What the kernel can start a process with it as; see `sowatch.linux.elf.ElfFacts`.
     image_kinds: frozenset[str] = frozenset()
+    #: Of huge pages, where the kernel probes nothing.
+    is_hugetlb: bool = False
 
 
 class Blocked(Struct, frozen=True):
@@ -137,7 +140,8 @@ class MappingReport(Struct, frozen=True):
 
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
     ``rules`` has all answers. ``differences`` are ranges that the map has not. ``ranges`` and
-    ``range_count`` are as in `sowatch.LibraryEvent`.
+    ``range_count`` are as in `sowatch.LibraryEvent`. ``unprobed``: why some of its mappings take no probes.
+    ``attachments`` are put in by whoever attaches, such as the agent.
     """
 
     library: Library
@@ -153,6 +157,8 @@ class MappingReport(Struct, frozen=True):
     blocked: tuple[Blocked, ...]
     differences: tuple[Difference, ...]
     range_count: int | None = None
+    unprobed: tuple[Unprobed, ...] = ()
+    attachments: tuple[AttachmentReport, ...] = ()
 
 
 class ProcessReport(Struct, frozen=True):
@@ -192,7 +198,8 @@ class Candidate(Struct, frozen=True):
 class MappedIn(Struct, frozen=True):
     """A process that has the file, or another one under its path, mapped executable.
 
-    ``seen`` is None if no load was told; ``in_map`` says whether the map has it nevertheless.
+    ``seen`` is None if no load was told; ``in_map`` says whether the map has it nevertheless. ``unprobed`` as of
+    `MappingReport`.
     """
 
     process: Process
@@ -203,6 +210,7 @@ class MappedIn(Struct, frozen=True):
     in_map: bool
     seen: Seen | None
     range_count: int | None = None
+    unprobed: tuple[Unprobed, ...] = ()
 
 
 class PathReport(Struct, frozen=True):
@@ -230,6 +238,7 @@ class PathReport(Struct, frozen=True):
     notes: tuple[str, ...]
     unreadable: int = 0
     is_hidden: bool = False
+    attachments: tuple[AttachmentReport, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -294,6 +303,8 @@ def _mapping(one: MappingReport) -> dict[str, Any]:
         "activations": [{"rule": rule, "state": state} for rule, state in one.activations],
         "blocked": [_blocked(block) for block in one.blocked],
         "differences": [_difference(difference) for difference in one.differences],
+        "unprobed": list(one.unprobed),
+        "attachments": [attachment_dict(each) for each in one.attachments],
     }
 
 
@@ -325,6 +336,7 @@ def _path_report(report: PathReport) -> dict[str, Any]:
         "file": _look(report.look),
         "activations": [{"rule": rule, "state": state} for rule, state in report.activations],
         "blocked": [_blocked(block) for block in report.blocked],
+        "attachments": [attachment_dict(each) for each in report.attachments],
         "mapped": [
             {
                 "process": process_dict(one.process),
@@ -335,6 +347,7 @@ def _path_report(report: PathReport) -> dict[str, Any]:
                 **_count(one.range_count),
                 "in_map": one.in_map,
                 "seen": _seen(one.seen),
+                "unprobed": list(one.unprobed),
             }
             for one in report.mapped
         ],

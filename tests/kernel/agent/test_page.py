@@ -20,9 +20,10 @@ import pytest
 from sowatch import Rule
 from sowatch.model.encoding import dumps
 from sowatch.model.escape import visible
+from support.callers import Caller
 from support.kernel import TAG, Ledger
 from support.pages import PageServer, Visit, chromium
-from support.programs import Mapper
+from support.programs import Mapper, build
 
 Start = Callable[..., Mapper]
 NewLibrary = Callable[..., Path]
@@ -354,3 +355,47 @@ def test_the_agent_serves_the_page_and_explains_on_it(
     agent.stderr.read()
     assert agent.wait(deadline(20)) == 0
     assert [fault for fault in page.faults if "ERR_" not in fault] == []
+
+
+def test_calls_that_a_rule_counts_are_shown_by_library_and_function(
+    programs: Any, scratch: Path, spawn: Any, browser: Any, closing: Any, deadline: Any, tmp_path: Path
+) -> None:
+    flags = ["-shared", "-fPIC", "-O1", "-g0", "-Wl,--build-id"]
+    counted = Path(shutil.copyfile(build("probed", tmp_path, flags=flags, output="l.so"), scratch / "libcounted.so"))
+    caller = Caller(spawn, programs["caller"], counted)
+    config = scratch / "config.toml"
+    rule = (
+        f"[[rules]]\nname = 'counted'\npattern = '^{re.escape(str(counted))}$'\ncount = ['plain', 'nested', 'plan']\n"
+    )
+    config.write_text(f"{rule}[[rules]]\nname = 'rest'\n", encoding="utf-8")
+    words = ["serve", "--config", config, "--socket", scratch / "socket", "--listen", "127.0.0.1:0"]
+    agent = spawn([sys.executable, "-m", "sowatch", *words], stderr=PIPE, text=True)
+    (port,) = next(found for line in agent.stderr if (found := re.findall(r"listening.*port=(\d+)", line)))
+    next(line for line in agent.stderr if re.search(r"\bready\b", line))
+    page = closing.enter_context(Visit(browser, f"http://127.0.0.1:{port}/", deadline(20)))
+    page.search(str(counted))
+    page.wait_for_paths(str(counted))
+    cell = page.page.locator("#table tbody tr[data-number] td").nth(2)
+    while not cell.text_content():  # until it is attached
+        caller.call("nested")
+    caller.call("nested", times=1500)  # which calls plain
+    page.open(str(counted))
+    page.page.wait_for_function(
+        """() => {
+            const texts = (row) => [...row.cells].map(cell => cell.textContent);
+            const rows = [...document.querySelectorAll('#facts tbody tr')].map(texts);
+            const counts = rows.filter(([symbol]) => ['plain', 'nested'].includes(symbol)).map(([, calls]) => calls);
+            return counts.length === 2 && counts[0] === counts[1] && Number(counts[0].replaceAll(',', '')) >= 1500;
+        }"""
+    )
+    details = page.details()
+    (plain, nested) = (re.search(rf"{symbol}\s+([\d,]+)\s", details) for symbol in ("plain", "nested"))
+    assert plain
+    assert nested
+    assert plain[1] == nested[1]
+    assert cell.text_content() == f"{2 * int(plain[1].replace(',', '')):,}"
+    assert re.search(r"probes of counted\s+attached, 4 of 6", details)
+    assert re.search(r"probes of counted\s+plan: failed: there is no such function .*near: plain", details)
+    agent.terminate()
+    agent.stderr.read()
+    assert agent.wait(deadline(20)) == 0

@@ -16,7 +16,7 @@ from sowatch.telemetry import MetricRegistry
 def test_a_thread_that_does_not_go_round_is_not_healthy(is_running: bool, silent_s: float, status: int) -> None:
     watcher: Any = SimpleNamespace(is_running=is_running, silent_s=silent_s)
     nobody: Any = None
-    app = WebApp(watcher, MetricRegistry(), nobody, nobody)
+    app = WebApp(watcher, MetricRegistry(), nobody, nobody, nobody)
     answer = asyncio.run(app._healthz(nobody))
     app.close()
     assert answer.status_code == status

@@ -112,7 +112,7 @@ def test_the_object_of_a_process_has_every_part(case: Case) -> None:
     (one,) = found["mappings"]
     assert list(one) == [
         *("library", "id_from", "ranges", "seen", "rule", "rules", "untold", "verdict", "file"),
-        *("activations", "blocked", "differences"),
+        *("activations", "blocked", "differences", "unprobed", "attachments"),
     ]
     assert one["library"]["path"] == NASTY
     assert one["blocked"][0]["seconds_left"] == 600.0
@@ -131,7 +131,7 @@ def test_the_object_of_a_path_has_every_part(case: Case) -> None:
     found = strict.loads(dumps(to_dict(path_of(case, mapped=[mapped_in("same")]))))
     assert list(found) == [
         *("schema", "event", "target", "path", "resolved", "type", "error", "ids", "kind", "rule", "rules"),
-        *("verdict", "file", "activations", "blocked", "mapped", "notes"),
+        *("verdict", "file", "activations", "blocked", "attachments", "mapped", "notes"),
     ]
     assert found["ids"] == [{"dev": "254:0", "inode": 100, "generation": 1, "subvol": 0, "id_from": "map"}]
     assert found["mapped"][0]["relation"] == "same"

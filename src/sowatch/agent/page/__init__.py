@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sowatch.agent.page.feed import Feed, FeedResponse
+from sowatch.agent.page.feed import CallSums, Feed, FeedResponse
 from sowatch.inventory.inventory import Inventory
 
 __all__ = ["HEADERS", "MAX_STREAMS", "routes"]
@@ -50,13 +50,14 @@ _FILES: Final = {
 }
 
 
-def routes(inventory: Inventory) -> list[Route]:
+def routes(inventory: Inventory, calls: CallSums = dict) -> list[Route]:
     """Routes for the agent's application: ``/``, ``/page/FILE`` and ``/page/updates``.
 
     Args:
         inventory: started by the caller, and closed by it before the server ends: streams end with it.
+        calls: what rules have counted, by file.
     """
-    feed = Feed(inventory)
+    feed = Feed(inventory, calls)
 
     async def updates(_: Request) -> Response:
         if feed.clients >= MAX_STREAMS:

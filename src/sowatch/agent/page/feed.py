@@ -10,18 +10,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
+from sowatch.agent.call_tally import SymbolCalls
 from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, RateSample
 from sowatch.model.encoding import dumps
+from sowatch.model.identity import FileId
 from sowatch.model.lines import library_dict, process_dict
 
-__all__ = ["Feed", "FeedResponse"]
+__all__ = ["CallSums", "Feed", "FeedResponse"]
+
+CallSums = Callable[[], Mapping[FileId, Sequence[SymbolCalls]]]
 
 LOG = logging.getLogger("sowatch")
 
@@ -34,6 +38,10 @@ _KEPT: Final = 4
 _STUCK_S: Final = 30.0
 
 
+#: Of a library: symbol, calls, upper bounds of the time of half and of 99 % of them, in ns or None.
+_Calls = list[tuple[str, int, int | None, int | None]]
+
+
 @dataclass(slots=True)
 class _State:
     """What all clients have got, up to ``version``."""
@@ -42,6 +50,7 @@ class _State:
     view: InventoryView
     seconds: list[RateSample]
     status: dict[str, Any]
+    calls: dict[int, _Calls]
     everything: bytes | None = None
     changes: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
@@ -49,8 +58,9 @@ class _State:
 class Feed:
     """Frames for any number of clients; lives on one event loop."""
 
-    def __init__(self, inventory: Inventory) -> None:
+    def __init__(self, inventory: Inventory, calls: CallSums = dict) -> None:
         self._inventory = inventory
+        self._calls = calls
         self._state: _State | None = None
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -92,7 +102,9 @@ class Feed:
         async with self._encoding:
             version, frame = state.version, state.everything
             if frame is None:
-                frame = await asyncio.to_thread(_everything, state.view, list(state.seconds), state.status, version)
+                frame = await asyncio.to_thread(
+                    _everything, state.view, list(state.seconds), state.status, state.calls, version
+                )
                 if state.version == version:
                     state.everything = frame
         return version, frame
@@ -114,15 +126,19 @@ class Feed:
         inventory, state = self._inventory, self._state
         view = await asyncio.to_thread(inventory.look)
         seconds, status = inventory.history(), _status(inventory, view)
+        calls = await asyncio.to_thread(_calls_of, view, self._calls)
         if state is None:
-            self._state = _State(1, view, seconds, status)
+            self._state = _State(1, view, seconds, status, calls)
         else:
             last = state.seconds[-1] if state.seconds else None
             new = seconds[seconds.index(last) + 1 :] if last in seconds else seconds
             version = state.version + 1
-            frame = await asyncio.to_thread(_change, state.view, view, new, status, version)
+            changed = {number: rows for number, rows in calls.items() if state.calls.get(number) != rows}
+            changed |= {number: [] for number in state.calls.keys() - calls.keys()}
+            frame = await asyncio.to_thread(_change, state.view, view, new, status, changed, version)
             state.changes.append((version, frame))
             state.version, state.view, state.seconds, state.status = version, view, seconds, status
+            state.calls = calls
             state.everything = None
         self._emit()
 
@@ -158,18 +174,26 @@ class FeedResponse(StreamingResponse):
 # ---- the wire form ------------------------------------------------------------------------------
 
 
-def _everything(view: InventoryView, seconds: list[RateSample], status: dict[str, Any], version: int) -> bytes:
+def _everything(
+    view: InventoryView, seconds: list[RateSample], status: dict[str, Any], calls: dict[int, _Calls], version: int
+) -> bytes:
     content = {
         "libraries": [_library(row) for row in view.libraries.values()],
         "processes": [_process(row) for row in view.processes.values()],
         "seconds": _seconds(seconds),
         "status": status,
+        "calls": calls,
     }
     return _frame("everything", version, content)
 
 
 def _change(
-    old: InventoryView, new: InventoryView, seconds: list[RateSample], status: dict[str, Any], version: int
+    old: InventoryView,
+    new: InventoryView,
+    seconds: list[RateSample],
+    status: dict[str, Any],
+    calls: dict[int, _Calls],
+    version: int,
 ) -> bytes:
     content = {
         "libraries": [_library(row) for key, row in new.libraries.items() if old.libraries.get(key) != row],
@@ -178,6 +202,7 @@ def _change(
         "gone_processes": sorted(old.processes.keys() - new.processes.keys()),
         "seconds": _seconds(seconds),
         "status": status,
+        "calls": calls,
     }
     return _frame("change", version, content)
 
@@ -185,6 +210,16 @@ def _change(
 def _frame(event: str, version: int, content: dict[str, Any]) -> bytes:
     # JSON as we write it is ASCII without line breaks, whatever is in the names.
     return f"event: {event}\nid: {version}\ndata: {dumps(content)}\n\n".encode("ascii")
+
+
+def _calls_of(view: InventoryView, calls: CallSums) -> dict[int, _Calls]:
+    """By number of the library, whatever of it is counted."""
+    sums = calls()
+    return {
+        row.number: [(one.symbol, one.calls, one.p50_ns, one.p99_ns) for one in found]
+        for row in view.libraries.values()
+        if (found := sums.get(row.library.id))
+    }
 
 
 def _library(row: LibraryRow) -> dict[str, Any]:

@@ -35,6 +35,12 @@ const NOTES = {
   published_only: "only what this watch reports is shown here; `sowatch debug explain`, on the host, shows the rest",
 };
 
+const UNPROBED = {
+  shared: "none in its shared executable mappings",
+  writable: "none in mappings that are writable, too",
+  hugetlb: "none, as its file is of huge pages",
+};
+
 const facts = (pairs) =>
   element("dl", { class: "facts" }, ...pairs.flatMap(([title, value]) => [element("dt", {}, title), element("dd", {}, value)]));
 
@@ -64,6 +70,7 @@ export function libraryFacts(row, inventory) {
       ["mapped since", whence(row)],
       ...same.map((other) => ["also as", link(`#library=${other.number}`, other.path)]),
     ]),
+    ...callsTable(inventory.calls.get(row.number) ?? []),
     element("h3", {}, `Who has it (${holders.length})`),
     list(
       ["PID", "name", "container", "user", "program"],
@@ -77,6 +84,26 @@ export function libraryFacts(row, inventory) {
     ),
     holders.length > 500 ? element("p", {}, `and ${holders.length - 500} more`) : null,
   ];
+}
+
+/** Calls of its functions by all processes, where a rule counts them. */
+function callsTable(rows) {
+  if (!rows.length) return [];
+  const sorted = [...rows].sort(([, a], [, b]) => b - a);
+  return [
+    element("h3", {}, `Calls that a rule counts (${rows.length} functions)`),
+    list(
+      ["function", "calls", "half of them within", "99 % within"],
+      sorted.slice(0, 200).map(([symbol, calls, p50, p99]) => [name(symbol), calls.toLocaleString("en"), duration(p50), duration(p99)]),
+    ),
+  ];
+}
+
+function duration(ns) {
+  if (ns === null) return "-";
+  if (ns < 1e3) return `${ns} ns`;
+  if (ns < 1e6) return `${(ns / 1e3).toPrecision(3)} µs`;
+  return ns < 1e9 ? `${(ns / 1e6).toPrecision(3)} ms` : `${(ns / 1e9).toPrecision(3)} s`;
 }
 
 /** What a process has. */
@@ -168,6 +195,8 @@ function aboutMapping(one) {
     ["its file", fileState(one.file)],
     ...one.activations.map((each) => ["activation", `${orDash(each.rule)}: ${orDash(each.state)}`]),
     ...one.blocked.map((each) => ["blocked", `${orDash(each.rule)}: ${orDash(each.reason)}`]),
+    ...one.attachments.flatMap(aboutAttachment),
+    ...one.unprobed.map((why) => ["uprobes", `the kernel puts ${UNPROBED[why] ?? orDash(why)}`]),
     ...one.differences.map((each) => ["the map differs", `${orDash(each.kind)} ${each.range.join("-")}`]),
   ];
 }
@@ -183,6 +212,7 @@ function aboutPath(told) {
       ["the file", told.error ? orDash(told.error) : fileState(told.file)],
       ...told.activations.map((each) => ["activation", `${orDash(each.rule)}: ${orDash(each.state)}`]),
       ...told.blocked.map((each) => ["blocked", `${orDash(each.rule)}: ${orDash(each.reason)}`]),
+      ...told.attachments.flatMap(aboutAttachment),
       ...told.notes.map((note) => ["note", NOTES[note] ?? note]),
     ]),
     element("h3", {}, `Who has it (${told.mapped.length})`),
@@ -191,6 +221,15 @@ function aboutPath(told) {
       told.mapped.map((one) => [String(one.process.pid), name(one.process.comm), one.relation.replace("_", " "), one.in_map ? "yes" : "no"]),
     ),
   ];
+}
+
+/** What a rule has attached to a file: those that work as one line, each other one with its reason. */
+function aboutAttachment({ rule, state, reason, lingering, probes }) {
+  const title = `probes of ${orDash(rule)}`;
+  const working = probes.filter((probe) => probe.state === "attached").length;
+  const said = reason ? `${state}: ${orDash(reason)}` : `${state}, ${working} of ${probes.length}${lingering ? ", until it lingers no more" : ""}`;
+  const others = probes.filter((probe) => probe.state !== "attached");
+  return [[title, said], ...others.map((probe) => [title, `${orDash(probe.symbol)}: ${probe.state}: ${orDash(probe.reason)}`])];
 }
 
 const aboutRules = (rules) =>

@@ -20,6 +20,7 @@ const VIEWS = {
     columns: [
       { key: "path", title: "Path", className: "wide", cell: (row) => link(`#library=${row.number}`, row.path), order: (row) => row.path },
       { key: "holders", title: "Processes", className: "number", descends: true, cell: (row) => String(row.holders.length), order: (row) => row.holders.length },
+      { key: "calls", title: "Calls", className: "number less", descends: true, cell: (row) => inventory.callsOf(row.number)?.toLocaleString("en") ?? "", order: (row) => inventory.callsOf(row.number) ?? -1 },
       { key: "containers", title: "Containers", className: "number less", descends: true, cell: (row) => String(row.containers.length), order: (row) => row.containers.length },
       { key: "stale", title: "Stale", className: "short", descends: true, cell: (row) => badge(row.stale), order: (row) => row.stale ?? "" },
       { key: "since", title: "Since", className: "short less", cell: (row) => since(row), order: (row) => -row.since_ms },
