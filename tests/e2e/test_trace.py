@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from support.callers import Caller
+from support.programs import build
 
 TraceLines = Callable[..., list[dict[str, Any]]]
 
@@ -155,6 +157,10 @@ def test_the_table_shows_calls_rates_and_what_is_attached(
         (["libz:deflate", "--by", "moon"], 2, "unknown group 'moon'"),
         (["libz:deflate", "--interval", "0"], 2, "--interval is at least 0.1"),
         (["(:f"], 2, "bad pattern"),
+        (["libz:f(double)"], 2, "registers that a probe cannot read"),
+        (["libz:f", "--stacks", "0"], 2, "not a number from 1 to 1000"),
+        (["libz:f", "--kind", "moon"], 2, "unknown kind 'moon'"),
+        (["--list", "no-such-library-anywhere"], 1, "no process has 'no-such-library-anywhere' mapped"),
         (["--list", "/nonexistent.so"], 1, "cannot open /nonexistent.so"),
         (["--list", "/dev/null"], 1, "is not a regular file"),
     ],
@@ -174,3 +180,156 @@ def test_the_functions_of_a_file_are_listed(library: Any) -> None:
         [sys.executable, "-m", "sowatch", "trace", "--list", str(path)], capture_output=True, text=True, check=True
     )
     assert {"plain", "recursive", "hidden"} <= set(done.stdout.split())
+
+
+@pytest.fixture
+def speaker(place: Path) -> Callable[..., Path]:
+    """``speaker(*flags)`` is a copy of tests/programs/speaker.c as a program of the test's own."""
+
+    def make(*flags: str) -> Path:
+        made = build("speaker", place / "built", flags=["-fno-omit-frame-pointer", "-Wl,--build-id", *flags])
+        program = Path(shutil.copyfile(made, place / "speaker"))
+        program.chmod(0o755)
+        return program
+
+    return make
+
+
+class Speaking:
+    """A running speaker."""
+
+    def __init__(self, spawn: Any, program: Path) -> None:
+        self.process = spawn([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = int(self.process.stdout.readline().split()[1])
+
+    def does(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def does_until_seen(tracing: Tracing, speaking: Speaking, word: str, event: str) -> dict[str, Any]:
+    import threading
+
+    seen = threading.Event()
+
+    def work() -> None:
+        while not seen.is_set():
+            speaking.does(word)
+            seen.wait(0.02)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        return tracing.until(lambda line: line["event"] == event)
+    finally:
+        seen.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("flags", [[], ["-static"], ["-static-pie", "-fPIE"]], ids=["dynamic", "static", "static-pie"])
+def test_calls_of_a_main_program_are_told_with_arguments_and_result(spawn: Any, speaker: Any, flags: list[str]) -> None:
+    program = speaker(*flags)
+    speaking = Speaking(spawn, program)
+    tracing = Tracing(spawn, f"{program}:say(str:16, long, str) -> int", "--kind", "executable")
+    line = does_until_seen(tracing, speaking, "say hello", "call")
+    assert (line["symbol"], line["arguments"], line["result"]) == ("say", ["hello", 5, {"unreadable": "0x10"}], 5)
+    assert (line["process"]["pid"], line["library"]["kind"]) == (speaking.pid, "executable")
+    assert line["returned"]
+    assert line["duration_ns"] > 0
+    tracing.end()
+
+
+def test_the_lines_of_calls_stand_before_the_table(spawn: Any, speaker: Any, deadline: Any, wait_until: Any) -> None:
+    program = speaker()
+    speaking = Speaking(spawn, program)
+    command = [sys.executable, "-m", "sowatch", "trace", f"{program}:say(str:3, long, _) -> int", "--interval", "0.2"]
+    tracing = spawn(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: uprobe_links(tracing.pid) == 2, 30, "entries and returns are attached")
+    speaking.does('say "\\')
+    speaking.does("say hello")
+    tracing.send_signal(signal.SIGINT)
+    output, errors = tracing.communicate(timeout=deadline(60))
+    assert (tracing.returncode, errors) == (0, "")
+    first, second, head, row, *_ = output.splitlines()
+    assert first.split(maxsplit=1)[1].startswith(f'{speaking.pid} speaker say("\\"\\\\", 2) = 2 <')
+    assert second.split(maxsplit=1)[1].startswith(f'{speaking.pid} speaker say("hel"..., 5) = 5 <')
+    assert (head.split()[:2], row.split()[0]) == (["CALLS", "RATE/S"], "2")
+
+
+def test_callers_have_names_also_when_their_process_and_its_file_are_gone(
+    spawn: Any, speaker: Any, wait_until: Any
+) -> None:
+    program = speaker()
+    speaking = Speaking(spawn, program)
+    tracing = Tracing(spawn, f"{program}:say", "--stacks", "3", "--interval", "1.5")
+    # The first figures come late enough for the process to be gone by then.
+    wait_until(lambda: uprobe_links(tracing.process.pid) == 2, 30, "entries and returns are attached")
+    for _ in range(5):
+        speaking.does("say x")
+    speaking.end()
+    program.unlink()
+    line = tracing.until(lambda found: found["event"] == "stack")
+    assert (line["symbol"], line["calls"]) == ("say", 5)
+    assert [frame["symbol"] for frame in line["frames"][:2]] == ["relay", "main"]
+    assert {frame["path"] for frame in line["frames"][:2]} == {str(program)}
+    assert len(line["frames"][0]["build_id"]) == 40
+    tracing.end()
+
+
+def test_each_of_two_targets_of_one_file_is_traced(spawn: Any, programs: Any, library: Any) -> None:
+    path = library()
+    caller = Caller(spawn, programs["caller"], path)
+    tracing = Tracing(spawn, f"{path}:plain", f"{path.name}$:nested(int)")
+    call_until_seen(tracing, caller, "plain")
+    caller.call("nested", 4)
+    line = tracing.until(lambda found: found["event"] == "call")
+    assert (line["symbol"], line["arguments"], line["returned"]) == ("nested", [4], False)
+    tracing.end()
+
+
+def test_the_same_build_under_other_names_is_one_row_by_build(
+    spawn: Any, programs: Any, library: Any, deadline: Any, wait_until: Any
+) -> None:
+    callers = [Caller(spawn, programs["caller"], library(f"libbuild{number}.so")) for number in range(3)]
+    command = [sys.executable, "-m", "sowatch", "trace", r"libbuild\d:plain", "--by", "build", "--no-latency"]
+    tracing = spawn(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: uprobe_links(tracing.pid) == 3, 30, "each file is attached")
+    for caller in callers:
+        caller.call("plain", times=7)
+    tracing.send_signal(signal.SIGINT)
+    output, _ = tracing.communicate(timeout=deadline(60))
+    head, row, _ = output.splitlines()
+    assert head.split() == ["CALLS", "RATE/S", "SYMBOL", "BUILD", "ID"]
+    assert (row.split()[0], row.split()[2], len(row.split()[3])) == ("21", "plain", 12)
+
+
+def test_a_library_that_nobody_has_is_said(spawn: Any) -> None:
+    command = [sys.executable, "-m", "sowatch", "trace", "libnobodyhasthis:f", "--duration", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "no process had 'libnobodyhasthis' mapped: nothing of it was traced. See: sowatch list." in done.stderr
+
+
+def test_a_trace_of_nothing_but_functions_that_are_not_there_fails(spawn: Any, programs: Any, library: Any) -> None:
+    path = library()
+    Caller(spawn, programs["caller"], path)
+    command = [sys.executable, "-m", "sowatch", "trace", f"{path}:plane", "--duration", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"not attached: {path}: plane: " in done.stdout
+    assert "there is no such function (near: plain)" in done.stdout
+
+
+def test_the_functions_of_what_is_mapped_are_listed_by_stem(spawn: Any, programs: Any, library: Any) -> None:
+    path = library("libsowatchlist-3e69114b.so.1")
+    Caller(spawn, programs["caller"], path)
+    command = [sys.executable, "-m", "sowatch", "trace", "--list", "libsowatchlist", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {line["symbol"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert {"plain", "hidden"} <= set(found)
+    assert found["plain"]["library"]["path"] == str(path)

@@ -22,12 +22,22 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from sowatch.linux.elf_file import ElfError, ElfFile, ElfLimits, is_regular, open_elf
+from sowatch.linux.elf_file import PT_LOAD, ElfError, ElfFile, ElfLimits, Segment, is_regular, open_elf
 from sowatch.linux.elf_symbols import dynamic_symbols, exported_functions
 from sowatch.linux.mangled import qualified_name
 from sowatch.model.errors import SowatchError
 
-__all__ = ["Symbol", "SymbolError", "is_go", "list_functions", "native_machine_error", "resolve"]
+__all__ = [
+    "Symbol",
+    "SymbolError",
+    "code_segments",
+    "is_go",
+    "list_functions",
+    "native_machine_error",
+    "open_checked",
+    "resolve",
+    "tables_digest",
+]
 
 #: A table of half a million symbols with their names: Debian's node has 130,000 in 24 MB.
 _LIMITS: Final = ElfLimits(read_bytes=96 << 20)
@@ -38,6 +48,7 @@ _KEPT_SEARCHES: Final = 2_048
 _SHT_SYMTAB, _SHT_NOTE, _SHT_DYNSYM = 2, 7, 11
 _SHT_GNU_VERNEED, _SHT_GNU_VERSYM = 0x6FFFFFFE, 0x6FFFFFFF
 _SHN_UNDEF: Final = 0
+_PF_X: Final = 1
 _STT_NOTYPE, _STT_FUNC, _STT_GNU_IFUNC = 0, 2, 10
 #: e_machine by ``os.uname().machine``; both are 64-bit, little-endian.
 _MACHINES: Final = {"x86_64": 62, "aarch64": 183}
@@ -140,6 +151,28 @@ def list_functions(fd: int, pattern: str = "*") -> list[Symbol]:
         return sorted(_functions(elf, [row for row in _Tables(elf).rows() if is_match(row.name)]))
     except ElfError as error:
         raise SymbolError(pattern, error.reason) from error
+
+
+def tables_digest(fd: int) -> bytes:
+    """What files have in common that have the same functions at the same places.
+
+    Raises:
+        SymbolError: the file cannot be read.
+    """
+    elf = _open(fd, "*")
+    try:
+        return _Tables(elf).digest()
+    except ElfError as error:
+        raise SymbolError("*", error.reason) from error
+
+
+def code_segments(fd: int) -> list[Segment]:
+    """The executable segments that are loaded.
+
+    Raises:
+        SymbolError: the file cannot be read.
+    """
+    return [one for one in _open(fd, "*").segments if one.kind == PT_LOAD and one.flags & _PF_X]
 
 
 def _open(fd: int, pattern: str) -> ElfFile:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 
-from sowatch.bpf.probe_object import ProbeObject, has_attach_cookie
+from sowatch.bpf.binding import probe
+from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
 from sowatch.engine.workers import ActiveFile
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
 from sowatch.uprobes.attacher import Attacher
+from sowatch.uprobes.call_format import CallFormat
+from sowatch.uprobes.call_records import Call, CallRecords
 from sowatch.uprobes.probes import Probe
 from sowatch.uprobes.records import AttachedFile, AttacherStats, Failure, Site
 
-__all__ = ["BUCKETS", "CallCounter", "Calls", "percentile_ns"]
+__all__ = ["BUCKETS", "CallCounter", "Calls", "Stack", "percentile_ns"]
 
 #: struct calls_key of probe_calls.h, 24 bytes: probe, start of the process in ns, tgid.
 KEY: Final = struct.Struct("=QQII")
 #: struct calls, 536 bytes: entries, timed returns, their sum in ns, and BUCKETS counts.
 BUCKETS: Final = 64
 VALUE: Final = struct.Struct(f"=QQQ{BUCKETS}Q")
+#: struct stacks_key of probe_calls.h, 40 bytes: probe, start of the process, caller, tgid, number of the stack, unused.
+STACKS_KEY: Final = struct.Struct("=QQQIiQ")
+STACK_DEPTH: Final = 64
+_ADDRESSES: Final = struct.Struct(f"={STACK_DEPTH}Q")
 #: enum probe_counter
-_LOST, _UNTIMED = 0, 1
+_LOST, _UNTIMED, _RECORDS_LOST, _STACKS_LOST = range(4)
+#: linux/bpf.h: BPF_PROG_TYPE_KPROBE, and BPF_FUNC_get_current_task_btf (5.11+).
+_PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF = 2, 158
+#: The least that a ring may have, with any page size up to 64 KiB.
+_SMALLEST_RING: Final = 1 << 16
 
 
 class Calls(NamedTuple):
@@ -40,6 +51,19 @@ class Calls(NamedTuple):
     timed: int
     sum_ns: int
     latency: tuple[int, ...]
+
+
+class Stack(NamedTuple):
+    """How often one process has called a function from one place, by the addresses of its callers, innermost first.
+
+    They are what calls return to, as far as frame pointers lead; the first is right without them.
+    """
+
+    site: Site
+    process: ProcessId
+    addresses: tuple[int, ...]
+    calls: int
+    key: bytes
 
 
 def percentile_ns(latency: Sequence[int], share: float) -> int | None:
@@ -66,8 +90,11 @@ class CallCounter:
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
         is_filtered: count only in the processes of `want`.
         links: see `sowatch.uprobes.attacher.Attacher`.
+        call_format: records each call, for `take_calls`; one with a result is timed anyway.
+        has_stacks: counts who calls, for `stacks`.
 
-    The kernel keeps 16,384 counts (function and process); more are counted as ``lost``.
+    The kernel keeps 16,384 counts (function and process); more are counted as ``lost``. So many stacks, and 4 MiB of
+    records until they are taken.
 
     >>> counter = CallCounter(["deflate"])  # doctest: +SKIP
     >>> with counter, Watcher(counter.rule(r"libz\.so")) as watcher:  # doctest: +SKIP
@@ -83,7 +110,14 @@ class CallCounter:
         linger_s: float = 0.0,
         is_filtered: bool = False,
         links: Literal["auto", "multi", "perf_event"] = "auto",
+        call_format: CallFormat | None = None,
+        has_stacks: bool = False,
     ) -> None:
+        is_timed = is_timed or (call_format is not None and call_format.result is not None)
+        self.call_format = call_format
+        self.has_stacks = has_stacks
+        self._records = None if call_format is None else CallRecords(call_format)
+        self._rings: dict[ProbeObject, Ring] = {}
         self.is_timed = is_timed
         self.is_filtered = is_filtered
         self._wanted: set[int] = set()
@@ -110,6 +144,20 @@ class CallCounter:
         loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
         loaded.set_constant("only_probe", cookie.to_bytes(8, "little"))
         loaded.set_constant("is_filtered", bytes([self.is_filtered]))
+        has_task_btf = probe("helper", _PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF) is True
+        loaded.set_constant("has_task_btf", bytes([has_task_btf]))
+        loaded.set_constant("has_stacks", bytes([self.has_stacks]))
+        if not self.has_stacks:
+            loaded.set_max_entries("stacks", 1)
+            loaded.set_max_entries("stack_counts", 1)
+        if self.call_format is None or self.call_format.result is None:
+            loaded.set_max_entries("unread", 1)
+        if self.call_format is None:
+            loaded.set_max_entries("records", _SMALLEST_RING)
+            return
+        loaded.set_constant("format", self.call_format.pack())
+        loaded.set_constant("entry_bytes", self.call_format.entry_bytes.to_bytes(8, "little"))
+        loaded.set_constant("return_bytes", self.call_format.return_bytes.to_bytes(8, "little"))
 
     def start(self) -> Self:
         """Loads the program. Safe to call again."""
@@ -118,6 +166,9 @@ class CallCounter:
 
     def close(self) -> None:
         """Detaches everything. Safe to call again."""
+        for ring in self._rings.values():
+            ring.close()
+        self._rings.clear()
         self.attacher.close()
 
     def __enter__(self) -> Self:
@@ -164,6 +215,59 @@ class CallCounter:
         """Calls that were counted and not timed, because one thread had too many under way."""
         return self._counter(_UNTIMED)
 
+    @property
+    def records_lost(self) -> int:
+        """Calls, or their results, that are counted and were not recorded: they came faster than they were taken."""
+        return self._counter(_RECORDS_LOST)
+
+    @property
+    def stacks_lost(self) -> int:
+        """Calls whose callers could not be found, or that found no room for a further stack."""
+        return self._counter(_STACKS_LOST)
+
+    def take_calls(self, is_gone: Callable[[ProcessId], bool] = lambda _: False) -> list[Call]:
+        """The calls that were recorded since the last time, and those under way in processes that are gone.
+
+        A call with a result comes when it returns. One thread at a time.
+        """
+        if self._records is None:
+            return []
+        found: list[Call] = []
+        sites = self.attacher.sites
+        for loaded in self.attacher.objects():
+            if loaded not in self._rings:
+                self._rings[loaded] = loaded.ring("records")
+            found += self._records.take(self._rings[loaded].take(), sites)
+        return found + self._records.finish(is_gone)
+
+    def stacks(self) -> list[Stack]:
+        """Who has called the functions, by process; of files that are detached there is nothing any more."""
+        if not self.has_stacks:
+            return []
+        sites = self.attacher.sites
+        found = []
+        for loaded in self.attacher.objects():
+            counts, stacks = loaded.map("stack_counts"), loaded.map("stacks")
+            for key in counts.keys(STACKS_KEY.size):
+                probe_id, start_ns, caller, tgid, number, _ = STACKS_KEY.unpack(key)
+                site, value = sites.get(probe_id), counts.lookup(key, 8)
+                if site is None or value is None:
+                    continue
+                data = stacks.lookup(number.to_bytes(4, "little"), _ADDRESSES.size) if number >= 0 else None
+                # The kernel's walk begins with the function itself; at its first instruction there is no frame yet, so
+                # what follows may be the caller or the caller's caller.
+                walked = [one for one in _ADDRESSES.unpack(data) if one][1:] if data else []
+                if caller and walked[:1] != [caller]:
+                    walked.insert(0, caller)
+                calls = int.from_bytes(value, "little")
+                found.append(Stack(site, ProcessId(tgid, start_ns), tuple(walked), calls, key))
+        return found
+
+    def forget_stack(self, stack: Stack) -> None:
+        """Removes a count, of a process that is gone."""
+        for loaded in self.attacher.objects():
+            loaded.map("stack_counts").delete(stack.key)
+
     def calls(self) -> list[Calls]:
         """The figures by function and process; of files that are detached there are none any more."""
         return sorted(self.calls_at(self.attacher.sites), key=lambda one: (one.site.cookie, one.process))
@@ -175,8 +279,8 @@ class CallCounter:
         """
         for table in [loaded.map("calls") for loaded in self.attacher.objects()]:
             for key in table.keys(KEY.size):
-                probe, start_ns, tgid, _ = KEY.unpack(key)
-                site = sites.get(probe)
+                probe_id, start_ns, tgid, _ = KEY.unpack(key)
+                site = sites.get(probe_id)
                 value = table.lookup(key, VALUE.size)
                 if site is None or value is None:
                     continue

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sowatch import Watcher
+from sowatch import Rule, Watcher
 from sowatch.uprobes import CallCounter, Calls
+from sowatch.uprobes.call_format import Text, Unreadable, parse_function
+from sowatch.uprobes.call_records import Call
 from support.callers import Caller
+from support.programs import build
 
 Probed = Callable[..., Path]
 NewCaller = Callable[..., Caller]
@@ -34,6 +38,48 @@ def watch_calls(request: pytest.FixtureRequest, closing: Any) -> Callable[..., C
     def start(pattern: str, symbols: list[str], **options: Any) -> CallCounter:
         counter = closing.enter_context(CallCounter(symbols, links=request.param, **options))
         closing.enter_context(Watcher(counter.rule(pattern)))
+        return counter
+
+    return start
+
+
+class Speaker:
+    """A running tests/programs/speaker.c, whose own functions are traced."""
+
+    def __init__(self, spawn: Any, program: Path) -> None:
+        self._process = spawn([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = int(self._process.stdout.readline().split()[1])
+
+    def does(self, line: str) -> None:
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        assert line == "leave" or self._process.stdout.readline().startswith("ok")
+
+    def end(self) -> int:
+        self._process.stdin.close()
+        return int(self._process.wait())
+
+
+@pytest.fixture
+def speaker(scratch: Path) -> Path:
+    """A copy of the program, with frame pointers, as none but the test has."""
+    made = build("speaker", scratch / "built", flags=["-fno-omit-frame-pointer", "-rdynamic"])
+    return Path(shutil.copyfile(made, scratch / "speaker")).absolute()
+
+
+@pytest.fixture(params=["auto", "perf_event"])
+def records(request: pytest.FixtureRequest, closing: Any, wait_until: Any) -> Callable[..., CallCounter]:
+    """``records(program, "f(int) -> int")`` is an attached CallCounter that records each call."""
+
+    def start(program: Path, text: str, **options: Any) -> CallCounter:
+        program.chmod(0o755)
+        symbol, shown = parse_function(text)
+        counter = CallCounter([symbol], links=request.param, call_format=shown, **options)
+        closing.enter_context(counter)
+        rule = Rule(
+            re.escape(str(program)), kind="executable", on_activate=counter.attach, on_deactivate=counter.detach
+        )
+        closing.enter_context(Watcher(rule))
         return counter
 
     return start
@@ -214,3 +260,106 @@ def test_a_pattern_counts_each_function_that_it_names(
     found = counted(counter)
     assert found[("nested", process.pid)] == 2
     assert [(one.symbol, one.is_permanent) for one in counter.failures] == [("no_such_*", True)]
+
+
+def values(calls: list[Call]) -> list[tuple[Any, Any]]:
+    return [(call.arguments, call.result) for call in calls]
+
+
+def test_arguments_and_results_are_those_of_each_call(speaker: Path, spawn: Any, records: Any, wait_until: Any) -> None:
+    counter = records(speaker, "say(str:8, long, ptr) -> int")
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    for text in ("", "seven77", "eight888", "nine99999"):
+        process.does(f"say {text}")
+    calls = counter.take_calls()
+    assert values(calls) == [
+        ((Text("", is_cut=False), 0, "0x10"), 0),
+        ((Text("seven77", is_cut=False), 7, "0x10"), 7),
+        ((Text("eight888", is_cut=False), 8, "0x10"), 8),
+        ((Text("nine9999", is_cut=True), 9, "0x10"), 9),
+    ]
+    assert {(call.process.pid, call.tid) for call in calls} == {(process.pid, process.pid)}
+    assert all(call.spent_ns > 0 for call in calls)
+
+
+def test_a_pointer_that_leads_nowhere_is_said_and_a_null_pointer_is_none(
+    speaker: Path, spawn: Any, records: Any, wait_until: Any
+) -> None:
+    counter = records(speaker, "say(_, long, str:8)")
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    process.does("say x")
+    process.does("literal")
+    assert values(counter.take_calls()) == [((1, Unreadable(16)), None), ((-1, None), None)]
+
+
+def test_a_string_that_comes_into_memory_while_the_function_runs_is_read(
+    speaker: Path, spawn: Any, records: Any, wait_until: Any
+) -> None:
+    counter = records(speaker, "say(str:8, long) -> int")
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    process.does("literal")
+    assert values(counter.take_calls()) == [((Text("late", is_cut=False), -1), 0)]
+
+
+def test_a_result_may_be_a_string(speaker: Path, spawn: Any, records: Any, wait_until: Any) -> None:
+    counter = records(speaker, "title(int) -> str")
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    process.does("title 1")
+    process.does("title 0")
+    assert values(counter.take_calls()) == [((1,), Text("one", is_cut=False)), ((0,), None)]
+
+
+def test_a_call_that_never_returns_is_told_when_its_process_is_gone(
+    speaker: Path, spawn: Any, records: Any, wait_until: Any
+) -> None:
+    counter = records(speaker, "leave(int) -> int", linger_s=60.0)
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    process.does("leave")
+    assert process.end() == 3
+    assert counter.take_calls() == []
+    (call,) = counter.take_calls(lambda gone: gone.pid == process.pid)
+    assert (call.arguments, call.has_returned) == ((3,), False)
+
+
+def test_records_that_come_faster_than_they_are_taken_are_counted(
+    probed: Probed, caller: NewCaller, watch_calls: Any, wait_until: Any
+) -> None:
+    library = probed()
+    process = caller(library)
+    counter = watch_calls(re.escape(str(library)), ["plain"], call_format=parse_function("plain(int)")[1])
+    wait_until(lambda: attached(counter))
+    process.call("plain", 5, times=60_000)
+    taken = counter.take_calls()
+    assert len(taken) + counter.records_lost == of(counter, "plain").calls == 60_000
+    assert 30_000 < len(taken) < 60_000
+    assert taken[0].arguments == (5,)
+
+
+def test_callers_are_counted_by_the_places_that_they_call_from(
+    speaker: Path, spawn: Any, records: Any, wait_until: Any
+) -> None:
+    counter = records(speaker, "say", has_stacks=True)
+    process = Speaker(spawn, speaker)
+    wait_until(lambda: attached(counter))
+    for text in ("say x", "say y", "literal"):
+        process.does(text)
+    base = min(
+        int(line.split("-")[0], 16)
+        for line in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8").splitlines()
+        if line.endswith(str(speaker))
+    )
+    listed = subprocess.run(["nm", "-S", speaker], capture_output=True, text=True, check=True).stdout.splitlines()
+    places = {parts[3]: (int(parts[0], 16), int(parts[1], 16)) for line in listed if len(parts := line.split()) == 4}
+
+    def function_at(address: int) -> str:
+        return next((name for name, (at, size) in places.items() if at <= address - base <= at + size), "?")
+
+    found = {tuple(map(function_at, stack.addresses))[:2]: stack.calls for stack in counter.stacks()}
+    assert found[("relay", "main")] == 2
+    assert next(calls for names, calls in found.items() if names[0] == "main") == 1
+    assert counter.stacks_lost == 0
