@@ -6,9 +6,7 @@ thread can.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import select
 import socket
 import threading
@@ -23,6 +21,7 @@ from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
 from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.table import MappingTable
 from sowatch.linux.proc import ProcFs
+from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Event, Ready, Stopped
@@ -81,7 +80,8 @@ class Engine:
         self._silent = silent_baseline
         self._proc = ProcFs(config.proc_root)
         self.reconciler = Reconciler(source, table, publisher, rules, config, silent_baseline=silent_baseline)
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        #: Makes the thread go round once more; from any thread.
+        self.wake = Wake()
         self._stop = threading.Event()
         self._ready = threading.Event()
         self.ready: Ready | None = None
@@ -122,15 +122,7 @@ class Engine:
                 LOG.error("the draining thread has not ended within %.0f s; it is left to itself", STOP_S)
                 return
         self._source.close()
-        fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def wake(self) -> None:
-        """Makes the thread look round; from any thread."""
-        fd = self._wake_fd
-        if fd >= 0:
-            os.eventfd_write(fd, 1)
+        self.wake.close()
 
     def ask(self, question: Callable[[], T], *, synced: bool = True) -> T:
         """Answers a question about the map on the engine's thread.
@@ -246,7 +238,7 @@ class Engine:
         poller = select.epoll()
         try:
             poller.register(self._source.fileno(), select.EPOLLIN)
-            poller.register(self._wake_fd, select.EPOLLIN)
+            poller.register(self.wake.fd, select.EPOLLIN)
             self.reconciler.take_snapshot(self._make_ready)
             self._loop(poller)
             self.reconciler.finish()
@@ -269,6 +261,7 @@ class Engine:
             self._ready.set()
             if self._is_left_behind:
                 self._source.close()
+                self.wake.close()
 
     def _loop(self, poller: select.epoll) -> None:
         reconciler = self.reconciler
@@ -292,7 +285,7 @@ class Engine:
                 ready = poller.poll(max(0.0, reconciler.next_work_at(next_tick) - now))
             except InterruptedError:
                 continue
-            if any(fd == self._wake_fd for fd, _ in ready):
+            if any(fd == self.wake.fd for fd, _ in ready):
                 self._on_wake()
             reconciler.drain()
             reconciler.do_what_is_due(now)
@@ -302,8 +295,7 @@ class Engine:
                 deferred_until = now + DEFERRED_S
 
     def _on_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
+        self.wake.clear()
         self._publisher.flush(time.monotonic())
         with self._jobs_lock:
             jobs, self._jobs = self._jobs, []

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 
 from msgspec.structs import replace
 
+from sowatch.engine.backlog import Backlog
 from sowatch.engine.published_map import Loads
 from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Lost, Repaired, Unload, size_of
 from sowatch.model.identity import FileId
@@ -54,17 +55,12 @@ class Subscription:
         self._publisher = publisher
         self._events = frozenset(events)
         self._control = control
-        self._limit = limit
-        self._limit_bytes = limit_bytes
+        self._backlog = Backlog(limit, limit_bytes)
         self._rule = rule
         # Whole batches: one wake of the reader for each, not one for each event.
         self._queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
         self._batch: list[Event] = []  # the engine's
         self._open: deque[Event] = deque()  # the reader's
-        self._offered = 0
-        self._taken = 0
-        self._offered_bytes = 0
-        self._taken_bytes = 0
         #: The (rule, file) whose activate was the last event offered.
         self._activated: tuple[str, FileId] | None = None
         self._missed = 0
@@ -105,8 +101,7 @@ class Subscription:
                 return None
             opened.extend(batch)
         event = opened.popleft()
-        self._taken += 1
-        self._taken_bytes += size_of(event)
+        self._backlog.take(size_of(event))
         return event
 
     @property
@@ -117,16 +112,12 @@ class Subscription:
     @property
     def waiting(self) -> int:
         """Events that were queued and not yet read."""
-        return self._offered - self._taken
+        return self._backlog.events
 
     @property
     def waiting_bytes(self) -> int:
         """What they take, as `sowatch.model.events.size_of` has it."""
-        return self._offered_bytes - self._taken_bytes
-
-    @property
-    def _is_full(self) -> bool:
-        return self.waiting >= self._limit or self.waiting_bytes >= self._limit_bytes
+        return self._backlog.bytes
 
     def close(self) -> None:
         """No further events; wakes a reader. Safe to call again, from any thread."""
@@ -149,7 +140,7 @@ class Subscription:
                 return
         elif not self._control:
             return
-        if self._seen is None and self._is_full and not self._belongs_to_the_last(event):
+        if self._seen is None and self._backlog.is_full and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
             # The event that did not fit has been taken into account already.
             self._undo(self._seen, event)
@@ -177,9 +168,7 @@ class Subscription:
 
     def catch_up(self) -> None:
         """Repairs the reader's view once it has made space; called from time to time."""
-        if self._seen is None:
-            return
-        if self.waiting <= self._limit // 4 and self.waiting_bytes <= self._limit_bytes // 4:
+        if self._seen is not None and self._backlog.is_below(4):
             self._emit_missed(self._seen)
 
     def finish(self) -> None:
@@ -226,8 +215,7 @@ class Subscription:
 
     def _put(self, event: Event) -> None:
         self._activated = (event.rule, event.library.id) if isinstance(event, Activate) else None
-        self._offered += 1
-        self._offered_bytes += size_of(event)
+        self._backlog.add(size_of(event))
         self._batch.append(event)
 
     def _signal(self) -> None:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sowatch.engine.backlog import Backlog
 from sowatch.model.literals import ProcessKind
 from sowatch.model.process_events import ProcessCallback, ProcessEvent
 
@@ -97,16 +98,13 @@ class Delivery:
     """
 
     def __init__(self, limit: int, limit_bytes: int, counts: Counts, on_room: Callable[[], None]) -> None:
-        self._limit = limit
-        self._limit_bytes = limit_bytes
+        self._backlog = Backlog(limit, limit_bytes)
         self._counts = counts
         self._on_room = on_room
         self._changed = threading.Condition(threading.Lock())
         # Who gets an event is decided when it is queued: a subscriber that comes later was given
         # the processes as they are then, and must not see older news after that.
         self._waiting: deque[tuple[Sequence[ProcessEvent], Sequence[Subscription]]] = deque()
-        self._count = 0
-        self._bytes = 0
         self._is_short_of_room = False
         self._deadline_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="sowatch-process-callbacks", daemon=True)
@@ -120,7 +118,7 @@ class Delivery:
         if not subscriptions:
             return True
         with self._changed:
-            if self._count >= self._limit or self._bytes >= self._limit_bytes:
+            if self._backlog.is_full:
                 self._is_short_of_room = True
                 return False
             self._append((event,), subscriptions)
@@ -129,7 +127,7 @@ class Delivery:
     @property
     def has_room(self) -> bool:
         """Whether the queue is at most half full."""
-        return self._count <= self._limit // 2 and self._bytes <= self._limit_bytes // 2
+        return self._backlog.is_below(2)
 
     def put_scan(self, events: Sequence[ProcessEvent], subscriptions: Sequence[Subscription]) -> None:
         """Queues a scan, however full the queue is: it is bounded by the number of processes."""
@@ -139,8 +137,7 @@ class Delivery:
 
     def _append(self, events: Sequence[ProcessEvent], subscriptions: Sequence[Subscription]) -> None:
         self._waiting.append((events, subscriptions))
-        self._count += len(events)
-        self._bytes += sum(map(_size_of, events))
+        self._backlog.add(sum(map(_size_of, events)), len(events))
         self._changed.notify()
 
     def finish(self, deadline_s: float) -> None:
@@ -191,8 +188,7 @@ class Delivery:
 
     def _made_room(self, events: Sequence[ProcessEvent]) -> None:
         with self._changed:
-            self._count -= len(events)
-            self._bytes -= sum(map(_size_of, events))
+            self._backlog.take(sum(map(_size_of, events)), len(events))
             has_room_again = self._is_short_of_room and self.has_room
             if has_room_again:
                 self._is_short_of_room = False

@@ -7,7 +7,6 @@ The thread here is never held up by user code: what finds the queue full is coun
 from __future__ import annotations
 
 import logging
-import os
 import select
 import threading
 import time
@@ -15,6 +14,7 @@ from collections import Counter
 from typing import Final
 
 from sowatch.linux.proc import ProcFs
+from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.process_events import ProcessEvent, ProcessFeed
@@ -53,7 +53,7 @@ class Run:
         self._subscribers = subscribers
         self._counts = counts
         self._scan = scan
-        self._wake = _Wake()
+        self._wake = Wake()
         self._delivery = Delivery(config.queue_events, config.queue_bytes, counts, on_room=self._wake)
         self._stopping = threading.Event()
         self._deadline_s = 0.0
@@ -280,26 +280,3 @@ class Run:
                 self._opened_s = time.monotonic()
                 self._lost = 0
                 return
-
-
-class _Wake:
-    """Ends the wait of the draining thread, from any other; does nothing once it is closed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def __call__(self) -> None:
-        with self._lock:
-            if not self._is_closed:
-                os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                os.close(self.fd)
