@@ -1,4 +1,4 @@
-"""A `ProcfsSource` and a `MappingTable` that a test drives by hand: a look when it says so, and what came of it."""
+"""A `ProcfsSource` and a mapping table that a test drives by hand: a look when it says so, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from sowatch.engine.address_space import Change
-from sowatch.engine.table import Causes, MappingTable
+from sowatch.engine.effects import Causes
 from sowatch.model.config import Config
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.polling import ProcfsSource
 from support.programs import executable_images
+from support.tracking import KeptEffects
 
 __all__ = ["Poller"]
 
@@ -26,7 +27,7 @@ class Poller:
     def __init__(self, pattern: str, **config: Any) -> None:
         self.source = ProcfsSource(Config(**config))
         self.rules = RuleSet([Rule(pattern, kind=("library", "executable", "interpreter", "other"))])
-        self.table = MappingTable(self.rules)
+        self.table = KeptEffects(self.rules)
         scans, records = self.source.scan_all()
         self.table.merge(scans, records, Causes("snapshot", "repair"), is_start=True)
         self.snapshot = self._take()

@@ -13,11 +13,13 @@ from typing import Final
 
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, ProcessState
+from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.file_inspector import Inspector
+from sowatch.engine.merge import merge
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RescanSchedule
-from sowatch.engine.table import LIVE, Causes, MappingTable
+from sowatch.engine.table import MappingTable
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -106,6 +108,11 @@ class Reconciler:
         self._rules_again_at: float | None = None
         self._can_read_one = True
         self._has_scanned_all = True
+        #: What the table has asked for and is still to be carried out; but for the two that come next.
+        self._effects = Effects()
+        self._needs_full_scan = False
+        #: Processes that were reported to be throttled since their losses were counted last.
+        self._newly_throttled: set[int] = set()
         #: Throttled processes that are to be read before their losses are repaired, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
@@ -150,16 +157,11 @@ class Reconciler:
         self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
         scans, meanwhile = self._scan_all()
-        again = self._table.merge(scans, [*early, *meanwhile, *self._drain_all()], SNAPSHOT, is_start=True)
+        records = [*early, *meanwhile, *self._drain_all()]
+        self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True))
         self._mark_unread(SNAPSHOT)
         self._source.set_report(self._base)
-        changes = self._table.take_changes()
-        wanted, ignored = self._table.take_answers()
-        self._source.answer(wanted, is_wanted=True)
-        self._source.answer(ignored, is_wanted=False)
-        for pid in again:
-            self._table.needs_rescan.setdefault(pid, LIVE)
-        self._untrack()
+        changes = self._carry_out()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
         if not self._silent:
@@ -175,9 +177,7 @@ class Reconciler:
         self._take(self._source.drain())
 
     def _take(self, records: list[Record]) -> None:
-        apply = self._table.apply
-        for record in records:
-            apply(record)
+        self._note(self._table.apply(*records))
         self.records += len(records)
         self._flush()
 
@@ -187,7 +187,7 @@ class Reconciler:
         if self._publisher.is_waiting:
             times.append(time.monotonic() + FACTS_TURN_S)
         times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
-        if self._table.has_untracked_sharers:
+        if self._needs_full_scan:
             times.append(self._sharers_at)
         return min(times)
 
@@ -199,14 +199,14 @@ class Reconciler:
             self._publisher.flush(now)
         if self._table.compat:
             for pid in self._schedule.take_compat(self._table.compat, now):
-                self._table.needs_rescan.setdefault(pid, LIVE)
+                self._table.await_rescan(pid)
         if self._table.needs_rescan or self._schedule.due or self._throttled:
             self._reread()
         self._repair_if_due()
         if self._rules_again_at is not None and now >= self._rules_again_at:
             self._rules_again_at = None
             self._read_for_rules()
-        if self._table.has_untracked_sharers and now >= self._sharers_at:
+        if self._needs_full_scan and now >= self._sharers_at:
             self._scan_for_sharers()
 
     def tick(self) -> None:
@@ -216,7 +216,7 @@ class Reconciler:
         waiting = self._source.drain()
         self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
         self._take(waiting)
-        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._table.throttled):
+        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._newly_throttled):
             self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
         self._check_losses()
         if not self.is_repaired:
@@ -225,19 +225,19 @@ class Reconciler:
         self._publisher.subscribers.catch_up()
         self._look_at_recovered()
         for child in self._table.unannounced(time.monotonic_ns() - VFORK_PATIENCE_NS):
-            self._table.needs_rescan.setdefault(child.id.pid, Causes("fork", "munmap"))
+            self._table.await_rescan(child.id.pid, Causes("fork", "munmap"))
         for pid in self._unscanned:
-            self._table.needs_rescan.setdefault(pid, REPAIR)
+            self._table.await_rescan(pid, REPAIR)
         self._schedule.forget(time.monotonic() - PACE_MEMORY_S)
         if time.monotonic() >= self._names_at:
             # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
             self._names_at = time.monotonic() + self._ttl_s
-            self._table.has_untracked_sharers = True
+            self._needs_full_scan = True
 
     @property
     def is_resting(self) -> bool:
         """Whether a full scan is owed that has to wait, so that scans do not take all the time there is."""
-        return self._table.has_untracked_sharers and time.monotonic() < self._sharers_at
+        return self._needs_full_scan and time.monotonic() < self._sharers_at
 
     def sync(self) -> None:
         """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
@@ -247,13 +247,13 @@ class Reconciler:
         """
         begun = time.monotonic()
         for pid in self._table.compat:
-            self._table.needs_rescan.setdefault(pid, LIVE)
+            self._table.await_rescan(pid)
         self._source.refresh()
         self._check_losses()
         self._repair_if_due()
         for _ in range(10):
             self.drain()
-            if self._table.has_untracked_sharers and time.monotonic() >= self._sharers_at:
+            if self._needs_full_scan and time.monotonic() >= self._sharers_at:
                 self._scan_for_sharers()
             is_flood = len(self._table.needs_rescan) > MANY_RESCANS
             if not self._schedule.expedite(self._table.needs_rescan, begun):
@@ -280,21 +280,28 @@ class Reconciler:
                 break
         return records
 
-    def _flush(self) -> None:
-        """Sends answers to the kernel and changes to the publisher."""
-        if self._table.answers:
-            wanted, ignored = self._table.take_answers()
+    def _note(self, effects: Effects) -> None:
+        """Takes what the table asks for; `_flush` carries it out."""
+        self._needs_full_scan |= effects.has_untracked_sharers
+        self._newly_throttled |= effects.throttled
+        self._effects += effects
+
+    def _carry_out(self) -> list[Change]:
+        """Sends answers to the kernel, and gives the changes that are to be published."""
+        effects, self._effects = self._effects, Effects()
+        if effects.verdicts:
+            wanted, ignored = effects.answers()
             self._source.answer(wanted, is_wanted=True)
             self._source.answer(ignored, is_wanted=False)
-        if self._table.idle:
-            self._untrack()
-        if self._table.changes:
-            self._publisher.publish(self._table.take_changes())
+        changes = effects.changes
+        for pid, start_ns, activity in dict.fromkeys(effects.untrack):
+            if self._table.is_idle(pid) and self._source.untrack(pid, start_ns, activity):
+                changes += self._table.untracked(pid, start_ns).changes
+        return changes
 
-    def _untrack(self) -> None:
-        for pid, start_ns, activity in self._table.take_idle():
-            if self._source.untrack(pid, start_ns, activity):
-                self._table.untracked(pid, start_ns)
+    def _flush(self) -> None:
+        if changes := self._carry_out():
+            self._publisher.publish(changes)
 
     # ---- other rules --------------------------------------------------------------------------
 
@@ -322,7 +329,7 @@ class Reconciler:
 
     def look_again(self, pid: int, rule: Rule) -> None:
         """Reads a process, and tells of what the rule wants and it was not told to have."""
-        self._table.needs_rescan.setdefault(pid, LIVE)
+        self._table.await_rescan(pid)
         self.sync()
         self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
 
@@ -349,18 +356,19 @@ class Reconciler:
     def _read_for_rules(self) -> None:
         since_ns = time.monotonic_ns()
         self._forget_vanished(self._read_everything(RULES), since_ns)
+        changes = self._carry_out()
         if self._silent:
             # What was mapped before is not news, whatever the rules are.
-            changes = self._table.take_changes()
             self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
-            self._publisher.publish([one for one in changes if one.cause != RULES.load])
-        self._flush()
+            changes = [one for one in changes if one.cause != RULES.load]
+        self._publisher.publish(changes)
 
     # ---- readings -----------------------------------------------------------------------------
 
     def _reread(self) -> None:
         """Reads the processes in doubt, each as soon as its pace allows."""
         due = self._schedule.take(self._table.needs_rescan, time.monotonic())
+        self._table.begin_rescans(due)
         if not due:
             if self._throttled:
                 self._unthrottle(())  # some may have ended before they were read
@@ -380,11 +388,9 @@ class Reconciler:
         records = [*meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
         self.rereads += len(due)
-        again = self._table.merge(scans, records, LIVE, own_causes=due)
-        for pid in again:
-            self._table.needs_rescan.setdefault(pid, due.get(pid, LIVE))
+        self._note(merge(self._table, scans, records, LIVE, own_causes=due))
         for pid in gone:
-            self._table.forget_pid(pid, "repair", time.monotonic_ns())
+            self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
@@ -402,7 +408,7 @@ class Reconciler:
         if len(due) > MANY_RESCANS or not self._can_read_one:
             scans, meanwhile = self._scan_all()
             for pid in due.keys() & set(self._source.unread):
-                self._table.needs_rescan.setdefault(pid, due[pid])
+                self._table.await_rescan(pid, due[pid])
             return [scan for scan in scans if scan.tgid in due], list(meanwhile)
         found = []
         for pid, causes in due.items():
@@ -410,7 +416,7 @@ class Reconciler:
             try:
                 scan = self._source.scan_process(pid)
             except ScanTimeout:
-                self._table.needs_rescan.setdefault(pid, causes)
+                self._table.await_rescan(pid, causes)
             else:
                 # Taking it over costs about as much again.
                 self._schedule.rest(pid, 2 * (self._cpu_s() - begun_s))
@@ -432,12 +438,12 @@ class Reconciler:
         """Whoever hangs is read as soon as it can be."""
         for pid in self._source.unread:
             if pid:
-                self._table.needs_rescan.setdefault(pid, causes)
+                self._table.await_rescan(pid, causes)
 
     def _take_readable(self) -> None:
         """Reads those that do not hang any more."""
         for pid in self._source.unread.take_readable():
-            self._table.needs_rescan[pid] = REPAIR
+            self._table.await_rescan(pid, REPAIR, replaces=True)
             self._schedule.due[pid] = 0.0
 
     def _read_everything(self, causes: Causes) -> set[int]:
@@ -447,17 +453,15 @@ class Reconciler:
         scans, meanwhile = self._scan_all()
         records = [*early, *meanwhile, *self._drain_all()]
         self._source.set_report(self._base)
-        for scan in scans:
-            self._table.needs_rescan.pop(scan.tgid, None)
-        for pid in self._table.merge(scans, records, causes):
-            self._table.needs_rescan.setdefault(pid, causes)
+        self._table.begin_rescans(scan.tgid for scan in scans)
+        self._note(merge(self._table, scans, records, causes))
         self._mark_unread(causes)
         return {scan.tgid for scan in scans}
 
     def _scan_for_sharers(self) -> None:
         """Finds who shares an address space, by a reading of all."""
         begun_s = self._cpu_s()
-        self._table.has_untracked_sharers = False
+        self._needs_full_scan = False
         self._read_everything(LIVE)
         self._flush()
         self._sharers_at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
@@ -477,14 +481,13 @@ class Reconciler:
             elif process.seen_ns >= since_ns:
                 continue
             elif self._has_ended(pid, is_lossy=True):
-                self._table.forget(process, "repair", since_ns)
+                self._note(self._table.forget(process, "repair", since_ns))
             elif pid in self._source.unread:
-                self._table.needs_rescan[pid] = REPAIR
+                self._table.await_rescan(pid, REPAIR, replaces=True)
             else:
                 late[pid] = REPAIR
         if late:
-            for pid in late:
-                self._table.needs_rescan.pop(pid, None)
+            self._table.begin_rescans(late)
             self._scan(late)
 
     def _let_go_if_untracked(self, process: ProcessState) -> None:
@@ -496,7 +499,7 @@ class Reconciler:
         if tracked is not None and tracked.start_ns == process.id.start_ns and tracked.activity:
             return
         self._source.untrack(pid, process.id.start_ns, 0)
-        self._table.untracked(pid, process.id.start_ns)
+        self._note(self._table.untracked(pid, process.id.start_ns))
 
     # ---- losses and repairs -------------------------------------------------------------------
 
@@ -537,10 +540,10 @@ class Reconciler:
         """Those that have told so by now are to be read; what was lost of them is told before."""
         if not self._throttled:
             self._throttled_since = time.monotonic()
-        self._throttled |= self._table.throttled
-        self._table.throttled.clear()
+        self._throttled |= self._newly_throttled
+        self._newly_throttled.clear()
         for pid in self._throttled:
-            self._table.needs_rescan[pid] = REPAIR
+            self._table.await_rescan(pid, REPAIR, replaces=True)
 
     def _unthrottle(self, was_read: Collection[int]) -> None:
         """Readings of these processes were taken over, their changes are still to be flushed."""
@@ -551,7 +554,7 @@ class Reconciler:
         }
         if self._throttled or self._repair_at is not None:
             return
-        found = [change for change in self._table.changes if change.cause == "repair"]
+        found = [change for change in self._effects.changes if change.cause == "repair"]
         self._has_repaired(found, time.monotonic() - self._throttled_since)
 
     def _has_repaired(self, found: Collection[Change], seconds: float) -> None:
@@ -573,7 +576,7 @@ class Reconciler:
         before = self.losses
         since_ns = time.monotonic_ns()
         self._forget_vanished(self._read_everything(REPAIR), since_ns)
-        found = [change for change in self._table.changes if change.cause == "repair"]
+        found = [change for change in self._effects.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is made up for by readings of that process alone.
         stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from math import inf
 from typing import Final
 
-from sowatch.engine.table import Causes
+from sowatch.engine.effects import Causes
 
 __all__ = ["RescanSchedule"]
 
@@ -56,8 +56,8 @@ class RescanSchedule:
                 self.due[pid] = last + interval if last >= since and interval > FAR_S else 0.0
         return 0.0 in self.due.values()
 
-    def take(self, needs_rescan: dict[int, Causes], now: float) -> dict[int, Causes]:
-        """Takes those out of ``needs_rescan`` whose turn it is."""
+    def take(self, needs_rescan: Mapping[int, Causes], now: float) -> dict[int, Causes]:
+        """Those of ``needs_rescan`` whose turn it is: they are scanned now."""
         for pid in needs_rescan:
             if pid not in self.due and pid not in self.held:
                 last, interval = self._pace.get(pid, (0.0, 0.0))
@@ -71,7 +71,6 @@ class RescanSchedule:
                 turn[pid] = causes
         for pid in turn:
             del self.due[pid]
-            del needs_rescan[pid]
             last, interval = self._pace.get(pid, (0.0, 0.0))
             is_busy = now - last < 2 * interval + 0.002
             self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)

@@ -10,10 +10,11 @@ import pytest
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
+from sowatch.engine.effects import LIVE
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rescan_schedule import LONGEST_REST_S, RescanSchedule
-from sowatch.engine.table import LIVE, MappingTable
+from sowatch.engine.table import MappingTable
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
@@ -202,12 +203,12 @@ def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, config
 
 
 def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(reconciler, source):
-    reconciler._table.has_untracked_sharers = True
+    reconciler._needs_full_scan = True
     reconciler.sync()
     assert source.read == ["all"]
     reconciler._sharers_at = time.monotonic() + 60  # as after a scan of three seconds
     for _ in range(5):
-        reconciler._table.has_untracked_sharers = True
+        reconciler._needs_full_scan = True
         reconciler.sync()
         assert reconciler.is_resting
     assert source.read == ["all"]
@@ -266,11 +267,10 @@ def test_a_scan_that_took_long_is_followed_by_a_rest_of_many_times_that_and_a_sh
     for pid, seconds in ((1, 0.05), (2, 0.0001), (3, 60.0)):
         assert turns.take({pid: LIVE}, now=100.0) == {pid: LIVE}
         turns.rest(pid, seconds)
-    needs_rescan = {1: LIVE, 2: LIVE, 3: LIVE}
-    assert turns.take(needs_rescan, now=100.1) == {2: LIVE}
-    assert turns.take(needs_rescan, now=100.0 + 20 * 0.05) == {1: LIVE}
+    assert turns.take({1: LIVE, 2: LIVE, 3: LIVE}, now=100.1) == {2: LIVE}
+    assert turns.take({1: LIVE, 3: LIVE}, now=100.0 + 20 * 0.05) == {1: LIVE}
     assert min(turns.times()) == 100.0 + LONGEST_REST_S
-    assert turns.take(needs_rescan, now=100.0 + LONGEST_REST_S) == {3: LIVE}
+    assert turns.take({3: LIVE}, now=100.0 + LONGEST_REST_S) == {3: LIVE}
 
 
 def test_whose_scans_take_long_is_scanned_once_for_a_question():

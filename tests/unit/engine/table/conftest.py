@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sowatch.engine.table import MappingTable
 from sowatch.model.rules import Rule, RuleSet
+from support.tracking import KeptEffects
 
 
 @pytest.fixture
 def table():
-    return MappingTable(
+    return KeptEffects(
         RuleSet([Rule(r"libssl|libcrypto|nginx|memfd")]), label=lambda cgroup: cgroup and cgroup.strip("/")
     )

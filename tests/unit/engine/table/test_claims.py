@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_SHARED_VM
-from sowatch.engine.table import Causes
+from sowatch.engine.effects import Causes
 from sowatch.sources.scan_rows import group
 from support.records import PAGE, Proc, scan
 from support.tracking import BASE, CRYPTO, LIBC, LIVE, REPAIR, SSL, feed, reported, the_map
@@ -220,7 +220,7 @@ def test_spaces_without_a_number_and_of_processes_that_have_gone_are_not_taken_f
 def test_what_a_holder_claimed_and_took_with_it_is_read_through_another(table):
     parent, child = Proc(10), Proc(11)
     feed(table, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.needs_rescan())
-    table.needs_rescan.clear()  # its owner is about to read the child
+    table.begin_rescans(list(table.needs_rescan))  # its owner is about to read the child
     feed(table, child.exit())
     assert list(table.needs_rescan) == [10]
 
@@ -228,7 +228,7 @@ def test_what_a_holder_claimed_and_took_with_it_is_read_through_another(table):
 def test_a_holder_that_claimed_nothing_since_the_last_reading_leaves_nothing_to_read(table):
     parent, child = Proc(10), Proc(11)
     feed(table, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.needs_rescan(t=3))
-    table.needs_rescan.clear()
+    table.begin_rescans(list(table.needs_rescan))
     table.merge([scan(parent, 4, 5, parent.map(SSL, BASE, t=5))], [], LIVE)
     feed(table, child.exit(t=6))
     assert not table.needs_rescan
@@ -239,7 +239,7 @@ def test_what_a_holder_claimed_while_it_was_read_is_read_through_another_if_it_i
     feed(table, parent.map(SSL, BASE, t=1), parent.fork(child, t=2, flags=FLAG_SHARED_VM))
     rows = scan(child, 3, 6, child.map(SSL, BASE, t=6))
     assert table.merge([rows], [child.needs_rescan(t=5)], LIVE) == {11}
-    table.needs_rescan.clear()  # its owner is about to read the child again
+    table.begin_rescans(list(table.needs_rescan))  # its owner is about to read the child again
     feed(table, child.exec(t=7))
     assert list(table.needs_rescan) == [10]
 
@@ -256,9 +256,9 @@ def test_a_child_whose_exec_was_lost_and_that_has_nothing_leaves_its_parent_what
 def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(table):
     p = Proc()
     feed(table, p.map(SSL, BASE))
-    assert not table.has_untracked_sharers
+    assert not table.kept.has_untracked_sharers
     feed(table, p.map(CRYPTO, BASE + 8 * PAGE, flags=FLAG_SHARED_VM))
-    assert table.has_untracked_sharers
+    assert table.kept.has_untracked_sharers
     assert list(table.needs_rescan) == [10]
 
 
@@ -266,14 +266,14 @@ def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless
     first, second = Proc(10), Proc(11)
     alone = scan(first, 1, 2, first.map(SSL, BASE, t=2), space=99, flags=FLAG_SHARED_VM)
     table.merge([alone], [], LIVE)
-    assert table.has_untracked_sharers
-    table.has_untracked_sharers = False
+    assert table.kept.has_untracked_sharers
+    table.kept.has_untracked_sharers = False
     both = [
         scan(first, 4, 5, first.map(SSL, BASE, t=5), space=99, flags=FLAG_SHARED_VM),
         scan(second, 6, 7, intro=True, space=99, flags=FLAG_SHARED_VM),
     ]
     table.merge(both, [], LIVE)
-    assert not table.has_untracked_sharers
+    assert not table.kept.has_untracked_sharers
 
 
 def test_the_introduction_in_a_reading_of_one_in_company_lets_nobody_settle_it(table):

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN
-from sowatch.engine.table import Causes, MappingTable
+from sowatch.engine.effects import Causes
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, Proc
-from support.tracking import BASE, CRYPTO, LIBC, SSL, feed, the_map
+from support.tracking import BASE, CRYPTO, LIBC, SSL, KeptEffects, feed, the_map
 
 # ---- facts: mappings come and go ----------------------------------------------------------------
 
@@ -246,7 +246,7 @@ pages = st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda at: (at[0],
 @settings(max_examples=200, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from([SSL, CRYPTO, LIBC, None]), pages), max_size=25))
 def test_any_run_of_facts_leaves_what_a_set_of_pages_would(calls):
-    table = MappingTable(RuleSet([Rule("libssl|libcrypto")]))
+    table = KeptEffects(RuleSet([Rule("libssl|libcrypto")]))
     p = Proc()
     model = {}
     for file, (first, end) in calls:

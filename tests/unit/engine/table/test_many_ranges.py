@@ -7,6 +7,7 @@ import time
 import pytest
 
 from sowatch.bpf.records import FLAG_MANY, FLAG_NEEDS_RESCAN, MAX_FILE_RANGES
+from sowatch.engine.merge import merge
 from sowatch.engine.table import MappingTable
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, File, Proc, scan
@@ -64,7 +65,7 @@ def test_taking_some_of_many_ranges_away_unloads_nothing_before_a_scan_has_told(
     feed(table, *every_second_page(p))
     assert feed(table, p.range(BASE, BASE + 2 * MANY * PAGE)) == []
     assert list(table.needs_rescan) == [p.pid]
-    table.needs_rescan.clear()
+    table.begin_rescans(list(table.needs_rescan))
     assert table.merge([scan(p, 10, 20, intro=True)], [], LIVE) == set()
     assert reported(table) == ["-10 libssl.so.3 munmap"]
 
@@ -176,7 +177,7 @@ def of_files_that_are_scanned(table, p, count):
     records = [p.tentative(SSL, BASE - PAGE, t=11)]
     for number in range(count):
         records += [p.range(BASE - PAGE, BASE, t=12 + number % 8), p.map(SSL, BASE - PAGE, t=12 + number % 8)]
-    table.merge([scan(p, 10, 20, *rows, intro=True)], records, LIVE)
+    merge(table, [scan(p, 10, 20, *rows, intro=True)], records, LIVE)
 
 
 def of_forks(table, p, count):

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN
-from sowatch.engine.table import Causes, MappingTable
+from sowatch.engine.effects import Causes
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, File, Proc, scan
+from support.tracking import KeptEffects
 
 REPAIR = Causes("repair", "repair")
 FILES = [File("/usr/lib/libssl.so.3", 100), File("/usr/lib/libcrypto.so.3", 101), File("/usr/lib/libc.so.6", 102)]
@@ -20,7 +21,7 @@ VISIT = (1000, 2000)
 
 
 def new_table():
-    return MappingTable(RuleSet([Rule(r"libssl|libcrypto")]))
+    return KeptEffects(RuleSet([Rule(r"libssl|libcrypto")]))
 
 
 def reported(table):

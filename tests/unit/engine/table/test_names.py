@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sowatch.bpf.records import FLAG_ASK, FLAG_IMAGE, FLAG_NEEDS_RESCAN
-from sowatch.engine.table import MappingTable
 from sowatch.model.rules import Rule, RuleSet
 from support.records import PAGE, File, Proc, scan
-from support.tracking import BASE, LIBC, LIVE, SNAPSHOT, SSL, feed
+from support.tracking import BASE, LIBC, LIVE, SNAPSHOT, SSL, KeptEffects, feed
 
 # ---- kinds --------------------------------------------------------------------------------------
 
@@ -43,7 +42,7 @@ def test_a_mapped_device_is_other(table):
 
 @pytest.mark.parametrize("path", ["/SYSV00000000", "/dev/zero"])
 def test_shared_memory_without_a_file_is_other(path):
-    everything = MappingTable(RuleSet())
+    everything = KeptEffects(RuleSet())
     assert kind_of(everything, Proc().map(File(path, 5, is_deleted=True))) == "other"
 
 

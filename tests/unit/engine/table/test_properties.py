@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from sowatch.engine.activation import FileRegistry
+from sowatch.engine.effects import Causes
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
-from sowatch.engine.table import Causes, MappingTable
+from sowatch.engine.table import MappingTable
 from sowatch.linux.proc import Miss
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
@@ -21,6 +22,7 @@ from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.core import Report
 from support.model_kernel import CALLS, PIDS, RULE, Kernel
 from support.records import PAGE
+from support.tracking import KeptEffects
 
 RULES = RuleSet([Rule(RULE)])
 
@@ -29,10 +31,11 @@ class Owner:
     """What the engine does with a tracker, in its plainest form."""
 
     clock = int
+    table_type = KeptEffects
 
     def __init__(self, kernel):
         self.kernel = kernel
-        self.table = MappingTable(RULES)
+        self.table = self.table_type(RULES)
         self.seen_losses = 0
 
     def take_changes(self):
@@ -56,16 +59,14 @@ class Owner:
 
     def reread(self):
         due = dict(self.table.needs_rescan)
-        self.table.needs_rescan.clear()
+        self.table.begin_rescans(due)
         self.kernel.set_report(Report.RANGES)
         found = [self.kernel.scan_process(pid) for pid in due]
         missing = due.keys() - {one.tgid for one in found if one}
         gone = [pid for pid in missing if not self.is_there(self.table.get(pid))]
         records = self.kernel.drain()
         self.kernel.set_report(Report.NOTHING)
-        again = self.table.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
-        for pid in again:
-            self.table.needs_rescan.setdefault(pid, due.get(pid, Causes("mmap", "munmap")))
+        self.table.merge([one for one in found if one], records, Causes("mmap", "munmap"), own_causes=due)
         for pid in gone:
             self.table.forget_pid(pid, "repair", self.kernel.now)
         self.flush()
@@ -82,10 +83,8 @@ class Owner:
         records = [*early, *meanwhile, *self.kernel.drain()]
         self.kernel.set_report(Report.NOTHING)
         scanned = {scan.tgid for scan in scans}
-        for pid in scanned:
-            self.table.needs_rescan.pop(pid, None)
-        for pid in self.table.merge(scans, records, causes, is_start=is_start):
-            self.table.needs_rescan.setdefault(pid, causes)
+        self.table.begin_rescans(scanned)
+        self.table.merge(scans, records, causes, is_start=is_start)
         for process in () if is_start else self.table.processes():
             if process.id.pid not in scanned and process.seen_ns < since_ns:
                 self.look_for(process, since_ns)
@@ -99,14 +98,14 @@ class Owner:
         if not self.is_there(process):
             self.table.forget(process, "repair", since_ns)
         else:
-            self.table.needs_rescan.setdefault(process.id.pid, Causes("repair", "repair"))
+            self.table.await_rescan(process.id.pid, Causes("repair", "repair"))
 
     def close(self):
         pass
 
     def ask_for_the_silent(self):
         for child in self.table.unannounced(before_ns=1 << 63):
-            self.table.needs_rescan.setdefault(child.id.pid, Causes("fork", "munmap"))
+            self.table.await_rescan(child.id.pid, Causes("fork", "munmap"))
 
 
 class Facts:
@@ -123,6 +122,7 @@ class EngineOwner(Owner):
     """The engine's keeper itself, without its thread; what it publishes stands for the tracker's changes."""
 
     clock = time.monotonic_ns
+    table_type = MappingTable
 
     def __init__(self, kernel):
         super().__init__(kernel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sowatch.bpf.records import FLAG_ASK, FLAG_NEEDS_RESCAN, FLAG_SHARED_VM
-from sowatch.engine.table import Causes
+from sowatch.engine.effects import Causes
 from support.records import PAGE, Proc, scan
 from support.tracking import BASE, CRYPTO, LIBC, LIVE, REPAIR, SNAPSHOT, SSL, feed, reported, the_map
 
@@ -240,7 +240,7 @@ def test_a_reading_learns_from_its_intro(table):
 def test_a_claim_inside_the_visit_stays_dirty(table):
     p = Proc()
     feed(table, p.tentative(SSL, BASE, t=1))
-    table.needs_rescan.clear()  # as its owner does before it reads
+    table.begin_rescans(list(table.needs_rescan))  # as its owner does before it reads
     table.merge([scan(p, 10, 20, p.map(SSL, BASE, t=20))], [p.tentative(CRYPTO, BASE + PAGE, t=15)], LIVE)
     assert 10 in table.needs_rescan
     assert "+10 libcrypto.so.3 mmap" in reported(table)
@@ -249,6 +249,6 @@ def test_a_claim_inside_the_visit_stays_dirty(table):
 def test_an_owed_reading_of_an_exited_process_changes_nothing(table):
     p = Proc()
     feed(table, p.tentative(SSL, BASE))
-    table.needs_rescan.clear()
+    table.begin_rescans(list(table.needs_rescan))
     assert table.merge([], [p.exit(t=9)], LIVE) == set()
     assert reported(table) == ["-10 libssl.so.3 exit"]
