@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, NamedTuple
 
+from sowatch.linux.mapped_rows import subvolume_of
 from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_inode
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
@@ -173,6 +174,8 @@ def _is_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> bool:
         return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
     # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
     if changed_ns and status.st_ctime_ns != changed_ns and is_on_overlay(fd):
+        return False
+    if file_id.subvolume and subvolume_of(fd) not in (0, file_id.subvolume):
         return False
     return is_link or status.st_ino == file_id.inode
 

@@ -13,8 +13,8 @@ import stat as file_types
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -30,7 +30,6 @@ from sowatch.bpf.records import (
     RangeRecord,
     Record,
     RecordType,
-    file_id_of,
     text_of,
     who_is,
 )
@@ -45,7 +44,7 @@ from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.core import FILE_KEY, ProcessScan, Report, TrackedEntry, Verdict, Verdicts
 from sowatch.sources.poll_timer import PollTimer
-from sowatch.sources.proc_scan import listed
+from sowatch.sources.proc_scan import listed, resolve_new
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
@@ -139,6 +138,8 @@ class _Process:
     cpu_ns: int | None
     #: It may not be read by us.
     is_denied: bool = False
+    #: See `resolve_new`.
+    resolved: Mapping[MapRow, MapRow] = field(default_factory=dict)
     #: What was told of it; None while nothing is.
     intro: ProcessRecord | None = None
     #: How often mappings of it were told; see `EventSource.untrack`.
@@ -289,7 +290,7 @@ class ProcfsSource:
             f"polls every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
             *([f"processes that this user may not read: {denied}"] if denied else []),
             *(["processes of other users are hidden: /proc is mounted with hidepid"] if self._is_hidden else []),
-            "files are distinguished by device and inode as /proc shows them, without generation",
+            "files are distinguished by device, inode and subvolume as /proc shows them, without generation",
             *([f"{self._elsewhere}: processes outside it are not seen"] if self._elsewhere else []),
         )
 
@@ -354,9 +355,9 @@ class ProcfsSource:
         if isinstance(rows, list) and rows:
             if not after.image and not self._proc.is_image_hidden(pid):
                 return None  # within exec, where some of the new program is mapped
-            found.rows = self._rows(
-                after, _with_known_subvolumes(known.rows if known else (), self._proc.resolve(pid, rows))
-            )
+            earlier = known.resolved if known is not None and known.is_same_program(after) else {}
+            found.resolved = resolve_new(self._proc, pid, rows, earlier)
+            found.rows = self._rows(after, [found.resolved.get(row, row) for row in rows])
         return found
 
     def _stat(self, pid: int) -> Stat | None:
@@ -548,19 +549,6 @@ def _link(path: bytes) -> bytes | None:
         return os.readlink(path)
     except OSError:
         return None
-
-
-def _with_known_subvolumes(before: Iterable[Row], rows: Sequence[MapRow]) -> Sequence[MapRow]:
-    """The rows; the subvolume of a file that has lost its name since may not be shown to everybody."""
-    known = {row.start: found for row in before if (found := file_id_of(row.file.key)).subvolume}
-    if not known:
-        return rows
-    return [
-        row._replace(subvolume=one.subvolume)
-        if not row.subvolume and (one := known.get(row.start)) and one[:3] == (row.major, row.minor, row.inode)
-        else row
-        for row in rows
-    ]
 
 
 def file_of(row: MapRow, root: bytes, view: bytes) -> File:

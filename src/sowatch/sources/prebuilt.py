@@ -113,7 +113,7 @@ class PrebuiltSource:
     def __init__(self, config: Config) -> None:
         self.limits: tuple[str, ...] = (
             "a mapping that ends before it is looked up in /proc is counted as lost",
-            "files are distinguished as /proc shows them: inode generations and btrfs subvolumes are not seen",
+            "files are distinguished as /proc shows them, by btrfs subvolume, and without the inode's generation",
             "32-bit processes are watched by reads",
         )
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("prebuilt", True, None),)
@@ -227,7 +227,7 @@ class PrebuiltSource:
             yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN)
             return
         view = self._reader.view_of(seen.tgid)
-        for row in rows:
+        for row in self._reader.proc.resolve(seen.tgid, rows):
             record = self._reader.map_record(look.stat, view, row, t_ns=seen.t_ns, flags=seen.flags)
             if record.key not in self._ignored:
                 if known.intro is None:
@@ -325,7 +325,7 @@ class PrebuiltSource:
             known.intro = self._reader.introduce(look.stat, look.rows, RecordType.INTRO, seen.t_ns)
             yield known.intro
             view = self._reader.view_of(seen.tgid)
-            for row in self._reader.images(seen.tgid, look.rows):
+            for row in self._reader.proc.resolve(seen.tgid, list(self._reader.images(seen.tgid, look.rows))):
                 record = self._reader.map_record(look.stat, view, row, t_ns=seen.t_ns, flags=FLAG_IMAGE)
                 if record.key not in self._ignored:
                     self._object.run("cover", seen.tgid, row.start, row.end, 0)

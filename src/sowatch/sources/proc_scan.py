@@ -11,7 +11,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.records import (
@@ -24,11 +24,12 @@ from sowatch.bpf.records import (
     RecordType,
     text_of,
 )
+from sowatch.linux.mapped_rows import leaves_open
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.linux.proc_parse import MapRow, Stat, seen_path
 from sowatch.sources.scan_rows import MapRows, ProcessScan, RowPool
 
-__all__ = ["Listed", "Look", "ProcReader", "listed", "with_unlisted"]
+__all__ = ["Listed", "Look", "ProcReader", "listed", "resolve_new", "with_unlisted"]
 
 #: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
 _KEY: Final = struct.Struct("=QQIIQQQQII")
@@ -78,6 +79,27 @@ def listed(rows: Sequence[MapRow]) -> list[Listed]:
     return found
 
 
+def resolve_new(proc: ProcFs, pid: int, rows: Sequence[MapRow], known: Mapping[MapRow, MapRow]) -> dict[MapRow, MapRow]:
+    """What rows of a process are whose text leaves something open; see `ProcFs.resolve`.
+
+    Args:
+        proc: the host's.
+        pid: of the process.
+        rows: as maps shows them now.
+        known: what this gave before for the same program. To resolve a row on btrfs opens a file.
+    """
+    left_open = [row for row in rows if leaves_open(row)]
+    new = [row for row in left_open if row not in known]
+    found = dict(zip(new, proc.resolve(pid, new), strict=True))
+    # The subvolume of a file that has lost its name may not be shown to everybody.
+    subvolumes = {(row.start, row.major, row.minor, row.inode): known[row].subvolume for row in known} if new else {}
+    for row, one in found.items():
+        if not one.subvolume:
+            known_one = subvolumes.get((row.start, row.major, row.minor, row.inode), 0)
+            found[row] = one._replace(subvolume=known_one)
+    return {row: found.get(row) or known[row] for row in left_open}
+
+
 def with_unlisted(record: MapRecord, one: Listed) -> MapRecord:
     """The record of a row that is listed."""
     if one.unlisted is None:
@@ -105,8 +127,7 @@ class ProcReader:
             return None
         if not rows and isinstance(self.proc.live_thread(pid), Miss):
             return None
-        end_ns = time.monotonic_ns()
-        return Look(last, self.proc.resolve(pid, rows), begin_ns, end_ns)
+        return Look(last, rows, begin_ns, time.monotonic_ns())
 
     def read(self, pid: int) -> ProcessScan | None:
         """The scan of one process, as `sowatch.sources.core.EventSource.scan_process` gives it."""
@@ -122,7 +143,7 @@ class ProcReader:
         if look.rows:
             scan.intro = self.introduce(look.stat, look.rows, RecordType.INTRO, look.end_ns)
             view = self.view_of(pid)
-            rows = listed(look.rows)
+            rows = listed(self.proc.resolve(pid, look.rows))
             images = self.images(pid, [one.row for one in rows])
             for one in rows:
                 flags = FLAG_IMAGE if one.row in images else 0
@@ -153,7 +174,7 @@ class ProcReader:
     def map_record(
         self, of: Stat, view: tuple[int, int, bytes], row: MapRow, *, t_ns: int, flags: int = 0
     ) -> MapRecord:
-        """A row as the record of an executable mapping."""
+        """A row, resolved, as the record of an executable mapping."""
         flags |= FLAG_DELETED if row.is_deleted else 0
         path = seen_path(row.path, view[2])
         name = zlib.crc32(path)
@@ -211,8 +232,8 @@ class ProcReader:
         exe = self.proc.exe(pid) if rows else Miss.ABSENT
         if isinstance(exe, Miss):
             return bytes(_FILE_ID.size)
-        ids = (_FILE_ID.pack(*_inode_of(row)) for row in rows if row.raw == exe.raw)
-        return next(ids, bytes(_FILE_ID.size))
+        own = next(([row] for row in rows if row.raw == exe.raw), [])
+        return next((_FILE_ID.pack(*_inode_of(row)) for row in self.proc.resolve(pid, own)), bytes(_FILE_ID.size))
 
 
 def _inode_of(row: MapRow) -> tuple[int, int, int, int]:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,14 @@ from typing import Any
 import pytest
 
 from sowatch import ActiveFile, Config, Rule
+from sowatch.engine.queries import Held
+from sowatch.explain.audit import audit
 from sowatch.linux.elf import read_facts
-from sowatch.model.events import Library, Process
+from sowatch.linux.proc import ProcFs
+from sowatch.model.events import Library, Process, Unload
+from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS
+from sowatch.model.rules import RuleSet
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper
 
@@ -165,6 +171,150 @@ def test_after_a_copy_up_a_rule_gets_a_descriptor_of_the_lower_file(
     wait_held(ledger, mapper.pid, path, lambda _: True)
     ledger.wait_for(lambda: contents, "it was not opened")
     assert contents == [one_and_two[0]]
+
+
+# ---- btrfs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_btrfs(start: Start, scratch: Path, programs: Any, one_and_two: tuple[bytes, bytes]) -> Mapper:
+    """A mapper that sees two subvolumes, ``s/one`` and ``s/two``, with a ``lib.so`` each on one inode number."""
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("mkfs.btrfs is not installed (btrfs-progs)")
+    for name, content in zip(("one", "two"), one_and_two, strict=True):
+        (scratch / name).write_bytes(content)
+    commands = f"""
+    truncate -s 128M {scratch}/image
+    mkfs.btrfs -q {scratch}/image >/dev/null
+    mkdir {scratch}/s {scratch}/m
+    mount -o loop {scratch}/image {scratch}/s
+    btrfs -q subvolume create {scratch}/s/one >/dev/null
+    cp {scratch}/one {scratch}/s/one/lib.so
+    sync -f {scratch}/s
+    btrfs -q subvolume snapshot {scratch}/s/one {scratch}/s/two >/dev/null
+    cat {scratch}/two > {scratch}/s/two/lib.so
+    """
+    return start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+
+
+def held_by(ledger: Ledger, pid: int) -> dict[int, Library]:
+    """What a process holds, by subvolume."""
+    ledger.catch_up()
+    found = [one.library for one in ledger.watcher.snapshot() if one.process is not None and one.process.pid == pid]
+    return {one.id.subvolume: one for one in found if one.path.endswith("lib.so")}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_files_of_two_subvolumes_are_two_files_with_their_own_facts(
+    open_ledger: Callable[..., Ledger],
+    on_btrfs: Mapper,
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    for name in ("one", "two"):
+        on_btrfs.map(scratch / "s" / name / "lib.so")
+    found = ledger.wait_for(
+        lambda: len(both := held_by(ledger, on_btrfs.pid)) == 2 and both, lambda: str(held_by(ledger, on_btrfs.pid))
+    )
+    assert len({one.id._replace(subvolume=0) for one in found.values()}) == 1
+    assert sorted(found) == subvolumes_of(on_btrfs.pid)
+    for name, content in zip(("one", "two"), one_and_two, strict=True):
+        wanted = build_id(content, scratch)
+        wait_held(ledger, on_btrfs.pid, scratch / "s" / name / "lib.so", lambda one, w=wanted: one.build_id == w)  # type: ignore[misc]
+    assert ledger.watcher.audit().differences == ()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_files_of_two_subvolumes_under_one_path_are_two_files_of_which_each_goes_by_itself(
+    open_ledger: Callable[..., Ledger], on_btrfs: Mapper, scratch: Path, strategy: str
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    at = []
+    for name in ("one", "two"):
+        command = ["mount", "--bind", scratch / "s" / name, scratch / "m"]
+        subprocess.run(["nsenter", "-m", "-t", str(on_btrfs.pid), *command], check=True)
+        at.append(on_btrfs.map(scratch / "m/lib.so"))
+    one, two = subvolumes_of(on_btrfs.pid)
+    ledger.wait_for(
+        lambda: set(held_by(ledger, on_btrfs.pid)) == {one, two}, lambda: str(held_by(ledger, on_btrfs.pid))
+    )
+    assert ledger.watcher.audit().differences == ()
+    on_btrfs.unmap(*at[0])
+    ledger.wait_for(lambda: set(held_by(ledger, on_btrfs.pid)) == {two}, lambda: str(held_by(ledger, on_btrfs.pid)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_file_in_a_subvolume_that_is_deleted_while_it_is_mapped_stays_the_same_file(
+    open_ledger: Callable[..., Ledger], on_btrfs: Mapper, scratch: Path, strategy: str
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    path = scratch / "s/two/lib.so"
+    on_btrfs.map(path)
+    wait_held(ledger, on_btrfs.pid, path, lambda one: one.id.subvolume >= 256)
+    subprocess.run(["nsenter", "-m", "-t", str(on_btrfs.pid), "rm", path], check=True)
+    begun = len(ledger.events)
+    on_btrfs.map(scratch / "s/one/lib.so")
+    wait_held(ledger, on_btrfs.pid, scratch / "s/one/lib.so", lambda _: True)
+    assert ledger.watcher.audit().differences == ()
+    assert [one for one in ledger.events[begun:] if isinstance(one, Unload)] == []
+
+
+def test_the_audit_finds_a_file_that_is_held_as_that_of_another_subvolume(on_btrfs: Mapper, scratch: Path) -> None:
+    rules = RuleSet([Rule(TAG, kind=KINDS)])
+    ranges = {name: on_btrfs.map(scratch / "s" / name / "lib.so") for name in ("one", "two")}
+    (process,) = [one for one in [ProcFs().process(on_btrfs.pid)] if one is not None]
+    one, two = subvolumes_of(on_btrfs.pid)
+    row = next(row for row in ProcFs().executable_maps(on_btrfs.pid) or () if row.path.endswith(b"lib.so"))
+
+    def differences(subvolumes: dict[str, int]) -> list[str]:
+        held = [
+            Held(
+                FileId(row.major, row.minor, row.inode, subvolume=subvolumes[name]),
+                str(scratch / "s" / name / "lib.so"),
+                ((at, at + -(-length // 4096) * 4096),),
+            )
+            for name, (at, length) in ranges.items()
+        ]
+        report = audit(lambda: {on_btrfs.pid: (process.id, held)}, ProcFs(), rules, only=on_btrfs.pid)
+        return [one.kind for one in report.differences]
+
+    assert differences({"one": one, "two": two}) == []
+    assert differences({"one": two, "two": one}) == ["extra", "extra"]
+
+
+def test_nobody_finds_the_subvolume_by_the_name_of_a_file(on_btrfs: Mapper, scratch: Path) -> None:
+    code = f"""
+import mmap, os
+from sowatch.linux.proc import ProcFs
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+kept = []
+for name in ("one", "two"):
+    fd = os.open(f"{scratch}/s/{{name}}/lib.so", os.O_RDONLY)
+    kept.append(mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC))
+rows = [row for row in ProcFs().executable_maps(os.getpid()) if row.path.endswith(b"lib.so")]
+print(sorted((row.path[-10:-7], row.subvolume) for row in ProcFs().resolve(os.getpid(), rows)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = ["nsenter", "-m", "-t", str(on_btrfs.pid), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for name in ("one", "two"):
+        on_btrfs.map(scratch / "s" / name / "lib.so")
+    one, two = subvolumes_of(on_btrfs.pid)
+    assert done.stdout.strip() == str([(b"one", one), (b"two", two)])
+
+
+def subvolumes_of(pid: int) -> list[int]:
+    """Those of the files that a process has mapped, in their order."""
+    found = set()
+    for link in Path(f"/proc/{pid}/map_files").iterdir():
+        if os.readlink(link).endswith("lib.so"):
+            done = subprocess.run(
+                ["btrfs", "inspect-internal", "rootid", link], capture_output=True, text=True, check=True
+            )
+            found.add(int(done.stdout))
+    return sorted(found)
 
 
 # ---- paths from here ----------------------------------------------------------------------------
