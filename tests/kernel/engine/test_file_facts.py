@@ -123,6 +123,78 @@ def test_a_file_that_is_mapped_while_it_is_written_is_told_as_what_it_is_when_it
     wait_held(ledger, mapper.pid, path, lambda one: one.build_id == wanted and one.kind == "library")
 
 
+# ---- an inode number that is used again ---------------------------------------------------------
+
+
+@pytest.fixture
+def on_ext4(start: Start, scratch: Path, programs: Any) -> tuple[Mapper, Path]:
+    """A mapper, and a directory that it sees on a file system which gives an inode number out again at once."""
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("mkfs.ext4 is not installed (e2fsprogs)")
+    commands = f"""
+    mkdir {scratch}/m
+    truncate -s 8M {scratch}/image
+    mkfs.ext4 -q {scratch}/image
+    mount -o loop {scratch}/image {scratch}/m
+    """
+    mapper = start(with_prelude(scratch, programs["mapper"], commands, launcher=IN_OWN_MOUNTS))
+    return mapper, scratch / "m"
+
+
+def put(mapper: Mapper, path: Path, content: bytes) -> int:
+    """Makes a new file that the mapper sees; its inode number."""
+    place = Path(f"/proc/{mapper.pid}/root{path}")
+    place.unlink(missing_ok=True)
+    place.write_bytes(content)
+    return place.stat().st_ino
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("names", [("lib.so", "lib.so"), ("one.so", "two.so")])
+def test_a_new_file_on_the_inode_number_of_the_last_one_has_its_own_build_id(
+    open_ledger: Callable[..., Ledger],
+    on_ext4: tuple[Mapper, Path],
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+    names: tuple[str, str],
+) -> None:
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    mapper, directory = on_ext4
+    inodes = []
+    for name, content in zip(names, one_and_two, strict=True):
+        path = directory / name
+        inodes.append(put(mapper, path, content))
+        at = mapper.map(path)
+        wanted = build_id(content, scratch)
+        wait_held(ledger, mapper.pid, path, lambda one, wanted=wanted: one.build_id == wanted)  # type: ignore[misc]
+        mapper.unmap(*at)
+        ledger.wait_for(lambda path=path: held(ledger, mapper.pid, path) is None, "it stays")  # type: ignore[misc]
+        Path(f"/proc/{mapper.pid}/root{path}").unlink()
+    assert inodes[0] == inodes[1]
+
+
+@pytest.mark.parametrize("strategy", ["core", "prebuilt"])
+def test_a_new_file_on_the_inode_number_of_one_that_went_in_the_same_moment_has_its_own_build_id(
+    open_ledger: Callable[..., Ledger],
+    on_ext4: tuple[Mapper, Path],
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    """Between two polls of ``procfs`` it is one file: its limits say so."""
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    mapper, directory = on_ext4
+    path = directory / "lib.so"
+    first = put(mapper, path, one_and_two[0])
+    at = mapper.map(path)
+    wait_held(ledger, mapper.pid, path, lambda one: one.build_id == build_id(one_and_two[0], scratch))
+    mapper.unmap(*at)
+    assert put(mapper, path, one_and_two[1]) == first
+    mapper.map(path)
+    wait_held(ledger, mapper.pid, path, lambda one: one.build_id == build_id(one_and_two[1], scratch))
+
+
 # ---- copy-up ------------------------------------------------------------------------------------
 
 
