@@ -6,6 +6,7 @@ with records of any size, and links that end one by one.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import struct
@@ -22,8 +23,13 @@ __all__ = [
     "ProbeObject",
     "ProgramSpec",
     "Ring",
+    "Table",
     "has_attach_cookie",
+    "has_uprobe_by_fd",
     "has_uprobe_multi",
+    "may_return_probe_kill",
+    "run_self_test",
+    "self_test_address",
     "uprobe_perf_type",
 ]
 
@@ -33,8 +39,11 @@ _PERF_TYPE: Final = Path("/sys/bus/event_source/devices/uprobe/type")
 _FRAME: Final = struct.Struct("=II")
 #: enum bpf_map_type.
 _RINGBUF: Final = 27
+#: Arrays per CPU, hashes per CPU (plain and LRU).
+_PER_CPU: Final = frozenset({5, 6, 10})
 #: linux/bpf.h
 _PROGRAM_KPROBE: Final = 2
+_PATH_BYTES: Final = 4096
 _HELPER_ATTACH_COOKIE: Final = 174
 
 
@@ -58,6 +67,22 @@ class MapSpec(NamedTuple):
     def is_ring(self) -> bool:
         """Whether it is a BPF ring buffer."""
         return self.kind == _RINGBUF
+
+    @property
+    def is_per_cpu(self) -> bool:
+        """Whether it has a value for each CPU."""
+        return self.kind in _PER_CPU
+
+
+class LinkPlace(NamedTuple):
+    """Where the kernel has a link: ``path`` of the file as it sees it (None for a perf event), ``offsets`` of it.
+
+    ``total`` is how many offsets there are; there may be more than fit into ``offsets``.
+    """
+
+    path: str | None
+    total: int
+    offsets: tuple[int, ...]
 
 
 class Link:
@@ -89,6 +114,23 @@ class Link:
         info = self._info()
         return info is not None and int(info.id) == self.id
 
+    def place(self, capacity: int) -> LinkPlace | None:
+        """Where the kernel has it; None where the kernel does not say (multi before 6.8, perf events before 6.6).
+
+        Args:
+            capacity: of so many offsets at most.
+        """
+        if self._fd < 0 or self.id is None:
+            return None
+        shim = libbpf()
+        offsets = shim.ffi.new("unsigned long[]", max(capacity, 1))
+        path = shim.ffi.new("char[]", _PATH_BYTES)
+        count = shim.lib.sow_link_place(self._fd, offsets, capacity, path, _PATH_BYTES)
+        if count <= 0:
+            return None
+        text = os.fsdecode(shim.ffi.string(path))
+        return LinkPlace(text or None, count, tuple(offsets[index] for index in range(min(count, capacity))))
+
     @property
     def program_id(self) -> int | None:
         """The kernel's number of the program that is attached."""
@@ -105,6 +147,74 @@ class Link:
         shim = libbpf()
         info = shim.ffi.new("struct sow_link_info *")
         return info if self._fd >= 0 and shim.lib.sow_link_info(self._fd, info) == 0 else None
+
+
+class Table(BpfMap):
+    """A map of an object that knows its sizes; a Python mapping in all but name.
+
+    Keys and values are bytes, as the C side declares them; of a map per CPU a value is one for each possible CPU, each
+    padded to 8 bytes. Iterating while programs write may miss or repeat keys, as the kernel's own walk does.
+
+    >>> for key, value in attacher.map("counts").items():  # doctest: +SKIP
+    ...     print(int.from_bytes(key, "little"), int.from_bytes(value, "little"))
+    """
+
+    __slots__ = ("spec",)
+
+    def __init__(self, table: BpfMap, spec: MapSpec) -> None:
+        super().__init__(libbpf(), table.name, table.fd)
+        self.spec = spec
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.keys(self.spec.key_bytes))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: bytes) -> bool:
+        return self.get(key) is not None
+
+    def __getitem__(self, key: bytes) -> bytes:
+        value = self.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        self.update(key, value)
+
+    def __delitem__(self, key: bytes) -> None:
+        self.delete(key)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, None if it is not there."""
+        size = self.spec.value_bytes
+        if self.spec.is_per_cpu:
+            size = (size + 7 & ~7) * int(self._lib.lib.sow_possible_cpus())
+        return self.lookup(key, size)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every key with its value; without those that are deleted meanwhile."""
+        for key in self:
+            value = self.get(key)
+            if value is not None:
+                yield key, value
+
+    def unpacked(self, key: str, value: str) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """Every key with its value as the fields of a ``struct`` format each.
+
+        Raises:
+            BpfError: EMSGSIZE: a format has another size than the map's keys or values.
+        """
+        keys, values = struct.Struct(key), struct.Struct(value)
+        if (keys.size, values.size) != (self.spec.key_bytes, self.spec.value_bytes) or self.spec.is_per_cpu:
+            raise BpfError(
+                f"unpacking map {self.name}, whose keys have {self.spec.key_bytes} and values "
+                f"{self.spec.value_bytes} bytes, as {keys.size} and {values.size} bytes",
+                errno.EMSGSIZE,
+            )
+        for raw_key, raw_value in self.items():
+            yield keys.unpack(raw_key), values.unpack(raw_value)
 
 
 class Ring:
@@ -143,6 +253,21 @@ class Ring:
             at += _FRAME.size
             yield data[at : at + size]
             at += (size + 7) & ~7
+
+    def records(self, format: str) -> Iterator[tuple[Any, ...]]:  # noqa: A002 - as struct calls it
+        """The records that are there now, each as the fields of a ``struct`` format; longer ones are cut.
+
+        Raises:
+            BpfError: EMSGSIZE: a record is shorter than the format.
+        """
+        layout = struct.Struct(format)
+        for record in self.take():
+            if len(record) < layout.size:
+                raise BpfError(
+                    f"unpacking a record of {len(record)} bytes of ring {self._name} as {layout.size} bytes",
+                    errno.EMSGSIZE,
+                )
+            yield layout.unpack_from(record)
 
     def close(self) -> None:
         """Gives the ring's memory back. Safe to call again."""
@@ -188,19 +313,19 @@ class ProbeObject(BpfObject):
         self._call(f"preparing {program}", self._lib.lib.sow_set_uprobe, os.fsencode(program), int(multi))
 
     def link_multi(
-        self, program: str, path: str, offsets: Sequence[int], cookies: Sequence[int], *, is_return: bool
+        self, program: str, fd: int, offsets: Sequence[int], cookies: Sequence[int], *, is_return: bool
     ) -> Link:
         """One link for many functions of a file (6.6+).
 
         Args:
             program: its name; prepared with ``multi=True``.
-            path: leads to the file now; ``/proc/self/fd/N`` for an open one. The link binds to the inode.
+            fd: open on the file. The link binds to the inode; the descriptor may be closed then.
             offsets: in the file, in bytes; each once.
             cookies: what bpf_get_attach_cookie gives, one for each offset.
             is_return: probe the return, not the entry.
 
         Raises:
-            BpfError: EINVAL: an offset that is none of code; ENOENT: no file there; EPERM.
+            BpfError: EINVAL: an offset that is none of code; EBADF: no regular file; EPERM.
         """
         ffi = self._lib.ffi
         return Link(
@@ -208,7 +333,8 @@ class ProbeObject(BpfObject):
                 f"attaching {program}",
                 self._lib.lib.sow_link_uprobe_multi,
                 os.fsencode(program),
-                os.fsencode(path),
+                fd,
+                has_uprobe_by_fd(),
                 int(is_return),
                 ffi.new("unsigned long[]", list(offsets)),
                 ffi.new("unsigned long long[]", list(cookies)),
@@ -216,12 +342,12 @@ class ProbeObject(BpfObject):
             )
         )
 
-    def link_one(self, program: str, path: str, offset: int, cookie: int | None, *, is_return: bool) -> Link:
+    def link_one(self, program: str, fd: int, offset: int, cookie: int | None, *, is_return: bool) -> Link:
         """A perf-event uprobe: one function of a file, on every kernel.
 
         Args:
             program: its name; prepared with ``multi=False``.
-            path: as in `link_multi`.
+            fd: as in `link_multi`.
             offset: in the file, in bytes.
             cookie: what bpf_get_attach_cookie gives (5.15+); None: the program does not ask for it.
             is_return: probe the return, not the entry.
@@ -234,7 +360,7 @@ class ProbeObject(BpfObject):
                 f"attaching {program}",
                 self._lib.lib.sow_link_uprobe,
                 os.fsencode(program),
-                os.fsencode(path),
+                fd,
                 uprobe_perf_type(),
                 int(is_return),
                 offset,
@@ -242,6 +368,15 @@ class ProbeObject(BpfObject):
                 cookie or 0,
             )
         )
+
+    def table(self, name: str) -> Table:
+        """A map by name, with its sizes.
+
+        Raises:
+            BpfError: ENOENT: there is none of that name.
+        """
+        found = self.map(name)
+        return Table(found, next(spec for spec in self.maps() if spec.name == name))
 
     def ring(self, name: str) -> Ring:
         """A ring buffer by name; the caller closes it before the object.
@@ -283,6 +418,36 @@ def has_uprobe_multi() -> bool | None:
     """Whether the kernel has uprobe.multi links (6.6+); None: this user may not try."""
     found: int = libbpf().lib.sow_probe_uprobe_multi()
     return None if found < 0 else bool(found)
+
+
+@functools.cache
+def has_uprobe_by_fd() -> bool:
+    """Whether a uprobe.multi link takes a descriptor instead of a path (7.2+); found out by trying."""
+    return bool(libbpf().lib.sow_probe_uprobe_fd() == 1)
+
+
+def may_return_probe_kill() -> bool | None:
+    """Whether a return probe can end a process that is below a seccomp filter.
+
+    On x86-64 the kernel implements them by a system call of their own since 6.11, and a filter that does not know it
+    refuses it or ends the process; later kernels (6.14, and stable ones before) do not ask the filter (cf6cb56ef244).
+    A child of ours tries that call below a filter.
+
+    Returns:
+        None if it cannot be told: this process is below a filter itself.
+    """
+    found: int = libbpf().lib.sow_probe_return_call()
+    return None if found < 0 else bool(found)
+
+
+def self_test_address() -> int:
+    """Where the function is that `run_self_test` calls, in this process."""
+    return int(libbpf().lib.sow_self_test_address())
+
+
+def run_self_test() -> None:
+    """Calls a function of sowatch's own that does nothing, to see whether a probe on it runs."""
+    libbpf().lib.sow_self_test()
 
 
 def has_attach_cookie() -> bool | None:

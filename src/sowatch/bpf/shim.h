@@ -69,26 +69,43 @@ int sow_tracefs(void);
 
 /*
  * Uprobes: a descriptor each, attached until it is closed. Offsets are those of the file, not addresses.
- * path: opened once; a link binds to the inode that it leads to (below overlayfs to the real one).
+ * file_fd: open on the file; a link binds to its inode (below overlayfs to the real one).
  */
 
 /* Before loading: what kind of link the program is for. is_multi: one link for many offsets (6.6+). */
 int sow_set_uprobe(sow_object *object, const char *program, int is_multi);
-int sow_link_uprobe_multi(sow_object *object, const char *program, const char *path, int is_return,
+int sow_link_uprobe_multi(sow_object *object, const char *program, int file_fd, int is_by_fd, int is_return,
 			  const unsigned long *offsets, const unsigned long long *cookies, unsigned int count);
+/* is_by_fd: give the kernel the descriptor itself (7.2+), not /proc/self/fd/N; see sow_probe_uprobe_fd. */
 /* perf_type: the number in /sys/bus/event_source/devices/uprobe/type. has_cookie: bpf_get_attach_cookie (5.15+). */
-int sow_link_uprobe(sow_object *object, const char *program, const char *path, unsigned int perf_type, int is_return,
+int sow_link_uprobe(sow_object *object, const char *program, int file_fd, unsigned int perf_type, int is_return,
 		    unsigned long offset, int has_cookie, unsigned long long cookie);
 /* 1 if the kernel has uprobe.multi, 0 if not, -errno could not tell. */
 int sow_probe_uprobe_multi(void);
+/* The same for uprobe.multi links by descriptor (7.2+). */
+int sow_probe_uprobe_fd(void);
+/*
+ * Whether a return probe can end a process below a seccomp filter: the kernel makes a system call for it (uretprobe,
+ * x86-64, 6.11+) and lets the filter judge it. 1 it can, 0 it cannot, -errno could not tell. Tried in a child.
+ */
+int sow_probe_return_call(void);
+
+/* Where a probe of our own is tried: does nothing. */
+void sow_self_test(void);
+unsigned long sow_self_test_address(void);
 
 struct sow_link_info {
 	unsigned int type; /* enum bpf_link_type */
 	unsigned int id;
 	unsigned int program_id;
-	unsigned int count; /* offsets of a uprobe.multi link */
 };
 int sow_link_info(int fd, struct sow_link_info *info);
+/*
+ * Where a uprobe link is, as the kernel has it: fills in up to capacity offsets, gives how many there are; 0: it does
+ * not say (uprobe.multi before 6.8, perf events before 6.6). path: of the file as this process sees it, empty for a
+ * perf event, of which the kernel only remembers the name that it was given.
+ */
+int sow_link_place(int fd, unsigned long *offsets, unsigned int capacity, char *path, unsigned int path_bytes);
 
 /* The programs and maps of an object, by index; -ENOENT behind the last one. The texts live as long as the object. */
 struct sow_program_info {

@@ -32,6 +32,7 @@ __all__ = [
     "find_mapped",
     "is_on_overlay",
     "mapped_build_id",
+    "open_layer",
     "open_mapped",
     "shows_a_lower_file",
 ]
@@ -260,6 +261,22 @@ def shows_a_lower_file(proc: ProcFs, pid: int, path: str, shown: os.stat_result)
         not is_on_overlay(fd) and file_version(os.fstat(fd)) == file_version(shown)
         for fd in _opened_in_layers(proc, pid, path, is_lower_only=True)
     )
+
+
+def open_layer(proc: ProcFs, pid: int, path: str, shown: os.stat_result) -> int | None:
+    """The file in a layer that an overlay shows under a path, to read; None if no layer that can be reached has it.
+
+    Args:
+        proc: the host's.
+        pid: whose mounts are looked through.
+        path: as that process sees it.
+        shown: the status of what the path leads to.
+    """
+    for fd in _opened_in_layers(proc, pid, path):
+        status = os.fstat(fd)
+        if not is_on_overlay(fd) and stat.S_ISREG(status.st_mode) and file_version(status) == file_version(shown):
+            return reopen(fd, os.O_RDONLY)
+    return None
 
 
 def file_version(status: os.stat_result) -> tuple[int, int, int]:

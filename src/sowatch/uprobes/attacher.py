@@ -14,68 +14,40 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from sowatch.bpf.binding import BpfMap, Variable
-from sowatch.bpf.probe_object import Link, ProbeObject, Ring, has_attach_cookie, has_uprobe_multi
+from sowatch.bpf.binding import Variable
+from sowatch.bpf.probe_object import (
+    ProbeObject,
+    Ring,
+    Table,
+    has_attach_cookie,
+    has_uprobe_multi,
+)
 from sowatch.engine.workers import ActiveFile
-from sowatch.linux.symbols import Symbol, SymbolError, is_go, native_machine_error, resolve
-from sowatch.model.errors import BpfError, EnvironmentFault, SowatchError
+from sowatch.linux.capabilities import missing_capabilities
+from sowatch.linux.proc import ProcFs
+from sowatch.model.errors import BpfError, EnvironmentFault, NotPermitted, SowatchError
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
+from sowatch.uprobes.attached import File, Linker, close_files
+from sowatch.uprobes.known_files import find_known, open_known
+from sowatch.uprobes.places import Plan, Returns, plan_of, safe_returns
 from sowatch.uprobes.probes import Probe, probes_of
-from sowatch.uprobes.records import AttachedFile, AttacherStats, Attachment, Failure, Site, State
+from sowatch.uprobes.records import AttachedFile, AttacherStats, Failure, Site
+from sowatch.uprobes.self_test import SelfTest
 
 __all__ = ["Attacher"]
 
 LOG = logging.getLogger("sowatch.uprobes")
 
-#: Links that are closed at once: each waits for the kernel, some milliseconds up to a tenth of a second.
-_CLOSERS: Final = 8
-#: A failure of the surroundings is tried again after this, then after twice that, up to the second.
-_FIRST_RETRY_S: Final = 1.0
-_SLOWEST_RETRY_S: Final = 60.0
 #: So many refused files are remembered with their reasons.
 _MAX_REFUSED: Final = 1024
-#: Failures that say nothing of the file (see attr `Failure.is_permanent`).
-_TRANSIENT: Final = frozenset(
-    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
-)
-
-
-@dataclass(slots=True)
-class _Group:
-    """What one link attaches: one program on some sites of one file. ``link`` is None until that has worked.
-
-    ``own_object`` is there where programs cannot tell sites apart: the object loaded once more, for this site alone.
-    ``reason`` says why there is no link.
-    """
-
-    program: str
-    is_return: bool
-    sites: list[Site]
-    link: Link | None = None
-    own_object: ProbeObject | None = None
-    reason: str | None = None
-
-
-@dataclass(slots=True)
-class _File:
-    """One real file: who uses it, and its links. ``fd`` is our own descriptor of it."""
-
-    library: Library
-    fd: int
-    users: int = 0
-    lingers_until: float | None = None
-    groups: list[_Group] = field(default_factory=list)
-    missing: list[Attachment] = field(default_factory=list)
-    retry_at: float | None = None
-    retry_wait_s: float = _FIRST_RETRY_S
+#: Device, inode and subvolume.
+_Inode = tuple[int, int, int, int]
 
 
 class Attacher:
@@ -86,10 +58,15 @@ class Attacher:
         probes: see `sowatch.uprobes.probes.probes_of`.
         linger_s: how long a file stays attached after its last user, so that the next short process is covered from
             its first call. Meanwhile the link holds the inode, and where it is a uprobe.multi link the mount, too.
-        verify_s: how often each link is compared with what the kernel has.
+        prearm: files that are attached before anybody loads them, and stay so: patterns of paths (looked through again
+            with each verification), or libraries as the inventory has seen them. See `prearm`.
+        verify_s: how often each link is compared with what the kernel has, and the self-test is run.
         prepare: called with the object before it is loaded, to set constants, and with the cookie of the one site that
             it is for (0: all).
-        links: ``auto`` takes uprobe.multi where the kernel has it, else a perf event for each function.
+        links: ``auto`` takes uprobe.multi where the kernel has it (6.6), else a perf event for each function.
+        returns: how returns are seen. ``probe``: by the kernel's return probes. ``instructions``: by probes on the
+            return instructions, where a function has no other way out. ``auto``: by return probes, but not where these
+            can end a process that is below a seccomp filter (x86-64, 6.11 until the kernel lets them through).
         is_split: where the kernel has no cookies, load the object once for each site.
         pairs_returns: entry and return of one function have one cookie, that of the entry.
 
@@ -107,26 +84,34 @@ class Attacher:
         probes: Mapping[str, str] | Iterable[Probe] | None = None,
         *,
         linger_s: float = 0.0,
+        prearm: Iterable[str | Library] = (),
         verify_s: float = 10.0,
         prepare: Callable[[ProbeObject, int], None] | None = None,
         links: Literal["auto", "multi", "perf_event"] = "auto",
+        returns: Literal["auto", "probe", "instructions"] = "auto",
         is_split: bool = False,
         pairs_returns: bool = False,
     ) -> None:
         self._source = program
         self._wanted = probes if probes is None or isinstance(probes, Mapping) else tuple(probes)
         self._linger_s = linger_s
+        self._to_arm = list(prearm)
         self._verify_s = verify_s
         self._prepare = prepare
         self._links = links
+        self._asked_returns = returns
+        #: How returns are seen; decided by `start`.
+        self.returns: Returns = "probe"
         self._is_split = is_split
-        self._has_cookies = True
         self._pairs_returns = pairs_returns
         self._object: ProbeObject | None = None
+        self._linker: Linker | None = None
+        self._self_test: SelfTest | None = None
         self._probes: tuple[Probe, ...] = ()
-        self._is_multi = False
         self._cookies = count(1)
-        self._files: dict[FileId, _File] = {}
+        self._proc = ProcFs("/proc")
+        #: By inode and generation, 0 for the first of an inode; see `_known`.
+        self._files: dict[tuple[int, int, int, int, int], File] = {}
         self._refused: OrderedDict[FileId, tuple[Library, str]] = OrderedDict()
         self._sites: dict[int, Site] = {}
         self._lock = threading.RLock()
@@ -134,29 +119,50 @@ class Attacher:
         self._stripes = [threading.Lock() for _ in range(64)]
         self._counts: Counter[str] = Counter()
         self._rings: list[Ring] = []
-        self._stop = threading.Event()
+        self._due = threading.Condition(self._lock)
+        self._is_stopping = False
         self._keeper: threading.Thread | None = None
 
     # ---- life ---------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Loads the object. Safe to call again.
+        """Loads the object, and attaches it to what is to be armed. Safe to call again.
 
         Raises:
-            BpfError: it does not load; ``log`` has the verifier's words.
+            NotPermitted: this process lacks a capability.
+            BpfError: it does not load; the message ends with the verifier's last lines, ``log`` has all of them.
             UsageError: a probe names a program that is not there.
         """
         if self._object is not None:
             return self
-        self._is_multi = bool(has_uprobe_multi()) if self._links == "auto" else self._links == "multi"
-        self._has_cookies = has_attach_cookie() is not False
-        self._object = self._load(0)
-        self._stop.clear()
+        is_multi = bool(has_uprobe_multi()) if self._links == "auto" else self._links == "multi"
+        self.returns = safe_returns() if self._asked_returns == "auto" else self._asked_returns
+        try:
+            self._object = self._load(0, is_multi=is_multi)
+        except BpfError as error:
+            refused = _not_permitted(error)
+            if refused is not None:
+                raise refused from error
+            raise
+        self._linker = Linker(
+            self._object,
+            is_multi=is_multi,
+            has_cookies=has_attach_cookie() is not False,
+            load_for=(lambda cookie: self._load(cookie, is_multi=is_multi)) if self._is_split else None,
+        )
+        self._self_test = SelfTest(is_multi=is_multi)
+        self._self_test.run()
+        self._is_stopping = False
+        try:
+            self._arm_all()
+        except BaseException:
+            self.close()
+            raise
         self._keeper = threading.Thread(target=self._keep, name="sowatch-uprobes", daemon=True)
         self._keeper.start()
         return self
 
-    def _load(self, cookie: int) -> ProbeObject:
+    def _load(self, cookie: int, *, is_multi: bool) -> ProbeObject:
         """The object in the kernel, for all sites (0) or for one."""
         loaded = ProbeObject(self._source)
         try:
@@ -164,7 +170,7 @@ class Attacher:
             wanted = {probe.program for probe in self._probes}
             for program in loaded.programs():
                 if program.name in wanted:
-                    loaded.use_uprobe(program.name, multi=self._is_multi)
+                    loaded.use_uprobe(program.name, multi=is_multi)
                 elif "probe" in program.section:
                     loaded.skip(program.name)
             if self._prepare is not None:
@@ -177,21 +183,25 @@ class Attacher:
 
     def close(self) -> None:
         """Detaches everything and frees the object. Safe to call again."""
-        self._stop.set()
+        with self._due:
+            self._is_stopping = True
+            self._due.notify_all()
         if self._keeper is not None and self._keeper is not threading.current_thread():
             self._keeper.join()
             self._keeper = None
         with self._lock:
-            files, self._files = list(self._files.values()), {}
+            files = list(self._files.values())
+            self._files.clear()
             self._sites.clear()
             rings, self._rings = self._rings, []
             loaded, self._object = self._object, None
-        _close_links([group.link for file in files for group in file.groups if group.link is not None])
-        for file in files:
-            os.close(file.fd)
-            _close_objects(file)
+            self_test, self._self_test = self._self_test, None
+            self._linker = None
+        close_files(files)
         for ring in rings:
             ring.close()
+        if self_test is not None:
+            self_test.close()
         if loaded is not None:
             loaded.close()
 
@@ -212,56 +222,66 @@ class Attacher:
     def attach(self, file: ActiveFile) -> None:
         """Attaches to a file, or adds a user to one that is attached already.
 
+        What the surroundings refuse (no descriptors, no memory) is tried again, later each time, while the file is
+        used; meanwhile its state is ``retrying``.
+
         Raises:
             SowatchError: the file can never be probed: not ELF, another architecture, a required function is missing.
-            EnvironmentFault: it could not be done now; nothing is left attached.
+            EnvironmentFault: there is no descriptor left to keep the file open; nothing is left attached.
         """
-        try:
-            self._attach(file)
-        except EnvironmentFault:
-            raise
-        except SowatchError as error:
-            with self._lock:
-                self._refused[file.library.id] = (file.library, str(error))
-                self._refused.move_to_end(file.library.id)
-                if len(self._refused) > _MAX_REFUSED:
-                    self._refused.popitem(last=False)
-            raise
-
-    def _attach(self, file: ActiveFile) -> None:
-        loaded = self._loaded()
         library = file.library
         with self._one_at_a_time(library.id):
             with self._lock:
-                known = self._files.get(library.id)
+                known = self._known(library.id)
                 if known is not None:
+                    if not known.users and known.library.id != library.id:
+                        # Who armed it knew neither its generation nor the path by which processes see it.
+                        known.become(library)
+                        self._sites.update((site.cookie, site) for site in reversed(known.sites))
                     known.users += 1
                     known.lingers_until = None
                     return
-            sites, missing = self._resolve(file.fileno(), library)
-            try:
-                own_fd = os.dup(file.fileno())
-            except OSError as error:
-                raise EnvironmentFault(
-                    f"cannot keep {library.path} open: {error.strerror}. Raise `ulimit -n`."
-                ) from error
-            made = _File(library, own_fd, users=1, groups=self._groups(sites), missing=missing)
-            failure = self._link(loaded, made)
-            if failure is not None and failure.errno not in _TRANSIENT:
-                self._undo(made)
-                raise SowatchError(f"cannot attach to {library.path}: {failure}") from failure
-            if failure is not None:
-                made.retry_at = time.monotonic() + made.retry_wait_s
-            with self._lock:
-                self._refused.pop(library.id, None)
-                self._files[library.id] = made
-                for group in made.groups:
-                    for site in group.sites:
-                        self._sites.setdefault(site.cookie, site)
+            self._attach_new(library, file.fileno(), users=1)
 
     def detach(self, file: ActiveFile) -> None:
         """Takes one user from a file; without users it is detached at once, or after ``linger_s``."""
-        self._release(file.library.id)
+        file_id = file.library.id
+        with self._one_at_a_time(file_id):
+            with self._due:
+                found = self._known(file_id)
+                if found is None or not found.users:
+                    return
+                found.users -= 1
+                if found.is_held:
+                    return
+                if self._linger_s > 0:
+                    found.lingers_until = time.monotonic() + self._linger_s
+                    self._due.notify_all()
+                    return
+                self._remove(found)
+            found.close()
+
+    def prearm(self, *what: str | Library) -> list[SowatchError]:
+        """Attaches to files before anybody loads them, and keeps them attached until `close`.
+
+        So the very first call of the first process counts. A file that is deleted is detached with its last user.
+
+        Args:
+            what: patterns of absolute paths (``/usr/lib/*/libssl.so.3``, with ``**`` for any depth), which are looked
+                through again with each verification; or libraries with a ``host_path``, as `sowatch.inventory` has
+                them.
+
+        Returns:
+            Why files that are there could not be attached.
+
+        Raises:
+            UsageError: a pattern that is no absolute path, or finds more than 4,096 files.
+        """
+        self._loaded()
+        problems = [problem for one in what for problem in self._arm(one)]
+        with self._lock:
+            self._to_arm += [one for one in what if isinstance(one, str) and one not in self._to_arm]
+        return problems
 
     # ---- what is there ---------------------------------------------------------------------------
 
@@ -274,41 +294,45 @@ class Attacher:
     @property
     def failures(self) -> list[Failure]:
         """What could not be attached to the files that are attached now."""
-        with self._lock:
-            found = [
-                Failure(file.library, one.symbol, one.reason or "", is_permanent=True)
-                for file in self._files.values()
-                for one in file.missing
-            ]
+        found = [
+            Failure(file.library, one.symbol, one.reason or "", is_permanent=one.state == "failed")
+            for file in self.files()
+            for one in file.attachments
+            if one.reason is not None
+        ]
         return list(dict.fromkeys(found))
 
     @property
     def stats(self) -> AttacherStats:
         """How it is now."""
         with self._lock:
-            groups = [group for file in self._files.values() for group in file.groups]
+            files = [file.view() for file in list(self._files.values())]
+            states = Counter(one.state for file in files for one in file.attachments)
             return AttacherStats(
-                files=len(self._files),
-                expected=sum(len(group.sites) for group in groups),
-                attached=sum(len(group.sites) for group in groups if group.link is not None),
-                failed=sum(len(file.missing) for file in self._files.values()),
+                files=len(files),
+                expected=states["attached"] + states["retrying"],
+                attached=states["attached"],
+                failed=states["failed"],
                 repaired=self._counts["repaired"],
                 retries=self._counts["retries"],
                 refused=len(self._refused),
+                armed=sum(file.is_armed for file in files),
+                lingering=sum(file.is_lingering for file in files),
+                self_test_error=None if self._self_test is None else self._self_test.error,
             )
 
     def files(self) -> list[AttachedFile]:
         """Every file that is attached or was refused, with each of its probes, as it is now."""
         with self._lock:
-            files = [_view(file) for file in self._files.values()]
+            files = [file.view() for file in list(self._files.values())]
             return files + [
                 AttachedFile(library, "failed", reason, 0, is_lingering=False, is_armed=False, attachments=())
                 for library, reason in self._refused.values()
             ]
 
-    def map(self, name: str) -> BpfMap:
-        """A map of the object; valid until `close`."""
-        return self._loaded().map(name)
+    def map(self, name: str) -> Table:
+        """A map of the object: iterate over it, look up, update; valid until `close`."""
+        return self._loaded().table(name)
 
     def variable(self, section: str, name: str) -> Variable:
         """A global variable of the object; see `sowatch.bpf.binding.BpfObject.variable`."""
@@ -317,7 +341,7 @@ class Attacher:
     def objects(self) -> list[ProbeObject]:
         """The object, and those of single sites where programs have no cookies."""
         with self._lock:
-            own = [group.own_object for file in self._files.values() for group in file.groups]
+            own = [group.own_object for file in list(self._files.values()) for group in file.groups]
         return [self._loaded(), *(one for one in own if one is not None)]
 
     def ring(self, name: str) -> Ring:
@@ -327,21 +351,35 @@ class Attacher:
             self._rings.append(ring)
         return ring
 
+    # ---- truth -----------------------------------------------------------------------------------
+
     def verify(self) -> int:
-        """Compares each link with what the kernel has, and attaches anew what is gone; gives how many that were."""
+        """Compares each link with what the kernel has, and attaches anew what is gone or elsewhere; runs the self-test.
+
+        Returns:
+            How many links were not as they should be.
+        """
         repaired = 0
         with self._lock:
             files = list(self._files.values())
         for file in files:
             with self._one_at_a_time(file.library.id):
-                for group in file.groups:
-                    if group.link is not None and not group.link.is_attached:
-                        group.link.close()
-                        group.link = None
-                        repaired += 1
-                if repaired and self._object is not None:
-                    self._link(self._object, file)
-        self._counts["repaired"] += repaired
+                if self._known(file.library.id) is not file:
+                    continue
+                lost = [group for group in file.groups if group.link is not None and not group.is_in_place]
+                for group in lost:
+                    assert group.link is not None
+                    group.link.close()
+                    group.link = None
+                if lost and self._linker is not None:
+                    repaired += len(lost)
+                    LOG.warning("%d links on %s were not in place and are made anew", len(lost), file.library.path)
+                    self._linker.link(file)
+                    file.plan_retry(time.monotonic())
+        with self._lock:
+            self._counts["repaired"] += repaired
+        if self._self_test is not None:
+            self._self_test.run()
         return repaired
 
     # ---- inside ------------------------------------------------------------------------------------
@@ -352,188 +390,184 @@ class Attacher:
         return self._object
 
     def _one_at_a_time(self, file_id: FileId) -> threading.Lock:
-        return self._stripes[hash(file_id) % len(self._stripes)]
+        return self._stripes[hash(_inode(file_id)) % len(self._stripes)]
 
-    def _resolve(self, fd: int, library: Library) -> tuple[list[Site], list[Attachment]]:
-        """The functions of a file for each probe; raises if one that is required is not there."""
-        if wrong := native_machine_error(fd):
-            raise SowatchError(
-                f"cannot probe {library.path}: {wrong}. Only files of this machine's kind can be probed."
-            )
-        sites: list[Site] = []
-        missing: list[Attachment] = []
-        for probe in self._probes:
-            try:
-                found = _resolve_probe(fd, probe)
-            except SymbolError as error:
-                if not probe.is_optional:
-                    raise SowatchError(f"cannot probe {library.path}: {error}") from error
-                near = f" (near: {', '.join(error.near)})" if error.near else ""
-                missing.append(Attachment(probe.symbol, probe.program, probe.is_return, "failed", error.reason + near))
-                continue
-            sites += [self._site(library, one, probe, sites) for one in found]
-        if not sites:
-            reasons = "; ".join(f"{one.symbol}: {one.reason}" for one in missing)
-            raise SowatchError(f"nothing to probe: {reasons}. `sowatch trace --list` shows what it has.")
-        return sites, missing
+    def _known(self, file_id: FileId) -> File | None:
+        """What is attached to a file already; with the lock held.
 
-    def _site(self, library: Library, symbol: Symbol, probe: Probe, before: list[Site]) -> Site:
-        entry = next((one for one in before if one.offset == symbol.offset and not one.is_return), None)
-        is_pair = self._pairs_returns and probe.is_return and entry is not None
-        cookie = entry.cookie if is_pair and entry is not None else next(self._cookies)
-        return Site(cookie, library, symbol.name, symbol.offset, probe.program, probe.is_return)
+        The generation may be unknown (0) to who found the file by its path. While a file is held open here, its inode
+        number is that of no other; but some FUSE servers give one to several files.
+        """
+        found = self._files.get((*_inode(file_id), file_id.generation))
+        if found is not None:
+            return found
+        found = self._files.get((*_inode(file_id), 0))
+        if found is None or found.library.id.generation in (0, file_id.generation) or not file_id.generation:
+            return found
+        return None
 
-    def _groups(self, sites: list[Site]) -> list[_Group]:
-        if not self._is_multi:
-            return [_Group(site.program, site.is_return, [site]) for site in sites]
-        groups: dict[tuple[str, bool], _Group] = {}
-        for site in sites:
-            key = site.program, site.is_return
-            group = groups.setdefault(key, _Group(*key, []))
-            # One consumer for an (inode, offset): two names of one function are one site.
-            if all(site.offset != other.offset for other in group.sites):
-                group.sites.append(site)
-        return list(groups.values())
+    def _put(self, file: File) -> None:
+        file_id = file.library.id
+        key = (*_inode(file_id), 0)
+        self._files[(*_inode(file_id), file_id.generation) if key in self._files else key] = file
+        self._refused.pop(file_id, None)
+        # The entry of a function goes before its returns, which may have the same cookie.
+        self._sites.update((site.cookie, site) for site in reversed(file.sites))
 
-    def _link(self, loaded: ProbeObject, file: _File) -> BpfError | None:
-        """Attaches what is not attached yet; gives the first error, with the rest attached."""
-        path = f"/proc/self/fd/{file.fd}"
-        first = None
-        # Returns first: else a call between the two has an entry whose return nobody sees.
-        for group in sorted(file.groups, key=lambda one: not one.is_return):
-            if group.link is not None:
-                continue
-            try:
-                if self._is_multi:
-                    offsets = [site.offset for site in group.sites]
-                    cookies = [site.cookie for site in group.sites]
-                    group.link = loaded.link_multi(group.program, path, offsets, cookies, is_return=group.is_return)
-                else:
-                    (site,) = group.sites
-                    group.link = self._object_for(loaded, file, group).link_one(
-                        group.program,
-                        path,
-                        site.offset,
-                        site.cookie if self._has_cookies else None,
-                        is_return=group.is_return,
-                    )
-            except BpfError as error:
-                group.reason = str(error)
-                first = first or error
-            else:
-                group.reason = None
-        return first
+    def _remove(self, file: File) -> None:
+        for key in [key for key, one in self._files.items() if one is file and key[:4] == _inode(file.library.id)]:
+            del self._files[key]
+        for site in file.sites:
+            self._sites.pop(site.cookie, None)
 
-    def _object_for(self, loaded: ProbeObject, file: _File, group: _Group) -> ProbeObject:
-        """What is attached for a site: an object of its own, for entry and return, where programs have no cookies."""
-        if self._has_cookies or not self._is_split:
-            return loaded
-        cookie = group.sites[0].cookie
-        for other in file.groups:
-            if other.own_object is not None and other.sites[0].cookie == cookie:
-                return other.own_object
-        group.own_object = self._load(cookie)
-        return group.own_object
+    def _attach_new(self, library: Library, fd: int, *, users: int = 0, is_armed: bool = False) -> None:
+        """Attaches to a file that is not known yet; with its stripe held."""
+        self._loaded()
+        try:
+            file = self._new_file(library, fd, users=users, is_armed=is_armed)
+        except EnvironmentFault:
+            raise
+        except SowatchError as error:
+            self._refuse(library, str(error))
+            raise
+        with self._due:
+            file.plan_retry(time.monotonic())
+            self._put(file)
+            self._due.notify_all()
 
-    def _undo(self, file: _File) -> None:
-        _close_links([group.link for group in file.groups if group.link is not None])
-        os.close(file.fd)
-        _close_objects(file)
+    def _new_file(self, library: Library, fd: int, *, users: int, is_armed: bool) -> File:
+        linker = self._linker
+        assert linker is not None
+        sites, missing = self._plan(fd, library)
+        try:
+            own_fd = os.dup(fd)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot keep {library.path} open: {error.strerror}. Raise `ulimit -n`.") from error
+        file = File(library, own_fd, users, is_armed, groups=linker.groups(sites), missing=missing)
+        refused = linker.link(file)
+        if refused is not None:
+            file.close()
+            raise SowatchError(f"cannot attach to {library.path}: {refused}") from refused
+        return file
 
-    def _release(self, file_id: FileId) -> None:
-        with self._one_at_a_time(file_id):
-            with self._lock:
-                file = self._files.get(file_id)
-                if file is None:
-                    return
-                file.users -= 1
-                if file.users > 0:
-                    return
-                if self._linger_s > 0:
-                    file.lingers_until = time.monotonic() + self._linger_s
-                    return
-            self._drop(file)
+    def _plan(self, fd: int, library: Library) -> Plan:
+        return plan_of(fd, library, self._probes, self._cookies, self.returns, pairs_returns=self._pairs_returns)
 
-    def _drop(self, file: _File) -> None:
+    def _refuse(self, library: Library, reason: str) -> None:
         with self._lock:
-            self._files.pop(file.library.id, None)
-            for group in file.groups:
-                for site in group.sites:
-                    self._sites.pop(site.cookie, None)
-        self._undo(file)
+            self._refused[library.id] = (library, reason)
+            self._refused.move_to_end(library.id)
+            if len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
+
+    def _arm_all(self) -> None:
+        with self._lock:
+            wanted = list(self._to_arm)
+        for one in wanted:
+            for problem in self._arm(one):
+                LOG.warning("cannot be attached before it is loaded: %s", problem)
+        with self._lock:
+            # What the inventory has seen is looked for once; what a pattern finds may come later.
+            self._to_arm = [one for one in self._to_arm if isinstance(one, str)]
+            gone = [file for file in self._files.values() if file.is_armed and file.is_deleted]
+        for file in gone:
+            with self._one_at_a_time(file.library.id):
+                with self._lock:
+                    file.is_armed = False
+                    if file.is_held or self._known(file.library.id) is not file:
+                        continue
+                    self._remove(file)
+                file.close()
+
+    def _arm(self, what: str | Library) -> list[SowatchError]:
+        problems = []
+        for one in [what] if isinstance(what, Library) else find_known(what):
+            try:
+                library, fd = open_known(one, self._proc)
+            except SowatchError as error:
+                problems.append(error)
+                continue
+            try:
+                self._arm_file(library, fd)
+            except SowatchError as error:
+                problems.append(error)
+            finally:
+                os.close(fd)
+        return problems
+
+    def _arm_file(self, library: Library, fd: int) -> None:
+        with self._one_at_a_time(library.id):
+            with self._lock:
+                known = self._known(library.id)
+                if known is not None:
+                    known.is_armed = True
+                    return
+                if library.id in self._refused:
+                    return
+            self._attach_new(library, fd, is_armed=True)
 
     def _keep(self) -> None:
         """The housekeeping thread: ends what has lingered, retries, verifies."""
         verify_at = time.monotonic() + self._verify_s
-        while not self._stop.wait(min(0.2, self._verify_s)):
-            now = time.monotonic()
-            with self._lock:
-                files = list(self._files.values())
-            for file in files:
-                if file.lingers_until is not None and file.lingers_until <= now:
-                    with self._one_at_a_time(file.library.id):
-                        if file.users == 0 and self._files.get(file.library.id) is file:
-                            self._drop(file)
-                elif file.retry_at is not None and file.retry_at <= now:
+        while True:
+            with self._due:
+                while not self._is_stopping:
+                    files = self._files.values()
+                    times = [at for one in files for at in (one.lingers_until, one.retry_at) if at is not None]
+                    wait_s = min([verify_at, *times]) - time.monotonic()
+                    if wait_s <= 0:
+                        break
+                    self._due.wait(wait_s)
+                if self._is_stopping:
+                    return
+                now = time.monotonic()
+                due = list(self._files.values())
+            self._end_lingering([one for one in due if one.lingers_until is not None and one.lingers_until <= now])
+            for file in due:
+                if file.retry_at is not None and file.retry_at <= now:
                     self._retry(file)
             if now >= verify_at:
-                self.verify()
-                verify_at = now + self._verify_s
+                try:
+                    self.verify()
+                    self._arm_all()
+                except SowatchError as error:
+                    LOG.warning("%s", error)
+                verify_at = time.monotonic() + self._verify_s
 
-    def _retry(self, file: _File) -> None:
+    def _end_lingering(self, files: list[File]) -> None:
+        """Detaches what nobody has used meanwhile; all of it at once, as each waits for the kernel."""
+        ended = []
+        for file in files:
+            with self._one_at_a_time(file.library.id), self._lock:
+                if not file.is_held and self._known(file.library.id) is file:
+                    self._remove(file)
+                    ended.append(file)
+                file.lingers_until = None
+        close_files(ended)
+
+    def _retry(self, file: File) -> None:
         with self._one_at_a_time(file.library.id):
-            loaded = self._object
-            if loaded is None or self._files.get(file.library.id) is not file:
+            linker = self._linker
+            if linker is None or self._known(file.library.id) is not file:
                 return
-            self._counts["retries"] += 1
-            if self._link(loaded, file) is None:
-                file.retry_at = None
-                return
-            file.retry_wait_s = min(_SLOWEST_RETRY_S, 2 * file.retry_wait_s)
-            file.retry_at = time.monotonic() + file.retry_wait_s
+            error = linker.link(file)
+            with self._lock:
+                self._counts["retries"] += 1
+                file.plan_retry(time.monotonic())
+                if error is None:
+                    return
+                self._remove(file)
+            file.close()
+        self._refuse(file.library, f"cannot attach to {file.library.path}: {error}")
 
 
-def _resolve_probe(fd: int, probe: Probe) -> list[Symbol]:
-    if probe.is_return and is_go(fd):
-        raise SymbolError(probe.symbol, "a return probe breaks programs written in Go")
-    return resolve(fd, probe.symbol)
+def _inode(file_id: FileId) -> _Inode:
+    return file_id.major, file_id.minor, file_id.inode, file_id.subvolume
 
 
-def _view(file: _File) -> AttachedFile:
-    attachments: list[Attachment] = []
-    for group in file.groups:
-        state: State = "retrying" if group.link is None else "attached"
-        link_id = None if group.link is None else group.link.id
-        attachments += [
-            Attachment(
-                site.symbol, site.program, site.is_return, state, group.reason, site.offset, site.cookie, link_id
-            )
-            for site in group.sites
-        ]
-    attachments += file.missing
-    waiting = [one.reason for one in attachments if one.state == "retrying"]
-    return AttachedFile(
-        file.library,
-        "retrying" if waiting else "attached",
-        waiting[0] if waiting else None,
-        file.users,
-        is_lingering=file.users == 0 and file.lingers_until is not None,
-        is_armed=False,
-        attachments=tuple(attachments),
-    )
-
-
-def _close_objects(file: _File) -> None:
-    for group in file.groups:
-        if group.own_object is not None:
-            group.own_object.close()
-
-
-def _close_links(links: list[Link]) -> None:
-    """Closes them, some at once: the kernel makes each wait."""
-    if len(links) < 3:
-        for link in links:
-            link.close()
-        return
-    with ThreadPoolExecutor(_CLOSERS, thread_name_prefix="sowatch-detach") as pool:
-        list(pool.map(Link.close, links))
+def _not_permitted(error: BpfError) -> NotPermitted | None:
+    """A refusal for want of a capability, if one is missing."""
+    missing = missing_capabilities() if error.errno in (errno.EPERM, errno.EACCES) else ()
+    if not missing:
+        return None
+    return NotPermitted("cannot load the probes", f"missing {' and '.join(missing)}", "Run it as root, or with sudo.")

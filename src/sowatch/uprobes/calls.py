@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple, Self
 from sowatch.bpf.binding import probe
 from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
 from sowatch.engine.workers import ActiveFile
+from sowatch.model.events import Library
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
 from sowatch.uprobes.attacher import Attacher
@@ -89,7 +90,7 @@ class CallCounter:
         is_timed: return probes, too, for the time that calls take.
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
         is_filtered: count only in the processes of `want`.
-        links: see `sowatch.uprobes.attacher.Attacher`.
+        links, prearm, returns: see `sowatch.uprobes.attacher.Attacher`.
         call_format: records each call, for `take_calls`; one with a result is timed anyway.
         has_stacks: counts who calls, for `stacks`.
 
@@ -112,6 +113,8 @@ class CallCounter:
         links: Literal["auto", "multi", "perf_event"] = "auto",
         call_format: CallFormat | None = None,
         has_stacks: bool = False,
+        prearm: Iterable[str | Library] = (),
+        returns: Literal["auto", "probe", "instructions"] = "auto",
     ) -> None:
         is_timed = is_timed or (call_format is not None and call_format.result is not None)
         self.call_format = call_format
@@ -121,7 +124,7 @@ class CallCounter:
         self.is_timed = is_timed
         self.is_filtered = is_filtered
         self._wanted: set[int] = set()
-        probes = [Probe(symbol, "calls_entered", is_optional=True) for symbol in symbols]
+        probes = [Probe(symbol, "calls_entered", is_return=False, is_optional=True) for symbol in symbols]
         if is_timed:
             # A place inside a function has no return.
             probes += [
@@ -135,6 +138,8 @@ class CallCounter:
             linger_s=linger_s,
             prepare=self._set_constants,
             links=links,
+            prearm=prearm,
+            returns=returns,
             is_split=True,
             pairs_returns=True,
         )
@@ -143,6 +148,7 @@ class CallCounter:
         loaded.set_constant("is_timed", bytes([self.is_timed]))
         loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
         loaded.set_constant("only_probe", cookie.to_bytes(8, "little"))
+        loaded.set_constant("sees_instructions", bytes([self.attacher.returns == "instructions"]))
         loaded.set_constant("is_filtered", bytes([self.is_filtered]))
         has_task_btf = probe("helper", _PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF) is True
         loaded.set_constant("has_task_btf", bytes([has_task_btf]))

@@ -79,7 +79,10 @@ class AttacherStats:
 
     ``expected`` are the probes that the files have a place for; ``expected - attached`` are being retried. ``failed``
     are probes that a file has no place for. Counters since the attacher was made: ``repaired`` links that the kernel
-    did not have any more, ``retries`` of transient failures.
+    did not have any more (or elsewhere), ``retries`` of transient failures.
+
+    ``armed`` files are attached because they are asked for by name, ``lingering`` ones have no users any more.
+    ``self_test_error`` says why a probe of sowatch's own did not run when it was last tried, None if it did.
     """
 
     files: int = 0
@@ -89,3 +92,6 @@ class AttacherStats:
     repaired: int = 0
     retries: int = 0
     refused: int = 0
+    armed: int = 0
+    lingering: int = 0
+    self_test_error: str | None = None

@@ -16,12 +16,12 @@ from sowatch.uprobes.trace import parse_target
 @pytest.mark.parametrize(
     ("name", "section", "expected"),
     [
-        ("a", "uprobe/SSL_write", Probe("SSL_write", "a")),
+        ("a", "uprobe/SSL_write", Probe("SSL_write", "a", is_return=False)),
         ("a", "uretprobe/SSL_write", Probe("SSL_write", "a", is_return=True)),
-        ("a", "uprobe.multi/SSL_*", Probe("SSL_*", "a")),
-        ("a", "uprobe.s//usr/lib/libssl.so.3:SSL_write+0x10", Probe("SSL_write+0x10", "a")),
-        ("uprobe__SSL_write", "uprobe", Probe("SSL_write", "uprobe__SSL_write")),
-        ("uprobe__SSL_write__return", "uprobe", Probe("SSL_write", "uprobe__SSL_write__return", is_return=True)),
+        ("a", "uprobe.multi/SSL_*", Probe("SSL_*", "a", is_return=False)),
+        ("a", "uprobe.s//usr/lib/libssl.so.3:SSL_write+0x10", Probe("SSL_write+0x10", "a", is_return=False)),
+        ("uprobe__SSL_write", "uprobe", Probe("SSL_write", "uprobe__SSL_write", is_return=False)),
+        ("uprobe__SSL_write__return", "uprobe", Probe("SSL_write", "uprobe__SSL_write__return", is_manual=True)),
         ("uretprobe__SSL_write", "uretprobe", Probe("SSL_write", "uretprobe__SSL_write", is_return=True)),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_program_says_by_section_or_name_where_it_goes(name: str, section: str
 
 def test_programs_that_say_nothing_are_left_out() -> None:
     programs = [ProgramSpec("a", "uprobe"), ProgramSpec("b", "uprobe/f")]
-    assert probes_of(programs, None, "x.bpf.o") == (Probe("f", "b"),)
+    assert probes_of(programs, None, "x.bpf.o") == (Probe("f", "b", is_return=False),)
 
 
 def test_no_program_that_says_where_it_goes_is_a_usage_error_with_an_example() -> None:
@@ -42,7 +42,7 @@ def test_no_program_that_says_where_it_goes_is_a_usage_error_with_an_example() -
 def test_a_mapping_takes_returns_from_the_programs_section() -> None:
     programs = [ProgramSpec("a", "uprobe"), ProgramSpec("b", "uretprobe")]
     found = probes_of(programs, {"f": "a", "g": "b"}, "x.bpf.o")
-    assert found == (Probe("f", "a"), Probe("g", "b", is_return=True))
+    assert found == (Probe("f", "a", is_return=False), Probe("g", "b", is_return=True))
 
 
 @pytest.mark.parametrize(("symbol", "program"), [("", "a"), ("f", "")])

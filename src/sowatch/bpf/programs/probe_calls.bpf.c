@@ -22,8 +22,9 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 const volatile bool is_timed;    /* both programs are attached */
 const volatile bool has_cookies; /* bpf_get_attach_cookie, 5.15+; else the object is for one probe: */
 const volatile __u64 only_probe;
-const volatile bool is_filtered;  /* only the processes in `wanted` */
-const volatile bool has_task_btf; /* bpf_get_current_task_btf, 5.11+ */
+const volatile bool sees_instructions; /* calls_returned is on return instructions, not a return probe */
+const volatile bool is_filtered;       /* only the processes in `wanted` */
+const volatile bool has_task_btf;      /* bpf_get_current_task_btf, 5.11+ */
 const volatile bool has_stacks;
 const volatile __u64 entry_bytes;  /* of a record; 0: none are made */
 const volatile __u64 return_bytes; /* the same */
@@ -400,8 +401,12 @@ static __always_inline void record_return(struct pt_regs *context, struct frames
 SEC("uretprobe")
 int calls_returned(struct pt_regs *context)
 {
-	/* x86 has popped the return address by now; where it is in a register, the stack is as it was at the entry. */
-	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = context->sp - RETURN_ADDRESS_BYTES;
+	/*
+	 * x86 has popped the return address by the time of a return probe, not before the instruction; where it is in
+	 * a register, the stack is as it was at the entry.
+	 */
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	__u64 stack = context->sp - (sees_instructions ? 0 : RETURN_ADDRESS_BYTES);
 	struct frames_key key = {.probe = probe_of(context), .pid_tgid = pid_tgid};
 	struct frames *thread = frames_of(&key, false);
 	__u64 since_ns, spent_ns, start_ns;

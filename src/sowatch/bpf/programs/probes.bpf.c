@@ -24,3 +24,13 @@ int mapping_iterator(struct bpf_iter__task_vma *context)
 {
 	return 0;
 }
+
+__u64 self_test_runs;
+
+/* On a function of our own that does nothing: sowatch/uprobes/self_test.py. */
+SEC("?uprobe")
+int self_test(void *context)
+{
+	__sync_fetch_and_add(&self_test_runs, 1);
+	return 0;
+}
