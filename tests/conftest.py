@@ -272,7 +272,7 @@ def schema() -> Callable[[Any], Any]:
     from sowatch.model.encoding import exact, restore
     from sowatch.model.lines import to_json
 
-    text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
+    text = resources.files("sowatch.model").joinpath("event.schema.json").read_text(encoding="utf-8")
     validator = jsonschema.Draft202012Validator(
         json.loads(text), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
     )

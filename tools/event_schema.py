@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes `src/sowatch/event.schema.json` of the types in `sowatch.model.wire`; `make schema` writes it.
+"""Makes `src/sowatch/model/event.schema.json` of the types in `sowatch.model.wire`; `make schema` writes it.
 
 Without arguments the schema goes to standard output.
 """
@@ -17,7 +17,7 @@ import msgspec
 
 from sowatch.model import wire
 
-FILE: Final = Path(__file__).resolve().parents[1] / "src" / "sowatch" / "event.schema.json"
+FILE: Final = Path(__file__).resolve().parents[1] / "src" / "sowatch" / "model" / "event.schema.json"
 
 #: Types that have a definition of their own, as many lines use them.
 _SHARED: Final = {

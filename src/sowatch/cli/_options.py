@@ -97,7 +97,7 @@ class Selection(Struct, frozen=True):
     snapshot: bool
 
     @property
-    def is_compat(self) -> bool:
+    def is_selective(self) -> bool:
         """Whether it asks for less than every library of every process."""
         return bool(self.pids) or self.container is not None or any(rule.pattern for rule in self.rules)
 

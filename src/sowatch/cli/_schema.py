@@ -19,7 +19,7 @@ def load_schema(*, strict: bool = False) -> dict[str, Any]:
     >>> load_schema()["$schema"]
     'https://json-schema.org/draft/2020-12/schema'
     """
-    text = resources.files("sowatch").joinpath("event.schema.json").read_text(encoding="utf-8")
+    text = resources.files("sowatch.model").joinpath("event.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     if strict:
         _close(schema["$defs"])

@@ -90,12 +90,12 @@ class Stopper:
                 break
             poll.poll(min(left_s, _LONGEST_WAIT_S) * 1000)
             try:
-                reported = os.read(self._read_fd, 64)
+                received = os.read(self._read_fd, 64)
             except BlockingIOError:
                 continue
-            if b"q" in reported:
+            if b"q" in received:
                 return
-            if b"s" in reported:
+            if b"s" in received:
                 self._last_resort.arm()
                 break
         try:

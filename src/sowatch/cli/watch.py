@@ -96,7 +96,7 @@ def _view_for_people(out: Out, selection: Selection, watcher: WatcherLike) -> Vi
         return TextView(out, with_rule=with_rule)
     from sowatch.cli._live import LiveView
 
-    return LiveView(out, stats=lambda: watcher.stats, with_rule=with_rule, fold_snapshot=not selection.is_compat)
+    return LiveView(out, stats=lambda: watcher.stats, with_rule=with_rule, fold_snapshot=not selection.is_selective)
 
 
 class _Start:

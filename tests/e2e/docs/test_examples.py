@@ -15,10 +15,13 @@ import pytest
 from support.callers import Caller
 from support.doc_blocks import Block, blocks
 from support.programs import build, compile_bpf
+from support.tls import Tls, find
 
 #: Opens libssl by the module, says so, and ends when its standard input does.
 USER_OF_LIBSSL = "import ssl, sys; print('ready', flush=True); sys.stdin.read()"
-EXAMPLES = [block for block in blocks() if block.language == "python" and "sowatch.uprobes" not in block.text]
+SPECIAL = ("sowatch.uprobes", "sowatch.http")
+EXAMPLES = [block for block in blocks() if block.language == "python" and not any(one in block.text for one in SPECIAL)]
+FLOWS = [block for block in blocks() if block.language == "python" and "sowatch.http" in block.text]
 PROBES = [block for block in blocks() if block.language == "python" and "sowatch.uprobes" in block.text]
 
 
@@ -68,3 +71,16 @@ def test_an_example_with_probes_runs_on_a_library_of_the_tests_own(
     output, errors = example.communicate(timeout=deadline(20))
     assert (example.returncode, errors) == (0, b"")
     assert b"libprobed" in output
+
+
+@pytest.mark.parametrize("block", FLOWS, ids=str)
+def test_an_example_with_flows_shows_a_request(block: Block, spawn: Any, wait_until: Any, tmp_path: Path) -> None:
+    tls = Tls(tmp_path, spawn, wait_until)
+    server = tls.python()
+    program = block.text.replace("/srv/app/lib/", f"{tls.libraries}/")
+    assert program != block.text
+    example = spawn([sys.executable, "-u", "-W", "error", "-c", program], stdout=subprocess.PIPE, text=True)
+    while example.poll() is None:
+        tls.run(find("curl"), "-s", "--cacert", str(tls.certificate), f"https://127.0.0.1:{server.port}/seen")
+    assert "GET /seen 200" in example.stdout.read()
+    assert example.returncode == 0

@@ -341,7 +341,7 @@ def test_without_options_every_library_of_every_process_is_watched() -> None:
     assert not chosen.exclude_self
     assert chosen.snapshot
     assert chosen.config.strategy == "auto"
-    assert not chosen.is_compat
+    assert not chosen.is_selective
 
 
 def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
@@ -351,7 +351,7 @@ def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
         ("ssl", {"library", "executable"}),
         ("z", {"library", "executable"}),
     ]
-    assert chosen.is_compat
+    assert chosen.is_selective
 
 
 def test_an_empty_pattern_is_found_in_every_path_so_it_is_the_only_rule() -> None:
@@ -424,9 +424,12 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["doctor", "--proc-root", "/tmp"], "'/tmp' is not a proc file system"),
         (["doctor", "libssl"], "unrecognized arguments: libssl"),
         (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
-        (["wach"], "unknown command 'wach'. Use one of: watch, list, top, trace, audit, explain, serve, debug, doctor"),
+        (
+            ["wach"],
+            "unknown command 'wach'. Use one of: watch, list, top, trace, http, audit, explain, serve, debug, doctor",
+        ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        ([], "no command given. Use one of: watch, list, top, trace, audit, explain, serve, debug, doctor"),
+        ([], "no command given. Use one of: watch, list, top, trace, http, audit, explain, serve, debug, doctor"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(

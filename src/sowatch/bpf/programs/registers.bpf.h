@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The registers at a probe: arguments of a C function, its result, the stack. System V and AAPCS64. */
+#pragma once
+
+#include <linux/types.h>
+
+#if defined(__TARGET_ARCH_x86)
+
+struct pt_regs {
+	unsigned long di, si, dx, cx, r8, ax, sp;
+} __attribute__((preserve_access_index));
+
+#define ARGUMENT1(context) ((context)->di)
+#define ARGUMENT2(context) ((context)->si)
+#define ARGUMENT3(context) ((context)->dx)
+#define ARGUMENT4(context) ((context)->cx)
+#define ARGUMENT5(context) ((context)->r8)
+#define RESULT(context) ((context)->ax)
+
+#elif defined(__TARGET_ARCH_arm64)
+
+struct pt_regs {
+	__u64 regs[31];
+	__u64 sp;
+} __attribute__((preserve_access_index));
+
+#define ARGUMENT1(context) ((context)->regs[0])
+#define ARGUMENT2(context) ((context)->regs[1])
+#define ARGUMENT3(context) ((context)->regs[2])
+#define ARGUMENT4(context) ((context)->regs[3])
+#define ARGUMENT5(context) ((context)->regs[4])
+#define RESULT(context) ((context)->regs[0])
+
+#endif
+
+#define STACK(context) ((context)->sp)

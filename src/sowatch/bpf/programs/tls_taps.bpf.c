@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * What passes TLS libraries in the clear, by connection and direction: sowatch http.
+ *
+ * A call is entered (tls_write*, tls_read*, tls_handshake) and returns (tls_returned). Between the two the thread has an
+ * entry in `under_way`: calls within it are of the library itself (AWS-LC and LibreSSL call SSL_read in SSL_read_ex) and
+ * report nothing, and the socket that the thread uses meanwhile is the connection's. What counts is what the call says
+ * that it has moved: a write that is to be tried again has moved nothing.
+ *
+ * A function may be left without a return (longjmp, an exception). The stack grows down: an entry whose stack pointer is
+ * not above that of a later call is of a call that is over.
+ */
+#include "registers.bpf.h"
+#include "tls_taps.h"
+
+#include <linux/bpf.h>
+#include <stdbool.h>
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* Set before loading. */
+const volatile bool has_cookies; /* bpf_get_attach_cookie, 5.15+ */
+const volatile bool is_filtered; /* only the processes in `wanted` */
+const volatile __u32 capture_bytes = MAX_CAPTURE;
+
+#define AF_INET 2
+#define AF_INET6 10
+#define MSG_PEEK 2
+
+#if defined(__TARGET_ARCH_x86)
+#define RETURN_ADDRESS_BYTES 8
+#else
+#define RETURN_ADDRESS_BYTES 0
+#endif
+
+struct task_struct {
+	struct task_struct *group_leader;
+	__u64 start_boottime;
+} __attribute__((preserve_access_index));
+
+struct in6_addr {
+	__u8 bytes[16];
+};
+
+struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+} __attribute__((preserve_access_index));
+
+struct sock {
+	struct sock_common __sk_common;
+} __attribute__((preserve_access_index));
+
+enum result {
+	RESULT_BYTES,   /* the call gives how many */
+	RESULT_POINTER, /* the call gives success, and how many through a pointer */
+};
+
+/* A call that a thread is in. */
+struct call {
+	__u64 stack;
+	__u64 pointer;
+	__u64 buffer;
+	__u64 moved; /* where the call writes how many bytes it moved */
+	__u64 begin_ns;
+	__u64 site;
+	__u32 direction;
+	__u32 result;
+};
+
+/* What of a call is sent. */
+struct span {
+	__u64 offset;
+	__u32 length;
+	__u32 skipped;
+	__u32 captured;
+	__u32 unused;
+};
+
+struct connection {
+	__u64 offsets[2]; /* by direction */
+	__u64 socket;     /* its address in the kernel: tells that it is another one */
+	__u16 family;
+	__u16 peer_port;
+	__u16 local_port;
+	__u16 unused;
+	__u8 peer[16];
+	__u8 local[16];
+};
+
+/* Least recently used ones go: a thread may end inside, an object may never be freed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64); /* pid_tgid */
+	__type(value, struct call);
+} under_way SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct tls_connection_key);
+	__type(value, struct connection);
+} connections SEC(".maps");
+
+/* Up to which offset user space needs nothing: bytes of a body. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct tls_connection_key);
+	__type(value, __u64);
+} spare SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32); /* tgid */
+	__type(value, __u8);
+} wanted SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 << 20);
+} records SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TLS_COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+	__u64 *counter = bpf_map_lookup_elem(&counters, &what);
+
+	if (counter)
+		(*counter)++;
+}
+
+static __always_inline struct tls_connection_key key_of(__u64 pointer, __u32 direction)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct tls_connection_key key = {.pointer = pointer, .direction = direction};
+
+	key.tgid = bpf_get_current_pid_tgid() >> 32;
+	key.start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	return key;
+}
+
+static __always_inline struct connection *connection_of(const struct tls_connection_key *key)
+{
+	struct connection *found = bpf_map_lookup_elem(&connections, key);
+	struct connection none = {};
+
+	if (found)
+		return found;
+	/* Another thread may be first: then this one finds what that put. */
+	bpf_map_update_elem(&connections, key, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&connections, key);
+}
+
+static __always_inline int enter(struct pt_regs *context, enum tls_direction direction, enum result result, __u64 moved)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	__u32 tgid = thread >> 32;
+	struct call *outer, call = {};
+
+	if (is_filtered && !bpf_map_lookup_elem(&wanted, &tgid))
+		return 0;
+	call.stack = STACK(context);
+	outer = bpf_map_lookup_elem(&under_way, &thread);
+	if (outer && outer->stack > call.stack)
+		return 0;
+	call.pointer = ARGUMENT1(context);
+	call.buffer = ARGUMENT2(context);
+	call.moved = moved;
+	call.begin_ns = bpf_ktime_get_ns();
+	call.site = has_cookies ? bpf_get_attach_cookie(context) : 0;
+	call.direction = direction;
+	call.result = result;
+	if (bpf_map_update_elem(&under_way, &thread, &call, BPF_ANY))
+		count(TLS_NO_ROOM);
+	return 0;
+}
+
+/* int SSL_write(SSL *, const void *, int); ssize_t gnutls_record_send(session, const void *, size_t); PR_Write, PR_Send */
+SEC("uprobe")
+int tls_write(struct pt_regs *context)
+{
+	return enter(context, TLS_WRITE, RESULT_BYTES, 0);
+}
+
+/* int SSL_write_ex(SSL *, const void *, size_t, size_t *written); SSL_write_early_data */
+SEC("uprobe")
+int tls_write_ex(struct pt_regs *context)
+{
+	return enter(context, TLS_WRITE, RESULT_POINTER, ARGUMENT4(context));
+}
+
+/* int SSL_write_ex2(SSL *, const void *, size_t, uint64_t flags, size_t *written) */
+SEC("uprobe")
+int tls_write_ex2(struct pt_regs *context)
+{
+	return enter(context, TLS_WRITE, RESULT_POINTER, ARGUMENT5(context));
+}
+
+/* int SSL_read(SSL *, void *, int); ssize_t gnutls_record_recv(session, void *, size_t); PR_Read */
+SEC("uprobe")
+int tls_read(struct pt_regs *context)
+{
+	return enter(context, TLS_READ, RESULT_BYTES, 0);
+}
+
+/* int SSL_read_ex(SSL *, void *, size_t, size_t *readbytes); SSL_read_early_data */
+SEC("uprobe")
+int tls_read_ex(struct pt_regs *context)
+{
+	return enter(context, TLS_READ, RESULT_POINTER, ARGUMENT4(context));
+}
+
+/* int32_t PR_Recv(PRFileDesc *, void *, int32_t, int flags, PRIntervalTime) */
+SEC("uprobe")
+int tls_recv(struct pt_regs *context)
+{
+	return enter(context, (__u32)ARGUMENT4(context) & MSG_PEEK ? TLS_NONE : TLS_READ, RESULT_BYTES, 0);
+}
+
+/* A call that moves no data; SSL_peek, too: what it reads comes once more. */
+SEC("uprobe")
+int tls_handshake(struct pt_regs *context)
+{
+	return enter(context, TLS_NONE, RESULT_BYTES, 0);
+}
+
+static __always_inline __u64 bytes_moved(const struct call *call, __s64 given)
+{
+	__u64 moved = 0;
+
+	if (call->direction == TLS_NONE)
+		return 0;
+	if (call->result == RESULT_BYTES)
+		return given > 0 && given < 1LL << 31 ? given : 0;
+	if (given <= 0 || bpf_probe_read_user(&moved, sizeof(moved), (void *)call->moved))
+		return 0;
+	return moved < 1ULL << 31 ? moved : 0;
+}
+
+static __always_inline void fill(struct tls_record *record, const struct tls_connection_key *key,
+				 const struct connection *connection)
+{
+	record->pointer = key->pointer;
+	record->start_ns = key->start_ns;
+	record->tgid = key->tgid;
+	record->tid = bpf_get_current_pid_tgid();
+	record->family = connection->family;
+	record->peer_port = connection->peer_port;
+	record->local_port = connection->local_port;
+	__builtin_memcpy(record->peer, connection->peer, sizeof(record->peer));
+	__builtin_memcpy(record->local, connection->local, sizeof(record->local));
+}
+
+/* Sends one call with room for that many bytes: the size of a reservation is a constant. */
+#define SEND(room)                                                                                                   \
+	static __noinline int send_##room(const struct tls_connection_key *key, const struct connection *connection, \
+					  const struct call *call, struct span *span)                                \
+	{                                                                                                            \
+		struct tls_record *record;                                                                           \
+		__u32 captured;                                                                                      \
+                                                                                                                     \
+		if (!key || !connection || !call || !span)                                                           \
+			return 0;                                                                                    \
+		record = bpf_ringbuf_reserve(&records, sizeof(*record) + (room), 0);                                 \
+		if (!record) {                                                                                       \
+			count(TLS_LOST);                                                                             \
+			return 0;                                                                                    \
+		}                                                                                                    \
+		fill(record, key, connection);                                                                       \
+		record->kind = TLS_DATA;                                                                             \
+		record->direction = call->direction;                                                                 \
+		record->site = call->site;                                                                           \
+		record->begin_ns = call->begin_ns;                                                                   \
+		record->end_ns = bpf_ktime_get_ns();                                                                 \
+		record->offset = span->offset;                                                                       \
+		record->length = span->length;                                                                       \
+		record->skipped = span->skipped;                                                                     \
+		captured = span->captured;                                                                           \
+		if (captured > (room))                                                                               \
+			captured = (room);                                                                           \
+		if (captured &&                                                                                      \
+		    bpf_probe_read_user(record->bytes, captured, (void *)(call->buffer + span->skipped))) {          \
+			count(TLS_UNREADABLE);                                                                       \
+			captured = 0;                                                                                \
+		}                                                                                                    \
+		record->captured = captured;                                                                         \
+		bpf_ringbuf_submit(record, 0);                                                                       \
+		return 0;                                                                                            \
+	}
+
+SEND(256)
+SEND(1024)
+SEND(4096)
+SEND(16384)
+
+SEC("uretprobe")
+int tls_returned(struct pt_regs *context)
+{
+	__u64 thread = bpf_get_current_pid_tgid(), *spared, length;
+	/* x86 has popped the return address by now. */
+	__u64 stack = STACK(context) - RETURN_ADDRESS_BYTES;
+	struct call *found = bpf_map_lookup_elem(&under_way, &thread), call;
+	struct tls_connection_key key;
+	struct connection *connection;
+	struct span span = {};
+
+	if (!found || found->stack != stack)
+		return 0;
+	call = *found;
+	bpf_map_delete_elem(&under_way, &thread);
+	length = bytes_moved(&call, RESULT(context));
+	if (!length || call.direction > TLS_WRITE)
+		return 0;
+	key = key_of(call.pointer, 0);
+	connection = connection_of(&key);
+	if (!connection) {
+		count(TLS_NO_ROOM);
+		return 0;
+	}
+	span.length = length;
+	/* Calls of one direction of one connection come one after the other: the libraries want that. */
+	span.offset = connection->offsets[call.direction & 1];
+	connection->offsets[call.direction & 1] = span.offset + length;
+	key.direction = call.direction;
+	spared = bpf_map_lookup_elem(&spare, &key);
+	key.direction = 0;
+	if (spared && *spared > span.offset) {
+		if (*spared > span.offset + length) {
+			count(TLS_SPARED);
+			return 0;
+		}
+		span.skipped = *spared - span.offset;
+	}
+	span.captured = span.length - span.skipped;
+	if (span.captured > capture_bytes)
+		span.captured = capture_bytes;
+	if (span.captured <= 256)
+		send_256(&key, connection, &call, &span);
+	else if (span.captured <= 1024)
+		send_1024(&key, connection, &call, &span);
+	else if (span.captured <= 4096)
+		send_4096(&key, connection, &call, &span);
+	else
+		send_16384(&key, connection, &call, &span);
+	return 0;
+}
+
+/* void SSL_free(SSL *); int SSL_shutdown(SSL *); SSL_set_fd and SSL_set_bio: the object is a new connection's */
+SEC("uprobe")
+int tls_end(struct pt_regs *context)
+{
+	struct tls_connection_key key = key_of(ARGUMENT1(context), 0);
+	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
+	struct tls_record *record;
+
+	if (!connection)
+		return 0;
+	record = bpf_ringbuf_reserve(&records, sizeof(*record), 0);
+	if (record) {
+		__builtin_memset(record, 0, sizeof(*record));
+		fill(record, &key, connection);
+		record->kind = TLS_END;
+		record->begin_ns = record->end_ns = bpf_ktime_get_ns();
+		bpf_ringbuf_submit(record, 0);
+	} else {
+		count(TLS_LOST);
+	}
+	bpf_map_delete_elem(&connections, &key);
+	bpf_map_delete_elem(&spare, &key); /* TLS_READ is 0 */
+	key.direction = TLS_WRITE;
+	bpf_map_delete_elem(&spare, &key);
+	return 0;
+}
+
+/* The socket that a thread uses within a call is the connection's. */
+static __always_inline int note_socket(struct sock *socket, int result, int flags)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
+	struct tls_connection_key key;
+	struct connection *connection;
+	__u16 family;
+
+	if (!call || result <= 0 || flags & MSG_PEEK)
+		return 0;
+	key = key_of(call->pointer, 0);
+	connection = connection_of(&key);
+	if (!connection || connection->socket == (__u64)socket)
+		return 0;
+	family = BPF_CORE_READ(socket, __sk_common.skc_family);
+	if (family == AF_INET) {
+		*(__u32 *)connection->peer = BPF_CORE_READ(socket, __sk_common.skc_daddr);
+		*(__u32 *)connection->local = BPF_CORE_READ(socket, __sk_common.skc_rcv_saddr);
+	} else if (family == AF_INET6) {
+		BPF_CORE_READ_INTO(&connection->peer, socket, __sk_common.skc_v6_daddr);
+		BPF_CORE_READ_INTO(&connection->local, socket, __sk_common.skc_v6_rcv_saddr);
+	} else {
+		return 0;
+	}
+	connection->peer_port = __builtin_bswap16(BPF_CORE_READ(socket, __sk_common.skc_dport));
+	connection->local_port = BPF_CORE_READ(socket, __sk_common.skc_num);
+	connection->family = family;
+	connection->socket = (__u64)socket;
+	return 0;
+}
+
+SEC("tp_btf/sock_send_length")
+int BPF_PROG(tls_socket_sent, struct sock *socket, int result, int flags)
+{
+	return note_socket(socket, result, flags);
+}
+
+SEC("tp_btf/sock_recv_length")
+int BPF_PROG(tls_socket_received, struct sock *socket, int result, int flags)
+{
+	return note_socket(socket, result, flags);
+}

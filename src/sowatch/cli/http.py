@@ -1,0 +1,286 @@
+"""HTTP requests and responses as they pass TLS libraries.
+
+Taps the TLS libraries (OpenSSL and its kin, GnuTLS) of every process, wherever they are or will be loaded, and reports
+each request with its response once it is over. Metadata only: no header but the host's name, no body, no query unless
+--query is given. HTTP without TLS is not seen; nor are Go and Rust programs that bring a TLS of their own.
+
+PATTERN is a regular expression that the path of the TLS library has to match.
+
+Examples:
+  sowatch http                                       every request as it ends
+  sowatch http --pid 4711 --json | jq .path
+  sowatch http --summary --duration 60               the endpoints of a minute
+  sowatch http --status 5xx --side server
+"""
+
+# Heavy modules (the watcher, the decoders) are imported only where they are used.
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
+from sowatch.cli._out import Out, PipeClosed
+from sowatch.cli._parser import Parser, pid, seconds
+from sowatch.cli._stop import Stopper
+from sowatch.cli._table import write_table
+from sowatch.cli.watch import warn_of_fallback
+from sowatch.model.encoding import dumps
+from sowatch.model.errors import UsageError
+from sowatch.model.escape import visible
+from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
+
+if TYPE_CHECKING:
+    from sowatch.http.summary import Summary
+    from sowatch.http.taps import HttpFlow, HttpTap
+
+_SIDES: Final = ("client", "server")
+_STATUS: Final = re.compile(r"[1-5](?:xx|\d\d)")
+#: Flows that wait to be written; a reader that is slower loses the rest, which is counted.
+_MAX_WAITING: Final = 65536
+_PERCENTILES: Final = (0.5, 0.95, 0.99)
+
+
+def configure(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="only libraries whose path matches; of several, any"
+    )
+    add_format(parser, default="text")
+    add_strategy(parser)
+    parser.add_argument(
+        "--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from the start"
+    )
+    parser.add_argument("--summary", action="store_true", help="endpoints with counts and latencies, at the end")
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="endpoints of the summary. Default: 20")
+    parser.add_argument(
+        "--pid", type=pid, action="append", default=[], metavar="PID", help="only this process; may be repeated"
+    )
+    parser.add_argument("--container", metavar="ID", help="only the container whose id begins with ID")
+    parser.add_argument("--path", metavar="REGEX", help="only requests whose path matches")
+    parser.add_argument(
+        "--status", action="append", default=[], metavar="STATUS", help="only this status (404) or class (5xx)"
+    )
+    parser.add_argument("--side", metavar="SIDE", help="only requests that a process makes (client) or serves (server)")
+    parser.add_argument("--query", action="store_true", help="keep what stands behind ? in a path")
+    parser.add_argument(
+        "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
+    )
+
+
+def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
+    """Report flows until told to stop; returns the exit code."""
+    as_json = wants_json(args, out, when_piped=False)
+    matches = _filter_of(args)
+    pattern = "|".join(f"(?:{one})" for one in args.patterns) or None
+    from sowatch.http.summary import Summary
+    from sowatch.http.taps import HttpTap
+
+    waiting: queue.SimpleQueue[HttpFlow] = queue.SimpleQueue()
+    unwritten = [0]
+
+    def take(found: HttpFlow) -> None:
+        if waiting.qsize() < _MAX_WAITING:
+            waiting.put(found)
+        else:
+            unwritten[0] += 1
+
+    tap = HttpTap(take, pids=args.pid, container=args.container, pattern=pattern, config=config_of(args))
+    summary = Summary() if args.summary else None
+    show = _Lines(out, keeps_query=args.query, as_json=as_json)
+    is_over = threading.Event()
+    with Stopper(is_over.set) as stopper:
+        try:
+            warn_of_fallback(tap.start(), warn)
+            if not tap.sees_sockets:
+                warn("this kernel does not show which socket a call uses (6.3 and later do): every peer is unknown.")
+            if args.duration is not None:
+                stopper.stop_after(args.duration)
+            while not is_over.is_set() and not out.reader_is_gone():
+                _write(filter(matches, _taken(waiting, 0.2)), show, summary)
+                if tap.watcher.wait(0):
+                    warn("the watch ended before it was stopped. What was reported is right.")
+                    return 1
+            stats = tap.stats() | {"unwritten": unwritten[0]}
+            tap.close()
+            _write(filter(matches, _taken(waiting, 0)), show, summary)
+            if summary is not None:
+                _show_summary(summary, out, args.top, as_json=as_json)
+            _show_stats(stats, tap, out, warn, as_json=as_json)
+        except PipeClosed:
+            out.discard()
+        finally:
+            tap.close()
+    return 0
+
+
+def _filter_of(args: Namespace) -> Callable[[HttpFlow], bool]:
+    """What the options ask for.
+
+    Raises:
+        UsageError: a side, status, or expression that is none.
+    """
+    if args.side is not None and args.side not in _SIDES:
+        raise UsageError(f"unknown side {args.side!r}. Use one of: {', '.join(_SIDES)}.")
+    statuses = [one.lower() for one in args.status]
+    for one in statuses:
+        if not _STATUS.fullmatch(one):
+            raise UsageError(f"{one!r} is no status. Write one (404) or a class (5xx).")
+    try:
+        path = None if args.path is None else re.compile(args.path)
+    except re.error as error:
+        raise UsageError(f"bad expression {args.path!r} at position {error.pos}: {error.msg}. Correct it.") from None
+    if args.top < 1:
+        raise UsageError("--top is at least 1.")
+
+    def matches(found: HttpFlow) -> bool:
+        flow = found.flow
+        if args.side is not None and flow.side != args.side:
+            return False
+        shown = "" if flow.status is None else str(flow.status)
+        if statuses and not any(shown == one or (one.endswith("xx") and shown[:1] == one[0]) for one in statuses):
+            return False
+        return path is None or (flow.path is not None and path.search(flow.path) is not None)
+
+    return matches
+
+
+def _taken(waiting: queue.SimpleQueue[HttpFlow], timeout_s: float) -> Iterator[HttpFlow]:
+    """What is there; waits for the first."""
+    with suppress(queue.Empty):
+        yield waiting.get(timeout=timeout_s) if timeout_s else waiting.get_nowait()
+        for _ in range(_MAX_WAITING):
+            yield waiting.get_nowait()
+
+
+def _write(flows: Iterator[HttpFlow], show: _Lines, summary: Summary | None) -> None:
+    for found in flows:
+        if summary is None:
+            show.write(found)
+        else:
+            summary.add(found.flow)
+    show.flush()
+
+
+class _Lines:
+    """One line a flow: JSON, or for people."""
+
+    def __init__(self, out: Out, *, keeps_query: bool, as_json: bool) -> None:
+        self._out = out
+        self._keeps_query = keeps_query
+        self._as_json = as_json
+        #: Between the clock of the kernel's stamps and the one of the wall.
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def write(self, found: HttpFlow) -> None:
+        if self._as_json:
+            self._out.write(dumps(flow_dict(found, self._offset_ns, keeps_query=self._keeps_query)) + "\n")
+        else:
+            self._out.write(_line(found, self._offset_ns, keeps_query=self._keeps_query) + "\n")
+
+    def flush(self) -> None:
+        self._out.flush()
+
+
+def flow_dict(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> dict[str, Any]:
+    """A flow as the contract has it; ``offset_ns`` turns its times into those of the wall clock."""
+    flow = found.flow
+    time_ns = flow.begin_ns or flow.first_byte_ns or flow.end_ns
+    return {
+        "schema": SCHEMA,
+        "event": "http",
+        "time": None if time_ns is None else stamp(time_ns + offset_ns),
+        "side": flow.side,
+        "protocol": flow.protocol,
+        "method": flow.method,
+        "scheme": "https",
+        "authority": flow.authority,
+        "path": _path(flow.path, keeps_query=keeps_query),
+        "status": flow.status,
+        "grpc_status": flow.grpc_status,
+        "request_bytes": flow.request_bytes,
+        "response_bytes": flow.response_bytes,
+        "ttfb_ms": _milliseconds(flow.ttfb_ns),
+        "duration_ms": _milliseconds(flow.duration_ns),
+        "complete": flow.is_complete,
+        "peer": None if flow.peer is None else {"address": flow.peer.address, "port": flow.peer.port},
+        "local_port": flow.local_port,
+        "process": process_dict(found.process),
+        "library": None if found.library is None else library_dict(found.library),
+    }
+
+
+def _path(path: str | None, *, keeps_query: bool) -> str | None:
+    return path if path is None or keeps_query else path.partition("?")[0]
+
+
+def _milliseconds(value_ns: int | None) -> float | None:
+    return None if value_ns is None else round(value_ns / 1e6, 3)
+
+
+def _line(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> str:
+    flow = found.flow
+    begin_ns = flow.begin_ns or flow.end_ns or 0
+    clock = time.strftime("%H:%M:%S", time.localtime((begin_ns + offset_ns) / 1e9))
+    duration = "-" if flow.duration_ns is None else f"{flow.duration_ns / 1e6:.1f}ms"
+    peer = "?" if flow.peer is None else f"{flow.peer.address}:{flow.peer.port}"
+    url = f"{flow.authority or '?'}{_path(flow.path, keeps_query=keeps_query) or ''}"
+    note = "" if flow.is_complete else "  incomplete"
+    process = f"{visible(found.process.comm or '?')}[{found.process.pid}]"
+    return (
+        f"{clock} {flow.side:6} {process:22} {flow.status or '-':>3} {duration:>9} "
+        f"{flow.method or '?':7} {visible(url)}  {peer}{note}"
+    )
+
+
+def _show_summary(summary: Summary, out: Out, top: int, *, as_json: bool) -> None:
+    rows = sorted(summary.endpoints.items(), key=lambda item: -item[1].flows)
+    if as_json:
+        for key, endpoint in rows:
+            line = {"schema": SCHEMA, "event": "http_endpoint", **key._asdict(), "flows": endpoint.flows}
+            line["incomplete"] = endpoint.incomplete
+            line["request_bytes"], line["response_bytes"] = endpoint.request_bytes, endpoint.response_bytes
+            for share in _PERCENTILES:
+                value = endpoint.percentile_s(share)
+                line[f"p{share * 100:g}_ms"] = None if value is None else round(value * 1e3, 3)
+            out.write(dumps(line) + "\n")
+    else:
+        table = [
+            [
+                str(endpoint.flows),
+                "-" if key.status_class is None else f"{key.status_class}xx",
+                *(_shown_s(endpoint.percentile_s(share)) for share in _PERCENTILES),
+                key.side,
+                key.method or "?",
+                visible(f"{key.authority or ''}{key.path}"),
+            ]
+            for key, endpoint in rows[:top]
+        ]
+        write_table(out, ["FLOWS", "STATUS", "P50", "P95", "P99", "SIDE", "METHOD", "ENDPOINT"], table, right=range(5))
+        if len(rows) > top:
+            out.write(f"and {len(rows) - top} more endpoints; --top shows them\n")
+    out.flush()
+
+
+def _shown_s(value: float | None) -> str:
+    return "-" if value is None else f"{value * 1e3:.1f}ms"
+
+
+def _show_stats(stats: dict[str, int], tap: HttpTap, out: Out, warn: Callable[[str], None], *, as_json: bool) -> None:
+    """What is not known, in every output."""
+    failures = tap.failures
+    if as_json:
+        out.write(dumps({"schema": SCHEMA, "event": "http_stats", **stats}) + "\n")
+        out.flush()
+    else:
+        parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name != "spared"]
+        warn(", ".join(parts) + "." if parts else "no HTTP passed a TLS library that is probed.")
+    for failure in failures:
+        warn(f"not tapped: {visible(failure.library.path)}: {failure.symbol}: {visible(failure.reason)}")

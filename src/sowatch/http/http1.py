@@ -1,0 +1,420 @@
+"""HTTP/1.0 and HTTP/1.1 as one direction of a connection has it: bytes in, messages out. Pure, incremental, bounded.
+
+A head is parsed by llhttp (`httptools`) once all of it is there; what follows it is framed here, because the bytes of a
+body may never have been captured and are then only counted. Framing is that of RFC 9112, section 6.3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, Literal
+
+import httptools
+
+__all__ = ["MAX_HEAD_BYTES", "Http1Decoder", "Message", "may_start_message", "starts_message"]
+
+#: nginx and Apache take 8 KiB, node 16 KiB, some proxies 64 KiB; a head that is longer is given up.
+MAX_HEAD_BYTES: Final = 64 << 10
+#: A chunk's size has at most 16 hexadecimal digits, and extensions that few use.
+_MAX_CHUNK_LINE_BYTES: Final = 4096
+#: What of a head is looked at to tell whether it may be one.
+_START_BYTES: Final = 256
+#: How a message begins: a token as the method and a target, or the version of a response (RFC 9112, sections 3 and 4).
+_RESPONSE: Final = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}(?: |\r|\n)")
+#: Methods that anything may begin with are few; a request by another one is taken once its version was seen.
+_METHODS: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PROPFIND|REPORT|PURGE) ")
+_REQUEST_LINE: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32} [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r?\n")
+
+#: What may become one of them.
+_REQUEST_PART: Final = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}"
+    rb"(?: (?:[\x21-\x7e\x80-\xff]+(?: (?:H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01]\r?)?)?)?)?)?)?)?)?)?)?)?"
+)
+_RESPONSE_PART: Final = re.compile(
+    rb"H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01](?: (?:[1-9](?:[0-9](?:[0-9])?)?)?)?)?)?)?)?)?)?)?"
+)
+
+_HEAD, _LENGTH, _CHUNK_SIZE, _CHUNK_DATA, _CHUNK_END, _TRAILER, _UNTIL_CLOSE, _TUNNEL, _LOST = range(9)
+
+
+def starts_message(data: bytes, *, is_request: bool) -> bool:
+    """Whether these bytes look like the beginning of a message, as a call that starts one hands them over.
+
+    >>> starts_message(b"GET / HTTP/1.1", is_request=True), starts_message(b"+OK", is_request=True)
+    (True, False)
+    >>> starts_message(b"HTTP/1.1 200 OK", is_request=False)
+    True
+    """
+    if is_request:
+        return bool(_METHODS.match(data) or _REQUEST_LINE.match(data))
+    return _RESPONSE.match(data) is not None
+
+
+def may_start_message(data: bytes, *, is_request: bool) -> bool:
+    """Whether more bytes may make this the beginning of a message.
+
+    >>> may_start_message(b"BREW /po", is_request=True), may_start_message(b"HTTP/1.", is_request=False)
+    (True, True)
+    """
+    if is_request:
+        return len(data) <= MAX_HEAD_BYTES and _REQUEST_PART.fullmatch(data) is not None
+    return _RESPONSE_PART.fullmatch(data) is not None
+
+
+class Message:
+    """One request or response; times are those of the bytes, in ns of CLOCK_MONOTONIC.
+
+    Attributes:
+        method: of a request.
+        target: of a request, as it was sent.
+        status: of a response.
+        version: ``1.0`` or ``1.1``.
+        headers: by lower-case name the value that came last; those that were asked for only.
+        begin_ns: of the first byte.
+        head_ns: of the last byte of the head.
+        end_ns: of the last byte; None while it goes on.
+        body_bytes: of the body without its framing.
+        is_complete: its end was seen, and no byte of its framing was missed.
+    """
+
+    __slots__ = (
+        "begin_ns",
+        "body_bytes",
+        "end_ns",
+        "has_upgrade",
+        "head_ns",
+        "headers",
+        "is_complete",
+        "method",
+        "status",
+        "target",
+        "version",
+    )
+
+    def __init__(self, begin_ns: int) -> None:
+        self.method: str | None = None
+        self.target: str | None = None
+        self.status: int | None = None
+        self.version = ""
+        self.headers: dict[str, str] = {}
+        self.begin_ns = begin_ns
+        self.head_ns = begin_ns
+        self.end_ns: int | None = None
+        self.body_bytes = 0
+        self.is_complete = False
+        self.has_upgrade = False
+
+
+class _Head:
+    """What llhttp calls while it parses one head."""
+
+    __slots__ = ("headers", "is_whole", "target")
+
+    def __init__(self) -> None:
+        self.is_whole = False
+        self.target = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.is_whole = True
+
+
+class Http1Decoder:
+    """Decodes one direction of a connection.
+
+    Args:
+        kind: what this direction carries.
+        on_head: called with a message once its head is there.
+        on_end: called with a message once it has ended, complete or not.
+        method_of: for responses: the method of the request that the next response answers; None if it is not known.
+        keep: names of headers to keep, in lower case.
+
+    Whatever comes in, nothing is raised; memory is bounded by `MAX_HEAD_BYTES`. Any cut of the same bytes into calls
+    gives the same messages.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["request", "response"],
+        *,
+        on_head: Callable[[Message], None],
+        on_end: Callable[[Message], None],
+        method_of: Callable[[], str | None] = lambda: None,
+        keep: frozenset[str] = frozenset({"host"}),
+    ) -> None:
+        self._is_request = kind == "request"
+        self._on_head = on_head
+        self._on_end = on_end
+        self._method_of = method_of
+        self._keep = keep
+        self._state = _HEAD
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._left = 0
+        self._message: Message | None = None
+        #: How often the framing was lost, and the next message looked for.
+        self.resyncs = 0
+
+    @property
+    def is_tunnel(self) -> bool:
+        """Whether the connection speaks something else by now: after CONNECT or an upgrade."""
+        return self._state == _TUNNEL
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the next message is looked for."""
+        return self._state == _LOST
+
+    @property
+    def skippable(self) -> int:
+        """How many of the next bytes belong to a body for certain, so that nobody needs to send them."""
+        return self._left if self._state in (_LENGTH, _CHUNK_DATA) else 0
+
+    def feed(self, data: bytes, time_ns: int) -> None:
+        """Takes over bytes of one call.
+
+        Args:
+            data: what follows the bytes of the last call.
+            time_ns: when they passed.
+        """
+        if self._state == _LOST:
+            # A message may begin where a call begins, and nowhere else for certain.
+            if not starts_message(data, is_request=self._is_request):
+                return
+            self._state = _HEAD
+        at, end = 0, len(data)
+        while at < end:
+            state = self._state
+            if state in (_LENGTH, _CHUNK_DATA):
+                at += self._take_body(min(end - at, self._left), time_ns)
+            elif state in (_UNTIL_CLOSE, _TUNNEL):
+                self._count(end - at, time_ns)
+                at = end
+            elif state == _LOST:
+                return
+            else:
+                at = self._take_line(data, at, time_ns)
+
+    def skip(self, size: int, time_ns: int) -> None:
+        """Takes over that ``size`` bytes passed which nobody has: all of a body, or the framing is lost."""
+        if self._state in (_LENGTH, _CHUNK_DATA) and size <= self._left:
+            self._take_body(size, time_ns)
+        elif self._state in (_UNTIL_CLOSE, _TUNNEL):
+            self._count(size, time_ns)
+        elif self._state != _LOST and size:
+            self._lose(time_ns)
+
+    def close(self, time_ns: int) -> None:
+        """The connection ended: so does a message whose end is that; another one is not complete."""
+        message = self._message
+        if message is not None:
+            self._finish(time_ns, is_complete=self._state == _UNTIL_CLOSE)
+        self._buffer.clear()
+        self._state = _HEAD
+
+    def open_tunnel(self) -> None:
+        """The other direction says that what follows is no HTTP/1."""
+        self._state = _TUNNEL
+
+    # ---- inside -----------------------------------------------------------------------------------
+
+    def _count(self, size: int, time_ns: int) -> None:
+        if self._message is not None:
+            self._message.body_bytes += size
+            self._message.end_ns = time_ns
+
+    def _take_body(self, size: int, time_ns: int) -> int:
+        self._count(size, time_ns)
+        self._left -= size
+        if not self._left:
+            if self._state == _LENGTH:
+                self._finish(time_ns, is_complete=True)
+            else:
+                self._state = _CHUNK_END
+        return size
+
+    def _take_line(self, data: bytes, at: int, time_ns: int) -> int:
+        """Takes a head, or one line between chunks; gives where the bytes after it begin, or the end."""
+        buffer = self._buffer
+        if self._state == _HEAD and not buffer:
+            # Empty lines before a request are to be ignored (RFC 9112, section 2.2).
+            while at < len(data) and data[at] in b"\r\n":
+                at += 1
+            if at == len(data):
+                return at
+            self._message = Message(time_ns)
+        before = len(buffer)
+        buffer += data[at:]
+        end = self._end_of_head() if self._state == _HEAD else buffer.find(b"\n") + 1
+        limit = MAX_HEAD_BYTES if self._state == _HEAD else _MAX_CHUNK_LINE_BYTES
+        if not end:
+            if len(buffer) > limit or (self._state == _HEAD and not self._may_be_head()):
+                self._lose(time_ns)
+            return len(data)
+        taken = bytes(buffer[:end])
+        buffer.clear()
+        self._scanned = 0
+        if len(taken) > limit:
+            self._lose(time_ns)
+        elif self._state == _HEAD:
+            self._take_head(taken, time_ns)
+        else:
+            self._take_chunk_line(taken.strip(), time_ns)
+        return at + end - before
+
+    def _end_of_head(self) -> int:
+        """Where the head in the buffer ends: after the first empty line; 0: not yet."""
+        buffer, at = self._buffer, max(0, self._scanned - 3)
+        while (at := buffer.find(b"\n", at)) >= 0:
+            if buffer[at + 1 : at + 2] == b"\n":
+                return at + 2
+            if buffer[at + 1 : at + 3] == b"\r\n":
+                return at + 3
+            at += 1
+        self._scanned = len(buffer)
+        return 0
+
+    def _may_be_head(self) -> bool:
+        """Whether what is there may be the beginning of a head."""
+        start = bytes(self._buffer[:_START_BYTES])
+        return starts_message(start, is_request=self._is_request) or may_start_message(
+            start, is_request=self._is_request
+        )
+
+    def _take_head(self, head: bytes, time_ns: int) -> None:
+        message = self._message
+        assert message is not None
+        parsed = _parse(head, message, is_request=self._is_request)
+        if parsed is None:
+            self._message = None
+            self._lose(time_ns)
+            return
+        message.head_ns = message.end_ns = time_ns
+        fields: dict[str, str] = {}
+        for raw_name, raw_value in parsed.headers:
+            name = raw_name.decode("latin-1").lower()
+            value = raw_value.decode("utf-8", "surrogateescape")
+            if name in ("transfer-encoding", "content-length") and name in fields:
+                value = f"{fields[name]}, {value}"
+            fields[name] = value
+        message.headers = {name: value for name, value in fields.items() if name in self._keep}
+        message.has_upgrade = "upgrade" in fields
+        if self._is_request:
+            self._on_head(message)
+            self._frame_request(fields, time_ns)
+        else:
+            method = self._method_of()
+            self._on_head(message)
+            self._frame_response(message, fields, method, time_ns)
+
+    def _frame_request(self, fields: dict[str, str], time_ns: int) -> None:
+        if "transfer-encoding" in fields:
+            self._state = _CHUNK_SIZE
+        else:
+            self._expect(_length_of(fields) or 0, time_ns)
+
+    def _frame_response(self, message: Message, fields: dict[str, str], method: str | None, time_ns: int) -> None:
+        """Gives the body of a response its end (RFC 9112, section 6.3)."""
+        status = message.status or 0
+        if status == 101 or (method == "CONNECT" and 200 <= status < 300):
+            self._finish(time_ns, is_complete=True)
+            self._state = _TUNNEL
+        elif 100 <= status < 200 or status in (204, 304) or method == "HEAD":
+            self._finish(time_ns, is_complete=True)
+        elif fields.get("transfer-encoding", "").lower().rsplit(",")[-1].strip() == "chunked":
+            self._state = _CHUNK_SIZE
+        elif "transfer-encoding" not in fields and (length := _length_of(fields)) is not None:
+            self._expect(length, time_ns)
+        else:
+            self._state = _UNTIL_CLOSE
+
+    def _expect(self, length: int, time_ns: int) -> None:
+        if length:
+            self._state, self._left = _LENGTH, length
+        else:
+            self._finish(time_ns, is_complete=True)
+
+    def _take_chunk_line(self, line: bytes, time_ns: int) -> None:
+        if self._state == _CHUNK_END:
+            if line:
+                self._lose(time_ns)
+            else:
+                self._state = _CHUNK_SIZE
+        elif self._state == _TRAILER:
+            if not line:
+                self._finish(time_ns, is_complete=True)
+        else:
+            digits = line.partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,16}", digits):
+                self._lose(time_ns)
+                return
+            self._left = int(digits, 16)
+            self._state = _CHUNK_DATA if self._left else _TRAILER
+
+    def _finish(self, time_ns: int, *, is_complete: bool) -> None:
+        message, self._message = self._message, None
+        self._state = _HEAD
+        if message is not None:
+            message.end_ns = message.end_ns or time_ns
+            if is_complete:
+                message.end_ns = time_ns
+            message.is_complete = is_complete
+            self._on_end(message)
+
+    def _lose(self, time_ns: int) -> None:
+        """The framing is lost: the message is not complete, and the next one is looked for."""
+        self.resyncs += 1
+        self._buffer.clear()
+        self._scanned = 0
+        message = self._message
+        if message is not None and message.version:
+            self._finish(time_ns, is_complete=False)
+        self._message = None
+        self._state = _LOST
+
+
+def _parse(head: bytes, message: Message, *, is_request: bool) -> _Head | None:
+    """Fills in what a whole head says of a message; None: it is no head.
+
+    llhttp knows the methods of the registry only and wants CR before each LF; what it refuses is given to it once more
+    with another method and with both.
+    """
+    for attempt in (head, _as_llhttp_wants(head)):
+        parsed = _Head()
+        parser: Any = (httptools.HttpRequestParser if is_request else httptools.HttpResponseParser)(parsed)
+        # After the head it stops where the protocol changes; that is no fault of the head.
+        with suppress(httptools.HttpParserUpgrade, httptools.HttpParserError):
+            parser.feed_data(attempt)
+        if not parsed.is_whole:
+            continue
+        message.version = parser.get_http_version()
+        if is_request:
+            message.method = head.lstrip(b"\r\n").partition(b" ")[0].decode("latin-1")
+            message.target = parsed.target.decode("utf-8", "surrogateescape")
+        else:
+            message.status = parser.get_status_code()
+        return parsed
+    return None
+
+
+def _as_llhttp_wants(head: bytes) -> bytes:
+    lines = [line.rstrip(b"\r") for line in head.lstrip(b"\r\n").split(b"\n")]
+    if not lines[0].startswith(b"HTTP/"):
+        lines[0] = b"GET " + lines[0].partition(b" ")[2]
+    return b"\r\n".join(lines)
+
+
+def _length_of(fields: dict[str, str]) -> int | None:
+    """The length that a head names; None: none. Equal ones may stand there more than once."""
+    lengths = {one.strip() for one in fields.get("content-length", "").split(",")} - {""}
+    if len(lengths) != 1 or not (length := lengths.pop()).isascii() or not length.isdigit() or len(length) > 18:
+        return None
+    return int(length)

@@ -1,0 +1,293 @@
+"""`HttpTap`: probes on TLS libraries, wherever they are or will be loaded, and the flows that pass them.
+
+Each export is probed on its own and none has to be there; which program goes on it is its ABI.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
+from importlib.resources import files
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
+from sowatch.http.flows import Chunk, Flow, FlowTable
+from sowatch.http.records import COUNTERS, decode, spare_key
+from sowatch.model.config import Config
+from sowatch.model.errors import UsageError
+from sowatch.model.events import Library, LibraryEvent, Process, Ready
+from sowatch.model.identity import ProcessId
+from sowatch.model.rules import Rule
+from sowatch.uprobes.attacher import Attacher
+from sowatch.uprobes.probes import Probe
+from sowatch.uprobes.records import AttacherStats, Failure
+from sowatch.watcher.watcher import Watcher
+
+__all__ = ["CAPTURE_BYTES", "TAPS", "HttpFlow", "HttpTap"]
+
+LOG = logging.getLogger("sowatch.http")
+
+#: By export the program that knows its ABI. ssl.h, gnutls/gnutls.h; see docs/http.md for versions.
+TAPS: Final = {
+    "SSL_write": "tls_write",
+    "SSL_write_ex": "tls_write_ex",
+    "SSL_write_ex2": "tls_write_ex2",
+    "SSL_write_early_data": "tls_write_ex",
+    "SSL_read": "tls_read",
+    "SSL_read_ex": "tls_read_ex",
+    "SSL_read_early_data": "tls_read_ex",
+    "SSL_peek": "tls_handshake",
+    "SSL_peek_ex": "tls_handshake",
+    "SSL_do_handshake": "tls_handshake",
+    "SSL_connect": "tls_handshake",
+    "SSL_accept": "tls_handshake",
+    "gnutls_record_send": "tls_write",
+    "gnutls_record_send2": "tls_write",
+    "gnutls_record_recv": "tls_read",
+    "gnutls_record_recv_seq": "tls_read",
+    "gnutls_handshake": "tls_handshake",
+}
+#: Where a connection ends, or its object begins another one.
+ENDS: Final = (
+    *("SSL_free", "SSL_shutdown", "SSL_clear", "SSL_set_fd", "SSL_set_bio"),
+    *(
+        "gnutls_bye",
+        "gnutls_deinit",
+        "gnutls_transport_set_int2",
+        "gnutls_transport_set_ptr",
+        "gnutls_transport_set_ptr2",
+    ),
+)
+#: What a library of each family exports; one of them is enough to be probed.
+FAMILIES: Final = {"openssl": ("SSL_read", "SSL_write"), "gnutls": ("gnutls_record_recv", "gnutls_record_send")}
+#: Heads of HTTP/1 have 8 KiB at most where servers are not told otherwise; MAX_CAPTURE of tls_taps.h is the most.
+CAPTURE_BYTES: Final = 16384
+#: How long records may wait: fewer and larger batches cost less.
+_BATCH_S: Final = 0.01
+#: Processes whose libraries are gone are remembered for flows that come later.
+_MAX_GONE: Final = 4096
+
+
+class HttpFlow(NamedTuple):
+    """A flow with what is known of its process and of the library that it passed."""
+
+    flow: Flow
+    process: Process
+    library: Library | None
+
+
+class HttpTap:
+    """Reports HTTP flows that pass TLS libraries; a context manager.
+
+    Args:
+        on_flow: called with each flow once it is over, on the tap's own thread; it must not block.
+        pids: flows of these processes only.
+        container: flows of processes only whose container's id begins with this.
+        pattern: a regular expression that paths of TLS libraries have to match; None: all of them.
+        config: of the watch.
+        capture_bytes: of each call, at most `CAPTURE_BYTES`; what is longer is counted.
+        linger_s: see `sowatch.uprobes.attacher.Attacher`.
+
+    Raises:
+        UsageError: ``capture_bytes`` is out of range, or a pattern that is none.
+
+    >>> with HttpTap(lambda found: print(found.flow.method, found.flow.path)):  # doctest: +SKIP
+    ...     time.sleep(10)
+    """
+
+    def __init__(
+        self,
+        on_flow: Callable[[HttpFlow], None],
+        *,
+        pids: Collection[int] = (),
+        container: str | None = None,
+        pattern: str | None = None,
+        config: Config = Config(),  # noqa: B008 - frozen
+        capture_bytes: int = CAPTURE_BYTES,
+        linger_s: float = 5.0,
+    ) -> None:
+        if not 64 <= capture_bytes <= CAPTURE_BYTES:
+            raise UsageError(f"capture_bytes is {capture_bytes}. Give 64 to {CAPTURE_BYTES}.")
+        self._on_flow = on_flow
+        self._is_filtered = bool(pids) or container is not None
+        self._capture_bytes = capture_bytes
+        self._attacher = Attacher(
+            str(files("sowatch.bpf") / "programs" / "tls_taps.bpf.o"),
+            list(_probes()),
+            linger_s=linger_s,
+            prepare=self._prepare,
+        )
+        rules = [
+            Rule(
+                pattern,
+                name=name,
+                kind=("library", "executable"),
+                exports=exports,
+                on_activate=self._attacher.attach,
+                on_deactivate=self._attacher.detach,
+                on_load=self._note,
+                on_unload=self._note,
+            )
+            for name, exports in FAMILIES.items()
+        ]
+        self.watcher = Watcher(*rules, config=config, pids=frozenset(pids), container=container)
+        self.table = FlowTable(self._hand_out)
+        self._processes: dict[ProcessId, Process] = {}
+        self._gone: deque[ProcessId] = deque()
+        self._ended: deque[ProcessId] = deque()
+        self._lock = threading.Lock()
+        self._ring: Ring | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._sees_sockets = False
+        self.callback_failures = 0
+
+    # ---- life ---------------------------------------------------------------------------------
+
+    def start(self) -> Ready:
+        """Loads the programs and starts the watch; libraries that are mapped already are attached soon after."""
+        try:
+            self._attacher.start()
+            if self._sees_sockets:
+                for program in _SOCKET_PROGRAMS:
+                    self._attacher.objects()[0].attach(program)
+            self._ring = self._attacher.ring("records")
+            self._thread = threading.Thread(target=self._run, name="sowatch-http", daemon=True)
+            self._thread.start()
+            return self.watcher.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the watch, hands out what is under way as incomplete, and detaches everything. Safe to call again."""
+        self.watcher.stop()
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._ring = None
+        self._attacher.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- what is there ---------------------------------------------------------------------------
+
+    @property
+    def sees_sockets(self) -> bool:
+        """Whether this kernel tells which socket a call used (6.3+); without it every peer is unknown."""
+        return self._sees_sockets
+
+    @property
+    def attached(self) -> AttacherStats:
+        """How the probes are."""
+        return self._attacher.stats
+
+    @property
+    def failures(self) -> list[Failure]:
+        """What could not be attached."""
+        return self._attacher.failures
+
+    def stats(self) -> dict[str, int]:
+        """`sowatch.http.flows.FlowStats`, and the program's counters by their names in `COUNTERS`."""
+        loaded = self._attacher.objects()[0]
+        counters = {name: loaded.per_cpu_sum("counters", index) for index, name in enumerate(COUNTERS)}
+        return asdict(self.table.stats) | counters
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _prepare(self, loaded: ProbeObject, _: int) -> None:
+        loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
+        loaded.set_constant("is_filtered", bytes([self._is_filtered]))
+        loaded.set_constant("capture_bytes", self._capture_bytes.to_bytes(4, "little"))
+        # Since 6.3; a program on a tracepoint that is not there would keep the object from loading.
+        self._sees_sockets = loaded.has_function("__traceiter_sock_send_length")
+        if not self._sees_sockets:
+            for program in _SOCKET_PROGRAMS:
+                loaded.skip(program)
+
+    def _run(self) -> None:
+        """The tap's thread: drains the ring, decodes, hands out."""
+        ring = self._ring
+        assert ring is not None
+        poll = select.poll()
+        poll.register(ring.fileno(), select.POLLIN)
+        while not self._stop.is_set():
+            # What a process did stands in the ring before its end is reported.
+            ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            if poll.poll(0 if ended else 200):
+                self._drain(ring)
+                self._stop.wait(_BATCH_S)
+            for process in ended:
+                self.table.end_process(process, time.monotonic_ns())
+        self._drain(ring)
+        self.table.close(time.monotonic_ns())
+
+    def _drain(self, ring: Ring) -> None:
+        spare = self._attacher.map("spare")
+        for record in ring.take():
+            found = decode(record)
+            if not isinstance(found, Chunk):
+                self.table.end(found.key, found.time_ns)
+                continue
+            until = self.table.take(found)
+            # So much that it is worth a system call. The map drops the oldest; EPERM and the like cannot be.
+            if until > found.offset + found.length + self._capture_bytes:
+                spare.update(spare_key(found.key, found.direction), until.to_bytes(8, "little"))
+
+    def _note(self, event: LibraryEvent) -> None:
+        """A process has a TLS library, or has it no more; on the thread of a rule."""
+        process = event.process
+        if process is None:
+            return
+        key = ProcessId(process.pid, process.start_ns)
+        with self._lock:
+            if event.event == "load":
+                self._processes[key] = process
+            elif event.cause in ("exit", "exec"):
+                self._gone.append(key)
+                if len(self._gone) > _MAX_GONE:
+                    self._processes.pop(self._gone.popleft(), None)
+                self._ended.append(key)
+        if self._is_filtered:
+            wanted = self._attacher.map("wanted")
+            pid = process.pid.to_bytes(4, "little")
+            if event.event == "load":
+                wanted.update(pid, b"\1")
+            elif event.cause in ("exit", "exec"):
+                wanted.delete(pid)
+
+    def _hand_out(self, flow: Flow) -> None:
+        with self._lock:
+            process = self._processes.get(flow.key.process)
+        site = self._attacher.sites.get(flow.site)
+        known = process or Process(pid=flow.key.process.pid, start_ns=flow.key.process.start_ns)
+        try:
+            self._on_flow(HttpFlow(flow, known, None if site is None else site.library))
+        except Exception:
+            self.callback_failures += 1
+            LOG.exception("the callback for flows failed")
+
+
+_SOCKET_PROGRAMS: Final = ("tls_socket_sent", "tls_socket_received")
+
+
+def _probes() -> Iterator[Probe]:
+    for symbol, program in TAPS.items():
+        yield Probe(symbol, program, is_optional=True)
+        yield Probe(symbol, "tls_returned", is_return=True, is_optional=True)
+    for symbol in ENDS:
+        yield Probe(symbol, "tls_end", is_optional=True)

@@ -1,0 +1,334 @@
+"""HTTP flows of real clients and servers, on copies of TLS libraries: each request once, as the server's log has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.tls import ASYNCIO_SERVER, PYTHON_SERVER, Server, Tap, Tls, find
+
+PATHS = ("/one", "/two?q=1", "/missing", "/four")
+
+
+@pytest.fixture
+def tls(tmp_path: Path, spawn: Any, wait_until: Any) -> Tls:
+    made = Tls(tmp_path, spawn, wait_until)
+    made.hold()
+    return made
+
+
+@pytest.fixture
+def tap(tls: Tls) -> Iterator[Tap]:
+    with Tap(tls) as running:
+        yield running
+
+
+def urls(server: Server) -> list[str]:
+    return [f"https://127.0.0.1:{server.port}{path}" for path in PATHS]
+
+
+def curl(tls: Tls, server: Server, *options: str) -> None:
+    tls.run(find("curl"), "-sS", "-o", "/dev/null", "--cacert", str(tls.certificate), *options, *urls(server))
+
+
+def wget(tls: Tls, server: Server) -> None:
+    """GnuTLS in Debian."""
+    tls.run(find("wget"), "-q", "-O", "/dev/null", "--ca-certificate", str(tls.certificate), *urls(server), check=False)
+
+
+def urllib(tls: Tls, server: Server) -> None:
+    program = (
+        "import sys, urllib.request, urllib.error\n"
+        "for url in sys.argv[1:]:\n"
+        "    try: urllib.request.urlopen(url).read()\n"
+        "    except urllib.error.HTTPError as error: error.read()\n"
+    )
+    tls.run(sys.executable, "-c", program, *urls(server))
+
+
+def asyncio_client(tls: Tls, server: Server) -> None:
+    """TLS over memory BIOs."""
+    program = f"""
+import asyncio, ssl
+async def main():
+    reader, writer = await asyncio.open_connection("127.0.0.1", {server.port}, ssl=ssl.create_default_context())
+    for path in {PATHS!r}:
+        writer.write(b"GET " + path.encode() + b" HTTP/1.1\\r\\nHost: 127.0.0.1:{server.port}\\r\\n\\r\\n")
+        head = await reader.readuntil(b"\\r\\n\\r\\n")
+        fields = dict(line.lower().split(b": ") for line in head.split(b"\\r\\n")[1:] if line)
+        await reader.readexactly(int(fields[b"content-length"]))
+    writer.close()
+asyncio.run(main())
+"""
+    tls.run(sys.executable, "-c", program)
+
+
+def httpx2(tls: Tls, server: Server) -> None:
+    program = f"""
+import httpx, ssl
+with httpx.Client(http2=True, verify=ssl.create_default_context()) as client:
+    for path in {PATHS!r}:
+        assert client.get("https://127.0.0.1:{server.port}" + path).http_version == "HTTP/2"
+"""
+    tls.run(sys.executable, "-c", program)
+
+
+def nghttp(tls: Tls, server: Server) -> None:
+    tls.run(find("nghttp"), "-n", *urls(server))
+
+
+def python(tls: Tls) -> Server:
+    return tls.python(PYTHON_SERVER)
+
+
+def asyncio_server(tls: Tls) -> Server:
+    return tls.python(ASYNCIO_SERVER)
+
+
+def nginx(tls: Tls) -> Server:
+    return tls.nginx()
+
+
+def curl1(tls: Tls, server: Server) -> None:
+    curl(tls, server, "--http1.1")
+
+
+def curl2(tls: Tls, server: Server) -> None:
+    curl(tls, server, "--http2")
+
+
+PAIRS = [
+    (python, curl1, "HTTP/1.1"),
+    (python, wget, "HTTP/1.1"),
+    (python, urllib, "HTTP/1.1"),
+    (python, asyncio_client, "HTTP/1.1"),
+    (asyncio_server, curl1, "HTTP/1.1"),
+    (nginx, curl1, "HTTP/1.1"),
+    (nginx, curl2, "HTTP/2"),
+    (nginx, wget, "HTTP/1.1"),
+    (nginx, httpx2, "HTTP/2"),
+    (nginx, nghttp, "HTTP/2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("serve", "ask", "protocol"), PAIRS, ids=[f"{serve.__name__}-{ask.__name__}" for serve, ask, _ in PAIRS]
+)
+def test_each_request_once_on_both_sides_as_the_server_has_it(
+    tls: Tls, tap: Tap, serve: Callable[[Tls], Server], ask: Callable[[Tls, Server], None], protocol: str
+) -> None:
+    server = serve(tls)
+    tap.wait_attached()
+    ask(tls, server)
+    tls.wait_until(lambda: len(server.answered()) >= len(PATHS), what="the server's log")
+    expected = Counter(server.answered())
+    assert sum(expected.values()) == len(PATHS)
+    for side in ("server", "client"):
+        found = tap.wait_for(side, len(PATHS))
+        assert Counter((one.flow.method, one.flow.path, one.flow.status) for one in found) == expected, side
+        assert {one.flow.protocol for one in found} == {protocol}
+        assert all(one.flow.is_complete for one in found)
+        assert {one.flow.authority for one in found} == {f"127.0.0.1:{server.port}"}
+        assert all(one.library is not None and one.library.path.startswith(str(tls.libraries)) for one in found)
+        # Over memory BIOs nobody sees the socket; a peer that is not known is none, never another one's.
+        ports = {one.flow.peer.port if side == "client" else one.flow.local_port for one in found if one.flow.peer}
+        uses_memory = "asyncio" in (ask if side == "client" else serve).__name__
+        assert ports == set() if uses_memory else ports == {server.port}
+    assert {one.process.pid for one in tap.of("server")} == {server.process.pid}
+    stats = tap.tap.stats()
+    assert {
+        name: value for name, value in stats.items() if value and name in ("lost", "resyncs", "gaps", "incomplete")
+    } == {}
+
+
+def test_sizes_are_those_of_the_bodies_however_large(tls: Tls, tap: Tap) -> None:
+    server = tls.nginx()
+    tap.wait_attached()
+    tls.run(
+        find("curl"),
+        "-sS",
+        "--http1.1",
+        "--cacert",
+        str(tls.certificate),
+        "-o",
+        "/dev/null",
+        f"https://127.0.0.1:{server.port}/big",
+    )
+    for side in ("client", "server"):
+        (found,) = tap.wait_for(side, 1)
+        assert (found.flow.path, found.flow.response_bytes, found.flow.is_complete) == ("/big", 3_000_000, True)
+        assert found.flow.ttfb_ns is not None
+        assert found.flow.duration_ns is not None
+        assert 0 < found.flow.ttfb_ns <= found.flow.duration_ns
+
+
+def test_a_process_that_ran_before_the_tap_and_its_connection(tls: Tls) -> None:
+    server = tls.python()
+    program = f"""
+import http.client, ssl, sys
+client = http.client.HTTPSConnection("127.0.0.1", {server.port}, context=ssl.create_default_context())
+for line in sys.stdin:
+    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
+"""
+    client = tls.spawn(
+        [sys.executable, "-c", program], env=tls.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def ask(path: str) -> None:
+        client.stdin.write(path + "\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "done\n"
+
+    ask("/before")
+    with Tap(tls) as tap:
+        tap.wait_attached()
+        ask("/first")
+        ask("/second")
+        assert [one.flow.path for one in tap.wait_for("client", 2)] == ["/first", "/second"]
+        # The server was within SSL_read when the probes came: of that call nobody sees the return.
+        first, second = tap.wait_for("server", 2)
+        assert (first.flow.path, first.flow.status, first.flow.is_complete) == (None, 200, False)
+        assert (second.flow.path, second.flow.status, second.flow.is_complete) == ("/second", 200, True)
+        assert tap.tap.stats()["joined_late"] == 1
+    client.stdin.close()
+    client.wait(timeout=20)
+
+
+def test_workers_that_were_forked(tls: Tls, tap: Tap) -> None:
+    server = tls.nginx(workers=2)
+    tap.wait_attached()
+    for _ in range(6):
+        curl(tls, server, "--http1.1")
+    found = tap.wait_for("server", 6 * len(PATHS))
+    assert len(found) == 6 * len(PATHS)
+    assert server.process.pid not in {one.process.pid for one in found}
+
+
+def test_a_library_that_was_upgraded_by_rename(tls: Tls, tap: Tap) -> None:
+    old = tls.python()
+    tap.wait_attached()
+    for name in ("libssl.so.3", "libcrypto.so.3", "libgnutls.so.30"):
+        shutil.copyfile(tls.libraries / name, tls.libraries / "new")
+        (tls.libraries / "new").rename(tls.libraries / name)
+    curl(tls, old, "--http1.1")
+    found = tap.wait_for("server", len(PATHS))
+    assert {one.process.pid for one in found} == {old.process.pid}
+    tls.hold()
+    tap.wait_attached(4)
+    curl(tls, old, "--http1.1")
+    tap.wait_for("server", 2 * len(PATHS))
+    ids = {one.library.id for one in tap.of("client") if one.library} | {
+        one.library.id for one in tap.of("server") if one.library
+    }
+    assert len(ids) == 2
+
+
+def test_what_is_no_http_is_reported_nowhere(tls: Tls, tap: Tap) -> None:
+    echo = """
+import socket, ssl, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); context.load_cert_chain(*sys.argv[2:4])
+while True:
+    connection, _ = listener.accept()
+    try:
+        with context.wrap_socket(connection, server_side=True) as wrapped:
+            while data := wrapped.recv(100): wrapped.sendall(b"+" + data)
+    except OSError: pass
+"""
+    server = tls.python(echo)
+    tap.wait_attached()
+    client = f"""
+import socket, ssl
+plain = socket.create_connection(("127.0.0.1", {server.port}))
+with ssl.create_default_context().wrap_socket(plain, server_hostname="127.0.0.1") as wrapped:
+    for _ in range(50):
+        wrapped.sendall(b"PING\\r\\n"); wrapped.recv(100)
+"""
+    tls.run(sys.executable, "-c", client)
+    curl_error = tls.run(
+        find("curl"),
+        "-sS",
+        "--max-time",
+        "2",
+        "--cacert",
+        str(tls.certificate),
+        f"https://127.0.0.1:{server.port}/x",
+        check=False,
+    )
+    assert curl_error.returncode != 0
+    tls.wait_until(lambda: tap.tap.stats()["undecoded"] >= 1, what="a connection that shows no HTTP")
+    assert [one.flow.path for one in tap.flows if one.flow.is_complete] == []
+
+
+def test_the_command_as_it_is_typed(tls: Tls) -> None:
+    server = tls.nginx()
+    command = tls.spawn(
+        [sys.executable, "-m", "sowatch", "http", "--json", "--pid", str(server.process.pid), f"^{tls.libraries}/"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def first() -> dict[str, Any]:
+        import selectors
+
+        with selectors.DefaultSelector() as selector:
+            selector.register(command.stdout, selectors.EVENT_READ)
+            while not selector.select(0.3):
+                curl(tls, server, "--http1.1")
+        found: dict[str, Any] = json.loads(command.stdout.readline())
+        return found
+
+    line = first()
+    assert line["event"] == "http"
+    assert (line["side"], line["protocol"], line["scheme"]) == ("server", "HTTP/1.1", "https")
+    assert line["path"] in {path.partition("?")[0] for path in PATHS}
+    assert line["process"]["pid"] == server.process.pid
+    assert line["peer"]["address"] == "127.0.0.1"
+    command.send_signal(signal.SIGINT)
+    rest, errors = command.communicate(timeout=30)
+    assert (command.returncode, errors) == (0, "")
+    lines = [json.loads(one) for one in rest.splitlines()]
+    assert lines[-1]["event"] == "http_stats"
+    assert {one["side"] for one in lines[:-1]} <= {"server"}
+    assert not any("?" in one["path"] for one in lines[:-1])
+
+
+def test_a_summary_for_people(tls: Tls) -> None:
+    server = tls.nginx()
+    command = tls.spawn(
+        [
+            sys.executable,
+            "-m",
+            "sowatch",
+            "http",
+            "--summary",
+            "--side",
+            "server",
+            "--duration",
+            "4",
+            f"^{tls.libraries}/",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while command.poll() is None:
+        curl(tls, server, "--http2")
+    output, errors = command.communicate(timeout=30)
+    assert command.returncode == 0, errors
+    head, *rows = output.splitlines()
+    assert head.split() == ["FLOWS", "STATUS", "P50", "P95", "P99", "SIDE", "METHOD", "ENDPOINT"]
+    endpoints = {row.split()[-1]: row.split() for row in rows}
+    assert set(endpoints) == {f"127.0.0.1:{server.port}{path}" for path in ("/one", "/two", "/missing", "/four")}
+    assert endpoints[f"127.0.0.1:{server.port}/missing"][1] == "4xx"
+    assert "flows" in errors

@@ -1,0 +1,262 @@
+"""HTTPS clients and servers of the test's own, on copies of TLS libraries in the test's own directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from sowatch.http.taps import HttpFlow, HttpTap
+
+__all__ = ["Server", "Tap", "Tls", "find"]
+
+#: By family the sonames whose copies a process loads by LD_LIBRARY_PATH.
+FAMILIES = {"openssl": ("libssl.so.3", "libcrypto.so.3"), "gnutls": ("libgnutls.so.30",)}
+
+PYTHON_SERVER = """
+import http.server, ssl, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        self.rfile.read(length)
+        body = b"x" * int(self.path.rpartition("size=")[2] or 10) if "size=" in self.path else b"0123456789"
+        self.send_response(404 if "missing" in self.path else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+    def log_message(self, form, *args):
+        sys.stdout.write(f"{self.command} {self.path} {args[1] if len(args) > 1 else 0}\\n")
+        sys.stdout.flush()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(*sys.argv[2:4])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+
+ASYNCIO_SERVER = """
+import asyncio, ssl, sys
+async def serve(reader, writer):
+    try:
+        while head := await reader.readuntil(b"\\r\\n\\r\\n"):
+            line = head.partition(b"\\r\\n")[0].decode()
+            writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 10\\r\\n\\r\\n0123456789")
+            await writer.drain()
+            print(" ".join(line.split()[:2]), 200, flush=True)
+    except asyncio.IncompleteReadError:
+        writer.close()
+async def main():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*sys.argv[2:4])
+    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), ssl=context) as server:
+        await server.serve_forever()
+asyncio.run(main())
+"""
+
+NGINX = """
+daemon off; master_process {master}; {workers} error_log {place}/error.log info; pid {place}/nginx.pid;
+events {{ worker_connections 256; }}
+http {{
+  log_format short '$request_method $request_uri $status';
+  access_log {place}/access.log short;
+  client_body_temp_path {place}/b; proxy_temp_path {place}/p; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u;
+  scgi_temp_path {place}/s;
+  server {{
+    listen 127.0.0.1:{port} ssl http2;
+    ssl_certificate {certificate}; ssl_certificate_key {key};
+    root {place}/files;
+    location /missing {{ return 404; }}
+    location / {{ return 200 "0123456789"; }}
+    location /big {{ try_files /big =404; }}
+  }}
+}}
+"""
+
+
+def find(program: str) -> str:
+    """Where a program is; administrators' programs are not on everybody's PATH."""
+    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert found is not None, f"{program} is not installed; scripts/setup --for test installs it"
+    return found
+
+
+def library(soname: str) -> Path:
+    """The system's library of this name, to be copied."""
+    for directory in ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"):
+        if (path := Path(directory, soname)).exists():
+            return path.resolve()
+    raise AssertionError(f"{soname} is not installed")
+
+
+class Server:
+    """A server that runs, and the log of what it answered."""
+
+    def __init__(self, process: Any, port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.log = log
+
+    def answered(self) -> list[tuple[str, str, int]]:
+        """Method, target and status of each request, from the server's own log."""
+        lines = (re.fullmatch(r"(\S+) (\S+) (\d+)", line) for line in self.log.read_text().splitlines())
+        return [(match[1], match[2], int(match[3])) for match in lines if match]
+
+
+class Tls:
+    """A directory with certificates and copies of libraries, and what is started with them.
+
+    Args:
+        place: an empty directory of the test.
+        spawn: the fixture that ends what it started.
+        wait_until: the fixture.
+    """
+
+    def __init__(self, place: Path, spawn: Any, wait_until: Any) -> None:
+        self.place = place
+        self.spawn = spawn
+        self.wait_until = wait_until
+        self.libraries = place / "lib"
+        self.libraries.mkdir()
+        for sonames in FAMILIES.values():
+            for soname in sonames:
+                shutil.copyfile(library(soname), self.libraries / soname)
+        self.certificate, self.key = place / "cert.pem", place / "key.pem"
+        subprocess.run(
+            [
+                *(
+                    find("openssl"),
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    "rsa:2048",
+                    "-nodes",
+                    "-days",
+                    "2",
+                    "-subj",
+                    "/CN=localhost",
+                ),
+                *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
+                *("-keyout", str(self.key), "-out", str(self.certificate)),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        self.environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(self.libraries),
+            "SSL_CERT_FILE": str(self.certificate),
+        }
+
+    def hold(self) -> None:
+        """Keeps every library mapped, so that it is attached before a short process has it."""
+        program = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path)\nprint(flush=True)\nsys.stdin.read()"
+        paths = [str(self.libraries / sonames[0]) for sonames in FAMILIES.values()]
+        process = self.spawn(
+            [sys.executable, "-c", program, *paths], env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
+        """Runs a client to its end."""
+        return subprocess.run(command, env=self.environment, check=check, capture_output=True, timeout=60)
+
+    def _serve(self, command: Sequence[str], port: int, log: Path, **options: Any) -> Server:
+        process = self.spawn(command, env=self.environment, **options)
+
+        def listens() -> bool:
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        self.wait_until(listens, what=f"{command[0]} listening")
+        return Server(process, port, log)
+
+    def python(self, program: str = PYTHON_SERVER) -> Server:
+        """A server of the standard library, HTTP/1.1."""
+        port, log = free_port(), self.place / "python.log"
+        with log.open("wb") as output:
+            return self._serve(
+                [sys.executable, "-c", program, str(port), str(self.certificate), str(self.key)],
+                port,
+                log,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def nginx(self, *, workers: int = 1) -> Server:
+        """Nginx with HTTP/1.1 and HTTP/2."""
+        port = free_port()
+        config = self.place / "nginx.conf"
+        config.write_text(
+            NGINX.format(
+                master="on" if workers > 1 else "off",
+                workers=f"worker_processes {workers}; user root;",
+                place=self.place,
+                port=port,
+                certificate=self.certificate,
+                key=self.key,
+            )
+        )
+        (self.place / "files").mkdir(exist_ok=True)
+        (self.place / "files" / "big").write_bytes(b"b" * 3_000_000)
+        return self._serve(
+            [find("nginx"), "-c", str(config), "-p", str(self.place)],
+            port,
+            self.place / "access.log",
+            stderr=subprocess.DEVNULL,
+        )
+
+
+class Tap:
+    """An `HttpTap` on the copies only, and the flows that it reported; a context manager."""
+
+    def __init__(self, tls: Tls, **options: Any) -> None:
+        self.tls = tls
+        self.flows: list[HttpFlow] = []
+        self.tap = HttpTap(self.flows.append, pattern=f"^{re.escape(str(tls.libraries))}/", **options)
+
+    def __enter__(self) -> Self:
+        self.tap.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tap.close()
+
+    def wait_attached(self, files: int = len(FAMILIES)) -> None:
+        """Waits until so many libraries are attached, with every probe that is expected there."""
+
+        def is_attached() -> bool:
+            stats = self.tap.attached
+            return stats.files >= files and stats.attached == stats.expected
+
+        self.tls.wait_until(is_attached, what=f"{files} libraries attached")
+
+    def of(self, side: str, port: int | None = None) -> list[HttpFlow]:
+        """The flows of one side, and of one server."""
+        found = [one for one in self.flows if one.flow.side == side]
+        if port is None:
+            return found
+        return [one for one in found if port in (one.flow.local_port, one.flow.peer and one.flow.peer.port)]
+
+    def wait_for(self, side: str, number: int) -> list[HttpFlow]:
+        """Waits until so many flows of one side are there."""
+        self.tls.wait_until(lambda: len(self.of(side)) >= number, what=f"{number} flows of the {side}")
+        time.sleep(0.1)  # what comes twice would come now
+        return self.of(side)
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
