@@ -13,6 +13,7 @@ Of a list of strings ``K_bytes`` is a list, null for those that are UTF-8.
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import re
 from collections.abc import Callable
@@ -38,16 +39,27 @@ def dumps(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
     {"path":"/lib\\xff.so","path_bytes":"L2xpYv8uc28="}
     """
     try:
-        data = _encode(value) if default is None else msgspec.json.encode(value, enc_hook=default)
-    except (UnicodeEncodeError, TypeError):
-        pass  # a name that is not UTF-8, or what only `json` takes, such as keys that are None
-    else:
-        text = data.decode()
-        # What does not print is escaped below: a line in a terminal must not steer it.
-        if text.isascii() and "\x7f" not in text:
-            return text
-    plain = default or msgspec.to_builtins
-    return json.dumps(exact(value), separators=(",", ":"), default=lambda one: exact(plain(one)))
+        text = _text(value, default)
+    except UnicodeEncodeError:
+        text = _text(exact(msgspec.to_builtins(value, enc_hook=default)), None)
+    # What does not print as itself stands in strings only. It is escaped, so that a line in a terminal does not steer it.
+    if not text.isascii():
+        text = text.encode("ascii", _ESCAPED).decode("ascii")
+    return text.replace("\x7f", "\\u007f")
+
+
+def _text(value: Any, default: Callable[[Any], Any] | None) -> str:
+    return (_encode(value) if default is None else msgspec.json.encode(value, enc_hook=default)).decode()
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.encoder.encode_basestring_ascii(error.object[error.start : error.end])[1:-1], error.end
+
+
+#: Writes what is not ASCII as JSON has it, a pair of surrogates for what lies beyond the BMP.
+_ESCAPED: Final = "sowatch.json"
+codecs.register_error(_ESCAPED, _escape)
 
 
 def exact(value: Any) -> Any:

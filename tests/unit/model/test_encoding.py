@@ -38,6 +38,21 @@ def test_strict_readers_take_every_line_and_every_byte_comes_back(value: dict[st
     assert restore(exact(value)) == value
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.characters(max_codepoint=0xFF)))
+def test_a_name_that_is_utf_8_is_escaped_as_the_standard_library_does(name: str) -> None:
+    assert dumps({"path": name, name: [name]}) == json.dumps({"path": name, name: [name]}, separators=(",", ":"))
+
+
+def test_what_a_default_makes_of_a_value_may_hold_bytes_too() -> None:
+    assert strict.loads(dumps({"path": Path("/\udcff"), "n": [1]}, default=str)) == {"path": "/\udcff", "n": [1]}
+
+
+@pytest.mark.parametrize("value", [object(), {"a": Path("/")}, [re.compile("")]])
+def test_what_is_no_json_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError):
+        dumps(value)
+
+
 def test_a_name_that_is_not_utf_8_has_its_bytes_beside_it() -> None:
     found = strict.loads_wire(dumps({"path": os.fsdecode(b"/lib/\xff\xfe.so"), "inode": 7}))
 
