@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
@@ -27,9 +27,10 @@ from sowatch.cli._table import write_table
 from sowatch.cli._top import VIEWS, State, cells, head, rows_of
 from sowatch.cli.watch import warn_of_fallback
 from sowatch.linux.proc import ProcFs
+from sowatch.model import wire
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
-from sowatch.model.lines import SCHEMA, library_dict, process_dict
+from sowatch.model.lines import SCHEMA, library_line, process_line
 
 if TYPE_CHECKING:
     from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, Watched
@@ -88,29 +89,33 @@ def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) 
     rows = rows_of(view, state)
     if as_json:
         for seq, row in enumerate(rows, 1):
-            out.write(dumps(_object(view, row, seq, state.view)) + "\n")
+            out.write(dumps(_line(view, row, seq)) + "\n")
         out.flush()
         return
     numbers = [at for at, column in enumerate(VIEWS[state.view]) if column.is_number]
     write_table(out, head(state.view), [cells(row, state.view) for row in rows], right=numbers)
 
 
-def _object(inventory: InventoryView, row: LibraryRow | ProcessRow, seq: int, view: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"schema": SCHEMA, "event": "library" if view == "libraries" else "process", "seq": seq}
-    if view == "libraries":
-        library = cast("LibraryRow", row)
-        pids = sorted(inventory.processes[number].process.pid for number in library.holders)
-        return found | {
-            "library": library_dict(library.library),
-            "pids": pids,
-            "containers": library.containers,
-            "stale": library.staleness,
-            "stale_reason": library.stale_reason,
-        }
-    process = cast("ProcessRow", row)
-    return found | {
-        "process": process_dict(process.process),
-        "libraries": process.libraries,
-        "stale_libraries": process.stale_libraries,
-        "unknown_libraries": process.unknown_libraries,
-    }
+def _line(inventory: InventoryView, row: LibraryRow | ProcessRow, seq: int) -> wire.LibraryRow | wire.ProcessRow:
+    from sowatch.inventory.inventory import ProcessRow
+
+    if isinstance(row, ProcessRow):
+        return wire.ProcessRow(
+            SCHEMA,
+            "process",
+            seq,
+            process_line(row.process),
+            row.libraries,
+            row.stale_libraries,
+            row.unknown_libraries,
+        )
+    return wire.LibraryRow(
+        SCHEMA,
+        "library",
+        seq,
+        library_line(row.library),
+        sorted(inventory.processes[number].process.pid for number in row.holders),
+        list(row.containers),
+        row.staleness,
+        row.stale_reason,
+    )

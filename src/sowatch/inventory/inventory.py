@@ -107,7 +107,7 @@ class LibraryRow(Struct, frozen=True):
     library: Library
     holders: tuple[int, ...]
     containers: tuple[str, ...]
-    staleness: str | None
+    staleness: Staleness | None
     since_ns: int
     is_older: bool
     stale_reason: str | None = None

@@ -42,7 +42,7 @@ def dumps(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
         text = _text(value, default)
     except UnicodeEncodeError:
         text = _text(exact(msgspec.to_builtins(value, enc_hook=default)), None)
-    # What does not print as itself stands in strings only. It is escaped, so that a line in a terminal does not steer it.
+    # What does not print as itself is in strings only. It is escaped: a line in a terminal must not steer it.
     if not text.isascii():
         text = text.encode("ascii", _ESCAPED).decode("ascii")
     return text.replace("\x7f", "\\u007f")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from sowatch.model.events import LibraryEvent
+from sowatch.model.events import LibraryEvent, Load, Unload
 from sowatch.model.rules import Rule
 from sowatch.watcher.watcher import Watcher
 
@@ -27,6 +27,12 @@ def _rules_of(patterns: tuple[str | Rule, ...]) -> list[Rule]:
     return rules
 
 
+@overload
+def watch(
+    *patterns: str | Rule, stop: threading.Event | None = None, events: Collection[str], **options: Any
+) -> Iterator[LibraryEvent]: ...
+@overload
+def watch(*patterns: str | Rule, stop: threading.Event | None = None, **options: Any) -> Iterator[Load | Unload]: ...
 def watch(
     *patterns: str | Rule,
     stop: threading.Event | None = None,
@@ -58,6 +64,14 @@ def watch(
                 return
 
 
+@overload
+def awatch(
+    *patterns: str | Rule, stop: asyncio.Event | None = None, events: Collection[str], **options: Any
+) -> AsyncIterator[LibraryEvent]: ...
+@overload
+def awatch(
+    *patterns: str | Rule, stop: asyncio.Event | None = None, **options: Any
+) -> AsyncIterator[Load | Unload]: ...
 async def awatch(
     *patterns: str | Rule,
     stop: asyncio.Event | None = None,
