@@ -77,7 +77,7 @@ class NoClocks(CpuClocks):
 
 def look(source: ProcfsSource) -> float:
     """Milliseconds of CPU that one look takes."""
-    source.refresh()
+    source.polls.ask()
     begun = time.thread_time()
     source.drain()
     return (time.thread_time() - begun) * 1000

@@ -29,7 +29,7 @@ from sowatch.linux.proc_parse import Link, MapRow, Stat
 from sowatch.model.events import Library, Load, Process
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import TrackedEntry, Verdict
+from sowatch.sources.base import TrackedEntry, Verdict
 from support.records import File, Proc, key_of
 
 __all__ = [

@@ -24,7 +24,8 @@ from sowatch.model.config import Config
 from sowatch.model.events import Event, LibraryEvent, Ready
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import KINDS
-from sowatch.sources.core import BpfSource, ProcessScan, Report
+from sowatch.sources.base import ProcessScan, Report
+from sowatch.sources.core import BpfSource
 from sowatch.sources.select import CANDIDATES
 from sowatch.watcher.watcher import ActiveFile
 from support.programs import Mapper
@@ -82,7 +83,7 @@ class Tap:
 
     def reset(self) -> None:
         """As new, for the next test: no record, no verdict, nothing reported but followed processes."""
-        self.source.set_report(Report.NOTHING)
+        self.source.reports.set(Report.NOTHING)
         self.source.new_epoch()
         self.source.drain()  # on a busy host the ring may be full of what the last test left
         self.flush()
@@ -167,9 +168,9 @@ def spans(records: list[Record]) -> list[tuple[int, int, int]]:
 
 def scan_of(tap: Tap, pid: int) -> ProcessScan:
     """A reading of one process, which also clears its dirty bit."""
-    tap.source.set_report(Report.RANGES)
+    tap.source.reports.set(Report.RANGES)
     scan = tap.source.scan_process(pid)
-    tap.source.set_report(Report.NOTHING)
+    tap.source.reports.set(Report.NOTHING)
     assert scan is not None
     return scan
 

@@ -10,10 +10,11 @@ thread's mmap has not returned yet.
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 from sowatch.bpf.records import FLAG_AGAIN, FLAG_ASK, FLAG_MPROTECT, FLAG_NEEDS_RESCAN, FLAG_SHARED_VM
 from sowatch.model.stats import Losses
-from sowatch.sources.core import Report, TrackedEntry
+from sowatch.sources.base import Report, TrackedEntry
 from sowatch.sources.scan_rows import group
 from sowatch.sources.unread import UnreadProcesses
 from support.records import PAGE, File, Proc
@@ -136,6 +137,7 @@ class Kernel:
     """
 
     strategy, guarantee, hooks, limits, attempts = "core", "exact", "syscall", (), ()
+    polls = record_limit = answer_clock = None
 
     def __init__(self, clock=int):
         self.unread = UnreadProcesses()
@@ -470,9 +472,6 @@ class Kernel:
         taken, self.ring = self.ring, []
         return taken
 
-    def refresh(self):
-        pass
-
     def scan_all(self):
         meanwhile = []
         rows = []
@@ -553,20 +552,18 @@ class Kernel:
         entry.done = 0
         return True
 
+    @property
+    def reports(self):
+        return SimpleNamespace(set=self.set_report)
+
     def set_report(self, report):
         self.report = report
-
-    def limit_records(self, max_records_s):
-        pass
 
     def new_epoch(self):
         self.verdicts.clear()
 
     def losses(self):
         return Losses(ring=self.lost)
-
-    def tick(self):
-        pass
 
     def close(self):
         pass

@@ -43,7 +43,7 @@ class Poller:
         """Looks, and gives what changed as `story` does."""
         before = len(self.changes)
         for _ in range(times):
-            self.source.refresh()
+            self.source.polls.ask()
             for record in self.source.drain():
                 self.table.apply(record)
             self.changes += self._take()

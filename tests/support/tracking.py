@@ -10,7 +10,7 @@ from sowatch.engine.address_space import Change, ProcessState
 from sowatch.engine.effects import Causes, Effects
 from sowatch.engine.merge import merge
 from sowatch.engine.table import MappingTable
-from sowatch.sources.core import ProcessScan
+from sowatch.sources.base import ProcessScan
 from support.records import File
 
 __all__ = [

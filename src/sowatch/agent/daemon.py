@@ -37,7 +37,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import PidNamespaceError, SowatchError
 from sowatch.model.lines import stamp
-from sowatch.sources.core import EventSource
+from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
 from sowatch.watcher.watcher import Watcher

@@ -27,8 +27,7 @@ from sowatch.model.errors import SowatchError
 from sowatch.model.events import Event, Ready, Stopped
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
-from sowatch.sources.core import EventSource
-from sowatch.sources.polling import ProcfsSource
+from sowatch.sources.base import EventSource
 
 __all__ = ["Engine"]
 
@@ -166,7 +165,7 @@ class Engine:
     @property
     def poll_interval_s(self) -> float | None:
         """Between two polls of a source that polls, now; from any thread."""
-        return self._source.interval_s if isinstance(self._source, ProcfsSource) else None
+        return None if self._source.polls is None else self._source.polls.interval_s
 
     @property
     def unread(self) -> dict[int, float]:

@@ -9,7 +9,7 @@ from sowatch.bpf.records import FLAG_NEEDS_RESCAN, MapRecord, ProcessRecord, Ran
 from sowatch.engine.address_space import AddressSpace, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.table import MappingTable
-from sowatch.sources.core import ProcessScan
+from sowatch.sources.base import ProcessScan
 
 __all__ = ["merge"]
 

@@ -9,7 +9,7 @@ from sowatch.engine.address_space import MappedFile
 from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Kind
-from sowatch.sources.core import TrackedEntry, Verdicts
+from sowatch.sources.base import TrackedEntry, Verdicts
 
 __all__ = ["Held", "Known", "KnownFile", "KnownProcess", "View"]
 

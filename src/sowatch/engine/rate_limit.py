@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from sowatch.model.config import NO_GUARD
-from sowatch.sources.core import EventSource
+from sowatch.sources.base import Setting
 
 __all__ = ["AdaptiveRateLimit"]
 
@@ -25,14 +25,14 @@ class AdaptiveRateLimit:
     So that processes that flood, however many they are, cost the others a second or two and no more.
     """
 
-    def __init__(self, source: EventSource, max_records_s: int) -> None:
-        self._source = source
+    def __init__(self, limit: Setting | None, max_records_s: int) -> None:
+        self._limit = limit
         self._most = self._now = max_records_s
 
     def adapt(self, oldest_ns: int) -> None:
         """To be called about once a second with the age of the oldest record that waited; 0: none did."""
         before = self._now
-        if self._most == NO_GUARD:
+        if self._most == NO_GUARD or self._limit is None:
             return
         if oldest_ns > LATE_NS:
             self._now = max(min(FEWEST_RECORDS_S, self._most), min(before, 8 * FEWEST_RECORDS_S) // 2)
@@ -40,7 +40,7 @@ class AdaptiveRateLimit:
             self._now = min(self._most, 2 * before)
         if self._now == before:
             return
-        self._source.limit_records(self._now)
+        self._limit.set(self._now)
         if before == self._most:
             LOG.warning(
                 "the watch falls behind by %.1f s: until it has caught up, what a process reports beyond some %d "

@@ -27,7 +27,7 @@ from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
-from sowatch.sources.core import EventSource, ProcessScan, Report
+from sowatch.sources.base import EventSource, ProcessScan, Report
 from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Reconciler"]
@@ -95,7 +95,7 @@ class Reconciler:
         self._table = table
         self._publisher = publisher
         self._proc = ProcFs(config.proc_root)
-        self._guard = AdaptiveRateLimit(source, config.max_records_s)
+        self._guard = AdaptiveRateLimit(source.record_limit, config.max_records_s)
         self._silent = silent_baseline
         self._base = _base_report(rules)
         self._schedule = RescanSchedule()
@@ -154,23 +154,25 @@ class Reconciler:
             make_ready: called with the number of processes and the seconds that it took, once that was told.
         """
         begun = time.monotonic()
-        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES)
+        self._report(Report.PROCESSES | Report.RANGES)
         early = self._source.drain()
         scans, meanwhile = self._scan_all()
         records = [*early, *meanwhile, *self._drain_all()]
         self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True))
         self._mark_unread(SNAPSHOT)
-        self._source.set_report(self._base)
+        self._report(Report.NOTHING)
         changes = self._carry_out()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
-        if not self._silent:
-            self._publisher.publish(found)
-        else:
-            self._publisher.take_silently(found)
+        (self._publisher.take_silently if self._silent else self._publisher.publish)(found)
         self._publisher.announce(lambda: make_ready(len(scans), seconds), holds=True)
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
         self._check_losses()
+
+    def _report(self, more: Report) -> None:
+        """Has the source report this beyond what it always does."""
+        if self._source.reports is not None:
+            self._source.reports.set(self._base | more)
 
     def drain(self) -> None:
         """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""
@@ -211,7 +213,8 @@ class Reconciler:
 
     def tick(self) -> None:
         """Looks for losses, and lets old things go."""
-        self._source.tick()
+        if self._source.answer_clock is not None:
+            self._source.answer_clock.tick()
         now_ns = time.monotonic_ns()
         waiting = self._source.drain()
         self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
@@ -248,7 +251,8 @@ class Reconciler:
         begun = time.monotonic()
         for pid in self._table.compat:
             self._table.await_rescan(pid)
-        self._source.refresh()
+        if self._source.polls is not None:
+            self._source.polls.ask()
         self._check_losses()
         self._repair_if_due()
         for _ in range(10):
@@ -380,13 +384,13 @@ class Reconciler:
 
     def _scan(self, due: dict[int, Causes]) -> None:
         """Reads these processes; one that is not there any more is forgotten, whatever became of its exit record."""
-        self._source.set_report(self._base | Report.RANGES | Report.VISITS)
+        self._report(Report.RANGES | Report.VISITS)
         scans, meanwhile = self._read(due)
         missing = due.keys() - {scan.tgid for scan in scans}
         # Before the ring is drained: whose end is seen here has its exit record in the ring, or lost it.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         records = [*meanwhile, *self._drain_all()]
-        self._source.set_report(self._base)
+        self._report(Report.NOTHING)
         self.rereads += len(due)
         self._note(merge(self._table, scans, records, LIVE, own_causes=due))
         for pid in gone:
@@ -448,11 +452,11 @@ class Reconciler:
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
-        self._source.set_report(self._base | Report.PROCESSES | Report.RANGES | Report.VISITS)
+        self._report(Report.PROCESSES | Report.RANGES | Report.VISITS)
         early = self._source.drain()
         scans, meanwhile = self._scan_all()
         records = [*early, *meanwhile, *self._drain_all()]
-        self._source.set_report(self._base)
+        self._report(Report.NOTHING)
         self._table.begin_rescans(scan.tgid for scan in scans)
         self._note(merge(self._table, scans, records, causes))
         self._mark_unread(causes)

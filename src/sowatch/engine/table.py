@@ -43,7 +43,7 @@ from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Cause
 from sowatch.model.rules import RuleSet
-from sowatch.sources.core import ProcessScan
+from sowatch.sources.base import ProcessScan
 
 __all__ = ["MappingTable"]
 

@@ -38,7 +38,7 @@ from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Kind
 from sowatch.model.rules import RuleSet
-from sowatch.sources.core import Verdict
+from sowatch.sources.base import Verdict
 
 __all__ = [
     "MEMORY",

@@ -16,7 +16,7 @@ from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, ranges_list, stamp
 from sowatch.model.literals import LoadCause
-from sowatch.sources.core import TrackedEntry
+from sowatch.sources.base import TrackedEntry
 
 __all__ = [
     "Blocked",

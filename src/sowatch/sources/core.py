@@ -1,7 +1,4 @@
-"""Where records and readings come from: `EventSource`, and `BpfSource`, the kernel's own word.
-
-A source knows nothing of rules or of the map; it hands on what the kernel says and carries answers back.
-"""
+"""`BpfSource`: records and scans as CO-RE programs in the kernel make them, strategies ``core`` and ``runtime``."""
 
 from __future__ import annotations
 
@@ -11,13 +8,12 @@ import os
 import struct
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from enum import IntFlag
 from errno import E2BIG, EINVAL, EPERM
 from importlib.resources import files
 from types import TracebackType
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Final, Self
 
-from sowatch.bpf.binding import BpfMap, BpfObject, probe
+from sowatch.bpf.binding import BpfMap, BpfObject, Variable, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
 from sowatch.bpf.records import (
     MapRecord,
@@ -30,142 +26,12 @@ from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
+from sowatch.sources.base import ProcessScan, Report, TrackedEntry, Verdict, Verdicts
 from sowatch.sources.iterator_scan import IteratorScan
-from sowatch.sources.scan_rows import Grouping, ProcessScan, RowPool, group
+from sowatch.sources.scan_rows import Grouping, RowPool, group
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
-__all__ = [
-    "BpfSource",
-    "EventSource",
-    "ProcessScan",
-    "Report",
-    "TrackedEntry",
-    "Verdict",
-    "Verdicts",
-    "read_losses",
-]
-
-
-class Report(IntFlag):
-    """enum report_bit: what the kernel side reports beyond the processes it follows."""
-
-    NOTHING = 0
-    PROCESSES = 1
-    RANGES = 2
-    IMAGES = 4
-    VISITS = 8
-    INTROS = 16
-    FENCE = 32
-
-
-class TrackedEntry(NamedTuple):
-    """What the kernel side remembers of a process: struct process of ``state.bpf.h``.
-
-    ``activity`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
-    ``ranges`` are the first of the ``range_count`` executable ranges that it knows.
-    """
-
-    start_ns: int
-    range_count: int
-    needs_rescan: bool
-    is_introduced: bool
-    shares_vm: bool
-    activity: int
-    ranges: tuple[tuple[int, int], ...]
-
-
-class Verdict(NamedTuple):
-    """An answer that the kernel side remembers, by its struct file_key. ``seconds_left`` of an ignore."""
-
-    key: bytes
-    is_match: bool
-    seconds_left: int | None
-
-
-class Verdicts(Protocol):
-    """The answers that the kernel side remembers, those that grew too old left out. A context manager.
-
-    Any one thread may use it, also after its source was closed.
-    """
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def look_up(self, key: Hashable) -> Verdict | None:
-        """The answer for a file under one name in one view."""
-
-    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
-        """Every answer for a file with one of these inode numbers, whatever its device, name and view."""
-
-    def close(self) -> None:
-        """Safe to call again."""
-
-
-class EventSource(Protocol):
-    """The seam between the kernel and the map. One thread uses a source, but for `close`."""
-
-    strategy: Strategy
-    guarantee: str
-    hooks: Hooks | None
-    limits: tuple[str, ...]
-    attempts: tuple[LoadAttempt, ...]
-    #: Whoever could not be read when it was tried last.
-    unread: UnreadProcesses
-
-    def fileno(self) -> int:
-        """A descriptor that polls readable when `drain` has something."""
-
-    def drain(self) -> list[Record]:
-        """What happened since the last call, in the order of the ring."""
-
-    def refresh(self) -> None:
-        """Makes the next `drain` bring everything up to now, where a source looks only from time to time."""
-
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
-        """Every process's mappings, but of those that are ``unread`` then, and what was drained meanwhile.
-
-        Raises:
-            ScanTimeout: nobody could be read.
-        """
-
-    def scan_process(self, pid: int) -> ProcessScan | None:
-        """One process's mappings, perhaps none at all; None if the process is gone.
-
-        Raises:
-            ScanTimeout: it hangs, and is ``unread`` now.
-        """
-
-    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
-        """Says whether files are wanted: what is not will not be reported again for a while."""
-
-    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
-        """Stops following a process of which nothing is wanted; False if it has done more since."""
-
-    def set_report(self, report: Report) -> None:
-        """Chooses what is reported beyond the processes that are followed."""
-
-    def new_epoch(self) -> None:
-        """Makes every earlier answer void."""
-
-    def losses(self) -> Losses:
-        """What was lost so far."""
-
-    def tracked(self, pid: int) -> TrackedEntry | None:
-        """What is remembered of a process, None if nothing. It may be of an earlier process with that pid."""
-
-    def open_verdicts(self) -> Verdicts:
-        """The answers that are remembered; the caller closes it."""
-
-    def limit_records(self, max_records_s: int) -> None:
-        """How many records one process may send in a second from now on; see `Config.max_records_s`."""
-
-    def tick(self) -> None:
-        """To be called about once a second: lets answers grow old."""
-
-    def close(self) -> None:
-        """Detaches everything. Safe to call again."""
+__all__ = ["BpfSource", "KernelSetting", "read_losses"]
 
 
 LOG = logging.getLogger("sowatch")
@@ -194,6 +60,35 @@ READER: Final = "read_mappings"
 OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
 
 
+class KernelSetting:
+    """A variable of loaded programs, as a `sowatch.sources.base.Setting`."""
+
+    def __init__(self, variable: Variable) -> None:
+        self._variable = variable
+
+    def set(self, value: int) -> None:
+        """Programs that run from now on see it."""
+        self._variable.value = int(value)
+
+
+class KernelClock:
+    """The seconds by which answers grow old, as the programs know them: 1 at the beginning."""
+
+    def __init__(self, variable: Variable) -> None:
+        self._variable = variable
+        self._began_s = time.monotonic()
+        variable.value = 1
+
+    @property
+    def now_s(self) -> int:
+        """As the last `tick` set it."""
+        return self._variable.value
+
+    def tick(self) -> None:
+        """Tells the programs how late it is."""
+        self._variable.value = 1 + int(time.monotonic() - self._began_s)
+
+
 class BpfSource:
     """Strategies ``core`` and ``runtime``: CO-RE programs on the syscall tracepoints and the scheduler's.
 
@@ -210,6 +105,7 @@ class BpfSource:
     """
 
     guarantee: str = "exact"
+    polls: None = None  # the ring has everything as it happens
     _reader: str = READER
 
     def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
@@ -220,7 +116,6 @@ class BpfSource:
         self._ttl_s = config.ignore_ttl_s
         #: By key, the place of the path that was told last: what an answer is about.
         self._places: dict[Hashable, int] = {}
-        self._started = time.monotonic()
         self._can_iterate_one = True
         self._has_given_up = False
         self._proc = ProcFs(config.proc_root)
@@ -266,14 +161,14 @@ class BpfSource:
         bpf.load()
         self._report = bpf.variable(".bss", "report")
         self._epoch = bpf.variable(".bss", "rules_epoch")
-        self._now_s = bpf.variable(".bss", "now_s")
+        self.answer_clock = KernelClock(bpf.variable(".bss", "now_s"))
+        self.reports = KernelSetting(self._report)
         self._run = bpf.variable(".bss", "reading_run")
         self._verdicts = bpf.map("verdicts")
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
-        self._now_s.value = 1
-        self._max_records_s = bpf.variable(".bss", "max_records_s")
-        self._max_records_s.value = config.max_records_s
+        self.record_limit = KernelSetting(bpf.variable(".bss", "max_records_s"))
+        self.record_limit.set(config.max_records_s)
         for program in PROCESS_HOOKS:
             bpf.attach(program)
         hooks.attach()
@@ -298,9 +193,6 @@ class BpfSource:
         if len(self._places) >= MAX_PLACES:
             self._places.clear()  # an answer without a place is asked for again
         self._places[record.key] = record.place
-
-    def refresh(self) -> None:
-        """The ring has everything."""
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         meanwhile: list[Record] = []
@@ -418,19 +310,13 @@ class BpfSource:
         return self._object.iterate(self._reader, pid)
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
-        expires_s = self._now_s.value + max(1, round(self._ttl_s))
+        expires_s = self.answer_clock.now_s + max(1, round(self._ttl_s))
         verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
         values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.get(key, 0)) for key in keys]
         self._verdicts.update_many(list(keys), values)  # type: ignore[arg-type]
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         return self._object.run("untrack", pid, start_ns, activity) == 1
-
-    def set_report(self, report: Report) -> None:
-        self._report.value = int(report)
-
-    def limit_records(self, max_records_s: int) -> None:
-        self._max_records_s.value = max_records_s
 
     def new_epoch(self) -> None:
         self._epoch.value += 1
@@ -448,10 +334,7 @@ class BpfSource:
         return TrackedEntry(start_ns, count, bool(needs_rescan), bool(introduced), bool(shares_vm), activity, ranges)
 
     def open_verdicts(self) -> Verdicts:
-        return KernelVerdicts(self._verdicts, self._epoch.value, self._now_s.value)
-
-    def tick(self) -> None:
-        self._now_s.value = 1 + int(time.monotonic() - self._started)
+        return KernelVerdicts(self._verdicts, self._epoch.value, self.answer_clock.now_s)
 
     def close(self) -> None:
         self.unread.close()

@@ -23,7 +23,8 @@ from sowatch.linux.proc_parse import MapRow, as_maps_shows
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
 from sowatch.model.literals import Strategy
-from sowatch.sources.core import PROCESS_HEAD, BpfSource, TrackedEntry, value_bytes
+from sowatch.sources.base import TrackedEntry
+from sowatch.sources.core import PROCESS_HEAD, BpfSource, value_bytes
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
 from sowatch.sources.scan_rows import ProcessScan, RowPool, group
 from sowatch.sources.unread import PatientProcFs, ScanTimeout

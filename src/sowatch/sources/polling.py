@@ -42,7 +42,8 @@ from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
-from sowatch.sources.core import FILE_KEY, ProcessScan, Report, TrackedEntry, Verdict, Verdicts
+from sowatch.sources.base import ProcessScan, TrackedEntry, Verdict, Verdicts
+from sowatch.sources.core import FILE_KEY
 from sowatch.sources.poll_timer import PollTimer
 from sowatch.sources.proc_scan import listed, resolve_new
 from sowatch.sources.scan_rows import MapRows, RowPool
@@ -177,6 +178,9 @@ class ProcfsSource:
     strategy: Strategy = "procfs"
     guarantee: str = "sampled"
     hooks: Hooks | None = None
+    reports: None = None  # every poll sees everything
+    record_limit: None = None  # a poll costs the same, however much has happened
+    answer_clock: None = None  # a poll shows each path as it is
 
     def __init__(self, config: Config) -> None:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("procfs", True, None),)
@@ -195,26 +199,18 @@ class ProcfsSource:
         self._unseen = 0
         self._looks = 0
         self._has_begun = False
-        self._timer = PollTimer(config, f"polling {config.proc_root}")
+        self.polls = PollTimer(config, f"polling {config.proc_root}")
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
         self.unread.start()
 
-    @property
-    def interval_s(self) -> float:
-        """Seconds between two looks, as it is now."""
-        return self._timer.interval_s
-
     def fileno(self) -> int:
-        return self._timer.fileno()
-
-    def refresh(self) -> None:
-        self._timer.ask()
+        return self.polls.fileno()
 
     def drain(self) -> list[Record]:
-        if not self._timer.is_due() or not self._has_begun:
+        if not self.polls.is_due() or not self._has_begun:
             return []
-        with self._timer.look():
+        with self.polls.look():
             try:
                 return self._look_at_all()
             except ProcReadError as error:
@@ -224,7 +220,7 @@ class ProcfsSource:
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         is_first, self._has_begun = not self._has_begun, True
-        with self._timer.look(counts=False):
+        with self.polls.look(counts=False):
             records, pool = self._look_at_all(), RowPool()
             scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
@@ -255,12 +251,6 @@ class ProcfsSource:
             process.intro = None
         return True
 
-    def set_report(self, report: Report) -> None:
-        """Every look sees everything."""
-
-    def limit_records(self, max_records_s: int) -> None:
-        """A look costs the same, however much has happened."""
-
     def new_epoch(self) -> None:
         self._verdicts.clear()
 
@@ -277,17 +267,15 @@ class ProcfsSource:
     def open_verdicts(self) -> Verdicts:
         return _Verdicts(dict(self._verdicts))
 
-    def tick(self) -> None:
-        """Answers do not grow old: a look shows each path as it is."""
-
     def close(self) -> None:
         self._patient.close()
-        self._timer.close()
+        self.polls.close()
 
     def _note_limits(self) -> None:
         denied = sum(process.is_denied for process in self._processes.values()) + self._unseen
+        interval_s = self.polls.interval_s
         self.limits = (
-            f"polls every {self.interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
+            f"polls every {interval_s:.3g} s: what comes and goes in between is not seen, nor in which order",
             *([f"processes that this user may not read: {denied}"] if denied else []),
             *(["processes of other users are hidden: /proc is mounted with hidepid"] if self._is_hidden else []),
             "files are distinguished by device, inode and subvolume as /proc shows them, without generation",

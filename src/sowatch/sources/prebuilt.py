@@ -39,7 +39,8 @@ from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
-from sowatch.sources.core import LOST, ProcessScan, Report, TrackedEntry, Verdict
+from sowatch.sources.base import ProcessScan, Report, TrackedEntry, Verdict
+from sowatch.sources.core import LOST, KernelSetting
 from sowatch.sources.proc_scan import Look, ProcReader
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
@@ -109,6 +110,9 @@ class PrebuiltSource:
     strategy: Strategy = "prebuilt"
     guarantee: str = "exact events, files found in /proc"
     hooks: Hooks | None = "syscall"
+    polls: None = None
+    record_limit: None = None
+    answer_clock: None = None  # a file under another path has another key
 
     def __init__(self, config: Config) -> None:
         self.limits: tuple[str, ...] = (
@@ -146,6 +150,7 @@ class PrebuiltSource:
             bpf.want(COMPAT_PROGRAM)
         bpf.load()
         self._report = bpf.variable(".bss", "report")
+        self.reports = KernelSetting(self._report)
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._check_numbers()
@@ -202,9 +207,6 @@ class PrebuiltSource:
         about = self._reader.proc.stat(seen.tgid)
         if not isinstance(about, Miss):
             yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN, start_ns=about.start_ns)
-
-    def refresh(self) -> None:
-        """The ring has everything already."""
 
     def _on_map(
         self, seen: RangeRecord, look_at: Callable[[int], Look | None], *, is_sure: bool = True
@@ -405,12 +407,6 @@ class PrebuiltSource:
             known.intro = None
         return True
 
-    def set_report(self, report: Report) -> None:
-        self._report.value = int(report)
-
-    def limit_records(self, max_records_s: int) -> None:
-        """Its programs have no such guard."""
-
     def new_epoch(self) -> None:
         self._ignored.clear()
 
@@ -437,16 +433,13 @@ class PrebuiltSource:
     def open_verdicts(self) -> _Ignored:
         return _Ignored(self._ignored)
 
-    def tick(self) -> None:
-        """Nothing grows old: a file under another path has another key."""
-
     def close(self) -> None:
         self._proc.close()
         self._object.close()
 
 
 class _Ignored:
-    """`sowatch.sources.core.Verdicts` of what this source was told to ignore, as it was then."""
+    """`sowatch.sources.base.Verdicts` of what this source was told to ignore, as it was then."""
 
     def __init__(self, keys: Iterable[Hashable]) -> None:
         self._keys = frozenset(keys)

@@ -25,7 +25,8 @@ from sowatch.model.errors import NotPermitted, PidNamespaceError, SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import ProcessId
 from sowatch.model.process_events import ProcessEvent
-from sowatch.sources.core import PROCESS_HOOKS, Report, read_losses
+from sowatch.sources.base import Report
+from sowatch.sources.core import PROCESS_HOOKS, read_losses
 from sowatch.sources.legacy import OLD_OBJECT, READERS
 from sowatch.sources.poll_timer import PollTimer
 

@@ -31,7 +31,8 @@ from sowatch.model.errors import (
     TracefsNotMounted,
 )
 from sowatch.model.literals import Hooks, Strategy
-from sowatch.sources.core import OBJECTS, BpfSource, EventSource
+from sowatch.sources.base import EventSource
+from sowatch.sources.core import OBJECTS, BpfSource
 from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
 from sowatch.sources.polling import ProcfsSource
 from sowatch.sources.prebuilt import PrebuiltSource

@@ -44,7 +44,7 @@ from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import EVENT_KINDS
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
-from sowatch.sources.core import EventSource
+from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
 

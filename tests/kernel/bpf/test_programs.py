@@ -20,7 +20,7 @@ from sowatch.bpf.records import (
     RecordType,
     path_of,
 )
-from sowatch.sources.core import Report
+from sowatch.sources.base import Report
 from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, scan_of, spans
 from support.programs import Mapper, Refused
 from support.stepped import Trick
@@ -264,7 +264,7 @@ def test_a_thread_that_comes_and_goes_is_not_told(tap: Tap, start: Start) -> Non
 
 
 def test_images_are_told_at_exec_if_asked_for(tap: Tap, start: Start, programs: Any) -> None:
-    tap.source.set_report(Report.IMAGES)
+    tap.source.reports.set(Report.IMAGES)
     mapper = start()
     tap.flush()
     images = [r for r in tap.maps(mapper.pid) if r.flags & FLAG_IMAGE]
@@ -276,7 +276,7 @@ def test_images_are_told_at_exec_if_asked_for(tap: Tap, start: Start, programs: 
 
 
 def test_every_process_is_told_if_asked_for(tap: Tap, spawn: Any) -> None:
-    tap.source.set_report(Report.PROCESSES)
+    tap.source.reports.set(Report.PROCESSES)
     process = spawn(["/bin/true"])
     process.wait()
     tap.flush()

@@ -81,7 +81,7 @@ def test_an_ignored_file_is_asked_about_again_when_the_answer_is_old(
     assert tap.during(lambda: mapper.map(ignored), mapper.pid) == []
 
     def is_asked_again() -> list[Record]:
-        tap.source.tick()
+        tap.source.answer_clock.tick()
         return tap.during(lambda: mapper.map(ignored), mapper.pid)
 
     record = only(wait_until(is_asked_again, 10, "the answer growing old"))

@@ -26,7 +26,7 @@ from sowatch.bpf.records import (
 )
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroup
 from sowatch.model.identity import FileId
-from sowatch.sources.core import Report
+from sowatch.sources.base import Report
 from support.kernel import IN_OWN_MOUNTS, Tap, host_pid, id_by_stat, id_of, with_prelude
 from support.programs import Mapper
 
@@ -432,7 +432,7 @@ def test_in_the_first_pid_namespace_the_own_pid_is_the_pid(tap: Tap, start: Star
 
 
 def test_a_thread_that_maps_first_is_introduced_as_its_process(tap: Tap, start: Start, library: NewLibrary) -> None:
-    tap.source.set_report(Report.NOTHING)
+    tap.source.reports.set(Report.NOTHING)
     mapper = start()
     mapper.emit("leaderexit")
     mapper.map(library())

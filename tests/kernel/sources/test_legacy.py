@@ -17,7 +17,8 @@ import pytest
 import sowatch.bpf
 from sowatch.bpf.records import FLAG_IMAGE, FLAG_NEEDS_RESCAN, MapRecord, RecordType, path_of
 from sowatch.model.config import Config
-from sowatch.sources.core import PROCESS_HEAD, Report, value_bytes
+from sowatch.sources.base import Report
+from sowatch.sources.core import PROCESS_HEAD, value_bytes
 from sowatch.sources.legacy import FIRST_ACTIVITY, OLD_OBJECT, PROCESS_TAIL
 from sowatch.sources.legacy import OldKernelSource as Old
 from support import bpfsys
@@ -164,13 +165,13 @@ def test_what_mprotect_makes_executable_a_reading_shows(tap: Tap, start: Start, 
 
 
 def test_images_are_the_executable_and_a_doubt_and_a_reading_shows_both(tap: Tap, start: Start, programs: Any) -> None:
-    tap.source.set_report(Report.IMAGES)
+    tap.source.reports.set(Report.IMAGES)
     mapper = start()
     tap.flush()
     images = [r for r in tap.maps(mapper.pid) if r.flags & FLAG_IMAGE]
     assert [path_of(image.text) for image in images] == [str(programs["mapper"])]
     assert NEEDS_RESCAN in kinds_of([r for r in tap.records if r.tgid == mapper.pid])
-    tap.source.set_report(Report.IMAGES | Report.RANGES)
+    tap.source.reports.set(Report.IMAGES | Report.RANGES)
     scan = tap.source.scan_process(mapper.pid)
     assert scan
     read = [row for row in scan.maps if row.flags & FLAG_IMAGE]

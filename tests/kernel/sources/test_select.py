@@ -20,7 +20,8 @@ from sowatch.bpf.binding import Tracefs
 from sowatch.bpf.compile import PROGRAMS, find_compiler, run_compiler
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import BpfError, LoadError
-from sowatch.sources.core import BpfSource, EventSource
+from sowatch.sources.base import EventSource
+from sowatch.sources.core import BpfSource
 from sowatch.sources.prebuilt import PrebuiltSource
 from sowatch.sources.select import open_source, plan
 from support import bpfsys

@@ -18,7 +18,8 @@ from sowatch import Rule, Watcher, awatch, watch
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, UsageError
 from sowatch.model.events import LibraryEvent
-from sowatch.sources.core import BpfSource, ProcessScan
+from sowatch.sources.base import ProcessScan
+from sowatch.sources.core import BpfSource
 from support import bpfsys, leaks
 from support.kernel import TAG, Calls, Ledger
 from support.programs import Mapper

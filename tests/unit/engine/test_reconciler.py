@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,6 @@ from sowatch.engine.table import MappingTable
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
-from sowatch.sources.core import Report
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 from support.records import Proc, scan
 
@@ -34,6 +34,8 @@ class Scripted:
         self.lost = Losses()
         self.read = []
         self.limits = []
+        self.record_limit = SimpleNamespace(set=self.limits.append)
+        self.polls = self.reports = self.answer_clock = None
 
     def drain(self):
         taken, self.records = self.records, []
@@ -50,23 +52,11 @@ class Scripted:
     def losses(self):
         return self.lost
 
-    def set_report(self, report):
-        assert isinstance(report, Report)
-
     def answer(self, keys, *, is_wanted):
         pass
 
     def untrack(self, pid, start_ns, activity):
         return False
-
-    def limit_records(self, max_records_s):
-        self.limits.append(max_records_s)
-
-    def tick(self):
-        pass
-
-    def refresh(self):
-        pass
 
 
 @pytest.fixture

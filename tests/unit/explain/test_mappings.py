@@ -20,7 +20,7 @@ from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Verdict
+from sowatch.sources.base import Verdict
 from support.explained import ELF, LIBRARY, NOW_NS, OTHER_VIEW, UNTOLD, Case, group, known_file, no_rule, row
 from support.records import File, key_of
 

@@ -13,7 +13,7 @@ from sowatch.explain.assemble import PathFacts, Shown, ids_of, relation_of, same
 from sowatch.explain.records import Candidate
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import TrackedEntry, Verdict
+from sowatch.sources.base import TrackedEntry, Verdict
 from support.explained import (
     ELF,
     HERE,

@@ -21,7 +21,7 @@ from sowatch.model.encoding import dumps
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Verdict
+from sowatch.sources.base import Verdict
 from support import strict
 from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row
 from support.records import File

@@ -19,7 +19,7 @@ from sowatch.linux.proc import Miss
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.core import Report
+from sowatch.sources.base import Report
 from support.model_kernel import CALLS, PIDS, RULE, Kernel
 from support.records import PAGE
 from support.tracking import KeptEffects
