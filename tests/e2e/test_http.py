@@ -139,15 +139,34 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
         assert all(one.flow.is_complete for one in found)
         assert {one.flow.authority for one in found} == {f"127.0.0.1:{server.port}"}
         assert all(one.library is not None and one.library.path.startswith(str(tls.libraries)) for one in found)
-        # Over memory BIOs nobody sees the socket; a peer that is not known is none, never another one's.
-        ports = {one.flow.peer.port if side == "client" else one.flow.local_port for one in found if one.flow.peer}
+        # Over memory BIOs (asyncio) the first flow shows that there are any; what is sent later is then compared.
         uses_memory = "asyncio" in (ask if side == "client" else serve).__name__
-        assert ports == set() if uses_memory else ports == {server.port}
+        known = [one for one in found if one.flow.peer]
+        assert len(known) == len(found) or uses_memory
+        assert {one.flow.peer.port if side == "client" else one.flow.local_port for one in known} <= {server.port}
     assert {one.process.pid for one in tap.of("server")} == {server.process.pid}
     stats = tap.tap.stats()
     assert {
         name: value for name, value in stats.items() if value and name in ("lost", "resyncs", "gaps", "incomplete")
     } == {}
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_peers_of_connections_over_memory_are_those_that_the_bytes_go_to(tls: Tls, tap: Tap, side: str) -> None:
+    """OBI #2998: asyncio's spans had the address of another connection; two servers, so that a guess would show."""
+    servers = [tls.python(ASYNCIO_SERVER if side == "server" else PYTHON_SERVER) for _ in range(2)]
+    tap.wait_attached()
+    ask = asyncio_client if side == "client" else curl1
+    ask(tls, servers[0])  # shows that there are memory BIOs
+    tap.wait_for(side, len(PATHS))
+    del tap.flows[:]
+    for server in servers:
+        ask(tls, server)
+    found = tap.wait_for(side, 2 * len(PATHS))
+    assert all(one.flow.peer is not None for one in found[1:])
+    ports = [one.flow.peer.port if side == "client" else one.flow.local_port for one in found if one.flow.peer]
+    authorities = [int(one.flow.authority.rpartition(":")[2]) for one in found if one.flow.peer]
+    assert ports == authorities
 
 
 def test_sizes_are_those_of_the_bodies_however_large(tls: Tls, tap: Tap) -> None:
@@ -329,6 +348,7 @@ def test_a_summary_for_people(tls: Tls) -> None:
     head, *rows = output.splitlines()
     assert head.split() == ["FLOWS", "STATUS", "P50", "P95", "P99", "SIDE", "METHOD", "ENDPOINT"]
     endpoints = {row.split()[-1]: row.split() for row in rows}
+    endpoints.pop("?", None)  # a response whose request passed before the probes came
     assert set(endpoints) == {f"127.0.0.1:{server.port}{path}" for path in ("/one", "/two", "/missing", "/four")}
     assert endpoints[f"127.0.0.1:{server.port}/missing"][1] == "4xx"
     assert "flows" in errors

@@ -16,11 +16,12 @@ from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from sowatch.bpf.binding import Tracefs
 from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
 from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
 from sowatch.model.config import Config
-from sowatch.model.errors import UsageError
+from sowatch.model.errors import BpfError, UsageError
 from sowatch.model.events import Library, LibraryEvent, Process, Ready
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
@@ -64,8 +65,14 @@ ENDS: Final = (
         "gnutls_transport_set_ptr2",
     ),
 )
+#: Where OpenSSL hands over what it has encrypted: to a socket, or to memory.
+BIO_WRITE: Final = "BIO_write"
 #: What a library of each family exports; one of them is enough to be probed.
-FAMILIES: Final = {"openssl": ("SSL_read", "SSL_write"), "gnutls": ("gnutls_record_recv", "gnutls_record_send")}
+FAMILIES: Final = {
+    "openssl": ("SSL_read", "SSL_write"),
+    "gnutls": ("gnutls_record_recv", "gnutls_record_send"),
+    "crypto": (BIO_WRITE,),
+}
 #: Heads of HTTP/1 have 8 KiB at most where servers are not told otherwise; MAX_CAPTURE of tls_taps.h is the most.
 CAPTURE_BYTES: Final = 16384
 #: How long records may wait: fewer and larger batches cost less.
@@ -146,6 +153,7 @@ class HttpTap:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._sees_sockets = False
+        self._follows_memory = False
         self.callback_failures = 0
 
     # ---- life ---------------------------------------------------------------------------------
@@ -270,9 +278,29 @@ class HttpTap:
             elif event.cause in ("exit", "exec"):
                 wanted.delete(pid)
 
+    def _follow_memory(self) -> None:
+        """Somebody encrypts into memory and sends later: from now on, what is sent is compared with that.
+
+        Not before: the programs run at each write of the whole host.
+        """
+        self._follows_memory = True
+        if not self._sees_sockets:
+            return
+        loaded = self._attacher.objects()[0]
+        try:
+            with Tracefs() as tracefs:
+                for call, program in _SENDS.items():
+                    tracepoint = tracefs.tracepoint_id("syscalls", f"sys_enter_{call}")
+                    if tracepoint is not None:
+                        loaded.attach_tracepoint(program, tracepoint)
+        except BpfError as error:
+            LOG.warning("peers of connections over memory BIOs stay unknown: %s", error)
+
     def _hand_out(self, flow: Flow) -> None:
         with self._lock:
             process = self._processes.get(flow.key.process)
+        if flow.peer is None and not self._follows_memory:
+            self._follow_memory()
         site = self._attacher.sites.get(flow.site)
         known = process or Process(pid=flow.key.process.pid, start_ns=flow.key.process.start_ns)
         try:
@@ -283,6 +311,13 @@ class HttpTap:
 
 
 _SOCKET_PROGRAMS: Final = ("tls_socket_sent", "tls_socket_received")
+#: By system call the program that finds what it sends.
+_SENDS: Final = {
+    "write": "tls_sends_buffer",
+    "sendto": "tls_sends_buffer",
+    "writev": "tls_sends_vector",
+    "sendmsg": "tls_sends_message",
+}
 
 
 def _probes() -> Iterator[Probe]:
@@ -291,3 +326,4 @@ def _probes() -> Iterator[Probe]:
         yield Probe(symbol, "tls_returned", is_return=True, is_optional=True)
     for symbol in ENDS:
         yield Probe(symbol, "tls_end", is_optional=True)
+    yield Probe(BIO_WRITE, "tls_bio_write", is_optional=True)

@@ -112,6 +112,38 @@ struct {
 	__type(value, struct connection);
 } connections SEC(".maps");
 
+/*
+ * Memory BIOs: what the library has encrypted and the program sends later, by the first bytes of it. They are a record's
+ * header and ciphertext, so no two are alike.
+ */
+#define PREFIX_BYTES 32
+#define PREFIX_AGE_NS 1000000000ULL
+
+struct prefix {
+	__u32 tgid;
+	__u8 bytes[PREFIX_BYTES];
+};
+
+struct encrypted {
+	__u64 pointer;
+	__u64 time_ns;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct prefix);
+	__type(value, struct encrypted);
+} encrypted SEC(".maps");
+
+/* Threads within a system call that sends such bytes, and of which connection they are. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64); /* pid_tgid */
+	__type(value, __u64);
+} sending SEC(".maps");
+
 /* Up to which offset user space needs nothing: bytes of a body. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -390,18 +422,120 @@ int tls_end(struct pt_regs *context)
 	return 0;
 }
 
-/* The socket that a thread uses within a call is the connection's. */
-static __always_inline int note_socket(struct sock *socket, int result, int flags)
+/* Whether these bytes begin a TLS record (RFC 8446, section 5.1): types 20 to 23, and a version that begins with 3. */
+static __always_inline bool begins_record(const struct prefix *prefix)
+{
+	return prefix->bytes[0] >= 20 && prefix->bytes[0] <= 23 && prefix->bytes[1] == 3;
+}
+
+/* int BIO_write(BIO *, const void *, int), by the library itself: within one of its calls */
+SEC("uprobe")
+int tls_bio_write(struct pt_regs *context)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
+	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
+	struct encrypted value = {};
+	struct connection *connection;
+	struct tls_connection_key key;
+	struct prefix prefix = {};
+
+	if (!call || (__s32)ARGUMENT3(context) < PREFIX_BYTES)
+		return 0;
+	key = key_of(call->pointer, 0);
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (connection && connection->socket)
+		return 0;
+	if (bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, (void *)ARGUMENT2(context)) || !begins_record(&prefix))
+		return 0;
+	prefix.tgid = key.tgid;
+	value.pointer = call->pointer;
+	value.time_ns = bpf_ktime_get_ns();
+	bpf_map_update_elem(&encrypted, &prefix, &value, BPF_ANY);
+	return 0;
+}
+
+/* A system call of a tracepoint syscalls/sys_enter_*, as its format file has it. */
+struct system_call {
+	__u64 head;
+	__s64 number;
+	__u64 arguments[6];
+};
+
+static __always_inline int note_sending(const void *buffer, __u64 length)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	struct prefix prefix = {};
+	struct encrypted *found;
+
+	if (length < PREFIX_BYTES || bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, buffer) || !begins_record(&prefix))
+		return 0;
+	prefix.tgid = thread >> 32;
+	found = bpf_map_lookup_elem(&encrypted, &prefix);
+	if (found && bpf_ktime_get_ns() - found->time_ns < PREFIX_AGE_NS)
+		bpf_map_update_elem(&sending, &thread, &found->pointer, BPF_ANY);
+	return 0;
+}
+
+struct user_iovec {
+	const void *base;
+	__u64 length;
+};
+
+static __always_inline int note_sending_vector(const void *vector)
+{
+	struct user_iovec first;
+
+	if (bpf_probe_read_user(&first, sizeof(first), vector))
+		return 0;
+	return note_sending(first.base, first.length);
+}
+
+/* write(fd, buffer, length) and sendto(fd, buffer, length, ...) */
+SEC("tracepoint")
+int tls_sends_buffer(struct system_call *context)
+{
+	return note_sending((void *)context->arguments[1], context->arguments[2]);
+}
+
+/* writev(fd, vector, count) */
+SEC("tracepoint")
+int tls_sends_vector(struct system_call *context)
+{
+	return note_sending_vector((void *)context->arguments[1]);
+}
+
+/* sendmsg(fd, struct user_msghdr *, flags): name, its length, vector */
+SEC("tracepoint")
+int tls_sends_message(struct system_call *context)
+{
+	const void *vector;
+
+	if (bpf_probe_read_user(&vector, sizeof(vector), (void *)(context->arguments[1] + 16)))
+		return 0;
+	return note_sending_vector(vector);
+}
+
+/* The socket that a thread uses within a call is the connection's; so is the one that sends what the call encrypted. */
+static __always_inline int note_socket(struct sock *socket, int result, int flags)
+{
+	__u64 thread = bpf_get_current_pid_tgid(), *sent, pointer;
 	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
 	struct tls_connection_key key;
 	struct connection *connection;
 	__u16 family;
 
-	if (!call || result <= 0 || flags & MSG_PEEK)
+	if (call) {
+		pointer = call->pointer;
+	} else {
+		sent = bpf_map_lookup_elem(&sending, &thread);
+		if (!sent)
+			return 0;
+		pointer = *sent;
+		bpf_map_delete_elem(&sending, &thread);
+	}
+	if (result <= 0 || flags & MSG_PEEK)
 		return 0;
-	key = key_of(call->pointer, 0);
+	key = key_of(pointer, 0);
 	connection = connection_of(&key);
 	if (!connection || connection->socket == (__u64)socket)
 		return 0;
