@@ -41,6 +41,10 @@ class Caller:
         """See `is_probed`."""
         return is_probed(self.pid, library, symbol)
 
+    def enter_sandbox(self) -> None:
+        """From now on a seccomp filter ends the process at any system call that it does not need."""
+        self._emit("sandbox")
+
     def end(self) -> None:
         self._process.stdin.close()
         self._process.wait()

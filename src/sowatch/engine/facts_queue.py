@@ -1,8 +1,9 @@
 """`FactsQueue`: changes that wait for the facts of their files, in order for each process.
 
-A change waits for the facts of its own file and for earlier changes of its process, and for nothing else: a file
-system that does not answer delays the events of the processes that map its files, up to `FACTS_TIMEOUT_S`, and those
-of no other process.
+A change waits for the facts of its own file and for earlier changes of its process. An unload also waits for earlier
+loads of its file by other processes: a server's parent that exits must not seem to be the last user while the load of
+its child still waits. So a file system that does not answer delays the events of the processes that map its files, up
+to `FACTS_TIMEOUT_S`, and those of no other process.
 
 Pure: no I/O, no threads, no clock; the engine's thread uses it.
 """
@@ -15,6 +16,7 @@ from typing import Final
 
 from sowatch.engine.address_space import Change
 from sowatch.engine.file_inspector import FileFacts, Inspection
+from sowatch.model.identity import FileId
 
 __all__ = ["FACTS_TIMEOUT_S", "FactsQueue"]
 
@@ -42,9 +44,23 @@ class _Fence:
 
 
 class _Waiting:
-    """One change that waits."""
+    """One change that waits.
 
-    __slots__ = ("change", "deadline_s", "fence", "inspection", "is_only_held", "size_bytes")
+    An unload comes ``after`` a load of its file; a load has as ``followers`` the processes whose first change comes
+    after it.
+    """
+
+    __slots__ = (
+        "after",
+        "change",
+        "deadline_s",
+        "fence",
+        "followers",
+        "inspection",
+        "is_only_held",
+        "is_published",
+        "size_bytes",
+    )
 
     def __init__(self, change: Change, inspection: Inspection, fence: _Fence, *, is_only_held: bool) -> None:
         self.change = change
@@ -53,6 +69,9 @@ class _Waiting:
         self.fence = fence
         self.is_only_held = is_only_held
         self.size_bytes = bytes_of(change)
+        self.after: _Waiting | None = None
+        self.followers: dict[int, None] = {}
+        self.is_published = False
 
 
 class _ProcessQueue:
@@ -83,6 +102,10 @@ class FactsQueue:
         self._queues: dict[int, _ProcessQueue] = {}
         #: The processes whose first change waits for an inspection.
         self._heads: dict[Inspection, list[int]] = {}
+        #: The newest load of each file that waits.
+        self._loads: dict[FileId, _Waiting] = {}
+        #: Processes whose first change came after a load that is published now.
+        self._ready: deque[int] = deque()
         self._fences: deque[_Fence] = deque()
         self._next_fence = _Fence()
         #: What came while a fence holds everything; None while none does.
@@ -94,9 +117,11 @@ class FactsQueue:
         """Whether something waits."""
         return bool(self._queues or self._fences)
 
-    def holds_back(self, pid: int) -> bool:
-        """Whether a change of this process has to wait, whatever is known of its file."""
-        return self._held is not None or pid in self._queues
+    def holds_back(self, change: Change) -> bool:
+        """Whether a change has to wait, whatever is known of its file."""
+        if self._held is not None or change.process.pid in self._queues:
+            return True
+        return not change.is_load and change.name.file_id in self._loads
 
     def put(self, change: Change, inspection: Inspection, *, is_only_held: bool = False) -> None:
         """Takes a change of a process.
@@ -109,6 +134,10 @@ class FactsQueue:
         waiting = _Waiting(change, inspection, self._next_fence, is_only_held=is_only_held)
         waiting.fence.open += 1
         self.waiting_bytes += waiting.size_bytes
+        if change.is_load:
+            self._loads[change.name.file_id] = waiting
+        else:
+            waiting.after = self._loads.get(change.name.file_id)
         if self._held is not None:
             self._held.append(waiting)
         else:
@@ -162,6 +191,7 @@ class FactsQueue:
         for queue in self._queues.values():
             for waiting in queue.items:
                 waiting.inspection = inspect(waiting.change)
+                waiting.followers.clear()
         for waiting in self._held or ():
             waiting.inspection = inspect(waiting.change)
         self._heads.clear()
@@ -182,16 +212,24 @@ class FactsQueue:
             self._run(pid, 0.0)
 
     def _run(self, pid: int, now_s: float) -> None:
-        """Publishes a process's changes up to the first one that has to wait."""
+        """Publishes a process's changes up to the first one that has to wait, and then what came after them."""
+        self._publish_of(pid, now_s)
+        while self._ready:
+            self._publish_of(self._ready.popleft(), now_s)
+        self._pass_fences()
+
+    def _publish_of(self, pid: int, now_s: float) -> None:
         queue = self._queues[pid]
         while queue.items:
             first = queue.items[0]
+            if first.after is not None and not first.after.is_published:
+                first.after.followers[pid] = None
+                return
             if first.inspection.facts is None and now_s < first.deadline_s:
                 self._heads.setdefault(first.inspection, []).append(pid)
                 return
             self._release(queue)
         del self._queues[pid]
-        self._pass_fences()
 
     def _release(self, queue: _ProcessQueue) -> None:
         first = queue.items.popleft()
@@ -199,6 +237,10 @@ class FactsQueue:
         self.waiting_bytes -= first.size_bytes
         self._publish(first.change, first.inspection.facts, first.is_only_held)
         first.fence.open -= 1
+        first.is_published = True
+        if self._loads.get(first.change.name.file_id) is first:
+            del self._loads[first.change.name.file_id]
+        self._ready.extend(first.followers)
 
     def _pass_fences(self) -> None:
         while self._fences and not self._fences[0].open:
@@ -214,10 +256,15 @@ class FactsQueue:
         """Too much waits: the processes that have the most do not wait any longer."""
         enough = self._limit_bytes * (1 - SPARE)
         for pid, queue in sorted(self._queues.items(), key=lambda one: one[1].size_bytes, reverse=True):
-            inspection = queue.items[0].inspection
-            self._heads[inspection].remove(pid)
-            if not self._heads[inspection]:
-                del self._heads[inspection]
+            if not queue.items:  # it came after what was published meanwhile
+                continue
+            first = queue.items[0]
+            if first.after is not None and not first.after.is_published:
+                del first.after.followers[pid]
+            else:
+                self._heads[first.inspection].remove(pid)
+                if not self._heads[first.inspection]:
+                    del self._heads[first.inspection]
             while queue.items and self.waiting_bytes > enough:
                 self._release(queue)
             self._run(pid, 0.0)

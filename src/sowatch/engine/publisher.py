@@ -111,7 +111,7 @@ class Publisher:
                 continue
             if self._silent and self._was_silent(change):
                 continue
-            if not waiting or not waiting.holds_back(change.process.pid):
+            if not waiting or not waiting.holds_back(change):
                 facts = self._facts(change)
                 if facts is not None:
                     self._emit(change, facts)

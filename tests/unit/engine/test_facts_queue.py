@@ -13,8 +13,9 @@ KNOWN = FileFacts(True)
 NEVER = float("inf")
 
 
-def change(pid: int, path: str = "/lib/a.so", ranges: int = 1):
-    return SimpleNamespace(process=SimpleNamespace(pid=pid), name=SimpleNamespace(path=path), ranges=((0, 1),) * ranges)
+def change(pid: int, path: str = "/lib/a.so", ranges: int = 1, *, is_load: bool = True):
+    name = SimpleNamespace(path=path, file_id=path)
+    return SimpleNamespace(process=SimpleNamespace(pid=pid), name=name, ranges=((0, 1),) * ranges, is_load=is_load)
 
 
 def asked(at_s: float = 100.0) -> Inspection:
@@ -51,8 +52,8 @@ def test_a_process_waits_for_its_own_file_and_no_other_process_waits_with_it(que
     queue.put(change(1, "/lib/b.so"), over())
     queue.put(change(2, "/lib/b.so"), over())
     assert told == [(2, "b", KNOWN)]
-    assert queue.holds_back(1)
-    assert not queue.holds_back(2)
+    assert queue.holds_back(change(1))
+    assert not queue.holds_back(change(2))
     finish(queue, slow)
     assert told == [(2, "b", KNOWN), (1, "s", KNOWN), (1, "b", KNOWN)]
     assert not queue
@@ -126,14 +127,14 @@ def test_an_action_that_holds_lets_nothing_pass_until_it_is_done(queue, told):
     slow = asked()
     queue.put(change(1, "/lib/s.so"), slow)
     queue.after_all(lambda: told.append("ready"), holds=True)
-    assert queue.holds_back(2)
+    assert queue.holds_back(change(2))
     queue.put(change(2, "/lib/b.so"), over())
     queue.put(change(1, "/lib/c.so"), over())
     queue.after_all(lambda: told.append("lost"))
     assert told == []
     finish(queue, slow)
     assert [one if isinstance(one, str) else one[:2] for one in told] == [(1, "s"), "ready", (2, "b"), (1, "c"), "lost"]
-    assert not queue.holds_back(2)
+    assert not queue.holds_back(change(2))
 
 
 def test_beyond_the_limit_the_process_with_the_most_waits_no_longer(queue, told):
@@ -144,7 +145,7 @@ def test_beyond_the_limit_the_process_with_the_most_waits_no_longer(queue, told)
     assert {one[0] for one in told} == {2}
     assert told[0] == (2, "f", None, "held")
     assert queue.waiting_bytes > 100_000 * (1 - SPARE) - 1_000
-    assert queue.holds_back(1)
+    assert queue.holds_back(change(1))
     queue.advance([], NEVER)
     assert [one[0] for one in told].count(1) == 1
     assert len(told) == 1001
@@ -168,3 +169,45 @@ def test_asking_again_does_not_make_anybody_wait_longer(queue, told):
     queue.ask_again(lambda _: asked(101.9))
     queue.advance([], 100.1 + FACTS_TIMEOUT_S)
     assert told == [(1, "a", None)]
+
+
+def test_an_unload_does_not_overtake_the_load_of_its_file_by_another_process(queue, told):
+    """A server's parent exits while the load of its child still waits: the file must not seem to have no user."""
+    slow = asked()
+    queue.put(change(2), slow)
+    unload = change(1, is_load=False)
+    assert queue.holds_back(unload)
+    assert not queue.holds_back(change(1, "/lib/b.so", is_load=False))
+    queue.put(unload, over())
+    queue.put(change(1, "/lib/b.so"), over())
+    assert told == []
+    finish(queue, slow)
+    assert [one[:2] for one in told] == [(2, "a"), (1, "a"), (1, "b")]
+    assert not queue
+    assert queue.waiting_bytes == 0
+
+
+def test_an_unload_waits_for_a_load_that_waits_behind_another_file(queue, told):
+    first, second = asked(), asked()
+    queue.put(change(2, "/lib/s.so"), first)
+    queue.put(change(2), second)
+    queue.put(change(1, is_load=False), over())
+    finish(queue, second)
+    assert told == []
+    queue.advance([], 100.0 + FACTS_TIMEOUT_S)
+    assert [one[:2] for one in told] == [(2, "s"), (2, "a"), (1, "a")]
+    assert not queue
+
+
+def test_what_comes_after_a_load_goes_on_when_the_queue_is_too_full_or_asks_again(queue, told):
+    slow = asked()
+    queue.put(change(2, ranges=250), slow)
+    queue.put(change(1, is_load=False), over())
+    queue.ask_again(lambda one: over() if not one.is_load else slow)
+    assert told == []
+    for number in range(3):
+        queue.put(change(3 + number, "/lib/s.so", ranges=250), slow)
+    assert (2, "a", None) in told
+    queue.advance([], NEVER)
+    assert [one[:2] for one in told].index((2, "a")) < [one[:2] for one in told].index((1, "a"))
+    assert not queue
