@@ -12,17 +12,9 @@ from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.address_space import MappedFile
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain import FileLook, MappedIn, Try
-from sowatch.explain.assemble import (
-    Group,
-    Memory,
-    PathFacts,
-    ProcessFacts,
-    Shown,
-    group_rows,
-    path_report,
-    process_report,
-)
+from sowatch.explain.assemble import Memory, PathFacts, ProcessFacts, path_report, process_report
 from sowatch.explain.audit import Difference
+from sowatch.explain.mapped import Group, Shown, group_rows
 from sowatch.explain.records import Candidate
 from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import Link, MapRow, Stat

@@ -22,7 +22,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
     untold  why no load was reported: no_rule, not_selected, passing (vfork), awaiting_facts,
             baseline, unresolved (exports could not be read), not_in_map
     verdict of the kernel: match, ignore (seconds_left), none or mixed
-    file    opened_by map_files, root, own_view or null; tries: by, path, error; exports found;
+    file    opened_by map_files, root, own_view, layer or null; tries: by, path, error; exports found;
             elf: elf, partial, not_elf, not_regular, gone, not_permitted, unreadable, no_answer,
             skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since

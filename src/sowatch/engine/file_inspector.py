@@ -22,7 +22,7 @@ from sowatch.engine.address_space import Change, MappedFile
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
-from sowatch.linux.mapped_file import Place, find_mapped, is_on_overlay, mapped_build_id, open_mapped
+from sowatch.linux.mapped_file import Place, build_id_of_copied_up, find_mapped, mapped_build_id, open_mapped
 from sowatch.linux.openat import reopen
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
@@ -310,10 +310,9 @@ class Inspector:
                 return FileFacts(is_elf=True if build_id else None, build_id=build_id, is_partial=bool(build_id))
             fd = reopen(found.fd, os.O_RDONLY)
             facts = self._facts_of(fd, version, found.place)._replace(place=found.place, link=found.link)
-            if version.changed_ns <= 0 and facts.build_id and is_on_overlay(fd) and not order.skips_process:
-                # Nobody knows which version was mapped: after a copy-up it is not the one that the overlay shows.
-                build_id = mapped_build_id(self._proc, order.pid, order.ranges)
-                if build_id is not None and build_id != facts.build_id:
+            if version.changed_ns <= 0 and not order.skips_process:
+                build_id = build_id_of_copied_up(self._proc, order.pid, order.ranges, fd, facts.build_id)
+                if build_id is not None:
                     facts = FileFacts(is_elf=True, build_id=build_id, is_partial=True)
         except OSError:
             return FileFacts()

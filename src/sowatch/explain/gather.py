@@ -21,13 +21,9 @@ from sowatch.engine.address_space import MappedFile
 from sowatch.engine.queries import Known, View
 from sowatch.explain.assemble import (
     MEMORY,
-    FilesByAddress,
-    Group,
     Memory,
     PathFacts,
     ProcessFacts,
-    Shown,
-    group_rows,
     ids_of,
     path_report,
     process_report,
@@ -36,6 +32,7 @@ from sowatch.explain.assemble import (
 )
 from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Subject, TimeoutWorker, look_at, look_at_place
+from sowatch.explain.mapped import FilesByAddress, Group, Shown, group_rows
 from sowatch.explain.probing import unprobed
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
@@ -204,10 +201,11 @@ def _looks(
         subject = Subject(
             pid=facts.process.pid,
             path=group.path if file is None else file.name.path,
-            inode=group.inode if file is None else file.name.file_id.inode,
+            file_id=group.file_id if file is None else file.name.file_id,
             ranges=group.ranges,
             is_own_view=bool(facts.sees_our_files),
             is_deleted=group.is_deleted,
+            changed_ns=0 if file is None else max(0, file.name.changed_ns),
         )
         if time.monotonic() > end_s:
             found[group] = _SKIPPED
@@ -275,9 +273,9 @@ def _memory_facts(
     for pid, rows in near.items():
         for row in rows:
             if row.path == name and is_memory(FileId(row.major, row.minor, row.inode)):
-                subject = Subject(
-                    pid, facts.path, row.inode, ((row.start, row.end),), is_own_view=False, is_deleted=True
-                )
+                file_id = FileId(row.major, row.minor, row.inode)
+                ranges = ((row.start, row.end),)
+                subject = Subject(pid, facts.path, file_id, ranges, is_own_view=False, is_deleted=True)
                 look = worker.run(partial(look_at, context.proc, subject, context.exports)) or _NO_ANSWER
                 shown = Shown(row.major, row.minor, row.inode)
                 return replace(facts, file_type=MEMORY, error=None, shown=shown), look

@@ -1,7 +1,6 @@
-"""Looks at files that others control: can the very file be opened, and what does it say of itself?
+"""Files that others control: can the very file be opened, and what are its facts?
 
-The ways are those of `sowatch.engine.file_inspector.open_mapped`, in its order, but each says what became of it. A
-file is looked up before it is opened, so that no device is.
+The file is found by `sowatch.linux.mapped_file.find_mapped`, as everywhere; here each way that was tried is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import queue
 import stat
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
@@ -23,8 +22,10 @@ from sowatch.explain.records import By, ElfState, FileLook, Range, Try
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import search_exports
-from sowatch.linux.openat import file_system_of, open_below, reopen
+from sowatch.linux.mapped_file import NOT_REGULAR, Place, build_id_of_copied_up, find_mapped, mapped_build_id
+from sowatch.linux.openat import file_system_of, reopen
 from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.identity import FileId
 
 __all__ = ["Subject", "TimeoutWorker", "look_at", "look_at_place"]
 
@@ -34,8 +35,6 @@ T = TypeVar("T")
 PATIENCE_S: Final = 2.0
 #: After so many of them nothing more is tried.
 MAX_STUCK: Final = 3
-#: A file may have thousands of ranges; the link of each leads to the same file.
-MAX_LINKS: Final = 4
 #: include/uapi/linux/magic.h
 HUGETLBFS_MAGIC: Final = 0x958458F6
 #: _IOR('v', 1, long), linux/fs.h; what comes back has 4 bytes.
@@ -101,14 +100,18 @@ def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
 
 
 class Subject(NamedTuple):
-    """A file to look at, by one process that has it mapped; ``path`` is as that process sees it."""
+    """A file, by one process that has it mapped; ``path`` is as that process sees it.
+
+    ``changed_ns``: the change time of the mapped inode, 0 where nobody knows it.
+    """
 
     pid: int
     path: str
-    inode: int
+    file_id: FileId
     ranges: tuple[Range, ...]
     is_own_view: bool
     is_deleted: bool
+    changed_ns: int = 0
 
 
 def look_at(proc: ProcFs, subject: Subject, exports: Collection[str]) -> FileLook:
@@ -121,17 +124,48 @@ def look_at(proc: ProcFs, subject: Subject, exports: Collection[str]) -> FileLoo
     """
     tries: list[Try] = []
     is_refused = False
-    for found in _ways(proc, subject):
-        tries.append(found.attempt)
-        is_refused |= found.is_refused
-        if found.is_other_type:
-            return FileLook("not_regular", tries=tuple(tries))
-        if found.fd is not None:
+
+    def on_try(place: Place | None, path: str, why: OSError | Miss | str | None) -> None:
+        nonlocal is_refused
+        is_refused |= why is Miss.DENIED or isinstance(why, PermissionError)
+        tries.append(Try(_BY[place], path, _text_of(why)))
+
+    found = find_mapped(
+        proc,
+        subject.pid,
+        subject.file_id,
+        subject.path,
+        subject.ranges,
+        is_own_view=subject.is_own_view,
+        is_deleted=subject.is_deleted,
+        changed_ns=subject.changed_ns,
+        on_try=on_try,
+    )
+    if found is not None:
+        try:
+            fd = reopen(found.fd, os.O_RDONLY)
+        except OSError as error:
+            tries[-1] = replace(tries[-1], error=_text_of(error))
+            is_refused |= isinstance(error, PermissionError)
+        else:
             try:
-                return _read(found.fd, found.attempt.by, tuple(tries), exports)
+                look = _read(fd, tries[-1].by, tuple(tries), exports)
+                build_id = None
+                if not subject.changed_ns:
+                    build_id = build_id_of_copied_up(proc, subject.pid, subject.ranges, fd, look.build_id)
+                if build_id is None:
+                    return look
+                tries[-1] = replace(tries[-1], error=_COPIED_UP)
+                return FileLook("partial", f"only its build id can be read: {_COPIED_UP}", None, tuple(tries), build_id)
             finally:
-                os.close(found.fd)
-    return FileLook("not_permitted" if is_refused else "gone", tries=tuple(tries))
+                os.close(fd)
+        finally:
+            os.close(found.fd)
+    if any(one.error == NOT_REGULAR for one in tries):
+        return FileLook("not_regular", tries=tuple(tries))
+    if build_id := mapped_build_id(proc, subject.pid, subject.ranges):
+        return FileLook("partial", tries[0].error, build_id=build_id, tries=tuple(tries))
+    return FileLook("not_permitted" if is_refused else "gone", tries[0].error, tries=tuple(tries))
 
 
 def look_at_place(place: int, path: str, exports: Collection[str]) -> FileLook:
@@ -149,21 +183,8 @@ def look_at_place(place: int, path: str, exports: Collection[str]) -> FileLook:
         os.close(fd)
 
 
-class _Way(NamedTuple):
-    attempt: Try
-    fd: int | None = None
-    is_other_type: bool = False
-    is_refused: bool = False
-
-
-def _failed(by: By, path: str, why: OSError | Miss | str) -> _Way:
-    if isinstance(why, OSError):
-        return _Way(Try(by, path, os.strerror(why.errno or 0)), is_refused=isinstance(why, PermissionError))
-    if isinstance(why, Miss):
-        return _Way(Try(by, path, _MISSING[why]), is_refused=why is Miss.DENIED)
-    return _Way(Try(by, path, why))
-
-
+_BY: Final[Mapping[Place | None, By]] = {"link": "map_files", "root": "root", "own": "own_view", None: "layer"}
+_COPIED_UP: Final = "the overlay shows a copy of it, or another file"
 _MISSING: Final = {
     Miss.GONE: "the process is gone",
     Miss.DENIED: "not permitted",
@@ -172,60 +193,10 @@ _MISSING: Final = {
 }
 
 
-def _ways(proc: ProcFs, subject: Subject) -> Iterator[_Way]:
-    yield _by_link(proc, subject)
-    root = proc.root_dir(subject.pid)
-    below = f"{proc.root}/{subject.pid}/root" if isinstance(root, Miss) else root
-    if subject.is_deleted:
-        yield _failed("root", below + subject.path, "its name is gone")
-        return
-    yield _failed("root", below + subject.path, root) if isinstance(root, Miss) else _by_path("root", root, subject)
-    if subject.is_own_view:
-        yield _by_path("own_view", "/", subject)
-
-
-def _by_link(proc: ProcFs, subject: Subject) -> _Way:
-    links = proc.map_files_dir(subject.pid)
-    if isinstance(links, Miss):
-        return _failed("map_files", f"{proc.root}/{subject.pid}/map_files", links)
-    way = _failed("map_files", links, "nothing is mapped any more")
-    for start, end in subject.ranges[:MAX_LINKS]:
-        path = f"{links}/{start:x}-{end:x}"
-        try:
-            # The link leads to the file itself; a device is not opened by looking at it, and what is mapped in its
-            # place meanwhile is not opened either.
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                if not stat.S_ISREG(os.fstat(place).st_mode):
-                    return _Way(Try("map_files", path, "not a regular file"), is_other_type=True)
-                return _Way(Try("map_files", path, None), reopen(place, os.O_RDONLY))
-            finally:
-                os.close(place)
-        except OSError as error:
-            way = _failed("map_files", path, error)
-    return way
-
-
-def _by_path(by: By, root: str, subject: Subject) -> _Way:
-    """Below a root that no link leads out of; counts only if the inode number is the one mapped."""
-    path = subject.path if root == "/" else root + subject.path
-    try:
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            place = open_below(directory, subject.path, os.O_PATH, follows_links=False)
-        finally:
-            os.close(directory)
-        try:
-            status = os.fstat(place)
-            if status.st_ino != subject.inode:
-                return _failed(by, path, "another file has that name now")
-            if not stat.S_ISREG(status.st_mode):
-                return _Way(Try(by, path, "not a regular file"), is_other_type=True)
-            return _Way(Try(by, path, None), reopen(place, os.O_RDONLY))
-        finally:
-            os.close(place)
-    except OSError as error:
-        return _failed(by, path, error)
+def _text_of(why: OSError | Miss | str | None) -> str | None:
+    if isinstance(why, OSError):
+        return why.strerror or os.strerror(why.errno or 0)
+    return _MISSING[why] if isinstance(why, Miss) else why
 
 
 def _generation(fd: int) -> int | None:

@@ -50,7 +50,7 @@ ElfState: TypeAlias = Literal[
     "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
 ]
 #: By which way a file was opened; see `Try`.
-By: TypeAlias = Literal["map_files", "root", "own_view"]
+By: TypeAlias = Literal["map_files", "root", "own_view", "layer"]
 #: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
 #: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
@@ -86,7 +86,8 @@ class Try(Struct, frozen=True):
     """One way to open the very file, and why it did not work (None: it did).
 
     ``by``: ``map_files``, the kernel's own link to the mapping; ``root``, the path below the root of
-    the process; ``own_view``, the path as the agent sees it.
+    the process; ``own_view``, the path as the agent sees it; ``layer``, a layer of the overlay that shows another file
+    under the path by now.
     """
 
     by: By

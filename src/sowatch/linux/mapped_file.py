@@ -11,22 +11,26 @@ lower file is then searched for in the layers, by its own inode.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import itertools
 import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from sowatch.linux.mapped_rows import subvolume_of
 from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_inode
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.identity import FileId
 
 __all__ = [
+    "NOT_REGULAR",
     "Found",
+    "OnTry",
     "Place",
+    "build_id_of_copied_up",
     "file_version",
     "find_in_layers",
     "find_mapped",
@@ -51,6 +55,12 @@ _BUILD_ID_SIZE_FIELD: Final = 12
 MAX_LINKS: Final = 16
 #: Docker's limit is 127 lower layers; each costs two system calls.
 MAX_LAYERS: Final = 256
+
+
+#: What a device or a FIFO is that was mapped, or has taken the place.
+NOT_REGULAR: Final = "not a regular file"
+#: Takes the place that was tried (None: a layer of an overlay), its path, and why the file was not found there.
+OnTry: TypeAlias = Callable[[Place | None, str, OSError | Miss | str | None], None]
 
 
 class Found(NamedTuple):
@@ -113,6 +123,7 @@ def find_mapped(
     changed_ns: int = 0,
     on_file: Callable[[], None] = lambda: None,
     skips_process: bool = False,
+    on_try: OnTry = lambda _place, _path, _why: None,
 ) -> Found | None:
     """The very file that a process has mapped, or None if it cannot be had any more.
 
@@ -130,22 +141,33 @@ def find_mapped(
         changed_ns: the change time of the mapped inode, 0 if nobody knows it.
         on_file: called before a file system is asked, and no more the process.
         skips_process: the process does not answer.
+        on_try: called after each way that was tried until the file was found.
     """
-
-    def is_it(fd: int, *, is_link: bool) -> bool:
-        return _is_it(fd, file_id, changed_ns, is_link=is_link)
-
-    link, link_path = (None, None) if skips_process else _open_link(proc, pid, ranges, on_file)
-    mapped = None if link is None or not is_it(link, is_link=True) else os.fstat(link)
+    link, link_path = (None, None) if skips_process else _open_link(proc, pid, ranges, on_file, on_try)
+    mapped = None
+    if link is not None and link_path is not None:
+        why_not = _why_not_it(link, file_id, changed_ns, is_link=True)
+        on_try("link", link_path, why_not)
+        mapped = None if why_not else os.fstat(link)
     try:
         place: Place | None = "link" if mapped is not None else None
-        for where, root in [] if is_deleted else _roots(None if skips_process else proc, pid, is_own_view=is_own_view):
-            fd = _open_path(root, path, on_file)
-            if fd is None:
+        if is_deleted and mapped is None:
+            on_try("root", f"{proc.root}/{pid}/root{path}", "its name is gone")
+        roots = _roots(None if skips_process else proc, pid, path, on_try, is_own_view=is_own_view)
+        for where, root in () if is_deleted else roots:
+            shown = path if where == "own" else root + path
+            try:
+                fd = _open_path(root, path, on_file)
+            except OSError as error:
+                if mapped is None:
+                    on_try(where, shown, error)
                 continue
-            is_same = is_it(fd, is_link=False) if mapped is None else os.path.samestat(os.fstat(fd), mapped)
-            if is_same and mapped is None:
-                return Found(fd, where)
+            if mapped is None:
+                why_not = _why_not_it(fd, file_id, changed_ns, is_link=False)
+                on_try(where, shown, why_not)
+                if why_not is None:
+                    return Found(fd, where)
+            is_same = mapped is not None and os.path.samestat(os.fstat(fd), mapped)
             os.close(fd)
             if is_same:
                 place = where
@@ -154,7 +176,9 @@ def find_mapped(
             found, link = Found(link, place, link_path), None
             return found
         if link is not None and changed_ns and is_on_overlay(link):
-            return find_in_layers(proc, pid, file_id, path)
+            in_layer = find_in_layers(proc, pid, file_id, path)
+            on_try(None, path, None if in_layer else "no layer that can be reached from here has it")
+            return in_layer
         return None
     finally:
         if link is not None:
@@ -166,35 +190,43 @@ def is_on_overlay(fd: int) -> bool:
     return file_system_of(fd) == OVERLAYFS_MAGIC
 
 
-def _is_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> bool:
-    """Whether a descriptor (O_PATH will do) is of that file."""
+def _why_not_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> str | None:
+    """Why a descriptor (O_PATH will do) is not of that file; None if it is."""
     status = os.fstat(fd)
+    other = "another file is mapped there by now" if is_link else "another file has that name now"
+    is_real = shows_real_inode(fd)
+    is_same = (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
     if not stat.S_ISREG(status.st_mode):
-        return False
-    if shows_real_inode(fd):
-        return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == file_id[:3]
+        return NOT_REGULAR if is_same or is_link else other
+    if is_real:
+        return None if is_same else other
     # On overlayfs and btrfs stat invents the device, on an overlay over several file systems the inode too.
     if changed_ns and status.st_ctime_ns != changed_ns and is_on_overlay(fd):
-        return False
+        return "the overlay shows a copy of it, or another file"
     if file_id.subvolume and subvolume_of(fd) not in (0, file_id.subvolume):
-        return False
-    return is_link or status.st_ino == file_id.inode
+        return other
+    return None if is_link or status.st_ino == file_id.inode else other
 
 
 def _open_link(
-    proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...], on_file: Callable[[], None]
+    proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...], on_file: Callable[[], None], on_try: OnTry
 ) -> tuple[int | None, str | None]:
-    """The kernel's link to the mapping; who controls the process cannot make it lead elsewhere."""
-    links = proc.map_files_dir(pid) if ranges else None
-    if links:
-        for start, end in _with_parts(proc, pid, ranges):
-            path = f"{links}/{start:x}-{end:x}"
-            try:
-                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            except OSError:
-                continue
-            on_file()
-            return fd, path
+    """The kernel's link to the mapping; the user who controls the process cannot make it lead elsewhere."""
+    links = proc.map_files_dir(pid)
+    if isinstance(links, Miss):
+        on_try("link", f"{proc.root}/{pid}/map_files", links)
+        return None, None
+    path, why = links, "nothing is mapped any more"  # type: str, OSError | str
+    for start, end in _with_parts(proc, pid, ranges) if ranges else ():
+        path = f"{links}/{start:x}-{end:x}"
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            why = error
+            continue
+        on_file()
+        return fd, path
+    on_try("link", path, why)
     return None, None
 
 
@@ -207,26 +239,32 @@ def _with_parts(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...]) -> 
         yield row.start, row.end
 
 
-def _roots(proc: ProcFs | None, pid: int, *, is_own_view: bool) -> Iterator[tuple[Place, str]]:
+def _roots(
+    proc: ProcFs | None, pid: int, path: str, on_try: OnTry, *, is_own_view: bool
+) -> Iterator[tuple[Place, str]]:
     """Where the path of the file may begin: at our root if it is the process's as well, at that one."""
     if is_own_view:
         yield "own", "/"
-    if proc is not None and (root := proc.root_dir(pid)):
-        yield "root", root
+    if proc is not None:
+        root = proc.root_dir(pid)
+        if isinstance(root, Miss):
+            on_try("root", f"{proc.root}/{pid}/root{path}", root)
+        else:
+            yield "root", root
 
 
-def _open_path(root: str, path: str, on_file: Callable[[], None]) -> int | None:
+def _open_path(root: str, path: str, on_file: Callable[[], None]) -> int:
+    """A descriptor (O_PATH) of what a path leads to below a root.
+
+    Raises:
+        OSError: as open(2); `ENOENT` where the name of the kernel's own (``anon_inode:...``) is no path.
+    """
     if not path.startswith("/"):
-        return None
-    try:
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
+        raise FileNotFoundError(errno.ENOENT, "it has no path", path)
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     on_file()
     try:
         return open_below(directory, path, os.O_PATH, follows_links=False)
-    except OSError:
-        return None
     finally:
         os.close(directory)
 
@@ -238,7 +276,7 @@ def find_in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found 
     makes it harmless that the user who mounted the overlay chose it.
     """
     for fd in _opened_in_layers(proc, pid, path):
-        if shows_real_inode(fd) and _is_it(fd, file_id, 0, is_link=False):
+        if shows_real_inode(fd) and _why_not_it(fd, file_id, 0, is_link=False) is None:
             return Found(os.dup(fd), None)
     return None
 
@@ -293,8 +331,9 @@ def _opened_in_layers(proc: ProcFs, pid: int, path: str, *, is_lower_only: bool 
         if is_lower_only and not is_lower:
             continue
         for at in (root, "/"):
-            fd = _open_path(at, f"{layer}/{below}", lambda: None)
-            if fd is None:
+            try:
+                fd = _open_path(at, f"{layer}/{below}", lambda: None)
+            except OSError:
                 continue
             try:
                 yield fd
@@ -348,6 +387,27 @@ def _unescaped(text: str) -> str:
     for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, char)
     return text
+
+
+def build_id_of_copied_up(
+    proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...], fd: int, shown: str | None
+) -> str | None:
+    """The build id of what is mapped, if the overlay shows another file by now; needed where no change time is known.
+
+    Args:
+        proc: the host's.
+        pid: of the process.
+        ranges: where it has the file mapped.
+        fd: the file that was found.
+        shown: the build id in that.
+
+    Returns:
+        None if what was found may be what is mapped.
+    """
+    if not shown or not is_on_overlay(fd):
+        return None
+    build_id = mapped_build_id(proc, pid, ranges)
+    return build_id if build_id != shown else None
 
 
 def mapped_build_id(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...]) -> str | None:

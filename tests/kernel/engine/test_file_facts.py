@@ -16,6 +16,7 @@ import pytest
 
 from sowatch import ActiveFile, Config, Rule
 from sowatch.engine.queries import Held
+from sowatch.explain import ProcessReport
 from sowatch.explain.audit import audit
 from sowatch.linux.elf import read_facts
 from sowatch.linux.proc import ProcFs
@@ -243,6 +244,29 @@ def test_after_a_copy_up_a_rule_gets_a_descriptor_of_the_lower_file(
     wait_held(ledger, mapper.pid, path, lambda _: True)
     ledger.wait_for(lambda: contents, "it was not opened")
     assert contents == [one_and_two[0]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_explain_after_a_copy_up_has_the_facts_of_the_lower_file_and_a_reason_for_those_it_has_not(
+    open_ledger: Callable[..., Ledger],
+    overlaid: tuple[Mapper, Path],
+    scratch: Path,
+    one_and_two: tuple[bytes, bytes],
+    strategy: str,
+) -> None:
+    mapper, path = overlaid
+    ledger = open_ledger(Rule(TAG, kind=KINDS), config=config(strategy))
+    wait_held(ledger, mapper.pid, path, lambda _: True)
+    report = ledger.watcher.explain(mapper.pid)
+    assert isinstance(report, ProcessReport)
+    (found,) = [one for one in report.mappings if one.library.path == str(path)]
+    assert found.look.build_id == found.library.build_id == build_id(one_and_two[0], scratch)
+    if strategy == "core":
+        assert found.look.opened_by == "layer"
+        assert found.look.soname == "libone.so"
+    else:
+        assert (found.look.elf, found.look.soname, found.library.host_path) == ("partial", None, None)
+        assert "copy" in str(found.look.reason)
 
 
 # ---- btrfs --------------------------------------------------------------------------------------

@@ -13,17 +13,19 @@ import pytest
 from sowatch.explain import FileLook
 from sowatch.explain.looks import MAX_STUCK, Subject, TimeoutWorker, look_at, look_at_place
 from sowatch.linux.proc import ProcFs
+from sowatch.model.identity import FileId
 from support.elf_files import Made
 
 # ---- looks at files -----------------------------------------------------------------------------
 
 
 def subject(path: Path | str, **changes: Any) -> Subject:
-    inode = os.stat(path).st_ino if os.path.exists(path) else 0
+    about = os.stat(path) if os.path.exists(path) else None
+    file_id = FileId(os.major(about.st_dev), os.minor(about.st_dev), about.st_ino) if about else FileId(0, 0, 0)
     facts: dict[str, Any] = {
         "pid": os.getpid(),
         "path": str(path),
-        "inode": inode,
+        "file_id": file_id,
         "ranges": (),
         "is_own_view": False,
         "is_deleted": False,
@@ -44,11 +46,11 @@ def test_a_file_is_opened_below_the_root_of_its_process(make_library: Callable[.
 
 
 def test_another_file_under_the_name_is_not_taken_for_it(make_library: Callable[..., Path]) -> None:
-    look = look_at(ProcFs(), subject(make_library(), inode=1, is_own_view=True), ())
+    look = look_at(ProcFs(), subject(make_library(), file_id=FileId(0, 0, 1), is_own_view=True), ())
     assert (look.elf, look.opened_by) == ("gone", None)
     assert tries(look)[1:] == [
-        ("root", "another file has that name now"),
         ("own_view", "another file has that name now"),
+        ("root", "another file has that name now"),
     ]
 
 

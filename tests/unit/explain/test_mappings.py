@@ -13,8 +13,9 @@ from sowatch.bpf.records import file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.queries import KnownFile, KnownProcess
 from sowatch.explain import FileLook, VerdictAnswer
-from sowatch.explain.assemble import FilesByAddress, answers, group_rows, verdict_of
+from sowatch.explain.assemble import answers, verdict_of
 from sowatch.explain.audit import Difference
+from sowatch.explain.mapped import FilesByAddress, group_rows
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId

@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from sowatch.engine.activation import BlockedFile
 from sowatch.explain import FileLook, VerdictAnswer
-from sowatch.explain.assemble import PathFacts, Shown, ids_of, relation_of, same_file
+from sowatch.explain.assemble import PathFacts, ids_of, relation_of, same_file
+from sowatch.explain.mapped import Shown
 from sowatch.explain.records import Candidate
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet

@@ -12,9 +12,10 @@ from sowatch import cli
 from sowatch.cli import explain as command
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.explain import FileLook, Try, to_dict
-from sowatch.explain.assemble import PathFacts, Shown
+from sowatch.explain.assemble import PathFacts
 from sowatch.explain.audit import Difference
 from sowatch.explain.gather import explain
+from sowatch.explain.mapped import Shown
 from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import executable_maps
 from sowatch.model.encoding import dumps
