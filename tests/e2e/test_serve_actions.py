@@ -233,6 +233,22 @@ def test_the_end_of_the_agent_leaves_nothing_attached(
     running.call("plain")
 
 
+def test_a_file_that_is_armed_has_every_call_of_short_processes_counted(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    path = library()
+    agent = new_agent(rule(path, f"count = ['plain']\nprearm = ['{path.parent}/*.so']")).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    for _ in range(5):
+        short = caller(path)
+        short.call("plain", times=2)
+        short.end()
+    wait_until(lambda: calls(agent, "plain") == 10)
+    found = samples(agent.get("/metrics").text)
+    (labels,) = [dict(key[1]) for key in found if key[0] == "sowatch_calls_total"]
+    assert re.fullmatch("[0-9a-f]{40}", labels["build_id"])
+
+
 def attached_to(report: dict[str, Any], path: Path) -> list[Any]:
     (found,) = [one["attachments"] for one in report["mappings"] if one["library"]["path"] == str(path)]
     return list(found)

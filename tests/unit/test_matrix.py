@@ -27,7 +27,7 @@ from matrix.kernels import (
     KnownFault,
 )
 from matrix.page import Run, is_news, read, render
-from sowatch.bpf.features import run_probes
+from sowatch.cli.doctor import kernel_examiner
 from sowatch.model.config import Config
 from sowatch.sources.select import CANDIDATES
 
@@ -91,7 +91,7 @@ def test_every_strategy_has_a_cell_that_its_options_force() -> None:
 
 
 def test_what_doctor_asks_is_in_the_table_of_features() -> None:
-    asked = {probe.name for probe in run_probes(Config())}
+    asked = {probe.name for probe in kernel_examiner().run_probes(Config())}
     objects = {name for name in FEATURES if name.endswith(".bpf.o")}
 
     assert asked | HELPERS.keys() | objects == FEATURES.keys()

@@ -57,9 +57,8 @@ _FROM_6_12: Final = _FROM_6_1 - {"6.1"}
 #: What is asked beyond `sowatch doctor`: BPF helpers by number (enum bpf_func_id), tried in a program of a
 #: type of this number (enum bpf_prog_type).
 HELPERS: Final[Mapping[str, tuple[int, int]]] = {
-    # BPF_PROG_TYPE_TRACEPOINT, BPF_PROG_TYPE_KPROBE (which uprobes are too)
+    # BPF_PROG_TYPE_TRACEPOINT
     "task storage (5.11)": (5, 156),
-    "attach cookie (5.15)": (2, 174),
 }
 
 #: Feature, as a probe of `sowatch doctor` calls it, a name in `HELPERS`, or an object of the BPF programs
@@ -77,8 +76,12 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "mapping iterator (5.12)": _FROM_6_1,
     "trampolines (fentry, 5.5)": _ALL,
     "initial pid namespace": _ALL,
-    "task storage (5.11)": _FROM_6_1,
+    "uprobes": _ALL,
+    "uprobe.multi (6.6)": _FROM_6_12,
     "attach cookie (5.15)": _FROM_6_1,
+    "perf-event uprobes with CAP_PERFMON": frozenset(),
+    "return probes below seccomp filters": _ALL,
+    "task storage (5.11)": _FROM_6_1,
     "watch.bpf.o": _FROM_6_12,
     "prebuilt.bpf.o": _ALL,
     "watch_probe.bpf.o": _FROM_6_1,
@@ -220,7 +223,7 @@ KNOWN_FAULTS: Final = (
     ),
     KnownFault(
         "tests.kernel.engine.test_identity::test_a_path_of_4000_bytes_is_told_whole[d]",
-        frozenset({"5.10"}),
+        frozenset(),
         "a path of more than 128 components is reported as partial there",
     ),
 )

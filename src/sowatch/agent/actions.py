@@ -21,6 +21,7 @@ from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import Rule
 from sowatch.telemetry import MetricRegistry, Sampler
 from sowatch.uprobes import AttachedFile, Attacher, CallCounter
+from sowatch.uprobes.features import why_not_attach
 
 __all__ = ["ActionChange", "Actions", "RuleAction"]
 
@@ -56,6 +57,7 @@ class _Wish:
             latency=settings.latency,
             attach=settings.attach,
             linger_s=settings.linger_s,
+            prearm=settings.prearm,
         )
         if settings.attach is None:
             return cls(same, None)
@@ -90,10 +92,12 @@ class RuleAction:
         self.counter: CallCounter | None = None
         self.attacher: Attacher | None = None
         if settings.count:
-            self.counter = CallCounter(settings.count, is_timed=settings.latency, linger_s=settings.linger_s)
+            self.counter = CallCounter(
+                settings.count, is_timed=settings.latency, linger_s=settings.linger_s, prearm=settings.prearm
+            )
         if settings.attach is not None:
             probes = settings.attach.probes or None
-            self.attacher = Attacher(settings.attach.object, probes, linger_s=settings.linger_s)
+            self.attacher = Attacher(settings.attach.object, probes, linger_s=settings.linger_s, prearm=settings.prearm)
 
     @property
     def attachers(self) -> list[Attacher]:
@@ -209,6 +213,8 @@ class ActionChange:
         Raises:
             ConfigError: something cannot be loaded; nothing has changed then.
         """
+        if self.new and (reason := why_not_attach()) is not None:
+            raise ConfigError("rules", f"rule {self.new[0].rule!r} attaches, which cannot be done: {reason}")
         try:
             for action in self.new:
                 action.start()

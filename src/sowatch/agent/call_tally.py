@@ -186,8 +186,10 @@ class CallTally:
                 continue
             waiting.add(now.site.cookie)
             container = self._container_of(now.process)
-            if container is None and not is_last and key not in counted.deferred:
-                counted.deferred.add(key)  # its load may still be on its way to us
+            # Its load may still be on its way to us, with the container, and the facts of a file that was armed.
+            is_known = container is not None and (before is not None or now.site.library.build_id is not None)
+            if not is_known and not is_last and key not in counted.deferred:
+                counted.deferred.add(key)
                 continue
             counted.deferred.discard(key)
             counted.before[key] = now

@@ -31,7 +31,7 @@ from sowatch.agent.settings import Settings
 from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
-from sowatch.linux.capabilities import drop_privileges
+from sowatch.linux.capabilities import SYS_ADMIN, drop_privileges
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -40,6 +40,7 @@ from sowatch.model.lines import stamp
 from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
+from sowatch.uprobes.features import attaching_needs_admin
 from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Daemon"]
@@ -167,7 +168,9 @@ class Daemon:
             if self._settings.drop_privileges:
                 # A thread that runs already would keep what it has; the helper's is started anew.
                 source.unread.close()
-                left = drop_privileges()
+                # Asked before they are gone: what is tried needs them all.
+                is_admin = any(one.has_action for one in self._settings.rules) and attaching_needs_admin()
+                left = drop_privileges(also_keep=1 << SYS_ADMIN if is_admin else 0)
                 source.unread.start()
                 LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
             # Not before: their threads would keep every capability, and files be opened with all rights.

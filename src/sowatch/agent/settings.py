@@ -78,6 +78,7 @@ class RuleSettings(Struct, frozen=True, kw_only=True):
         latency: time the calls that are counted, too.
         attach: BPF programs of your own for the files.
         linger_s: seconds that a file stays attached after its last process, so that the next is covered at once.
+        prearm: patterns of absolute paths of files that are attached before anybody loads them.
     """
 
     name: str | None = None
@@ -88,6 +89,7 @@ class RuleSettings(Struct, frozen=True, kw_only=True):
     latency: bool = True
     attach: AttachSettings | None = None
     linger_s: float = 5.0
+    prearm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for symbol in self.count:
@@ -95,6 +97,9 @@ class RuleSettings(Struct, frozen=True, kw_only=True):
         if len(set(self.count)) < len(self.count):
             raise ConfigError("count", "a function is named twice. Name each once.")
         _in_range("linger_s", self.linger_s, 0, 86_400)
+        for pattern in self.prearm:
+            if not pattern.startswith("/") or "\0" in pattern:
+                raise ConfigError("prearm", f"{pattern!r} is no absolute path. Write /usr/lib/*/libssl.so.3.")
         try:
             self.make()
         except ConfigError:

@@ -15,7 +15,7 @@ from sowatch.bpf.binding import BpfObject, Tracefs, libbpf_version, probe
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
-__all__ = ["Probe", "run_probes"]
+__all__ = ["Answer", "Probe", "run_probes"]
 
 Answer = Literal["yes", "no", "unknown"]
 

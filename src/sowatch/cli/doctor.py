@@ -77,8 +77,14 @@ def kernel_examiner() -> Examiner:
     from sowatch.bpf.binding import libbpf_version
     from sowatch.bpf.features import run_probes
     from sowatch.sources.select import plan
+    from sowatch.uprobes import features as uprobes
 
-    return Examiner(lambda: ".".join(map(str, libbpf_version())), run_probes, plan)
+    def probes(config: Config) -> list[_Probe]:
+        found: list[_Probe] = [*run_probes(config)]
+        # Without libbpf there is nothing to try with.
+        return found if found[0].answer == "no" else [*found, *uprobes.run_probes()]
+
+    return Examiner(lambda: ".".join(map(str, libbpf_version())), probes, plan)
 
 
 def configure(parser: Parser) -> None:
@@ -287,11 +293,17 @@ def _decision_rows(report: _Report) -> list[_Row]:
     return rows
 
 
+def _number(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
 def _risk_rows(report: _Report) -> list[_Row]:
     rows: list[_Row] = [("risks reported by others, not seen here", None, "")]
     for risk in KNOWN_RISKS:
         here = risk_here(risk, report.host)
-        since = "" if risk.first_release is None else f"kernels from {risk.first_release[0]}.{risk.first_release[1]}"
+        since = "" if risk.first_release is None else f"kernels from {_number(risk.first_release)}"
+        if risk.fixed_release is not None:
+            since += f" until {_number(risk.fixed_release)}"
         where = (
             " ".join(
                 part for part in (since, risk.machine or "", "with preemption" if risk.only_preemptible else "") if part

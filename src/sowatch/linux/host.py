@@ -144,7 +144,8 @@ def _tracefs(mountinfo: str) -> str | None:
 class Risk(Struct, frozen=True):
     """Something that others reported of kernels; not seen here, and never acted upon.
 
-    ``first_release`` is the first kernel it is reported for, ``machine`` the only architecture,
+    ``first_release`` is the first kernel it is reported for, ``fixed_release`` the first that has an answer to it (a
+    stable kernel before may have it, too), ``machine`` the only architecture,
     ``concerns`` the commands that use what it is about.
     """
 
@@ -153,6 +154,7 @@ class Risk(Struct, frozen=True):
     concerns: str
     sources: tuple[str, ...]
     first_release: tuple[int, int] | None = None
+    fixed_release: tuple[int, int] | None = None
     machine: str | None = None
     only_preemptible: bool = False
 
@@ -161,10 +163,12 @@ KNOWN_RISKS: Final[Sequence[Risk]] = (
     Risk(
         name="uretprobe-seccomp",
         text="a return probe makes the probed process call uretprobe(2); a seccomp filter that does not know the "
-        "call kills the process (seen with sandboxed system services)",
-        concerns="return probes: trace, http",
+        "call kills the process (seen with sandboxed system services); from 6.14 on seccomp passes the call through, "
+        "and where it does not, as the probe above says, sowatch probes the return instructions instead",
+        concerns="return probes: trace, rules that count or attach, http",
         sources=("systemd/systemd#34615", "seccomp/libseccomp#438", "evilsocket/opensnitch#1205"),
         first_release=(6, 11),
+        fixed_release=(6, 14),
         machine="x86_64",
     ),
     Risk(
@@ -210,7 +214,7 @@ def risk_here(risk: Risk, host: Host) -> bool | None:
         number = release_number(host.release)
         if number is None:
             return None
-        if number < risk.first_release:
+        if number < risk.first_release or (risk.fixed_release is not None and number >= risk.fixed_release):
             return False
     # A kernel built without preemption says nothing here; PREEMPT_DYNAMIC may be set either way.
     return not (risk.only_preemptible and "PREEMPT" not in host.version)

@@ -213,6 +213,7 @@ def test_a_rule_carries_an_action(tmp_path: Path) -> None:
         ("attach = { object = '/x', probes = { f = 1 } }", r"rules\[1\].attach.probes.f .*c.toml:2.* is not a text"),
         ("attach = { object = '/x', probes = { f = '' } }", r"rules\[1\].attach.probes .*c.toml:2.* a program"),
         ("attach = { object = '/x', program = 'f' }", r"rules\[1\].attach.program .*c.toml:2.* no such key"),
+        ("prearm = ['libssl.so']", r"rules\[1\].prearm .*c.toml:2.* no absolute path"),
         ("linger_s = -1", r"rules\[1\].linger_s .*c.toml:2.* out of range"),
     ],
 )
