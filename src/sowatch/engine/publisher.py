@@ -88,6 +88,8 @@ class Publisher:
             self._publish, limit_bytes=Config().queue_bytes if limit_bytes is None else limit_bytes
         )
         self._silent: set[tuple[ProcessId, FileId]] = set()
+        #: What was taken away by hand, until it is mapped anew or asked for by hand or by new rules.
+        self._detached: set[tuple[ProcessId, FileId]] = set()
         self.loads = 0
         self.unloads = 0
         self.unresolved = 0
@@ -109,6 +111,8 @@ class Publisher:
         for change in changes:
             if not self.selection.wants(change):
                 continue
+            if self._detached:
+                self._detached.discard((change.process.id, change.name.file_id))
             if self._silent and self._was_silent(change):
                 continue
             if not waiting or not waiting.holds_back(change):
@@ -128,8 +132,15 @@ class Publisher:
         """
         for change in changes:
             if self.selection.wants(change):
+                self._detached.discard((change.process.id, change.name.file_id))
                 self._waiting.put(change, self._inspect(change), is_only_held=only_held)
         self.subscribers.hand_over()
+
+    def recheck(self, changes: list[Change], *, only_held: bool) -> None:
+        """Like `look_again`, because files can be read now: what was taken away by hand stays away."""
+        keys = self._detached
+        left = [one for one in changes if (one.process.id, one.name.file_id) not in keys] if keys else changes
+        self.look_again(left, only_held=only_held)
 
     def take_silently(self, changes: list[Change]) -> None:
         """Takes the baseline of a watch without a snapshot: neither its loads nor their unloads are published."""
@@ -173,7 +184,7 @@ class Publisher:
         """
         stays = {rule.name for rule in rules if (old := self._rules.named(rule.name)) and old.calls_the_same_as(rule)}
         self._rules = rules
-        self.let_go(lambda load: load.rule not in stays)
+        self._unload(lambda load: load.rule not in stays)
         take_over()
         if inspector is not self.inspector:
             self.inspector = inspector
@@ -181,12 +192,20 @@ class Publisher:
         self.subscribers.hand_over()
 
     def let_go(self, is_meant: Callable[[Load], bool]) -> int:
-        """Unloads by order, cause ``rules``, what was published by these load events; how many."""
+        """Unloads by hand, cause ``rules``, what was published by these load events; how many.
+
+        It stays so until the process maps the file anew, or `look_again` takes it.
+        """
+        found = self._unload(is_meant)
+        self._detached.update((load.process.id, load.library.id) for load in found)
+        return len(found)
+
+    def _unload(self, is_meant: Callable[[Load], bool]) -> list[Load]:
         found = self.published.where(is_meant)
         now_ns = time.monotonic_ns()
         for load in found:
             self._forget(load.process, load.library.id, "rules", now_ns)
-        return len(found)
+        return found
 
     def flush(self, now_s: float) -> None:
         """Publishes what waited for facts that are there, or for too long.

@@ -344,7 +344,7 @@ class Reconciler:
         if files:
             sharers = {process.id for process, one in self._table.mappings() if one.name.file_id in files}
             mapped = self._mapped(lambda process: process.id in sharers)
-            self._publisher.look_again([one for one in mapped if one.name.file_id in files], only_held=self._silent)
+            self._publisher.recheck([one for one in mapped if one.name.file_id in files], only_held=self._silent)
 
     def _mapped(
         self, is_meant: Callable[[ProcessState], bool], wants: Callable[[str], bool] = lambda _: True
