@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.common import Mapper, build, machine, make_libraries
 
-from sowatch import LibraryEvent, Rule, Watcher
+from sowatch import Load, Rule, Watcher
 from sowatch.model.literals import KINDS
 
 #: split: ranges of one file; weave: of two files by turns; files: files of one range; churn, churnfiles: two threads
@@ -67,8 +67,7 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
     reported: dict[tuple[int, int], float] = {}
     news = threading.Event()
 
-    def note(event: LibraryEvent) -> None:
-        assert event.process is not None
+    def note(event: Load) -> None:
         reported[event.process.pid, event.library.id.inode] = time.monotonic()
         news.set()
 

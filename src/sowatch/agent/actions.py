@@ -17,7 +17,7 @@ from sowatch.agent.settings import RuleSettings
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import BpfError, ConfigError, EnvironmentFault, SowatchError
-from sowatch.model.events import LibraryEvent
+from sowatch.model.events import Load, Unload
 from sowatch.model.rules import Rule
 from sowatch.telemetry import MetricRegistry, Sampler
 from sowatch.uprobes import AttachedFile, Attacher, CallCounter
@@ -105,9 +105,9 @@ class RuleAction:
         own = [self.attacher] if self.attacher is not None else []
         return [self.counter.attacher, *own] if self.counter is not None else own
 
-    def callbacks(self) -> dict[str, Callable[[ActiveFile], None] | Callable[[LibraryEvent], None]]:
+    def callbacks(self) -> dict[str, Callable[[ActiveFile], None] | Callable[[Load | Unload], None]]:
         """For the rule; those of one action are equal to each other, and to no other's."""
-        found: dict[str, Callable[[ActiveFile], None] | Callable[[LibraryEvent], None]] = {
+        found: dict[str, Callable[[ActiveFile], None] | Callable[[Load | Unload], None]] = {
             "on_activate": self.attach,
             "on_deactivate": self.detach,
         }
@@ -176,7 +176,7 @@ class RuleAction:
         for attacher in self.attachers:
             attacher.close()
 
-    def _note(self, event: LibraryEvent) -> None:
+    def _note(self, event: Load | Unload) -> None:
         self._tally.note(event)
 
 

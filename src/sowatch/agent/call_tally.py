@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from sowatch.linux.containers import container_id
 from sowatch.linux.liveness import process_is_alive
 from sowatch.linux.proc import ProcFs
-from sowatch.model.events import LibraryEvent
+from sowatch.model.events import Load, Unload
 from sowatch.model.histogram import Distribution
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 from sowatch.telemetry import Counter, Histogram, MetricRegistry, names
@@ -122,11 +122,9 @@ class CallTally:
             if counted is not None:
                 counted.sites |= counter.attacher.sites
 
-    def note(self, event: LibraryEvent) -> None:
+    def note(self, event: Load | Unload) -> None:
         """A load or an unload of a rule that counts."""
         process = event.process
-        if process is None:
-            return
         with self._lock:
             if event.event == "load":
                 self._containers[process.pid] = (process.start_ns, process.container or "")

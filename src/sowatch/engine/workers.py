@@ -18,7 +18,7 @@ from sowatch.engine.file_inspector import open_mapped
 from sowatch.engine.subscription import Subscription
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ProcessGone, SowatchError
-from sowatch.model.events import Activate, Deactivate, Library, LibraryEvent, Load, Unload
+from sowatch.model.events import Activate, Deactivate, Library, Load, Unload
 from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
@@ -28,6 +28,7 @@ __all__ = ["ActiveFile", "RuleWorker"]
 LOG = logging.getLogger("sowatch")
 
 T = TypeVar("T")
+E = TypeVar("E", Load, Unload)
 
 
 class ActiveFile:
@@ -213,14 +214,14 @@ class RuleWorker:
         finally:
             self.timings.callbacks[name].observe(time.monotonic() - begun_s)
 
-    def _note_delay(self, name: str, event: LibraryEvent) -> None:
+    def _note_delay(self, name: str, event: Load | Activate) -> None:
         if event.t_ns is not None and event.t_ns > self.live_since_ns and event.cause != "repair":
             self.timings.delays[name].observe((time.monotonic_ns() - event.t_ns) / 1e9)
 
-    def _call(self, name: str, callback: Callable[[LibraryEvent], Any] | None, event: LibraryEvent) -> None:
+    def _call(self, name: str, callback: Callable[[E], Any] | None, event: E) -> None:
         if callback is None:
             return
-        if name == "on_load":
+        if isinstance(event, Load):
             self._note_delay(name, event)
         try:
             self._timed(name, callback, event)

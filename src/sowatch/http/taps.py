@@ -22,7 +22,7 @@ from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, UsageError
-from sowatch.model.events import Library, LibraryEvent, Process, Ready
+from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
 from sowatch.uprobes.attacher import Attacher
@@ -256,12 +256,10 @@ class HttpTap:
             if until > found.offset + found.length + self._capture_bytes:
                 spare.update(spare_key(found.key, found.direction), until.to_bytes(8, "little"))
 
-    def _note(self, event: LibraryEvent) -> None:
+    def _note(self, event: Load | Unload) -> None:
         """A process has a TLS library, or has it no more; on the thread of a rule."""
         process = event.process
-        if process is None:
-            return
-        key = ProcessId(process.pid, process.start_ns)
+        key = process.id
         with self._lock:
             if event.event == "load":
                 self._processes[key] = process

@@ -16,7 +16,7 @@ from sowatch.model.errors import PatternError, UsageError
 from sowatch.model.literals import KINDS
 
 if TYPE_CHECKING:
-    from sowatch.model.events import LibraryEvent
+    from sowatch.model.events import Load, Unload
 
 __all__ = ["Decision", "Rule", "RuleSet"]
 
@@ -39,7 +39,7 @@ class Rule:
         kind: one or several of ``library``, ``executable``, ``interpreter``, ``other``.
         exports: names that the file must all export as defined dynamic symbols. With exports
             and no pattern the name of the file does not matter.
-        on_load, on_unload: called with the `LibraryEvent` of each process.
+        on_load, on_unload: called with the `Load` or `Unload` of each process.
         on_activate: called with an open `ActiveFile` when the first process maps the file.
         on_deactivate: called with the same `ActiveFile` (closed) when the last one is gone.
 
@@ -57,8 +57,8 @@ class Rule:
     name: str
     kind: frozenset[str]
     exports: frozenset[str]
-    on_load: Callable[[LibraryEvent], Any] | None
-    on_unload: Callable[[LibraryEvent], Any] | None
+    on_load: Callable[[Load], Any] | None
+    on_unload: Callable[[Unload], Any] | None
     on_activate: Callable[[Any], Any] | None
     on_deactivate: Callable[[Any], Any] | None
     _search: Callable[[str], Any] | None = field(repr=False)
@@ -70,8 +70,8 @@ class Rule:
         name: str | None = None,
         kind: str | Iterable[str] = "library",
         exports: Iterable[str] = (),
-        on_load: Callable[[LibraryEvent], Any] | None = None,
-        on_unload: Callable[[LibraryEvent], Any] | None = None,
+        on_load: Callable[[Load], Any] | None = None,
+        on_unload: Callable[[Unload], Any] | None = None,
         on_activate: Callable[[Any], Any] | None = None,
         on_deactivate: Callable[[Any], Any] | None = None,
     ) -> None:

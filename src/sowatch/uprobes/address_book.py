@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.function_table import FunctionTable, Place, function_table
-from sowatch.model.events import Library, LibraryEvent
+from sowatch.model.events import Library, Load, Unload
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 
 __all__ = ["AddressBook", "Frame", "process_key"]
@@ -52,10 +52,8 @@ class AddressBook:
         self._gone: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._files: OrderedDict[FileId, int] = OrderedDict()
 
-    def note(self, event: LibraryEvent) -> None:
+    def note(self, event: Load | Unload) -> None:
         """For `on_load` and `on_unload` of a rule."""
-        if event.process is None:
-            return
         process = process_key(event.process.id)
         with self._lock:
             files = self._mapped.setdefault(process, {})

@@ -19,7 +19,7 @@ from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import EnvironmentFault, SowatchError, UsageError
-from sowatch.model.events import Library, LibraryEvent, Process, Ready
+from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule
 from sowatch.uprobes.address_book import AddressBook, Frame, process_key
@@ -426,7 +426,7 @@ class Trace:
         for group in attached:
             group.counter.detach(file)
 
-    def _attach_by_other_path(self, event: LibraryEvent) -> None:
+    def _attach_by_other_path(self, event: Load | Unload) -> None:
         """A file that is active already, under a path that further targets ask for."""
         library, process = event.library, event.process
         with self._lock:
@@ -456,11 +456,9 @@ class Trace:
         finally:
             os.close(fd)
 
-    def _note(self, event: LibraryEvent) -> None:
+    def _note(self, event: Load | Unload) -> None:
         """A process has a library, or has it no more; on the thread of a rule."""
         process = event.process
-        if process is None:
-            return
         key = process_key(process.id)
         if self._book is not None:
             self._book.note(event)

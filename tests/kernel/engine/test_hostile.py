@@ -18,7 +18,7 @@ import pytest
 
 from sowatch import Rule, Watcher
 from sowatch.model.config import Config
-from sowatch.model.events import LibraryEvent
+from sowatch.model.events import Load
 from sowatch.model.literals import KINDS
 from support import bpfsys, strict
 from support.elf_files import Made
@@ -361,8 +361,7 @@ def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
     libraries = [library(f"libhonest{number}.so") for number in range(2)]
     reported: set[tuple[int, int]] = set()
 
-    def note(event: LibraryEvent) -> None:
-        assert event.process is not None
+    def note(event: Load) -> None:
         reported.add((event.process.pid, event.library.id.inode))
 
     rules = [Rule(f"{OURS}.*libhonest", name="honest", on_load=note), Rule(OURS, name="all")]

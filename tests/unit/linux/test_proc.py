@@ -23,7 +23,7 @@ import pytest
 from sowatch.linux import proc as procfs
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.proc_parse import Link, MapRow, parse_maps
-from sowatch.model.errors import ProcRootError, SowatchError
+from sowatch.model.errors import ProcRootError
 from sowatch.model.identity import TICK_NS
 from support.programs import Mapper
 
@@ -579,7 +579,7 @@ def test_a_proc_root_that_shows_nobody_any_more_is_no_news_of_deaths(tmp_path: P
     with pytest.raises(ProcRootError, match="it shows no process"):
         proc.pids()
     proc.root = str(tmp_path / "gone")
-    with pytest.raises(SowatchError):
+    with pytest.raises(ProcRootError, match="No such file or directory"):
         proc.pids()
 
 
