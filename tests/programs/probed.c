@@ -29,6 +29,17 @@ EXPORT int nested(int value)
 /* One instruction. */
 __asm__(".globl only_return\n.type only_return, @function\nonly_return:\n\tret\n.size only_return, 1\n");
 
+#ifdef __x86_64__
+/* nop; mov $7,%eax; ret: an instruction begins at 0, 1 and 6. */
+__asm__(".globl two_steps\n.type two_steps, @function\ntwo_steps:\n\tnop\n\tmov $7, %eax\n\tret\n"
+	".size two_steps, .-two_steps\n");
+/* Leaves by a jump, as compilers make a call that comes last. */
+__asm__(".globl jumps_away\n.type jumps_away, @function\njumps_away:\n\tnop\n\tjmp only_return\n"
+	".size jumps_away, .-jumps_away\n");
+__asm__(".globl locked\n.type locked, @function\nlocked:\n\tlock addl $0, -4(%rsp)\n\tret\n"
+	".size locked, .-locked\n");
+#endif
+
 EXPORT int jumps(int value)
 {
 	__asm__ volatile("" ::: "memory");

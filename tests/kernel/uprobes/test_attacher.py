@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,32 +21,10 @@ from sowatch.model.errors import BpfError, EnvironmentFault, SowatchError, Usage
 from sowatch.uprobes import Attacher, CallCounter, Probe
 from support import bpfsys
 from support.callers import Caller
-from support.programs import compile_bpf
 
 Probed = Callable[..., Path]
 NewCaller = Callable[..., Caller]
 EVENT = struct.Struct("=QII")
-
-
-@pytest.fixture(scope="session")
-def user_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_bpf("user_probes", tmp_path_factory.mktemp("bpf"))
-
-
-@pytest.fixture
-def active() -> Iterator[Callable[..., ActiveFile]]:
-    """``active(path)`` is what a rule's activation gets for a file."""
-    fds = []
-
-    def make(path: Path) -> ActiveFile:
-        fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        status = os.fstat(fds[-1])
-        file_id = FileId(os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
-        return ActiveFile(Library(str(path), file_id), fds[-1])
-
-    yield make
-    for fd in fds:
-        os.close(fd)
 
 
 def test_programs_go_where_their_sections_and_names_say(
