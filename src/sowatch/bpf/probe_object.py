@@ -434,7 +434,7 @@ def may_return_probe_kill() -> bool | None:
     A child of ours tries that call below a filter.
 
     Returns:
-        None if it cannot be told: this process is below a filter itself.
+        None if it cannot be determined: this process is below a filter itself.
     """
     found: int = libbpf().lib.sow_probe_return_call()
     return None if found < 0 else bool(found)

@@ -1,6 +1,6 @@
 """An event as a line for people: pieces of text, each with the name of its style.
 
-Pure but for the local time zone. The pieces are joined as they are for plain text; ``_live`` gives the looks their
+Pure but for the local time zone. The pieces are joined as they are for plain text; ``_live`` gives the styles their
 colours.
 """
 

@@ -1,4 +1,4 @@
-"""The options that the reading commands share, and the seam to the watcher behind them."""
+"""The options that commands share, and the seam to the watcher behind them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Column(Struct, frozen=True):
     """One column: its title, the text of a row's cell, and what it is sorted by.
 
     ``width`` is in terminal columns, 0 takes what is left; ``importance`` says which go first where there
-    is little room, the lowest ones.
+    is little space, the lowest ones.
     """
 
     title: str

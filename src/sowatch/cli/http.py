@@ -76,7 +76,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
-    """Report flows until told to stop; returns the exit code."""
+    """Report flows until the end is asked for; returns the exit code."""
     as_json = wants_json(args, out, when_piped=False)
     matches = _filter_of(args)
     pattern = "|".join(f"(?:{one})" for one in args.patterns) or None

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sowatch.linux.symbols import Symbol
     from sowatch.uprobes.trace import Trace
 
-#: How often calls are taken that are shown one by one: the kernel has room for some 25,000.
+#: How often calls are taken that are shown one by one: the kernel can keep some 25,000.
 _CALLS_S: Final = 0.05
 #: After so long what is mapped already is attached.
 _WAITING_S: Final = 2.0
@@ -92,7 +92,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
-    """Trace until told to stop; returns the exit code."""
+    """Trace until the end is asked for; returns the exit code."""
     if args.list is not None:
         return _list(args, out)
     if not args.targets:

@@ -1,4 +1,4 @@
-"""`RescanSchedule`: when each process whose mappings are in doubt is scanned again."""
+"""`RescanSchedule`: when each process that needs a rescan is scanned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sowatch.engine.effects import Causes
 
 __all__ = ["RescanSchedule"]
 
-#: A process that is dirty again at once is read at most this often in the long run.
+#: A process that needs a rescan again at once is read at most this often in the long run.
 SLOWEST_REREAD_S: Final = 0.25
 #: A scan that took longer than this is followed by a rest of so many times that, up to the third.
 SHORT_SCAN_S: Final = 0.005
@@ -24,19 +24,19 @@ SLOWEST_COMPAT_S: Final = 1.0
 
 
 class RescanSchedule:
-    """When each process in doubt is read: at once, or more and more rarely if it is in doubt all the time.
+    """When each process that needs a rescan is scanned: at once, or more and more rarely if it needs one all the time.
 
     Times are seconds of CLOCK_MONOTONIC.
     """
 
     def __init__(self) -> None:
-        #: When processes that wait for a reading get it.
+        #: When processes that wait for a scan get it.
         self.due: dict[int, float] = {}
-        #: Of 32-bit processes: when the next reading is, and how long after it the one that follows.
+        #: Of 32-bit processes: when the next scan is, and how long after it the one that follows.
         self._compat: dict[int, tuple[float, float]] = {}
         #: When processes were read last, and how long they have to wait from then on.
         self._pace: dict[int, tuple[float, float]] = {}
-        #: Processes that must not be read now, though they are in doubt.
+        #: Processes that must not be read now, though they need a rescan.
         self.held: Container[int] = ()
 
     def times(self) -> Iterable[float]:
@@ -47,7 +47,7 @@ class RescanSchedule:
         """Whatever their pace, it is their turn now; whether it is anybody's.
 
         But not of those that have been scanned since that time and whose next scan is far: they change all the time,
-        or their scans take long, and whoever waits for one more waits in vain.
+        or their scans take long, and a caller that waits for one more waits in vain.
         """
         self.due = {}
         for pid in pids:

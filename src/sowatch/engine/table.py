@@ -162,7 +162,7 @@ class MappingTable:
         return self._forgotten(process.id.pid, process.id.start_ns, cause, t_ns)
 
     def forget_pid(self, pid: int, cause: Cause, t_ns: int) -> Effects:
-        """Whoever is known by this pid is gone."""
+        """The process that is known by this pid is gone."""
         self._compat.pop(pid, None)
         known = self._processes.get(pid)
         return Effects() if known is None else self._forgotten(pid, known.id.start_ns, cause, t_ns)

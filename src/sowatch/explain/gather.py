@@ -1,6 +1,6 @@
 """Collects what an explanation is made of: `/proc`, the map, the kernel side's memory, the files.
 
-Runs on the caller's thread; whatever may hang is done aside.
+Runs on the caller's thread; whatever may hang is done by a `TimeoutWorker`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = ["ExplainContext", "check_process", "explain"]
 
 _NO_ANSWER: Final = FileLook("no_answer")
 _SKIPPED: Final = FileLook("skipped", "there are too many")
-#: A process may have 65,530 mappings, each of another file; what is not looked at within this time is not.
+#: A process may have 65,530 mappings, each of another file; what is not read within this time is not.
 LOOKING_S: Final = 10.0
 _TYPES: Final = (
     (stat.S_ISREG, "regular file"),
@@ -192,7 +192,7 @@ def _memory(context: ExplainContext, known: Known, inodes: set[int]) -> Memory:
 def _looks(
     groups: Sequence[Group], facts: ProcessFacts, known: Known, context: ExplainContext, worker: TimeoutWorker
 ) -> dict[Group, FileLook]:
-    """A look at each file, as long as there is time."""
+    """Reads each file, as long as there is time."""
     files = FilesByAddress(known.processes.get(facts.process.pid))
     end_s = time.monotonic() + LOOKING_S
     found: dict[Group, FileLook] = {}
@@ -283,7 +283,7 @@ def _memory_facts(
 
 
 def _look_at_path(path: str, exports: Collection[str], emit: Callable[[PathFacts], None]) -> FileLook:
-    """What stands under a path, and a look at it: at one file, whatever takes its name meanwhile.
+    """What stands under a path, and a read it: at one file, whatever takes its name meanwhile.
 
     ``emit`` is called before the file is read, which may take for ever.
     """

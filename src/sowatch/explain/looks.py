@@ -31,7 +31,7 @@ __all__ = ["Subject", "TimeoutWorker", "look_at", "look_at_place"]
 
 T = TypeVar("T")
 
-#: A file system that does not answer within this time is said not to.
+#: A file system that does not answer within this time is reported not to.
 PATIENCE_S: Final = 2.0
 #: After so many of them nothing more is tried.
 MAX_STUCK: Final = 3
@@ -72,7 +72,7 @@ class TimeoutWorker:
         def do() -> None:
             try:
                 answer.set_result(job())
-            except BaseException as error:  # noqa: BLE001 - it goes to whoever asked
+            except BaseException as error:  # noqa: BLE001 - it goes to the one that asked
                 answer.set_exception(error)
 
         self._jobs.put(do)
@@ -120,7 +120,7 @@ def look_at(proc: ProcFs, subject: Subject, exports: Collection[str]) -> FileLoo
     Args:
         proc: the host's.
         subject: which.
-        exports: symbols to look for.
+        exports: symbols to search for.
     """
     tries: list[Try] = []
     is_refused = False
@@ -200,7 +200,7 @@ def _text_of(why: OSError | Miss | str | None) -> str | None:
 
 
 def _generation(fd: int) -> int | None:
-    """What tells this inode from others that had its number (ext4, xfs, btrfs, f2fs)."""
+    """What distinguishes this inode from others that had its number (ext4, xfs, btrfs, f2fs)."""
     try:
         return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))[:4], sys.byteorder)
     except OSError:

@@ -38,14 +38,14 @@ Range: TypeAlias = tuple[int, int]
 #: Why a rule does not want a file; ``earlier_rule``: it would, but the first that does wins; ``exports_given_up``: some
 #: were not found, and the search was given up because the file contradicts itself or passes the limit of work.
 Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "exports_given_up", "earlier_rule"]
-#: Why no load is told of a mapping: no rule wants it; the watch was narrowed down to other processes;
+#: Why no load of a mapping is reported: no rule wants it; the watch was narrowed down to other processes;
 #: a vfork child that is only passing through; its file's facts are still being read; it was there
-#: before a watch that was told to leave that out; its exports could not be read when it was loaded;
+#: before a watch that was to leave that out; its exports could not be read when it was loaded;
 #: or it is not in the map, though it should be.
 NotReportedReason: TypeAlias = Literal[
     "no_rule", "not_selected", "passing", "awaiting_facts", "baseline", "unresolved", "not_in_map"
 ]
-#: What a file says of itself, or why that cannot be told.
+#: What a file says of itself, or why that cannot be determined.
 ElfState: TypeAlias = Literal[
     "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
 ]
@@ -55,7 +55,7 @@ By: TypeAlias = Literal["map_files", "root", "own_view", "layer"]
 #: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
 #: How a mapped file is related to a path: it is that file under that path; that file under another
-#: name; another file under that path; a deleted file that had that path; a file of which it cannot be told.
+#: name; another file under that path; a deleted file that had that path; a file of which it cannot be determined.
 Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted", "unknown"]
 
 
@@ -96,10 +96,10 @@ class Try(Struct, frozen=True):
 
 
 class FileLook(Struct, frozen=True):
-    """A look at a file, now. ``exports`` are those that rules ask for and it has, None if unknown.
+    """A read of a file, now. ``exports`` are those that rules ask for and it has, None if unknown.
 
-    ``generation`` is what its file system says of the inode, None if it does not tell. ``gave_up_exports``: the search
-    for some was given up, ``reason`` says why.
+    ``generation`` is what its file system says of the inode, None if it does not show it. ``gave_up_exports``: the
+    search for some was given up, ``reason`` says why.
     """
 
     elf: ElfState
@@ -128,7 +128,7 @@ class Blocked(Struct, frozen=True):
 
 
 class Seen(Struct, frozen=True):
-    """The load that was told: see `sowatch.model.events.LibraryEvent`."""
+    """The load that was reported: see `sowatch.model.events.LibraryEvent`."""
 
     rule: str
     cause: LoadCause | None
@@ -142,7 +142,7 @@ class MappingReport(Struct, frozen=True):
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
     ``rules`` has all answers. ``differences`` are ranges that the map has not. ``ranges`` and
     ``range_count`` are as in `sowatch.LibraryEvent`. ``unprobed``: why some of its mappings take no probes.
-    ``attachments`` are put in by whoever attaches, such as the agent.
+    ``attachments`` are put in by what attaches, such as the agent.
     """
 
     library: Library
@@ -168,7 +168,7 @@ class ProcessReport(Struct, frozen=True):
     They are ``kernel_thread``, ``zombie``, ``no_permission`` (its mappings may not be read), ``compat``
     (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
     ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unread`` (the kernel does
-    not answer who reads its mappings: what is known may be old), ``unrepaired`` (facts were lost
+    not answer who reads its mappings: what is known may be old), ``unrepaired`` (records were lost
     and the map is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
 
     ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped. ``withheld`` counts the files
@@ -199,7 +199,7 @@ class Candidate(Struct, frozen=True):
 class MappedIn(Struct, frozen=True):
     """A process that has the file, or another one under its path, mapped executable.
 
-    ``seen`` is None if no load was told; ``in_map`` says whether the map has it nevertheless. ``unprobed`` as of
+    ``seen`` is None if no load was reported; ``in_map`` says whether the map has it nevertheless. ``unprobed`` as of
     `MappingReport`.
     """
 
@@ -217,7 +217,7 @@ class MappedIn(Struct, frozen=True):
 class PathReport(Struct, frozen=True):
     """A path and the file it names, if any. ``resolved`` is where it leads.
 
-    ``file_type`` is None if there is nothing; ``error`` then says what the kernel said. ``rules`` are
+    ``file_type`` is None if there is nothing; ``error`` then says what the kernel reported. ``rules`` are
     the answers for a process that has it mapped as a library (as ``kind``). ``notes``:
     ``not_mapped``, ``mapped_unknown`` (nobody who could be read has it), ``not_regular``, ``nothing_wants``,
     ``unrepaired``, ``published_only``.

@@ -130,7 +130,7 @@ class Http2Decoder:
         self._padding = 0
         self._open: _Block | None = None
         self._is_lost = False
-        #: How often frames were lost, and looked for.
+        #: How often frames were lost, and searched for.
         self.resyncs = 0
 
     def _new_decoder(self) -> hpack.Decoder:
@@ -147,7 +147,7 @@ class Http2Decoder:
 
     @property
     def is_lost(self) -> bool:
-        """Whether frames are looked for."""
+        """Whether frames are searched for."""
         return self._is_lost
 
     @property

@@ -241,7 +241,7 @@ class Disk:
         except (OSError, ProcReadError) as error:
             gone = isinstance(error, (FileNotFoundError, ProcessLookupError))
             return _Sight(is_gone=gone, trouble=_reason_of(error))
-        # What looks like a newline may be a backslash and three digits. The rest is asked where one row is looked at.
+        # What looks like a newline may be a backslash and three digits. The rest is asked where one row is read.
         found = [self._proc.resolve(process.pid, [row])[0] if b"\n" in row.path else row for row in rows or ()]
         return _Sight(
             key,

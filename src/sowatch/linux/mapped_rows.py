@@ -2,7 +2,7 @@ r"""What a row of ``/proc/PID/maps`` leaves open: the exact name, whether that i
 
 The kernel writes the newline as ``\012`` and no other byte in a special way, puts `` (deleted)`` behind a name that is
 gone, and shows one device for all subvolumes of a btrfs, whose inode numbers are alike. The link in ``map_files``
-has the name unescaped. The rest is found by looking for the file, so it may wait for a file system that hangs.
+has the name unescaped. The rest is found by a search for the file, so it may wait for a file system that hangs.
 
 Everything here goes by a directory ``/proc/TID`` of a thread that has the address space. What cannot be found out
 stays as the row has it.
@@ -49,7 +49,7 @@ def resolve_rows(base: str, rows: list[MapRow]) -> None:
 
     Args:
         base: ``/proc/TID``.
-        rows: of that process. Another thread may look at the list meanwhile.
+        rows: of that process. Another thread may read the list meanwhile.
     """
     kinds = _device_kinds(base) if any(row.major == 0 for row in rows) else {}
 
@@ -81,7 +81,7 @@ def _is_memory(row: MapRow) -> bool:
 
 
 def _device_kinds(base: str) -> dict[tuple[int, int], bytes]:
-    """The type of the file system on each device that the process has mounted; empty if it cannot be told.
+    """The type of the file system on each device that the process has mounted; empty if it cannot be determined.
 
     These are the devices that maps shows (``s_dev``); stat shows others on btrfs.
     """

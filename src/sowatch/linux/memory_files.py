@@ -1,7 +1,8 @@
 """Which devices belong to memory that was never a file in a directory: memfd, SysV segments, shared ``/dev/zero``.
 
 Their names (``/memfd:NAME``, ``/SYSV00000000``) look like paths, and real directories may be called so. The device
-tells: such memory lies on mounts of the kernel's own (``shm_mnt``, ``hugetlbfs_vfsmount``), where no directory is.
+distinguishes them: such memory lies on mounts of the kernel's own (``shm_mnt``, ``hugetlbfs_vfsmount``), where no
+directory is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Events, and the records in them: frozen values. Their wire form is made by `sowatch.model.lines`.
 
 An event is one of `Load`, `Unload`, `Activate`, `Deactivate` (together `LibraryEvent`), `Ready`, `Lost`, `Repaired` and
-`Stopped`. Its ``event`` names its kind, and tells a type checker which one it is.
+`Stopped`. Its ``event`` names its kind, and by it a type checker knows which one it is.
 """
 
 from __future__ import annotations

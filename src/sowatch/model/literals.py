@@ -38,7 +38,7 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = get_args(EventKind)
 LoadCause: TypeAlias = Literal["mmap", "snapshot", "fork", "exec", "repair"]
 #: Why an unload was emitted. ``rules``: no rule matches the file any more.
 UnloadCause: TypeAlias = Literal["munmap", "exec", "exit", "repair", "rules"]
-#: Why a deactivate was emitted, where that is said: ``stop`` when the watch ends.
+#: Why a deactivate was emitted, where that is given: ``stop`` when the watch ends.
 DeactivateCause: TypeAlias = Literal["munmap", "exec", "exit", "repair", "rules", "stop"]
 Cause: TypeAlias = Literal[LoadCause, UnloadCause]
 

@@ -70,7 +70,7 @@ class AddressBook:
                     self._mapped.pop(self._gone.popitem(last=False)[0], None)
 
     def hold(self, file: ActiveFile) -> None:
-        """For `on_activate`: keeps the file, for when it is deleted; as many as there is room for."""
+        """For `on_activate`: keeps the file, for when it is deleted; as many as there is space for."""
         try:
             fd = os.dup(file.fileno())
         except OSError:

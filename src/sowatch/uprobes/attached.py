@@ -52,7 +52,7 @@ class PlannedSite(NamedTuple):
 class Group:
     """What one link attaches: one program on some sites of one file. ``link`` is None until that has worked.
 
-    ``own_object`` is there where programs cannot tell sites apart: the object loaded once more, for this site alone.
+    ``own_object`` is there where programs cannot distinguish sites: the object loaded once more, for this site only.
     ``error`` says why there is no link.
     """
 
@@ -164,7 +164,7 @@ class Linker:
         loaded: the object in the kernel.
         is_multi: one uprobe.multi link for many sites, else a perf event for each.
         has_cookies: programs can ask which site runs them.
-        load_for: gives the object once more, for the site with this cookie alone; None: never.
+        load_for: gives the object once more, for the site with this cookie only; None: never.
     """
 
     def __init__(

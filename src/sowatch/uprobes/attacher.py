@@ -467,7 +467,7 @@ class Attacher:
             for problem in self._arm(one):
                 LOG.warning("cannot be attached before it is loaded: %s", problem)
         with self._lock:
-            # What the inventory has seen is looked for once; what a pattern finds may come later.
+            # What the inventory has seen is searched for once; what a pattern finds may come later.
             self._to_arm = [one for one in self._to_arm if isinstance(one, str)]
             gone = [file for file in self._files.values() if file.is_armed and file.is_deleted]
         for file in gone:

@@ -1,6 +1,6 @@
 """`CallFormat`: what is shown of each call, as ``write(int, str:64, size) -> int`` says it. Pure, no I/O.
 
-The kernel copies registers and what pointers lead to, as `CallFormat.pack` tells it; what they mean is decided here.
+The kernel copies registers and what pointers lead to, as `CallFormat.pack` gives it; what they mean is decided here.
 """
 
 from __future__ import annotations

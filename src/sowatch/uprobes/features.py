@@ -67,7 +67,7 @@ def attaching_needs_admin() -> bool:
 
 @functools.cache
 def _perf_event_needs_admin() -> bool | None:
-    """None: attaching does not work at all, or nobody can tell."""
+    """None: attaching does not work at all, or nobody can determine."""
     refusal = without(_ADMIN_MASK, lambda: try_attaching(multi=False))
     if refusal is None:
         return False

@@ -47,7 +47,7 @@ def open_known(what: str | Library, proc: ProcFs) -> KnownFile:
     On overlayfs the file of the layer below is opened, which is what every container that shares the layer maps.
 
     Raises:
-        SowatchError: it cannot be opened, is another file by now, or its inode cannot be told.
+        SowatchError: it cannot be opened, is another file by now, or its inode cannot be determined.
     """
     path = what if isinstance(what, str) else what.host_path
     if path is None:

@@ -34,9 +34,9 @@ __all__ = ["Target", "Trace", "TracedCall", "TracedCalls", "TracedStack", "libra
 _BUILD_ID: Final = re.compile(r"[0-9a-f]{8,64}")
 #: libz, libssl.so, libpython3.11: letters that no regular expression needs, beginning as libraries do.
 _STEM: Final = re.compile(r"lib[\w.+-]*?(?:\.so(?:\.[\w.]+)?)?")
-#: What a function looks like, as far as it tells one from the rest of a path or a regular expression.
+#: What a function looks like, as far as it distinguishes one from the rest of a path or a regular expression.
 _FUNCTION: Final = re.compile(r"(?:cpp:)?[^\s/()|]+(?:\(.*)?(?:\s*->.*)?", re.DOTALL)
-#: Different callers whose calls are told apart; the others count as one.
+#: Different callers whose calls are distinguished; the others count as one.
 _MAX_STACKS: Final = 10_000
 #: Processes that are gone and whose names are still known.
 _MAX_PAST: Final = 4_096
@@ -218,7 +218,7 @@ class Trace:
         """One rule for all targets: of several rules only the first that matches a file hears of it."""
         patterns = [target.pattern for target in targets]
         for pattern in patterns:
-            Rule(pattern)  # a bad one is named alone
+            Rule(pattern)  # a bad one is named by itself
         whole = None if None in patterns else "|".join(f"(?:{pattern})" for pattern in dict.fromkeys(patterns))
         rules = [
             Rule(
@@ -393,7 +393,7 @@ class Trace:
     # ---- callbacks of the rule, on its thread ---------------------------------------------------
 
     def _activate(self, file: ActiveFile) -> None:
-        """Attaches what asks for this file. It is blocked if nothing of that can be, else the rest is said.
+        """Attaches what asks for this file. It is blocked if nothing of that can be, else the rest is reported.
 
         Raises:
             SowatchError: as `sowatch.uprobes.attacher.Attacher.attach`.

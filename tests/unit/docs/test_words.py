@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from support.prose import Text, messages, pages
+from support.prose import Text, messages, pages, public_docstrings
 
 #: What is not written, and what is instead.
 OLD = {
@@ -42,9 +42,30 @@ ALLOWED = {
     r"`+[^`\n]*`+": "names of tests, keys and files",
     r"\b\w+_(?:told|look|looks|looked|holders?|reading|touch)\b|\b(?:told|look|holder)_\w+\b": "names",
     r"\bexplain\.looks\b": "a module",
-    r"touches the (?:kernel|network)": "the verb",
+    r"followed, touches, range_count, ranges, dirty, shares_vm|^    untold ": "keys of JSON",
+    r"nothing_wanted, narrow,": "values of JSON",
+    r"(?<=numbers of )\w+|\bholders: numbers": "an attribute",
+    r"what (?:is|was) followed|that is followed": "methods of a sampler",
+    r"decisions/[\w-]+": "names of files",
+    r"/orders/|\(void\); // said": "examples",
+    r"times and orders": "which came first",
 }
-_ALLOWED = re.compile("|".join(ALLOWED))
+_ALLOWED = re.compile("|".join(ALLOWED), re.MULTILINE)
+
+
+#: Modules whose docstrings are still to be gone through.
+LEFT = (
+    "engine/address_space.py",
+    "engine/reconciler.py",
+    "explain/assemble.py",
+    "http/flows.py",
+    "http/http1.py",
+    "http/taps.py",
+    "sources/core.py",
+    "sources/legacy.py",
+    "sources/polling.py",
+    "uprobes/calls.py",
+)
 
 
 def old_words(texts: Iterable[Text]) -> list[str]:
@@ -79,5 +100,11 @@ def test_messages_and_help_have_the_terms_of_the_glossary() -> None:
 
 def test_the_pages_have_the_terms_of_the_glossary() -> None:
     texts = [one for one in pages() if not (one.path == "docs/glossary.md" and "*" in one.text)]
+    assert len(texts) > 1000
+    assert old_words(texts) == []
+
+
+def test_public_docstrings_have_the_terms_of_the_glossary() -> None:
+    texts = [one for one in public_docstrings() if not one.path.endswith(LEFT)]
     assert len(texts) > 1000
     assert old_words(texts) == []
