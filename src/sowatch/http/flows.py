@@ -210,7 +210,7 @@ class _Http1:
             self._connection.drop(flow)
         flow = self._connection.new_flow(self._side, f"HTTP/{message.version}")
         flow.method, flow.path, flow.begin_ns = message.method, message.target, message.begin_ns
-        flow.authority = message.headers.get("host")
+        flow.authority = message.host
         if message.method == "CONNECT":
             flow.authority, flow.path = message.target, None
         elif message.target and message.target.startswith(("http://", "https://")):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Literal
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
 
 import httptools
 
@@ -17,6 +18,8 @@ __all__ = ["MAX_HEAD_BYTES", "Http1Decoder", "Message", "may_start_message", "st
 
 #: nginx and Apache take 8 KiB, node 16 KiB, some proxies 64 KiB; a head that is longer is given up.
 MAX_HEAD_BYTES: Final = 64 << 10
+#: Heads whose meaning is remembered.
+_CACHED_HEADS: Final = 2048
 #: A chunk's size has at most 16 hexadecimal digits, and extensions that few use.
 _MAX_CHUNK_LINE_BYTES: Final = 4096
 #: What of a head is looked at to tell whether it may be one.
@@ -71,7 +74,7 @@ class Message:
         target: of a request, as it was sent.
         status: of a response.
         version: ``1.0`` or ``1.1``.
-        headers: by lower-case name the value that came last; those that were asked for only.
+        host: of a request, what its Host field names.
         begin_ns: of the first byte.
         head_ns: of the last byte of the head.
         end_ns: of the last byte; None while it goes on.
@@ -83,9 +86,8 @@ class Message:
         "begin_ns",
         "body_bytes",
         "end_ns",
-        "has_upgrade",
         "head_ns",
-        "headers",
+        "host",
         "is_complete",
         "method",
         "status",
@@ -98,13 +100,12 @@ class Message:
         self.target: str | None = None
         self.status: int | None = None
         self.version = ""
-        self.headers: dict[str, str] = {}
+        self.host: str | None = None
         self.begin_ns = begin_ns
         self.head_ns = begin_ns
         self.end_ns: int | None = None
         self.body_bytes = 0
         self.is_complete = False
-        self.has_upgrade = False
 
 
 class _Head:
@@ -127,6 +128,19 @@ class _Head:
         self.is_whole = True
 
 
+class _Parsed(NamedTuple):
+    """What a head says; ``length`` is None where none is given, or where the body is in chunks."""
+
+    method: str | None
+    target: str | None
+    status: int | None
+    version: str
+    host: str | None
+    is_chunked: bool
+    has_coding: bool
+    length: int | None
+
+
 class Http1Decoder:
     """Decodes one direction of a connection.
 
@@ -135,7 +149,6 @@ class Http1Decoder:
         on_head: called with a message once its head is there.
         on_end: called with a message once it has ended, complete or not.
         method_of: for responses: the method of the request that the next response answers; None if it is not known.
-        keep: names of headers to keep, in lower case.
 
     Whatever comes in, nothing is raised; memory is bounded by `MAX_HEAD_BYTES`. Any cut of the same bytes into calls
     gives the same messages.
@@ -148,13 +161,11 @@ class Http1Decoder:
         on_head: Callable[[Message], None],
         on_end: Callable[[Message], None],
         method_of: Callable[[], str | None] = lambda: None,
-        keep: frozenset[str] = frozenset({"host"}),
     ) -> None:
         self._is_request = kind == "request"
         self._on_head = on_head
         self._on_end = on_end
         self._method_of = method_of
-        self._keep = keep
         self._state = _HEAD
         self._buffer = bytearray()
         self._scanned = 0
@@ -251,6 +262,14 @@ class Http1Decoder:
             if at == len(data):
                 return at
             self._message = Message(time_ns)
+            end = data.find(b"\r\n\r\n", at) + 4
+            if end > 3 and data.find(b"\n\n", at, end) < 0:
+                # All of it in one call, as nearly always.
+                if end - at <= MAX_HEAD_BYTES:
+                    self._take_head(data[at:end], time_ns)
+                else:
+                    self._lose(time_ns)
+                return end
         before = len(buffer)
         buffer += data[at:]
         end = self._end_of_head() if self._state == _HEAD else buffer.find(b"\n") + 1
@@ -292,47 +311,36 @@ class Http1Decoder:
     def _take_head(self, head: bytes, time_ns: int) -> None:
         message = self._message
         assert message is not None
-        parsed = _parse(head, message, is_request=self._is_request)
+        parsed = _parse(head, self._is_request)
         if parsed is None:
             self._message = None
             self._lose(time_ns)
             return
         message.head_ns = message.end_ns = time_ns
-        fields: dict[str, str] = {}
-        for raw_name, raw_value in parsed.headers:
-            name = raw_name.decode("latin-1").lower()
-            value = raw_value.decode("utf-8", "surrogateescape")
-            if name in ("transfer-encoding", "content-length") and name in fields:
-                value = f"{fields[name]}, {value}"
-            fields[name] = value
-        message.headers = {name: value for name, value in fields.items() if name in self._keep}
-        message.has_upgrade = "upgrade" in fields
+        message.method, message.target, message.status, message.version, message.host, *_ = parsed
         if self._is_request:
             self._on_head(message)
-            self._frame_request(fields, time_ns)
+            if parsed.has_coding:
+                self._state = _CHUNK_SIZE
+            else:
+                self._expect(parsed.length or 0, time_ns)
         else:
             method = self._method_of()
             self._on_head(message)
-            self._frame_response(message, fields, method, time_ns)
+            self._frame_response(parsed, method, time_ns)
 
-    def _frame_request(self, fields: dict[str, str], time_ns: int) -> None:
-        if "transfer-encoding" in fields:
-            self._state = _CHUNK_SIZE
-        else:
-            self._expect(_length_of(fields) or 0, time_ns)
-
-    def _frame_response(self, message: Message, fields: dict[str, str], method: str | None, time_ns: int) -> None:
+    def _frame_response(self, parsed: _Parsed, method: str | None, time_ns: int) -> None:
         """Gives the body of a response its end (RFC 9112, section 6.3)."""
-        status = message.status or 0
+        status = parsed.status or 0
         if status == 101 or (method == "CONNECT" and 200 <= status < 300):
             self._finish(time_ns, is_complete=True)
             self._state = _TUNNEL
         elif 100 <= status < 200 or status in (204, 304) or method == "HEAD":
             self._finish(time_ns, is_complete=True)
-        elif fields.get("transfer-encoding", "").lower().rsplit(",")[-1].strip() == "chunked":
+        elif parsed.is_chunked:
             self._state = _CHUNK_SIZE
-        elif "transfer-encoding" not in fields and (length := _length_of(fields)) is not None:
-            self._expect(length, time_ns)
+        elif parsed.length is not None and not parsed.has_coding:
+            self._expect(parsed.length, time_ns)
         else:
             self._state = _UNTIL_CLOSE
 
@@ -381,27 +389,38 @@ class Http1Decoder:
         self._state = _LOST
 
 
-def _parse(head: bytes, message: Message, *, is_request: bool) -> _Head | None:
-    """Fills in what a whole head says of a message; None: it is no head.
+@lru_cache(maxsize=_CACHED_HEADS)
+def _parse(head: bytes, is_request: bool) -> _Parsed | None:
+    """What a whole head says; None: it is no head. Cached: clients send the same head again and again.
 
     llhttp knows the methods of the registry only and wants CR before each LF; what it refuses is given to it once more
     with another method and with both.
     """
-    for attempt in (head, _as_llhttp_wants(head)):
+    for is_changed in (False, True):
         parsed = _Head()
         parser: Any = (httptools.HttpRequestParser if is_request else httptools.HttpResponseParser)(parsed)
         # After the head it stops where the protocol changes; that is no fault of the head.
         with suppress(httptools.HttpParserUpgrade, httptools.HttpParserError):
-            parser.feed_data(attempt)
+            parser.feed_data(_as_llhttp_wants(head) if is_changed else head)
         if not parsed.is_whole:
             continue
-        message.version = parser.get_http_version()
-        if is_request:
-            message.method = head.lstrip(b"\r\n").partition(b" ")[0].decode("latin-1")
-            message.target = parsed.target.decode("utf-8", "surrogateescape")
-        else:
-            message.status = parser.get_status_code()
-        return parsed
+        fields: dict[str, str] = {}
+        for raw_name, raw_value in parsed.headers:
+            name = raw_name.decode("latin-1").lower()
+            if name in ("transfer-encoding", "content-length", "host"):
+                value = raw_value.decode("utf-8", "surrogateescape")
+                fields[name] = f"{fields[name]}, {value}" if name in fields and name != "host" else value
+        coding = fields.get("transfer-encoding")
+        return _Parsed(
+            head.lstrip(b"\r\n").partition(b" ")[0].decode("latin-1") if is_request else None,
+            parsed.target.decode("utf-8", "surrogateescape") if is_request else None,
+            None if is_request else parser.get_status_code(),
+            parser.get_http_version(),
+            fields.get("host"),
+            coding is not None and coding.lower().rsplit(",")[-1].strip() == "chunked",
+            coding is not None,
+            _length_of(fields.get("content-length", "")),
+        )
     return None
 
 
@@ -412,9 +431,9 @@ def _as_llhttp_wants(head: bytes) -> bytes:
     return b"\r\n".join(lines)
 
 
-def _length_of(fields: dict[str, str]) -> int | None:
+def _length_of(field: str) -> int | None:
     """The length that a head names; None: none. Equal ones may stand there more than once."""
-    lengths = {one.strip() for one in fields.get("content-length", "").split(",")} - {""}
+    lengths = {one.strip() for one in field.split(",")} - {""}
     if len(lengths) != 1 or not (length := lengths.pop()).isascii() or not length.isdigit() or len(length) > 18:
         return None
     return int(length)

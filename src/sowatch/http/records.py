@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from sowatch.http.flows import Chunk, ConnectionKey, Direction, Peer
@@ -18,35 +19,13 @@ HEAD: Final = struct.Struct("=QQQQQQIIIIIBBHHHI16s16s")
 CONNECTION: Final = struct.Struct("=QQIIQ")
 #: enum tls_counter, in order.
 COUNTERS: Final = ("lost", "unreadable", "spared", "no_room")
+#: Connections and peers that are remembered: each has many records.
+_CACHED: Final = 8192
 _DATA: Final = 1
 _DIRECTIONS: Final[Mapping[int, Direction]] = {0: "read", 1: "write"}
 _NUMBERS: Final[Mapping[Direction, int]] = {"read": 0, "write": 1}
 _FAMILIES: Final = {2: (socket.AF_INET, 4), 10: (socket.AF_INET6, 16)}
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
-
-
-class _Head(NamedTuple):
-    """struct tls_record of tls_taps.h without its bytes."""
-
-    pointer: int
-    start_ns: int
-    site: int
-    begin_ns: int
-    end_ns: int
-    offset: int
-    tgid: int
-    tid: int
-    length: int
-    skipped: int
-    captured: int
-    kind: int
-    direction: int
-    family: int
-    peer_port: int
-    local_port: int
-    unused: int
-    peer: bytes
-    local: bytes
 
 
 class Ended(NamedTuple):
@@ -61,24 +40,34 @@ def decode(record: bytes) -> Chunk | Ended:
 
     A write has passed when it began, a read when it ended: so a request is older than its response.
     """
-    head = _Head(*HEAD.unpack_from(record))
-    key = ConnectionKey(ProcessId(head.tgid, head.start_ns), head.pointer)
-    if head.kind != _DATA:
-        return Ended(key, head.end_ns)
+    fields = HEAD.unpack_from(record)
+    pointer, start_ns, site, begin_ns, end_ns, offset, tgid, _tid, length, skipped, captured, kind, direction = fields[
+        :13
+    ]
+    key = _key(tgid, start_ns, pointer)
+    if kind != _DATA:
+        return Ended(key, end_ns)
+    family, peer_port, local_port, _unused, peer, _local = fields[13:]
     return Chunk(
         key,
-        _DIRECTIONS[head.direction],
-        record[HEAD.size : HEAD.size + head.captured],
-        head.length,
-        head.skipped,
-        head.offset,
-        head.begin_ns if head.direction else head.end_ns,
-        head.site,
-        peer_of(head.family, head.peer, head.peer_port),
-        head.local_port or None,
+        _DIRECTIONS[direction],
+        record[HEAD.size : HEAD.size + captured],
+        length,
+        skipped,
+        offset,
+        begin_ns if direction else end_ns,
+        site,
+        peer_of(family, peer, peer_port),
+        local_port or None,
     )
 
 
+@lru_cache(maxsize=_CACHED)
+def _key(tgid: int, start_ns: int, pointer: int) -> ConnectionKey:
+    return ConnectionKey(ProcessId(tgid, start_ns), pointer)
+
+
+@lru_cache(maxsize=_CACHED)
 def peer_of(family: int, address: bytes, port: int) -> Peer | None:
     """The other end of a socket; None if it was not seen.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from ddsketch import DDSketch
@@ -31,6 +32,7 @@ _MAX_PARTS: Final = 8
 _MAX_PART: Final = 48
 
 
+@lru_cache(maxsize=4096)
 def reduced_path(target: str | None) -> str:
     """The endpoint that a path belongs to.
 

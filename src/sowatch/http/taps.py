@@ -154,6 +154,7 @@ class HttpTap:
         self._stop = threading.Event()
         self._sees_sockets = False
         self._follows_memory = False
+        self._libraries: dict[int, Library] = {}
         self.callback_failures = 0
 
     # ---- life ---------------------------------------------------------------------------------
@@ -299,10 +300,13 @@ class HttpTap:
             process = self._processes.get(flow.key.process)
         if flow.peer is None and not self._follows_memory:
             self._follow_memory()
-        site = self._attacher.sites.get(flow.site)
+        library = self._libraries.get(flow.site)
+        if library is None:
+            self._libraries = {cookie: site.library for cookie, site in self._attacher.sites.items()}
+            library = self._libraries.get(flow.site)
         known = process or Process(pid=flow.key.process.pid, start_ns=flow.key.process.start_ns)
         try:
-            self._on_flow(HttpFlow(flow, known, None if site is None else site.library))
+            self._on_flow(HttpFlow(flow, known, library))
         except Exception:
             self.callback_failures += 1
             LOG.exception("the callback for flows failed")
