@@ -6,14 +6,17 @@ descriptor that opens nothing (O_PATH); its type is read through that, and that 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
 import struct
 import sys
 from functools import lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    # Imported where it is used: `--help` loads this module, and is to answer at once.
+    import ctypes
 
 __all__ = ["file_system_of", "open_below", "open_regular", "reopen", "shows_real_inode"]
 
@@ -44,6 +47,8 @@ def open_below(root_fd: int, path: str, flags: int, *, follows_links: bool = Tru
         OSError: as open(2) and openat2(2); ``ENOSYS`` on kernels without the call, ``EPERM`` or
             ``ENOSYS`` below a seccomp filter that does not know it.
     """
+    from ctypes import get_errno
+
     flags |= os.O_CLOEXEC
     if not flags & os.O_PATH:
         flags |= os.O_NOCTTY | os.O_NONBLOCK
@@ -54,9 +59,9 @@ def open_below(root_fd: int, path: str, flags: int, *, follows_links: bool = Tru
         if fd >= 0:
             return int(fd)
         # EAGAIN: something was renamed while the kernel made sure that we stay inside.
-        if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
+        if get_errno() not in (errno.EINTR, errno.EAGAIN):
             break
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    raise OSError(get_errno(), os.strerror(get_errno()), path)
 
 
 def reopen(place: int, flags: int) -> int:
@@ -101,6 +106,8 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, foll
 
 @lru_cache(maxsize=1)
 def _libc() -> ctypes.CDLL:
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
@@ -110,7 +117,9 @@ def _libc() -> ctypes.CDLL:
 
 def file_system_of(fd: int) -> int | None:
     """The type of the file system of a descriptor (fstatfs f_type, include/uapi/linux/magic.h), None if unknown."""
-    buffer = ctypes.create_string_buffer(512)
+    from ctypes import create_string_buffer
+
+    buffer = create_string_buffer(512)
     if _libc().fstatfs(fd, buffer) != 0:
         return None
     # f_type comes first: a long, but an int on s390 and on 32-bit machines. The other half is 0 or another field.
@@ -120,7 +129,9 @@ def file_system_of(fd: int) -> int | None:
 
 def shows_real_inode(fd: int) -> bool:
     """Whether stat(2) shows the device and inode that the kernel knows the file by."""
-    buffer = ctypes.create_string_buffer(512)
+    from ctypes import create_string_buffer
+
+    buffer = create_string_buffer(512)
     if _libc().fstatfs(fd, buffer) != 0:
         return False
     # f_type comes first: a long, but an int on s390 and on 32-bit machines. Read both halves.
