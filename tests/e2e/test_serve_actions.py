@@ -131,6 +131,7 @@ def test_a_changed_action_detaches_and_attaches_and_a_bad_one_leaves_the_old_in_
         replace(agent.config_path, rule(path, more))
         wait_until(lambda said=said: said in (agent.get("/readyz").json["config"]["error"] or ""), 20, said)
     assert is_attached(agent, 6)
+    assert agent.get("/readyz").json["attachments"] == {"probed": {"expected": 6, "attached": 6, "failed": 0}}
     running.call("recursive", 0)
     wait_until(lambda: calls(agent, "recursive") == 4)
 

@@ -277,6 +277,11 @@ class Actions:
         for action in new:
             self._unfollow[action] = self._sampler.follow_attachments(action.rule, action.figures)
 
+    def summary(self) -> dict[str, dict[str, float]]:
+        """By rule: probes that there should be, that there are, and what could not be attached."""
+        found = {name: action.figures() for name, (_, action) in self.running.items()}
+        return {name: {key: one[key] for key in ("expected", "attached", "failed")} for name, one in found.items()}
+
     def close(self) -> None:
         """Detaches everything. Safe to call again."""
         self._stop.set()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from operator import add
 from typing import Final, NamedTuple
 
 from sowatch.linux.containers import container_id
@@ -67,6 +68,12 @@ class _Sum:
     sum_ns: int = 0
     latency: list[int] = field(default_factory=lambda: [0] * BUCKETS)
 
+    def add(self, calls: int, timed: int, sum_ns: int, latency: Iterable[int]) -> None:
+        self.calls += calls
+        self.timed += timed
+        self.sum_ns += sum_ns
+        self.latency = list(map(add, self.latency, latency))
+
 
 class _Counted:
     """One counter that is tracked. ``sites`` has those of files that are detached, too, until their counts are in."""
@@ -85,10 +92,12 @@ class CallTally:
     Args:
         metrics: where the sums go.
         proc: the host's.
+        cpu_share: of one CPU that it takes at most; a full table of counts takes some tenths of a second each time.
     """
 
-    def __init__(self, metrics: MetricRegistry, proc: ProcFs) -> None:
+    def __init__(self, metrics: MetricRegistry, proc: ProcFs, *, cpu_share: float = 0.1) -> None:
         self._metrics = metrics
+        self._cpu_share = cpu_share
         self._proc = proc
         self._lock = threading.Lock()
         self._counted: dict[CallCounter, _Counted] = {}
@@ -99,6 +108,7 @@ class CallTally:
         self._containers: dict[int, tuple[int, str]] = {}
         self._ended: dict[ProcessId, None] = {}
         self._looked_s = time.monotonic()
+        self._not_before_s = 0.0
 
     def follow(self, rule: str, counter: CallCounter) -> None:
         """Counts by this counter from now on."""
@@ -133,9 +143,11 @@ class CallTally:
                 self._ended[process.id] = None
 
     def take(self) -> None:
-        """Brings the metrics up to date with the kernel."""
+        """Brings the metrics up to date with the kernel; soon after a time that took long it does nothing."""
         with self._lock:
             now_s = time.monotonic()
+            if now_s < self._not_before_s:
+                return
             is_looking = now_s - self._looked_s >= _LOOK_S
             if is_looking:
                 self._looked_s = now_s
@@ -152,6 +164,8 @@ class CallTally:
                 for process in [ProcessId(pid, start_ns) for pid, (start_ns, _) in self._containers.items()]:
                     if process not in counting and not process_is_alive(process, self._proc):
                         self._forget_process(process)
+            end_s = time.monotonic()
+            self._not_before_s = end_s + (end_s - now_s) * (1 / self._cpu_share - 1)
 
     def sums(self) -> dict[FileId, list[SymbolCalls]]:
         """What is counted of files that are attached now."""
@@ -169,6 +183,8 @@ class CallTally:
         counted.sites |= attached
         unseen = set(counted.before)
         waiting = set()
+        #: What is new, by site and container.
+        fresh: dict[tuple[int, str], tuple[Site, _Sum]] = {}
         for now in list(counted.counter.calls_at(counted.sites)):
             key = (now.site.cookie, now.process)
             unseen.discard(key)
@@ -191,7 +207,12 @@ class CallTally:
                 continue
             counted.deferred.discard(key)
             counted.before[key] = now
-            self._add(counted, now, before, container or "")
+            more = fresh.setdefault((now.site.cookie, container or ""), (now.site, _Sum()))[1]
+            more.add(now.calls, now.timed, now.sum_ns, now.latency)
+            if before is not None:
+                more.add(-before.calls, -before.timed, -before.sum_ns, [-one for one in before.latency])
+        for (_, container), (site, more) in fresh.items():
+            self._add(counted, site, container, more)
         for key in unseen:  # went with its site's own program
             del counted.before[key]
         for cookie in counted.sites.keys() - attached.keys() - waiting:
@@ -204,25 +225,16 @@ class CallTally:
             del self._owners[key]
             self._sums.pop(key, None)
 
-    def _add(self, counted: _Counted, now: Calls, before: Calls | None, container: str) -> None:
-        site = now.site
+    def _add(self, counted: _Counted, site: Site, container: str, more: _Sum) -> None:
         key = (site.library.id, site.symbol)
         if self._owners.setdefault(key, counted) is not counted:
             return
-        latency = _minus(now.latency, before.latency if before is not None else ())
-        calls = now.calls - (before.calls if before is not None else 0)
-        timed = now.timed - (before.timed if before is not None else 0)
-        sum_ns = now.sum_ns - (before.sum_ns if before is not None else 0)
-        total = self._sums.setdefault(key, _Sum())
-        total.calls += calls
-        total.timed += timed
-        total.sum_ns += sum_ns
-        total.latency = [a + b for a, b in zip(total.latency, latency, strict=True)]
+        self._sums.setdefault(key, _Sum()).add(more.calls, more.timed, more.sum_ns, more.latency)
         series = self._series_of(site, container, is_timed=counted.counter.is_timed)
         series.used_s = time.monotonic()
-        series.calls.add(calls)
-        if series.seconds is not None and any(latency):
-            series.seconds.add(_distribution(latency, sum_ns))
+        series.calls.add(more.calls)
+        if series.seconds is not None and any(more.latency):
+            series.seconds.add(_distribution(more.latency, more.sum_ns))
 
     def _series_of(self, site: Site, container: str, *, is_timed: bool) -> _Series:
         library = site.library
@@ -265,10 +277,6 @@ class CallTally:
             return None
         self._containers[process.pid] = (process.start_ns, about.container or "")
         return about.container or ""
-
-
-def _minus(now: Collection[int], before: Collection[int]) -> list[int]:
-    return [a - b for a, b in zip(now, before, strict=True)] if before else list(now)
 
 
 def _distribution(latency: list[int], sum_ns: int) -> Distribution:

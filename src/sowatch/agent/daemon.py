@@ -367,6 +367,7 @@ class Daemon:
                 "loaded": stamp(self._loaded_ns),
                 "needs_restart": list(self._needs_restart),
             },
+            "attachments": self._actions.summary(),
             "outputs": self._outputs.problems(),
         }
         return Readiness(tuple(problems), facts)

@@ -70,7 +70,7 @@ def metrics() -> MetricRegistry:
 
 @pytest.fixture
 def tally(metrics: MetricRegistry) -> CallTally:
-    return CallTally(metrics, ProcFs())
+    return CallTally(metrics, ProcFs(), cpu_share=1.0)
 
 
 @pytest.fixture
@@ -158,6 +158,22 @@ def test_of_two_rules_that_meet_one_file_one_counts_it(
     assert counts(metrics) == {"c": 6}
 
 
+def test_a_table_that_takes_long_is_taken_less_often_and_at_the_end_all_the_same(
+    metrics: MetricRegistry, kernel: Kernel
+) -> None:
+    slow = CallTally(metrics, ProcFs(), cpu_share=1e-9)
+    slow.follow("r", kernel)  # type: ignore[arg-type]
+    kernel.sites[1] = site(1)
+    slow.note(load(dead(0), "c"))
+    kernel.call(1, dead(0))
+    slow.take()
+    kernel.call(1, dead(0))
+    slow.take()
+    assert counts(metrics) == {"c": 1}
+    slow.unfollow(kernel)  # type: ignore[arg-type]
+    assert counts(metrics) == {"c": 2}
+
+
 def test_more_sets_of_labels_than_there_may_be_go_to_one_series(
     metrics: MetricRegistry, tally: CallTally, kernel: Kernel
 ) -> None:
@@ -197,7 +213,7 @@ def test_latencies_go_to_the_bounds_that_are_powers_of_two_of_nanoseconds(
 )
 def test_the_sum_is_what_was_called_in_whatever_order_things_happen(steps: list[tuple[str, int, int]]) -> None:
     metrics = MetricRegistry()
-    tally = CallTally(metrics, ProcFs())
+    tally = CallTally(metrics, ProcFs(), cpu_share=1.0)
     kernel = Kernel()
     tally.follow("r", kernel)  # type: ignore[arg-type]
     cookies: dict[int, int] = {}
