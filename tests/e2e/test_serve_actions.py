@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -297,5 +298,8 @@ def test_an_explanation_of_a_process_a_path_and_a_rule_has_the_attachments_over_
     assert re.search(
         r"symbol +nestde\n +program.*\n(.*\n)? +return .*\n +state +failed\n +reason .*near: nested", done.stdout
     )
+    words = ["explain", str(running.pid), "--agent", agent.socket, "--json"]
+    done = subprocess.run([sys.executable, "-m", "sowatch", *words], capture_output=True, text=True, check=True)
+    assert attached_to(json.loads(done.stdout), path) == of_process
     running.end()
     wait_until(lambda: agent.get("/explain?rule=probed").json["files"][0]["lingering"], 20)

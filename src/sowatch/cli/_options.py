@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sowatch.model.events import Event, Library, Process, Ready
 
 __all__ = [
+    "DEFAULT_SOCKET",
     "MappedLike",
     "OpenWatcher",
     "Selection",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 FORMATS = ("json", "table", "text")
+#: Of the agent, unless another is named.
+DEFAULT_SOCKET = "/run/sowatch/sowatch.sock"
 
 
 class MappedLike(Protocol):

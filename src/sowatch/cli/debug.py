@@ -24,24 +24,19 @@ Examples:
 
 from __future__ import annotations
 
-import http.client
-import json
-import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, Final
-from urllib.parse import quote
 
+from sowatch.cli._client import Agent
+from sowatch.cli._options import DEFAULT_SOCKET
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser, pid
 from sowatch.cli._table import write_table
-from sowatch.model.encoding import dumps, restore
-from sowatch.model.errors import NotPermitted, SowatchError, UsageError
+from sowatch.model.encoding import dumps
+from sowatch.model.errors import UsageError
 from sowatch.model.escape import one_line, visible
 
-DEFAULT_SOCKET: Final = "/run/sowatch/sowatch.sock"
-#: An audit of a large host takes seconds, and others may be waiting for their turn.
-TIMEOUT_S: Final = 120.0
 _ROUTES: Final = {
     "traced": "/debug/traced_programs",
     "blocked": "/debug/blocked_processes",
@@ -67,13 +62,13 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     action, target = _action(args.patterns, has_rule=args.rule is not None)
     if args.rule is not None and action not in _WITH_TARGET:
         raise UsageError(f"--rule says nothing to {action}. Leave it out.")
-    agent = _Agent(args.socket)
+    agent = Agent(args.socket)
     if action in _ORDERS:
         return _order(agent, action, _pid(target), args.rule, out, warn)
     if action == "explain":
         key = "rule" if args.rule is not None else "pid" if target.isascii() and target.isdigit() else "path"
         target = target if args.rule is None else args.rule
-        found = agent.get(f"/explain?{key}={quote(target.encode('utf-8', 'surrogateescape'))}")
+        found = agent.explain(key, target)
     else:
         found = agent.get(_ROUTES[action])
     if args.json or action == "telemetry":
@@ -110,77 +105,7 @@ def _pid(text: str) -> int:
         raise UsageError(f"{error}. Give a number, as `ps -e` shows it.") from error
 
 
-# ---- the agent -----------------------------------------------------------------------------------
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class _Agent:
-    """The agent behind a socket.
-
-    Args:
-        path: of the socket.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def get(self, route: str) -> Any:
-        """The JSON that a route answers.
-
-        Raises:
-            SowatchError: nobody answers, or it refuses.
-        """
-        status, body = self._ask("GET", route)
-        try:
-            found = restore(json.loads(body))
-        except ValueError as error:
-            raise SowatchError(
-                f"{self._path!r} gave no JSON (status {status}). Is it the socket of `sowatch serve`?"
-            ) from error
-        if status != 200:
-            said = found.get("error") if isinstance(found, dict) else None
-            raise SowatchError(said or f"the agent refused with status {status}. See its log.")
-        return found
-
-    def post(self, route: str, body: object) -> tuple[int, str]:
-        """Status and text."""
-        status, answer = self._ask("POST", route, dumps(body).encode())
-        return status, answer.decode("utf-8", "replace").strip()
-
-    def _ask(self, method: str, route: str, body: bytes | None = None) -> tuple[int, bytes]:
-        connection = _Connection(self._path)
-        try:
-            connection.request(method, route, body)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except PermissionError as error:
-            raise NotPermitted(
-                f"cannot use {self._path!r}",
-                "it belongs to somebody else",
-                "Run it as the socket's owner: sudo sowatch debug ...",
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise SowatchError(
-                f"no agent answers on {self._path!r}: {reason}. Start it with `sowatch serve`, or give --socket."
-            ) from error
-        finally:
-            connection.close()
-
-
-def _order(agent: _Agent, action: str, target: int, rule: str | None, out: Out, warn: Callable[[str], None]) -> int:
+def _order(agent: Agent, action: str, target: int, rule: str | None, out: Out, warn: Callable[[str], None]) -> int:
     """Attach or detach, for one rule or for all; 1 if none of them had anything to do."""
     rules = [rule] if rule is not None else agent.get("/readyz")["rules"]
     refusals = []
@@ -248,22 +173,22 @@ def _audit(found: Any, out: Out) -> None:
 
 
 def _explain(found: Any, out: Out) -> None:
-    for line in _outline(found):
+    for line in outline(found):
         out.write(f"{line}\n")
 
 
-def _outline(value: dict[str, Any], indent: str = "") -> Iterator[str]:
+def outline(value: dict[str, Any], indent: str = "") -> Iterator[str]:
     """Nested objects as indented lines; what is null or empty is left out."""
     for key, one in value.items():
         if one is None or one in ([], {}, ""):
             continue
         if isinstance(one, dict):
             yield f"{indent}{key}"
-            yield from _outline(one, indent + "  ")
+            yield from outline(one, indent + "  ")
         elif isinstance(one, list) and isinstance(one[0], dict):
             for item in one:
                 yield f"{indent}{key}"
-                yield from _outline(item, indent + "  ")
+                yield from outline(item, indent + "  ")
         elif isinstance(one, list):
             words = ["-".join(map(str, item)) if isinstance(item, list) else str(item) for item in one]
             yield f"{indent}{key:<14} {visible(' '.join(words))}"

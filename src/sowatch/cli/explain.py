@@ -44,6 +44,7 @@ Examples:
   sowatch explain 1234                          everything it has mapped, and what became of it
   sowatch explain --rule libssl 1234            why is there no event of its libssl?
   sowatch explain /usr/lib/x86_64-linux-gnu/libssl.so.3
+  sowatch explain 1234 --agent                  as the running agent has it: its rules, and what they have attached
 """
 
 # Heavy modules (the watcher) are imported only where they are used.
@@ -54,7 +55,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from sowatch.cli._options import add_format, add_strategy, selection_of, wants_json
+from sowatch.cli._options import DEFAULT_SOCKET, add_format, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
@@ -161,6 +162,13 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--kind", action="append", metavar="KIND", help=f"{', '.join(KINDS)}; may be repeated. Default: library"
     )
+    parser.add_argument(
+        "--agent",
+        nargs="?",
+        const=DEFAULT_SOCKET,
+        metavar="SOCKET",
+        help=f"ask the agent there instead, which shows what its rules have attached, too. Default: {DEFAULT_SOCKET}",
+    )
     add_strategy(parser)
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
@@ -173,6 +181,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         raise UsageError("give one PID or PATH. See `sowatch explain --help`.")
     (target,) = args.patterns
     as_json = wants_json(args, out)
+    if args.agent is not None:
+        return _ask_agent(args, target, out, as_json=as_json)
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
     selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
     from sowatch.explain import ProcessReport, check_process, to_dict
@@ -190,6 +200,19 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     else:
         lines = _process(report) if isinstance(report, ProcessReport) else _path(report)
         out.write("".join(f"{line.rstrip()}\n" for line in lines))
+    out.flush()
+    return 0
+
+
+def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> int:
+    if args.rule or args.kind:
+        raise UsageError("--rule and --kind are for a watch of its own. Leave them out, or --agent.")
+    from sowatch.cli._client import Agent
+    from sowatch.cli.debug import outline
+
+    key = "pid" if target.isascii() and target.isdigit() else "path"
+    found = Agent(args.agent).explain(key, target)
+    out.write("".join(f"{line}\n" for line in ([dumps(found)] if as_json else outline(found))))
     out.flush()
     return 0
 
