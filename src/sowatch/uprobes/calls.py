@@ -24,9 +24,9 @@ __all__ = ["BUCKETS", "CallCounter", "Calls", "Stack", "percentile_ns"]
 
 #: struct calls_key of probe_calls.h, 24 bytes: probe, start of the process in ns, tgid.
 KEY: Final = struct.Struct("=QQII")
-#: struct calls, 536 bytes: entries, timed returns, their sum in ns, and BUCKETS counts.
+#: struct calls, 528 bytes: entries, the time of those that have returned in ns, and BUCKETS counts of them.
 BUCKETS: Final = 64
-VALUE: Final = struct.Struct(f"=QQQ{BUCKETS}Q")
+VALUE: Final = struct.Struct(f"=QQ{BUCKETS}Q")
 #: struct stacks_key of probe_calls.h, 40 bytes: probe, start of the process, caller, tgid, number of the stack, unused.
 STACKS_KEY: Final = struct.Struct("=QQQIiQ")
 STACK_DEPTH: Final = 64
@@ -290,8 +290,8 @@ class CallCounter:
                 value = table.lookup(key, VALUE.size)
                 if site is None or value is None:
                     continue
-                calls, timed, sum_ns, *latency = VALUE.unpack(value)
-                yield Calls(site, ProcessId(tgid, start_ns), calls, timed, sum_ns, tuple(latency))
+                calls, sum_ns, *latency = VALUE.unpack(value)
+                yield Calls(site, ProcessId(tgid, start_ns), calls, sum(latency), sum_ns, tuple(latency))
 
     def want(self, pid: int) -> None:
         """Counts in this process from now on; its pid in the initial pid namespace."""

@@ -430,7 +430,6 @@ int calls_returned(struct pt_regs *context)
 		count(PROBE_LOST);
 		return 0;
 	}
-	__sync_fetch_and_add(&found->timed, 1);
 	__sync_fetch_and_add(&found->sum_ns, spent_ns);
 	__sync_fetch_and_add(&found->buckets[log2_of(spent_ns) % LATENCY_BUCKETS], 1);
 	if (entry_bytes && return_bytes && is_unread)

@@ -25,12 +25,11 @@ struct calls_key {
 	__u32 unused;
 };
 
-/* 536 bytes */
+/* 528 bytes */
 struct calls {
-	__u64 calls;  /* entries */
-	__u64 timed;  /* returns whose entry was seen */
-	__u64 sum_ns; /* spent in those */
-	__u64 buckets[LATENCY_BUCKETS];
+	__u64 calls;                    /* entries */
+	__u64 sum_ns;                   /* spent in those whose return was seen */
+	__u64 buckets[LATENCY_BUCKETS]; /* how many those are */
 };
 
 struct frames_key {
@@ -115,7 +114,7 @@ enum probe_counter {
 };
 
 _Static_assert(sizeof(struct calls_key) == 24, "sowatch.uprobes.calls.KEY");
-_Static_assert(sizeof(struct calls) == 536, "sowatch.uprobes.calls.VALUE");
+_Static_assert(sizeof(struct calls) == 528, "sowatch.uprobes.calls.VALUE");
 _Static_assert(sizeof(struct call_format) == 56, "sowatch.uprobes.call_format.CallFormat.pack");
 _Static_assert(sizeof(struct call_record) == 112, "sowatch.uprobes.call_records.HEAD");
 _Static_assert(sizeof(struct stacks_key) == 40, "sowatch.uprobes.stacks.KEY");
