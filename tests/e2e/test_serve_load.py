@@ -205,5 +205,6 @@ def test_a_client_that_does_not_read_is_cut_off_and_delays_nobody(
     assert found[-1]["where"] == "queue"
     assert found[-1]["count"] > 0
     assert agent.get("/readyz").json["lost"] == {"kernel": 0, "queue": 0}
+    assert "\nsowatch_agent_clients_cut_off_total 1.0\n" in agent.get("/metrics").text
     agent.stop()
     reader.join()

@@ -185,6 +185,8 @@ class Daemon:
         return source
 
     def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
+        cut_off = self._metrics.counter(names.CLIENTS_CUT_OFF.name)
+        stack.callback(self._metrics.add_source(lambda: cut_off.add(hub.clients_cut_off - cut_off.get())))
         inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
         attachments = Attachments(self._actions, self._watcher)
         pages = routes(inventory, self._actions.tally.sums)

@@ -34,7 +34,7 @@ Direction = Literal["read", "write"]
 MAX_CONNECTIONS: Final = 16384
 #: Requests of one connection that wait for their response: more than any client pipelines.
 _MAX_WAITING: Final = 256
-#: A connection that has shown no HTTP after this many calls of either direction is left alone, but for its beginnings.
+#: A connection that has shown no HTTP after this many calls of either direction keeps only its beginnings.
 _MAX_TRIES: Final = 16
 
 
@@ -97,18 +97,18 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class FlowStats:
-    """What passed, and what could not be told of it; figures only grow.
+    """What passed, and what could not be reported of it; figures only grow.
 
     Attributes:
         flows: handed out.
         incomplete: of those, whose end was not seen or whose framing was lost.
         joined_late: responses whose request passed before the watch, and connections that were joined in the middle.
-        resyncs: how often framing was lost and the next message looked for.
+        resyncs: how often framing was lost and the next message searched for.
         unknown_fields: HTTP/2 fields that were sent before the watch.
         unknown_peers: flows whose socket was never seen.
         undecoded: connections that have shown no HTTP.
         gaps: calls whose bytes were lost or not captured where they were needed.
-        dropped: connections and requests that were given up for want of room.
+        dropped: connections and requests that were given up for want of space.
     """
 
     flows: int = 0
@@ -377,7 +377,7 @@ class _Connection:
         self._request_direction: Direction = "read"
         self._tries = 0
         self._is_undecoded = False
-        #: The first bytes of a direction, while they are too few to tell what it speaks.
+        #: The first bytes of a direction, while they are too few to determine what it speaks.
         self._first: dict[Direction, bytes] = {}
 
     def take(self, chunk: Chunk) -> None:
@@ -556,7 +556,7 @@ class FlowTable:
             self.end(key, time_ns)
 
     def hand_out(self, flow: Flow) -> None:
-        """Counts a flow and gives it to whoever waits for it."""
+        """Counts a flow and hands it on."""
         self.stats.flows += 1
         self.stats.incomplete += not flow.is_complete
         self.stats.unknown_peers += flow.peer is None

@@ -22,7 +22,7 @@ MAX_HEAD_BYTES: Final = 64 << 10
 _CACHED_HEADS: Final = 2048
 #: A chunk's size has at most 16 hexadecimal digits, and extensions that few use.
 _MAX_CHUNK_LINE_BYTES: Final = 4096
-#: What of a head is looked at to tell whether it may be one.
+#: What of a head is read to determine whether it may be one.
 _START_BYTES: Final = 256
 #: How a message begins: a token as the method and a target, or the version of a response (RFC 9112, sections 3 and 4).
 _RESPONSE: Final = re.compile(rb"HTTP/1\.[01] [1-9][0-9]{2}(?: |\r|\n)")
@@ -171,7 +171,7 @@ class Http1Decoder:
         self._scanned = 0
         self._left = 0
         self._message: Message | None = None
-        #: How often the framing was lost, and the next message looked for.
+        #: How often the framing was lost, and the next message searched for.
         self.resyncs = 0
 
     @property
@@ -181,7 +181,7 @@ class Http1Decoder:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the next message is looked for."""
+        """Whether the next message is searched for."""
         return self._state == _LOST
 
     @property
@@ -378,7 +378,7 @@ class Http1Decoder:
             self._on_end(message)
 
     def _lose(self, time_ns: int) -> None:
-        """The framing is lost: the message is not complete, and the next one is looked for."""
+        """The framing is lost: the message is not complete, and the next one is searched for."""
         self.resyncs += 1
         self._buffer.clear()
         self._scanned = 0

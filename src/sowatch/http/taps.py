@@ -73,7 +73,7 @@ FAMILIES: Final = {
     "gnutls": ("gnutls_record_recv", "gnutls_record_send"),
     "crypto": (BIO_WRITE,),
 }
-#: Heads of HTTP/1 have 8 KiB at most where servers are not told otherwise; MAX_CAPTURE of tls_taps.h is the most.
+#: Heads of HTTP/1 have 8 KiB at most where servers are not configured otherwise; MAX_CAPTURE of tls_taps.h is the most.
 CAPTURE_BYTES: Final = 16384
 #: How long records may wait: fewer and larger batches cost less.
 _BATCH_S: Final = 0.01
@@ -197,7 +197,7 @@ class HttpTap:
 
     @property
     def sees_sockets(self) -> bool:
-        """Whether this kernel tells which socket a call used (6.3+); without it every peer is unknown."""
+        """Whether this kernel shows which socket a call used (6.3+); without it every peer is unknown."""
         return self._sees_sockets
 
     @property

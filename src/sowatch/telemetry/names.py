@@ -222,6 +222,10 @@ CONFIG_VALID: Final = _define(
     "gauge", "config.valid", "1 if the configuration is the one in force, 0 if it cannot be used and an older one is."
 )
 
+CLIENTS_CUT_OFF: Final = _define(
+    "counter", "agent.clients_cut_off", "Clients of /events that were too far behind and were cut off with `lost`."
+)
+
 OVERFLOW: Final = _define(
     "counter",
     "telemetry.overflow",

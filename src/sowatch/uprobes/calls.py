@@ -228,7 +228,7 @@ class CallCounter:
 
     @property
     def stacks_lost(self) -> int:
-        """Calls whose callers could not be found, or that found no room for a further stack."""
+        """Calls whose callers could not be found, or for which a further stack could not be kept."""
         return self._counter(_STACKS_LOST)
 
     def take_calls(self, is_gone: Callable[[ProcessId], bool] = lambda _: False) -> list[Call]:

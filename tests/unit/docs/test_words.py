@@ -58,13 +58,9 @@ LEFT = (
     "engine/address_space.py",
     "engine/reconciler.py",
     "explain/assemble.py",
-    "http/flows.py",
-    "http/http1.py",
-    "http/taps.py",
     "sources/core.py",
     "sources/legacy.py",
     "sources/polling.py",
-    "uprobes/calls.py",
 )
 
 
