@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,59 @@ def test_a_file_that_is_armed_has_every_call_of_short_processes_counted(
     found = samples(agent.get("/metrics").text)
     (labels,) = [dict(key[1]) for key in found if key[0] == "sowatch_calls_total"]
     assert re.fullmatch("[0-9a-f]{40}", labels["build_id"])
+
+
+@pytest.fixture
+def in_container(place: Path, spawn: Any, programs: Any) -> Iterator[Callable[[str, Path], Caller]]:
+    """``in_container(id, directory)`` is a caller in a cgroup as of Docker, with an overlay over the directory."""
+    cgroups = place / "cgroups"
+    cgroups.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", cgroups], check=True)
+    made: list[tuple[Caller, Path]] = []
+
+    def start(number: str, lower: Path) -> Caller:
+        home, group = place / number, cgroups / f"docker-{number}.scope"
+        for part in ("upper", "work", "merged"):
+            (home / part).mkdir(parents=True)
+        group.mkdir()
+        layers = f"lowerdir={lower},upperdir={home}/upper,workdir={home}/work"
+        program = home / "program"
+        program.write_text(
+            f"#!/bin/sh -e\necho $$ > {group}/cgroup.procs\nexec unshare --mount sh -ec '\n"
+            f"mount -t overlay none -o {layers} {home}/merged\nexec {programs['caller']}'\n",
+            encoding="utf-8",
+        )
+        program.chmod(0o755)
+        caller = Caller(spawn, program, home / "merged" / "libprobed.so")
+        made.append((caller, group))
+        return caller
+
+    yield start
+    for caller, group in made:
+        caller.end()
+        group.rmdir()
+    subprocess.run(["umount", cgroups], check=True)
+
+
+def test_of_containers_that_share_a_file_each_has_its_own_count_and_all_have_one_probe(
+    new_agent: NewAgent, library: NewLibrary, in_container: Any, place: Path, wait_until: Any
+) -> None:
+    lower = place / "lower"
+    lower.mkdir()
+    library().rename(lower / "libprobed.so")
+    text = "[[rules]]\nname = 'probed'\npattern = '/sow-[^/]*/[0-9a-f]{64}/merged/'\ncount = ['plain']\n"
+    agent = new_agent(text).start()
+    numbers = ["a" * 64, "b" * 64]
+    first, second = (in_container(number, lower) for number in numbers)
+    wait_until(lambda: is_attached(agent, 2), 20)
+    wait_until(lambda: len(agent.get("/debug/traced_programs").json[0]["PIDs"]) == 2, 20)
+    first.call("plain", times=3)
+    second.call("plain", times=4)
+    wait_until(lambda: calls(agent, "plain") == 7)
+    found = samples(agent.get("/metrics").text)
+    by_container = {dict(key[1])["container"]: value for key, value in found.items() if key[0] == "sowatch_calls_total"}
+    assert by_container == {numbers[0]: 3, numbers[1]: 4}
+    assert is_attached(agent, 2)
 
 
 def attached_to(report: dict[str, Any], path: Path) -> list[Any]:

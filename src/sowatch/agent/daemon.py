@@ -133,6 +133,8 @@ class Daemon:
                 watch = FileWatch(self._config_path, lambda: self._commands.put("reload"))
                 stack.callback(watch.close)
                 watch.start()
+            # Before the watch ends, which would detach one file after the other.
+            stack.callback(self._actions.close)
             self._note_config(None)
             status = f"watching by {ready.strategy} ({ready.guarantee})"
             self._notifier.ready(status)
