@@ -75,6 +75,24 @@ static int (*resolver(void))(void)
 EXPORT int indirect(void) __attribute__((ifunc("resolver")));
 int data = 3;
 
+/* Two hundred functions: many_000 to many_199. */
+#define ONE(name)                                  \
+	EXPORT int name(int value)                 \
+	{                                          \
+		__asm__ volatile("" ::: "memory"); \
+		return value;                      \
+	}
+#define TEN(name)    \
+	ONE(name##0) \
+	ONE(name##1) \
+	ONE(name##2) ONE(name##3) ONE(name##4) ONE(name##5) ONE(name##6) ONE(name##7) ONE(name##8) ONE(name##9)
+#define HUNDRED(name) \
+	TEN(name##0)  \
+	TEN(name##1)  \
+	TEN(name##2) TEN(name##3) TEN(name##4) TEN(name##5) TEN(name##6) TEN(name##7) TEN(name##8) TEN(name##9)
+HUNDRED(many_0)
+HUNDRED(many_1)
+
 /* For .symtab only. */
 __attribute__((noinline, used)) static int hidden(int value)
 {

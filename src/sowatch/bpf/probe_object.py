@@ -104,6 +104,10 @@ class Link:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        """The descriptor that the kernel knows it by; -1 when closed."""
+        return self._fd
+
     @property
     def is_attached(self) -> bool:
         """Whether the kernel still has this very link; for a bare perf event: whether it is open."""

@@ -15,7 +15,7 @@ from sowatch.uprobes.attacher import Attacher
 from sowatch.uprobes.call_format import CallFormat, parse_function
 from sowatch.uprobes.call_records import Call
 from sowatch.uprobes.calls import CallCounter, Calls
-from sowatch.uprobes.probes import Probe
+from sowatch.uprobes.probes import Probe, all_of, best_effort
 from sowatch.uprobes.records import AttachedFile, AttacherStats, Attachment, Failure, Site
 
 __all__ = [
@@ -30,5 +30,7 @@ __all__ = [
     "Failure",
     "Probe",
     "Site",
+    "all_of",
+    "best_effort",
     "parse_function",
 ]

@@ -93,7 +93,7 @@ class File:
     groups: list[Group] = field(default_factory=list)
     missing: list[Attachment] = field(default_factory=list)
     retry_at: float | None = None
-    _retry_wait_s: float = FIRST_RETRY_S
+    _retries: int = 0
 
     @property
     def sites(self) -> list[Site]:
@@ -119,10 +119,10 @@ class File:
     def plan_retry(self, now: float) -> None:
         """Sets when to try again what is not attached; later each time."""
         if all(group.state != "retrying" for group in self.groups):
-            self.retry_at, self._retry_wait_s = None, FIRST_RETRY_S
+            self.retry_at, self._retries = None, 0
             return
-        self.retry_at = now + self._retry_wait_s
-        self._retry_wait_s = min(_SLOWEST_RETRY_S, 2 * self._retry_wait_s)
+        self.retry_at = now + min(_SLOWEST_RETRY_S, FIRST_RETRY_S * 2**self._retries)
+        self._retries = min(self._retries + 1, 16)
 
     def view(self) -> AttachedFile:
         """How it is now."""

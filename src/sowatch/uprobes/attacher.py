@@ -376,10 +376,13 @@ class Attacher:
                     LOG.warning("%d links on %s were not in place and are made anew", len(lost), file.library.path)
                     self._linker.link(file)
                     file.plan_retry(time.monotonic())
+        test = self._self_test
+        if test is not None:
+            before = test.repaired
+            test.run()
+            repaired += test.repaired - before
         with self._lock:
             self._counts["repaired"] += repaired
-        if self._self_test is not None:
-            self._self_test.run()
         return repaired
 
     # ---- inside ------------------------------------------------------------------------------------

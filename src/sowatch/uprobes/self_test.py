@@ -32,6 +32,8 @@ class SelfTest:
         self._runs: Variable | None = None
         #: Why the probe did not run when that was last tried, None if it did.
         self.error: str | None = None
+        #: How often it was attached anew, as it did not run any more.
+        self.repaired = 0
 
     def run(self) -> bool:
         """Calls the function; attaches the probe if need be, and anew if it does not run."""
@@ -39,7 +41,8 @@ class SelfTest:
         try:
             self.error = None
             if self._link is not None and not self._passes():
-                self.error = "the kernel did not run a probe of sowatch's own"
+                LOG.warning("the kernel did not run a probe of sowatch's own; it is attached anew")
+                self.repaired += 1
                 self._link.close()
                 self._link = None
             if self._link is None:
