@@ -14,6 +14,8 @@ explain    audit, and why something is or is not covered
 watcher    the public API: Watcher, watch, awatch, ProcessMonitor
 inventory  what is mapped, for people; staleness and owners
 telemetry  metrics, exporters, sinks for events
+uprobes    probes by library: attach, verify, repair; calls counted, timed and shown
+http       HTTP as it passes TLS libraries
 agent      `sowatch serve`, with the inventory page
 cli        the command, one file a subcommand
 

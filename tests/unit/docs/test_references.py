@@ -48,3 +48,10 @@ def test_what_the_walks_of_the_architecture_name_exists() -> None:
     assert len(named) > 10
     for module, name in named:
         assert reduce(getattr, name.split("."), import_module(f"sowatch.{module}")) is not None
+
+
+def test_the_head_of_the_root_has_every_package_lowest_first() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    head = (ROOT / "src" / "sowatch" / "__init__.py").read_text(encoding="utf-8").partition('\n\n"""')[0]
+    packages = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert [one for one in re.findall(r"^(\w+)  +\S", head, flags=re.MULTILINE) if one in packages] == packages

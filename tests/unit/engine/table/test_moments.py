@@ -1,4 +1,4 @@
-"""A reading that falls into the middle of calls: whatever it saw of them, the records alone tell what happened."""
+"""A scan that falls into the middle of calls: whatever it saw of them, the records decide what happened."""
 
 from __future__ import annotations
 

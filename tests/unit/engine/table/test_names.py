@@ -1,4 +1,4 @@
-"""What files are called and what kind they are, what the kernel is answered, and who need not be followed."""
+"""What files are called and what kind they are, what the kernel is answered, and which processes need not be tracked."""
 
 from __future__ import annotations
 

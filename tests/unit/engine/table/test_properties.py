@@ -1,4 +1,4 @@
-"""The tracker against a kernel: random processes do random things, and the map has to follow."""
+"""The table against a kernel: random processes do random things, and the table has to agree."""
 
 from __future__ import annotations
 

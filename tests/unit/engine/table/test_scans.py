@@ -1,4 +1,4 @@
-"""Readings: what happened before, inside and after the visit of a process."""
+"""Scans: what happened before, inside and after the scan of a process."""
 
 from __future__ import annotations
 

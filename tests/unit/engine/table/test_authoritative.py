@@ -1,4 +1,4 @@
-"""Facts, and what a tracker says came or went by them."""
+"""Authoritative records, and which changes the table makes of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims, and processes that share an address space."""
+"""Tentative records, and processes that share an address space."""
 
 from __future__ import annotations
 
