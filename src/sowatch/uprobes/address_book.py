@@ -6,6 +6,7 @@ It is filled by a rule for every file, and keeps descriptors of files for a whil
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from sowatch.model.identity import TICK_NS, FileId, ProcessId
 
 __all__ = ["AddressBook", "Frame", "process_key"]
 
-#: Descriptors of files that are kept; a host has some hundred files mapped.
-_MAX_FILES: Final = 512
+#: Descriptors of files that are kept, and what share of those that a process may have; a host has some hundred files
+#: mapped.
+_MAX_FILES, _SHARE_OF_FILES = 512, 4
 #: Processes that are gone and whose addresses are still known.
 _MAX_GONE: Final = 4_096
 
@@ -51,6 +53,8 @@ class AddressBook:
         self._mapped: dict[tuple[int, int], dict[FileId, _Mapped]] = {}
         self._gone: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._files: OrderedDict[FileId, int] = OrderedDict()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_files = min(_MAX_FILES, soft // _SHARE_OF_FILES) if soft > 0 else _MAX_FILES
 
     def note(self, event: Load | Unload) -> None:
         """For `on_load` and `on_unload` of a rule."""
@@ -78,7 +82,7 @@ class AddressBook:
         with self._lock:
             dropped = [self._files.pop(file.library.id, -1)]
             self._files[file.library.id] = fd
-            if len(self._files) > _MAX_FILES:
+            if len(self._files) > self._max_files:
                 dropped.append(self._files.popitem(last=False)[1])
         for old in dropped:
             if old >= 0:
