@@ -1,4 +1,4 @@
-"""What tracing a function costs: each call, attaching and detaching, and sowatch itself at 100,000 calls a second.
+"""What each call of a traced function costs.
 
 The cost of a call stands beside that of an empty program at the same place, and beside the one-liners of bpftrace and
 bcc that ask for the same, where these are installed (apt-get install bpftrace bpfcc-tools). A round runs every variant
@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.common import HERE, TICKS_PER_S, Figure, build, main, median, pin, quantile, spread, tool
+from benchmarks.common import HERE, Figure, build, main, median, pin, spread, tool
 
-from sowatch import FileId, Library, LibraryEvent, Rule, Watcher
+from sowatch import FileId, Library
 from sowatch.engine.workers import ActiveFile
 from sowatch.uprobes import Attacher, CallCounter, Probe, parse_function
 
 MEASURED_CPU, OTHER_CPU = 1, 0
 FUNCTION = "plain"
-SYMBOLS = 200
-#: How many calls a second the last figures are about, and for how long.
-RATE, PACED_S = 100_000, 5
 INT3 = b"\xcc"
 
 #: By what is asked for: how bpftrace and bcc's tools are asked for it.
@@ -193,7 +189,7 @@ def all_variants(library: Path, directory: Path, empty_object: Path) -> dict[str
 
 
 def costs(is_quick: bool, directory: Path, loop: Loop, empty_object: Path) -> list[Figure]:
-    rounds, batches, calls = (1, 3, 2_000) if is_quick else (5, 8, 5_000)
+    rounds, batches, calls = (1, 3, 2_000) if is_quick else (3, 8, 5_000)
     library = loop.library
     variants = all_variants(library, directory, empty_object)
     taken: dict[str, list[float]] = {name: [] for name in ["nothing", "nothing again", *variants]}
@@ -235,7 +231,7 @@ def program_times(is_quick: bool, directory: Path, loop: Loop, empty_object: Pat
     taken: dict[str, list[float]] = {}
     switch.write_text("1")
     try:
-        for _ in range(1 if is_quick else 5):
+        for _ in range(1 if is_quick else 3):
             for name, variant in all_variants(loop.library, directory, empty_object).items():
                 known = runs()
                 try:
@@ -302,132 +298,24 @@ def cost_figures(taken: dict[str, list[float]]) -> list[Figure]:
     return figures
 
 
-def attaching(is_quick: bool, directory: Path, empty_object: Path) -> list[Figure]:
-    """A library of many functions, by kind of link."""
-    source, library = directory / "many.c", directory / "libmany.so"
-    source.write_text("".join(f"int many_{number}(int a) {{ return a + {number}; }}\n" for number in range(SYMBOLS)))
-    subprocess.run([tool("cc"), "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
-    times: dict[str, list[float]] = {}
-    for _ in range(1 if is_quick else 3):
-        for links in ("multi", "perf_event"):
-            with Attacher(empty_object, [Probe("many_*", "entered")], links=links) as attacher:  # type: ignore[arg-type]
-                file = opened(library)
-                since = time.monotonic()
-                attacher.attach(file)
-                times.setdefault(f"attach, {links}", []).append((time.monotonic() - since) / SYMBOLS * 1e6)
-                since = time.monotonic()
-                attacher.detach(file)
-                times.setdefault(f"detach, {links}", []).append((time.monotonic() - since) / SYMBOLS * 1e6)
-                file.close()
-    figures = [
-        Figure(f"{name}, each of {SYMBOLS} functions", median(us), "µs", spread(us)) for name, us in times.items()
-    ]
-    for what in ("attach", "detach"):
-        multi, single = times[f"{what}, multi"], times[f"{what}, perf_event"]
-        ratios = [one / other for one, other in zip(multi, single, strict=True)]
-        figures.append(Figure(f"{what}: multi to perf_event", median(ratios), "x", spread(ratios)))
-    return figures
-
-
-def loading(is_quick: bool, directory: Path) -> list[Figure]:
-    """From the kernel's mmap of a file to its probes."""
-    number = 20 if is_quick else 300
-    flags = ["-shared", "-fPIC", "-O1"]
-    template = build("probed", directory, flags=flags, output="libprobed.so")
-    (directory / "copies").mkdir()
-    copies = [Path(shutil.copyfile(template, directory / "copies" / f"libcopy{one}.so")) for one in range(number)]
-    done: dict[FileId, int] = {}
-    delays: list[float] = []
-    counter = CallCounter([FUNCTION], linger_s=3600.0)
-
-    def attach(file: ActiveFile) -> None:
-        counter.attach(file)
-        done[file.library.id] = time.monotonic_ns()
-
-    def note(event: LibraryEvent) -> None:
-        assert event.t_ns is not None
-        delays.append((done[event.library.id] - event.t_ns) / 1e6)
-
-    rule = Rule(f"^{directory}/copies/", on_activate=attach, on_load=note)
-    with counter, Watcher(rule), ExitStack() as stack:
-        caller = subprocess.Popen(
-            [build("caller", directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        stack.callback(caller.wait)
-        assert caller.stdin
-        stack.callback(caller.stdin.close)
-        for path in copies:
-            caller.stdin.write(f"open {path}\n")
-            caller.stdin.flush()
-            time.sleep(0.02)
-        until = time.monotonic() + 60
-        while len(delays) < number and time.monotonic() < until:
-            time.sleep(0.05)
-    what = f"load to attached, entry and return, {number} files one after the other"
-    return [
-        Figure(f"{what}, p50", median(delays), "ms", spread(delays)),
-        Figure("... p99", quantile(delays, 0.99), "ms"),
-        Figure("... files that were not attached", number - len(delays), "", aim=0),
-    ]
-
-
-def busy(is_quick: bool, directory: Path, loop: Loop) -> list[Figure]:
-    """The whole command while a function is called RATE times a second."""
-    duration_s = 1 if is_quick else PACED_S
-    figures = []
-    for what, function in [("counted and timed", "plain"), ("shown one by one with a string", "plain(str:64)")]:
-        output = directory / f"traced-{len(figures)}"
-        with output.open("wb") as file:
-            command = [sys.executable, "-m", "sowatch", "trace", f"{loop.library}:{function}"]
-            process = subprocess.Popen(command, stdout=file)
-            loop.wait_for_probe(is_there=True)
-            time.sleep(1.0)
-            before = cpu_s(process.pid)
-            number = RATE * duration_s
-            since = time.monotonic()
-            loop.ask(f"pace {number} {RATE}")
-            took_s = time.monotonic() - since
-            cpu = (cpu_s(process.pid) - before) / took_s
-            process.terminate()
-            process.wait()
-        lines = output.read_text(encoding="utf-8").splitlines()
-        shown = sum(line.count("GET /index") for line in lines)
-        (counted,) = [int(line.split()[0]) for line in lines if str(loop.pid) in line and f"  {FUNCTION}  " in line]
-        reported = re.search(r"(\d+) of them not shown one by one", output.read_text(encoding="utf-8"))
-        said = int(reported[1]) if reported else 0
-        figures += [
-            Figure(f"{number / took_s:.0f} calls a second {what}: CPU of sowatch", cpu * 100, "%"),
-            Figure("... calls that are in no count", number - counted, "", aim=0),
-        ]
-        if "(" in function:
-            figures += [
-                Figure("... not shown one by one", (number - shown) / number * 100, "%"),
-                Figure("... of them not reported as lost", number - shown - said, "", aim=0),
-            ]
-        loop.wait_for_probe(is_there=False)
-    return figures
-
-
-def cpu_s(pid: int) -> float:
-    after_comm = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(after_comm[11]) + int(after_comm[12])) / TICKS_PER_S
+def compile_empty(directory: Path) -> Path:
+    """The object that does nothing."""
+    multiarch = subprocess.run([tool("cc"), "-print-multiarch"], capture_output=True, text=True, check=True).stdout
+    target = ["-target", "bpf", f"-I/usr/include/{multiarch.strip()}"]
+    made = directory / "empty_probe.bpf.o"
+    subprocess.run([tool("clang"), "-O2", "-g", *target, "-c", HERE / "empty_probe.bpf.c", "-o", made], check=True)
+    return made
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:
     pin(OTHER_CPU)
-    multiarch = subprocess.run([tool("cc"), "-print-multiarch"], capture_output=True, text=True, check=True).stdout
-    target = ["-target", "bpf", f"-I/usr/include/{multiarch.strip()}"]
-    empty_object = directory / "empty_probe.bpf.o"
-    subprocess.run(
-        [tool("clang"), "-O2", "-g", *target, "-c", HERE / "empty_probe.bpf.c", "-o", empty_object], check=True
-    )
+    empty_object = compile_empty(directory)
     flags = ["-shared", "-fPIC", "-O1", "-fno-omit-frame-pointer"]  # begins with a push, as most functions do
     library = build("probed", directory, flags=flags, output="libcalled.so")
     with Loop(build("callloop", directory), library) as loop:
         figures = costs(is_quick, directory, loop, empty_object)
         figures += program_times(is_quick, directory, loop, empty_object)
-        figures += busy(is_quick, directory, loop)
-    return figures + attaching(is_quick, directory, empty_object) + loading(is_quick, directory)
+    return figures
 
 
 if __name__ == "__main__":
