@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support.tls import ASYNCIO_SERVER, PYTHON_SERVER, Server, Tap, Tls, find
+from support.tls import ASYNCIO_SERVER, LIBRARIES, NODE_CLIENT, PYTHON_SERVER, Server, Tap, Tls, find
 
 PATHS = ("/one", "/two?q=1", "/missing", "/four")
 
@@ -86,6 +86,32 @@ def nghttp(tls: Tls, server: Server) -> None:
     tls.run(find("nghttp"), "-n", *urls(server))
 
 
+def h2load(tls: Tls, server: Server) -> None:
+    for url in urls(server):
+        tls.run(find("h2load"), "-n", "1", "-c", "1", url)
+
+
+def requests_library(tls: Tls, server: Server) -> None:
+    program = """
+import requests, sys
+with requests.Session() as session:
+    for url in sys.argv[2:]: session.get(url, verify=sys.argv[1])
+"""
+    tls.run(sys.executable, "-c", program, str(tls.certificate), *urls(server))
+
+
+def node_client(tls: Tls, server: Server) -> None:
+    tls.run(str(tls.node_binary()), "-e", NODE_CLIENT, str(tls.certificate), *urls(server))
+
+
+def apache(tls: Tls) -> Server:
+    return tls.apache()
+
+
+def node(tls: Tls) -> Server:
+    return tls.node()
+
+
 def python(tls: Tls) -> Server:
     return tls.python(PYTHON_SERVER)
 
@@ -117,6 +143,12 @@ PAIRS = [
     (nginx, wget, "HTTP/1.1"),
     (nginx, httpx2, "HTTP/2"),
     (nginx, nghttp, "HTTP/2"),
+    (nginx, h2load, "HTTP/2"),
+    (nginx, requests_library, "HTTP/1.1"),
+    (apache, curl1, "HTTP/1.1"),
+    (apache, curl2, "HTTP/2"),
+    (node, curl1, "HTTP/1.1"),
+    (python, node_client, "HTTP/1.1"),
 ]
 
 
@@ -126,8 +158,9 @@ PAIRS = [
 def test_each_request_once_on_both_sides_as_the_server_has_it(
     tls: Tls, tap: Tap, serve: Callable[[Tls], Server], ask: Callable[[Tls, Server], None], protocol: str
 ) -> None:
+    files = tls.hold_node() if node_client is ask or serve is node else LIBRARIES
     server = serve(tls)
-    tap.wait_attached()
+    tap.wait_attached(files)
     ask(tls, server)
     tls.wait_until(lambda: len(server.answered()) >= len(PATHS), what="the server's log")
     expected = Counter(server.answered())
@@ -140,7 +173,8 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
         assert {one.flow.authority for one in found} == {f"127.0.0.1:{server.port}"}
         assert all(one.library is not None and one.library.path.startswith(str(tls.libraries)) for one in found)
         # Over memory BIOs (asyncio) the first flow shows that there are any; what is sent later is then compared.
-        uses_memory = "asyncio" in (ask if side == "client" else serve).__name__
+        name = (ask if side == "client" else serve).__name__
+        uses_memory = "asyncio" in name or "node" in name
         known = [one for one in found if one.flow.peer]
         assert len(known) == len(found) or uses_memory
         assert {one.flow.peer.port if side == "client" else one.flow.local_port for one in known} <= {server.port}
@@ -192,14 +226,12 @@ def test_sizes_are_those_of_the_bodies_however_large(tls: Tls, tap: Tap) -> None
 
 def test_a_process_that_ran_before_the_tap_and_its_connection(tls: Tls) -> None:
     server = tls.python()
-    program = f"""
-import http.client, ssl, sys
-client = http.client.HTTPSConnection("127.0.0.1", {server.port}, context=ssl.create_default_context())
-for line in sys.stdin:
-    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
-"""
     client = tls.spawn(
-        [sys.executable, "-c", program], env=tls.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
+        env=tls.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
     def ask(path: str) -> None:
@@ -242,13 +274,95 @@ def test_a_library_that_was_upgraded_by_rename(tls: Tls, tap: Tap) -> None:
     found = tap.wait_for("server", len(PATHS))
     assert {one.process.pid for one in found} == {old.process.pid}
     tls.hold()
-    tap.wait_attached(4)
+    tap.wait_attached(2 * LIBRARIES)
     curl(tls, old, "--http1.1")
     tap.wait_for("server", 2 * len(PATHS))
     ids = {one.library.id for one in tap.of("client") if one.library} | {
         one.library.id for one in tap.of("server") if one.library
     }
     assert len(ids) == 2
+
+
+def test_a_library_as_a_wheel_names_it(tls: Tls, tap: Tap) -> None:
+    """Auditwheel copies libssl.so.3 as libssl-3e69114b.so.3."""
+    server = tls.python()
+    tap.wait_attached()
+    copies = [shutil.copyfile(tls.libraries / one, tls.libraries / new) for one, new in WHEEL_NAMES.items()]
+    environment = {**tls.environment, "LD_LIBRARY_PATH": "", "LD_PRELOAD": " ".join(map(str, copies))}
+    command = [find("curl"), "-sS", "-o", "/dev/null", "--cacert", str(tls.certificate), *urls(server)]
+    with subprocess.Popen(["/usr/bin/sleep", "60"], env=environment) as holder:
+        tap.wait_attached(LIBRARIES + 2)
+        subprocess.run(command, env=environment, check=True, timeout=60)
+        holder.terminate()
+    found = tap.wait_for("client", len(PATHS))
+    assert [one.flow.path for one in found] == list(PATHS)
+    assert {one.library.path for one in found if one.library} == {str(copies[0])}
+
+
+WHEEL_NAMES = {"libssl.so.3": "libssl-3e69114b.so.3", "libcrypto.so.3": "libcrypto-0a1b2c3d.so.3"}
+
+
+def test_containers_that_share_a_lower_file_count_each_request_once(tls: Tls, tmp_path: Path) -> None:
+    merged: list[Path] = []
+    servers: list[Server] = []
+    try:
+        for number in range(2):
+            upper, work, at = (tmp_path / f"{name}{number}" for name in ("upper", "work", "merged"))
+            for directory in (upper, work, at):
+                directory.mkdir()
+            options = f"lowerdir={tls.libraries},upperdir={upper},workdir={work}"
+            subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(at)], check=True)
+            merged.append(at)
+        with Tap(tls, place=tmp_path) as tap:
+            for at in merged:
+                tls.environment["LD_LIBRARY_PATH"] = str(at)
+                servers.append(tls.python())
+            tls.environment["LD_LIBRARY_PATH"] = str(tls.libraries)
+            tap.wait_attached()
+            for server in servers:
+                curl1(tls, server)
+            found = tap.wait_for("server", 2 * len(PATHS))
+            assert Counter(one.process.pid for one in found) == {server.process.pid: len(PATHS) for server in servers}
+            assert tap.tap.attached.files == LIBRARIES
+    finally:
+        for server in servers:
+            server.process.terminate()
+            server.process.wait()
+        for at in merged:
+            subprocess.run(["umount", str(at)], check=True)
+
+
+def test_a_tap_that_starts_anew_in_the_middle_of_a_connection(tls: Tls) -> None:
+    server = tls.python()
+    client = tls.spawn(
+        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
+        env=tls.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for number in range(3):
+        with Tap(tls) as tap:
+            tap.wait_attached()
+            for path in (f"/{number}/first", f"/{number}/second"):
+                client.stdin.write(path + "\n")
+                client.stdin.flush()
+                assert client.stdout.readline() == "done\n"
+            found = tap.wait_for("client", 2)
+            assert [(one.flow.path, one.flow.is_complete) for one in found] == [
+                (f"/{number}/first", True),
+                (f"/{number}/second", True),
+            ]
+    client.stdin.close()
+    client.wait(timeout=20)
+
+
+KEPT_ALIVE = """
+import http.client, ssl, sys
+client = http.client.HTTPSConnection("127.0.0.1", {port}, context=ssl.create_default_context())
+for line in sys.stdin:
+    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
+"""
 
 
 def test_what_is_no_http_is_reported_nowhere(tls: Tls, tap: Tap) -> None:

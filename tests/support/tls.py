@@ -20,6 +20,8 @@ __all__ = ["Server", "Tap", "Tls", "find"]
 #: By family the sonames whose copies a process loads by LD_LIBRARY_PATH.
 FAMILIES = {"openssl": ("libssl.so.3", "libcrypto.so.3"), "gnutls": ("libgnutls.so.30",)}
 
+LIBRARIES = sum(len(sonames) for sonames in FAMILIES.values())
+
 PYTHON_SERVER = """
 import http.server, ssl, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -80,6 +82,51 @@ http {{
     location /big {{ try_files /big =404; }}
   }}
 }}
+"""
+
+
+APACHE = """
+ServerRoot {place}
+PidFile {place}/apache.pid
+Listen 127.0.0.1:{port}
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule ssl_module {modules}/mod_ssl.so
+LoadModule http2_module {modules}/mod_http2.so
+Mutex file:{place} default
+ErrorLog {place}/apache-error.log
+LogFormat "%m %U%q %>s" short
+CustomLog {place}/apache.log short
+ServerName localhost
+User daemon
+Group daemon
+DocumentRoot {place}/files
+Protocols h2 http/1.1
+SSLEngine on
+SSLCertificateFile {certificate}
+SSLCertificateKeyFile {key}
+StartServers 1
+ServerLimit 1
+"""
+
+NODE_SERVER = """
+const https = require("https"), fs = require("fs"), [, port, cert, key] = process.argv;
+https.createServer({cert: fs.readFileSync(cert), key: fs.readFileSync(key)}, (request, response) => {
+  response.setHeader("Content-Length", 10);
+  response.end("0123456789");
+  console.log(`${request.method} ${request.url} 200`);
+}).listen(Number(port), "127.0.0.1");
+"""
+
+NODE_CLIENT = """
+const https = require("https"), fs = require("fs"), [, ca, ...urls] = process.argv;
+const agent = new https.Agent({keepAlive: true, maxSockets: 1, ca: fs.readFileSync(ca)});
+function next() {
+  const url = urls.shift();
+  if (!url) return agent.destroy();
+  https.get(url, {agent}, (response) => { response.resume(); response.on("end", next); });
+}
+next();
 """
 
 
@@ -216,14 +263,50 @@ class Tls:
             stderr=subprocess.DEVNULL,
         )
 
+    def apache(self) -> Server:
+        """Apache with HTTP/1.1 and HTTP/2."""
+        port = free_port()
+        config = self.place / "apache.conf"
+        modules = "/usr/lib/apache2/modules"
+        (self.place / "files").mkdir(exist_ok=True)
+        for name in ("one", "two", "four"):
+            (self.place / "files" / name).write_text("0123456789")
+        config.write_text(
+            APACHE.format(place=self.place, port=port, modules=modules, certificate=self.certificate, key=self.key)
+        )
+        command = [find("apache2"), "-X", "-f", str(config)]
+        return self._serve(command, port, self.place / "apache.log", stderr=subprocess.DEVNULL)
+
+    def node_binary(self) -> Path:
+        """A copy of node, which has OpenSSL within and exports it."""
+        copy = self.libraries / "node"
+        if not copy.exists():
+            shutil.copyfile(os.path.realpath(find("node")), copy)
+            copy.chmod(0o755)
+        return copy
+
+    def hold_node(self) -> int:
+        """Keeps node running, so that it is attached before a short one runs; gives how many files that makes."""
+        self.spawn([str(self.node_binary()), "-e", "setInterval(() => 0, 1000)"], env=self.environment)
+        linked = subprocess.run(["ldd", self.node_binary()], capture_output=True, text=True, check=True).stdout
+        # Distributions link theirs with the system's library; others have one within.
+        return LIBRARIES + ("libssl" not in linked)
+
+    def node(self) -> Server:
+        """An HTTP/1.1 server in node."""
+        port, log = free_port(), self.place / "node.log"
+        command = [str(self.node_binary()), "-e", NODE_SERVER, str(port), str(self.certificate), str(self.key)]
+        with log.open("wb") as output:
+            return self._serve(command, port, log, stdout=output)
+
 
 class Tap:
     """An `HttpTap` on the copies only, and the flows that it reported; a context manager."""
 
-    def __init__(self, tls: Tls, **options: Any) -> None:
+    def __init__(self, tls: Tls, place: Path | None = None, **options: Any) -> None:
         self.tls = tls
         self.flows: list[HttpFlow] = []
-        self.tap = HttpTap(self.flows.append, pattern=f"^{re.escape(str(tls.libraries))}/", **options)
+        self.tap = HttpTap(self.flows.append, pattern=f"^{re.escape(str(place or tls.libraries))}/", **options)
 
     def __enter__(self) -> Self:
         self.tap.start()
@@ -232,7 +315,7 @@ class Tap:
     def __exit__(self, *_: object) -> None:
         self.tap.close()
 
-    def wait_attached(self, files: int = len(FAMILIES)) -> None:
+    def wait_attached(self, files: int = LIBRARIES) -> None:
         """Waits until so many libraries are attached, with every probe that is expected there."""
 
         def is_attached() -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -208,13 +209,20 @@ class _Searches:
 
 
 _SEARCHES: Final = _Searches()
+#: Near names: how much longer or shorter they may be, how many are found in a table, how many compared (20 us each).
+_LENGTH_APART: Final = 4
+_FOUND: Final = 50_000
+_COMPARED: Final = 4_000
 
 
 def _named(elf: ElfFile, name: str) -> list[Symbol]:
     """The functions of one name or pattern."""
     is_plain = not name.startswith("cpp:") and _GLOB.search(name) is None
-    if is_plain and (exported := exported_functions(elf, name)):
-        return [Symbol(name, offset, size) for offset, size in exported]
+    if is_plain:
+        size_bytes = os.fstat(elf.fd).st_size
+        exported = [one for one in exported_functions(elf, name) if one[0] < size_bytes]
+        if exported:
+            return [Symbol(name, offset, size) for offset, size in exported]
     tables = _Tables(elf)
     key = (tables.digest(), name)
     found = _SEARCHES.get(key)
@@ -283,12 +291,17 @@ def _why_not(elf: ElfFile, tables: _Tables, name: str, rows: list[_Row]) -> Symb
 
 
 def _near(tables: _Tables, name: str) -> tuple[str, ...]:
-    names = {row.name for row in tables.rows() if row.is_defined and row.kind == _STT_FUNC}
+    """Names of functions that are spelled nearly so, the nearest first; at most three."""
     if name.startswith("cpp:"):
-        names = {f"cpp:{plain}" for one in names if (plain := qualified_name(one)) is not None}
-    # Those that begin alike first: the comparison takes 20 us a name.
-    alike = sorted(names, key=lambda one: (one[:3].lower() != name[:3].lower(), abs(len(one) - len(name)), one))
-    return tuple(difflib.get_close_matches(name, alike[:20_000], n=3, cutoff=0.7))
+        rows = [row for row in tables.rows() if row.is_defined and row.kind == _STT_FUNC]
+        names = {f"cpp:{plain}" for row in rows if (plain := qualified_name(row.name)) is not None}
+        alike = sorted(names, key=lambda one: (abs(len(one) - len(name)), one))
+        return tuple(difflib.get_close_matches(name, alike[:_COMPARED], n=3, cutoff=0.7))
+    # A program may have half a million symbols: their strings are searched, not the symbols.
+    alike = sorted(tables.names_like(name), key=lambda one: (abs(len(one) - len(name)), one))
+    nearest = difflib.get_close_matches(name, alike[:_COMPARED], n=12, cutoff=0.7)
+    functions = (one for one in nearest if any(row.kind == _STT_FUNC and row.is_defined for row in tables.rows(one)))
+    return tuple(itertools.islice(functions, 3))
 
 
 def _inside(symbol: Symbol, extra: int, pattern: str) -> Symbol:
@@ -380,6 +393,18 @@ class _Tables:
                 label = strings[name:end].decode("utf-8", "surrogateescape")
                 # A version may be part of the name in .symtab: malloc@@GLIBC_2.2.5.
                 yield _Row(label.partition("@")[0], info & 15, section != _SHN_UNDEF, value, size)
+
+    def names_like(self, name: str) -> set[str]:
+        """Names that begin with the same letter or, where the first one is wrong, go on with the next two alike."""
+        raw = name.encode("utf-8", "surrogateescape")
+        first, next_two = re.escape(raw[:1]), re.escape(raw[1:3])
+        pattern = rb"\0((?:" + first + rb"|." + next_two + rb")[^\0@]{%d,%d})(?=[\0@])"
+        bounds = (max(0, len(raw) - 1 - _LENGTH_APART), len(raw) - 1 + _LENGTH_APART)
+        return {
+            match[1].decode("utf-8", "surrogateescape")
+            for _, strings in self._tables
+            for match in itertools.islice(re.finditer(pattern % bounds, strings), _FOUND)
+        }
 
     def origin_of(self, name: str) -> str | None:
         """The library that an imported function comes from, where the file asks for it by version; None: unknown."""
