@@ -264,13 +264,14 @@ def make_library(tmp_path: Path) -> Callable[..., Path]:
 def schema() -> Callable[[Any], Any]:
     """``schema(event)`` checks an Event, its dict or its JSON line against the schema the package ships.
 
-    Returns the dict, so that a test can check and use an event in one go; names that are not UTF-8 are in it as
+    An event is also read back by `sowatch.decode`. Returns the dict, so that a test can check and use an event in one go; names that are not UTF-8 are in it as
     surrogate escapes.
     """
     import jsonschema
 
     from sowatch.model.encoding import exact, restore
-    from sowatch.model.lines import to_json
+    from sowatch.model.lines import decode, to_dict, to_json
+    from sowatch.model.literals import EVENT_KINDS
 
     text = resources.files("sowatch.model").joinpath("event.schema.json").read_text(encoding="utf-8")
     validator = jsonschema.Draft202012Validator(
@@ -278,6 +279,7 @@ def schema() -> Callable[[Any], Any]:
     )
 
     passed: set[str] = set()
+    read_back = {*EVENT_KINDS, "ready", "lost", "repaired", "stopped"}
 
     def form(value: Any) -> Any:
         """What kind of value it is: digits of a time and of hexadecimal numbers all look alike."""
@@ -304,6 +306,8 @@ def schema() -> Callable[[Any], Any]:
         if faults:
             listed = "\n".join(f"  {fault.json_path}: {fault.message}" for fault in faults)
             pytest.fail(f"not an event of schema 1:\n{json.dumps(found, indent=1)}\n{listed}")
+        if found["event"] in read_back:
+            assert to_dict(decode(json.dumps(found)), found["seq"]) == found
         passed.add(shape)
         return restore(found)
 
