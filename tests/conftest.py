@@ -264,8 +264,8 @@ def make_library(tmp_path: Path) -> Callable[..., Path]:
 def schema() -> Callable[[Any], Any]:
     """``schema(event)`` checks an Event, its dict or its JSON line against the schema the package ships.
 
-    An event is also read back by `sowatch.decode`. Returns the dict, so that a test can check and use an event in one go; names that are not UTF-8 are in it as
-    surrogate escapes.
+    An event is also read back by `sowatch.decode`. Returns the dict, so that a test can check and use an event in one
+    go; names that are not UTF-8 are in it as surrogate escapes.
     """
     import jsonschema
 
