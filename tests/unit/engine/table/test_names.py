@@ -1,4 +1,4 @@
-"""What files are called and what kind they are, what the kernel is answered, and which processes need not be tracked."""
+"""What files are called and what kind they are, what the kernel is answered, which processes need not be tracked."""
 
 from __future__ import annotations
 
