@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,35 @@ def test_programs_of_the_user_are_attached_and_counted_as_attachments(
     wait_until(lambda: attachments(agent)["attached"] >= 3, 20)
     found = attachments(agent)
     assert (found["attached"], found["failed"]) == (found["expected"], 0)
+
+
+def test_a_program_that_the_verifier_refuses_is_refused_with_its_last_words_and_one_built_anew_is_taken_at_a_hangup(
+    new_agent: NewAgent,
+    library: NewLibrary,
+    caller: NewCaller,
+    wait_until: Any,
+    user_probes: Path,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    path, program = library(), place / "mine.bpf.o"
+    caller(path)
+    shutil.copyfile(compile_bpf("refused_probes", tmp_path), program)
+    agent = new_agent(rule(path, "count = ['plain']")).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    replace(agent.config_path, rule(path, f"attach = {{ object = '{program}' }}"))
+    error = wait_until(lambda: agent.get("/readyz").json["config"]["error"], 20)
+    assert "rules[1].attach" in error
+    assert "R0 invalid mem access 'map_value_or_null'" in error
+    assert is_attached(agent, 2)
+    shutil.copyfile(user_probes, program)
+    os.kill(agent.pid, signal.SIGHUP)
+    wait_until(lambda: agent.get("/readyz").json["config"]["valid"], 20)
+    wait_until(lambda: {one["program"] for one in probes_of(agent)} == {"by_section", "uretprobe__nested"}, 20)
+
+
+def probes_of(agent: Agent) -> list[Any]:
+    return [probe for file in agent.get("/explain?rule=probed").json["files"] for probe in file["probes"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

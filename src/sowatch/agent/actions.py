@@ -16,7 +16,7 @@ from sowatch.agent.call_tally import CallTally
 from sowatch.agent.settings import RuleSettings
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import BpfError, ConfigError, EnvironmentFault, SowatchError
+from sowatch.model.errors import ConfigError, EnvironmentFault, SowatchError
 from sowatch.model.events import Load, Unload
 from sowatch.model.rules import Rule
 from sowatch.telemetry import MetricRegistry, Sampler
@@ -29,8 +29,6 @@ LOG = logging.getLogger("sowatch.agent")
 
 #: The kernel's counts are taken this often, whether anybody scrapes or not: their table has an end.
 _TAKE_S: Final = 1.0
-#: Of the verifier's words, which say at their end what is wrong.
-_LOG_LINES: Final = 5
 
 
 class _ObjectVersion(NamedTuple):
@@ -127,7 +125,7 @@ class RuleAction:
         except SowatchError as error:
             self.close()
             key = f"rules[{self._place + 1}].{'count' if self.attacher is None else 'attach'}"
-            raise ConfigError(key, f"the programs of rule {self.rule!r} cannot be used: {_said(error)}") from error
+            raise ConfigError(key, f"the programs of rule {self.rule!r} cannot be used: {error}") from error
         if self.counter is not None:
             self._tally.follow(self.rule, self.counter)
 
@@ -298,11 +296,3 @@ class Actions:
                     self.tally.take()
             except Exception:
                 LOG.exception("the counts of calls could not be taken; it is tried again")
-
-
-def _said(error: SowatchError) -> str:
-    """An error with what the verifier wrote last, if it did."""
-    if not isinstance(error, BpfError) or not error.log.strip():
-        return str(error)
-    lines = [line.strip() for line in error.log.strip().splitlines() if line.strip()]
-    return f"{error} The kernel's last words: {' | '.join(lines[-_LOG_LINES:])}"
