@@ -190,6 +190,11 @@ TESTS: Final = (
     "tests/kernel/uprobes/test_calls.py::test_recursion_deeper_than_is_timed_is_counted_and_said",
     "tests/kernel/uprobes/test_calls.py::test_a_function_that_is_left_by_longjmp_leaves_nothing_that_falsifies_the_next_call",
     "tests/kernel/uprobes/test_calls.py::test_a_function_within_another_is_counted_on_its_own",
+    "tests/kernel/uprobes/test_prearm.py::test_the_first_call_of_the_first_process_counts",
+    "tests/kernel/uprobes/test_returns.py::test_by_return_instructions_each_call_of_a_recursion_is_timed",
+    "tests/kernel/uprobes/test_returns.py::test_a_process_below_a_seccomp_filter_survives_its_probes",
+    "tests/kernel/uprobes/test_returns.py::test_whether_return_probes_can_kill_is_found_out_by_trying_and_decides",
+    "tests/kernel/uprobes/test_truth.py::test_a_probe_of_our_own_runs_and_one_that_does_not_is_reported_and_made_anew",
 )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "PatternError",
     "ProcRootError",
     "ProcessGone",
+    "ProgramRefused",
     "RegistryError",
     "RegistryStopped",
     "SinkError",
@@ -136,6 +137,22 @@ class BpfError(SowatchError):
         )
 
 
+class ProgramRefused(BpfError):
+    """An object of a user that does not load. The message has the last lines of libbpf and the verifier."""
+
+    def __init__(self, path: str, error: BpfError) -> None:
+        self.path = path
+        self.operation, self.errno, self.log = error.operation, error.errno, error.log
+        lines = [line.removeprefix("libbpf: ") for line in error.log.splitlines() if line.strip()]
+        said = [line for line in lines if not _FRAME.search(line)][-_LAST_LINES:]
+        text = f"cannot load {path}: {os.strerror(error.errno)}."
+        if said:
+            text += " Its last lines:\n  " + "\n  ".join(said) + "\n"
+        else:
+            text += " "
+        SowatchError.__init__(self, f"{text}Correct the program, or see `sowatch doctor` for what this kernel can do.")
+
+
 class TracefsNotMounted(BpfError):
     """tracefs is mounted nowhere, and this user may not mount it."""
 
@@ -149,6 +166,10 @@ class TracefsNotMounted(BpfError):
 
 #: Lines of libbpf around the verifier's own: its head and foot, and that the program or object failed.
 _FRAME: Final = re.compile(r"-- (BEGIN|END) PROG LOAD LOG --|^-- |^processed \d|failed to load(: -\d+| object| BPF)")
+
+
+#: So many lines of the log tell what is wrong, and where.
+_LAST_LINES: Final = 6
 
 
 def _telling_line(log: str) -> str:

@@ -29,7 +29,7 @@ from sowatch.bpf.probe_object import (
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import BpfError, EnvironmentFault, NotPermitted, SowatchError
+from sowatch.model.errors import BpfError, EnvironmentFault, NotPermitted, ProgramRefused, SowatchError
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
@@ -140,10 +140,7 @@ class Attacher:
         try:
             self._object = self._load(0, is_multi=is_multi)
         except BpfError as error:
-            refused = _not_permitted(error)
-            if refused is not None:
-                raise refused from error
-            raise
+            raise _not_permitted(error) or ProgramRefused(os.fspath(self._source), error) from error
         self._linker = Linker(
             self._object,
             is_multi=is_multi,
