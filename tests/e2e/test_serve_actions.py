@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from sowatch.bpf.probe_object import has_uprobe_multi
+from sowatch.linux.capabilities import SYS_ADMIN, without
+from sowatch.uprobes.features import try_attaching
 from support.agent import Agent, NewAgent, ask
 from support.callers import Caller
 from support.programs import compile_bpf
@@ -249,6 +252,55 @@ def test_a_program_that_the_verifier_refuses_is_refused_with_its_last_words_and_
 
 def probes_of(agent: Agent) -> list[Any]:
     return [probe for file in agent.get("/explain?rule=probed").json["files"] for probe in file["probes"]]
+
+
+@pytest.fixture
+def without_multi(tmp_path: Path) -> dict[str, str]:
+    """Environment of an agent that takes the kernel for one before 6.6, which has perf events only."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sowatch.bpf.probe_object\nsowatch.bpf.probe_object.has_uprobe_multi = lambda: False\n", encoding="utf-8"
+    )
+    return {"PYTHONPATH": os.fspath(tmp_path)}
+
+
+def keeps_admin(agent: Agent) -> bool:
+    (line,) = re.findall(r"capabilities=(0x[0-9a-f]+)", agent.log)
+    return bool(int(line, 16) >> SYS_ADMIN & 1)
+
+
+def test_cap_sys_admin_is_kept_only_where_a_rule_attaches_and_perf_events_ask_for_it(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any, without_multi: dict[str, str]
+) -> None:
+    needs_admin = without(1 << SYS_ADMIN, lambda: try_attaching(multi=False)) is not None
+    path = library()
+    running = caller(path)
+    agent = new_agent(rule(path, "count = ['plain']"), environment=without_multi).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    running.call("plain", times=3)
+    wait_until(lambda: calls(agent, "plain") == 3)
+    assert keeps_admin(agent) is needs_admin
+    assert agent.stop() == 0
+    agent.log_path.unlink()
+    replace(agent.config_path, rule(path, ""))
+    agent.start()
+    assert not keeps_admin(agent)
+    replace(agent.config_path, rule(path, "count = ['plain']"))
+    if needs_admin:
+        error = wait_until(lambda: agent.get("/readyz").json["config"]["error"], 20)
+        assert "CAP_SYS_ADMIN" in error
+    else:
+        wait_until(lambda: is_attached(agent, 2), 20)
+
+
+def test_an_agent_with_uprobe_multi_attaches_without_cap_sys_admin(
+    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+) -> None:
+    needs_admin = without(1 << SYS_ADMIN, lambda: try_attaching(multi=False)) is not None
+    path = library()
+    caller(path)
+    agent = new_agent(rule(path, "count = ['plain']")).start()
+    wait_until(lambda: is_attached(agent, 2), 20)
+    assert keeps_admin(agent) is (needs_admin and not has_uprobe_multi())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
