@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,54 @@ def test_top_that_prints_once_ends_and_has_the_rest_of_the_table(
         ]
     else:
         assert {line["stale"] for line in lines} == {"unknown", "replaced"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("strategy", ["core", "prebuilt", "procfs"])
+def test_a_watch_ends_when_it_is_told_to(
+    silent: SilentFileSystem, spawn: Any, deadline: Any, strategy: str, number: signal.Signals
+) -> None:
+    words = ["watch", "--json", "--strategy", strategy, "--pid", str(silent.pid), OURS]
+    watch = spawn([SOWATCH, *words], stdout=subprocess.PIPE, text=True)
+    begun = list(iter_until(watch, "ready"))
+    loads = [line for line in begun if line["event"] == "load"]
+    # Its facts are not awaited for ever, and each load is there once.
+    assert sorted(Path(line["library"]["path"]).name for line in loads) == ["libhonest.so", "libsilent.so"]
+    watch.send_signal(number)
+    rest, _ = watch.communicate(timeout=deadline(15))
+    assert watch.returncode == 0
+    assert json.loads(rest.splitlines()[-1])["event"] == "stopped"
+
+
+def iter_until(command: subprocess.Popen[str], last: str) -> Iterator[dict[str, Any]]:
+    """The events of a command up to the first of that kind."""
+    assert command.stdout is not None
+    for line in command.stdout:
+        event = json.loads(line)
+        yield event
+        if event["event"] == last:
+            return
+
+
+def test_a_trace_ends_when_it_is_told_to(silent: SilentFileSystem, spawn: Any, deadline: Any) -> None:
+    words = ["trace", "--json", "--pid", str(silent.pid), r"libsilent\.so:tiny", r"libhonest\.so:tiny"]
+    trace = spawn([SOWATCH, *words], stdout=subprocess.PIPE, text=True)
+    assert trace.stdout is not None
+    lines = [json.loads(trace.stdout.readline())]
+    trace.send_signal(signal.SIGTERM)
+    rest, _ = trace.communicate(timeout=deadline(15))
+    lines += [json.loads(line) for line in rest.splitlines()]
+    assert trace.returncode in (0, 1), lines
+
+
+@pytest.mark.parametrize("words", [["explain"], ["audit", "--pid"]])
+def test_a_command_that_answers_once_ends_when_it_is_told_to(
+    silent: SilentFileSystem, spawn: Any, deadline: Any, words: list[str]
+) -> None:
+    command = spawn([SOWATCH, *words, str(silent.pid)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.send_signal(signal.SIGTERM)
+    command.communicate(timeout=deadline(15))
+    assert command.returncode in (0, 1, 3, -signal.SIGTERM, 130)
 
 
 def test_explain_ends(silent: SilentFileSystem, answer: Any) -> None:

@@ -7,10 +7,10 @@ system, too. So the process that was started only waits, and another one does th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -18,14 +18,13 @@ from typing import Final, NoReturn
 
 __all__ = ["front_pid", "run_behind_front"]
 
-_PR_SET_PDEATHSIG: Final = 1
 #: siginfo_t.si_code of a signal from the terminal, which reaches the worker by itself (asm-generic/siginfo.h).
 _SI_KERNEL: Final = 0x80
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _WAITED_FOR: Final = (*_ENDING, signal.SIGCHLD)
 #: A worker that has reported, or is to end, ends within this time unless it hangs.
 _REAPED_S: Final = 1.0
-_OBEYED_S: Final = 5.0
+_OBEYED_S: Final = 10.0
 
 _front: int | None = None
 
@@ -44,24 +43,26 @@ def run_behind_front(run: Callable[[], int]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored no end of a child is reported
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     front = os.getpid()
+    lasts_read_fd, lasts_write_fd = os.pipe2(os.O_CLOEXEC)
     worker = os.fork()
     if not worker:
         os.close(read_fd)
-        _work(run, front, write_fd, before)
+        os.close(lasts_write_fd)
+        _work(run, front, write_fd, lasts_read_fd, before)
     os.close(write_fd)
+    os.close(lasts_read_fd)
     try:
         return _wait(worker, read_fd)
     finally:
         os.close(read_fd)
+        os.close(lasts_write_fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(run: Callable[[], int], front: int, write_fd: int, mask: Collection[int]) -> NoReturn:
+def _work(run: Callable[[], int], front: int, write_fd: int, lasts_fd: int, mask: Collection[int]) -> NoReturn:
     global _front  # noqa: PLW0603 - a fact of the process
     _front = front
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != front:
-        os._exit(1)  # it was ended before that took effect
+    threading.Thread(target=_end_with_front, args=(lasts_fd,), name="sowatch-front", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     code = 1
     try:
@@ -70,14 +71,24 @@ def _work(run: Callable[[], int], front: int, write_fd: int, mask: Collection[in
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        # A reader of the output must see its end, though a thread that hangs keeps the descriptors open.
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
+        _let_go_of_output()
         with suppress(OSError):
             os.write(write_fd, bytes([code & 0xFF]))
             os.kill(front, signal.SIGCHLD)
         os._exit(code)
+
+
+def _end_with_front(lasts_fd: int) -> None:
+    os.read(lasts_fd, 1)  # nothing is written: it ends once that process has ended, by whatever
+    _let_go_of_output()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _let_go_of_output() -> None:
+    """A reader of the output must see its end, though a thread that hangs keeps the descriptors open."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
 
 
 def _wait(worker: int, read_fd: int) -> int:

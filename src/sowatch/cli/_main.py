@@ -33,8 +33,8 @@ COMMANDS: Final = {
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 
-#: Commands that answer once and end, whatever file system hangs.
-_ONE_SHOT: Final = ("list", "top", "explain", "audit")
+#: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
+_BEHIND_FRONT: Final = ("watch", "list", "top", "explain", "audit", "trace", "http")
 
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
@@ -51,16 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted.
     """
-    if argv is None and _answers_once(sys.argv[1:]):
+    if argv is None and _runs_behind_front(sys.argv[1:]):
         from sowatch.cli._front import run_behind_front
 
         return run_behind_front(lambda: _run(sys.argv[1:]))
     return _run(sys.argv[1:] if argv is None else list(argv))
 
 
-def _answers_once(words: Sequence[str]) -> bool:
-    """Whether the command ends by itself, so that nobody should wait for a file system that hangs."""
-    if not words or words[0] not in _ONE_SHOT:
+def _runs_behind_front(words: Sequence[str]) -> bool:
+    """Whether a process of its own does the work, so that nobody waits for a file system that hangs.
+
+    Not that of ``top`` on a terminal, which stops and continues itself.
+    """
+    if not words or words[0] not in _BEHIND_FRONT:
         return False
     return words[0] != "top" or "--once" in words or "--json" in words or not os.isatty(1)
 
