@@ -302,7 +302,7 @@ static int copy_record(void *context, void *data, size_t size)
 
 	memcpy(self->buffer + self->used, data, size);
 	self->used += size;
-	/* libbpf counts this record as consumed even if told to stop here. */
+	/* libbpf counts this record as consumed even if it is to stop here. */
 	return self->used + MAX_RECORD_BYTES > self->capacity ? -ENOSPC : 0;
 }
 
@@ -399,7 +399,7 @@ int sow_probe_map(int map_type)
 int sow_probe_trampoline(void)
 {
 	const struct bpf_insn nothing[] = {{.code = 0xb7 /* r0 = 0 */}, {.code = 0x95 /* exit */}};
-	/* No function has this type id: who may, is told that it is wrong. */
+	/* No function has this type id: a caller that may learns that it is wrong. */
 	LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_FENTRY, .attach_btf_id = 1);
 	int fd = bpf_prog_load(BPF_PROG_TYPE_TRACING, "probe", "GPL", nothing, 2, &options);
 

@@ -12,7 +12,7 @@ typedef struct sow_object sow_object;
 unsigned int sow_libbpf_major(void);
 unsigned int sow_libbpf_minor(void);
 
-/* What libbpf said on this thread since the last call; the pointer is good until the next call. */
+/* What libbpf wrote on this thread since the last call; the pointer is good until the next call. */
 const char *sow_take_log(void);
 
 /* Parses an object file. btf_path: NULL for the running kernel's own BTF. NULL on failure, *error = -errno. */
@@ -57,7 +57,7 @@ int sow_run(sow_object *object, const char *program, const unsigned long long *a
 /* A file descriptor to read a program's iteration from: over one process (tgid), or all (0). */
 int sow_iterate(sow_object *object, const char *program, unsigned int tgid);
 
-/* 1 works, 0 does not, -errno could not tell. Types and helpers by their numbers in linux/bpf.h. */
+/* 1 works, 0 does not, -errno unknown. Types and helpers by their numbers in linux/bpf.h. */
 int sow_probe_helper(int program_type, int helper);
 int sow_probe_map(int map_type);
 int sow_probe_program(int program_type);
@@ -80,13 +80,13 @@ int sow_link_uprobe_multi(sow_object *object, const char *program, int file_fd, 
 /* perf_type: the number in /sys/bus/event_source/devices/uprobe/type. has_cookie: bpf_get_attach_cookie (5.15+). */
 int sow_link_uprobe(sow_object *object, const char *program, int file_fd, unsigned int perf_type, int is_return,
 		    unsigned long offset, int has_cookie, unsigned long long cookie);
-/* 1 if the kernel has uprobe.multi, 0 if not, -errno could not tell. */
+/* 1 if the kernel has uprobe.multi, 0 if not, -errno unknown. */
 int sow_probe_uprobe_multi(void);
 /* The same for uprobe.multi links by descriptor (7.2+). */
 int sow_probe_uprobe_fd(void);
 /*
  * Whether a return probe can end a process below a seccomp filter: the kernel makes a system call for it (uretprobe,
- * x86-64, 6.11+) and lets the filter judge it. 1 it can, 0 it cannot, -errno could not tell. Tried in a child.
+ * x86-64, 6.11+) and lets the filter judge it. 1 it can, 0 it cannot, -errno unknown. Tried in a child.
  */
 int sow_probe_return_call(void);
 

@@ -128,7 +128,7 @@ int sow_probe_uprobe_fd(void)
 {
 	int link = try_link((struct link_create){.path_fd = -1, .multi_flags = UPROBE_MULTI_FD});
 
-	/* EBADF from who looks at the descriptor, EINVAL from who does not know the flag. */
+	/* EBADF from a kernel that reads the descriptor, EINVAL from one that does not know the flag. */
 	return link == -EBADF ? 1 : link == -EINVAL || link == -EOPNOTSUPP ? 0 : link < 0 ? link : -EINVAL;
 }
 
@@ -400,7 +400,7 @@ static int copy_framed(void *context, void *data, size_t size)
 	memcpy(self->buffer + self->used, head, sizeof(head));
 	memcpy(self->buffer + self->used + sizeof(head), data, size);
 	self->used += sizeof(head) + ((size + 7) & ~7UL);
-	/* libbpf counts this record as consumed even if told to stop here. */
+	/* libbpf counts this record as consumed even if it is to stop here. */
 	return self->used + self->bytes > self->capacity ? -ENOSPC : 0;
 }
 

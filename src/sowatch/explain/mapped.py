@@ -105,7 +105,7 @@ class FilesByAddress:
             ((end, start, file) for file in files if file.range_count is None for start, end in file.ranges),
             key=lambda span: span[0],
         )
-        # Those that are not all told apart lie around others.
+        # Those that are not all distinguished lie around others.
         self._wide = [file for file in files if file.range_count is not None]
         self._ends = [end for end, _, _ in self._spans]
 

@@ -105,7 +105,7 @@ struct {
 	__uint(max_entries, RECORDS_BYTES);
 } records SEC(".maps");
 
-/* Calls of which some text was not in memory at the entry: the program may not have touched its own string yet. */
+/* Calls of which some text was not in memory at the entry: the program may not have used its own string yet. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);

@@ -106,10 +106,10 @@ struct stacks_key {
 };
 
 enum probe_counter {
-	PROBE_LOST,         /* no room in `calls`: not counted elsewhere */
+	PROBE_LOST,         /* no space in `calls`: not counted elsewhere */
 	PROBE_UNTIMED,      /* counted, but not timed */
-	PROBE_RECORDS_LOST, /* no room in `records` */
-	PROBE_STACKS_LOST,  /* no stack, or no room for its count */
+	PROBE_RECORDS_LOST, /* no space in `records` */
+	PROBE_STACKS_LOST,  /* no stack, or no space for its count */
 	PROBE_COUNTERS,
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* Programs that do nothing: whether they load and attach tells what this kernel can do. */
+/* Programs that do nothing: whether they load and attach shows what this kernel can do. */
 #include "kernel_types.h"
 
 #include <bpf/bpf_helpers.h>

@@ -88,7 +88,7 @@ struct span {
 
 struct connection {
 	__u64 offsets[2]; /* by direction */
-	__u64 socket;     /* its address in the kernel: tells that it is another one */
+	__u64 socket;     /* its address in the kernel: shows that it is another one */
 	__u16 family;
 	__u16 peer_port;
 	__u16 local_port;
@@ -301,7 +301,7 @@ static __always_inline void fill(struct tls_record *record, const struct tls_con
 	__builtin_memcpy(record->local, connection->local, sizeof(record->local));
 }
 
-/* Sends one call with room for that many bytes: the size of a reservation is a constant. */
+/* Sends one call with space for that many bytes: the size of a reservation is a constant. */
 #define SEND(room)                                                                                                   \
 	static __noinline int send_##room(const struct tls_connection_key *key, const struct connection *connection, \
 					  const struct call *call, struct span *span)                                \

@@ -19,7 +19,7 @@ enum tls_direction {
 };
 
 enum tls_counter {
-	TLS_LOST,       /* calls that had no room in the ring */
+	TLS_LOST,       /* calls that did not fit into the ring */
 	TLS_UNREADABLE, /* calls whose buffer could not be read */
 	TLS_SPARED,     /* calls of which user space needed nothing */
 	TLS_NO_ROOM,    /* calls without an entry in a map */
