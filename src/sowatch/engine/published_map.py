@@ -58,10 +58,6 @@ class PublishedMap:
                 del self._by_pid[process.pid]
         return load
 
-    def of_process(self, process: ProcessId) -> dict[FileId, Load]:
-        """A copy of the load events of one process."""
-        return dict(self._loads.get(process, {}))
-
     def of_pid(self, pid: int) -> list[Load]:
         """The load events of the process that has this pid; on the engine's thread."""
         return [load for process in self._by_pid.get(pid, ()) for load in self._loads[process].values()]

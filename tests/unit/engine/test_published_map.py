@@ -29,7 +29,7 @@ def test_what_was_put_is_there_until_it_is_taken_out():
     assert published.pop(ONE, A) == load(ONE, A)
     assert published.get(ONE, A) is None
     assert published.pop(ONE, A) is None
-    assert published.of_process(ONE) == {B: load(ONE, B)}
+    assert published.copy()[ONE] == {B: load(ONE, B)}
 
 
 def test_a_pid_that_was_reused_has_the_files_of_both_processes():
