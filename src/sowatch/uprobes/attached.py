@@ -34,8 +34,8 @@ TRANSIENT: Final = frozenset(
         errno.ESRCH,
     }
 )
-#: Links that are closed at once, by all attachers: each close waits for the kernel, by perf events up to a quarter of a
-#: second (6.12), and those that wait at the same time wait for the same thing.
+#: Links that are closed at once, by all attachers. Each close waits for the kernel; those of uprobe.multi links wait at
+#: the same time (200 in 0.5 s), perf events below one lock of the kernel (event_mutex), one after the other.
 _MAX_CLOSERS: Final = 32
 _closers = threading.BoundedSemaphore(_MAX_CLOSERS)
 
