@@ -71,14 +71,29 @@ class Group:
             return "attached"
         return "failed" if self.error is not None and self.error.errno not in TRANSIENT else "retrying"
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the kernel still has the link, on these very offsets."""
+    def is_in_place(self, fd: int) -> bool:
+        """Whether the kernel still has the link, on the file that a descriptor is open on and on these very offsets.
+
+        As far as it says so: of a perf event it does not remember the file, and older kernels remember less.
+        """
         if self.link is None or not self.link.is_attached:
             return False
         place = self.link.place(len(self.sites))
+        if place is None:
+            return True
         offsets = sorted(site.offset for site in self.sites)
-        return place is None or (place.total == len(offsets) and sorted(place.offsets) == offsets)
+        if place.total != len(offsets) or sorted(place.offsets) != offsets:
+            return False
+        # Both paths are of the same kind; the file may be renamed between the two.
+        return place.path in (None, _shown_path(fd)) or self._shows(fd) or self._shows(fd)
+
+    def _shows(self, fd: int) -> bool:
+        place = None if self.link is None else self.link.place(len(self.sites))
+        return place is not None and place.path == _shown_path(fd)
+
+
+def _shown_path(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 @dataclass(slots=True)

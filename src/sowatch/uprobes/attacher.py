@@ -363,7 +363,7 @@ class Attacher:
             with self._one_at_a_time(file.library.id):
                 if self._known(file.library.id) is not file:
                     continue
-                lost = [group for group in file.groups if group.link is not None and not group.is_in_place]
+                lost = [group for group in file.groups if group.link is not None and not group.is_in_place(file.fd)]
                 for group in lost:
                     assert group.link is not None
                     group.link.close()

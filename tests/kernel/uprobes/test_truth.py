@@ -44,8 +44,16 @@ def test_the_kernel_says_where_a_link_is(user_object: Path, probed: Probed, acti
         assert place.path == (str(library) if is_multi else None)
 
 
-@links
-@pytest.mark.parametrize("fault", ["closed", "elsewhere"])
+@pytest.mark.parametrize(
+    ("links", "fault"),
+    [
+        ("auto", "closed"),
+        ("auto", "elsewhere"),
+        ("auto", "another file"),  # of a perf event the kernel does not say which
+        ("perf_event", "closed"),
+        ("perf_event", "elsewhere"),
+    ],
+)
 def test_a_link_that_is_gone_or_on_another_place_is_made_anew(
     user_object: Path, probed: Probed, caller: NewCaller, active: Any, links: str, fault: str
 ) -> None:
@@ -58,15 +66,19 @@ def test_a_link_that_is_gone_or_on_another_place_is_made_anew(
         if fault == "closed":
             link_of(attacher).close()
         else:
-            if link_of(attacher).place(1) is None:
+            place = link_of(attacher).place(1)
+            if place is None or (fault == "another file" and place.path is None):
                 pytest.skip("this kernel does not say where links of uprobes are (6.6, 6.8)")
-            with Attacher(user_object, {"nested": "by_section"}, links=links) as other:
-                other.attach(active(library))
+            symbol, target = ("nested", library) if fault == "elsewhere" else ("plain", probed("libother.so"))
+            with Attacher(user_object, {symbol: "by_section"}, links=links) as other:
+                other.attach(active(target))
                 elsewhere = link_of(other)
                 mine = link_of(attacher)
                 # The descriptor leads to the other link from now on, as if somebody had put it there.
                 os.dup2(elsewhere.fileno(), mine.fileno())
                 mine.id = elsewhere.id
+        if fault == "elsewhere":
+            library.rename(library.with_name("librenamed.so"))  # which is no fault
         assert attacher.verify() == 1
         process.call("plain")
         process.call("nested", -7)
