@@ -121,7 +121,9 @@ def test_what_cannot_be_attached_is_told_with_the_reason(spawn: Any, programs: A
 def uprobe_links(pid: int) -> int:
     """How many links on functions of files a process holds."""
     texts = []
-    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+    # The command waits for a process that does the work.
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    for path in (path for one in (pid, *workers) for path in Path(f"/proc/{one}/fdinfo").iterdir()):
         with contextlib.suppress(OSError):
             texts.append(path.read_text(encoding="ascii"))
     return sum("probe_multi" in text for text in texts)

@@ -227,6 +227,11 @@ class ProcFs:
         tid = self.live_thread(pid)
         return tid if isinstance(tid, Miss) else f"{self.root}/{tid}/root"
 
+    def mapped_pages(self, pid: int) -> int | Miss:
+        """How many pages of address space it has mapped (total_vm); 0 without any. Takes no lock of it."""
+        data = _read(f"{self.root}/{pid}/statm")
+        return data if isinstance(data, Miss) else int(data.split()[0] or 0)
+
     def stat(self, pid: int) -> Stat | Miss:
         """State, parent, start time and comm. Works for every user on every process."""
         data = _read(f"{self.root}/{pid}/stat")

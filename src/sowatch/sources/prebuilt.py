@@ -119,6 +119,7 @@ class PrebuiltSource:
             "a mapping that ends before it is looked up in /proc is counted as lost",
             "files are distinguished as /proc shows them, by btrfs subvolume, and without the inode's generation",
             "32-bit processes are watched by reads",
+            "what shmat or mmap make executable by personality READ_IMPLIES_EXEC is found by scans only",
         )
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt("prebuilt", True, None),)
         self.unread = UnreadProcesses()
@@ -276,6 +277,7 @@ class PrebuiltSource:
             status = self._reader.proc.status(pid)
             if isinstance(status, Miss) or status.tgid != pid:
                 return  # a thread, or gone before anybody could tell
+        shares_mm = bool(flags & CLONE_VM and flags != UNKNOWN_FLAGS)
         # One that is gone already began now; no other source will name it.
         child = self._known[pid] = _Known(seen.t_ns if isinstance(stat, Miss) else stat.start_ns)
         if parent is None or parent.intro is None:
@@ -294,7 +296,7 @@ class PrebuiltSource:
                     )
         intro = intro._replace(
             type=RecordType.FORK,
-            flags=seen.flags | (FLAG_SHARED_VM if flags & CLONE_VM and flags != UNKNOWN_FLAGS else 0),
+            flags=seen.flags | (FLAG_SHARED_VM if shares_mm else self._doubt_of_copy(seen.tgid, pid)),
             tgid=pid,
             tid=pid,
             start_ns=child.start_ns,
@@ -308,6 +310,11 @@ class PrebuiltSource:
         )
         child.intro = intro
         yield intro
+
+    def _doubt_of_copy(self, parent: int, child: int) -> int:
+        """FLAG_NEEDS_RESCAN where fork may have left out a mapping (MADV_DONTFORK): they do not have as many pages."""
+        pages = self._reader.proc.mapped_pages(parent), self._reader.proc.mapped_pages(child)
+        return FLAG_NEEDS_RESCAN if pages[0] and pages[1] and pages[0] != pages[1] else 0
 
     def _on_exec(self, seen: RangeRecord) -> Iterator[Record]:
         known = self._known.pop(seen.tgid, None)
