@@ -482,12 +482,14 @@ class Kernel:
         self.between()
         return group(rows), meanwhile
 
-    def scan_process(self, pid):
+    def scan_process(self, pid, meanwhile=lambda: None):
         begin_ns = self.tick_ns()
         report = self.report
         self.report |= Report.VISITS
         self.between()
         scans = group(self.visit(pid))
+        self.between()
+        meanwhile()
         self.report = report
         for scan in scans:
             scan.begin_ns = min(begin_ns, scan.begin_ns)

@@ -6,7 +6,7 @@ Pure values and sums, no policy: `table` decides what changes when.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Hashable, Iterable, KeysView
 from typing import NamedTuple
 
 from sowatch.bpf.records import (
@@ -41,6 +41,11 @@ __all__ = [
 ]
 
 
+def _file_id_of(key: Hashable) -> FileId:
+    """The file in the key of a record: bytes of the kernel's, or the fields themselves."""
+    return file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
+
+
 class MappedFile:
     """A file under one name in one view of the file system: what the kernel's verdicts are about."""
 
@@ -61,7 +66,7 @@ class MappedFile:
         key = record.key
         self.key = key
         self.text = record.text
-        self.file_id = file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
+        self.file_id = _file_id_of(key)
         #: Of a scan of maps below 0: no change time, but another number for each version that was met.
         self.changed_ns = record.changed_ns
         #: That of a detached mount of a single file is its root.
@@ -213,6 +218,11 @@ class AddressSpace:
     def files(self) -> KeysView[FileId]:
         """Which files are in it."""
         return self._layout.entries.keys()
+
+    def file_of(self, key: Hashable) -> MappedFile | None:
+        """The file with this key, if it is in it under that name."""
+        entry = self._layout.entries.get(_file_id_of(key))
+        return entry.name if entry is not None and entry.name.key == key else None
 
     def mappings(self) -> dict[FileId, Mapping]:
         """Its files with their ranges. Not to be changed: it is kept, and others may have it, too."""

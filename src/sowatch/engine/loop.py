@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
-from sowatch.engine.address_space import Change, MappedFile, Mapping
+from sowatch.engine.address_space import Change, MappedFile, Mapping, ProcessState
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
 from sowatch.engine.reconciler import Reconciler
@@ -175,10 +175,10 @@ class Engine:
 
     # ---- questions about the map, on the thread: see `ask` -----------------------------------------
 
-    def view(self) -> View:
-        """The map for an audit."""
+    def view(self, pid: int | None = None) -> View:
+        """The map for an audit: of one process, or of all."""
         found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
-        for process in self._table.processes():
+        for process in self._of(pid):
             if not process.is_announced:
                 found[process.id.pid] = None
                 continue
@@ -198,19 +198,17 @@ class Engine:
             pid: of one process; None: all that have a file that is wanted.
             wants: which files.
         """
-        one = None if pid is None else self._table.get(pid)
-        reported = self._publisher.published.copy()
+        published = self._publisher.published
         processes: dict[int, KnownProcess] = {}
-        for process in self._table.processes() if pid is None else [one] if one is not None else []:
+        for process in self._of(pid):
             record = process.record()
-            loads = reported.get(process.id, {})
             files = []
             for file_id, mapping in process.space.mappings().items():
                 if wants(mapping.name):
                     kind = process.kind_of(mapping)
                     change = Change(True, "snapshot", 0, record, kind, mapping.name, mapping.ranges)
                     is_selected = self._publisher.selection.wants(change)
-                    load = loads.get(file_id)
+                    load = published.get(process.id, file_id)
                     files.append(KnownFile(mapping.name, kind, mapping.ranges, is_selected, load, mapping.range_count))
             if files or pid is not None:
                 processes[process.id.pid] = KnownProcess(
@@ -230,6 +228,13 @@ class Engine:
             self._silent,
             None if pid is None else self._source.unread.since_s(pid),
         )
+
+    def _of(self, pid: int | None) -> Iterable[ProcessState]:
+        """One process, if it is known, or all."""
+        if pid is None:
+            return self._table.processes()
+        process = self._table.get(pid)
+        return () if process is None else (process,)
 
     # ---- the thread ---------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, MapRecord, ProcessRecord, RangeRecord, Record, RecordType
@@ -10,6 +10,7 @@ from sowatch.engine.address_space import AddressSpace, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.table import MappingTable
 from sowatch.sources.base import ProcessScan
+from sowatch.sources.scan_rows import in_slices
 
 __all__ = ["merge"]
 
@@ -25,6 +26,7 @@ def merge(
     *,
     own_causes: dict[int, Causes] | None = None,
     is_start: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> Effects:
     """Takes over scans and the records that came while they were made, in the right order.
 
@@ -40,8 +42,10 @@ def merge(
         causes: what the findings are called.
         own_causes: and for some tgids otherwise.
         is_start: nothing was known before, so older records report nothing new.
+        between: called after each `SLICE` of work. It may apply records of processes that are neither scanned nor share
+            an address space with one that is, nor were forked by one since.
     """
-    return _Merge(table, list(scans), causes, own_causes or {}, is_start=is_start).run(records)
+    return _Merge(table, list(scans), causes, own_causes or {}, is_start=is_start, between=between).run(records)
 
 
 class _Merge:
@@ -55,6 +59,7 @@ class _Merge:
         own_causes: dict[int, Causes],
         *,
         is_start: bool,
+        between: Callable[[], None],
     ) -> None:
         self._table = table
         self._scans = scans
@@ -64,6 +69,7 @@ class _Merge:
         self._causes = causes
         self._own_causes = own_causes
         self._is_start = is_start
+        self._between = between
         self._effects = Effects()
         #: Who was scanned, by address space; and where each scan belongs among the records.
         self._by_mm: dict[int, ProcessState] = {}
@@ -73,7 +79,7 @@ class _Merge:
         table, waiting, again, effects = self._table, self._waiting, self._again, self._effects
         ends = {(scan.tgid, scan.start_ns): scan.end_ns for scan in waiting.values()}
         later = {} if self._is_start else _since_scan(waiting, records)
-        for record in records:
+        for record in in_slices(records, self._between):
             scan = waiting.get(record.tgid)
             if scan is not None and scan.start_ns == record.start_ns:
                 is_inside = scan.begin_ns <= record.t_ns <= scan.end_ns
@@ -93,16 +99,24 @@ class _Merge:
             if record.type == RecordType.FORK and isinstance(record, ProcessRecord):
                 self._before_fork(record)
             table.step(record, effects)
+            if scan is not None and record.type == RecordType.EXEC and record.t_ns >= scan.begin_ns:
+                self._learn_after_exec(scan, record)
         for scan in waiting.values():
             self._take(scan)
         self._note_open(records)
         return table.finish(effects)
 
+    def _learn_after_exec(self, scan: ProcessScan, record: Record) -> None:
+        """A scan may have introduced the process after its exec; if it did so before, the kernel does it again."""
+        if scan.intro is not None and scan.start_ns == record.start_ns and self._is_new(record):
+            self._table.learn(scan.intro, self._effects)
+
     def _is_new(self, record: Record) -> bool:
         return self._table.find(record.tgid, record.start_ns) is None
 
     def _take(self, scan: ProcessScan) -> None:
-        self._table.take_scan(scan, self._own_causes.get(scan.tgid, self._causes), self._by_mm, self._effects)
+        causes = self._own_causes.get(scan.tgid, self._causes)
+        self._table.take_scan(scan, causes, self._by_mm, self._effects, self._between)
 
     def _is_next(self, scan: ProcessScan, record: Record, later: dict[int, list[Record]]) -> bool:
         """Whether the scan is to be taken over before this record."""
@@ -121,7 +135,7 @@ class _Merge:
         table = self._table
         known = table.find(scan.tgid, scan.start_ns)
         space = known.space if known is not None else AddressSpace()
-        ranges = space.snapshot(table.found(scan, table.file_of), with_images=table.rules.wants_images)
+        ranges = space.snapshot(table.found(scan, table.file_of, self._between), with_images=table.rules.wants_images)
         first_after = None
         for record in records:
             if ranges.is_same:

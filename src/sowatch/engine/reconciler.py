@@ -1,25 +1,26 @@
 """`Reconciler`: keeps the map true. Takes records in, reads the processes in doubt, repairs losses.
 
-Everything here happens on the thread of the ``engine``: it runs no user code, reads no file but ``/proc``, and waits
-for nobody.
+Everything here happens on the engine's thread: it runs no user code, reads no file but ``/proc``, waits for nobody.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Final
 
 from sowatch.bpf.records import Record
-from sowatch.engine.address_space import Change, ProcessState
+from sowatch.engine.address_space import Change, Mapping, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.merge import merge
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RescanSchedule
+from sowatch.engine.scan_records import ScanRecords
 from sowatch.engine.table import MappingTable
+from sowatch.linux.liveness import has_ended
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -31,8 +32,6 @@ from sowatch.sources.base import EventSource, ProcessScan, Report
 from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Reconciler"]
-
-LOG = logging.getLogger("sowatch")
 
 #: More owed readings than this are one reading of all.
 MANY_RESCANS: Final = 64
@@ -54,9 +53,6 @@ FACTS_TURN_S: Final = 0.02
 #: A call that was under way when the rules changed has mapped its file after this.
 RULES_SECOND_LOOK_S: Final = 1.0
 
-#: Of a task in ``/proc/PID/stat``: a zombie, or one that is being reaped.
-ENDED_STATES: Final = ("Z", "X", "x")
-
 REPAIR: Final = Causes("repair", "repair")
 RULES: Final = Causes("snapshot", "rules")
 SNAPSHOT: Final = Causes("snapshot", "repair")
@@ -65,9 +61,8 @@ SNAPSHOT: Final = Causes("snapshot", "repair")
 class Reconciler:
     """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
 
-    Its figures may be read by any thread; everything else is for one thread, the engine's, which calls
-    `take_snapshot` first, then again and again `drain` and `do_what_is_due`, `tick` about once a second,
-    and `finish` last.
+    Its figures may be read by any thread; everything else is for the engine's, which calls `take_snapshot` first, then
+    again and again `drain` and `do_what_is_due`, `tick` about once a second, and `finish` last.
 
     Args:
         silent_baseline: take the start-up snapshot without telling of it.
@@ -327,7 +322,7 @@ class Reconciler:
         # In this order: whatever the kernel drops by an old answer is there to be read.
         self._source.new_epoch()
         self._read_for_rules()
-        self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
+        self._publisher.look_again(self._mapped(lambda *_: True), only_held=self._silent)
         self._publisher.after_all(done)
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
@@ -335,26 +330,23 @@ class Reconciler:
         """Reads a process, and tells of what the rule wants and it was not told to have."""
         self._table.await_rescan(pid)
         self.sync()
-        self._publisher.look_again(self._mapped(lambda process: process.id.pid == pid, rule.matches_path))
+        found = self._mapped(lambda process, one: process.id.pid == pid and rule.matches_path(one.name.path))
+        self._publisher.look_again(found)
 
     def _look_at_recovered(self) -> None:
         """Files that could not be read because their file system hung: what they say is told now."""
         inspector = self._publisher.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
-            sharers = {process.id for process, one in self._table.mappings() if one.name.file_id in files}
-            mapped = self._mapped(lambda process: process.id in sharers)
-            self._publisher.recheck([one for one in mapped if one.name.file_id in files], only_held=self._silent)
+            self._publisher.recheck(self._mapped(lambda _, one: one.name.file_id in files), only_held=self._silent)
 
-    def _mapped(
-        self, is_meant: Callable[[ProcessState], bool], wants: Callable[[str], bool] = lambda _: True
-    ) -> list[Change]:
+    def _mapped(self, is_meant: Callable[[ProcessState, Mapping], bool]) -> list[Change]:
         """What is mapped now, as if it were loaded now."""
         now_ns = time.monotonic_ns()
         return [
             Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
             for process, one in self._table.mappings()
-            if is_meant(process) and wants(one.name.path)
+            if is_meant(process, one)
         ]
 
     def _read_for_rules(self) -> None:
@@ -385,30 +377,36 @@ class Reconciler:
     def _scan(self, due: dict[int, Causes]) -> None:
         """Reads these processes; one that is not there any more is forgotten, whatever became of its exit record."""
         self._report(Report.RANGES | Report.VISITS)
-        scans, meanwhile = self._read(due)
+        concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
+        take_others = partial(concerned.take_others, self._source.drain, self._apply_others)
+        scans, records = self._read(due, take_others)
         missing = due.keys() - {scan.tgid for scan in scans}
         # Before the ring is drained: whose end is seen here has its exit record in the ring, or lost it.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
-        records = [*meanwhile, *self._drain_all()]
+        self._apply_others(concerned.keep_back([*records, *self._drain_all()]))
         self._report(Report.NOTHING)
         self.rereads += len(due)
-        self._note(merge(self._table, scans, records, LIVE, own_causes=due))
+        self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=take_others))
+        self._note(self._table.apply(*concerned.take()))
         for pid in gone:
             self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
+    def _apply_others(self, records: list[Record]) -> None:
+        """Takes what processes do that are not scanned now, and publishes it at once if nothing waits before it."""
+        effects = self._table.apply(*records)
+        if not self._effects.changes:
+            self._publisher.publish(effects.changes)
+            effects.changes = []
+        self._note(effects)
+
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
         """Whether the process known by this pid has ended; if its exit record may be lost, whether it is about to."""
         start_ns = self._table.start_of(pid)
-        if start_ns is None:
-            return False
-        stat = self._proc.stat(pid)
-        if not stat or not ProcessId(pid, start_ns).same_tick(ProcessId(stat.pid, stat.start_ns)):
-            return True
-        return stat.threads < 2 and (stat.is_dead if is_lossy else stat.state in ENDED_STATES)
+        return start_ns is not None and has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
 
-    def _read(self, due: dict[int, Causes]) -> tuple[list[ProcessScan], list[Record]]:
+    def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], list[Record]]:
         if len(due) > MANY_RESCANS or not self._can_read_one:
             scans, meanwhile = self._scan_all()
             for pid in due.keys() & set(self._source.unread):
@@ -418,7 +416,7 @@ class Reconciler:
         for pid, causes in due.items():
             begun_s = self._cpu_s()
             try:
-                scan = self._source.scan_process(pid)
+                scan = self._source.scan_process(pid, take_others)
             except ScanTimeout:
                 self._table.await_rescan(pid, causes)
             else:

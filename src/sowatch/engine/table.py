@@ -44,6 +44,7 @@ from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Cause
 from sowatch.model.rules import RuleSet
 from sowatch.sources.base import ProcessScan
+from sowatch.sources.scan_rows import in_slices
 
 __all__ = ["MappingTable"]
 
@@ -125,8 +126,18 @@ class MappingTable:
 
     def file_of(self, record: MapRecord) -> MappedFile:
         """The mapped file of a record."""
-        name = self._names.get(record.key)
+        name = self._names.get(record.key) or self._mapped_file(record)
         return name if name is not None and name.text == record.text else MappedFile(record, self._rules)
+
+    def _mapped_file(self, record: MapRecord) -> MappedFile | None:
+        """What its process has mapped already: of one with very many files not all are kept by key."""
+        known = self._processes.get(record.tgid)
+        return None if known is None else known.space.file_of(record.key)
+
+    def sharers_of(self, pid: int) -> list[int]:
+        """The processes that share its address space, as far as is known."""
+        known = self._processes.get(pid)
+        return [] if known is None else [one.id.pid for one in known.space.sharers]
 
     # ---- inputs -------------------------------------------------------------------------------
 
@@ -216,7 +227,7 @@ class MappingTable:
 
     def see(self, record: MapRecord, effects: Effects) -> MappedFile:
         """The mapped file of a record, with the answer that its source may be waiting for."""
-        name = self._names.get(record.key)
+        name = self._names.get(record.key) or self._mapped_file(record)
         if (
             name is None
             or name.text != record.text
@@ -373,7 +384,14 @@ class MappingTable:
 
     # ---- one scan at a time: for `merge` -----------------------------------------------------------
 
-    def take_scan(self, scan: ProcessScan, causes: Causes, by_mm: dict[int, ProcessState], effects: Effects) -> None:
+    def take_scan(
+        self,
+        scan: ProcessScan,
+        causes: Causes,
+        by_mm: dict[int, ProcessState],
+        effects: Effects,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes the table have of one process what a scan found.
 
         Args:
@@ -381,6 +399,7 @@ class MappingTable:
             causes: what the findings are called.
             by_mm: processes whose scans were taken over together with this one, by address space.
             effects: gets the difference.
+            between: see `sowatch.engine.merge.merge`.
         """
         if scan.is_compat:
             self._compat[scan.tgid] = scan.start_ns
@@ -388,7 +407,7 @@ class MappingTable:
         if known is not None and known.id.start_ns != scan.start_ns:
             self._forget(scan.tgid, known.id.start_ns, "repair", scan.begin_ns, effects)
             known = None
-        found = self.found(scan, lambda row: self.see(row, effects))
+        found = self.found(scan, lambda row: self.see(row, effects), between)
         if known is None and not found and not (scan.has_untracked_sharers and scan.intro):
             if scan.intro is not None:
                 # The kernel will not introduce it again unless it is untracked, which may fail.
@@ -410,10 +429,12 @@ class MappingTable:
             self._note_if_idle(scan.tgid, scan.start_ns, scan.activity, effects)
 
     @staticmethod
-    def found(scan: ProcessScan, file_of: Callable[[MapRecord], MappedFile]) -> ScannedFiles:
+    def found(
+        scan: ProcessScan, file_of: Callable[[MapRecord], MappedFile], between: Callable[[], None]
+    ) -> ScannedFiles:
         """What a scan has of each file that is wanted."""
         found: ScannedFiles = {}
-        for row in scan.maps:
+        for row in in_slices(scan.maps, between):
             name = file_of(row)
             if name.is_wanted:
                 one = found.get(name.file_id)

@@ -68,7 +68,7 @@ class ExplainContext(Struct, frozen=True):
     rules: RuleSet
     registry: FileRegistry
     ask_map: Callable[[int | None, Callable[[MappedFile], bool]], Known]
-    view: Callable[[], View]
+    view: Callable[[int], View]
     is_repaired: Callable[[], bool]
     #: Whether the map is made of what ``/proc`` shows us, so that it lacks processes that may not be read.
     reads_proc: bool = False
@@ -215,10 +215,7 @@ def _looks(
 
 
 def _differences(pid: int, context: ExplainContext) -> tuple[Difference, ...]:
-    def view() -> View:
-        return {known: held for known, held in context.view().items() if known == pid}
-
-    return audit(view, context.proc, context.rules, only=pid).differences
+    return audit(lambda: context.view(pid), context.proc, context.rules, only=pid).differences
 
 
 # ---- a path -------------------------------------------------------------------------------------

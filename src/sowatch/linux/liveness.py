@@ -8,11 +8,28 @@ from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.proc_parse import Stat
 from sowatch.model.identity import TICK_NS, ProcessId
 
-__all__ = ["process_is_alive", "running_stat"]
+__all__ = ["has_ended", "process_is_alive", "running_stat"]
+
+#: Of a task in ``/proc/PID/stat``: a zombie, or one that is being reaped.
+_ENDED_STATES: Final = ("Z", "X", "x")
 
 #: ``task_struct.flags`` of a task past exit_signals(), which is before its sched_process_exit
 #: (kernel/exit.c, do_exit). A reader that comes after that event finds the process gone.
 _PF_EXITING: Final = 0x4
+
+
+def has_ended(proc: ProcFs, process: ProcessId, *, is_lossy: bool) -> bool:
+    """Whether a process has ended.
+
+    Args:
+        proc: where it is looked up.
+        process: its pid and start.
+        is_lossy: the record of its exit may be lost, so one that is about to end has ended, too.
+    """
+    stat = proc.stat(process.pid)
+    if not stat or not process.same_tick(ProcessId(stat.pid, stat.start_ns)):
+        return True
+    return stat.threads < 2 and (stat.is_dead if is_lossy else stat.state in _ENDED_STATES)
 
 
 def running_stat(proc: ProcFs, pid: int) -> Stat | Miss:

@@ -5,7 +5,7 @@ A source knows nothing of rules or of the mapping table; it hands on what the ke
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from enum import IntFlag
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -155,8 +155,12 @@ class EventSource(Protocol):
             ScanTimeout: nobody could be read.
         """
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         """One process's mappings, perhaps none at all; None if the process is gone.
+
+        Args:
+            pid: of the process.
+            meanwhile: called again and again while that takes long, where a drain may come then.
 
         Raises:
             ScanTimeout: it hangs, and is ``unread`` now.

@@ -28,7 +28,7 @@ from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.base import ProcessScan, Report, TrackedEntry, Verdict, Verdicts
 from sowatch.sources.iterator_scan import IteratorScan
-from sowatch.sources.scan_rows import Grouping, RowPool, group
+from sowatch.sources.scan_rows import Grouping, RowPool, group, in_slices
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
 __all__ = ["BpfSource", "KernelSetting", "read_losses"]
@@ -245,7 +245,7 @@ class BpfSource:
             self._report.value = report
         return scans
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         if self.unread.hangs(pid):
             raise ScanTimeout(pid)
         report = self._report.value
@@ -253,7 +253,7 @@ class BpfSource:
         self._report.value = report | Report.VISITS | (Report.INTROS if self._has_given_up else 0)
         begin_ns = time.monotonic_ns()
         try:
-            rows = self._rows_of(pid)
+            rows = self._rows_of(pid, meanwhile)
         finally:
             self._report.value = report
         scans = group(rows)
@@ -263,18 +263,18 @@ class BpfSource:
         scan.begin_ns = min(begin_ns, scan.begin_ns)
         return scan
 
-    def _rows_of(self, pid: int) -> list[Record]:
+    def _rows_of(self, pid: int, meanwhile: Callable[[], None]) -> list[Record]:
         if self._can_iterate_one:
             scan = IteratorScan(self._open_session, (pid,))
             try:
-                self._run_scan(scan)
-                return list(self._noting_places(scan.rows()))
+                self._run_scan(scan, meanwhile=meanwhile)
+                return list(in_slices(self._noting_places(scan.rows()), meanwhile))
             except BpfError as error:
                 if error.errno != E2BIG:
                     raise
                 self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
         scan = IteratorScan(self._open_session, (0,))
-        self._run_scan(scan)
+        self._run_scan(scan, meanwhile=meanwhile)
         return [row for row in self._noting_places(scan.rows()) if row.tgid == pid]
 
     def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:

@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from errno import EXDEV
 from importlib.resources import files
 from typing import Final, NamedTuple
@@ -136,7 +136,8 @@ class OldKernelSource(BpfSource):
             meanwhile += self.drain()
         return scans, meanwhile
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
+        del meanwhile  # a drain may read processes itself, so it cannot come within a scan
         if self.unread.hangs(pid):
             raise ScanTimeout(pid)
         self._reading_tgid.value = pid

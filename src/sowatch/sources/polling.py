@@ -13,7 +13,7 @@ import stat as file_types
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import TracebackType
@@ -227,7 +227,8 @@ class ProcfsSource:
         # What the first look found new is in the readings.
         return [one for one in scans if one is not None], [] if is_first else records
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
+        del meanwhile  # a drain may read processes itself, so it cannot come within a scan
         found = self._look_at(pid, self._processes.get(pid))
         if found is None or not found.rows:
             return None

@@ -377,7 +377,8 @@ class PrebuiltSource:
             self._reader.pool = None
         return scans, meanwhile
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
+        del meanwhile  # a drain may read processes itself, so it cannot come within a scan
         look = self._reader.look(pid)
         if look is None:
             return None

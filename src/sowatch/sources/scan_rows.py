@@ -7,9 +7,9 @@ records that came meanwhile. How many mappings there are is decided by any user 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sowatch.bpf.records import (
     FLAG_AGAIN,
@@ -22,10 +22,14 @@ from sowatch.bpf.records import (
     RecordType,
 )
 
-__all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "ProcessScan", "RowPool", "group"]
+__all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "ProcessScan", "RowPool", "group", "in_slices"]
 
 #: So many rows of one scan are kept as they are, because that is faster: some 10 MB.
 MAX_PLAIN_ROWS: Final = 10_000
+#: So many rows of a scan, or records, are worked on in some 10 ms.
+SLICE: Final = 256
+
+R = TypeVar("R")
 
 #: Numbers of a packed row: flags, t_ns, activity, start, end, offset_bytes.
 _NUMBERS: Final = 6
@@ -165,6 +169,14 @@ class ProcessScan:
     space: int = 0
     #: A process that is not followed may share it.
     has_untracked_sharers: bool = False
+
+
+def in_slices(rows: Iterable[R], between: Callable[[], None]) -> Iterator[R]:
+    """The same rows; after each `SLICE` of them something else is done."""
+    for number, row in enumerate(rows, 1):
+        if number % SLICE == 0:
+            between()
+        yield row
 
 
 def group(rows: Iterable[Record], pool: RowPool | None = None) -> list[ProcessScan]:

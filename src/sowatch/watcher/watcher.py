@@ -336,7 +336,7 @@ class Watcher:
             self._rules,
             self.registry,
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
-            view=lambda: engine.ask(engine.view),
+            view=lambda pid: engine.ask(lambda: engine.view(pid)),
             is_repaired=lambda: engine.reconciler.is_repaired,
             reads_proc=self.ready is not None and self.ready.strategy in ("prebuilt", "procfs"),
         )

@@ -164,7 +164,7 @@ def test_nothing_is_left_after_stop(start: Start, library: NewLibrary, deadline:
 class Failing(BpfSource):
     """The real source, but for one call that fails."""
 
-    def scan_process(self, pid: int) -> ProcessScan | None:
+    def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         raise BpfError("reading the iterator", 5)
 
 

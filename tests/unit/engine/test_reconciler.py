@@ -41,7 +41,7 @@ class Scripted:
         taken, self.records = self.records, []
         return taken
 
-    def scan_process(self, pid):
+    def scan_process(self, pid, meanwhile=None):
         self.read.append(pid)
         return scan(FLOODER, 10, 20) if pid == FLOODER.pid else None
 
@@ -147,7 +147,7 @@ def test_nothing_is_repaired_while_the_reading_is_still_to_come(reconciler, sour
     reconciler.drain()
     reconciler.tick()
     seen = []
-    source.scan_process = lambda pid: seen.append((pid, reconciler.is_repaired))
+    source.scan_process = lambda pid, _: seen.append((pid, reconciler.is_repaired))
     reconciler.do_what_is_due(1e9)
     assert seen == [(FLOODER.pid, False)]
     assert reported() == ["lost", "repaired"]
@@ -211,7 +211,7 @@ def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_re
 def test_a_process_that_hangs_is_not_read_again_until_it_can_be(reconciler, source):
     tried = []
 
-    def hang(pid):
+    def hang(pid, _):
         tried.append(pid)
         with contextlib.suppress(ScanTimeout):
             source.unread.run(pid, over.wait)

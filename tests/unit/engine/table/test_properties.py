@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -19,12 +20,21 @@ from sowatch.linux.proc import Miss
 from sowatch.model.config import Config
 from sowatch.model.events import LibraryEvent
 from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources import scan_rows
 from sowatch.sources.base import Report
 from support.model_kernel import CALLS, PIDS, RULE, Kernel
 from support.records import PAGE
 from support.tracking import KeptEffects
 
 RULES = RuleSet([Rule(RULE)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smallest_slices():
+    """Whatever may come between two slices of a merge does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_rows, "SLICE", 1)
+        yield
 
 
 class Owner:

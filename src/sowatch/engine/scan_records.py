@@ -1,0 +1,55 @@
+"""`ScanRecords`: the records that come while processes are scanned, divided by whether the scan concerns them.
+
+A scan is merged with the records of its processes that came meanwhile. Those of all other processes need not wait for
+that: a process decides how long its scan takes, and others are not to be reported later for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from sowatch.bpf.records import ProcessRecord, Record, RecordType
+
+__all__ = ["ScanRecords"]
+
+#: So many records that wait for the merge are enough; whatever comes then stays where it is.
+MAX_WAITING: Final = 2_000
+
+
+class ScanRecords:
+    """The records of some processes, kept for the merge of their scans.
+
+    A record concerns the scan if it is of a scanned process, of one that shares an address space with it, or of a child
+    that either has forked since.
+
+    Args:
+        pids: those processes.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = set(pids)
+        self._waiting: list[Record] = []
+
+    def take_others(self, drain: Callable[[], list[Record]], apply: Callable[[list[Record]], None]) -> None:
+        """Drains while the scan or its merge is under way, and applies what does not concern it."""
+        if len(self._waiting) < MAX_WAITING:
+            apply(self.keep_back(drain()))
+
+    def keep_back(self, records: Iterable[Record]) -> list[Record]:
+        """Keeps those that concern the scan; gives the others, in order."""
+        pids, others = self._pids, []
+        for record in records:
+            if record.tgid in pids:
+                self._waiting.append(record)
+            elif record.type == RecordType.FORK and isinstance(record, ProcessRecord) and record.parent_tgid in pids:
+                pids.add(record.tgid)
+                self._waiting.append(record)
+            else:
+                others.append(record)
+        return others
+
+    def take(self) -> list[Record]:
+        """Those that were kept since the last call, in order."""
+        taken, self._waiting = self._waiting, []
+        return taken

@@ -1,0 +1,62 @@
+"""Records that come while processes are scanned: those that concern the scan wait for it, no others."""
+
+from __future__ import annotations
+
+from sowatch.engine.effects import LIVE
+from sowatch.engine.merge import merge
+from sowatch.engine.scan_records import MAX_WAITING, ScanRecords
+from sowatch.engine.table import MappingTable
+from sowatch.model.rules import RuleSet
+from sowatch.sources import scan_rows
+from support.records import PAGE, Proc, scan
+from support.tracking import BASE, SSL
+
+ONE, OTHER, CHILD = Proc(10), Proc(20), Proc(30)
+
+
+def test_records_of_a_scanned_process_and_of_its_children_are_keep_back_in_order():
+    concerned = ScanRecords([ONE.pid])
+    fork = ONE.fork(CHILD, t=2)
+    records = [ONE.map(SSL, t=1), fork, OTHER.map(SSL, t=3), CHILD.map(SSL, t=4), OTHER.exit(t=5)]
+    assert concerned.keep_back(records) == [records[2], records[4]]
+    assert concerned.take() == [records[0], fork, records[3]]
+    assert concerned.take() == []
+
+
+def test_beyond_the_limit_nothing_is_drained_before_the_merge():
+    concerned = ScanRecords([ONE.pid])
+    concerned.keep_back([ONE.map(SSL, t=1)] * MAX_WAITING)
+    drained = []
+
+    def drain():
+        drained.append(True)
+        return []
+
+    concerned.take_others(drain, lambda _: None)
+    assert drained == []
+    concerned.take()
+    concerned.take_others(drain, lambda _: None)
+    assert drained == [True]
+
+
+def test_what_others_do_is_applied_between_the_slices_of_a_merge():
+    table = MappingTable(RuleSet(()))
+    rows = [ONE.map(SSL.but(path=f"/usr/lib/lib{n}.so", inode=1000 + n), BASE + n * 2 * PAGE) for n in range(600)]
+    came = [[OTHER.map(SSL, t=5)], [OTHER.map(SSL.but(inode=7), BASE + 10 * PAGE, t=6)]]
+    seen = []
+    concerned = ScanRecords([ONE.pid])
+
+    def apply(records):
+        seen.extend((change.process.pid, change.name.file_id.inode) for change in table.apply(*records).changes)
+
+    effects = merge(
+        table,
+        [scan(ONE, 10, 20, *rows)],
+        [],
+        LIVE,
+        between=lambda: concerned.take_others(lambda: came.pop(0) if came else [], apply),
+    )
+    assert seen == [(OTHER.pid, SSL.inode), (OTHER.pid, 7)]
+    assert len(effects.changes) == 600
+    assert {change.process.pid for change in effects.changes} == {ONE.pid}
+    assert scan_rows.SLICE * 2 <= 600
