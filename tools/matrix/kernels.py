@@ -190,6 +190,8 @@ TESTS: Final = (
     "tests/kernel/uprobes/test_calls.py::test_recursion_deeper_than_is_timed_is_counted_and_said",
     "tests/kernel/uprobes/test_calls.py::test_a_function_that_is_left_by_longjmp_leaves_nothing_that_falsifies_the_next_call",
     "tests/kernel/uprobes/test_calls.py::test_a_function_within_another_is_counted_on_its_own",
+    # An agent whose rule counts, with the privileges that this takes there.
+    "tests/e2e/test_serve_actions.py::test_calls_are_metrics_by_library_build_symbol_and_container_and_nothing_else",
     "tests/kernel/uprobes/test_prearm.py::test_the_first_call_of_the_first_process_counts",
     "tests/kernel/uprobes/test_returns.py::test_by_return_instructions_each_call_of_a_recursion_is_timed",
     "tests/kernel/uprobes/test_returns.py::test_a_process_below_a_seccomp_filter_survives_its_probes",
