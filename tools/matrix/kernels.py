@@ -87,6 +87,7 @@ FEATURES: Final[Mapping[str, frozenset[str]]] = {
     "watch_probe.bpf.o": _FROM_6_1,
     "watch_old.bpf.o": _ALL,
     "probe_calls.bpf.o": _ALL,
+    "tls_taps.bpf.o": _FROM_6_12,
 }
 
 
