@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sowatch.bpf.records import file_and_view_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.address_space import MappedFile
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
@@ -40,6 +41,7 @@ __all__ = [
     "no_rule",
     "path_of",
     "row",
+    "verdict",
 ]
 
 NOW_NS = 1_700_000_000_000_000_000
@@ -253,3 +255,8 @@ def path_of(
 ) -> Any:
     candidates = (Candidate(FileId(254, 0, 100, 1), "map"),) if ids is None else ids
     return path_report(facts, candidates, mapped, key_of(1)[40:56], case.memory, look, case.rules)
+
+
+def verdict(key: bytes, is_match: bool, seconds_left: int | None) -> Verdict:
+    """The answer that is filed under a struct file_key."""
+    return Verdict(*file_and_view_of(key or key_of(1)), is_match, seconds_left)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sowatch.bpf import records as wire
-from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType
+from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType, VisitRecord
 from sowatch.model.identity import TICK_NS, FileId
 from sowatch.sources.scan_rows import ProcessScan, group
 
 __all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "scan", "text_of", "to_bytes"]
 
-R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord)
+R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord, VisitRecord)
 
 PAGE = 0x1000
 REGULAR = 0o100644
@@ -110,7 +110,8 @@ class Proc:
         flags |= wire.FLAG_DELETED * file.is_deleted | wire.FLAG_PARTIAL * file.is_partial
         head = self._head(RecordType.MAP, t, flags)
         where = file.key, start, end, 0, file.changed_ns, file.place
-        return _sized(MapRecord(*head, *where, _comm(self.comm), file.mode, len(text), text))
+        named = len(text), text, file.id, file.key[wire.ROOT]
+        return _sized(MapRecord(*head, *where, _comm(self.comm), file.mode, *named))
 
     def tentative(
         self, file: File, start: int = PAGE, end: int | None = None, *, t: int = 0, flags: int = 0
@@ -130,9 +131,9 @@ class Proc:
         """RECORD_EXIT."""
         return _sized(RangeRecord(*self._head(RecordType.EXIT, t, 0), 0, 0))
 
-    def visit(self, *, t: int = 0, flags: int = 0, space: int = 0) -> RangeRecord:
+    def visit(self, *, t: int = 0, flags: int = 0, space: int = 0) -> VisitRecord:
         """RECORD_VISIT; ``space`` is the number of its address space."""
-        return _sized(RangeRecord(*self._head(RecordType.VISIT, t, flags), space, 0))
+        return _sized(VisitRecord(*self._head(RecordType.VISIT, t, flags), space, 0))
 
     def intro(self, *, t: int = 0) -> ProcessRecord:
         """RECORD_INTRO."""
@@ -159,7 +160,7 @@ class Proc:
                 parent.pid if parent else self.ppid,
                 self.uid,
                 self.ns_pid,
-                self.exe.key[:24],
+                self.exe.id,
                 self.interpreter_base,
                 struct.pack("=QQ", *self.exe.root),
                 _comm(self.comm),
@@ -191,11 +192,17 @@ def to_bytes(record: Record) -> bytes:
         data = head + bytes(record.key) + body + record.text  # type: ignore[arg-type]
     elif isinstance(record, ProcessRecord):
         data = head + struct.pack("=QIIII", *record[9:14])
-        data += record.exe + struct.pack("=Q", record.interpreter_base) + record.root + bytes(32)
+        data += file_id_bytes(record.exe) + struct.pack("=Q", record.interpreter_base) + bytes(record.root) + bytes(32)  # type: ignore[arg-type]
         data += record.comm + struct.pack("=II", record.cgroup_bytes, record.path_bytes) + record.cgroup + record.path
     else:
         data = head + struct.pack("=QQ", record.start, record.end)
     return data + bytes(-len(data) % 8)
+
+
+def file_id_bytes(file_id: FileId | None) -> bytes:
+    """A struct file_id; zeros for none."""
+    one = file_id or FileId(0, 0, 0)
+    return struct.pack("=QQII", one.inode, one.subvolume, one.major << 20 | one.minor, one.generation)
 
 
 def _comm(comm: bytes) -> bytes:

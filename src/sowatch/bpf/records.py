@@ -30,10 +30,18 @@ __all__ = [
     "RangeRecord",
     "Record",
     "RecordType",
+    "SeenRecord",
+    "VisitRecord",
+    "file_and_view_of",
     "file_id_of",
+    "key_of_file",
     "parse",
+    "parse_answer",
+    "parse_seen",
     "path_of",
     "paths_of",
+    "root_numbers",
+    "shown_as",
     "text_of",
     "who_is",
 ]
@@ -78,8 +86,15 @@ MAP: Final = struct.Struct("=IHHIIQQII64sQQQQQ16sII")
 PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s32x16sII")
 #: struct file_id, 24 bytes, at the start of struct file_key.
 FILE_ID: Final = struct.Struct("=QQII")
+#: Which fields of MAP and PROCESS are the struct file_key and the struct file_id.
+KEY: Final = 9
+EXE: Final = 14
 #: Bytes 40 to 56 of struct file_key: root_dentry and root_mnt.
 ROOT: Final = slice(40, 56)
+ROOT_NUMBERS: Final = struct.Struct("=QQ")
+NO_FILE: Final = bytes(FILE_ID.size)
+#: Where the answer of ``look_up_file`` stands in reader_scratch: a struct map_record.
+ANSWER_OFFSET: Final = 56
 
 
 class RangeRecord(NamedTuple):
@@ -98,10 +113,44 @@ class RangeRecord(NamedTuple):
     end: int = 0
 
 
-class MapRecord(NamedTuple):
-    """struct map_record. ``key`` is what a verdict is filed under; `file_id_of` reads the file from it.
+class VisitRecord(RangeRecord):
+    """RECORD_VISIT: one process is scanned."""
 
-    ``place`` stands for every component of the path; 0 if it is not known.
+    __slots__ = ()
+
+    @property
+    def mm(self) -> int:
+        """The number of its address space."""
+        return self.start
+
+
+class SeenRecord(RangeRecord):
+    """What ``prebuilt.bpf.c`` sends: struct range_record with an enum seen_type."""
+
+    __slots__ = ()
+
+    @property
+    def child_tgid(self) -> int:
+        """Of SEEN_FORK."""
+        return self.start
+
+    @property
+    def clone_flags(self) -> int:
+        """Of SEEN_FORK."""
+        return self.end
+
+    @property
+    def is_group_dead(self) -> bool:
+        """Of SEEN_EXIT: the kernel says that this was the last thread, as it can from 6.16 on."""
+        return bool(self.start)
+
+
+class MapRecord(NamedTuple):
+    """One executable mapping of a file: struct map_record, and what is decoded of it.
+
+    ``key`` is what the source files a verdict under, and means nothing to anybody else; ``file_id`` is the file,
+    and ``view`` stands for the root and mount namespace that ``text`` is the path in: two equal ones see the same
+    paths. ``place`` stands for every component of the path; 0 if it is not known.
     """
 
     size: int
@@ -123,10 +172,12 @@ class MapRecord(NamedTuple):
     mode: int
     path_bytes: int
     text: bytes
+    file_id: FileId
+    view: Hashable
 
 
 class ProcessRecord(NamedTuple):
-    """struct process_record: fork, exec and intro. ``exe`` is a struct file_id, ``root`` names the view."""
+    """struct process_record: fork, exec and intro. ``exe`` is None of one that ends, ``root`` is its view."""
 
     size: int
     type: int
@@ -142,9 +193,9 @@ class ProcessRecord(NamedTuple):
     ppid: int
     uid: int
     ns_pid: int
-    exe: bytes
+    exe: FileId | None
     interpreter_base: int
-    root: bytes
+    root: Hashable
     comm: bytes
     cgroup_bytes: int
     path_bytes: int
@@ -161,6 +212,8 @@ def who_is(record: ProcessRecord) -> tuple[object, ...]:
 
 
 _SIZE_AND_TYPE: Final = struct.Struct("=IH")
+#: `_make` without counting the fields, which the layouts do: this is the hottest path.
+_new: Final = tuple.__new__
 
 
 def parse(data: bytes) -> list[Record]:
@@ -171,20 +224,66 @@ def parse(data: bytes) -> list[Record]:
     while at < end:
         size, kind = _SIZE_AND_TYPE.unpack_from(data, at)
         if kind == RecordType.MAP:
-            fields = MAP.unpack_from(data, at)
-            text = at + MAP.size
-            found.append(MapRecord._make((*fields, data[text : text + fields[-1]])))
+            found.append(_map_record(data, at))
         elif kind in (RecordType.FORK, RecordType.EXEC, RecordType.INTRO):
             fields = PROCESS.unpack_from(data, at)
             text = at + PROCESS.size
             middle = text + fields[-2]
-            found.append(ProcessRecord._make((*fields, data[text:middle], data[middle : middle + fields[-1]])))
-        elif size >= RANGE.size:
-            found.append(RangeRecord._make(RANGE.unpack_from(data, at)))
-        else:
+            exe = None if fields[EXE] == NO_FILE else file_id_of(fields[EXE])
+            texts = data[text:middle], data[middle : middle + fields[-1]]
+            found.append(ProcessRecord._make((*fields[:EXE], exe, *fields[EXE + 1 :], *texts)))
+        elif size < RANGE.size:
             found.append(RangeRecord(*HEAD.unpack_from(data, at)))
+        else:
+            found.append(_new(VisitRecord if kind == RecordType.VISIT else RangeRecord, RANGE.unpack_from(data, at)))
         at += size
     return found
+
+
+def _map_record(data: bytes, at: int) -> MapRecord:
+    fields = MAP.unpack_from(data, at)
+    text = at + MAP.size
+    return _new(MapRecord, (*fields, data[text : text + fields[-1]], *file_and_view_of(fields[KEY])))
+
+
+def parse_seen(data: bytes) -> list[SeenRecord]:
+    """The same of what ``prebuilt.bpf.c`` has sent."""
+    return [SeenRecord._make(record) for record in parse(data) if isinstance(record, RangeRecord)]
+
+
+def parse_answer(value: bytes) -> tuple[MapRecord, tuple[tuple[int, int], ...]]:
+    """What ``look_up_file`` has left in reader_scratch.
+
+    Returns:
+        The record, which lacks whose and where it is; and by which (major << 20 | minor, inode) maps may show
+        the file: by that of its own, or by the one of overlayfs, which stands where a range would.
+    """
+    record = _map_record(value, ANSWER_OFFSET)
+    return record._replace(type=RecordType.MAP), (shown_as(record.file_id), (record.start, record.end))
+
+
+def shown_as(file_id: FileId) -> tuple[int, int]:
+    """The kernel's dev_t, and the inode."""
+    return file_id.major << 20 | file_id.minor, file_id.inode
+
+
+def key_of_file(key: bytes, file_id: FileId) -> bytes:
+    """The struct file_key of another file by the same name in the same view."""
+    dev, inode = shown_as(file_id)
+    return FILE_ID.pack(inode, file_id.subvolume, dev, file_id.generation) + key[FILE_ID.size :]
+
+
+def root_numbers(view: Hashable) -> tuple[int, int]:
+    """root_dentry and root_mnt, which the kernel's view is."""
+    assert isinstance(view, bytes)
+    dentry, mnt = ROOT_NUMBERS.unpack(view)
+    return dentry, mnt
+
+
+@lru_cache(8192)
+def file_and_view_of(key: bytes) -> tuple[FileId, bytes]:
+    """What a struct file_key says of the file and of the view of the file system."""
+    return file_id_of(key), key[ROOT]
 
 
 @lru_cache(8192)

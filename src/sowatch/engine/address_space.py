@@ -6,7 +6,7 @@ Pure values and sums, no policy: `table` decides what changes when.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Hashable, Iterable, KeysView
+from collections.abc import Callable, Iterable, KeysView
 from typing import NamedTuple
 
 from sowatch.bpf.records import (
@@ -17,7 +17,6 @@ from sowatch.bpf.records import (
     MAX_FILE_RANGES,
     MapRecord,
     ProcessRecord,
-    file_id_of,
     path_of,
     paths_of,
 )
@@ -41,11 +40,6 @@ __all__ = [
 ]
 
 
-def _file_id_of(key: Hashable) -> FileId:
-    """The file in the key of a record: bytes of the kernel's, or the fields themselves."""
-    return file_id_of(key) if isinstance(key, bytes) else FileId(*key)  # type: ignore[misc]
-
-
 class MappedFile:
     """A file under one name in one view of the file system: what the kernel's verdicts are about."""
 
@@ -63,10 +57,9 @@ class MappedFile:
     )
 
     def __init__(self, record: MapRecord, rules: RuleSet) -> None:
-        key = record.key
-        self.key = key
+        self.key = record.key
         self.text = record.text
-        self.file_id = _file_id_of(key)
+        self.file_id = record.file_id
         #: Of a scan of maps below 0: no change time, but another number for each version that was met.
         self.changed_ns = record.changed_ns
         #: That of a detached mount of a single file is its root.
@@ -74,8 +67,8 @@ class MappedFile:
         self.is_deleted = bool(record.flags & FLAG_DELETED)
         self.is_partial = bool(record.flags & FLAG_PARTIAL)
         self.is_regular = stat.S_ISREG(record.mode)
-        #: The process's root, as the kernel's pointers: two equal ones see the same paths.
-        self.view = key[40:56] if isinstance(key, bytes) else b""
+        #: The process's view of the file system: two equal ones see the same paths.
+        self.view = record.view
         self.is_wanted = rules.could_match(self.path)
 
     @property
@@ -219,10 +212,10 @@ class AddressSpace:
         """Which files are in it."""
         return self._layout.entries.keys()
 
-    def file_of(self, key: Hashable) -> MappedFile | None:
-        """The file with this key, if it is in it under that name."""
-        entry = self._layout.entries.get(_file_id_of(key))
-        return entry.name if entry is not None and entry.name.key == key else None
+    def file_of(self, record: MapRecord) -> MappedFile | None:
+        """The file of a record, if it is in it under that name."""
+        entry = self._layout.entries.get(record.file_id)
+        return entry.name if entry is not None and entry.name.key == record.key else None
 
     def mappings(self) -> dict[FileId, Mapping]:
         """Its files with their ranges. Not to be changed: it is kept, and others may have it, too."""
@@ -366,8 +359,8 @@ class ProcessState:
         self.cgroup = choose_cgroup(paths_of(record.cgroup))
         if record.path:
             self.exe = path_of(record.path)
-        if any(record.exe):  # a process that ends has none any more
-            self.exe_id = file_id_of(record.exe)
+        if record.exe is not None:  # a process that ends has none any more
+            self.exe_id = record.exe
             self.interpreter_base = record.interpreter_base
 
     def learn_where(self, record: ProcessRecord) -> None:

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
@@ -60,7 +60,7 @@ class Version(NamedTuple):
 
     file_id: FileId
     changed_ns: int
-    view: bytes
+    view: Hashable
     path: str
     is_deleted: bool
 

@@ -12,7 +12,7 @@ or its last unload is decided when it is emitted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import cast
 
@@ -80,7 +80,7 @@ class Publisher:
         self.inspector: Inspector | None = None
         self.selection = selection
         #: The agent's own view of the file system, as `address_space.MappedFile.view` has it.
-        self.own_view_id = b""
+        self.own_view_id: Hashable = None
         self.published = PublishedMap()
         self.subscribers = Subscribers(self.published)
         self._libraries = LibraryCache(proc_root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from sowatch.engine.address_space import MappedFile
@@ -61,7 +61,7 @@ class Known(NamedTuple):
     processes: Mapping[int, KnownProcess]
     tracked: TrackedEntry | None
     verdicts: Verdicts
-    own_view_id: bytes
+    own_view_id: Hashable
     is_waiting_for_facts: bool
     is_silent_start: bool
     #: The mappings of the process that was asked for cannot be read since then (CLOCK_MONOTONIC).

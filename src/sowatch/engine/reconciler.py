@@ -135,10 +135,8 @@ class Reconciler:
         self.own_pid = scan.tgid
         # If the kernel's numbers are not those of /proc, it would look up the wrong process.
         self._can_read_one = scan.tgid == own
-        for row in scan.maps:
-            if isinstance(row.key, bytes):
-                self._publisher.own_view_id = row.key[40:56]
-                break
+        if scan.maps:
+            self._publisher.own_view_id = scan.maps.first().view
 
     # ---- the thread's round -------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class MappingTable:
     def _mapped_file(self, record: MapRecord) -> MappedFile | None:
         """What its process has mapped already: of one with very many files not all are kept by key."""
         known = self._processes.get(record.tgid)
-        return None if known is None else known.space.file_of(record.key)
+        return None if known is None else known.space.file_of(record)
 
     def sharers_of(self, pid: int) -> list[int]:
         """The processes that share its address space, as far as is known."""

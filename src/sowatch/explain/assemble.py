@@ -8,7 +8,6 @@ from typing import Final, Self
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sowatch.bpf.records import ROOT, file_id_of
 from sowatch.engine.activation import BlockedFile, RegisteredFile
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
@@ -100,20 +99,20 @@ class Memory(Struct, frozen=True):
         """From plain lists: a process may have tens of thousands of files, so they are looked up, not searched."""
         by_inode: dict[int, list[Verdict]] = {}
         for verdict in others:
-            by_inode.setdefault(file_id_of(verdict.key).inode, []).append(verdict)
+            by_inode.setdefault(verdict.file_id.inode, []).append(verdict)
         by_id: dict[FileId, list[RegisteredFile]] = {}
         for one in registered:
             by_id.setdefault(one.library.id, []).append(one)
         return cls(exact, by_inode, blocked, by_id, now_s, is_repaired)
 
-    def about(self, shown: Shown, views: Collection[bytes]) -> list[Verdict]:
+    def about(self, shown: Shown, views: Collection[Hashable]) -> list[Verdict]:
         """The answers that may be about a file; those on its very device, if there are any."""
         found = [
             one
             for one in self.others.get(shown.inode, ())
-            if shown.could_be(file_id_of(one.key)) and (not views or one.key[ROOT] in views)
+            if shown.could_be(one.file_id) and (not views or one.view in views)
         ]
-        certain = [one for one in found if file_id_of(one.key).dev == shown.dev]
+        certain = [one for one in found if one.file_id.dev == shown.dev]
         return certain or found
 
     def blocks(self, is_it: Callable[[BlockedFile], bool]) -> tuple[Blocked, ...]:
@@ -236,8 +235,8 @@ def process_report(
         process = replace(process, start_ns=kernel_start_ns[0])
     groups = () if isinstance(facts.maps, Miss) else facts.maps
     files = FilesByAddress(known_process)
-    views = {file.name.view for file in (known_process.files if known_process else ()) if file.name.view}
-    if facts.sees_our_files and known.own_view_id:
+    views = {file.name.view for file in (known_process.files if known_process else ()) if file.name.view is not None}
+    if facts.sees_our_files and known.own_view_id is not None:
         views.add(known.own_view_id)
     at = {(one.start, one.end): one for one in differences}
     mappings = tuple(
@@ -304,7 +303,7 @@ def _mapping(
     memory: Memory,
     look: FileLook,
     rules: RuleSet,
-    views: Collection[bytes],
+    views: Collection[Hashable],
     *,
     untold: Callable[[KnownFile | None, str | None], NotReportedReason],
     differences: tuple[Difference, ...],
@@ -314,7 +313,7 @@ def _mapping(
     file_id, id_from = shown.file_id, "proc"
     if file is not None:
         file_id, id_from = file.name.file_id, "map"
-    elif len(found := {file_id_of(one.key) for one in about}) == 1:
+    elif len(found := {one.file_id for one in about}) == 1:
         file_id, id_from = found.pop(), "verdict"
     path = group.path if file is None else file.name.path
     kind = _kind_of(group, facts, file, look)
@@ -410,8 +409,8 @@ def ids_of(facts: PathFacts, known: Known, memory: Memory) -> tuple[Candidate, .
             is_named = name.path == facts.resolved and name.view == known.own_view_id
             if shown.could_be(name.file_id) and (name.file_id.dev == shown.dev or is_named):
                 found[name.file_id] = "map"
-    for one in memory.about(shown, {known.own_view_id} if known.own_view_id else ()):
-        found.setdefault(file_id_of(one.key), "verdict")
+    for one in memory.about(shown, {known.own_view_id} if known.own_view_id is not None else ()):
+        found.setdefault(one.file_id, "verdict")
     if not found:
         found[shown.file_id] = "proc"
     return tuple(Candidate(file_id, id_from) for file_id, id_from in found.items())
@@ -421,7 +420,7 @@ def path_report(
     facts: PathFacts,
     ids: tuple[Candidate, ...],
     mapped: Sequence[MappedIn],
-    own_view_id: bytes,
+    own_view_id: Hashable,
     memory: Memory,
     look: FileLook,
     rules: RuleSet,
@@ -447,7 +446,7 @@ def path_report(
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}
     shown = facts.shown
-    about = () if shown is None else memory.about(shown, {own_view_id} if own_view_id else ())
+    about = () if shown is None else memory.about(shown, {own_view_id} if own_view_id is not None else ())
 
     def is_it(one: BlockedFile) -> bool:
         if shown is None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, Self
 
 from sowatch.bpf.records import Record
 from sowatch.model.errors import LoadAttempt
+from sowatch.model.identity import FileId
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.scan_rows import ProcessScan
@@ -59,9 +60,10 @@ class TrackedEntry(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """An answer that the kernel side remembers, by its struct file_key. ``seconds_left`` of an ignore."""
+    """An answer that the source remembers of a file in a view. ``seconds_left`` of an ignore."""
 
-    key: bytes
+    file_id: FileId
+    view: Hashable
     is_match: bool
     seconds_left: int | None
 

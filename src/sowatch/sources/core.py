@@ -19,6 +19,7 @@ from sowatch.bpf.records import (
     MapRecord,
     Record,
     RecordType,
+    file_and_view_of,
     parse,
 )
 from sowatch.linux.proc import ProcFs
@@ -373,9 +374,10 @@ class KernelVerdicts:
             return None
         verdict, expires_s, _ = VERDICT_VALUE.unpack(value)
         if verdict == VERDICT_MATCH:
-            return Verdict(key, True, None)
+            return Verdict(*file_and_view_of(key), True, None)
         # The comparison of look_up_verdict() in identity.bpf.h.
-        return Verdict(key, False, expires_s - self._now_s) if expires_s > self._now_s else None
+        seconds_left = expires_s - self._now_s
+        return Verdict(*file_and_view_of(key), False, seconds_left) if seconds_left > 0 else None
 
     def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
         if self._table.fd < 0:

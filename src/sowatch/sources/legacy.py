@@ -17,11 +17,23 @@ from errno import EXDEV
 from importlib.resources import files
 from typing import Final, NamedTuple
 
-from sowatch.bpf.records import FLAG_IMAGE, MAP, MapRecord, ProcessRecord, Record, RecordType, parse
+from sowatch.bpf.records import (
+    FLAG_IMAGE,
+    MapRecord,
+    ProcessRecord,
+    Record,
+    RecordType,
+    key_of_file,
+    parse,
+    parse_answer,
+    root_numbers,
+    shown_as,
+)
 from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import MapRow, as_maps_shows
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError
+from sowatch.model.identity import FileId
 from sowatch.model.literals import Strategy
 from sowatch.sources.base import TrackedEntry
 from sowatch.sources.core import PROCESS_HEAD, BpfSource, value_bytes
@@ -38,15 +50,10 @@ VISITOR: Final = "visit_processes"
 #: Programs that only readings need.
 READERS: Final = (VISITOR, "look_up_file", "cover")
 
-#: enum lookup_result of lookup.bpf.h, and where in reader_scratch the answer stands.
+#: enum lookup_result of lookup.bpf.h.
 LOOKUP_TO_OPEN: Final = 1
 LOOKUP_DONE: Final = 2
 LOOKUP_IGNORED: Final = 3
-ANSWER_OFFSET: Final = 56
-ROOT: Final = struct.Struct("=QQ")
-#: The number of the inode, and the kernel's dev_t (major << 20 | minor), in struct file_key.
-INODE: Final = struct.Struct("=Q8xI")
-FILE_ID_BYTES: Final = 24
 #: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, activity, as many
 #: pairs; and where first_activity is in it.
 PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
@@ -75,7 +82,7 @@ class OldKernelSource(BpfSource):
 
     def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
         #: The identity of each file that was told, by its inode and device.
-        self._files: dict[bytes, bytes] = {}
+        self._files: dict[tuple[int, int], FileId] = {}
         super().__init__(config, strategy=strategy, objects=objects)
         self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
         self.limits += (
@@ -107,14 +114,13 @@ class OldKernelSource(BpfSource):
         records = super().drain()
         for record in records:
             if record.type == RecordType.MAP:
-                self._remember(record.key)  # type: ignore[union-attr]
+                self._remember(record.file_id)  # type: ignore[union-attr]
         return records
 
-    def _remember(self, key: Hashable) -> None:
-        assert isinstance(key, bytes)
+    def _remember(self, file_id: FileId) -> None:
         if len(self._files) >= MAX_FILES:
             self._files.clear()
-        self._files[key[:8] + key[16:20]] = key[:FILE_ID_BYTES]
+        self._files[shown_as(file_id)] = file_id
 
     # ---- readings -----------------------------------------------------------------------------
 
@@ -198,9 +204,8 @@ class OldKernelSource(BpfSource):
             row, record = one.row, answer.record
             if record is None or answer.is_ignored:
                 continue
-            assert isinstance(record.key, bytes)
             flags = record.flags
-            if record.key[:FILE_ID_BYTES] == intro.exe or (
+            if record.file_id == intro.exe or (
                 intro.interpreter_base and row.start - row.offset_bytes == intro.interpreter_base
             ):
                 flags |= FLAG_IMAGE  # a claim of the process, which the publisher checks
@@ -268,42 +273,34 @@ class OldKernelSource(BpfSource):
             given_up.append(pid)
             raise
 
-    def _ask(self, fd: int, tgid: int, root: bytes, row: MapRow) -> _Answer | None:
-        result = self._object.run("look_up_file", fd, *ROOT.unpack(root))
+    def _ask(self, fd: int, tgid: int, root: Hashable, row: MapRow) -> _Answer | None:
+        result = self._object.run("look_up_file", fd, *root_numbers(root))
         is_stacked = result == LOOKUP_TO_OPEN
         if is_stacked:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return _Answer(None, True)  # a device node in a container's own /dev is no library
             opened = self._open_patiently(tgid, f"{self._proc.root}/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
             try:
-                result = self._object.run("look_up_file", opened, *ROOT.unpack(root))
+                result = self._object.run("look_up_file", opened, *root_numbers(root))
             finally:
                 os.close(opened)
         if result not in (LOOKUP_DONE, LOOKUP_IGNORED):
             return None
-        record = self._read_answer()
-        self._note_place(record)
-        assert isinstance(record.key, bytes)
-        shown = (row.inode, row.major << 20 | row.minor)
-        # maps shows the real file, from 6.8 on the one of overlayfs.
-        if shown not in (INODE.unpack_from(record.key), (record.end, record.start)):
-            if not is_stacked or as_maps_shows(os.readlink(f"{self._proc.root}/self/fd/{fd}".encode())) != row.raw:
-                return None  # another mapping has taken its place
-            record = record._replace(key=self._before_copy_up(record.key, *shown))
-        self._remember(record.key)
-        return _Answer(record, result == LOOKUP_IGNORED)
-
-    def _before_copy_up(self, key: bytes, inode: int, dev: int) -> bytes:
-        """The same name, but for the file that it had when it was mapped: of a layer below."""
-        place = struct.pack("=QI", inode, dev)
-        return self._files.get(place, struct.pack("=QQII", inode, 0, dev, 0)) + key[FILE_ID_BYTES:]
-
-    def _read_answer(self) -> MapRecord:
         value = self._answer_map.lookup(bytes(4), self._answer_bytes)
         assert value is not None  # an array has all its elements
-        fields = MAP.unpack_from(value, ANSWER_OFFSET)
-        text = ANSWER_OFFSET + MAP.size
-        return MapRecord._make((*fields, value[text : text + fields[-1]]))._replace(type=RecordType.MAP)
+        record, may_be_shown_as = parse_answer(value)
+        self._note_place(record)
+        shown = (row.major << 20 | row.minor, row.inode)
+        # maps shows the real file, from 6.8 on the one of overlayfs.
+        if shown not in may_be_shown_as:
+            if not is_stacked or as_maps_shows(os.readlink(f"{self._proc.root}/self/fd/{fd}".encode())) != row.raw:
+                return None  # another mapping has taken its place
+            # It was copied up: what is mapped is the file of a layer below.
+            file_id = self._files.get(shown, FileId(row.major, row.minor, row.inode))
+            assert isinstance(record.key, bytes)
+            record = record._replace(key=key_of_file(record.key, file_id), file_id=file_id)
+        self._remember(record.file_id)
+        return _Answer(record, result == LOOKUP_IGNORED)
 
     def close(self) -> None:
         self._patient.close()

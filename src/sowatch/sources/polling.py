@@ -10,14 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import stat as file_types
-import struct
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 from sowatch.bpf.records import (
     FLAG_ASK,
@@ -40,12 +37,13 @@ from sowatch.linux.proc import Miss, ProcReadError
 from sowatch.linux.proc_parse import MapRow, Stat, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
+from sowatch.model.identity import FileId
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
-from sowatch.sources.base import ProcessScan, TrackedEntry, Verdict, Verdicts
-from sowatch.sources.core import FILE_KEY
+from sowatch.sources.base import ProcessScan, TrackedEntry, Verdicts
+from sowatch.sources.named_verdicts import NamedVerdicts
 from sowatch.sources.poll_timer import PollTimer
-from sowatch.sources.proc_scan import listed, resolve_new
+from sowatch.sources.proc_scan import FileName, file_id_in, listed, resolve_new
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
@@ -60,23 +58,17 @@ REREAD_LOOKS: Final = 60
 TRIES: Final = 3
 #: Names of files kept; some 300 bytes each.
 MAX_FILES: Final = 65_536
-#: Where struct file_key has what tells one file from another.
-IDENTITY: Final = slice(0, 24)
-#: Identity and name, in whatever view.
-NAME: Final = slice(0, 40)
-NO_ROOT: Final = bytes(16)
 
 
 class File(NamedTuple):
     """A file under one name in one view: what a verdict is about.
 
-    ``key`` is a struct file_key whose device and inode are those that maps shows, with generation and
-    subvolume 0; ``text`` the path as records have it. ``since_ns`` is when it was met after nobody had it
+    ``text`` is the path as records have it. ``since_ns`` is when it was met after nobody had it
     mapped, which is when its inode may have become another file's. Records have it below 0 for a change
     time: maps shows none, and an overlay's file is compared with what is one.
     """
 
-    key: bytes
+    key: FileName
     text: bytes
     mode: int
     flags: int
@@ -94,9 +86,9 @@ class Row(NamedTuple):
     unlisted: int | None = None
 
     @property
-    def what(self) -> tuple[int, int, bytes, int | None]:
+    def what(self) -> tuple[int, int, FileId, int | None]:
         """The same for two rows of which one can be said to be the other: the name may change."""
-        return self.start, self.end, self.file.key[IDENTITY], self.unlisted
+        return self.start, self.end, self.file.key.file_id, self.unlisted
 
 
 def _is_wide(rows: Iterable[Row]) -> bool:
@@ -157,7 +149,7 @@ class _Process:
         """Whether exec mapped it: the program itself or its interpreter."""
         intro = self.intro
         return intro is not None and (
-            row.file.key[IDENTITY] == intro.exe or row.start - row.offset_bytes == intro.interpreter_base
+            row.file.key.file_id == intro.exe or row.start - row.offset_bytes == intro.interpreter_base
         )
 
 
@@ -189,8 +181,8 @@ class ProcfsSource:
         self._clocks = CpuClocks(self._proc)
         self._max_verdicts = config.max_verdicts
         self._processes: dict[int, _Process] = {}
-        self._files: dict[tuple[MapRow, bytes, bytes], File] = {}
-        self._since_ns: dict[bytes, int] = {}
+        self._files: dict[tuple[MapRow, bytes, Hashable], File] = {}
+        self._since_ns: dict[tuple[FileId, bytes, bool], int] = {}
         self._verdicts: dict[Hashable, bool] = {}
         #: How many processes may not be read is added by `scan_all`.
         self.limits: tuple[str, ...] = ()
@@ -266,7 +258,7 @@ class ProcfsSource:
         return TrackedEntry(process.stat.start_ns, len(ranges), False, True, False, process.activity, ranges)
 
     def open_verdicts(self) -> Verdicts:
-        return _Verdicts(dict(self._verdicts))
+        return NamedVerdicts(self._verdicts)
 
     def close(self) -> None:
         self._patient.close()
@@ -371,31 +363,31 @@ class ProcfsSource:
         base = self._base(stat)
         try:
             root = os.readlink(base + b"/root")
-            view = blake2b(os.readlink(base + b"/ns/mnt") + b"\0" + root, digest_size=16).digest()
+            view: Hashable = os.readlink(base + b"/ns/mnt"), root
         except OSError:
-            root, view = b"/", blake2b(base, digest_size=16).digest()  # nobody else's
+            root, view = b"/", base  # nobody else's
         return [
             Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
             for one in listed(rows)
         ]
 
-    def _file(self, row: MapRow, root: bytes, view: bytes) -> File:
+    def _file(self, row: MapRow, root: bytes, view: Hashable) -> File:
         name = row._replace(start=0, end=0, perms="", offset_bytes=0)
         file = self._files.get((name, root, view))
         if file is None:
             if len(self._files) >= MAX_FILES:
                 self._files.clear()
             file = file_of(row, root, view)
-            since_ns = self._since_ns.setdefault(file.key[NAME], time.time_ns())
+            since_ns = self._since_ns.setdefault(file.key.in_any_view, time.time_ns())
             file = self._files[name, root, view] = file._replace(since_ns=since_ns)
         return file
 
     def _forget_files(self) -> None:
         """Those that nobody has mapped any more."""
-        used = {row.file.key[NAME] for process in self._processes.values() for row in process.rows}
+        used = {row.file.key.in_any_view for process in self._processes.values() for row in process.rows}
         if used != self._since_ns.keys():
             self._since_ns = {name: since_ns for name, since_ns in self._since_ns.items() if name in used}
-            self._files = {which: file for which, file in self._files.items() if file.key[NAME] in used}
+            self._files = {which: file for which, file in self._files.items() if file.key.in_any_view in used}
 
     # ---- telling ------------------------------------------------------------------------------
 
@@ -498,7 +490,7 @@ class ProcfsSource:
         return MapRecord(
             0, RecordType.MAP, flags, process.pid, process.pid, process.stat.start_ns, process.seen_ns, 0,
             process.activity, file.key, row.start, row.end, offset_bytes, -file.since_ns, 0, process.stat.comm,
-            file.mode, len(file.text), file.text,
+            file.mode, len(file.text), file.text, file.key.file_id, file.key.view,
         )  # fmt: skip
 
     def _range_record(self, process: _Process, kind: int, start: int, end: int) -> RangeRecord:
@@ -522,12 +514,12 @@ class ProcfsSource:
         path = text_of(seen) if seen else b""
         # Not by the address of its code in stat, which any process may write. The name of a memfd is one component.
         texts = (path, text_of(seen, is_deleted=True)) if seen else ()
-        identity = next((row.file.key[IDENTITY] for row in process.rows if row.file.text in texts), bytes(24))
+        identity = next((row.file.key.file_id for row in process.rows if row.file.text in texts), None)
         group = b"" if isinstance(cgroup, Miss) else text_of(os.fsencode(cgroup))
         return ProcessRecord(
             0, kind, 0, pid, pid, stat.start_ns, process.seen_ns, 0, 1,
             0 if parent is None else parent.stat.start_ns, 0 if parent is None else parent.pid, stat.ppid,
-            status.uid, status.ns_pid or pid, identity, interpreter_base, NO_ROOT, stat.comm,
+            status.uid, status.ns_pid or pid, identity, interpreter_base, None, stat.comm,
             len(group), len(path), group, path,
         )  # fmt: skip
 
@@ -540,45 +532,14 @@ def _link(path: bytes) -> bytes | None:
         return None
 
 
-def file_of(row: MapRow, root: bytes, view: bytes) -> File:
+def file_of(row: MapRow, root: bytes, view: Hashable) -> File:
     """The file of a row of maps, in a process whose root directory and view of the file system these are."""
     path = seen_path(row.path, root)
-    device = row.major << 20 | row.minor
-    digest = blake2b(path + bytes([row.is_deleted]), digest_size=16).digest()
-    # struct file_key: inode; subvolume, device, generation; then whatever tells names and views apart; epoch.
-    rest = struct.pack("=QII", row.subvolume, device, 0) + digest + view + bytes(4)
     return File(
-        key=FILE_KEY.pack(row.inode, rest, 0),
+        key=FileName(file_id_in(row), path, row.is_deleted, view),
         text=text_of(path, is_deleted=row.is_deleted),
         # maps does not tell. What has no path (anon_inode:) is not regular; a device is taken for a file.
         mode=file_types.S_IFREG if path.startswith(b"/") else 0,
         flags=FLAG_DELETED if row.is_deleted else 0,
         since_ns=0,
     )
-
-
-class _Verdicts:
-    """`Verdicts` that were copied; they do not grow old."""
-
-    def __init__(self, verdicts: dict[Hashable, bool]) -> None:
-        self._verdicts = verdicts
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def look_up(self, key: Hashable) -> Verdict | None:
-        is_match = self._verdicts.get(key)
-        return None if is_match is None or not isinstance(key, bytes) else Verdict(key, is_match, None)
-
-    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
-        wanted = {inode.to_bytes(8, "little") for inode in inodes}
-        keys = [key for key in self._verdicts if isinstance(key, bytes) and key[:8] in wanted]
-        return [one for key in keys if (one := self.look_up(key)) is not None]
-
-    def close(self) -> None:
-        self._verdicts = {}

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from errno import ENOENT, EXDEV
 from importlib.resources import files
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from sowatch.bpf.binding import BpfObject, Tracefs
 from sowatch.bpf.hooks import HAS_COMPAT_HOOKS, OPTIONAL_CALLS
@@ -29,7 +28,8 @@ from sowatch.bpf.records import (
     RangeRecord,
     Record,
     RecordType,
-    parse,
+    SeenRecord,
+    parse_seen,
     who_is,
 )
 from sowatch.linux.pid_namespaces import own_pid
@@ -39,8 +39,9 @@ from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
-from sowatch.sources.base import ProcessScan, Report, TrackedEntry, Verdict
+from sowatch.sources.base import ProcessScan, Report, TrackedEntry
 from sowatch.sources.core import LOST, KernelSetting
+from sowatch.sources.named_verdicts import NamedVerdicts
 from sowatch.sources.proc_scan import Look, ProcReader
 from sowatch.sources.scan_rows import MapRows, RowPool
 from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
@@ -170,7 +171,7 @@ class PrebuiltSource:
     # ---- records ------------------------------------------------------------------------------
 
     def drain(self) -> list[Record]:
-        seen = [record for record in parse(self._object.drain()) if isinstance(record, RangeRecord)]
+        seen = parse_seen(self._object.drain())
         if not seen:
             return []
         self._drains += 1
@@ -203,14 +204,14 @@ class PrebuiltSource:
                 records += self._in_doubt(one)
         return records
 
-    def _in_doubt(self, seen: RangeRecord) -> Iterator[Record]:
+    def _in_doubt(self, seen: SeenRecord) -> Iterator[Record]:
         """It cannot be read now; what it has mapped is found when it can."""
         about = self._reader.proc.stat(seen.tgid)
         if not isinstance(about, Miss):
             yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN, start_ns=about.start_ns)
 
     def _on_map(
-        self, seen: RangeRecord, look_at: Callable[[int], Look | None], *, is_sure: bool = True
+        self, seen: SeenRecord, look_at: Callable[[int], Look | None], *, is_sure: bool = True
     ) -> Iterator[Record]:
         look = look_at(seen.tgid)
         if look is None:
@@ -253,7 +254,7 @@ class PrebuiltSource:
             known.intro = fresh._replace(exe=known.intro.exe)
             yield known.intro
 
-    def _on_range(self, seen: RangeRecord) -> Iterator[Record]:
+    def _on_range(self, seen: SeenRecord) -> Iterator[Record]:
         known = self._known.get(seen.tgid)
         if known is None or (known.intro is None and not self._report.value & Report.RANGES):
             return
@@ -265,8 +266,8 @@ class PrebuiltSource:
         else:
             yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN)
 
-    def _on_fork(self, seen: RangeRecord) -> Iterator[Record]:
-        pid, flags = seen.start, seen.end
+    def _on_fork(self, seen: SeenRecord) -> Iterator[Record]:
+        pid, flags = seen.child_tgid, seen.clone_flags
         parent = self._known.get(seen.tgid)
         is_reported = parent is not None and parent.intro is not None
         self._known.pop(pid, None)
@@ -316,7 +317,7 @@ class PrebuiltSource:
         pages = self._reader.proc.mapped_pages(parent), self._reader.proc.mapped_pages(child)
         return FLAG_NEEDS_RESCAN if pages[0] and pages[1] and pages[0] != pages[1] else 0
 
-    def _on_exec(self, seen: RangeRecord) -> Iterator[Record]:
+    def _on_exec(self, seen: SeenRecord) -> Iterator[Record]:
         known = self._known.pop(seen.tgid, None)
         if known is not None:
             yield self._small(RecordType.EXEC, seen, start_ns=known.start_ns)
@@ -340,9 +341,9 @@ class PrebuiltSource:
                     self._object.run("cover", seen.tgid, row.start, row.end, 0)
                     yield record
 
-    def _on_exit(self, seen: RangeRecord) -> Iterator[Record]:
+    def _on_exit(self, seen: SeenRecord) -> Iterator[Record]:
         # Before 6.16 each thread has given up its address space by then; so the last one's word finds none left.
-        if not seen.start and not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
+        if not seen.is_group_dead and not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
             return
         self._processes.delete(struct.pack("=I", seen.tgid))
         known = self._known.pop(seen.tgid, None)
@@ -350,7 +351,7 @@ class PrebuiltSource:
             yield self._small(RecordType.EXIT, seen, start_ns=known.start_ns)
 
     def _small(
-        self, kind: int, seen: RangeRecord, start: int = 0, end: int = 0, *, flags: int = 0, start_ns: int | None = None
+        self, kind: int, seen: SeenRecord, start: int = 0, end: int = 0, *, flags: int = 0, start_ns: int | None = None
     ) -> RangeRecord:
         begun = self._known[seen.tgid].start_ns if start_ns is None else start_ns
         return RangeRecord(0, kind, flags, seen.tgid, seen.tid, begun, seen.t_ns, 0, 0, start, end)
@@ -438,40 +439,12 @@ class PrebuiltSource:
         is_reported = known.intro is not None
         return TrackedEntry(known.start_ns, count, False, is_reported, count > len(ends) // 2, int(is_reported), ranges)
 
-    def open_verdicts(self) -> _Ignored:
-        return _Ignored(self._ignored)
+    def open_verdicts(self) -> NamedVerdicts:
+        return NamedVerdicts(dict.fromkeys(self._ignored, False))
 
     def close(self) -> None:
         self._proc.close()
         self._object.close()
-
-
-class _Ignored:
-    """`sowatch.sources.base.Verdicts` of what this source was told to ignore, as it was then."""
-
-    def __init__(self, keys: Iterable[Hashable]) -> None:
-        self._keys = frozenset(keys)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def look_up(self, key: Hashable) -> Verdict | None:
-        if key not in self._keys:
-            return None
-        assert isinstance(key, bytes)
-        return Verdict(key, False, None)
-
-    def of_inodes(self, inodes: Collection[int]) -> list[Verdict]:
-        wanted = {inode.to_bytes(8, "little") for inode in inodes}
-        return [Verdict(key, False, None) for key in self._keys if isinstance(key, bytes) and key[:8] in wanted]
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def _start_of(row: MapRow) -> int:

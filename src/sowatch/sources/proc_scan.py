@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 import time
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.records import (
@@ -27,19 +25,31 @@ from sowatch.bpf.records import (
 from sowatch.linux.mapped_rows import leaves_open
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.linux.proc_parse import MapRow, Stat, seen_path
+from sowatch.model.identity import FileId
 from sowatch.sources.scan_rows import MapRows, ProcessScan, RowPool
 
-__all__ = ["Listed", "Look", "ProcReader", "listed", "resolve_new", "with_unlisted"]
+__all__ = ["FileName", "Listed", "Look", "ProcReader", "file_id_in", "listed", "resolve_new", "with_unlisted"]
 
-#: struct file_key: inode, subvolume, dev, generation, dentry, mnt, root_dentry, root_mnt, name_hash, epoch.
-_KEY: Final = struct.Struct("=QQIIQQQQII")
-_FILE_ID: Final = struct.Struct("=QQII")
 #: What is tracked: the value itself means nothing, only that it is not 0.
 _TRACKED: Final = 1
 
 
 #: What distinguishes views of the file system (root inode, device and mount namespace), and the root's path.
 View = tuple[int, int, bytes]
+
+
+class FileName(NamedTuple):
+    """What sources that find files in ``/proc`` file verdicts under: a file by one name in one view."""
+
+    file_id: FileId
+    path: bytes
+    is_deleted: bool
+    view: Hashable
+
+    @property
+    def in_any_view(self) -> tuple[FileId, bytes, bool]:
+        """The file and its name without the view."""
+        return self.file_id, self.path, self.is_deleted
 
 
 class Look(NamedTuple):
@@ -177,8 +187,7 @@ class ProcReader:
         """A row, resolved, as the record of an executable mapping."""
         flags |= FLAG_DELETED if row.is_deleted else 0
         path = seen_path(row.path, view[2])
-        name = zlib.crc32(path)
-        key = _KEY.pack(*_inode_of(row), name, 0, view[0], view[1], name, 0)
+        key = FileName(file_id_in(row), path, False, view[:2])
         text = text_of(path, is_deleted=row.is_deleted)
         return MapRecord(
             **_head(of, RecordType.MAP, flags, t_ns),
@@ -193,6 +202,8 @@ class ProcReader:
             mode=stat.S_IFREG if path.startswith(b"/") else 0,
             path_bytes=len(text),
             text=text,
+            file_id=key.file_id,
+            view=key.view,
         )
 
     def introduce(self, of: Stat, rows: Sequence[MapRow], kind: int, t_ns: int) -> ProcessRecord:
@@ -219,7 +230,7 @@ class ProcReader:
             ns_pid=process.ns_pid if process is not None else None,  # type: ignore[arg-type]
             exe=self._exe_id(pid, rows),
             interpreter_base=0,
-            root=bytes(16),
+            root=None,
             comm=of.comm,
             cgroup_bytes=len(cgroup_text),
             path_bytes=len(path),
@@ -227,18 +238,18 @@ class ProcReader:
             path=path,
         )
 
-    def _exe_id(self, pid: int, rows: Sequence[MapRow]) -> bytes:
-        """The struct file_id of the main executable, as its own row shows it."""
+    def _exe_id(self, pid: int, rows: Sequence[MapRow]) -> FileId | None:
+        """The main executable, as its own row shows it."""
         exe = self.proc.exe(pid) if rows else Miss.ABSENT
         if isinstance(exe, Miss):
-            return bytes(_FILE_ID.size)
+            return None
         own = next(([row] for row in rows if row.raw == exe.raw), [])
-        return next((_FILE_ID.pack(*_inode_of(row)) for row in self.proc.resolve(pid, own)), bytes(_FILE_ID.size))
+        return next((file_id_in(row) for row in self.proc.resolve(pid, own)), None)
 
 
-def _inode_of(row: MapRow) -> tuple[int, int, int, int]:
-    """The fields of struct file_id; the kernel's dev_t is major << 20 | minor."""
-    return row.inode, row.subvolume, row.major << 20 | row.minor, 0
+def file_id_in(row: MapRow) -> FileId:
+    """The file that a row, resolved, shows; its generation is not shown."""
+    return FileId(row.major, row.minor, row.inode, subvolume=row.subvolume)
 
 
 def _head(of: Stat, kind: int, flags: int, t_ns: int) -> dict[str, Any]:

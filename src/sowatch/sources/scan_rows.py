@@ -17,9 +17,9 @@ from sowatch.bpf.records import (
     FLAG_SHARED_VM,
     MapRecord,
     ProcessRecord,
-    RangeRecord,
     Record,
     RecordType,
+    VisitRecord,
 )
 
 __all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "ProcessScan", "RowPool", "group", "in_slices"]
@@ -83,13 +83,13 @@ class MapRows:
             self._plain.append(row)
             return
         size, kind, flags, tgid, tid, start_ns, t_ns, exec_id, activity, key, start, end, offset, *rest = row
-        changed_ns, place, comm, mode, path_bytes, text = rest
+        changed_ns, place, comm, mode, path_bytes, text, file_id, view = rest
         head = (tgid, tid, start_ns, exec_id, comm)
         if head != self._head:
             if self._files:  # it has renamed itself while it was scanned: what it is called now holds
                 head = (*self._head[:4], comm)
             self._head = head
-        self._files.append(pool.shared((size, kind, key, changed_ns, place, mode, path_bytes, text)))
+        self._files.append(pool.shared((size, kind, key, changed_ns, place, mode, path_bytes, text, file_id, view)))
         self._numbers.extend((flags, t_ns, activity, start, end, offset))
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class MapRows:
         numbers = iter(self._numbers)
         columns = zip(*[numbers] * _NUMBERS, strict=True)
         for file, (flags, t_ns, activity, start, end, offset) in zip(self._files, columns, strict=True):
-            size, kind, key, changed_ns, place, mode, path_bytes, text = file
+            size, kind, key, changed_ns, place, mode, path_bytes, text, file_id, view = file
             yield MapRecord(
                 size,
                 kind,
@@ -132,6 +132,8 @@ class MapRows:
                 mode,
                 path_bytes,
                 text,
+                file_id,
+                view,
             )
 
     def __eq__(self, other: object) -> bool:
@@ -215,8 +217,8 @@ class Grouping:
             if row.flags & FLAG_AGAIN:
                 scan.is_void = True
             if row.type == RecordType.VISIT:
-                assert isinstance(row, RangeRecord)
-                scan.space = row.start
+                assert isinstance(row, VisitRecord)
+                scan.space = row.mm
                 scan.has_untracked_sharers = bool(row.flags & FLAG_SHARED_VM)
             if row.type == RecordType.MAP:
                 scan.maps.append(row)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 import sowatch.bpf
 from sowatch import Watcher
 from sowatch.model.config import Config
+from sowatch.model.identity import FileId
 from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, VERDICT_VALUE, BpfSource, value_bytes
 from support.asked import OTHER, WANTED, NewLibrary, Start, pages, process
 
@@ -85,7 +86,9 @@ def test_the_kernels_answers_outlive_their_source(tap: Any, start: Start, librar
     finally:
         source.close()
     with verdicts:
-        assert verdicts.look_up(bytes(64)) == (bytes(64), True, None)
-        assert verdicts.of_inodes([0]) == [(bytes(64), True, None)], "the other key is of another epoch"
+        assert verdicts.look_up(bytes(64)) == (FileId(0, 0, 0), bytes(16), True, None)
+        assert verdicts.of_inodes([0]) == [(FileId(0, 0, 0), bytes(16), True, None)], (
+            "the other key is of another epoch"
+        )
         assert verdicts.of_inodes([1]) == []
     assert verdicts.of_inodes([0]) == []

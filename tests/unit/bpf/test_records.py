@@ -88,6 +88,8 @@ def test_c_and_python_agree_on_a_map_record(written):
     comm = b"thread".ljust(16, b"\0")
     expected = MapRecord(
         *(176, RecordType.MAP, *HEAD, KEY, 51 << 33, 52 << 33, 53 << 33, 54 << 33, 55 << 33, comm, 0o100755, 6, text),
+        FileId(254, 3, 21 << 33, 24, 22),
+        KEY[40:56],
     )
     assert written[2] == expected
 
@@ -97,7 +99,21 @@ def test_c_and_python_agree_on_a_process_record(written):
     comm = b"main".ljust(16, b"\0")
     expected = ProcessRecord(
         *(184, RecordType.FORK, *HEAD),
-        *(61 << 33, 62, 63, 64, 65, KEY[:24], 66 << 33, root, comm, 4, 7, b"x.s\0", b"exe\0us\0"),
+        *(
+            61 << 33,
+            62,
+            63,
+            64,
+            65,
+            FileId(254, 3, 21 << 33, 24, 22),
+            66 << 33,
+            root,
+            comm,
+            4,
+            7,
+            b"x.s\0",
+            b"exe\0us\0",
+        ),
     )
     assert written[3] == expected
 

@@ -22,7 +22,7 @@ from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.base import Verdict
-from support.explained import ELF, LIBRARY, NOW_NS, OTHER_VIEW, UNTOLD, Case, group, known_file, no_rule, row
+from support.explained import ELF, LIBRARY, NOW_NS, OTHER_VIEW, UNTOLD, Case, group, known_file, no_rule, row, verdict
 from support.records import File, key_of
 
 # ---- rules --------------------------------------------------------------------------------------
@@ -145,9 +145,9 @@ def test_on_another_device_the_inode_may_differ_as_it_does_on_overlayfs() -> Non
     [
         ([], VerdictAnswer("none")),
         ([None], VerdictAnswer("none")),
-        ([Verdict(b"", True, None), None], VerdictAnswer("match")),
-        ([Verdict(b"", False, 7), Verdict(b"", False, 9)], VerdictAnswer("ignore", 9)),
-        ([Verdict(b"", False, 7), Verdict(b"", True, None)], VerdictAnswer("mixed")),
+        ([verdict(b"", True, None), None], VerdictAnswer("match")),
+        ([verdict(b"", False, 7), verdict(b"", False, 9)], VerdictAnswer("ignore", 9)),
+        ([verdict(b"", False, 7), verdict(b"", True, None)], VerdictAnswer("mixed")),
     ],
 )
 def test_several_verdicts_are_told_as_one(found: list[Verdict | None], expected: VerdictAnswer) -> None:
@@ -157,14 +157,14 @@ def test_several_verdicts_are_told_as_one(found: list[Verdict | None], expected:
 def test_a_file_of_the_map_has_the_verdict_of_its_own_name(case: Case) -> None:
     key = case.files[0].name.key
     assert isinstance(key, bytes)
-    case.exact = {key: Verdict(key, True, None)}
-    case.others = [Verdict(key_of(100, dentry=0x99), False, 30)]
+    case.exact = {key: verdict(key, True, None)}
+    case.others = [verdict(key_of(100, dentry=0x99), False, 30)]
     assert case.only().verdict == VerdictAnswer("match")
 
 
 def test_a_file_that_the_map_has_not_is_identified_by_the_kernels_memory(case: Case) -> None:
     case.files = []
-    case.others = [Verdict(key_of(100, generation=5), False, 30), Verdict(key_of(100, dev=(8, 1)), True, None)]
+    case.others = [verdict(key_of(100, generation=5), False, 30), verdict(key_of(100, dev=(8, 1)), True, None)]
     found = case.only()
     assert (found.library.id, found.id_from) == (FileId(254, 0, 100, 5), "verdict")
     assert found.verdict == VerdictAnswer("ignore", 30)
@@ -172,7 +172,7 @@ def test_a_file_that_the_map_has_not_is_identified_by_the_kernels_memory(case: C
 
 def test_a_verdict_for_another_view_of_the_file_system_does_not_count(case: Case) -> None:
     case.files = []
-    case.others = [Verdict(key_of(100, root=OTHER_VIEW), False, 30)]
+    case.others = [verdict(key_of(100, root=OTHER_VIEW), False, 30)]
     found = case.only()
     assert (found.verdict, found.id_from) == (VerdictAnswer("none"), "proc")
 
@@ -181,14 +181,14 @@ def test_a_verdict_in_the_view_of_the_processs_other_files_counts(case: Case) ->
     case.sees_our_files = False
     case.rows = [row("/app/other.so", 0x1000, inode=55), row(start=0x5000)]
     case.files = [known_file(File("/app/other.so", 55, root=OTHER_VIEW))]
-    case.others = [Verdict(key_of(100), True, None), Verdict(key_of(100, root=OTHER_VIEW), False, 30)]
+    case.others = [verdict(key_of(100), True, None), verdict(key_of(100, root=OTHER_VIEW), False, 30)]
     assert case.report().mappings[1].verdict == VerdictAnswer("ignore", 30)
 
 
 def test_two_kernel_identities_that_fit_are_none(case: Case) -> None:
     case.files = []
     case.rows = [row(dev=(0, 40))]
-    case.others = [Verdict(key_of(100, dev=(254, 0)), False, 30), Verdict(key_of(100, dev=(254, 1)), False, 20)]
+    case.others = [verdict(key_of(100, dev=(254, 0)), False, 30), verdict(key_of(100, dev=(254, 1)), False, 20)]
     found = case.only()
     assert (found.library.id, found.id_from) == (FileId(0, 40, 100), "proc")
     assert found.verdict == VerdictAnswer("ignore", 30)
@@ -197,7 +197,7 @@ def test_two_kernel_identities_that_fit_are_none(case: Case) -> None:
 def test_an_identity_on_the_very_device_goes_before_one_below_an_overlay(case: Case) -> None:
     case.files = []
     case.rows = [row(dev=(0, 40))]
-    case.others = [Verdict(key_of(100, dev=(254, 0)), False, 30), Verdict(key_of(100, dev=(0, 40)), False, 20)]
+    case.others = [verdict(key_of(100, dev=(254, 0)), False, 30), verdict(key_of(100, dev=(0, 40)), False, 20)]
     assert case.only().library.id == FileId(0, 40, 100, 1)
 
 
@@ -306,11 +306,11 @@ def test_the_generation_that_a_file_system_tells_rules_out_what_had_the_number_b
     case.files = []
     case.look = replace(ELF, generation=6)
     case.blocked = [BlockedFile("tls", FileId(254, 0, 100, 5), "/tmp/x.so", "no symbol", 900.0, 1600.0, NOW_NS)]
-    case.others = [Verdict(key_of(100, generation=5), True, None)]
+    case.others = [verdict(key_of(100, generation=5), True, None)]
     found = case.only()
     assert (found.library.id, found.id_from) == (FileId(254, 0, 100, 6), "proc")
     assert (found.verdict, found.blocked) == (VerdictAnswer("none"), ())
-    case.others.append(Verdict(key_of(100, generation=6), False, 30))
+    case.others.append(verdict(key_of(100, generation=6), False, 30))
     found = case.only()
     assert (found.library.id, found.id_from, found.verdict.verdict) == (FileId(254, 0, 100, 6), "verdict", "ignore")
 

@@ -14,7 +14,7 @@ from sowatch.explain.mapped import Shown
 from sowatch.explain.records import Candidate
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.base import TrackedEntry, Verdict
+from sowatch.sources.base import TrackedEntry
 from support.explained import (
     ELF,
     HERE,
@@ -28,6 +28,7 @@ from support.explained import (
     mapped_in,
     path_of,
     row,
+    verdict,
 )
 from support.records import File, key_of
 
@@ -117,7 +118,7 @@ def test_the_identities_of_a_path_are_the_kernels_where_it_has_any(case: Case) -
     assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100, 1), "map"),)
     case.is_known = False
     assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100), "proc"),)
-    case.others = [Verdict(key_of(100, generation=3), True, None)]
+    case.others = [verdict(key_of(100, generation=3), True, None)]
     assert ids_of(HERE, case.known, case.memory) == (Candidate(FileId(254, 0, 100, 3), "verdict"),)
     assert ids_of(GONE, case.known, case.memory) == ()
 
@@ -163,7 +164,7 @@ def test_a_deleted_file_is_still_found_blocked_by_its_path(case: Case) -> None:
 
 
 def test_the_verdict_on_a_path_is_the_one_in_our_view(case: Case) -> None:
-    case.others = [Verdict(key_of(100), False, 12), Verdict(key_of(100, root=OTHER_VIEW), True, None)]
+    case.others = [verdict(key_of(100), False, 12), verdict(key_of(100, root=OTHER_VIEW), True, None)]
     assert path_of(case).verdict == VerdictAnswer("ignore", 12)
 
 

@@ -22,9 +22,8 @@ from sowatch.model.encoding import dumps
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
-from sowatch.sources.base import Verdict
 from support import strict
-from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row
+from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row, verdict
 from support.records import File
 
 # ---- how it is shown ----------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def test_every_word_has_a_sentence(case: Case) -> None:
 
 
 def test_the_text_of_a_process_names_the_rule_the_verdict_and_the_way(case: Case) -> None:
-    case.exact = {case.files[0].name.key: Verdict(b"", True, None)}  # type: ignore[dict-item]
+    case.exact = {case.files[0].name.key: verdict(b"", True, None)}  # type: ignore[dict-item]
     assert list(command._process(case.report())) == [
         "process    10 nginx",
         "start      0.010000077 s after boot",

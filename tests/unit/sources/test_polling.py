@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sowatch.bpf.records import FLAG_DELETED, file_id_of, path_of
+from sowatch.bpf.records import FLAG_DELETED, path_of
 from sowatch.engine.address_space import MappedFile, ProcessState
 from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.proc import ProcFs
@@ -473,6 +473,8 @@ def name_of(row: MapRow, root: bytes = b"/") -> MappedFile:
         file.mode,
         len(file.text),
         file.text,
+        file.key.file_id,
+        file.key.view,
     )
     return MappedFile(record, RuleSet([Rule(None)]))
 
@@ -515,7 +517,7 @@ def test_any_path_survives(name: bytes) -> None:
     file = file_of(map_row(b"/lib/" + name), b"/", VIEW)
 
     assert path_of(file.text) == (b"/lib/" + name).decode("utf-8", "surrogateescape")
-    assert file_id_of(file.key) == FileId(254, 1, 7)
+    assert file.key.file_id == FileId(254, 1, 7)
 
 
 FILES = [file_of(map_row(b"/lib/%d" % number, inode=number), b"/", VIEW) for number in range(1, 4)]
