@@ -34,7 +34,7 @@ COMMANDS: Final = {
 }
 
 #: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
-_BEHIND_FRONT: Final = ("watch", "list", "top", "explain", "audit", "trace", "http")
+_BEHIND_FRONT: Final = ("watch", "list", "top", "explain", "audit", "trace")
 
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
