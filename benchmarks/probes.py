@@ -255,13 +255,14 @@ def program_times(is_quick: bool, directory: Path, loop: Loop, empty_object: Pat
     finally:
         switch.write_text(before)
     figures = [
-        Figure(f"the programs alone: {name}", median(values), "ns", spread(values)) for name, values in taken.items()
+        Figure(f"the programs themselves: {name}", median(values), "ns", spread(values))
+        for name, values in taken.items()
     ]
     for what in BPFTRACE:
         for tool_name in ("bpftrace", "bcc"):
             if theirs := taken.get(f"{what}, {tool_name}"):
                 ratios = [mine / other for mine, other in zip(taken[f"{what}, sowatch"], theirs, strict=True)]
-                name = f"the programs alone, {what}: sowatch to {tool_name}"
+                name = f"the programs themselves, {what}: sowatch to {tool_name}"
                 figures.append(Figure(name, median(ratios), "x", spread(ratios), aim=1.0))
     return figures
 

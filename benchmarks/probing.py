@@ -132,8 +132,13 @@ def busy(is_quick: bool, directory: Path, loop: Loop) -> list[Figure]:
 
 
 def cpu_s(pid: int) -> float:
-    after_comm = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(after_comm[11]) + int(after_comm[12])) / TICKS_PER_S
+    """Of a process and of the one that does its work: the command waits for that."""
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    spent = 0.0
+    for one in (pid, *workers):
+        after_comm = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        spent += (int(after_comm[11]) + int(after_comm[12])) / TICKS_PER_S
+    return spent
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:
