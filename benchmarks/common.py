@@ -183,20 +183,26 @@ class Command:
             if self.process.poll() is not None:
                 raise RuntimeError(f"sowatch ended with {self.process.returncode}")
             time.sleep(0.01)
-        raise TimeoutError(f"sowatch did not tell it within {timeout_s:g} s")
+        raise TimeoutError(f"sowatch did not report it within {timeout_s:g} s")
 
     def wait_ready(self) -> dict[str, Any]:
         """Take events until the start-up snapshot is done."""
         return self.wait_for(lambda event: event["event"] == "ready", 60)
 
+    @property
+    def worker(self) -> int:
+        """The process that does the work; the one that was started may only wait for it."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0]) if children else self.process.pid
+
     def cpu_s(self) -> float:
         """CPU seconds it has used so far, in user space and in the kernel."""
-        after_comm = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        after_comm = Path(f"/proc/{self.worker}/stat").read_text().rpartition(")")[2].split()
         return (int(after_comm[11]) + int(after_comm[12])) / TICKS_PER_S
 
     def memory_mb(self) -> tuple[float, float]:
         """Resident memory now, and the most it ever was."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        status = Path(f"/proc/{self.worker}/status").read_text().splitlines()
         found = {
             line.split(":")[0]: int(line.split()[1]) / 1024 for line in status if line.startswith(("VmRSS", "VmHWM"))
         }
