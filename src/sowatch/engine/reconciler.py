@@ -1,6 +1,7 @@
-"""`Reconciler`: keeps the map true. Takes records in, reads the processes in doubt, repairs losses.
+"""`Reconciler`: applies records to the mapping table, scans processes that need a rescan, repairs losses.
 
-Everything here happens on the engine's thread: it runs no user code, reads no file but ``/proc``, waits for nobody.
+Everything here happens on the engine's thread: it runs no user code, reads no file but ``/proc``, and never blocks on
+another thread.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Reconciler"]
 
-#: More owed readings than this are one reading of all.
+#: If more processes than this need a rescan, one full scan is made.
 MANY_RESCANS: Final = 64
-#: So long after its last reading nobody need know how often a process was read.
+#: So long after its last scan the pace of a process is forgotten.
 PACE_MEMORY_S: Final = 10
-#: A repair that found losses going on is tried again after this, then after twice that, up to the second.
+#: A repair during which more was lost is repeated after this, then after twice that, up to the second.
 FIRST_REPAIR_S: Final = 0.1
 SLOWEST_REPAIR_S: Final = 5.0
-#: After a reading of all for the sake of shared address spaces so many times its CPU time without one.
+#: After a full scan triggered by shared address spaces, wait so many times the CPU time it took.
 SHARERS_REST: Final = 20
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
 SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
-#: An answer waits no longer for what floods.
+#: A query waits no longer than this in a flood of records.
 SETTLING_S: Final = 0.5
-#: What waits for the facts of files is looked after this often.
+#: How often changes that wait for a file's inspection are tried again.
 FACTS_TURN_S: Final = 0.02
-#: A call that was under way when the rules changed has mapped its file after this.
+#: A system call that was under way when the rules changed has mapped its file after this.
 RULES_SECOND_LOOK_S: Final = 1.0
 
 REPAIR: Final = Causes("repair", "repair")
@@ -59,20 +60,20 @@ SNAPSHOT: Final = Causes("snapshot", "repair")
 
 
 class Reconciler:
-    """Keeps one tracker's map as one source has it, and hands its changes to one publisher.
+    """Reconciles one mapping table with one source, and hands the changes to one publisher.
 
-    Its figures may be read by any thread; everything else is for the engine's, which calls `take_snapshot` first, then
+    Any thread may read its figures; all else belongs to the engine's thread, which calls `take_snapshot` first, then
     again and again `drain` and `do_what_is_due`, `tick` about once a second, and `finish` last.
 
     Args:
-        silent_baseline: take the start-up snapshot without telling of it.
+        silent_baseline: take the start-up snapshot without publishing it.
 
     Attributes:
-        losses: what the source has lost, by where, as far as it was told.
-        lost: all of them together; ``throttled`` of those were of processes that said too much.
-        is_repaired: whether each of them is made up for; ``repairs`` says how often that was done.
-        records: how many `drain` took; those that came while a reading was made are not among them.
-        rereads: readings of single processes.
+        losses: what the source has lost, by where, as of the last check.
+        lost: the sum of them; ``throttled`` of those were of processes over their limit of records.
+        is_repaired: whether all of them are repaired; ``repairs`` counts how often that was done.
+        records: how many `drain` took, without those that came during a scan.
+        rereads: rescans of single processes.
         own_pid: ours, as the source counts.
     """
 
@@ -103,15 +104,15 @@ class Reconciler:
         self._rules_again_at: float | None = None
         self._can_read_one = True
         self._has_scanned_all = True
-        #: What the table has asked for and is still to be carried out; but for the two that come next.
+        #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
         self._needs_full_scan = False
-        #: Processes that were reported to be throttled since their losses were counted last.
+        #: Processes that were reported as throttled since their losses were last counted.
         self._newly_throttled: set[int] = set()
-        #: Throttled processes that are to be read before their losses are repaired, and since when.
+        #: Throttled processes whose rescan repairs their losses, and since when.
         self._throttled: set[int] = set()
         self._throttled_since = 0.0
-        #: Processes that a repair could not scan although they are there: in vfork or within their exit.
+        #: Processes that a repair could not scan although they exist: in vfork or within their exit.
         self._unscanned: set[int] = set()
         #: Ours, as the source counts; 0 where its processes do not include us.
         self.own_pid = own_pid(self._proc) or 0
@@ -124,7 +125,7 @@ class Reconciler:
         self.rereads = 0
 
     def detect_own_identity(self) -> None:
-        """Our own root, to tell which processes see the paths that we see; and our real pid."""
+        """Finds our root, which shows what processes see the paths that we see, and our real pid."""
         own = self.own_pid
         try:
             scan = self._source.scan_process(own) if own else None
@@ -138,13 +139,13 @@ class Reconciler:
         if scan.maps:
             self._publisher.own_view_id = scan.maps.first().view
 
-    # ---- the thread's round -------------------------------------------------------------------
+    # ---- the loop's calls ---------------------------------------------------------------------
 
     def take_snapshot(self, make_ready: Callable[[int, float], Event]) -> None:
-        """Fills the map with what is there.
+        """Fills the mapping table by a full scan.
 
         Args:
-            make_ready: called with the number of processes and the seconds that it took, once that was told.
+            make_ready: called with the number of processes and the seconds it took, once the changes are published.
         """
         begun = time.monotonic()
         self._report(Report.PROCESSES | Report.RANGES)
@@ -163,12 +164,12 @@ class Reconciler:
         self._check_losses()
 
     def _report(self, more: Report) -> None:
-        """Has the source report this beyond what it always does."""
+        """Makes the source report this beyond what it always does."""
         if self._source.reports is not None:
             self._source.reports.set(self._base | more)
 
     def drain(self) -> None:
-        """Takes one batch: the loop comes back at once if there is more, and nothing else starves."""
+        """Takes one batch: if there is more the loop calls again at once, and nothing else starves."""
         self._take(self._source.drain())
 
     def _take(self, records: list[Record]) -> None:
@@ -177,7 +178,7 @@ class Reconciler:
         self._flush()
 
     def next_work_at(self, next_tick: float) -> float:
-        """When there is something to do even if the kernel says nothing."""
+        """When there is something to do even if no record comes."""
         times = [next_tick, *self._schedule.times()]
         if self._publisher.is_waiting:
             times.append(time.monotonic() + FACTS_TURN_S)
@@ -187,7 +188,7 @@ class Reconciler:
         return min(times)
 
     def do_what_is_due(self, now: float) -> None:
-        """Readings and repairs whose time has come."""
+        """Makes the rescans and repairs that are due."""
         if self._source.unread:
             self._take_readable()
         if self._publisher.is_waiting:
@@ -205,7 +206,7 @@ class Reconciler:
             self._scan_for_sharers()
 
     def tick(self) -> None:
-        """Looks for losses, and lets old things go."""
+        """Checks for losses, and drops what is out of date."""
         if self._source.answer_clock is not None:
             self._source.answer_clock.tick()
         now_ns = time.monotonic_ns()
@@ -213,7 +214,7 @@ class Reconciler:
         self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
         self._take(waiting)
         if not self.is_repaired and self._repair_at is None and not (self._throttled or self._newly_throttled):
-            self._repair_at = time.monotonic()  # whose loss it was has not been said for a second
+            self._repair_at = time.monotonic()  # no record has named the throttled process for a second
         self._check_losses()
         if not self.is_repaired:
             self._note_throttled()
@@ -232,14 +233,14 @@ class Reconciler:
 
     @property
     def is_resting(self) -> bool:
-        """Whether a full scan is owed that has to wait, so that scans do not take all the time there is."""
+        """Whether a full scan is due that is put off, so that scans do not take all the CPU time."""
         return self._needs_full_scan and time.monotonic() < self._sharers_at
 
     def sync(self) -> None:
-        """Drains, and makes every reading that is owed, 32-bit processes' too; a few times at most.
+        """Drains, and scans every process that needs a rescan, and compat processes; a few times at most.
 
-        Losses that no tick has seen yet are told and repaired, so that what is asked is asked of a right map.
-        In a flood there is always more to read: after `SETTLING_S` what is left is left to its turn.
+        Losses that no tick has seen yet are reported and repaired, so that a query gets a right mapping table.
+        In a flood there is always more to scan: after `SETTLING_S` the schedule scans the rest.
         """
         begun = time.monotonic()
         for pid in self._table.compat:
@@ -260,7 +261,7 @@ class Reconciler:
                 return
 
     def finish(self) -> None:
-        """Takes in what is still on its way, and tells everything."""
+        """Takes the records that are still in the source, and publishes everything."""
         self.drain()
         self._check_losses()
         if not self.is_repaired:
@@ -284,7 +285,7 @@ class Reconciler:
         self._effects += effects
 
     def _carry_out(self) -> list[Change]:
-        """Sends answers to the kernel, and gives the changes that are to be published."""
+        """Sends verdicts to the kernel, and returns the changes to publish."""
         effects, self._effects = self._effects, Effects()
         if effects.verdicts:
             wanted, ignored = effects.answers()
@@ -305,19 +306,19 @@ class Reconciler:
     def set_rules(
         self, rules: RuleSet, inspector: Inspector | None, take_over: Callable[[], None], done: Callable[[], None]
     ) -> None:
-        """Watches by other rules from now on.
+        """Replaces the rules.
 
         Args:
             rules: the new ones.
             inspector: reads files for them.
-            take_over: called when the last event of the old rules was published.
-            done: called when everything that is mapped was published by the new ones.
+            take_over: called once the last event of the old rules is published.
+            done: called once everything that is mapped is published by the new ones.
         """
         self._flush()
         self._publisher.change_rules(rules, inspector, take_over)
         self._table.set_rules(rules)
         self._base = _base_report(rules)
-        # In this order: whatever the kernel drops by an old answer is there to be read.
+        # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
         self._publisher.look_again(self._mapped(lambda *_: True), only_held=self._silent)
@@ -325,21 +326,21 @@ class Reconciler:
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
     def look_again(self, pid: int, rule: Rule) -> None:
-        """Reads a process, and tells of what the rule wants and it was not told to have."""
+        """Scans a process, and publishes what the rule wants of it and was not published."""
         self._table.await_rescan(pid)
         self.sync()
         found = self._mapped(lambda process, one: process.id.pid == pid and rule.matches_path(one.name.path))
         self._publisher.look_again(found)
 
     def _look_at_recovered(self) -> None:
-        """Files that could not be read because their file system hung: what they say is told now."""
+        """Publishes files that can be read now; their file system hung before."""
         inspector = self._publisher.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
             self._publisher.recheck(self._mapped(lambda _, one: one.name.file_id in files), only_held=self._silent)
 
     def _mapped(self, is_meant: Callable[[ProcessState, Mapping], bool]) -> list[Change]:
-        """What is mapped now, as if it were loaded now."""
+        """What is mapped now, as loads of now."""
         now_ns = time.monotonic_ns()
         return [
             Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
@@ -352,20 +353,20 @@ class Reconciler:
         self._forget_vanished(self._read_everything(RULES), since_ns)
         changes = self._carry_out()
         if self._silent:
-            # What was mapped before is not news, whatever the rules are.
+            # With a silent baseline, no rule publishes what was mapped before.
             self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
             changes = [one for one in changes if one.cause != RULES.load]
         self._publisher.publish(changes)
 
-    # ---- readings -----------------------------------------------------------------------------
+    # ---- scans --------------------------------------------------------------------------------
 
     def _reread(self) -> None:
-        """Reads the processes in doubt, each as soon as its pace allows."""
+        """Scans the processes that need a rescan, each as soon as its pace allows."""
         due = self._schedule.take(self._table.needs_rescan, time.monotonic())
         self._table.begin_rescans(due)
         if not due:
             if self._throttled:
-                self._unthrottle(())  # some may have ended before they were read
+                self._unthrottle(())  # some may have ended before their scan
             return
         self._scan(due)
         if self._throttled:
@@ -373,13 +374,13 @@ class Reconciler:
         self._flush()
 
     def _scan(self, due: dict[int, Causes]) -> None:
-        """Reads these processes; one that is not there any more is forgotten, whatever became of its exit record."""
+        """Scans these processes; one that has ended is forgotten, even if its exit record was lost."""
         self._report(Report.RANGES | Report.VISITS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
         take_others = partial(concerned.take_others, self._source.drain, self._apply_others)
         scans, records = self._read(due, take_others)
         missing = due.keys() - {scan.tgid for scan in scans}
-        # Before the ring is drained: whose end is seen here has its exit record in the ring, or lost it.
+        # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         self._apply_others(concerned.keep_back([*records, *self._drain_all()]))
         self._report(Report.NOTHING)
@@ -392,7 +393,7 @@ class Reconciler:
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
     def _apply_others(self, records: list[Record]) -> None:
-        """Takes what processes do that are not scanned now, and publishes it at once if nothing waits before it."""
+        """Applies records of processes that are not scanned now; publishes at once if no change waits before."""
         effects = self._table.apply(*records)
         if not self._effects.changes:
             self._publisher.publish(effects.changes)
@@ -400,7 +401,7 @@ class Reconciler:
         self._note(effects)
 
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
-        """Whether the process known by this pid has ended; if its exit record may be lost, whether it is about to."""
+        """Whether the process known by this pid has ended, or, if its exit record may be lost, is about to."""
         start_ns = self._table.start_of(pid)
         return start_ns is not None and has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
 
@@ -418,14 +419,14 @@ class Reconciler:
             except ScanTimeout:
                 self._table.await_rescan(pid, causes)
             else:
-                # Taking it over costs about as much again.
+                # The merge costs about as much again.
                 self._schedule.rest(pid, 2 * (self._cpu_s() - begun_s))
                 if scan is not None:
                     found.append(scan)
         return found, []
 
     def _scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
-        """Whoever can be read, and what was drained meanwhile."""
+        """The scans of all processes that can be read, and the records drained meanwhile."""
         self._has_scanned_all = False
         try:
             found = self._source.scan_all()
@@ -435,19 +436,19 @@ class Reconciler:
         return found
 
     def _mark_unread(self, causes: Causes) -> None:
-        """Whoever hangs is read as soon as it can be."""
+        """Marks processes whose scan hangs: they are rescanned as soon as they can be read."""
         for pid in self._source.unread:
             if pid:
                 self._table.await_rescan(pid, causes)
 
     def _take_readable(self) -> None:
-        """Reads those that do not hang any more."""
+        """Expedites rescans of processes that do not hang any more."""
         for pid in self._source.unread.take_readable():
             self._table.await_rescan(pid, REPAIR, replaces=True)
             self._schedule.due[pid] = 0.0
 
     def _read_everything(self, causes: Causes) -> set[int]:
-        """Takes over a reading of all, with the records that came meanwhile; the tgids that were read."""
+        """Merges a full scan and the records that came meanwhile; returns the tgids that were scanned."""
         self._report(Report.PROCESSES | Report.RANGES | Report.VISITS)
         early = self._source.drain()
         scans, meanwhile = self._scan_all()
@@ -459,7 +460,7 @@ class Reconciler:
         return {scan.tgid for scan in scans}
 
     def _scan_for_sharers(self) -> None:
-        """Finds who shares an address space, by a reading of all."""
+        """Finds the untracked sharers of each mm, by a full scan."""
         begun_s = self._cpu_s()
         self._needs_full_scan = False
         self._read_everything(LIVE)
@@ -467,13 +468,13 @@ class Reconciler:
         self._sharers_at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
 
     def _cpu_s(self) -> float:
-        """CPU seconds that this thread and the helpers that scan have taken."""
+        """CPU seconds of this thread and of the helpers that scan."""
         return time.thread_time() + self._source.unread.cpu_s
 
     def _forget_vanished(self, scanned: set[int], since_ns: int) -> None:
-        """After it every process of the map that was known before ``since_ns`` was scanned, or is forgotten."""
+        """Scans or forgets each process of the table that was known before ``since_ns`` and is not ``scanned``."""
         late: dict[int, Causes] = {}
-        # Those that were never reported first: or they would get the files of a parent that has ended, too.
+        # Unannounced processes first: else they would inherit the files of a parent that has ended.
         for process in sorted(self._table.processes(), key=lambda one: one.is_announced):
             pid = process.id.pid
             if pid in scanned:
@@ -491,7 +492,7 @@ class Reconciler:
             self._scan(late)
 
     def _let_go_if_untracked(self, process: ProcessState) -> None:
-        """One that has nothing, and whose exec record was lost: the kernel side will not report its exit either."""
+        """Untracks a process without files whose exec record was lost: the kernel side does not report its exit."""
         pid, space = process.id.pid, process.space
         if space.files or len(space.sharers) > 1 or pid in self._table.needs_rescan:
             return
@@ -517,7 +518,7 @@ class Reconciler:
             self._make_up_for_unresolved()
 
     def _make_up_for_unresolved(self) -> None:
-        """Mappings whose file could not be found out: what is left of their processes is in doubt already."""
+        """Repairs mappings whose file could not be identified: their processes need a rescan already."""
         if self._repair_at is not None or self._throttled:
             return
         begun = time.monotonic()
@@ -531,13 +532,13 @@ class Reconciler:
         self._publisher.announce(lambda: Lost(time.time_ns(), count, "kernel"))
 
     def _throttle(self, count: int) -> None:
-        """Processes that said too much: a reading of each repairs what the kernel dropped of it."""
+        """Counts what the kernel dropped of processes over their limit: a rescan of each repairs it."""
         self._lose(count)
         self.throttled += count
         self._note_throttled()
 
     def _note_throttled(self) -> None:
-        """Those that have told so by now are to be read; what was lost of them is told before."""
+        """Queues the throttled processes that records have named; their loss is reported before."""
         if not self._throttled:
             self._throttled_since = time.monotonic()
         self._throttled |= self._newly_throttled
@@ -546,9 +547,9 @@ class Reconciler:
             self._table.await_rescan(pid, REPAIR, replaces=True)
 
     def _unthrottle(self, was_read: Collection[int]) -> None:
-        """Readings of these processes were taken over, their changes are still to be flushed."""
+        """Called once the scans of these processes are merged; their changes are not flushed yet."""
         owed = self._table.needs_rescan
-        # Whoever hangs is named as not read, and the others do not wait for it.
+        # A process whose scan hangs is reported as unread, and the others do not wait for it.
         self._throttled = {
             pid for pid in self._throttled if pid in owed and pid not in was_read and pid not in self._source.unread
         }
@@ -569,7 +570,7 @@ class Reconciler:
             self._repair()
 
     def _repair(self) -> None:
-        """Compares the map with what is there. Done when nothing was lost while it ran; else again."""
+        """Merges a full scan; repeated later if more was lost meanwhile."""
         begun = time.monotonic()
         self._check_losses()
         self._repair_at = None
@@ -578,7 +579,7 @@ class Reconciler:
         self._forget_vanished(self._read_everything(REPAIR), since_ns)
         found = [change for change in self._effects.changes if change.cause == "repair"]
         after = self._source.losses()
-        # What is dropped of a process that floods is made up for by readings of that process alone.
+        # What is dropped of a process that floods is repaired by rescans of that process.
         stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)
         if stood_still and self._has_scanned_all:
             self._repair_wait_s = FIRST_REPAIR_S

@@ -56,7 +56,6 @@ _ALLOWED = re.compile("|".join(ALLOWED), re.MULTILINE)
 #: Modules whose docstrings are still to be gone through.
 LEFT = (
     "engine/address_space.py",
-    "engine/reconciler.py",
     "explain/assemble.py",
     "sources/core.py",
     "sources/legacy.py",
