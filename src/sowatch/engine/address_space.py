@@ -1,4 +1,4 @@
-"""Address spaces: the files in one, where they are mapped, and the processes that hold it.
+"""Address spaces: the files in one, where they are mapped, and the processes that share it.
 
 Pure values and sums, no policy: `table` decides what changes when.
 """
@@ -156,7 +156,7 @@ class _Layout:
         self.entries: dict[FileId, Mapping] = {}
         self.ranges: RangeMap[FileId] = RangeMap()
         self.wide: dict[FileId, _Wide] = {}
-        #: The same with their ranges, once somebody has asked.
+        #: The same with their ranges, once asked for.
         self.mappings: dict[FileId, Mapping] | None = None
         self.sharers = 1
 
@@ -168,7 +168,7 @@ class _Layout:
     def widen(self, files: Iterable[FileId]) -> None:
         """Keeps less of those that have more ranges than are kept."""
         counts = {file_id: self.ranges.count(file_id) for file_id in files}
-        # What is claimed within a range divides it, but it is still one: so not each time, for it costs all ranges.
+        # A mapping within a range divides it, though it is still one; so not each time, as this reads all ranges.
         if not any(count > MAX_FILE_RANGES and count % 64 < 3 for count in counts.values()):
             return
         ranges = self.ranges.of_each()
@@ -178,22 +178,22 @@ class _Layout:
 
 
 class Removal(NamedTuple):
-    """The files that giving up a range has left nothing of; ``is_unsure``: only a scan can tell of some others."""
+    """The files that lost their last range; ``is_unsure``: whether others did, only a scan can show."""
 
     gone: list[Mapping]
     is_unsure: bool
 
 
 class AddressSpace:
-    """An address space: the files in it, and the processes that hold it (several after CLONE_VM)."""
+    """An address space: the files in it, and the processes that share it (several after CLONE_VM)."""
 
     __slots__ = ("_layout", "needs_rescan", "sharers")
 
     def __init__(self) -> None:
         self._layout = _Layout()
         self.sharers: list[ProcessState] = []
-        #: A holder has claimed something since the last reading. If that one is gone before it was
-        #: read, another one has to be.
+        #: A tentative record of a sharer was applied since the last scan. If that process ends before it
+        #: is scanned, another sharer has to be.
         self.needs_rescan = False
 
     def copy(self) -> AddressSpace:
@@ -204,7 +204,7 @@ class AddressSpace:
         return new
 
     def release(self) -> None:
-        """Nobody holds it any more: who shares its layout has it alone."""
+        """No process has it any more: its layout is left to the copies that share it."""
         self._layout.sharers -= 1
 
     @property
@@ -340,16 +340,16 @@ class ProcessState:
         #: False for a CLONE_VM child until it has shown that it stays: vfork and posix_spawn make one
         #: that lives in its parent's space for a moment only.
         self.is_announced = True
-        #: How often it has executed a program, as the kernel counts: tells a lost exec.
+        #: How often it has executed a program, as the kernel counts: shows a lost exec.
         self.exec_id = 0
-        #: A reading has shown its mappings.
+        #: A scan has shown its mappings.
         self.was_read = False
         self.space = AddressSpace()
         self.space.sharers.append(self)
         self._record: Process | None = None
 
     def learn(self, record: ProcessRecord) -> None:
-        """Takes over what a process record says."""
+        """Takes over what a process record has."""
         self._record = None
         self.exec_id = record.exec_id
         self.comm = record.comm

@@ -57,9 +57,9 @@ _SEGMENTS: Final = ("/SYSV", "/dev/zero")  # that no directory holds; see `Mappe
 
 
 class ProcessFacts(Struct, frozen=True):
-    """What ``/proc`` says of a process. ``maps`` are its files; ``interpreter_base`` is 0 without one.
+    """What ``/proc`` shows of a process. ``maps`` are its files; ``interpreter_base`` is 0 without one.
 
-    ``sees_our_files``: its root is ours; None if that could not be told.
+    ``sees_our_files``: its root is ours; None: not known.
     """
 
     process: Process
@@ -72,10 +72,10 @@ class ProcessFacts(Struct, frozen=True):
 
 
 class Memory(Struct, frozen=True):
-    """What is remembered of files: the kernel side's answers, blocked and registered files.
+    """What is remembered of files: verdicts of the kernel side, blocked and registered files.
 
-    ``exact`` has the answers for the names in the map, ``others``, by inode number, those that might be about a file of
-    which ``/proc`` tells no more. ``now_s`` is the registry's clock.
+    ``exact`` has the verdicts for the names in the mapping table, ``others``, by inode number, those that may be of a
+    file of which ``/proc`` shows no more. ``now_s`` is the registry's clock.
     """
 
     exact: Mapping[Hashable, Verdict | None]
@@ -350,7 +350,7 @@ def _mapping(
 
 
 def _kind_of(group: Group, facts: ProcessFacts, file: KnownFile | None, look: FileLook) -> Kind:
-    """What the file is to the process, by the rules of tracker and publisher."""
+    """What the file is to the process, by the rules of mapping table and publisher."""
     if file is not None and file.load is not None:
         return file.load.library.kind
     kind: Kind = "library" if file is None else file.kind
@@ -385,7 +385,7 @@ def _reason(file: KnownFile | None, process: KnownProcess | None, known: Known, 
 
 
 def relation_of(facts: PathFacts, path: str, *, is_deleted: bool, is_same_file: bool | None) -> Relation | None:
-    """How a mapped file is related to the path; None: not at all. ``is_same_file`` is None if that cannot be told."""
+    """How a mapped file is related to the path; None: not at all. ``is_same_file`` is None if not known."""
     is_same_path = path in (facts.path, facts.resolved)
     is_deleted &= facts.file_type != MEMORY  # memory never had a name that could be gone
     if is_same_file:
@@ -488,7 +488,7 @@ def path_report(
 
 
 def same_file(facts: PathFacts, ids: Collection[FileId], group: Group, file: KnownFile | None) -> bool | None:
-    """Whether rows show the file that the path names; None: only a look at the mapping itself can tell."""
+    """Whether rows show the file that the path names; None: only the mapping itself can show it."""
     shown = facts.shown
     if shown is None:
         return False if facts.could_look else None

@@ -168,7 +168,7 @@ class TracefsNotMounted(BpfError):
 _FRAME: Final = re.compile(r"-- (BEGIN|END) PROG LOAD LOG --|^-- |^processed \d|failed to load(: -\d+| object| BPF)")
 
 
-#: So many lines of the log tell what is wrong, and where.
+#: So many last lines of the log show what is wrong, and where.
 _LAST_LINES: Final = 6
 
 

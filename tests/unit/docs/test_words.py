@@ -55,8 +55,6 @@ _ALLOWED = re.compile("|".join(ALLOWED), re.MULTILINE)
 
 #: Modules whose docstrings are still to be gone through.
 LEFT = (
-    "engine/address_space.py",
-    "explain/assemble.py",
     "sources/core.py",
     "sources/legacy.py",
     "sources/polling.py",
