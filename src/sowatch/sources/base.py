@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Report(IntFlag):
-    """enum report_bit: what the kernel side reports beyond the processes it follows."""
+    """enum report_bit: what the kernel side reports beyond tracked processes."""
 
     NOTHING = 0
     PROCESSES = 1
@@ -46,7 +46,7 @@ class Report(IntFlag):
 class TrackedEntry(NamedTuple):
     """What the kernel side remembers of a process: struct process of ``state.bpf.h``.
 
-    ``activity`` are the mappings that made it follow the process, 0 if nothing of it is wanted.
+    ``activity`` is the activity generation, 0 if the process is untracked: nothing of it is wanted.
     ``ranges`` are the first of the ``range_count`` executable ranges that it knows.
     """
 
@@ -90,7 +90,7 @@ class Verdicts(Protocol):
 
 
 class Polls(Protocol):
-    """Of a source that looks from time to time."""
+    """Of a source that polls."""
 
     @property
     def interval_s(self) -> float:
@@ -108,14 +108,14 @@ class Setting(Protocol):
 
 
 class Clock(Protocol):
-    """By it answers grow old."""
+    """Verdicts expire by it."""
 
     def tick(self) -> None:
         """To be called about once a second."""
 
 
 class EventSource(Protocol):
-    """The seam between the kernel and the mapping table. One thread uses a source, but for `close`.
+    """The seam between the kernel and the mapping table. One thread uses a source; any may `close` it.
 
     What only some sources can do is an object that a source offers, or None.
     """
@@ -125,7 +125,7 @@ class EventSource(Protocol):
     hooks: Hooks | None
     limits: tuple[str, ...]
     attempts: tuple[LoadAttempt, ...]
-    #: Whoever could not be read when it was tried last.
+    #: Processes that could not be read at the last attempt.
     unread: UnreadProcesses
 
     @property
@@ -151,10 +151,10 @@ class EventSource(Protocol):
         """What happened since the last call, in the order of the ring."""
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
-        """Every process's mappings, but of those that are ``unread`` then, and what was drained meanwhile.
+        """The mappings of every process that is not ``unread`` then, and the records drained meanwhile.
 
         Raises:
-            ScanTimeout: nobody could be read.
+            ScanTimeout: no process could be read.
         """
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
@@ -162,20 +162,20 @@ class EventSource(Protocol):
 
         Args:
             pid: of the process.
-            meanwhile: called again and again while that takes long, where a drain may come then.
+            meanwhile: called repeatedly during a long scan, if the source allows a drain then.
 
         Raises:
-            ScanTimeout: it hangs, and is ``unread`` now.
+            ScanTimeout: the scan hangs, and the process is ``unread`` now.
         """
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
-        """Says whether files are wanted: what is not will not be reported again for a while."""
+        """Sets the verdict on files: those that are not wanted are not reported again for a while."""
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
-        """Stops following a process of which nothing is wanted; False if it has done more since."""
+        """Untracks a process of which nothing is wanted; False if its activity generation has changed since."""
 
     def new_epoch(self) -> None:
-        """Makes every earlier answer void."""
+        """Invalidates every earlier verdict."""
 
     def losses(self) -> Losses:
         """What was lost so far."""
@@ -184,7 +184,7 @@ class EventSource(Protocol):
         """What is remembered of a process, None if nothing. It may be of an earlier process with that pid."""
 
     def open_verdicts(self) -> Verdicts:
-        """The answers that are remembered; the caller closes it."""
+        """The verdicts that are remembered; the caller closes them."""
 
     def close(self) -> None:
         """Detaches everything. Safe to call again."""

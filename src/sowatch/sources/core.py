@@ -45,9 +45,9 @@ VERDICT_IGNORE: Final = 2
 VERDICT_VALUE: Final = struct.Struct("=IIQ")
 #: struct file_key, 64 bytes: inode number, then the rest; the epoch is the last of it.
 FILE_KEY: Final = struct.Struct("=Q52sI")
-#: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, dirty, introduced,
-#: shares_vm; and how it ends, 516 bytes: activity, then MAX_RANGES pairs of start and end. What lies
-#: between is for the programs only.
+#: How struct process begins, 40 bytes: start_ns, min_start, max_end, range_count, needs_rescan,
+#: introduced, shares_vm; and how it ends, 516 bytes: activity, then MAX_RANGES pairs of start and end. What
+#: lies between is for the programs only.
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
@@ -73,7 +73,7 @@ class KernelSetting:
 
 
 class KernelClock:
-    """The seconds by which answers grow old, as the programs know them: 1 at the beginning."""
+    """The seconds by which the programs expire verdicts: 1 at the beginning."""
 
     def __init__(self, variable: Variable) -> None:
         self._variable = variable
@@ -86,7 +86,7 @@ class KernelClock:
         return self._variable.value
 
     def tick(self) -> None:
-        """Tells the programs how late it is."""
+        """Sets the programs' clock to the seconds since the beginning."""
         self._variable.value = 1 + int(time.monotonic() - self._began_s)
 
 
@@ -115,7 +115,7 @@ class BpfSource:
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
-        #: By key, the place of the path that was told last: what an answer is about.
+        #: By key, the place of the path that was reported last, which a verdict is about.
         self._places: dict[Hashable, int] = {}
         self._can_iterate_one = True
         self._has_given_up = False
@@ -181,7 +181,7 @@ class BpfSource:
         return self._note_places(parse(self._object.drain()))
 
     def _note_places(self, records: list[Record]) -> list[Record]:
-        """The same records; answers to them will be about the places that they tell."""
+        """The same records; verdicts on them will be about the places that they name."""
         return list(self._noting_places(records))
 
     def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -394,7 +394,7 @@ class KernelVerdicts:
 
 
 def value_bytes(table: BpfMap) -> int:
-    """The size of a map's values. Asked of the kernel, which writes that much whatever the room for it.
+    """The size of a map's values. Asked of the kernel, which writes that much whatever the size of the buffer.
 
     Raises:
         BpfError: it cannot be read.

@@ -1,8 +1,8 @@
 """`OldKernelSource`: strategies ``core`` and ``runtime`` on kernels from 5.10 to 5.16.
 
 The events are those of `BpfSource`. Such kernels cannot show a process's mappings to a program (``iter/task_vma``,
-5.12) nor look one up for it (``bpf_find_vma``, 5.17), so a reading is made of three words: the kernel says who the
-process is, ``/proc`` what it has mapped where, and the kernel again which file that is, of a descriptor of our own.
+5.12) nor look one up for it (``bpf_find_vma``, 5.17), so a scan has three steps: the kernel reports who the process
+is, ``/proc`` shows what it has mapped where, and the kernel identifies each file, by a descriptor of our own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LOG = logging.getLogger("sowatch")
 
 OLD_OBJECT: Final = "watch_old.bpf.o"
 VISITOR: Final = "visit_processes"
-#: Programs that only readings need.
+#: Programs that only scans need.
 READERS: Final = (VISITOR, "look_up_file", "cover")
 
 #: enum lookup_result of lookup.bpf.h.
@@ -58,13 +58,13 @@ LOOKUP_IGNORED: Final = 3
 #: pairs; and where first_activity is in it.
 PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
 FIRST_ACTIVITY: Final = struct.Struct("=64xI")
-#: So many looks at a process whose mappings come and go while they are looked up; then it is read again later.
+#: So many reads of a process whose mappings come and go while they are looked up; then it is scanned again later.
 LOOKS: Final = 8
 MAX_FILES: Final = 65_536
 
 
 class _Answer(NamedTuple):
-    """What the kernel says of one file under one name; ``record`` lacks whose and where it is. None: no file."""
+    """The kernel's answer on one file under one name; ``record`` lacks process and range. None: no file."""
 
     record: MapRecord | None
     is_ignored: bool
@@ -81,7 +81,7 @@ class OldKernelSource(BpfSource):
     guarantee: str = "exact, but for what only a scan can find"
 
     def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
-        #: The identity of each file that was told, by its inode and device.
+        #: The identity of each file that was reported, by its inode and device.
         self._files: dict[tuple[int, int], FileId] = {}
         super().__init__(config, strategy=strategy, objects=objects)
         self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
@@ -122,7 +122,7 @@ class OldKernelSource(BpfSource):
             self._files.clear()
         self._files[shown_as(file_id)] = file_id
 
-    # ---- readings -----------------------------------------------------------------------------
+    # ---- scans --------------------------------------------------------------------------------
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         scans: list[ProcessScan] = []
@@ -130,7 +130,7 @@ class OldKernelSource(BpfSource):
         known: dict[Hashable, _Answer] = {}
         pool = RowPool()
         self._reading_tgid.value = 0
-        # A chunk holds whole processes, and the kernel waits with the next while we look at these.
+        # A chunk has whole processes, and the kernel waits with the next while we scan these.
         for chunk in self._iterate(VISITOR):
             for scanned in group(parse(chunk), pool):
                 try:
@@ -152,7 +152,7 @@ class OldKernelSource(BpfSource):
         return self._look(scanned[0], {}) if scanned else None
 
     def _iterate(self, program: str) -> Iterator[bytes]:
-        """What an iterator over tasks writes; unlike one over their mappings it waits for no lock of theirs."""
+        """What an iterator over tasks writes; unlike one over their mappings it takes no lock of theirs."""
         self._run.value += 1
         fd = self._object.iterate(program)
         try:
@@ -164,7 +164,7 @@ class OldKernelSource(BpfSource):
             os.close(fd)
 
     def _look(self, scan: ProcessScan, known: dict[Hashable, _Answer]) -> ProcessScan | None:
-        """Completes what a visit began; None if the process has gone since."""
+        """Completes a scan that the iterator began; None if the process has ended since."""
         if scan.is_void or scan.intro is None:
             return scan
         found: dict[MapRow, _Answer] = {}
@@ -182,7 +182,7 @@ class OldKernelSource(BpfSource):
                         found[row] = answer
             if len(found) == len(rows):
                 break
-            # What has gone was told to be: its process is followed since the visit.
+            # The unmapping of what has gone is reported: the iterator has made its process tracked.
             there = {(row.start, row.inode) for row in self._rows(scan.tgid) or ()}
             rows = [row for row in rows if row in found or (row.start, row.inode) in there]
         else:
@@ -197,7 +197,7 @@ class OldKernelSource(BpfSource):
         return None if isinstance(rows, Miss) else rows
 
     def _take(self, scan: ProcessScan, found: Sequence[tuple[Listed, _Answer]]) -> None:
-        """Turns what was found into the records of a reading; from now on the kernel side knows the ranges, too."""
+        """Turns what was found into the records of the scan; the kernel side tracks the ranges from now on."""
         intro = scan.intro
         assert intro is not None
         for one, answer in found:
@@ -208,7 +208,7 @@ class OldKernelSource(BpfSource):
             if record.file_id == intro.exe or (
                 intro.interpreter_base and row.start - row.offset_bytes == intro.interpreter_base
             ):
-                flags |= FLAG_IMAGE  # a claim of the process, which the publisher checks
+                flags |= FLAG_IMAGE  # the process can choose this address, so the publisher checks it
             self._object.run("cover", scan.tgid, scan.start_ns, row.start, one.end)
             record = record._replace(
                 flags=flags,
@@ -227,17 +227,17 @@ class OldKernelSource(BpfSource):
         if scan.has_untracked_sharers:
             self._object.run("cover", scan.tgid, scan.start_ns, 0, 0)
         elif not scan.maps:
-            scan.intro = None  # nobody needs it now, and `cover` was not told that it was taken
+            scan.intro = None  # not needed now, and `cover` did not mark the process as introduced
 
     def _identify(
         self, directory: str, intro: ProcessRecord, row: MapRow, known: dict[Hashable, _Answer]
     ) -> _Answer | None:
-        """The file of a row; None if it is not there any more. ``known`` keeps answers for one reading of all."""
+        """The file of a row; None if it is unmapped by now. ``known`` keeps answers for one full scan."""
         name = (intro.root, row.major, row.minor, row.inode, row.path)
         if not row.is_deleted and name in known:
             return known[name]
         try:
-            # O_PATH asks nothing of the file system: not of one that hangs, nor of a device.
+            # O_PATH calls neither the file system, which may hang, nor a device.
             fd = self._open_patiently(intro.tgid, f"{directory}/{row.start:x}-{row.end:x}", os.O_PATH)
         except OSError:
             return None
@@ -253,10 +253,10 @@ class OldKernelSource(BpfSource):
         return answer
 
     def _open_patiently(self, pid: int, path: str, flags: int) -> int:
-        """An open that needs the lock of an address space, or asks its file system.
+        """An open that needs the lock of an address space, or calls its file system.
 
         Raises:
-            ScanTimeout: it hangs. Whatever it opens yet is closed.
+            ScanTimeout: it hangs. What it opens after that is closed.
             OSError: of the open.
         """
         given_up: list[int] = []

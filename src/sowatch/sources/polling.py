@@ -1,7 +1,7 @@
-"""Strategy ``procfs``: the map from looks at ``/proc``, without BPF and without any right.
+"""Strategy ``procfs``: the mapping table from polls of ``/proc``, without BPF and without any privilege.
 
-`ProcfsSource` polls and reports what changed as the records that the kernel side would have sent, so everything above
-it is the same. docs/decisions/0006-polling.md has the reasons and the guarantee. A process cannot change its
+`ProcfsSource` reports what changed as the records that the kernel side would have sent, so everything above it is the
+same. docs/decisions/0006-polling.md has the reasons and the guarantee. A process cannot change its
 mappings without running, so its CPU clock shows that it need not be read. `compare` is the pure part.
 """
 
@@ -51,10 +51,10 @@ __all__ = ["File", "ProcfsSource", "Row", "compare"]
 
 LOG = logging.getLogger("sowatch")
 
-#: A process that did not run is read anyway each time it has been passed over this often: another that
-#: shares its memory (CLONE_VM without CLONE_THREAD) may have changed it.
+#: A process that did not run is scanned anyway after so many polls: another that shares its mm
+#: (CLONE_VM without CLONE_THREAD) may have changed it.
 REREAD_LOOKS: Final = 60
-#: Looks at one process that changes its program all the while; then it is left for the next time.
+#: Scans of one process that executes programs all the while; then it is left for the next poll.
 TRIES: Final = 3
 #: Names of files kept; some 300 bytes each.
 MAX_FILES: Final = 65_536
@@ -63,7 +63,7 @@ MAX_FILES: Final = 65_536
 class File(NamedTuple):
     """A file under one name in one view: what a verdict is about.
 
-    ``text`` is the path as records have it. ``since_ns`` is when it was met after nobody had it
+    ``text`` is the path as records have it. ``since_ns`` is when it was found after no process had it
     mapped, which is when its inode may have become another file's. Records have it below 0 for a change
     time: maps shows none, and an overlay's file is compared with what is one.
     """
@@ -87,12 +87,12 @@ class Row(NamedTuple):
 
     @property
     def what(self) -> tuple[int, int, FileId, int | None]:
-        """The same for two rows of which one can be said to be the other: the name may change."""
+        """Equal for two rows that are one mapping; its name may have changed."""
         return self.start, self.end, self.file.key.file_id, self.unlisted
 
 
 def _is_wide(rows: Iterable[Row]) -> bool:
-    """Whether one of them stands for more than itself: then it overlaps others, and says not where there is nothing."""
+    """Whether one of them stands for more than itself: then it overlaps others, and does not show the gaps."""
     return any(row.unlisted is not None for row in rows)
 
 
@@ -100,8 +100,8 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], lis
     """What turns one set of mappings into the other; both by address, no two overlapping.
 
     Returns:
-        The rows that are new, and the ranges that nothing has any more. To be told in this order, so
-        that a file that only moved does not go in between.
+        The rows that are new, and the ranges that are unmapped. To be reported in this order, so that a
+        file that only moved is not unloaded in between.
     """
     known = {row.what for row in before}
     ends = [row.end for row in after]
@@ -122,20 +122,20 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], lis
 
 @dataclass(slots=True)
 class _Process:
-    """A process as the last look found it, and what was told of it."""
+    """A process as the last poll found it, and what was reported of it."""
 
     pid: int
     stat: Stat
     rows: Sequence[Row]
     seen_ns: int
     cpu_ns: int | None
-    #: It may not be read by us.
+    #: We may not read it.
     is_denied: bool = False
     #: See `resolve_new`.
     resolved: Mapping[MapRow, MapRow] = field(default_factory=dict)
-    #: What was told of it; None while nothing is.
+    #: Its introduction record; None while nothing is reported of it.
     intro: ProcessRecord | None = None
-    #: How often mappings of it were told; see `EventSource.untrack`.
+    #: How often mappings of it were reported; see `EventSource.untrack`.
     activity: int = 0
 
     @property
@@ -154,10 +154,10 @@ class _Process:
 
 
 class ProcfsSource:
-    """Looks at every process that may be read, once in ``poll_interval_s``.
+    """Polls every process that may be read, once in ``poll_interval_s``.
 
-    A look finds what every process has mapped at that moment; what came and went since the one before is
-    not seen. Opening reads nothing.
+    A poll finds what every process has mapped at that moment; what came and went since the last poll is not
+    seen. Opening reads nothing.
 
     Args:
         config: ``proc_root``, ``poll_interval_s``, ``poll_cpu_percent``, ``max_verdicts``.
@@ -170,7 +170,7 @@ class ProcfsSource:
     strategy: Strategy = "procfs"
     guarantee: str = "sampled"
     hooks: Hooks | None = None
-    reports: None = None  # every poll sees everything
+    reports: None = None  # every poll finds everything
     record_limit: None = None  # a poll costs the same, however much has happened
     answer_clock: None = None  # a poll shows each path as it is
 
@@ -184,7 +184,7 @@ class ProcfsSource:
         self._files: dict[tuple[MapRow, bytes, Hashable], File] = {}
         self._since_ns: dict[tuple[FileId, bytes, bool], int] = {}
         self._verdicts: dict[Hashable, bool] = {}
-        #: How many processes may not be read is added by `scan_all`.
+        #: `scan_all` adds how many processes may not be read.
         self.limits: tuple[str, ...] = ()
         self._is_hidden = hides_processes(self._proc)
         #: Processes of which not even the stat may be read (hidepid=1).
@@ -206,7 +206,7 @@ class ProcfsSource:
             try:
                 return self._look_at_all()
             except ProcReadError as error:
-                # Nothing is lost by it: the next look sees what this one would have.
+                # Nothing is lost by it: the next poll finds what this one would have.
                 LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
@@ -216,7 +216,7 @@ class ProcfsSource:
             records, pool = self._look_at_all(), RowPool()
             scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
-        # What the first look found new is in the readings.
+        # What the first poll found new is in the scans.
         return [one for one in scans if one is not None], [] if is_first else records
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
@@ -233,7 +233,7 @@ class ProcfsSource:
 
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         if len(self._verdicts) > self._max_verdicts:
-            self._verdicts.clear()  # what is not known is told again, and answered again
+            self._verdicts.clear()  # what is not known is reported again, and answered again
         self._verdicts.update(dict.fromkeys(keys, is_wanted))
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
@@ -248,7 +248,7 @@ class ProcfsSource:
         self._verdicts.clear()
 
     def losses(self) -> Losses:
-        return Losses()  # what is between two looks cannot be counted
+        return Losses()  # what is between two polls cannot be counted
 
     def tracked(self, pid: int) -> TrackedEntry | None:
         process = self._processes.get(pid)
@@ -275,10 +275,10 @@ class ProcfsSource:
             *([f"{self._elsewhere}: processes outside it are not seen"] if self._elsewhere else []),
         )
 
-    # ---- looking ------------------------------------------------------------------------------
+    # ---- polling ------------------------------------------------------------------------------
 
     def _look_at_all(self) -> list[Record]:
-        """Looks at each process that may have changed, and tells what did."""
+        """Scans each process that may have changed, and returns records of what did."""
         self._looks += 1
         records: list[Record] = []
         pids = self._proc.pids()
@@ -318,7 +318,7 @@ class ProcfsSource:
         return self._clocks.read_ns(known.pid) == known.cpu_ns
 
     def _look_at(self, pid: int, known: _Process | None) -> _Process | None:
-        """The process as it is now; None if it is gone, or cannot be caught between two execs."""
+        """The process as it is now; None if it has ended, or every scan of it met an exec."""
         before = None if known is None else known.stat
         for _ in range(TRIES):
             cpu_ns = self._clocks.read_ns(pid)
@@ -355,7 +355,7 @@ class ProcfsSource:
         return leader._replace(image=thread.image) if thread else None
 
     def _base(self, stat: Stat) -> bytes:
-        """The directory of a thread of the process that has its memory."""
+        """The directory of a thread of the process that still has its mm."""
         tid = self._proc.live_thread(stat.pid) if stat.is_dead else stat.pid
         return f"{self._proc.root}/{tid}".encode()
 
@@ -365,7 +365,7 @@ class ProcfsSource:
             root = os.readlink(base + b"/root")
             view: Hashable = os.readlink(base + b"/ns/mnt"), root
         except OSError:
-            root, view = b"/", base  # nobody else's
+            root, view = b"/", base  # no other process's
         return [
             Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
             for one in listed(rows)
@@ -383,19 +383,19 @@ class ProcfsSource:
         return file
 
     def _forget_files(self) -> None:
-        """Those that nobody has mapped any more."""
+        """Drops files that no process has mapped any more."""
         used = {row.file.key.in_any_view for process in self._processes.values() for row in process.rows}
         if used != self._since_ns.keys():
             self._since_ns = {name: since_ns for name, since_ns in self._since_ns.items() if name in used}
             self._files = {which: file for which, file in self._files.items() if file.key.in_any_view in used}
 
-    # ---- telling ------------------------------------------------------------------------------
+    # ---- records ------------------------------------------------------------------------------
 
     def _tell_new(self, process: _Process, parent: _Process | None, records: list[Record]) -> None:
-        """As a fork if it has all that its parent has and runs the same program; what it has more was mapped."""
+        """Reports a fork if it has all that its parent has and runs the same program; the rest as mapped since."""
         rows: Sequence[Row] = process.rows
         if parent is not None and parent.intro is not None and parent.stat.image == process.stat.image:
-            # Of rows that stand for more than themselves it cannot be said what went.
+            # Rows that stand for more than themselves do not show what is unmapped.
             is_wide = _is_wide(parent.rows) or _is_wide(process.rows)
             more, gone = compare(parent.rows, process.rows) if not is_wide else ([], [])
             is_alike = {row.what for row in parent.rows} == {row.what for row in process.rows} if is_wide else not gone
@@ -409,7 +409,7 @@ class ProcfsSource:
     def _tell_change(self, known: _Process, found: _Process, records: list[Record]) -> None:
         self._processes[known.pid] = found
         if not known.is_same_program(found.stat) or found.is_denied:
-            # One that must not be read any more has, as a rule, executed a set-user-ID program.
+            # A process that may not be read any more has, as a rule, executed a set-user-ID program.
             self._emit_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
             self._emit_maps(found, found.rows, records)
             return
@@ -434,17 +434,17 @@ class ProcfsSource:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
 
     def _with_old_names(self, before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-        """The rows, those that were there before under the name they had, unless nobody wanted them by that."""
+        """The rows; those that were there before have the name they had, unless its verdict is ignored."""
         known = {row.what: row for row in before if self._verdicts.get(row.file.key) is not False}
         return [known.get(row.what, row) for row in after]
 
     def _renewed(self, process: _Process, intro: ProcessRecord | None) -> ProcessRecord | None:
-        """The same introduction, or another one if it is not any more what was told."""
+        """The introduction record, or a new one if the process is not what it names any more."""
         fresh = self._introduction(process, RecordType.INTRO, None) if intro else None
         return fresh if fresh and intro and who_is(fresh) != who_is(intro) else intro
 
     def _emit_needs_rescan(self, process: _Process, records: list[Record]) -> None:
-        """What has changed is told by a scan."""
+        """Asks for a rescan, which shows what has changed."""
         records.append(self._range_record(process, RecordType.NEEDS_RESCAN, 0, 0)._replace(flags=FLAG_NEEDS_RESCAN))
 
     def _emit_maps(self, process: _Process, rows: Sequence[Row], records: list[Record]) -> None:
@@ -454,7 +454,7 @@ class ProcfsSource:
         if process.intro is None:
             process.intro = self._introduction(process, RecordType.INTRO, None)
             if process.intro is None:
-                process.cpu_ns, process.rows = None, ()  # it is gone, or another look will find it
+                process.cpu_ns, process.rows = None, ()  # it has ended, or the next poll finds it
                 return
             records.append(process.intro)
         process.activity += 1
@@ -468,7 +468,7 @@ class ProcfsSource:
             records.append(self._range_record(process, kind, 0, 0)._replace(t_ns=time.monotonic_ns()))
 
     def _scan_one(self, process: _Process, pool: RowPool | None = None) -> ProcessScan | None:
-        """The process as the last look found it."""
+        """The process as the last poll found it."""
         rows = [row for row in process.rows if self._verdicts.get(row.file.key) is not False]
         if rows and process.intro is None:
             process.intro = self._introduction(process, RecordType.INTRO, None)
@@ -499,12 +499,12 @@ class ProcfsSource:
         )
 
     def _introduction(self, process: _Process, kind: int, parent: _Process | None) -> ProcessRecord | None:
-        """Who it is, read now; None if it has ended or changed its program since the look."""
+        """Its introduction record, read now; None if it has ended or executed a program since the poll."""
         pid, stat = process.pid, process.stat
         status, cgroup = self._proc.status(pid), self._proc.cgroup(pid)
         base = self._base(stat)
-        # One that has ended is found below. What cannot be read of one that is there is left open: a path longer than a
-        # page, say, is no reason to leave its mappings out.
+        # A process that has ended is found below. What cannot be read of one that has not is left open: a path longer
+        # than a page, say, is no reason to leave its mappings out.
         exe, root = self._proc.exe(pid), _link(base + b"/root") or b"/"
         interpreter_base = self._proc.interpreter_base(pid)
         now = self._stat(pid)
@@ -525,7 +525,7 @@ class ProcfsSource:
 
 
 def _link(path: bytes) -> bytes | None:
-    """Where a link of ``/proc`` leads; None if that cannot be told."""
+    """The target of a link of ``/proc``; None if it cannot be read."""
     try:
         return os.readlink(path)
     except OSError:
@@ -538,7 +538,7 @@ def file_of(row: MapRow, root: bytes, view: Hashable) -> File:
     return File(
         key=FileName(file_id_in(row), path, row.is_deleted, view),
         text=text_of(path, is_deleted=row.is_deleted),
-        # maps does not tell. What has no path (anon_inode:) is not regular; a device is taken for a file.
+        # maps does not show it. What has no path (anon_inode:) is not regular; a device is taken for a file.
         mode=file_types.S_IFREG if path.startswith(b"/") else 0,
         flags=FLAG_DELETED if row.is_deleted else 0,
         since_ns=0,

@@ -77,23 +77,23 @@ COMPAT_PROGRAM: Final = "leave_compat"
 CLONE_HOOKS: Final = ("clone", "clone3", "fork", "vfork")
 #: Which of the two programs fits, by where the kernel puts the child's pid.
 FORK_PROGRAMS: Final = {44: "process_forks_44", 20: "process_forks_20"}
-#: Likewise, by where it says that this was the last thread; None: nowhere, before 6.16.
+#: Likewise, by where the kernel puts whether this was the last thread; None: nowhere, before 6.16.
 EXIT_PROGRAMS: Final = {None: "process_exits", 32: "process_exits_32"}
-#: The ring is emptied after so many processes while all are read.
+#: The ring is drained after so many processes of a full scan.
 DRAIN_EVERY: Final = 64
 MAX_IGNORED: Final = 65_536
 
 
 class _Known:
-    """A process that something was said of: its start, and what the map was told of it."""
+    """A process that records were about: its start, and its introduction record."""
 
     __slots__ = ("intro", "renewed", "start_ns")
 
     def __init__(self, start_ns: int) -> None:
         self.start_ns = start_ns
-        #: None: it is not in the map, as far as this source told.
+        #: None: this source has not introduced it, so the mapping table does not have it.
         self.intro: ProcessRecord | None = None
-        #: When it was looked at last whether that still is true.
+        #: The number of the drain in which the introduction was last checked.
         self.renewed = 0
 
 
@@ -244,7 +244,7 @@ class PrebuiltSource:
                 yield self._small(RecordType.RANGE, seen, row.start, row.end)
 
     def _renew(self, known: _Known, look: Look, t_ns: int) -> Iterator[Record]:
-        """Introduces a process again if it is not any more what was told. Once for all that is drained together."""
+        """Introduces a process again if it is not what was reported any more. Checked once in each drain."""
         if known.intro is None or known.renewed == self._drains:
             return
         known.renewed = self._drains
@@ -277,7 +277,7 @@ class PrebuiltSource:
         if flags == UNKNOWN_FLAGS:
             status = self._reader.proc.status(pid)
             if isinstance(status, Miss) or status.tgid != pid:
-                return  # a thread, or gone before anybody could tell
+                return  # a thread, or ended before it could be read
         shares_mm = bool(flags & CLONE_VM and flags != UNKNOWN_FLAGS)
         # One that is gone already began now; no other source will name it.
         child = self._known[pid] = _Known(seen.t_ns if isinstance(stat, Miss) else stat.start_ns)
@@ -356,7 +356,7 @@ class PrebuiltSource:
         begun = self._known[seen.tgid].start_ns if start_ns is None else start_ns
         return RangeRecord(0, kind, flags, seen.tgid, seen.tid, begun, seen.t_ns, 0, 0, start, end)
 
-    # ---- readings -----------------------------------------------------------------------------
+    # ---- scans --------------------------------------------------------------------------------
 
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         scans: list[ProcessScan] = []
@@ -390,7 +390,7 @@ class PrebuiltSource:
         known.intro = scan.intro or known.intro
         is_shared = look.stat.threads > 1
         wanted = [one for one in scan.maps if one.key not in self._ignored]
-        # While anything is read every range is told (Report.RANGES), so what is covered now was not missed.
+        # During a scan every range is reported (Report.RANGES), so nothing before this `cover` was missed.
         for one in wanted:
             self._object.run("cover", pid, one.start, one.end, is_shared)
         if is_shared and not wanted:
@@ -410,7 +410,7 @@ class PrebuiltSource:
             self._ignored[key] = None
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:  # noqa: ARG002 - nobody else counts
-        """The map forgets it. Nothing is on its way: records and answers pass through one thread."""
+        """The mapping table forgets it. Nothing is in flight: records and verdicts pass through one thread."""
         known = self._known.get(pid)
         if known is not None and known.start_ns == start_ns:
             known.intro = None

@@ -159,7 +159,7 @@ class ProcessScan:
     end_ns: int
     intro: ProcessRecord | None = None
     maps: MapRows = field(default_factory=MapRows)
-    #: The highest count of mappings that made the kernel follow it; see `EventSource.untrack`.
+    #: Its activity generation when it was scanned; see `EventSource.untrack`.
     activity: int = 0
     #: A 32-bit process, whose calls are not seen.
     is_compat: bool = False
@@ -169,7 +169,7 @@ class ProcessScan:
     exec_id: int | None = None
     #: Processes with equal numbers share their address space; 0: not known.
     space: int = 0
-    #: A process that is not followed may share it.
+    #: An untracked process may share it.
     has_untracked_sharers: bool = False
 
 

@@ -53,14 +53,6 @@ ALLOWED = {
 _ALLOWED = re.compile("|".join(ALLOWED), re.MULTILINE)
 
 
-#: Modules whose docstrings are still to be gone through.
-LEFT = (
-    "sources/core.py",
-    "sources/legacy.py",
-    "sources/polling.py",
-)
-
-
 def old_words(texts: Iterable[Text]) -> list[str]:
     found = []
     for one in texts:
@@ -98,6 +90,6 @@ def test_the_pages_have_the_terms_of_the_glossary() -> None:
 
 
 def test_public_docstrings_have_the_terms_of_the_glossary() -> None:
-    texts = [one for one in public_docstrings() if not one.path.endswith(LEFT)]
+    texts = list(public_docstrings())
     assert len(texts) > 1000
     assert old_words(texts) == []
