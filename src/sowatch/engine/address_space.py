@@ -304,7 +304,7 @@ class AddressSpace:
 
 
 class ProcessState:
-    """A process the kernel follows for us, and what is known of it."""
+    """A tracked process, and what is known of it."""
 
     __slots__ = (
         "_record",

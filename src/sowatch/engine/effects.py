@@ -23,7 +23,7 @@ LIVE = Causes("mmap", "munmap")
 
 
 class Effects:
-    """What follows from one input of `sowatch.engine.table.MappingTable`; the owner carries it out.
+    """What one input of `sowatch.engine.table.MappingTable` results in; the owner carries it out.
 
     Attributes:
         changes: loads and unloads to publish, in order.

@@ -159,7 +159,7 @@ class Inspector:
         self._on_done = on_done
         self._known: LRUCache[Version, FileFacts] = LRUCache(MAX_FACTS)
         self._read: LRUCache[Content, FileFacts] = LRUCache(MAX_FACTS)
-        #: Files that may be being written: when to look again, and when the pause after that ends.
+        #: Files that may be being written: when to read them again, and when the pause after that ends.
         self._unfinished: dict[FileId, tuple[float, float]] = {}
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
@@ -179,7 +179,7 @@ class Inspector:
         thread.start()
 
     def relieve(self, now_s: float) -> None:
-        """Further threads for what waits behind looks that take long; to be called some fifty times a second."""
+        """Adds threads for files that wait behind long reads; to be called some fifty times a second."""
         with self._lock:
             busy = sum(now_s - look.since_s > BUSY_S for look in self._looking.values())
             waiting = len(self._under_way) - len(self._looking)

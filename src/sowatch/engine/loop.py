@@ -1,7 +1,7 @@
-"""The thread that drains the kernel: it turns round for its `Reconciler`, and answers what others ask about the map.
+"""The thread that drains the source: runs its `Reconciler`, and answers queries of the mapping table.
 
-It never runs user code, reads no file but ``/proc`` and waits for nobody, so that the ring is emptied as fast as one
-thread can.
+It never runs user code, reads no file but ``/proc`` and waits for no other thread, so that the ring is drained as fast
+as one thread can.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Engine:
         self.wake.close()
 
     def ask(self, question: Callable[[], T], *, synced: bool = True) -> T:
-        """Answers a question about the map on the engine's thread.
+        """Answers a query of the mapping table on the engine's thread.
 
         Args:
             question: what to call there.
@@ -173,10 +173,10 @@ class Engine:
         unread, now_s = self._source.unread, time.monotonic()
         return {pid: now_s - since_s for pid in unread if pid and (since_s := unread.since_s(pid)) is not None}
 
-    # ---- questions about the map, on the thread: see `ask` -----------------------------------------
+    # ---- queries of the mapping table, on the thread: see `ask` ------------------------------------
 
     def view(self, pid: int | None = None) -> View:
-        """The map for an audit: of one process, or of all."""
+        """The mapping table for an audit: of one process, or of all."""
         found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
         for process in self._of(pid):
             if not process.is_announced:

@@ -17,7 +17,7 @@ Range: TypeAlias = tuple[int, int]
 
 
 class Held(NamedTuple):
-    """One file in one process, as the map has it; ``ranges`` as `sowatch.engine.address_space.Mapping` has them."""
+    """One file in one process, by the mapping table; ``ranges`` as in `sowatch.engine.address_space.Mapping`."""
 
     file_id: FileId
     path: str
@@ -25,12 +25,12 @@ class Held(NamedTuple):
     range_count: int | None = None
 
 
-#: What the map says, by pid; a process that is only passing through (vfork) has None.
+#: The mapping table, by pid; a transient vfork child has None.
 View = Mapping[int, tuple[ProcessId, list[Held]] | None]
 
 
 class KnownFile(NamedTuple):
-    """One file in one process, as the map has it. ``load`` is None if it was not reported."""
+    """One file in one process, by the mapping table. ``load`` is None if it was not reported."""
 
     name: MappedFile
     kind: Kind
@@ -41,7 +41,7 @@ class KnownFile(NamedTuple):
 
 
 class KnownProcess(NamedTuple):
-    """One process that the map knows, since ``since_ns`` (CLOCK_MONOTONIC)."""
+    """One process of the mapping table, known since ``since_ns`` (CLOCK_MONOTONIC)."""
 
     process: Process
     since_ns: int

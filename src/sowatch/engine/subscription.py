@@ -203,7 +203,7 @@ class Subscription:
             self._signal()
 
     def end(self) -> None:
-        """The last word."""
+        """Hands over what is left, and ends the queue."""
         self._is_closed = True
         self.hand_over()
         self._queue.put(None)

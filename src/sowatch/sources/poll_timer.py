@@ -27,7 +27,7 @@ ItimerSpec = ctypes.c_long * 4
 
 
 class PollTimer:
-    """When to look: every ``poll_interval_s``, or as much rarer as ``poll_cpu_percent`` asks for.
+    """When to poll: every ``poll_interval_s``, or as much rarer as ``poll_cpu_percent`` asks for.
 
     Args:
         config: both.

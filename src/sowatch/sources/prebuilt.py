@@ -175,7 +175,7 @@ class PrebuiltSource:
         if not seen:
             return []
         self._drains += 1
-        # The last time a process became another one: what it had mapped before cannot be looked up.
+        # The last exec of each process: what it had mapped before cannot be looked up.
         renewed = {one.tgid: place for place, one in enumerate(seen) if one.type == SEEN_EXEC}
         looks: dict[int, Look | None] = {}
 
@@ -279,7 +279,7 @@ class PrebuiltSource:
             if isinstance(status, Miss) or status.tgid != pid:
                 return  # a thread, or ended before it could be read
         shares_mm = bool(flags & CLONE_VM and flags != UNKNOWN_FLAGS)
-        # One that is gone already began now; no other source will name it.
+        # If the child has ended already its start is now: no other source will name it.
         child = self._known[pid] = _Known(seen.t_ns if isinstance(stat, Miss) else stat.start_ns)
         if parent is None or parent.intro is None:
             if isinstance(stat, Miss):
@@ -342,7 +342,7 @@ class PrebuiltSource:
                     yield record
 
     def _on_exit(self, seen: SeenRecord) -> Iterator[Record]:
-        # Before 6.16 each thread has given up its address space by then; so the last one's word finds none left.
+        # Before 6.16 each thread has left its mm by then, so at the record of the last one none is left.
         if not seen.is_group_dead and not isinstance(self._reader.proc.live_thread(seen.tgid), Miss):
             return
         self._processes.delete(struct.pack("=I", seen.tgid))

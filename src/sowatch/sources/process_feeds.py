@@ -165,7 +165,7 @@ class PolledProcessFeed:
         return -1 if self._timer is None else self._timer.fileno()
 
     def drain(self) -> list[ProcessEvent]:
-        """Looks if it is time: exits, then per process fork and exec, parents first."""
+        """Polls if it is due: exits, then per process fork and exec, parents first."""
         if self._timer is None or not self._timer.is_due():
             return []
         with self._timer.look():

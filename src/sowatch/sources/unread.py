@@ -55,7 +55,7 @@ class _Hang:
 
 
 class UnreadProcesses:
-    """Reads processes with a deadline, and knows which ones hang. One thread scans; any may look who is in it.
+    """Reads processes with a deadline, and knows which ones hang. One thread scans; any may read which are in it.
 
     Attributes:
         cpu_s: CPU seconds that scans took on helper threads.

@@ -273,16 +273,16 @@ class Watcher:
         ]
 
     def audit(self) -> AuditReport:
-        """Compares the map with an independent scan of ``/proc``, every live process tried.
+        """Compares the mapping table with an independent scan of ``/proc``, every live process tried.
 
-        A difference counts if it is still there after a few looks some 50 ms apart. Takes about as
+        A difference counts if it is still there after a few scans some 50 ms apart. Takes about as
         long as reading every process's maps; `set_rules` waits for it. Any thread but a callback's may ask.
 
         Raises:
             SowatchError: the watch is not running.
         """
         engine = self._running_engine()
-        with self._changing_rules:  # the map must not follow others in the middle of it
+        with self._changing_rules:  # the rules of the mapping table must not change during it
             report = audit(lambda: engine.ask(engine.view), self._asked_anew(), self._rules, lambda: engine.unread)
         with self._audit_lock:
             self._audits += 1
@@ -292,8 +292,8 @@ class Watcher:
     def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
         """The decision trail of one process or one file: what was seen of it, and why no more.
 
-        Reads ``/proc``, the map, what the kernel side remembers, and the files themselves, each of
-        which is given up after 2 s. Changes nothing. Any thread but a callback's may ask.
+        Reads ``/proc``, the mapping table, the kernel side's verdicts, and the files, each of which
+        is given up after 2 s. Changes nothing. Any thread but a callback's may ask.
 
         Args:
             target: a pid, or the path of a file as this process sees it; the file may be gone.
