@@ -1,6 +1,6 @@
-"""Why is it, or is it not, in the map? The decision trail of one process or one file.
+"""Why is it, or is it not, in the mapping table? The decision trail of one process or one file.
 
-`explain` reads ``/proc``, the map, the kernel side's memory and the files themselves; what it finds is put
+`explain` reads ``/proc``, the mapping table, the kernel side's verdicts and the files; what it finds is put
 together by pure functions (``assemble``) into frozen records (``records``). It changes nothing, runs no user code,
 and gives up on a file system that does not answer.
 """

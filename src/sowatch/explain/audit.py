@@ -1,7 +1,7 @@
-"""Is the map right? An independent scan of ``/proc``, compared with it.
+"""Is the mapping table right? An independent scan of ``/proc``, compared with it.
 
 Nothing here uses the kernel side: rows come from ``/proc/PID/maps``, so a fault of the programs, the records or the
-map shows as a difference.
+mapping table shows as a difference.
 
 Rows and mappings are compared by address and inode, never by path: ``/proc`` shows a path as the
 reader sees it, and on overlayfs another device than the real one.
@@ -39,9 +39,9 @@ READ_TIMEOUT_S: Final = 1.0
 
 
 class Difference(Struct, frozen=True):
-    """Something that the map and ``/proc`` do not agree on.
+    """Something that the mapping table and ``/proc`` do not agree on.
 
-    ``missing``: mapped, and not in the map. ``extra``: in the map, and not mapped.
+    ``missing``: mapped, and not in the table. ``extra``: in the table, and not mapped.
     """
 
     kind: Literal["missing", "extra"]
@@ -78,10 +78,10 @@ def audit(
     """Compares all live processes.
 
     Args:
-        look: gives the map as it is now, everything on its way taken in.
+        look: returns the mapping table as it is now, with every record applied.
         proc: where to read.
-        rules: which files the map should have.
-        unread: gives the processes that the watch itself could not read.
+        rules: which files the table should have.
+        unread: returns the processes that the watch itself could not read.
         only: just this one.
     """
     begun = time.monotonic()
@@ -162,12 +162,12 @@ def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Diffe
 def _missing(
     pid: int, held: Iterable[Held], images: _Images, rules: RuleSet, rows: Collection[MapRow]
 ) -> set[Difference]:
-    """Rows of wanted files that the map does not have."""
+    """Rows of wanted files that the table does not have."""
     found: set[Difference] = set()
     ours = sorted(span for one in held if one.range_count is None for span in one.ranges)
     starts = [start for start, _ in ours]
     reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
-    # Of a file with very many ranges the map has the first, and what spans the others.
+    # Of a file with very many ranges the table has the first, and what spans the others.
     wide = [(one.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
     tentatives = root = None
     for row in rows:

@@ -1,4 +1,4 @@
-"""Collects what an explanation is made of: `/proc`, the map, the kernel side's memory, the files.
+"""Collects what an explanation is made of: `/proc`, the mapping table, the kernel side's verdicts, the files.
 
 Runs on the caller's thread; whatever may hang is done by a `TimeoutWorker`.
 """
@@ -70,7 +70,7 @@ class ExplainContext(Struct, frozen=True):
     ask_map: Callable[[int | None, Callable[[MappedFile], bool]], Known]
     view: Callable[[int], View]
     is_repaired: Callable[[], bool]
-    #: Whether the map is made of what ``/proc`` shows us, so that it lacks processes that may not be read.
+    #: Whether the mapping table is from what ``/proc`` shows us, so that it lacks processes that may not be read.
     reads_proc: bool = False
 
     @property
@@ -119,7 +119,7 @@ def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -
         facts = _facts_of(context.proc, first, worker)
         groups = () if isinstance(facts.maps, Miss) else facts.maps
         memory = _memory(context, known, {group.inode for group in groups})
-    # Who would look through its own link to a mapping waits behind the same lock.
+    # Opening a mapping by its link in /proc waits for the same lock.
     is_unread = known.unread_since_s is not None
     looks = dict.fromkeys(groups, _NO_ANSWER) if is_unread else _looks(groups, facts, known, context, worker)
     differences = _differences(pid, context)
@@ -254,7 +254,7 @@ def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> 
         )
     kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
     if not context.reads_proc and isinstance(context.rules.match(facts.resolved, kind, look.exports), Rule):
-        unreadable, is_hidden = 0, False  # the map has all that is wanted, of whatever process
+        unreadable, is_hidden = 0, False  # the mapping table has all that is wanted, of every process
     return path_report(
         facts, ids, mapped, known.own_view_id, memory, look, context.rules, unreadable=unreadable, is_hidden=is_hidden
     )
@@ -347,7 +347,7 @@ def _mapped(
     """Every process that has the file mapped, or another one under its path."""
     proc = context.proc
     file_ids = {one.id for one in ids}
-    # Below an overlay the map may know the file by another number than /proc shows.
+    # Below an overlay the mapping table may have the file under another number than /proc shows.
     by_map = {pid for pid, one in known.processes.items() if any(file.name.file_id in file_ids for file in one.files)}
     for pid in sorted(near.keys() | by_map):
         rows = _resolved(proc, pid, proc.executable_maps(pid) if pid in by_map else near[pid], worker)

@@ -94,7 +94,7 @@ def group_rows(rows: Iterable[MapRow], root: str) -> tuple[Group, ...]:
 
 
 class FilesByAddress:
-    """The files that the map has in one process, to be found by what ``/proc`` shows of them."""
+    """The files of one process by the mapping table, to be found by what ``/proc`` shows of them."""
 
     __slots__ = ("_ends", "_spans", "_wide")
 

@@ -132,7 +132,7 @@ def _state(about: Stat) -> str:
 
 
 def _record(proc: ProcFs, about: Stat) -> Process:
-    """A process that the map does not know, from what every user may read: no link is resolved, no cgroup reported."""
+    """A process without published loads, from what every user may read: no link is resolved, no cgroup reported."""
     status = proc.status(about.pid)
     return Process(
         pid=about.pid,

@@ -39,9 +39,9 @@ Range: TypeAlias = tuple[int, int]
 #: were not found, and the search was given up because the file contradicts itself or passes the limit of work.
 Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "exports_given_up", "earlier_rule"]
 #: Why no load of a mapping is reported: no rule wants it; the watch was narrowed down to other processes;
-#: a vfork child that is only passing through; its file's facts are still being read; it was there
+#: a transient vfork child; its file's facts are still being read; it was there
 #: before a watch that was to leave that out; its exports could not be read when it was loaded;
-#: or it is not in the map, though it should be.
+#: or it is not in the mapping table, though it should be.
 NotReportedReason: TypeAlias = Literal[
     "no_rule", "not_selected", "passing", "awaiting_facts", "baseline", "unresolved", "not_in_map"
 ]
@@ -51,8 +51,8 @@ ElfState: TypeAlias = Literal[
 ]
 #: By which way a file was opened; see `Try`.
 By: TypeAlias = Literal["map_files", "root", "own_view", "layer"]
-#: Where the FileId is from: the map, an answer that the kernel side remembers, or ``/proc`` (or stat),
-#: which knows another device on overlayfs and btrfs, and the generation only if the file can be asked.
+#: Where the FileId is from: the mapping table, a verdict of the kernel side, or ``/proc`` (or stat), which
+#: shows another device on overlayfs and btrfs, and the generation only if the file can be opened.
 IdSource: TypeAlias = Literal["map", "verdict", "proc"]
 #: How a mapped file is related to a path: it is that file under that path; that file under another
 #: name; another file under that path; a deleted file that had that path; a file of which it cannot be determined.
@@ -140,7 +140,7 @@ class MappingReport(Struct, frozen=True):
     """One file that a process has mapped executable, by ``/proc``, and what became of it.
 
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
-    ``rules`` has all answers. ``differences`` are ranges that the map has not. ``ranges`` and
+    ``rules`` has all answers. ``differences`` are ranges that the mapping table has not. ``ranges`` and
     ``range_count`` are as in `sowatch.LibraryEvent`. ``unprobed``: why some of its mappings take no probes.
     ``attachments`` are put in by what attaches, such as the agent.
     """
@@ -169,10 +169,10 @@ class ProcessReport(Struct, frozen=True):
     (32-bit: nothing is seen, it is read again and again), ``static`` (no dynamic loader),
     ``nothing_wanted`` (no rule wants any of its files), ``no_files``, ``unread`` (the kernel does
     not answer who reads its mappings: what is known may be old), ``unrepaired`` (records were lost
-    and the map is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
+    and the mapping table is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
 
-    ``known`` is None if the map does not know it. ``extra`` is in the map and not mapped. ``withheld`` counts the files
-    of the map that no load event names, where those are left out.
+    ``known`` is None if the mapping table lacks it. ``extra`` is in the table and not mapped. ``withheld`` counts the
+    files of the table that no load event names, where those are left out.
     """
 
     process: Process
@@ -199,8 +199,8 @@ class Candidate(Struct, frozen=True):
 class MappedIn(Struct, frozen=True):
     """A process that has the file, or another one under its path, mapped executable.
 
-    ``seen`` is None if no load was reported; ``in_map`` says whether the map has it nevertheless. ``unprobed`` as of
-    `MappingReport`.
+    ``seen`` is None if no load was reported; ``in_map``: whether the mapping table has it nevertheless. ``unprobed`` as
+    of `MappingReport`.
     """
 
     process: Process
