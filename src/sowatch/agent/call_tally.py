@@ -126,7 +126,7 @@ class CallTally:
                     self._sums.pop(key, None)
 
     def note_sites(self, counter: CallCounter) -> None:
-        """After a file was attached: it may be detached before anybody looks again."""
+        """After a file was attached: it may be detached before the next `take`."""
         with self._lock:
             counted = self._counted.get(counter)
             if counted is not None:

@@ -47,7 +47,7 @@ __all__ = ["Daemon"]
 
 LOG = logging.getLogger("sowatch.agent")
 
-#: The main thread looks round this often even if nothing has happened.
+#: The main thread wakes up this often even if nothing has happened.
 _TURN_S: Final = 1.0
 #: A draining thread that has not gone round for so long hangs: the watchdog is not fed any more.
 _HANGS_S: Final = 20.0
@@ -202,7 +202,7 @@ class Daemon:
             self._allow_hosts(self._settings)
             served.append((sockets[1], app.for_tcp(self._allowed_hosts)))
         self._http = HttpThread(served, beside=[hub.run])
-        # The watch ends first, which ends the streams of events; they get its last word.
+        # The watch ends first, which ends the streams of events; they get its last event.
         stack.callback(self._http.stop)
         stack.callback(self._watcher.stop)
         # The streams of pages end with the inventory.
@@ -210,7 +210,7 @@ class Daemon:
         self._http.start()
 
     def _allow_hosts(self, settings: Settings) -> None:
-        # In place: the check on the HTTP thread looks into this very set.
+        # In place: the check on the HTTP thread reads this very set.
         allowed = {name.lower() for name in (*self._own_hosts, *settings.allowed_hosts)}
         self._allowed_hosts |= allowed
         self._allowed_hosts &= allowed

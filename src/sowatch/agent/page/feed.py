@@ -1,7 +1,7 @@
 """What the page gets: everything once, then each second what has changed, as server-sent events.
 
-One task looks and encodes for all clients, and only while there are any. A client that cannot keep up misses changes
-and then gets everything anew; nobody waits for it, and nothing is kept for it.
+One task takes the view and encodes it for all clients, and only while there are any. A client that cannot keep up
+misses changes and then gets everything anew; nothing waits for it, and nothing is kept for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Two pictures, drawn as SVG elements: loads over time, and the libraries that most processes share.
+// Two charts, drawn as SVG elements: loads over time, and the libraries that most processes share.
 
 import { lasting, visible } from "./text.js";
 

@@ -2,11 +2,11 @@
 
 import { restored } from "./text.js";
 
-const SILENCE_MS = 10_000; // the agent says something every second
+const SILENCE_MS = 10_000; // the agent sends something every second
 const FIRST_PAUSE_MS = 500;
 const LAST_PAUSE_MS = 10_000;
 
-/** The latest of all that was told. */
+/** The latest of all that was sent. */
 export class Inventory {
   libraries = new Map();
   processes = new Map();

@@ -1,4 +1,4 @@
-// Puts the page together: what is told goes into tables and pictures, what is chosen stands in the address.
+// Puts the page together: events go into tables and charts, what is chosen stands in the address.
 
 import { drawRates, drawSharers } from "./charts.js";
 import { ask, explanation, explanationOf, libraryFacts, processFacts } from "./details.js";
@@ -14,7 +14,7 @@ const VIEWS = {
   libraries: {
     order: "holders",
     isDown: true,
-    // All that a search looks at; names are searched as they are shown, too.
+    // All that a search covers; names are searched as they are shown, too.
     words: (row) => [row.path, visible(row.path), row.build_id, row.soname, ...row.containers],
     isStale: (row) => row.stale !== null,
     columns: [
@@ -176,7 +176,7 @@ follow({
     inventory = latest;
     showState("live");
     if (isFirst) showAddress();
-    // A page in the background draws nothing until it is looked at.
+    // A page in the background draws nothing until it is shown.
     if (!isDue) requestAnimationFrame(redraw);
     isDue = true;
   },

@@ -7,7 +7,7 @@ const SPARE_ROWS = 10;
 
 /**
  * columns: { key, title, cell(row) -> Node or text, order(row) -> what is sorted by, className, descends }
- * Rows carry `number`. `sorted(key, isDown)` is told when a head is used.
+ * Rows carry `number`. `sorted(key, isDown)` is called when a head is used.
  */
 export class Table {
   #columns;

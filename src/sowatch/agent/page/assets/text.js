@@ -1,4 +1,4 @@
-// Text that others chose, made safe to look at; times and ids for people; elements without markup.
+// Text that others chose, made safe to show; times and ids for people; elements without markup.
 
 // What does not print as itself, and the backslash of the escapes: names look as they do in the terminal.
 const UNPRINTABLE = /[\p{C}\p{Z}\\]/gu;
