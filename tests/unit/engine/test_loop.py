@@ -1,0 +1,652 @@
+"""Engine: its thread takes records in, answers questions in turn, and when it ends everybody is told.
+
+The source is a descriptor and records that a test puts there; table, publisher and reconciler are the real ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sowatch.engine import loop
+from sowatch.engine.activation import FileRegistry
+from sowatch.engine.file_inspector import FileFacts
+from sowatch.engine.loop import Engine
+from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.reconciler import Reconciler
+from sowatch.engine.subscription import Subscription
+from sowatch.engine.table import MappingTable
+from sowatch.linux.wake import Wake
+from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.errors import SowatchError
+from sowatch.model.events import Load, Ready, Stopped
+from sowatch.model.rules import Rule, RuleSet
+from sowatch.model.stats import Losses
+from support.records import PAGE, Proc, scan
+from support.tracking import LIBC, SSL
+
+NGINX, CURL = Proc(10), Proc(11)
+RULES = RuleSet([Rule("libssl", name="tls")])
+
+
+class KnowsAll:
+    """An inspector that has read every file."""
+
+    def known(self, _: object) -> FileFacts:
+        return FileFacts(True)
+
+    def take_finished(self) -> list[object]:
+        return []
+
+    def take_recovered(self) -> set[object]:
+        return set()
+
+
+class Unread(dict[int, float]):
+    """Whose mappings cannot be read, and since when."""
+
+    def since_s(self, pid: int) -> float | None:
+        return self.get(pid)
+
+    def take_readable(self) -> set[int]:
+        return set()
+
+
+class Source:
+    """One process that maps libssl and libc, and whatever a test puts into the ring."""
+
+    strategy, guarantee, hooks = "core", "exact", "syscall"
+    limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
+    attempts: tuple[object, ...] = ()
+    polls: Any = None
+    reports = record_limit = answer_clock = None
+
+    def __init__(self) -> None:
+        self._ring = Wake()
+        self._records: list[Any] = []
+        self.unread = Unread()
+        self.closes = 0
+        self.is_closed = threading.Event()
+        self.on_drain: Callable[[], None] = lambda: None
+        self.error: BaseException | None = None
+
+    def fileno(self) -> int:
+        return self._ring.fd
+
+    def put(self, *records: Any) -> None:
+        """Into the ring, of which nobody is told."""
+        self._records += records
+
+    def send(self, *records: Any) -> None:
+        self.put(*records)
+        self._ring()
+
+    def drain(self) -> list[Any]:
+        self.on_drain()
+        self._ring.clear()
+        taken, self._records = self._records, []
+        return taken
+
+    def scan_all(self) -> tuple[list[Any], list[Any]]:
+        if self.error is not None:
+            raise self.error
+        return [scan(NGINX, 10, 20, NGINX.map(SSL, t=10), NGINX.map(LIBC, 9 * PAGE, t=10), intro=True)], []
+
+    def scan_process(self, pid: int, meanwhile: object = None) -> None:
+        del pid, meanwhile
+
+    def losses(self) -> Losses:
+        return Losses()
+
+    def answer(self, keys: object, *, is_wanted: bool) -> None:
+        del keys, is_wanted
+
+    def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
+        del pid, start_ns, activity
+        return False
+
+    def tracked(self, pid: int) -> str:
+        return f"entry of {pid}"
+
+    def open_verdicts(self) -> str:
+        return "verdicts"
+
+    def close(self) -> None:
+        self.closes += 1
+        self._ring.close()
+        self.is_closed.set()
+
+
+class Watch:
+    """An engine, what it drives, and one reader of all its events."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.source = Source()
+        self.publisher = Publisher(RULES, FileRegistry(is_alive=lambda _: True), Selection(), proc_root="/proc")
+        self.publisher.inspector = KnowsAll()  # type: ignore[assignment]
+        self.reader: Subscription = self.publisher.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20)
+        table = MappingTable(RULES)
+        config = Config(max_records_s=NO_GUARD)
+        self.engine = Engine(
+            self.source,  # type: ignore[arg-type]
+            table,
+            self.publisher,
+            RULES,
+            config,
+            silent_baseline=silent,
+        )
+
+    def events(self) -> list[str]:
+        """All events up to the end."""
+        return [event.event for event in self.reader]
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    made = Watch()
+    yield made
+    made.source.on_drain = lambda: None
+    made.engine.stop()
+
+
+ENDED = r"the watch has ended\. Ask before stop\(\)\."
+
+
+# ---- from start to stop -------------------------------------------------------------------------
+
+
+def test_a_watch_reports_the_snapshot_then_ready_then_what_happens_and_stopped_last(watch: Watch) -> None:
+    ready = watch.engine.start()
+    assert isinstance(ready, Ready)
+    assert ready is watch.engine.ready
+    assert (ready.strategy, ready.guarantee, ready.hooks, ready.processes, ready.mappings) == (
+        "core",
+        "exact",
+        "syscall",
+        1,
+        1,
+    )
+    assert ready.limits == Source.limits
+
+    watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
+    assert watch.engine.ask(lambda: len(watch.publisher.published.where(lambda _: True))) == 2
+    watch.engine.stop()
+
+    found = list(watch.reader)
+    assert [one.event for one in found] == ["activate", "load", "ready", "load", "deactivate", "stopped"]
+    assert [(one.process.pid, one.cause) for one in found if isinstance(one, Load)] == [(10, "snapshot"), (11, "mmap")]
+    stopped = found[-1]
+    assert isinstance(stopped, Stopped)
+    assert (stopped.loads, stopped.unloads, stopped.lost) == (2, 0, 0)
+
+
+def test_what_comes_behind_the_last_turn_of_a_watch_that_is_stopped_is_reported(watch: Watch) -> None:
+    watch.engine.start()
+    drain = watch.source.drain
+
+    def put_behind() -> list[Any]:
+        taken = drain()
+        watch.source.drain = drain  # type: ignore[method-assign]
+        watch.source.put(CURL.intro(t=30), CURL.map(SSL, t=31))
+        return taken
+
+    def stop() -> None:
+        watch.engine._stop.set()
+        watch.source.drain = put_behind  # type: ignore[method-assign]
+
+    watch.engine.ask(stop, synced=False)
+    watch.engine.stop()
+    assert watch.events() == ["activate", "load", "ready", "load", "deactivate", "stopped"]
+
+
+def test_stop_may_come_again_and_before_the_start(watch: Watch) -> None:
+    assert not watch.engine.is_running
+    watch.engine.start()
+    assert watch.engine.is_running
+    watch.engine.stop()
+    assert not watch.engine.is_running
+    assert not watch.engine._thread.is_alive()  # type: ignore[union-attr]
+    watch.engine.stop()
+    assert watch.source.closes == 2  # whose close is safe to call again
+
+    other = Watch()
+    other.engine.stop()
+    assert other.source.closes == 1
+
+
+def test_a_silent_start_reports_no_load_of_what_is_mapped_already() -> None:
+    watch = Watch(silent=True)
+    watch.engine.start()
+    watch.engine.stop()
+    assert watch.events() == ["ready", "stopped"]
+
+
+def test_ready_names_at_most_five_processes_that_do_not_answer(watch: Watch) -> None:
+    watch.source.unread.update(dict.fromkeys(range(20, 27), 0.0))
+    assert watch.engine._unread_limits() == (
+        "processes that do not answer, to be read as soon as they do: 7 (20, 21, 22, 23, 24, ...)",
+    )
+    for pid in (20, 21):
+        del watch.source.unread[pid]
+    (limit,) = watch.engine._unread_limits()
+    assert limit.endswith(": 5 (22, 23, 24, 25, 26)")
+    watch.source.unread.clear()
+    assert watch.engine._unread_limits() == ()
+
+
+def test_a_process_is_unread_since_it_hung_and_not_if_it_answered_meanwhile(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 107.0))
+    watch.source.unread.update({0: 1.0, 20: 100.0, 21: None})  # type: ignore[dict-item]
+    # 0 stands for whoever it was; 21 was read again between the two looks.
+    assert watch.engine.unread == {20: 7.0}
+
+
+def test_the_poll_interval_is_that_of_a_source_that_polls(watch: Watch) -> None:
+    assert watch.engine.poll_interval_s is None
+    watch.source.polls = SimpleNamespace(interval_s=2.5)
+    assert watch.engine.poll_interval_s == 2.5
+    watch.source.polls = None
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def test_start_raises_what_the_snapshot_raised_and_readers_get_stopped(
+    watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch.source.error = OSError("no /proc")
+    with pytest.raises(OSError, match="no /proc"):
+        watch.engine.start()
+    assert watch.events() == ["stopped"]
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == ["the watch ended"]
+    with pytest.raises(SowatchError, match=ENDED):
+        watch.engine.ask(lambda: 1)
+
+
+def test_a_source_that_fails_ends_the_watch_and_every_question(
+    watch: Watch, caplog: pytest.LogCaptureFixture, wait_until: Any
+) -> None:
+    watch.engine.start()
+    second: list[BaseException] = []
+
+    def ask_second() -> None:
+        try:
+            watch.engine.ask(lambda: 1)
+        except SowatchError as error:
+            second.append(error)
+
+    asker = threading.Thread(target=ask_second, daemon=True)
+
+    def fail() -> None:
+        raise OSError("the ring is gone")
+
+    def while_it_is_answered() -> None:
+        asker.start()
+        wait_until(lambda: watch.engine._jobs)
+        watch.source.on_drain = fail
+
+    watch.engine.ask(while_it_is_answered, synced=False)
+
+    assert watch.events()[-2:] == ["deactivate", "stopped"]
+    asker.join()
+    (error,) = second
+    assert str(error) == "the watch has ended. Ask before stop()."
+    assert not watch.engine.is_running
+    assert "the watch ended" in caplog.text
+    assert "the ring is gone" in caplog.text
+
+
+def test_a_thread_that_hangs_is_left_to_itself_and_closes_the_source_when_it_ends(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, deadline: Any
+) -> None:
+    monkeypatch.setattr(loop, "STOP_S", 0.0)
+    watch.engine.start()
+    is_stuck, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        is_stuck.set()
+        goes_on.wait(deadline(60))
+
+    failures: list[str] = []
+
+    def ask() -> None:
+        try:
+            watch.engine.ask(hang, synced=False)
+        except SowatchError as error:
+            failures.append(str(error))
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    assert is_stuck.wait(deadline(10))
+
+    watch.engine.stop()
+
+    assert watch.source.closes == 0
+    assert not watch.engine.is_running
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == [
+        "the draining thread has not ended within 0 s; it is left to itself"
+    ]
+    with pytest.raises(SowatchError, match=ENDED):
+        watch.engine.ask(lambda: 1)
+    # Whoever has asked before is not left waiting for it.
+    asker.join(deadline(10))
+    assert failures == ["the watch has ended. Ask before stop()."]
+
+    goes_on.set()
+    assert watch.source.is_closed.wait(deadline(10))
+    assert watch.events()[-1] == "stopped"
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_on_the_engines_thread(watch: Watch) -> None:
+    watch.engine.start()
+    assert watch.engine.ask(lambda: threading.current_thread().name) == "sowatch-engine"
+
+
+@pytest.mark.parametrize(("synced", "expected"), [(True, [10, 11]), (False, [10])])
+def test_an_answer_has_what_is_in_the_ring_if_it_is_synced(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, synced: bool, expected: list[int]
+) -> None:
+    monkeypatch.setattr(loop, "TICK_S", 1e6)
+    watch.engine.start()
+    # Nothing has woken the thread for these yet.
+    watch.source.put(CURL.intro(t=30), CURL.map(SSL, t=31))
+    pids = watch.engine.ask(lambda: sorted(process.pid for process in watch.engine.mappings()), synced=synced)
+    assert pids == expected
+
+
+def test_what_a_question_raises_is_raised_where_it_was_asked_and_the_watch_goes_on(watch: Watch) -> None:
+    watch.engine.start()
+    with pytest.raises(KeyError, match="nobody"):
+        watch.engine.ask(lambda: {}["nobody"])
+    assert watch.engine.ask(lambda: 3) == 3
+
+
+def test_a_question_after_the_end_is_refused(watch: Watch) -> None:
+    watch.engine.start()
+    watch.engine.stop()
+    with pytest.raises(SowatchError, match=ENDED):
+        watch.engine.ask(lambda: 1)
+
+
+def test_a_question_waits_while_a_full_scan_rests_and_is_answered_after_it(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests = [True, True, True]
+    syncs: list[int] = []
+    monkeypatch.setattr(Reconciler, "is_resting", property(lambda _: bool(rests) and rests.pop()))
+    sync = Reconciler.sync
+    monkeypatch.setattr(Reconciler, "sync", lambda self: (syncs.append(len(rests)), sync(self))[1])
+    watch.engine.start()
+    rests[:] = [True]
+
+    assert watch.engine.ask(lambda: len(rests)) == 0
+
+    # It was put off once, and synced again when its turn came.
+    assert syncs == [1, 0]
+
+
+def test_a_question_that_need_not_be_synced_does_not_wait_for_a_rest(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reconciler, "is_resting", property(lambda _: True))
+    watch.engine.start()
+    assert watch.engine.ask(lambda: 1, synced=False) == 1
+    assert watch.engine._deferred == []
+
+
+def test_a_question_that_waits_for_a_rest_learns_of_the_end(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, deadline: Any
+) -> None:
+    is_deferred = threading.Event()
+
+    def is_resting(_: Reconciler) -> bool:
+        if watch.engine._jobs or is_deferred.is_set():
+            return True
+        is_deferred.set()
+        return True
+
+    monkeypatch.setattr(loop, "REST_S", 1e6)
+    watch.engine.start()
+    monkeypatch.setattr(Reconciler, "is_resting", property(is_resting))
+    failures: list[str] = []
+
+    def ask() -> None:
+        try:
+            watch.engine.ask(lambda: 1)
+        except SowatchError as error:
+            failures.append(str(error))
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    assert is_deferred.wait(deadline(10))
+    watch.engine.stop()
+    asker.join(deadline(10))
+    assert failures == ["the watch has ended. Ask before stop()."]
+
+
+def test_a_question_is_answered_at_last_though_a_full_scan_rests_and_rests(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, syncs = [100.0], []
+
+    def is_resting(_: Reconciler) -> bool:
+        now[0] += 0.01
+        return True
+
+    fake = SimpleNamespace(monotonic=lambda: now[0], time_ns=lambda: 1, sleep=lambda _: None)
+    monkeypatch.setattr(loop, "time", fake)
+    monkeypatch.setattr(loop, "TICK_S", 0.0)
+    monkeypatch.setattr(Reconciler, "is_resting", property(is_resting))
+    monkeypatch.setattr(Reconciler, "sync", lambda _: syncs.append(now[0]))
+    watch.engine.start()
+
+    begun_s = now[0]
+    assert watch.engine.ask(lambda: now[0]) >= begun_s + loop.REST_S
+    # It is tried again from time to time, not with each turn of the thread.
+    assert 3 < len(syncs) < 3 + loop.REST_S / (loop.DEFERRED_S - 0.02)
+
+
+# ---- the map ------------------------------------------------------------------------------------
+
+
+def test_a_view_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
+    watch.engine.start()
+    watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
+    assert sorted(watch.engine.ask(watch.engine.view)) == [10, 11]
+    view = watch.engine.ask(lambda: watch.engine.view(11))
+    ((process, held),) = filter(None, view.values())
+    assert (list(view), process.pid) == ([11], 11)
+    assert [(one.path, one.ranges, one.range_count) for one in held] == [(SSL.path, ((PAGE, 2 * PAGE),), None)]
+    assert watch.engine.ask(lambda: watch.engine.view(12)) == {}
+
+
+def test_a_process_on_its_way_to_exec_has_no_view(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch.engine.start()
+
+    def view_of_unannounced() -> Any:
+        (process,) = watch.engine._of(10)
+        monkeypatch.setattr(process, "is_announced", False)
+        try:
+            return watch.engine.view(10)
+        finally:
+            monkeypatch.undo()
+
+    assert watch.engine.ask(view_of_unannounced) == {10: None}
+
+
+def test_what_is_known_of_a_file_says_whether_it_is_selected_and_was_reported(watch: Watch) -> None:
+    watch.engine.start()
+    known = watch.engine.ask(lambda: watch.engine.known(10, lambda name: name.path == SSL.path))
+    (file,) = known.processes[10].files
+    assert (file.name.path, file.kind, file.ranges, file.is_selected) == (
+        SSL.path,
+        "library",
+        ((PAGE, 2 * PAGE),),
+        True,
+    )
+    assert file.load is not None
+    assert (file.load.rule, file.load.process.pid) == ("tls", 10)
+    assert (known.tracked, known.verdicts, known.is_silent_start) == ("entry of 10", "verdicts", False)
+
+    watch.publisher.selection = Selection(excluded_pids=frozenset({10}))
+    (file,) = watch.engine.ask(lambda: watch.engine.known(10, lambda _: True)).processes[10].files[:1]
+    assert not file.is_selected
+
+
+def test_of_all_processes_those_are_known_that_have_a_wanted_file(watch: Watch) -> None:
+    watch.engine.start()
+    watch.source.unread[10] = 1.5
+    everyone = watch.engine.ask(lambda: watch.engine.known(None, lambda _: False))
+    assert (dict(everyone.processes), everyone.tracked, everyone.unread_since_s) == ({}, None, None)
+    # The process that was asked for is there, whatever it has.
+    one = watch.engine.ask(lambda: watch.engine.known(10, lambda _: False))
+    assert [(pid, process.files) for pid, process in one.processes.items()] == [(10, ())]
+    assert one.unread_since_s == 1.5
+    watch.source.unread.clear()
+
+
+# ---- the round ----------------------------------------------------------------------------------
+
+
+def test_the_thread_ticks_once_a_second_even_if_nothing_happens(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, deadline: Any
+) -> None:
+    monkeypatch.setattr(loop, "TICK_S", 0.0)
+    ticks = threading.Semaphore(0)
+    monkeypatch.setattr(Reconciler, "tick", lambda _: ticks.release())
+    begun_s = watch.engine.last_iteration_s
+    watch.engine.start()
+    for _ in range(3):
+        assert ticks.acquire(timeout=deadline(10))
+    assert watch.engine.last_iteration_s > begun_s
+
+
+def test_in_a_storm_of_wakes_the_thread_pauses_so_that_records_come_together(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, pauses = [100.0], []
+
+    class Poller:
+        def __init__(self) -> None:
+            self.left = 3 * loop.BUSY_WAKES + 1
+
+        def poll(self, timeout_s: float) -> list[object]:
+            assert timeout_s >= 0
+            self.left -= 1
+            if not self.left:
+                watch.engine._stop.set()
+            now[0] += step_s
+            return []
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=pauses.append))
+    monkeypatch.setattr(watch.engine, "reconciler", QuietReconciler())
+    step_s = 0.0001
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert set(pauses) == {loop.BATCH_S}
+    assert len(pauses) in (2, 3)
+
+    pauses.clear()
+    watch.engine._stop.clear()
+    step_s = 2 * loop.BUSY_WINDOW_S
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert pauses == []
+
+
+class QuietReconciler:
+    """One that has nothing to do, and notes when it was called."""
+
+    is_resting = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def tick(self) -> None:
+        self.calls.append("tick")
+
+    def drain(self) -> None:
+        self.calls.append("drain")
+
+    def do_what_is_due(self, now: float) -> None:
+        del now
+        self.calls.append("due")
+
+    def next_work_at(self, next_tick: float) -> float:
+        return next_tick
+
+
+def test_each_turn_drains_and_then_does_what_is_due_with_one_tick_a_second(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+
+    class Poller:
+        def poll(self, _: float) -> list[object]:
+            now[0] += 0.25
+            if now[0] == 103.0:
+                watch.engine._stop.set()
+            return []
+
+    quiet = QuietReconciler()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(watch.engine, "reconciler", quiet)
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert quiet.calls == (["drain", "due"] * 4 + ["tick"]) * 2 + ["drain", "due"] * 4
+    assert watch.engine.last_iteration_s == 102.0
+
+
+def test_a_wake_is_heard_once_and_publishes_what_waited_for_facts(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes: list[float] = []
+    monkeypatch.setattr(watch.publisher, "flush", flushes.append)
+    watch.engine.wake()
+    watch.engine._on_wake()
+    assert len(flushes) == 1
+    with pytest.raises(BlockingIOError):  # nothing is left that would wake the thread again
+        os.eventfd_read(watch.engine.wake.fd)
+
+
+def test_a_poll_that_a_signal_interrupts_is_made_again(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[float] = []
+
+    class Poller:
+        def poll(self, timeout_s: float) -> list[tuple[int, int]]:
+            polls.append(timeout_s)
+            if len(polls) == 1:
+                raise InterruptedError
+            watch.engine._stop.set()
+            return []
+
+    monkeypatch.setattr(watch.engine, "reconciler", QuietReconciler())
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert len(polls) == 2
+
+
+def test_work_that_is_overdue_does_not_make_the_poll_wait_for_ever(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Poller:
+        def poll(self, timeout_s: float) -> list[tuple[int, int]]:
+            waits.append(timeout_s)
+            watch.engine._stop.set()
+            return []
+
+    late = QuietReconciler()
+    late.next_work_at = lambda _: -1e9  # type: ignore[method-assign]
+    monkeypatch.setattr(watch.engine, "reconciler", late)
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    # poll(2) takes a negative time for no limit.
+    assert waits == [0.0]
