@@ -1,0 +1,595 @@
+"""Inspector: which file is read, how often, what is kept of it, and what a read that hangs holds up.
+
+Files are real ones in this process's own view. The clock is the test's, and where a read has to hang, `find_mapped`
+waits for the test before it goes on to the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sowatch.engine import file_inspector
+from sowatch.engine.address_space import Change, MappedFile
+from sowatch.engine.file_inspector import FileFacts, Inspection, Inspector, host_path
+from sowatch.linux.elf_symbols import ExportSearch
+from sowatch.linux.proc import ProcFs
+from sowatch.model.events import Process
+from sowatch.model.identity import FileId
+from sowatch.model.rules import RuleSet
+from support.elf_files import Made
+from support.records import File, Proc
+
+ME = os.getpid()
+BUILD_ID = bytes(range(20)).hex()
+
+
+class Clock:
+    """The time as the inspector has it: two hours after now, so that no file is new, until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.file_age_s = 7200.0
+        self.files: list[Path] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time_ns(self) -> int:
+        newest = max((one.stat().st_ctime_ns for one in self.files if one.exists()), default=0)
+        return newest + int(self.file_age_s * 1e9)
+
+
+class Gate:
+    """Holds reads of some processes or files until a test lets them go on."""
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self._real = real
+        self._held: dict[str, threading.Event] = {}
+        self.arrived = threading.Semaphore(0)
+        self.calls: list[tuple[str, bool]] = []
+        #: Names of files, by pid, whose reads wait for the file system and not for the process.
+        self.at_file: set[str] = set()
+
+    def hold(self, name: str) -> threading.Event:
+        self._held[name] = threading.Event()
+        return self._held[name]
+
+    def __call__(self, proc: ProcFs, pid: int, file_id: FileId, path: str, *args: Any, **options: Any) -> Any:
+        name = os.path.basename(path)
+        self.calls.append((name, options["skips_process"]))
+        event = None if options["skips_process"] else self._held.get(name)
+        if event is not None:
+            if name in self.at_file:
+                options["on_file"]()
+            self.arrived.release()
+            event.wait()
+        return self._real(proc, ME if pid else 0, file_id, path, *args, **options)
+
+    def open_all(self) -> None:
+        for event in self._held.values():
+            event.set()
+
+
+class Reader:
+    """An inspector and what it has been asked for."""
+
+    def __init__(self, gate: Gate, clock: Clock, wait_s: float) -> None:
+        self._gate, self.clock, self._wait_s = gate, clock, wait_s
+        self._inspectors: list[Inspector] = []
+        self._done = threading.Semaphore(0)
+        self.inspector = self.make()
+
+    def make(self, *exports: str) -> Inspector:
+        made = Inspector(proc=ProcFs(), exports=frozenset(exports), on_done=self._done.release)
+        self._inspectors.append(made)
+        self.inspector = made
+        return made
+
+    def ask(self, name: MappedFile, *, pid: int = ME, is_own_view: bool = True) -> Inspection:
+        change = Change(True, "mmap", 1, Process(pid, 5), "library", name, ())
+        return self.inspector.inspect(change, is_own_view=is_own_view, now_s=self.clock.now_s)
+
+    def wait_done(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self._done.acquire(timeout=self._wait_s)
+
+    def wait_held(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self._gate.arrived.acquire(timeout=self._wait_s)
+
+    def read(self, name: MappedFile, **options: Any) -> FileFacts:
+        inspection = self.ask(name, **options)
+        self.wait_done()
+        assert inspection.facts is not None
+        return inspection.facts
+
+    def end(self) -> None:
+        self._gate.open_all()
+        for inspector in self._inspectors:
+            inspector.close(self._wait_s)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(file_inspector, "time", made)
+    return made
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    made = Gate(file_inspector.find_mapped)
+    monkeypatch.setattr(file_inspector, "find_mapped", made)
+    return made
+
+
+@pytest.fixture
+def reader(gate: Gate, clock: Clock, deadline: Any) -> Iterator[Reader]:
+    made = Reader(gate, clock, deadline(10))
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def file(tmp_path: Path, clock: Clock) -> Callable[..., MappedFile]:
+    """``file(name, content)`` writes a file and gives it as a process has it mapped."""
+
+    def make(name: str = "lib.so", content: bytes | None = None, *, inode: int | None = None) -> MappedFile:
+        path = tmp_path / name
+        if content is None:
+            content = Made().data()
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+        clock.files.append(path)
+        return name_of(path, inode)
+
+    return make
+
+
+def name_of(path: Path, inode: int | None = None, changed_ns: int | None = None) -> MappedFile:
+    status = path.stat()
+    row = Proc().map(File(str(path)))
+    row = row._replace(changed_ns=status.st_ctime_ns if changed_ns is None else changed_ns)
+    file_id = FileId(os.major(status.st_dev), os.minor(status.st_dev), inode or status.st_ino)
+    return MappedFile(row._replace(file_id=file_id), RuleSet([]))
+
+
+NAMES = Any
+
+
+# ---- what a file says ---------------------------------------------------------------------------
+
+
+def test_a_library_says_its_build_id_and_soname_and_where_it_was_found(reader: Reader, file: NAMES) -> None:
+    facts = reader.read(file())
+    assert (facts.is_elf, facts.build_id, facts.soname, facts.place) == (True, BUILD_ID, "libmade.so.1", "own")
+    assert (facts.is_partial, facts.exports) == (False, None)
+
+
+def test_a_file_that_is_no_elf_file_says_that_it_is_none(reader: Reader, file: NAMES) -> None:
+    facts = reader.read(file(content=b"#!/bin/sh\n"))
+    assert (facts.is_elf, facts.build_id) == (False, None)
+
+
+@pytest.mark.parametrize("way", ["gone", "another file", "a FIFO"])
+def test_what_is_not_that_very_file_is_not_read(reader: Reader, file: NAMES, tmp_path: Path, way: str) -> None:
+    if way == "gone":
+        name = file()
+        (tmp_path / "lib.so").unlink()
+    elif way == "another file":
+        name = file(inode=1)
+    else:
+        os.mkfifo(tmp_path / "lib.so")
+        name = name_of(tmp_path / "lib.so")
+    # Nobody writes to the FIFO: who opened it to read would wait for ever.
+    assert reader.read(name) == FileFacts()
+    assert reader.inspector.known(name) is None
+
+
+def test_only_the_exports_that_rules_ask_for_are_looked_up(reader: Reader, file: NAMES) -> None:
+    reader.make("made_read", "made_missing")
+    assert reader.read(file()).exports == frozenset({"made_read"})
+
+
+@pytest.mark.parametrize("content", [b"text", Made().data()[:100]], ids=["no ELF file", "a header alone"])
+def test_exports_of_what_has_none_are_not_made_up(reader: Reader, file: NAMES, content: bytes) -> None:
+    reader.make("made_read")
+    assert not reader.read(file(content=content)).exports
+
+
+def test_a_search_for_exports_that_passed_its_budget_makes_the_facts_partial(
+    reader: Reader, file: NAMES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = ExportSearch(frozenset({"made_read"}), "more than 1 MB would have to be read")
+    monkeypatch.setattr(file_inspector, "search_exports", lambda _fd, _names: spent)
+    reader.make("made_read", "made_write")
+    facts = reader.read(file())
+    assert (facts.is_partial, facts.exports, facts.build_id) == (True, frozenset({"made_read"}), BUILD_ID)
+
+
+@pytest.mark.parametrize("step", ["read_facts", "search_exports"])
+def test_what_the_kernel_could_not_read_is_unknown_and_may_be_read_again(
+    reader: Reader, file: NAMES, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise file_inspector.ElfError("an error of the disk")
+
+    reader.make("made_read")
+    with monkeypatch.context() as broken:
+        broken.setattr(file_inspector, step, fail)
+        facts = reader.read(file())
+        assert (facts.is_elf, facts.exports) == ({"read_facts": None, "search_exports": True}[step], None)
+    if step == "read_facts":
+        assert reader.read(file()).exports == frozenset({"made_read"})
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_once_for_all_its_names_and_known_from_then_on(
+    reader: Reader, file: NAMES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    real = file_inspector.read_facts
+    monkeypatch.setattr(file_inspector, "read_facts", lambda fd: (parsed.append(fd), real(fd))[1])
+    file()
+    os.link(tmp_path / "lib.so", tmp_path / "again.so")
+    names = [name_of(tmp_path / "lib.so"), name_of(tmp_path / "again.so")]
+    assert [reader.inspector.known(name) for name in names] == [None, None]
+
+    facts = [reader.read(name) for name in names]
+
+    assert facts[0].build_id == facts[1].build_id == BUILD_ID
+    assert len(parsed) == 1
+    assert [reader.inspector.known(name).build_id for name in names] == [BUILD_ID] * 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("changed_ns", [0, -3, 12345], ids=["unknown", "of a scan of maps", "another"])
+def test_facts_are_not_kept_for_a_version_that_may_be_another_one(
+    reader: Reader, file: NAMES, tmp_path: Path, changed_ns: int
+) -> None:
+    file()
+    name = name_of(tmp_path / "lib.so", changed_ns=changed_ns)
+    assert reader.read(name).build_id == BUILD_ID
+    assert reader.inspector.known(name) is None
+
+
+def test_a_file_with_other_content_is_read_anew(reader: Reader, file: NAMES) -> None:
+    first = file()
+    assert reader.read(first).build_id == BUILD_ID
+    made = Made()
+    made.build_id = b"\xaa" * 20
+    made.soname = b"libmade.so.2-longer"
+    second = file(content=made.data())
+    assert first.file_id == second.file_id
+    assert reader.inspector.known(second) is None
+    assert reader.read(second).build_id == "aa" * 20
+
+
+def test_one_read_serves_all_who_wait_for_that_file(reader: Reader, gate: Gate, file: NAMES) -> None:
+    goes_on = gate.hold("lib.so")
+    first = reader.ask(file())
+    reader.wait_held()
+    second = reader.ask(file(), pid=ME + 1)
+    assert first is second
+    assert (first.facts, reader.inspector.take_finished()) == (None, [])
+    goes_on.set()
+    reader.wait_done()
+    assert reader.inspector.take_finished() == [first]
+    assert reader.inspector.take_finished() == []
+    assert len(gate.calls) == 1
+    # It is over: who asks now has it read once more.
+    assert reader.ask(file()) is not first
+    reader.wait_done()
+
+
+def test_files_are_read_in_the_order_they_were_asked_for(reader: Reader, gate: Gate, file: NAMES) -> None:
+    for name in ("a.so", "b.so", "c.so"):
+        reader.ask(file(name))
+    reader.wait_done(3)
+    assert [name for name, _ in gate.calls] == ["a.so", "b.so", "c.so"]
+
+
+# ---- files that are being written ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("age_s", "content", "is_unfinished"),
+    [
+        (0.01, None, True),
+        (1.0, None, True),
+        (3.0, None, False),
+        (3.0, b"\x7fELF and the rest is still to come", True),
+        (59.0, b"\x7fELF and the rest is still to come", True),
+        (61.0, b"\x7fELF and the rest is still to come", False),
+    ],
+)
+def test_a_file_that_changed_just_now_or_is_not_whole_yet_is_read_again(
+    reader: Reader, clock: Clock, file: NAMES, age_s: float, content: bytes | None, is_unfinished: bool
+) -> None:
+    clock.file_age_s = age_s
+    name = file(content=content)
+    reader.read(name)
+    assert reader.inspector.take_recovered() == set()
+    clock.now_s += file_inspector.FIRST_RECHECK_S
+    assert reader.inspector.take_recovered() == ({name.file_id} if is_unfinished else set())
+    if is_unfinished:
+        assert reader.inspector.known(name) is None
+
+
+def test_pauses_between_rereads_double_until_a_minute_has_passed(reader: Reader, clock: Clock, file: NAMES) -> None:
+    clock.file_age_s = 1.0
+    name = file()
+    reader.read(name)
+    # Whoever reads it meanwhile does not begin anew.
+    reader.read(name)
+    begun_s, due = clock.now_s, []
+    for _ in range(4 * 200):
+        clock.now_s += 0.25
+        if reader.inspector.take_recovered():
+            due.append(clock.now_s - begun_s)
+    assert due == [0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75]
+
+
+def test_no_more_files_than_the_limit_are_read_again(
+    reader: Reader, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_inspector, "MAX_UNFINISHED", 2)
+    clock.file_age_s = 1.0
+    names = [file(name) for name in ("a.so", "b.so", "c.so")]
+    for name in names:
+        assert reader.read(name).build_id == BUILD_ID
+    clock.now_s += 1
+    assert reader.inspector.take_recovered() == {names[0].file_id, names[1].file_id}
+
+
+# ---- reads that hang ----------------------------------------------------------------------------
+
+
+def test_while_a_read_waits_for_its_process_others_of_it_are_given_up_and_read_when_it_returns(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES
+) -> None:
+    goes_on = gate.hold("hangs.so")
+    hangs, given_up, other = file("hangs.so"), file("a.so"), file("b.so")
+    reader.ask(hangs, pid=ME, is_own_view=False)
+    reader.wait_held()
+    refused = reader.ask(given_up, pid=ME, is_own_view=False)
+    served = reader.ask(other, pid=ME + 1)
+    clock.now_s += 2 * file_inspector.STUCK_S
+    reader.inspector.relieve(clock.now_s)
+    reader.wait_done(2)
+
+    # What is not asked for costs no thread: it was not tried.
+    assert refused.facts == FileFacts()
+    assert served.facts is not None
+    assert served.facts.build_id == BUILD_ID
+    assert "a.so" not in [name for name, _ in gate.calls]
+    assert reader.inspector.take_recovered() == set()
+
+    goes_on.set()
+    reader.wait_done()
+    assert reader.inspector.take_recovered() == {hangs.file_id, given_up.file_id}
+    assert reader.inspector.take_recovered() == set()
+
+
+def test_while_a_read_waits_for_its_file_system_files_of_that_are_given_up_of_whatever_process(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES
+) -> None:
+    gate.at_file.add("hangs.so")
+    gate.hold("hangs.so")
+    reader.ask(file("hangs.so"), pid=ME)
+    reader.wait_held()
+    refused = reader.ask(file("a.so"), pid=ME + 1)
+    clock.now_s += 2 * file_inspector.STUCK_S
+    reader.inspector.relieve(clock.now_s)
+    reader.wait_done()
+    assert refused.facts == FileFacts()
+    assert [name for name, _ in gate.calls] == ["hangs.so"]
+
+
+def test_a_read_that_is_slow_gives_nobody_up(reader: Reader, gate: Gate, clock: Clock, file: NAMES) -> None:
+    goes_on = gate.hold("slow.so")
+    slow, waits = file("slow.so"), file("a.so")
+    reader.ask(slow)
+    reader.wait_held()
+    inspection = reader.ask(waits)
+    clock.now_s += file_inspector.STUCK_S  # not longer than that
+    goes_on.set()
+    reader.wait_done(2)
+    assert inspection.facts is not None
+    assert inspection.facts.build_id == BUILD_ID
+    assert reader.inspector.take_recovered() == set()
+
+
+def test_what_is_given_up_is_bounded(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_inspector, "MAX_GIVEN_UP", 1)
+    goes_on = gate.hold("hangs.so")
+    hangs = file("hangs.so")
+    reader.ask(hangs, is_own_view=False)
+    reader.wait_held()
+    first, second = file("a.so"), file("b.so")
+    reader.ask(first, is_own_view=False)
+    reader.ask(second, is_own_view=False)
+    clock.now_s += 2 * file_inspector.STUCK_S
+    reader.inspector.relieve(clock.now_s)
+    reader.wait_done(2)
+    goes_on.set()
+    reader.wait_done()
+    recovered = reader.inspector.take_recovered()
+    assert len(recovered) == 2
+    assert hangs.file_id in recovered
+
+
+def test_a_file_in_our_own_view_is_read_without_the_process_that_does_not_answer(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES
+) -> None:
+    gate.hold("lib.so")
+    inspection = reader.ask(file(), is_own_view=True)
+    reader.wait_held()
+    clock.now_s += 2 * file_inspector.BUSY_S
+    reader.ask(file("other.so"))  # so that there is a second thread
+    reader.inspector.relieve(clock.now_s)
+    reader.inspector.relieve(clock.now_s)  # asks no second time
+    reader.wait_done(2)
+    assert inspection.facts is not None
+    assert inspection.facts.build_id == BUILD_ID
+    assert sorted(gate.calls) == [("lib.so", False), ("lib.so", True), ("other.so", False)]
+    facts = inspection.facts
+    # The read that hung has nothing to add when it returns.
+    gate.open_all()
+    reader.wait_done()
+    assert inspection.facts is facts
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "waiting", "threads"),
+    [(2 * file_inspector.BUSY_S, 3, 4), (file_inspector.BUSY_S / 2, 3, 1), (2 * file_inspector.BUSY_S, 0, 1)],
+    ids=["all are busy", "not for long", "nobody waits"],
+)
+def test_further_threads_come_for_those_that_wait_behind_busy_ones(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES, busy_s: float, waiting: int, threads: int
+) -> None:
+    names = ["first.so", *(f"{n}.so" for n in range(waiting))]
+    for name in names:
+        gate.hold(name)
+    reader.ask(file(names[0]), is_own_view=False)
+    reader.wait_held()
+    for name in names[1:]:
+        reader.ask(file(name), is_own_view=False)
+    clock.now_s += busy_s
+    reader.inspector.relieve(clock.now_s)
+    assert len(reader.inspector._threads) == threads
+    if threads > 1:
+        # The new ones have only begun: no reason for still more.
+        reader.wait_held(waiting)
+        reader.inspector.relieve(clock.now_s)
+        assert len(reader.inspector._threads) == threads
+
+
+@pytest.mark.parametrize(("limit", "value", "threads"), [("MORE_THREADS", 2, [3, 3, 5]), ("MAX_THREADS", 3, [3, 3, 3])])
+def test_threads_are_bounded_at_a_time_and_in_all(
+    reader: Reader,
+    gate: Gate,
+    clock: Clock,
+    file: NAMES,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    value: int,
+    threads: list[int],
+) -> None:
+    monkeypatch.setattr(file_inspector, limit, value)
+    names = [f"{n}.so" for n in range(6)]
+    for name in names:
+        gate.hold(name)
+        reader.ask(file(name), is_own_view=False)
+    reader.wait_held()
+    found = []
+    clock.now_s += 2 * file_inspector.BUSY_S
+    reader.inspector.relieve(clock.now_s)
+    found.append(len(reader.inspector._threads))
+    # Three wait, but two threads have only begun.
+    reader.wait_held(2)
+    reader.inspector.relieve(clock.now_s)
+    found.append(len(reader.inspector._threads))
+    clock.now_s += 2 * file_inspector.BUSY_S
+    reader.inspector.relieve(clock.now_s)
+    found.append(len(reader.inspector._threads))
+    assert found == threads
+
+
+def test_a_thread_that_hung_ends_when_another_one_has_taken_its_place(
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES, wait_until: Any
+) -> None:
+    goes_on = gate.hold("hangs.so")
+    reader.ask(file("hangs.so"), is_own_view=False)
+    reader.wait_held()
+    (first,) = reader.inspector._threads
+    reader.ask(file("a.so"), pid=ME + 1)
+    clock.now_s += 2 * file_inspector.STUCK_S
+    reader.inspector.relieve(clock.now_s)
+    reader.wait_done()
+    goes_on.set()
+    reader.wait_done()
+    wait_until(lambda: not first.is_alive())
+    assert first not in reader.inspector._threads
+    assert reader.read(file("b.so")).build_id == BUILD_ID
+
+
+def test_the_only_thread_goes_on_after_it_hung(reader: Reader, gate: Gate, clock: Clock, file: NAMES) -> None:
+    goes_on = gate.hold("hangs.so")
+    reader.ask(file("hangs.so"))
+    reader.wait_held()
+    clock.now_s += 2 * file_inspector.STUCK_S
+    goes_on.set()
+    reader.wait_done()
+    assert reader.read(file("a.so")).build_id == BUILD_ID
+
+
+# ---- the end ------------------------------------------------------------------------------------
+
+
+def test_close_ends_all_threads_and_may_come_again(reader: Reader, gate: Gate, clock: Clock, file: NAMES) -> None:
+    gate.hold("a.so")
+    reader.ask(file("a.so"))
+    reader.wait_held()
+    reader.ask(file("b.so"))
+    clock.now_s += 2 * file_inspector.BUSY_S
+    reader.inspector.relieve(clock.now_s)
+    threads = list(reader.inspector._threads)
+    assert len(threads) == 2
+    reader.inspector.close(0.0)  # does not wait for what hangs
+    assert threads[0].is_alive()
+    reader.end()
+    assert not any(one.is_alive() for one in threads)
+    reader.inspector.close(0.0)
+
+
+# ---- what a file is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "claimed", "path", "is_anonymous", "kind"),
+    [
+        (FileFacts(True), "library", "/a.so", False, "library"),
+        (FileFacts(True), "library", "/memfd:a", True, "library"),
+        (FileFacts(False), "library", "/a.cache", False, "other"),
+        (FileFacts(None), "library", "/a.so", False, "library"),
+        (FileFacts(None), "library", "/memfd:a", True, "other"),
+        (FileFacts(True, image_kinds=frozenset({"executable"})), "executable", "/bin/a", False, "executable"),
+        (FileFacts(True, image_kinds=frozenset({"interpreter"})), "executable", "/bin/a", False, "library"),
+        (FileFacts(True), "interpreter", "/lib/ld-linux.so.2", False, "library"),
+        (FileFacts(None), "executable", "/bin/a", False, "executable"),
+        (FileFacts(None), "interpreter", "/lib64/ld-linux-x86-64.so.2", False, "interpreter"),
+        (FileFacts(None), "interpreter", "/lib/libc.musl-x86_64.so.1", False, "interpreter"),
+        (FileFacts(None), "interpreter", "/tmp/evil.so", False, "library"),
+        (FileFacts(False), "executable", "/bin/script", False, "executable"),
+        (FileFacts(False), "other", "/a", False, "other"),
+    ],
+)
+def test_a_file_is_what_its_process_claims_only_if_it_can_be(
+    facts: FileFacts, claimed: Any, path: str, is_anonymous: bool, kind: str
+) -> None:
+    assert facts.kind(claimed, path, is_anonymous=is_anonymous) == kind
+
+
+@pytest.mark.parametrize(
+    ("facts", "path"),
+    [
+        (FileFacts(place="own"), "/lib/a.so"),
+        (FileFacts(place="root"), "/host/proc/7/root/lib/a.so"),
+        (FileFacts(place="link", link="/host/proc/7/map_files/1-2"), "/host/proc/7/map_files/1-2"),
+        (FileFacts(), None),
+    ],
+)
+def test_a_host_path_is_the_way_by_which_the_file_was_opened(facts: FileFacts, path: str | None) -> None:
+    name = SimpleNamespace(path="/lib/a.so")
+    assert host_path("/host/proc", 7, name, facts) == path  # type: ignore[arg-type]
