@@ -6,6 +6,7 @@ waits for the test before it goes on to the real one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ class Gate:
         self.calls: list[tuple[str, bool]] = []
         #: Names of files, by pid, whose reads wait for the file system and not for the process.
         self.at_file: set[str] = set()
+        #: By which link everything is found; None: where it is.
+        self.link: str | None = None
 
     def hold(self, name: str) -> threading.Event:
         self._held[name] = threading.Event()
@@ -70,7 +73,8 @@ class Gate:
                 options["on_file"]()
             self.arrived.release()
             event.wait()
-        return self._real(proc, ME if pid else 0, file_id, path, *args, **options)
+        found = self._real(proc, ME if pid else 0, file_id, path, *args, **options)
+        return found._replace(place="link", link=self.link) if self.link else found
 
     def open_all(self) -> None:
         for event in self._held.values():
@@ -161,6 +165,23 @@ def name_of(path: Path, inode: int | None = None, changed_ns: int | None = None)
     return MappedFile(row._replace(file_id=file_id), RuleSet([]))
 
 
+def count_parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has one entry more for each file that is parsed from now on."""
+    parsed: list[int] = []
+    real = file_inspector.read_facts
+    monkeypatch.setattr(file_inspector, "read_facts", lambda fd: (parsed.append(fd), real(fd))[1])
+    return parsed
+
+
+def open_files() -> set[str]:
+    """The paths of all descriptors of this process."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
+
+
 NAMES = Any
 
 
@@ -168,9 +189,11 @@ NAMES = Any
 
 
 def test_a_library_says_its_build_id_and_soname_and_where_it_was_found(reader: Reader, file: NAMES) -> None:
-    facts = reader.read(file())
+    name = file()
+    facts = reader.read(name)
     assert (facts.is_elf, facts.build_id, facts.soname, facts.place) == (True, BUILD_ID, "libmade.so.1", "own")
     assert (facts.is_partial, facts.exports) == (False, None)
+    assert name.path not in open_files()
 
 
 def test_a_file_that_is_no_elf_file_says_that_it_is_none(reader: Reader, file: NAMES) -> None:
@@ -230,15 +253,35 @@ def test_what_the_kernel_could_not_read_is_unknown_and_may_be_read_again(
         assert reader.read(file()).exports == frozenset({"made_read"})
 
 
+def test_a_file_that_cannot_be_opened_is_unknown_and_the_next_one_is_read(
+    reader: Reader, file: NAMES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(file_inspector, "reopen", fail)
+        assert reader.read(file()) == FileFacts()
+    assert reader.read(file()).build_id == BUILD_ID
+
+
+def test_a_file_found_by_its_process_s_link_is_looked_for_anew_in_the_next_process(
+    reader: Reader, gate: Gate, file: NAMES
+) -> None:
+    gate.link = "/proc/7/map_files/1-2"
+    name = file()
+    facts = reader.read(name)
+    assert (facts.place, facts.link, facts.build_id) == ("link", "/proc/7/map_files/1-2", BUILD_ID)
+    assert reader.inspector.known(name) is None
+
+
 # ---- what is kept -------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_once_for_all_its_names_and_known_from_then_on(
     reader: Reader, file: NAMES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed: list[int] = []
-    real = file_inspector.read_facts
-    monkeypatch.setattr(file_inspector, "read_facts", lambda fd: (parsed.append(fd), real(fd))[1])
+    parsed = count_parsed(monkeypatch)
     file()
     os.link(tmp_path / "lib.so", tmp_path / "again.so")
     names = [name_of(tmp_path / "lib.so"), name_of(tmp_path / "again.so")]
@@ -328,14 +371,61 @@ def test_pauses_between_rereads_double_until_a_minute_has_passed(reader: Reader,
     clock.file_age_s = 1.0
     name = file()
     reader.read(name)
-    # Whoever reads it meanwhile does not begin anew.
-    reader.read(name)
     begun_s, due = clock.now_s, []
     for _ in range(4 * 200):
         clock.now_s += 0.25
         if reader.inspector.take_recovered():
             due.append(clock.now_s - begun_s)
+            reader.read(name)  # and does not begin anew with that
     assert due == [0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75]
+
+
+@pytest.mark.parametrize(("age_s", "is_sure"), [(0.01, False), (1.0, True)])
+def test_what_was_read_within_a_tick_of_its_change_may_be_old(
+    reader: Reader, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch, age_s: float, is_sure: bool
+) -> None:
+    parsed = count_parsed(monkeypatch)
+    clock.file_age_s = age_s
+    name = file()
+    reader.read(name)
+    reader.read(name)
+    assert len(parsed) == (1 if is_sure else 2)
+    while reader.inspector._unfinished:
+        clock.now_s += 100
+        reader.inspector.take_recovered()
+    assert (reader.inspector.known(name) is not None) == is_sure
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    reader: Reader, clock: Clock, file: NAMES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = file_inspector.read_facts
+
+    def read_slowly(fd: int) -> Any:
+        facts = real(fd)
+        with open(tmp_path / "lib.so", "ab") as more:
+            more.write(b"more")
+        return facts
+
+    monkeypatch.setattr(file_inspector, "read_facts", read_slowly)
+    name = file()
+    reader.read(name)
+    assert reader.inspector.known(name) is None
+    clock.now_s += file_inspector.FIRST_RECHECK_S
+    assert reader.inspector.take_recovered() == {name.file_id}
+
+
+def test_a_file_whose_facts_are_partial_may_not_be_whole_yet(
+    reader: Reader, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = ExportSearch(frozenset(), "its symbols end behind its last byte")
+    monkeypatch.setattr(file_inspector, "search_exports", lambda _fd, _names: spent)
+    clock.file_age_s = 3.0
+    reader.make("made_read")
+    name = file()
+    reader.read(name)
+    clock.now_s += file_inspector.FIRST_RECHECK_S
+    assert reader.inspector.take_recovered() == {name.file_id}
 
 
 def test_no_more_files_than_the_limit_are_read_again(
@@ -358,6 +448,7 @@ def test_while_a_read_waits_for_its_process_others_of_it_are_given_up_and_read_w
 ) -> None:
     goes_on = gate.hold("hangs.so")
     hangs, given_up, other = file("hangs.so"), file("a.so"), file("b.so")
+    given_up.file_id = given_up.file_id._replace(major=given_up.file_id.major + 1)  # on another device
     reader.ask(hangs, pid=ME, is_own_view=False)
     reader.wait_held()
     refused = reader.ask(given_up, pid=ME, is_own_view=False)
@@ -377,21 +468,26 @@ def test_while_a_read_waits_for_its_process_others_of_it_are_given_up_and_read_w
     reader.wait_done()
     assert reader.inspector.take_recovered() == {hangs.file_id, given_up.file_id}
     assert reader.inspector.take_recovered() == set()
+    assert reader.inspector._given_up == {}
 
 
 def test_while_a_read_waits_for_its_file_system_files_of_that_are_given_up_of_whatever_process(
     reader: Reader, gate: Gate, clock: Clock, file: NAMES
 ) -> None:
     gate.at_file.add("hangs.so")
-    gate.hold("hangs.so")
-    reader.ask(file("hangs.so"), pid=ME)
+    goes_on = gate.hold("hangs.so")
+    hangs, given_up = file("hangs.so"), file("a.so")
+    reader.ask(hangs, pid=ME)
     reader.wait_held()
-    refused = reader.ask(file("a.so"), pid=ME + 1)
+    refused = reader.ask(given_up, pid=ME + 1)
     clock.now_s += 2 * file_inspector.STUCK_S
     reader.inspector.relieve(clock.now_s)
     reader.wait_done()
     assert refused.facts == FileFacts()
     assert [name for name, _ in gate.calls] == ["hangs.so"]
+    goes_on.set()
+    reader.wait_done()
+    assert reader.inspector.take_recovered() == {hangs.file_id, given_up.file_id}
 
 
 def test_a_read_that_is_slow_gives_nobody_up(reader: Reader, gate: Gate, clock: Clock, file: NAMES) -> None:
@@ -429,14 +525,15 @@ def test_what_is_given_up_is_bounded(
     assert hangs.file_id in recovered
 
 
+@pytest.mark.parametrize("age_s", [2 * file_inspector.BUSY_S, 2 * file_inspector.STUCK_S])
 def test_a_file_in_our_own_view_is_read_without_the_process_that_does_not_answer(
-    reader: Reader, gate: Gate, clock: Clock, file: NAMES
+    reader: Reader, gate: Gate, clock: Clock, file: NAMES, age_s: float
 ) -> None:
     gate.hold("lib.so")
     inspection = reader.ask(file(), is_own_view=True)
     reader.wait_held()
-    clock.now_s += 2 * file_inspector.BUSY_S
-    reader.ask(file("other.so"))  # so that there is a second thread
+    clock.now_s += age_s
+    reader.ask(file("other.so"), pid=ME + 1)  # so that there is a second thread
     reader.inspector.relieve(clock.now_s)
     reader.inspector.relieve(clock.now_s)  # asks no second time
     reader.wait_done(2)

@@ -41,6 +41,7 @@ class FakeWatcher:
         self.subscription: Subscription | None = None
         self.asked_for: tuple[Collection[str], bool] | None = None
         self.steps: list[str] = []
+        self.readers_at_stop = 0
         self.threads: dict[str, threading.Thread] = {}
         self.is_started, self.is_stopped = threading.Event(), threading.Event()
         self.made.append(self)
@@ -78,6 +79,7 @@ class FakeWatcher:
     def stop(self) -> None:
         self.threads["stop"] = threading.current_thread()
         self.steps.append("stop")
+        self.readers_at_stop = len(self.subscribers._subscriptions)
         self.subscribers.end()
         self.is_stopped.set()
 
@@ -253,16 +255,16 @@ def test_awatch_waits_for_events_that_come_later_in_as_many_batches(fake: type[F
     async def go() -> list[str]:
         seen = []
         iterator = awatch(events=("load", "unload", "activate"))
-        first = asyncio.ensure_future(anext(iterator))
-        await asyncio.to_thread(fake.is_starting.wait)
-        await asyncio.to_thread(fake.made[0].is_started.wait)
-        assert not first.done()
-        for batch in ((LOAD,), (ACTIVATE, UNLOAD), (LOAD,)):
+        for number, batch in enumerate(((LOAD,), (ACTIVATE, UNLOAD), (LOAD,))):
+            first = asyncio.ensure_future(anext(iterator))
+            if not number:
+                await asyncio.to_thread(fake.is_starting.wait)
+                await asyncio.to_thread(fake.made[0].is_started.wait)
+            await asyncio.sleep(0)
+            assert not first.done()  # it waits, and lets the event loop go on
             await asyncio.to_thread(fake.made[0].send, *batch)
-            for _ in batch:
-                one = await (first if first is not None else anext(iterator))
-                first = None  # type: ignore[assignment]
-                seen.append(one.event)
+            seen.append((await first).event)
+            seen += [(await anext(iterator)).event for _ in batch[1:]]
         await asyncio.to_thread(fake.made[0].end)
         with pytest.raises(StopAsyncIteration):
             await anext(iterator)
@@ -348,6 +350,8 @@ def test_awatch_stops_when_whoever_iterates_has_enough(fake: type[FakeWatcher], 
         assert await anext(iterator) == LOAD
         await iterator.aclose()  # type: ignore[attr-defined]
         assert fake.made[0].steps[-1] == "stop"
+        # Nothing is queued for it while that takes long.
+        assert fake.made[0].readers_at_stop == 0
 
     run(go, deadline(10))
 
