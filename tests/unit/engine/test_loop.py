@@ -232,6 +232,9 @@ def test_ready_names_at_most_five_processes_that_do_not_answer(watch: Watch) -> 
     assert watch.engine._unread_limits() == (
         "processes that do not answer, to be read as soon as they do: 7 (20, 21, 22, 23, 24, ...)",
     )
+    ready = watch.engine._make_ready(1, 0.1)
+    assert isinstance(ready, Ready)
+    assert ready.limits == Source.limits + watch.engine._unread_limits()
     for pid in (20, 21):
         del watch.source.unread[pid]
     (limit,) = watch.engine._unread_limits()

@@ -404,8 +404,19 @@ def test_a_file_with_another_build_id_is_unloaded_and_loaded_as_a_repair(held: P
     ]
 
 
-def test_a_file_that_turns_out_to_be_no_library_is_unloaded(held: Published) -> None:
-    assert again(held, FileFacts(False)) == ["unload 10 tls libssl repair", "deactivate tls libssl"]
+@pytest.mark.parametrize("build_id", ["aa", None])
+def test_a_file_that_turns_out_to_be_no_library_is_unloaded(build_id: str | None) -> None:
+    made = Published(reads=Reads(**{"libssl.so.3": FileFacts(True, build_id=build_id)}))
+    made.load()
+    assert again(made, FileFacts(False)) == ["unload 10 tls libssl repair", "deactivate tls libssl"]
+
+
+def test_a_file_that_was_detached_and_asked_for_is_checked_like_any_other(held: Published) -> None:
+    held.publisher.let_go(lambda _: True)
+    assert again(held, FileFacts(True, build_id="bb")) == ["unload 10 tls libssl rules", "deactivate tls libssl"]
+    held.publisher.look_again([held.change(cause="snapshot")])
+    assert held.story() == ["activate tls libssl", "load 10 tls libssl snapshot"]
+    assert again(held, FileFacts(True, build_id="cc"))[0] == "unload 10 tls libssl repair"
 
 
 def test_a_build_id_that_was_read_late_is_in_the_map_without_an_event() -> None:
