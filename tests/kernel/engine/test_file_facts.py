@@ -381,8 +381,9 @@ def test_the_audit_finds_a_file_that_is_held_as_that_of_another_subvolume(on_btr
 
 
 def test_nobody_finds_the_subvolume_by_the_name_of_a_file(on_btrfs: Mapper, scratch: Path) -> None:
+    # ctypes is imported before: what nobody may not read cannot be imported later.
     code = f"""
-import mmap, os
+import ctypes, mmap, os
 from sowatch.linux.proc import ProcFs
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 kept = []

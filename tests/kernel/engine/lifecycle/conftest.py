@@ -1,4 +1,4 @@
-"""Fixtures of the engine's kernel tests: a scratch directory, a ledger of what is in it, compiled programs."""
+"""Fixtures of these tests alone: a scratch directory, a ledger of what is in it, compiled programs."""
 
 from __future__ import annotations
 
