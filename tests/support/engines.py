@@ -10,6 +10,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscription import Subscription
 from sowatch.engine.table import MappingTable
 from sowatch.linux.wake import Wake
@@ -19,7 +20,7 @@ from sowatch.model.stats import Losses
 from support.records import PAGE, Proc, scan
 from support.tracking import LIBC, SSL
 
-__all__ = ["CURL", "Source", "Watch"]
+__all__ = ["CURL", "FIRST", "Source", "Watch"]
 
 NGINX, CURL = Proc(10), Proc(11)
 RULES = RuleSet([Rule("libssl", name="tls")])
@@ -113,13 +114,16 @@ class Source:
         self.is_closed.set()
 
 
+#: What an engine of `Watch` begins with.
+FIRST = RuleChange(RULES, KnowsAll())  # type: ignore[arg-type]
+
+
 class Watch:
     """An engine, what it drives, and one reader of all its events."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self.source = Source()
         self.publisher = Publisher(RULES, FileRegistry(is_alive=lambda _: True), Selection(), proc_root="/proc")
-        self.publisher.inspector = KnowsAll()  # type: ignore[assignment]
         self.reader: Subscription = self.publisher.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20)
         table = MappingTable(RULES)
         config = Config(max_records_s=NO_GUARD)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -249,18 +250,18 @@ def standing_still(watcher: Watcher) -> Iterator[None]:
     assert engine is not None
     stands, over = threading.Event(), threading.Event()
 
-    def stand() -> None:
+    def stand(answer: Future[None]) -> None:
         stands.set()
         over.wait()
+        answer.set_result(None)
 
-    asker = threading.Thread(target=lambda: engine.ask(stand, synced=False))
-    asker.start()
+    answer = engine.request(stand, synced=False)
     stands.wait()
     try:
         yield
     finally:
         over.set()
-        asker.join()
+        wait([answer])
 
 
 class Ledger:

@@ -12,13 +12,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 from sowatch.engine.address_space import Change, MappedFile, Mapping, ProcessState
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
 from sowatch.engine.reconciler import Reconciler
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.table import MappingTable
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
@@ -48,6 +50,20 @@ REST_S: Final = 2.0
 DEFERRED_S: Final = 0.25
 #: Processes that a limit names.
 NAMED: Final = 5
+#: What those are told who ask too late.
+ENDED: Final = "the watch has ended. Ask before stop()."
+
+
+class _Answer(Future[T]):
+    """Takes the first answer only: a thread that was left behind gives its own when nobody waits any more."""
+
+    def set_result(self, result: T) -> None:
+        with suppress(InvalidStateError):
+            super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        with suppress(InvalidStateError):
+            super().set_exception(exception)
 
 
 class Engine:
@@ -89,14 +105,17 @@ class Engine:
         self.last_iteration_s = time.monotonic()
         self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
         self._deferred: list[tuple[Callable[[], None], Future[Any]]] = []
+        #: What callers wait for.
+        self._answers: set[Future[Any]] = set()
         self._has_ended = False
         self._is_left_behind = False
         self._jobs_lock = threading.Lock()
 
     # ---- other threads ------------------------------------------------------------------------
 
-    def start(self) -> Ready:
-        """Takes the snapshot and starts the thread; returns once `Ready` was published."""
+    def start(self, first: RuleChange) -> Ready:
+        """Takes the snapshot by these rules and starts the thread; returns once `Ready` was published."""
+        self._publisher.change_rules(first)
         self._thread = threading.Thread(target=self._run, name="sowatch-engine", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -117,9 +136,11 @@ class Engine:
             thread.join(STOP_S)
         with self._jobs_lock:
             if thread is not None and thread.is_alive() and not self._has_ended:
-                self._is_left_behind = self._has_ended = True
+                self._is_left_behind = True
+                self._refuse()
                 LOG.error("the draining thread has not ended within %.0f s; it is left to itself", STOP_S)
                 return
+            self._refuse()
         self._source.close()
         self.wake.close()
 
@@ -133,7 +154,29 @@ class Engine:
         Raises:
             SowatchError: the watch has ended.
         """
-        answer: Future[T] = Future()
+        answer: Future[T] = self.request(lambda answer: answer.set_result(question()), synced=synced)
+        return answer.result()
+
+    def change_rules(self, change: RuleChange) -> Future[None]:
+        """Watches by other rules from now on; done once everything that is mapped was published by them.
+
+        Raises:
+            SowatchError: the watch has ended. If it ends meanwhile, the Future has that.
+        """
+        return self.request(lambda done: self.reconciler.set_rules(change, lambda: done.set_result(None)))
+
+    def request(self, work: Callable[[Future[T]], None], *, synced: bool = True) -> Future[T]:
+        """Has something done on the engine's thread, which may be over later than the call.
+
+        Args:
+            work: what to call there; it gives the answer, at once or when its turn in the publisher has come, which a
+                file system that hangs may delay by seconds.
+            synced: see `ask`.
+
+        Raises:
+            SowatchError: the watch has ended. If it ends meanwhile, the Future has that.
+        """
+        answer: Future[T] = _Answer()
         end_s = time.monotonic() + REST_S
 
         def job() -> None:
@@ -143,19 +186,22 @@ class Engine:
                     # A caller that asks again and again gets no scans that would not be made without them.
                     self._deferred.append((job, answer))
                     return
-            answer.set_result(question())
+            work(answer)
 
         with self._jobs_lock:
             if self._has_ended:
-                raise SowatchError("the watch has ended. Ask before stop().")
+                raise SowatchError(ENDED)
             self._jobs.append((job, answer))
+            self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
         self.wake()
-        while True:
-            try:
-                return answer.result(timeout=1.0)
-            except TimeoutError:
-                if self._is_left_behind and not answer.done():
-                    raise SowatchError("the watch has ended. Ask before stop().") from None
+        return answer
+
+    def _refuse(self) -> None:
+        """From now on there are no answers, to those who wait neither. With the lock of the jobs."""
+        self._has_ended = True
+        for answer in list(self._answers):
+            answer.set_exception(SowatchError(ENDED))
 
     @property
     def is_running(self) -> bool:
@@ -251,10 +297,7 @@ class Engine:
             LOG.exception("the watch ended")
         finally:
             with self._jobs_lock:
-                self._has_ended = True
-                jobs, self._jobs = [*self._jobs, *self._deferred], []
-            for _, answer in jobs:
-                answer.set_exception(SowatchError("the watch has ended. Ask before stop()."))
+                self._refuse()
             poller.close()
             now_ns = time.time_ns()
             self._publisher.stop(now_ns)

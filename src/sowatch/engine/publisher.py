@@ -21,9 +21,10 @@ from msgspec.structs import replace
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change
 from sowatch.engine.facts_queue import FactsQueue
-from sowatch.engine.file_inspector import FileFacts, Inspection, Inspector
+from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.library_cache import LibraryCache
 from sowatch.engine.published_map import PublishedMap
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscribers import Subscribers
 from sowatch.model.config import Config
 from sowatch.model.events import Activate, Deactivate, Event, Load, Process, Unload
@@ -63,7 +64,7 @@ class Publisher:
     Attributes:
         published: the load events in force.
         subscribers: the readers.
-        inspector: reads files; set before the engine starts.
+        in_force: the rules, what reads files for them, and the workers; replaced as a whole.
     """
 
     def __init__(
@@ -75,9 +76,8 @@ class Publisher:
         proc_root: str,
         limit_bytes: int | None = None,
     ) -> None:
-        self._rules = rules
+        self.in_force = RuleChange(rules)
         self._registry = registry
-        self.inspector: Inspector | None = None
         self.selection = selection
         #: The agent's own view of the file system, as `address_space.MappedFile.view` has it.
         self.own_view_id: Hashable = None
@@ -172,22 +172,18 @@ class Publisher:
         self._waiting.after_all(action, holds=holds)
         self.subscribers.hand_over()
 
-    def change_rules(self, rules: RuleSet, inspector: Inspector | None, take_over: Callable[[], None]) -> None:
+    def change_rules(self, change: RuleChange) -> None:
         """From now on other rules hold. What a rule had that goes, or that calls others now, is unloaded.
 
-        What waits for facts of files is published by the new rules.
-
-        Args:
-            rules: the new ones.
-            inspector: reads files for them.
-            take_over: called when the unloads are published, before anything is published by the new rules.
+        What waits for facts of files is published by the new rules. Workers of rules that go get the unloads, those of
+        new ones what is published after them.
         """
-        stays = {rule.name for rule in rules if (old := self._rules.named(rule.name)) and old.calls_the_same_as(rule)}
-        self._rules = rules
+        before, named = self.in_force, self.in_force.rules.named
+        stays = {rule.name for rule in change.rules if (old := named(rule.name)) and old.calls_the_same_as(rule)}
         self._unload(lambda load: load.rule not in stays)
-        take_over()
-        if inspector is not self.inspector:
-            self.inspector = inspector
+        change.workers.take_over(before.workers, self.subscribers)
+        self.in_force = change
+        if change.inspector is not before.inspector:
             self._waiting.ask_again(self._inspect)
         self.subscribers.hand_over()
 
@@ -213,10 +209,11 @@ class Publisher:
         Args:
             now_s: CLOCK_MONOTONIC in seconds.
         """
-        if self.inspector is not None:
-            done = self.inspector.take_finished()
+        inspector = self.in_force.inspector
+        if inspector is not None:
+            done = inspector.take_finished()
             if self._waiting:
-                self.inspector.relieve(time.monotonic())
+                inspector.relieve(time.monotonic())
                 self._waiting.advance(done, now_s)
         self.subscribers.hand_over()
 
@@ -237,8 +234,8 @@ class Publisher:
     def _facts(self, change: Change) -> FileFacts | None:
         if not change.is_load or not change.name.is_regular:
             return FileFacts()  # an unload has its load's
-        assert self.inspector is not None
-        return self.inspector.known(change.name)
+        assert self.in_force.inspector is not None
+        return self.in_force.inspector.known(change.name)
 
     def _inspect(self, change: Change) -> Inspection:
         facts = self._facts(change)
@@ -246,8 +243,9 @@ class Publisher:
             done = Inspection(0.0)
             done.facts = facts
             return done
-        assert self.inspector is not None
-        return self.inspector.inspect(change, is_own_view=change.name.view == self.own_view_id, now_s=time.monotonic())
+        assert self.in_force.inspector is not None
+        is_own_view = change.name.view == self.own_view_id
+        return self.in_force.inspector.inspect(change, is_own_view=is_own_view, now_s=time.monotonic())
 
     def _publish(self, change: Change, facts: FileFacts | None, is_only_held: bool) -> None:
         """Publishes what has waited."""
@@ -263,7 +261,8 @@ class Publisher:
     def _load(self, change: Change, facts: FileFacts) -> None:
         name = change.name
         kind = facts.kind(change.kind, name.path, is_anonymous=name.is_anonymous)
-        rule = self._rules.match(name.path, kind, facts.exports)
+        rules = self.in_force.rules
+        rule = rules.match(name.path, kind, facts.exports)
         self.partial += facts.is_partial
         process = change.process
         held = self.published.get(process.id, name.file_id)
@@ -283,7 +282,7 @@ class Publisher:
             if has_changed:
                 change = change._replace(cause="repair")
         if not isinstance(rule, Rule):
-            self.unresolved += self._rules.needs_exports and facts.is_elf is None
+            self.unresolved += rules.needs_exports and facts.is_elf is None
             return
         library = self._libraries.get(process.pid, name, kind, facts)
         now_ns = time.time_ns()

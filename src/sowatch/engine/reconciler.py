@@ -14,11 +14,11 @@ from typing import Final
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, Mapping, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
-from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.merge import merge
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RescanSchedule
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
 from sowatch.engine.table import MappingTable
 from sowatch.linux.liveness import has_ended
@@ -303,21 +303,17 @@ class Reconciler:
 
     # ---- other rules --------------------------------------------------------------------------
 
-    def set_rules(
-        self, rules: RuleSet, inspector: Inspector | None, take_over: Callable[[], None], done: Callable[[], None]
-    ) -> None:
+    def set_rules(self, change: RuleChange, done: Callable[[], None]) -> None:
         """Replaces the rules.
 
         Args:
-            rules: the new ones.
-            inspector: reads files for them.
-            take_over: called once the last event of the old rules is published.
-            done: called once everything that is mapped is published by the new ones.
+            change: the new ones, and what goes with them.
+            done: called once everything that is mapped is published by them.
         """
         self._flush()
-        self._publisher.change_rules(rules, inspector, take_over)
-        self._table.set_rules(rules)
-        self._base = _base_report(rules)
+        self._publisher.change_rules(change)
+        self._table.set_rules(change.rules)
+        self._base = _base_report(change.rules)
         # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
@@ -334,7 +330,7 @@ class Reconciler:
 
     def _look_at_recovered(self) -> None:
         """Publishes files that can be read now; their file system hung before."""
-        inspector = self._publisher.inspector
+        inspector = self._publisher.in_force.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
             self._publisher.recheck(self._mapped(lambda _, one: one.name.file_id in files), only_held=self._silent)

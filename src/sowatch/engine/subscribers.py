@@ -44,9 +44,13 @@ class Subscribers:
         subscription = Subscription(
             self, events=events, control=control, limit=limit, limit_bytes=limit_bytes, rule=rule
         )
+        self.add(subscription)
+        return subscription
+
+    def add(self, subscription: Subscription) -> None:
+        """Offers to this reader from the next event on."""
         with self._lock:
             self._subscriptions = (*self._subscriptions, subscription)
-        return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """No further offers to this reader."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.file_inspector import open_mapped
+from sowatch.engine.subscribers import Subscribers
 from sowatch.engine.subscription import Subscription
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ProcessGone, SowatchError
@@ -74,11 +75,11 @@ class ActiveFile:
 
 
 class RuleWorker:
-    """Runs the callbacks of one rule, in the order things happened.
+    """Runs the callbacks of one rule, in the order things happened, from `begin` on.
 
     Args:
         rule: whose callbacks.
-        subscription: the rule's events; the worker ends when it ends.
+        subscription: of the rule's events, not yet added; the worker ends when it ends.
         registry: activates.
         proc: the host's.
         after: the worker of a rule of the same name that this one replaces; it has to end first.
@@ -103,6 +104,10 @@ class RuleWorker:
         #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
         self.live_since_ns = sys.maxsize
         self._thread = threading.Thread(target=self._run, name=f"sowatch-rule-{rule.name}"[:60], daemon=True)
+
+    def begin(self, subscribers: Subscribers) -> None:
+        """Takes events from the next one on. On the engine's thread, or before that runs."""
+        subscribers.add(self._subscription)
         self._thread.start()
 
     @property

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Mapping
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscription import Subscription
 from sowatch.engine.table import MappingTable
 from sowatch.engine.workers import ActiveFile, RuleWorker
@@ -38,7 +39,7 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import LibraryEvent, Ready
+from sowatch.model.events import LibraryEvent, Load, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import EVENT_KINDS
@@ -49,8 +50,6 @@ from sowatch.sources.select import open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
 
 __all__ = ["ActiveFile", "Watcher"]
-
-T = TypeVar("T")
 
 #: How long stop() waits for the callbacks of one rule that are under way.
 WORKER_STOP_S = 1.0
@@ -89,7 +88,6 @@ class Watcher:
         snapshot: bool = True,
         open_source: Callable[[Config], EventSource] = open_source,
     ) -> None:
-        self._rules = RuleSet(rules)
         self._config = config
         self._pids = frozenset(pids)
         self._container = container
@@ -101,12 +99,7 @@ class Watcher:
         self._patient = PatientProcFs(config.proc_root, UnreadProcesses(), raises=False)
         #: Who has what, what is active, what is blocked.
         self.registry = FileRegistry(config)
-        self._inspector: Inspector | None = None
         self._engine: Engine | None = None
-        #: Replaced as a whole, on the engine's thread once that runs.
-        self._workers: tuple[RuleWorker, ...] = ()
-        self._retired: tuple[RuleWorker, ...] = ()
-        self._retired_errors = 0
         self._changing_rules = threading.Lock()
         self._lock = threading.RLock()
         self._is_started = False
@@ -116,7 +109,7 @@ class Watcher:
         self._audit_differences = 0
         self._stopped = threading.Event()
         self._publisher = Publisher(
-            self._rules,
+            RuleSet(rules),
             self.registry,
             Selection(self._pids, container),
             proc_root=config.proc_root,
@@ -146,33 +139,43 @@ class Watcher:
                 raise
 
     def _start(self, source: EventSource) -> Ready:
+        rules = self._publisher.in_force.rules
         engine = Engine(
             source,
-            MappingTable(self._rules, container_id),
+            MappingTable(rules, container_id),
             self._publisher,
-            self._rules,
+            rules,
             self._config,
             silent_baseline=not self._wants_snapshot,
         )
         self._engine = engine
-        self._inspector = Inspector(proc=self._proc, exports=self._rules.exports, on_done=engine.wake)
-        self._publisher.inspector = self._inspector
-        self._workers = tuple(self._new_worker(rule) for rule in self._rules if rule.has_callbacks)
         engine.reconciler.detect_own_identity()
         own = {engine.reconciler.own_pid} if self._exclude_self else set()
         self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own)
-        ready = engine.start()
+        first = self._change_to(rules, engine)
+        ready = engine.start(first)
         self._patient.start()
-        for worker in self._workers:
-            worker.live_since_ns = time.monotonic_ns()
+        first.workers.note_live()
         return ready
 
-    def _new_worker(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
-        config = self._config
-        subscription = self._publisher.subscribers.subscribe(
-            control=False, limit=config.queue_events, limit_bytes=config.queue_bytes, rule=rule.name
+    def _change_to(self, rules: RuleSet, engine: Engine) -> RuleChange:
+        """What the engine is to apply so that it watches by these rules."""
+        config, subscribers = self._config, self._publisher.subscribers
+
+        def new_worker(rule: Rule, after: RuleWorker | None) -> RuleWorker:
+            subscription = Subscription(
+                subscribers,
+                events=EVENT_KINDS,
+                control=False,
+                limit=config.queue_events,
+                limit_bytes=config.queue_bytes,
+                rule=rule.name,
+            )
+            return RuleWorker(rule, subscription, self.registry, self._proc, after)
+
+        return self._publisher.in_force.changed_to(
+            rules, lambda exports: Inspector(proc=self._proc, exports=exports, on_done=engine.wake), new_worker
         )
-        return RuleWorker(rule, subscription, self.registry, self._proc, after)
 
     def stop(self) -> None:
         """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
@@ -185,10 +188,11 @@ class Watcher:
             # Once more if the engine's thread did so: a reader of events must not wait for ever.
             self._publisher.subscribers.end()
             deadline = time.monotonic() + WORKER_STOP_S
-            for worker in (*self._workers, *self._retired):
+            _, inspector, workers = self._publisher.in_force
+            for worker in (*workers.running, *workers.retired):
                 worker.join(max(0.0, deadline - time.monotonic()))
-            if self._inspector is not None:
-                self._inspector.close(max(0.0, deadline - time.monotonic()))
+            if inspector is not None:
+                inspector.close(max(0.0, deadline - time.monotonic()))
             self._patient.close()
             self.registry.clear(timeout_s=max(0.0, deadline - time.monotonic()))
             self._stopped.set()
@@ -283,7 +287,8 @@ class Watcher:
         """
         engine = self._running_engine()
         with self._changing_rules:  # the rules of the mapping table must not change during it
-            report = audit(lambda: engine.ask(engine.view), self._asked_anew(), self._rules, lambda: engine.unread)
+            rules = self._publisher.in_force.rules
+            report = audit(lambda: engine.ask(engine.view), self._asked_anew(), rules, lambda: engine.unread)
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)
@@ -333,7 +338,7 @@ class Watcher:
         engine = self._running_engine()
         return ExplainContext(
             self._asked_anew(),
-            self._rules,
+            self._publisher.in_force.rules,
             self.registry,
             ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
             view=lambda pid: engine.ask(lambda: engine.view(pid)),
@@ -364,7 +369,7 @@ class Watcher:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, in order."""
-        return tuple(self._rules)
+        return tuple(self._publisher.in_force.rules)
 
     def set_rules(self, *rules: Rule) -> None:
         """Watches by other rules from now on, without a gap. Returns once everything mapped was reported by them.
@@ -381,36 +386,15 @@ class Watcher:
         new = RuleSet(rules)
         with self._changing_rules:
             engine = self._running_engine()
-            before = self._inspector
-            if new.exports - self._rules.exports:
-                # What it knows of files lacks the symbols that are asked for now.
-                self._inspector = Inspector(proc=self._proc, exports=new.exports, on_done=engine.wake)
-            done: Future[None] = Future()
-
-            def change() -> None:
-                self._rules = new
-                engine.reconciler.set_rules(
-                    new, self._inspector, lambda: self._hand_over_to(new), lambda: done.set_result(None)
-                )
-
+            before = self._publisher.in_force
+            change = self._change_to(new, engine)
             try:
-                engine.ask(change)
-                self._wait_for(done, engine)
+                engine.change_rules(change).result()
             finally:
-                if before is not None and before is not self._inspector:
-                    before.close()
-
-    def _hand_over_to(self, rules: RuleSet) -> None:
-        """Ends the workers of rules that are gone, and begins those of new ones; on the engine's thread."""
-        now = {rule.name: rule for rule in rules if rule.has_callbacks}
-        stay = [one for one in self._workers if (rule := now.get(one.rule.name)) and one.rule.calls_the_same_as(rule)]
-        leave = {one.rule.name: one for one in self._workers if one not in stay}
-        for worker in leave.values():
-            worker.retire()
-        begin = [rule for rule in now.values() if rule.name not in {one.rule.name for one in stay}]
-        self._retired_errors += sum(one.errors for one in self._retired if one.has_ended)
-        self._retired = (*(one for one in self._retired if not one.has_ended), *leave.values())
-        self._workers = (*stay, *(self._new_worker(rule, leave.get(rule.name)) for rule in begin))
+                unused = before if self._publisher.in_force is change else change
+                if change.inspector is not before.inspector and unused.inspector is not None:
+                    unused.inspector.close()
+            change.workers.note_live()
 
     def attach_pid(self, pid: int, rule: str) -> int:
         """Scans a process once more, by hand: what the rule wants is reported and activated if it was not.
@@ -434,21 +418,18 @@ class Watcher:
         def settle() -> int:
             held = [one for one in self._publisher.published.of_pid(pid) if one.rule == rule]
             idle = {one.library.id for one in self.registry.files() if one.rule == rule and one.state == "held"}
-            for worker in self._workers:
+            for worker in self._publisher.in_force.workers.running:
                 if worker.rule.name == rule:
                     for load in held:
                         if load.library.id in idle:
                             worker.retry(load)
             return len(held)
 
-        answer: Future[int] = Future()
-
-        def look() -> None:
+        def look(answer: Future[int]) -> None:
             engine.reconciler.look_again(pid, wanted)
             self._publisher.after_all(lambda: answer.set_result(settle()))
 
-        engine.ask(look)
-        held = self._wait_for(answer, engine)
+        held = engine.request(look).result()
         if not held:
             raise SowatchError(f"no rules matched for pid {pid}. See `sowatch explain {pid}`.")
         return held
@@ -469,34 +450,25 @@ class Watcher:
             SowatchError: it held none.
         """
         self._rule_named(rule)
-        engine = self._running_engine()
-        answer: Future[int] = Future()
+        publisher = self._publisher
 
-        def let_go() -> None:
-            count = self._publisher.let_go(lambda load: load.rule == rule and load.process.pid == pid)
-            answer.set_result(count)
+        def is_meant(load: Load) -> bool:
+            return load.rule == rule and load.process.pid == pid
 
-        engine.ask(lambda: self._publisher.after_all(let_go))
-        held = self._wait_for(answer, engine)
+        def let_go(answer: Future[int]) -> None:
+            publisher.after_all(lambda: answer.set_result(publisher.let_go(is_meant)))
+
+        held = self._running_engine().request(let_go).result()
         if not held:
             raise SowatchError(f"pid {pid} is not registered. See `sowatch debug traced`.")
         return held
 
     def _rule_named(self, name: str) -> Rule:
-        rule = self._rules.named(name)
+        rules = self._publisher.in_force.rules
+        rule = rules.named(name)
         if rule is None:
-            raise UsageError(f"there is no rule {name!r}. Use one of: {', '.join(one.name for one in self._rules)}.")
+            raise UsageError(f"there is no rule {name!r}. Use one of: {', '.join(one.name for one in rules)}.")
         return rule
-
-    @staticmethod
-    def _wait_for(answer: Future[T], engine: Engine) -> T:
-        """What comes in the publisher's turn, which a file system that hangs may delay by seconds."""
-        while True:
-            try:
-                return answer.result(timeout=0.5)
-            except TimeoutError:
-                if not engine.is_running and not answer.done():
-                    raise SowatchError("the watch has ended. Ask before stop().") from None
 
     @property
     def is_running(self) -> bool:
@@ -526,7 +498,7 @@ class Watcher:
             repairs=0 if engine is None else engine.reconciler.repairs,
             rereads=0 if engine is None else engine.reconciler.rereads,
             unresolved=self._publisher.unresolved,
-            callback_errors=self._retired_errors + sum(one.errors for one in (*self._workers, *self._retired)),
+            callback_errors=self._publisher.in_force.workers.errors,
             records=0 if engine is None else engine.reconciler.records,
             losses=Losses() if engine is None else engine.reconciler.losses,
             audits=self._audits,
@@ -539,7 +511,7 @@ class Watcher:
     @property
     def timings(self) -> dict[str, RuleTimings]:
         """How long callbacks took, by rule; rules without callbacks have none."""
-        return {worker.rule.name: worker.timings for worker in self._workers}
+        return {worker.rule.name: worker.timings for worker in self._publisher.in_force.workers.running}
 
     @property
     def is_repaired(self) -> bool:

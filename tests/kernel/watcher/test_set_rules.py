@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sowatch import Rule
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import LibraryEvent
 from sowatch.model.literals import KINDS
-from support.kernel import TAG, Calls, Ledger
+from support.kernel import TAG, Calls, Ledger, standing_still
 from support.programs import Mapper
 
 Start = Callable[..., Mapper]
@@ -276,6 +277,59 @@ def test_a_watch_that_has_ended_takes_no_rules(open_ledger: OpenLedger) -> None:
     for ask in (lambda: ledger.watcher.set_rules(TWO), lambda: ledger.watcher.attach_pid(1, "one")):
         with pytest.raises(SowatchError, match="the watch is not running"):
             ask()
+
+
+def test_rules_that_the_watch_has_not_taken_before_it_ends_are_refused(
+    open_ledger: OpenLedger, wait_until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    watcher = open_ledger(ONE).watcher
+    engine = watcher._engine
+    assert engine is not None
+    refused: list[str] = []
+
+    def change() -> None:
+        try:
+            watcher.set_rules(TWO)
+        except SowatchError as error:
+            refused.append(str(error))
+
+    changer = threading.Thread(target=change)
+    with standing_still(watcher):
+        changer.start()
+        wait_until(lambda: engine._jobs)
+        watcher.stop()  # leaves the thread to itself
+        changer.join()
+    assert refused == ["the watch has ended. Ask before stop()."]
+    assert watcher.rules == (ONE,)
+    wait_until(lambda: "sowatch-engine" not in [thread.name for thread in threading.enumerate()])
+    assert [one.levelname for one in caplog.records if one.name == "sowatch" and one.exc_info] == []
+
+
+def test_what_has_not_been_answered_when_the_watch_ends_is_refused(open_ledger: OpenLedger, deadline: Any) -> None:
+    ledger = open_ledger(ONE)
+    engine = ledger.watcher._engine
+    assert engine is not None
+    taken = threading.Event()
+    answer: Future[None] = engine.request(lambda _: taken.set())
+    assert taken.wait(deadline(10))
+    assert not answer.done()
+    ledger.stop()
+    with pytest.raises(SowatchError, match=r"the watch has ended\. Ask before stop\(\)\."):
+        answer.result(timeout=0)
+
+
+def test_the_delays_of_a_rule_that_came_later_are_measured_too(
+    open_ledger: OpenLedger, start: Start, one: Path, wait_until: Any
+) -> None:
+    mapper = start()
+    mapper.map(one)
+    ledger = open_ledger(TWO)
+    ledger.watcher.set_rules(Rule(rf"libone{TAG}", name="one", on_load=lambda _: None))
+    timings = ledger.watcher.timings["one"]
+    wait_until(lambda: timings.callbacks["on_load"].read().count == 1)
+    assert timings.delays["on_load"].read().count == 0
+    start().map(one)
+    wait_until(lambda: timings.delays["on_load"].read().count == 1)
 
 
 def test_what_was_detached_by_hand_is_attached_by_hand_again(

@@ -19,7 +19,7 @@ from sowatch.engine.publisher import Selection
 from sowatch.engine.reconciler import Reconciler
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Load, Ready, Stopped
-from support.engines import CURL, Source, Watch
+from support.engines import CURL, FIRST, Source, Watch
 from support.records import PAGE
 from support.tracking import SSL
 
@@ -39,7 +39,7 @@ ENDED = r"the watch has ended\. Ask before stop\(\)\."
 
 
 def test_a_watch_reports_the_snapshot_then_ready_then_what_happens_and_stopped_last(watch: Watch) -> None:
-    ready = watch.engine.start()
+    ready = watch.engine.start(FIRST)
     assert isinstance(ready, Ready)
     assert ready is watch.engine.ready
     assert (ready.strategy, ready.guarantee, ready.hooks, ready.processes, ready.mappings) == (
@@ -64,7 +64,7 @@ def test_a_watch_reports_the_snapshot_then_ready_then_what_happens_and_stopped_l
 
 
 def test_what_comes_behind_the_last_turn_of_a_watch_that_is_stopped_is_reported(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     drain = watch.source.drain
 
     def put_behind() -> list[Any]:
@@ -84,7 +84,7 @@ def test_what_comes_behind_the_last_turn_of_a_watch_that_is_stopped_is_reported(
 
 def test_stop_may_come_again_and_before_the_start(watch: Watch) -> None:
     assert not watch.engine.is_running
-    watch.engine.start()
+    watch.engine.start(FIRST)
     assert watch.engine.is_running
     watch.engine.stop()
     assert not watch.engine.is_running
@@ -99,7 +99,7 @@ def test_stop_may_come_again_and_before_the_start(watch: Watch) -> None:
 
 def test_a_silent_start_reports_no_load_of_what_is_mapped_already() -> None:
     watch = Watch(silent=True)
-    watch.engine.start()
+    watch.engine.start(FIRST)
     watch.engine.stop()
     assert watch.events() == ["ready", "stopped"]
 
@@ -144,7 +144,7 @@ def test_start_raises_what_the_snapshot_raised_and_readers_get_stopped(
 ) -> None:
     watch.source.error = OSError("no /proc")
     with pytest.raises(OSError, match="no /proc"):
-        watch.engine.start()
+        watch.engine.start(FIRST)
     assert watch.events() == ["stopped"]
     assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == ["the watch ended"]
     with pytest.raises(SowatchError, match=ENDED):
@@ -154,7 +154,7 @@ def test_start_raises_what_the_snapshot_raised_and_readers_get_stopped(
 def test_a_source_that_fails_ends_the_watch_and_every_question(
     watch: Watch, caplog: pytest.LogCaptureFixture, wait_until: Any
 ) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     second: list[BaseException] = []
 
     def ask_second() -> None:
@@ -188,7 +188,7 @@ def test_a_thread_that_hangs_is_left_to_itself_and_closes_the_source_when_it_end
     watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, deadline: Any
 ) -> None:
     monkeypatch.setattr(loop, "STOP_S", 0.0)
-    watch.engine.start()
+    watch.engine.start(FIRST)
     is_stuck, goes_on = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -229,7 +229,7 @@ def test_a_thread_that_hangs_is_left_to_itself_and_closes_the_source_when_it_end
 
 
 def test_a_question_is_answered_on_the_engines_thread(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     assert watch.engine.ask(lambda: threading.current_thread().name) == "sowatch-engine"
 
 
@@ -238,7 +238,7 @@ def test_an_answer_has_what_is_in_the_ring_if_it_is_synced(
     watch: Watch, monkeypatch: pytest.MonkeyPatch, synced: bool, expected: list[int]
 ) -> None:
     monkeypatch.setattr(loop, "TICK_S", 1e6)
-    watch.engine.start()
+    watch.engine.start(FIRST)
     # Nothing has woken the thread for these yet.
     watch.source.put(CURL.intro(t=30), CURL.map(SSL, t=31))
     pids = watch.engine.ask(lambda: sorted(process.pid for process in watch.engine.mappings()), synced=synced)
@@ -246,14 +246,14 @@ def test_an_answer_has_what_is_in_the_ring_if_it_is_synced(
 
 
 def test_what_a_question_raises_is_raised_where_it_was_asked_and_the_watch_goes_on(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     with pytest.raises(KeyError, match="nobody"):
         watch.engine.ask(lambda: {}["nobody"])
     assert watch.engine.ask(lambda: 3) == 3
 
 
 def test_a_question_after_the_end_is_refused(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     watch.engine.stop()
     with pytest.raises(SowatchError, match=ENDED):
         watch.engine.ask(lambda: 1)
@@ -267,7 +267,7 @@ def test_a_question_waits_while_a_full_scan_rests_and_is_answered_after_it(
     monkeypatch.setattr(Reconciler, "is_resting", property(lambda _: bool(rests) and rests.pop()))
     sync = Reconciler.sync
     monkeypatch.setattr(Reconciler, "sync", lambda self: (syncs.append(len(rests)), sync(self))[1])
-    watch.engine.start()
+    watch.engine.start(FIRST)
     rests[:] = [True]
 
     assert watch.engine.ask(lambda: len(rests)) == 0
@@ -280,7 +280,7 @@ def test_a_question_that_need_not_be_synced_does_not_wait_for_a_rest(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Reconciler, "is_resting", property(lambda _: True))
-    watch.engine.start()
+    watch.engine.start(FIRST)
     assert watch.engine.ask(lambda: 1, synced=False) == 1
     assert watch.engine._deferred == []
 
@@ -297,7 +297,7 @@ def test_a_question_that_waits_for_a_rest_learns_of_the_end(
         return True
 
     monkeypatch.setattr(loop, "REST_S", 1e6)
-    watch.engine.start()
+    watch.engine.start(FIRST)
     monkeypatch.setattr(Reconciler, "is_resting", property(is_resting))
     failures: list[str] = []
 
@@ -329,7 +329,7 @@ def test_a_question_is_answered_at_last_though_a_full_scan_rests_and_rests(
     monkeypatch.setattr(loop, "TICK_S", 0.0)
     monkeypatch.setattr(Reconciler, "is_resting", property(is_resting))
     monkeypatch.setattr(Reconciler, "sync", lambda _: syncs.append(now[0]))
-    watch.engine.start()
+    watch.engine.start(FIRST)
 
     begun_s = now[0]
     assert watch.engine.ask(lambda: now[0]) >= begun_s + loop.REST_S
@@ -341,7 +341,7 @@ def test_a_question_is_answered_at_last_though_a_full_scan_rests_and_rests(
 
 
 def test_a_view_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
     assert sorted(watch.engine.ask(watch.engine.view)) == [10, 11]
     view = watch.engine.ask(lambda: watch.engine.view(11))
@@ -352,7 +352,7 @@ def test_a_view_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
 
 
 def test_a_process_on_its_way_to_exec_has_no_view(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
 
     def view_of_unannounced() -> Any:
         (process,) = watch.engine._of(10)
@@ -366,7 +366,7 @@ def test_a_process_on_its_way_to_exec_has_no_view(watch: Watch, monkeypatch: pyt
 
 
 def test_what_is_known_of_a_file_says_whether_it_is_selected_and_was_reported(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     known = watch.engine.ask(lambda: watch.engine.known(10, lambda name: name.path == SSL.path))
     (file,) = known.processes[10].files
     assert (file.name.path, file.kind, file.ranges, file.is_selected) == (
@@ -385,7 +385,7 @@ def test_what_is_known_of_a_file_says_whether_it_is_selected_and_was_reported(wa
 
 
 def test_of_all_processes_those_are_known_that_have_a_wanted_file(watch: Watch) -> None:
-    watch.engine.start()
+    watch.engine.start(FIRST)
     watch.source.unread[10] = 1.5
     everyone = watch.engine.ask(lambda: watch.engine.known(None, lambda _: False))
     assert (dict(everyone.processes), everyone.tracked, everyone.unread_since_s) == ({}, None, None)
@@ -406,7 +406,7 @@ def test_the_thread_ticks_once_a_second_even_if_nothing_happens(
     ticks = threading.Semaphore(0)
     monkeypatch.setattr(Reconciler, "tick", lambda _: ticks.release())
     begun_s = watch.engine.last_iteration_s
-    watch.engine.start()
+    watch.engine.start(FIRST)
     for _ in range(3):
         assert ticks.acquire(timeout=deadline(10))
     assert watch.engine.last_iteration_s > begun_s

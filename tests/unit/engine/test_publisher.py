@@ -11,6 +11,7 @@ from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.facts_queue import FACTS_TIMEOUT_S
 from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.rule_change import RuleChange
 from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Process, Stopped, Unload
 from sowatch.model.rules import Rule, RuleSet
 from support.records import File, Proc
@@ -32,7 +33,7 @@ class KnowsAll:
 @pytest.fixture
 def publisher() -> Publisher:
     made = Publisher(RULES, FileRegistry(is_alive=lambda process: True), Selection(), proc_root="/proc")
-    made.inspector = KnowsAll()  # type: ignore[assignment]
+    made.in_force = RuleChange(RULES, KnowsAll())  # type: ignore[arg-type]
     return made
 
 
@@ -136,8 +137,12 @@ class Published:
         registry = FileRegistry(is_alive=lambda _: True)
         self.publisher = Publisher(self.rules, registry, selection, proc_root="/proc")
         self.reads = reads or KnowsAll()
-        self.publisher.inspector = self.reads
+        self.publisher.in_force = RuleChange(self.rules, self.reads)
         self._reader = self.publisher.subscribers.subscribe(control=True, limit=1000, limit_bytes=1 << 20)
+
+    def change_rules(self, *rules: Rule, reads: Any = None) -> list[str]:
+        self.publisher.change_rules(RuleChange(RuleSet(rules), reads or self.reads))
+        return self.story()
 
     def change(
         self,
@@ -317,16 +322,13 @@ def test_exports_are_checked_and_what_cannot_be_read_is_counted(
     assert made.publisher.unresolved == unresolved
 
 
-def test_what_a_rule_had_that_goes_is_unloaded_before_the_new_rules_take_over() -> None:
+def test_what_a_rule_had_that_goes_is_unloaded_before_anything_is_published_by_the_new_rules() -> None:
     stays = Rule("libc", name="libc")
     made = Published(Rule("libssl", name="tls"), stays)
     made.load()
     made.load(LIBC)
-    taken: list[list[str]] = []
-    rules = RuleSet([stays, Rule("lib", name="every")])
-    made.publisher.change_rules(rules, made.reads, lambda: taken.append(made.story()))
-    assert taken == [["unload 10 tls libssl rules", "deactivate tls libssl"]]
-    assert made.story() == []
+    unloads = made.change_rules(stays, Rule("lib", name="every"))
+    assert unloads == ["unload 10 tls libssl rules", "deactivate tls libssl"]
 
     made.publisher.look_again([made.change(cause="snapshot"), made.change(LIBC, cause="snapshot")])
     assert made.story() == ["activate every libssl", "load 10 every libssl snapshot"]
@@ -339,18 +341,17 @@ def test_a_rule_that_calls_others_now_loads_its_files_anew_and_one_that_calls_th
 
     made = Published(Rule("libssl", name="tls", on_load=first))
     made.load()
-    made.publisher.change_rules(RuleSet([Rule("libs+l", name="tls", on_load=first)]), made.reads, lambda: None)
-    assert made.story() == []
-    made.publisher.change_rules(RuleSet([Rule("libs+l", name="tls", on_load=second)]), made.reads, lambda: None)
-    assert made.story() == ["unload 10 tls libssl rules", "deactivate tls libssl"]
+    assert made.change_rules(Rule("libs+l", name="tls", on_load=first)) == []
+    unloads = made.change_rules(Rule("libs+l", name="tls", on_load=second))
+    assert unloads == ["unload 10 tls libssl rules", "deactivate tls libssl"]
 
 
 def test_what_waits_for_facts_is_read_for_the_new_rules_and_published_by_them() -> None:
     made = Published(reads=Reads())
     made.load()
     other = Reads()
-    made.publisher.change_rules(RuleSet([Rule("libssl", name="new")]), other, lambda: None)  # type: ignore[arg-type]
-    assert (other.asked, made.publisher.inspector) == ([SSL.path], other)
+    made.change_rules(Rule("libssl", name="new"), reads=other)
+    assert (other.asked, made.publisher.in_force.inspector) == ([SSL.path], other)
     other.finish(SSL, FileFacts(True))
     made.publisher.flush(0.0)
     assert made.story() == ["activate new libssl", "load 10 new libssl mmap"]
@@ -360,9 +361,7 @@ def test_what_another_rule_wants_by_now_is_unloaded_under_the_old_name_and_loade
     made = Published(Rule("libssl", name="tls"), Rule("lib", name="every"))
     made.load()
     # The first rule that matches names the event: the order has changed.
-    stay = [Rule("lib", name="every"), Rule("libssl", name="tls")]
-    made.publisher.change_rules(RuleSet(stay), made.reads, lambda: None)
-    assert made.story() == []
+    assert made.change_rules(Rule("lib", name="every"), Rule("libssl", name="tls")) == []
     made.publisher.look_again([made.change(cause="snapshot")])
     assert made.story() == [
         "unload 10 tls libssl rules",

@@ -11,6 +11,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.rule_change import RuleChange
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError
 from sowatch.model.events import Library, Load, Process, Stopped, size_of
@@ -57,7 +58,7 @@ class KnowsNothing:
 @pytest.fixture
 def publisher():
     made = Publisher(RULES, FileRegistry(Config()), Selection(), proc_root="/proc")
-    made.inspector = KnowsAll()
+    made.in_force = RuleChange(RULES, KnowsAll())
     return made
 
 
@@ -101,7 +102,7 @@ def test_a_reader_with_as_many_events_of_few_bytes_loses_none(publisher):
 
 def test_what_waits_for_facts_of_files_is_bounded_in_bytes_and_all_of_it_is_told():
     publisher = Publisher(RULES, FileRegistry(Config()), Selection(), proc_root="/proc", limit_bytes=LIMIT)
-    publisher.inspector = KnowsNothing()
+    publisher.in_force = RuleChange(RULES, KnowsNothing())
     subscription = publisher.subscribers.subscribe(events=("load",), control=True, limit=100_000, limit_bytes=1 << 30)
     begun = time.monotonic()
     for pid in range(1, 101):

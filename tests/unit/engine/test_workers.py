@@ -20,11 +20,13 @@ import pytest
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.published_map import PublishedMap
 from sowatch.engine.subscribers import Subscribers
+from sowatch.engine.subscription import Subscription
 from sowatch.engine.workers import ActiveFile, RuleWorker
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import EnvironmentFault, SowatchError
 from sowatch.model.events import Activate, Deactivate, Library, LibraryEvent, Load, Process, Unload
 from sowatch.model.identity import FileId
+from sowatch.model.literals import EVENT_KINDS
 from sowatch.model.rules import Rule
 
 ME = Process(os.getpid(), 5)
@@ -40,8 +42,11 @@ class Watch:
         self.workers: list[RuleWorker] = []
 
     def start(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
-        subscription = self.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20, rule=rule.name)
+        subscription = Subscription(
+            self.subscribers, events=EVENT_KINDS, control=True, limit=100, limit_bytes=1 << 20, rule=rule.name
+        )
         self.workers.append(RuleWorker(rule, subscription, self.registry, ProcFs(), after))
+        self.workers[-1].begin(self.subscribers)
         return self.workers[-1]
 
     def emit(self, *events: LibraryEvent) -> None:

@@ -15,6 +15,7 @@ from sowatch.engine.effects import Causes
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
+from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.table import MappingTable
 from sowatch.linux.proc import Miss
 from sowatch.model.config import Config
@@ -138,7 +139,7 @@ class EngineOwner(Owner):
         super().__init__(kernel)
         registry = FileRegistry(is_alive=lambda process: True)
         publisher = Publisher(RULES, registry, Selection(), proc_root="/proc")
-        publisher.inspector = Facts()
+        publisher.in_force = RuleChange(RULES, Facts())
         self.events = publisher.subscribers.subscribe(control=True, limit=1 << 20, limit_bytes=1 << 30)
         self.engine = Engine(kernel, self.table, publisher, RULES, Config(), silent_baseline=False)
         self.engine._proc = self
