@@ -290,20 +290,20 @@ class Inspector:
             look.is_at_file = True
 
         version = order.version
-        found = find_mapped(
-            self._proc,
-            order.pid,
-            version.file_id,
-            version.path,
-            () if order.skips_process else order.ranges,
-            is_own_view=order.is_own_view,
-            is_deleted=version.is_deleted,
-            changed_ns=max(0, version.changed_ns),
-            on_file=on_file,
-            skips_process=order.skips_process,
-        )
-        fd = -1
+        found, fd = None, -1
         try:
+            found = find_mapped(
+                self._proc,
+                order.pid,
+                version.file_id,
+                version.path,
+                () if order.skips_process else order.ranges,
+                is_own_view=order.is_own_view,
+                is_deleted=version.is_deleted,
+                changed_ns=max(0, version.changed_ns),
+                on_file=on_file,
+                skips_process=order.skips_process,
+            )
             if found is None:
                 # On an overlay nothing may lead to what is mapped any more; its pages still say what it is.
                 build_id = None if order.skips_process else mapped_build_id(self._proc, order.pid, order.ranges)

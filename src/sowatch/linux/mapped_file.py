@@ -148,7 +148,7 @@ def find_mapped(
     if link is not None and link_path is not None:
         why_not = _why_not_it(link, file_id, changed_ns, is_link=True)
         on_try("link", link_path, why_not)
-        mapped = None if why_not else os.fstat(link)
+        mapped = None if why_not else _status_of(link)
     try:
         place: Place | None = "link" if mapped is not None else None
         if is_deleted and mapped is None:
@@ -167,7 +167,8 @@ def find_mapped(
                 on_try(where, shown, why_not)
                 if why_not is None:
                     return Found(fd, where)
-            is_same = mapped is not None and os.path.samestat(os.fstat(fd), mapped)
+            status = _status_of(fd)
+            is_same = mapped is not None and status is not None and os.path.samestat(status, mapped)
             os.close(fd)
             if is_same:
                 place = where
@@ -175,7 +176,7 @@ def find_mapped(
         if link is not None and mapped is not None:
             found, link = Found(link, place, link_path), None
             return found
-        if link is not None and changed_ns and is_on_overlay(link):
+        if link is not None and changed_ns and _may_be_on_overlay(link):
             in_layer = find_in_layers(proc, pid, file_id, path)
             on_try(None, path, None if in_layer else "no layer that can be reached from here has it")
             return in_layer
@@ -190,8 +191,30 @@ def is_on_overlay(fd: int) -> bool:
     return file_system_of(fd) == OVERLAYFS_MAGIC
 
 
-def _why_not_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> str | None:
-    """Why a descriptor (O_PATH will do) is not of that file; None if it is."""
+def _may_be_on_overlay(fd: int) -> bool:
+    try:
+        return is_on_overlay(fd)
+    except OSError:
+        return False
+
+
+def _status_of(fd: int) -> os.stat_result | None:
+    """None where the file system refuses: a FUSE server may answer with any error, or be gone (ECONNABORTED)."""
+    try:
+        return os.fstat(fd)
+    except OSError:
+        return None
+
+
+def _why_not_it(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> OSError | str | None:
+    """Why a descriptor (O_PATH will do) is not of that file, or cannot be compared; None if it is."""
+    try:
+        return _difference(fd, file_id, changed_ns, is_link=is_link)
+    except OSError as error:
+        return error
+
+
+def _difference(fd: int, file_id: FileId, changed_ns: int, *, is_link: bool) -> str | None:
     status = os.fstat(fd)
     other = "another file is mapped there by now" if is_link else "another file has that name now"
     is_real = shows_real_inode(fd)
