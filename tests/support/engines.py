@@ -20,7 +20,7 @@ from sowatch.model.stats import Losses
 from support.records import PAGE, Proc, scan
 from support.tracking import LIBC, SSL
 
-__all__ = ["CURL", "FIRST", "Source", "Watch"]
+__all__ = ["CURL", "FIRST", "NGINX", "Source", "Watch"]
 
 NGINX, CURL = Proc(10), Proc(11)
 RULES = RuleSet([Rule("libssl", name="tls")])

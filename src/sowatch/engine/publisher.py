@@ -87,7 +87,6 @@ class Publisher:
         self._waiting = FactsQueue(
             self._publish, limit_bytes=Config().queue_bytes if limit_bytes is None else limit_bytes
         )
-        self._silent: set[tuple[ProcessId, FileId]] = set()
         #: What was taken away by hand, until it is mapped anew or asked for by hand or by new rules.
         self._detached: set[tuple[ProcessId, FileId]] = set()
         self.loads = 0
@@ -106,15 +105,13 @@ class Publisher:
         return bool(self._waiting)
 
     def publish(self, changes: list[Change]) -> None:
-        """Takes changes of the mapping table, in order."""
+        """Takes changes of the mapping table, in order. An unload of what was not published becomes no event."""
         waiting = self._waiting
         for change in changes:
             if not self.selection.wants(change):
                 continue
             if self._detached:
                 self._detached.discard((change.process.id, change.name.file_id))
-            if self._silent and self._was_silent(change):
-                continue
             if not waiting or not waiting.holds_back(change):
                 facts = self._facts(change)
                 if facts is not None:
@@ -128,7 +125,7 @@ class Publisher:
 
         Args:
             changes: loads.
-            only_held: leave out what is not published, such as the baseline that was taken silently.
+            only_held: leave out what is not published, such as the baseline of a watch without a snapshot.
         """
         for change in changes:
             if self.selection.wants(change):
@@ -141,17 +138,6 @@ class Publisher:
         keys = self._detached
         left = [one for one in changes if (one.process.id, one.name.file_id) not in keys] if keys else changes
         self.look_again(left, only_held=only_held)
-
-    def take_silently(self, changes: list[Change]) -> None:
-        """Takes the baseline of a watch without a snapshot: neither its loads nor their unloads are published."""
-        self._silent.update((change.process.id, change.name.file_id) for change in changes if change.is_load)
-
-    def _was_silent(self, change: Change) -> bool:
-        key = (change.process.id, change.name.file_id)
-        if change.is_load or key not in self._silent:
-            return False
-        self._silent.discard(key)
-        return True
 
     def announce(self, make: Callable[[], Event], *, holds: bool = False) -> None:
         """Takes a control event.

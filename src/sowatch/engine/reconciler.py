@@ -158,7 +158,8 @@ class Reconciler:
         changes = self._carry_out()
         found = [change for change in changes if change.cause == "snapshot"]
         seconds = time.monotonic() - begun
-        (self._publisher.take_silently if self._silent else self._publisher.publish)(found)
+        if not self._silent:
+            self._publisher.publish(found)
         self._publisher.announce(lambda: make_ready(len(scans), seconds), holds=True)
         self._publisher.publish([change for change in changes if change.cause != "snapshot"])
         self._check_losses()
@@ -350,7 +351,6 @@ class Reconciler:
         changes = self._carry_out()
         if self._silent:
             # With a silent baseline, no rule publishes what was mapped before.
-            self._publisher.take_silently([one for one in changes if one.cause == RULES.load])
             changes = [one for one in changes if one.cause != RULES.load]
         self._publisher.publish(changes)
 

@@ -349,6 +349,21 @@ def test_what_was_detached_by_hand_is_attached_by_hand_again(
     assert ledger.story(mapper.pid, inode(one)) == [("load", "snapshot"), ("unload", "rules"), ("load", "snapshot")]
 
 
+def test_what_was_attached_by_hand_in_a_watch_without_a_snapshot_is_unloaded_when_it_goes(
+    open_ledger: OpenLedger, start: Start, one: Path, wait_until: Any
+) -> None:
+    mapper, calls = start(), Calls()
+    at = mapper.map(one)
+    ledger = open_ledger(calls.rule(rf"libone{TAG}"), snapshot=False)
+    assert ledger.watcher.attach_pid(mapper.pid, "rule") == 1
+    mapper.unmap(*at)
+    ledger.watcher.audit()  # takes in what was on its way
+    assert ledger.story(mapper.pid, inode(one)) == [("load", "snapshot"), ("unload", "munmap")]
+    wait_until(lambda: len(calls.made) == 4)
+    assert [what for what, _ in calls.made] == ["activate", "load", "unload", "deactivate"]
+    assert ledger.watcher.registry.files() == ()
+
+
 def test_attaching_by_hand_tries_a_failed_activation_again(
     open_ledger: OpenLedger, start: Start, one: Path, wait_until: Any
 ) -> None:

@@ -19,7 +19,7 @@ from sowatch.engine.publisher import Selection
 from sowatch.engine.reconciler import Reconciler
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Load, Ready, Stopped
-from support.engines import CURL, FIRST, Source, Watch
+from support.engines import CURL, FIRST, NGINX, Source, Watch
 from support.records import PAGE
 from support.tracking import SSL
 
@@ -97,11 +97,14 @@ def test_stop_may_come_again_and_before_the_start(watch: Watch) -> None:
     assert other.source.closes == 1
 
 
-def test_a_silent_start_reports_no_load_of_what_is_mapped_already() -> None:
+def test_a_silent_start_reports_neither_loads_of_what_is_mapped_already_nor_their_unloads() -> None:
     watch = Watch(silent=True)
     watch.engine.start(FIRST)
+    # Unmapped it is no news, mapped anew it is.
+    watch.source.send(NGINX.range(PAGE, 2 * PAGE, t=30), NGINX.map(SSL, t=31))
+    watch.engine.ask(lambda: None)
     watch.engine.stop()
-    assert watch.events() == ["ready", "stopped"]
+    assert watch.events() == ["ready", "activate", "load", "deactivate", "stopped"]
 
 
 def test_ready_names_at_most_five_processes_that_do_not_answer(watch: Watch) -> None:

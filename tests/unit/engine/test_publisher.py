@@ -219,16 +219,6 @@ def test_only_processes_that_are_selected_are_reported(selection: Selection, sel
     assert made.story() == []
 
 
-def test_a_silent_baseline_is_reported_neither_when_it_is_there_nor_when_it_goes() -> None:
-    made = Published()
-    made.publisher.take_silently([made.change(cause="snapshot"), made.change(pid=11, is_load=False)])
-    assert made.unload() == []
-    # Mapped anew it is news.
-    assert made.load() == ["activate tls libssl", "load 10 tls libssl mmap"]
-    assert made.unload() == ["unload 10 tls libssl munmap", "deactivate tls libssl"]
-    assert made.load(pid=11) == ["activate tls libssl", "load 11 tls libssl mmap"]
-
-
 def test_what_is_no_regular_file_is_not_read() -> None:
     made = Published(reads=Reads())
     made.load(SSL.but(mode=0o020666))
