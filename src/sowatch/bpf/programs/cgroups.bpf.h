@@ -9,8 +9,11 @@
 
 /* Containers nest deep, but a cgroup path of more levels than this is cut at its start. */
 #define CGROUP_LEVELS 16
-/* There are 14 controllers; systemd adds a hierarchy of its own. */
-#define CGROUP_HIERARCHIES 20
+/*
+ * There are 14 controllers; systemd and others add hierarchies of their own, which are listed last. Those beyond this
+ * are not seen, nor are more paths that differ than CGROUP_PATHS or than fit: docs/reliability.md.
+ */
+#define CGROUP_HIERARCHIES 64
 /* What the path of version 2 may take, so that something is left for the others. */
 #define FIRST_CGROUP_BYTES 512
 
