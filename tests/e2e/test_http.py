@@ -179,6 +179,9 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
         assert len(known) == len(found) or uses_memory
         assert {one.flow.peer.port if side == "client" else one.flow.local_port for one in known} <= {server.port}
     assert {one.process.pid for one in tap.of("server")} == {server.process.pid}
+    tap.tap.close()
+    # Nothing comes once more with the end of the connections.
+    assert len(tap.flows) == 2 * len(PATHS)
     stats = tap.tap.stats()
     assert {
         name: value for name, value in stats.items() if value and name in ("lost", "resyncs", "gaps", "incomplete")

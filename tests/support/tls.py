@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -306,7 +305,8 @@ class Tap:
     def __init__(self, tls: Tls, place: Path | None = None, **options: Any) -> None:
         self.tls = tls
         self.flows: list[HttpFlow] = []
-        self.tap = HttpTap(self.flows.append, pattern=f"^{re.escape(str(place or tls.libraries))}/", **options)
+        pattern = f"^{re.escape(str(place or tls.libraries))}/"
+        self.tap = HttpTap(self.flows.append, pattern=pattern, keeps_query=True, **options)
 
     def __enter__(self) -> Self:
         self.tap.start()
@@ -334,7 +334,6 @@ class Tap:
     def wait_for(self, side: str, number: int) -> list[HttpFlow]:
         """Waits until so many flows of one side are there."""
         self.tls.wait_until(lambda: len(self.of(side)) >= number, what=f"{number} flows of the {side}")
-        time.sleep(0.1)  # what comes twice would come now
         return self.of(side)
 
 

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,7 +39,8 @@ from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
 
 if TYPE_CHECKING:
     from sowatch.http.summary import Summary
-    from sowatch.http.taps import HttpFlow, HttpTap
+    from sowatch.http.taps import HttpFlow
+    from sowatch.uprobes.records import Failure
 
 _SIDES: Final = ("client", "server")
 _STATUS: Final = re.compile(r"[1-5](?:xx|\d\d)")
@@ -92,9 +93,16 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         else:
             unwritten[0] += 1
 
-    tap = HttpTap(take, pids=args.pid, container=args.container, pattern=pattern, config=config_of(args))
+    tap = HttpTap(
+        take,
+        pids=args.pid,
+        container=args.container,
+        pattern=pattern,
+        config=config_of(args),
+        keeps_query=args.query,
+    )
     summary = Summary() if args.summary else None
-    show = _Lines(out, keeps_query=args.query, as_json=as_json)
+    show = _Lines(out, as_json=as_json)
     is_over = threading.Event()
     with Stopper(is_over.set) as stopper:
         try:
@@ -108,12 +116,13 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
                 if tap.watcher.wait(0):
                     warn("the watch ended before it was stopped. What was reported is right.")
                     return 1
-            stats = tap.stats() | {"unwritten": unwritten[0]}
+            failures = tap.failures
             tap.close()
+            stats = tap.stats() | {"unwritten": unwritten[0]}
             _write(filter(matches, _taken(waiting, 0)), show, summary)
             if summary is not None:
                 _show_summary(summary, out, args.top, as_json=as_json)
-            _show_stats(stats, tap, out, warn, as_json=as_json)
+            _show_stats(stats, failures, out, warn, as_json=as_json)
         except PipeClosed:
             out.discard()
         finally:
@@ -172,24 +181,23 @@ def _write(flows: Iterator[HttpFlow], show: _Lines, summary: Summary | None) -> 
 class _Lines:
     """One line a flow: JSON, or for people."""
 
-    def __init__(self, out: Out, *, keeps_query: bool, as_json: bool) -> None:
+    def __init__(self, out: Out, *, as_json: bool) -> None:
         self._out = out
-        self._keeps_query = keeps_query
         self._as_json = as_json
         #: Between the clock of the kernel's stamps and the one of the wall.
         self._offset_ns = time.time_ns() - time.monotonic_ns()
 
     def write(self, found: HttpFlow) -> None:
         if self._as_json:
-            self._out.write(dumps(flow_dict(found, self._offset_ns, keeps_query=self._keeps_query)) + "\n")
+            self._out.write(dumps(flow_dict(found, self._offset_ns)) + "\n")
         else:
-            self._out.write(_line(found, self._offset_ns, keeps_query=self._keeps_query) + "\n")
+            self._out.write(_line(found, self._offset_ns) + "\n")
 
     def flush(self) -> None:
         self._out.flush()
 
 
-def flow_dict(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> dict[str, Any]:
+def flow_dict(found: HttpFlow, offset_ns: int) -> dict[str, Any]:
     """A flow as the contract has it; ``offset_ns`` turns its times into those of the wall clock."""
     flow = found.flow
     time_ns = flow.begin_ns or flow.first_byte_ns or flow.end_ns
@@ -202,7 +210,7 @@ def flow_dict(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> dict[str
         "method": flow.method,
         "scheme": "https",
         "authority": flow.authority,
-        "path": _path(flow.path, keeps_query=keeps_query),
+        "path": flow.path,
         "status": flow.status,
         "grpc_status": flow.grpc_status,
         "request_bytes": flow.request_bytes,
@@ -217,21 +225,17 @@ def flow_dict(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> dict[str
     }
 
 
-def _path(path: str | None, *, keeps_query: bool) -> str | None:
-    return path if path is None or keeps_query else path.partition("?")[0]
-
-
 def _milliseconds(value_ns: int | None) -> float | None:
     return None if value_ns is None else round(value_ns / 1e6, 3)
 
 
-def _line(found: HttpFlow, offset_ns: int, *, keeps_query: bool) -> str:
+def _line(found: HttpFlow, offset_ns: int) -> str:
     flow = found.flow
     begin_ns = flow.begin_ns or flow.end_ns or 0
     clock = time.strftime("%H:%M:%S", time.localtime((begin_ns + offset_ns) / 1e9))
     duration = "-" if flow.duration_ns is None else f"{flow.duration_ns / 1e6:.1f}ms"
     peer = "?" if flow.peer is None else f"{flow.peer.address}:{flow.peer.port}"
-    url = f"{flow.authority or '?'}{_path(flow.path, keeps_query=keeps_query) or ''}"
+    url = f"{flow.authority or '?'}{flow.path or ''}"
     note = "" if flow.is_complete else "  incomplete"
     process = f"{visible(found.process.comm or '?')}[{found.process.pid}]"
     return (
@@ -273,9 +277,10 @@ def _shown_s(value: float | None) -> str:
     return "-" if value is None else f"{value * 1e3:.1f}ms"
 
 
-def _show_stats(stats: dict[str, int], tap: HttpTap, out: Out, warn: Callable[[str], None], *, as_json: bool) -> None:
+def _show_stats(
+    stats: dict[str, int], failures: Sequence[Failure], out: Out, warn: Callable[[str], None], *, as_json: bool
+) -> None:
     """What is not known, in every output."""
-    failures = tap.failures
     if as_json:
         out.write(dumps({"schema": SCHEMA, "event": "http_stats", **stats}) + "\n")
         out.flush()
@@ -283,4 +288,4 @@ def _show_stats(stats: dict[str, int], tap: HttpTap, out: Out, warn: Callable[[s
         parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name != "spared"]
         warn(", ".join(parts) + "." if parts else "no HTTP passed a TLS library that is probed.")
     for failure in failures:
-        warn(f"not tapped: {visible(failure.library.path)}: {failure.symbol}: {visible(failure.reason)}")
+        warn(f"not tapped: {visible(failure.library.path)}: {visible(failure.reason)}")

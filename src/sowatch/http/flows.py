@@ -32,6 +32,8 @@ Direction = Literal["read", "write"]
 
 #: Connections that are kept; those that were idle longest go first.
 MAX_CONNECTIONS: Final = 16384
+#: Heads and header blocks that wait for their rest, of all connections together.
+MAX_BYTES: Final = 64 << 20
 #: Requests of one connection that wait for their response: more than any client pipelines.
 _MAX_WAITING: Final = 256
 #: A connection that has shown no HTTP after this many calls of either direction keeps only its beginnings.
@@ -53,10 +55,14 @@ def may_start(data: bytes) -> bool:
 
 
 class ConnectionKey(NamedTuple):
-    """A TLS connection: the pointer to its object is one connection's only until it is freed."""
+    """A TLS connection: the pointer to its object is one connection's only until it is freed, so its birth counts.
+
+    ``born_ns``: when it was first seen, CLOCK_MONOTONIC.
+    """
 
     process: ProcessId
     pointer: int
+    born_ns: int = 0
 
 
 class Peer(NamedTuple):
@@ -80,7 +86,6 @@ class Chunk(NamedTuple):
         site: the cookie of the probe that saw it.
         peer: if the socket is known.
         local_port: of the socket.
-        is_gap: something that came before it is lost.
     """
 
     key: ConnectionKey
@@ -201,6 +206,10 @@ class _Http1:
     def unknown(self) -> int:
         return 0
 
+    @property
+    def held(self) -> int:
+        return self.request.held + self.response.held
+
     def _method(self) -> str | None:
         return self._waiting[0][0].method if self._waiting else None
 
@@ -280,6 +289,10 @@ class _Http2:
     @property
     def unknown(self) -> int:
         return sum(decoder.unknown for decoder in self.decoders.values())
+
+    @property
+    def held(self) -> int:
+        return sum(decoder.held for decoder in self.decoders.values())
 
     def _is_request(self, direction: Direction) -> bool | None:
         return None if self._side is None else (direction == "write") == (self._side == "client")
@@ -386,14 +399,9 @@ class _Connection:
         self.site = chunk.site or self.site
         direction, time_ns = chunk.direction, chunk.time_ns
         expected = self._offsets.get(direction)
-        missing = 0 if expected is None else chunk.offset - expected
+        missing = 0 if expected is None else max(0, chunk.offset - expected)
         if expected is None and chunk.offset:
             self.stats.joined_late += 1
-        if missing < 0:
-            # The pointer belongs to another connection by now, and its end was lost.
-            self.close(time_ns)
-            self._offsets.clear()
-            missing = 0
         self._offsets[direction] = chunk.offset + chunk.length
         lead = missing + chunk.skipped
         if lead:
@@ -412,6 +420,12 @@ class _Connection:
 
     def offset(self, direction: Direction) -> int:
         return self._offsets.get(direction, 0)
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait for more."""
+        first = sum(map(len, self._first.values())) if self._first else 0
+        return first + (self._http1.held if self._http1 else self._http2.held if self._http2 else 0)
 
     def close(self, time_ns: int) -> None:
         spoken = self._http1 or self._http2
@@ -509,11 +523,23 @@ class FlowTable:
     Args:
         on_flow: called with each flow once it is over.
         max_connections: are kept; the one that was idle longest is closed for another one.
+        max_bytes: that wait for more, of all connections together; beyond it the same.
+        keeps_query: paths keep what stands behind ``?``.
     """
 
-    def __init__(self, on_flow: Callable[[Flow], None], *, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(
+        self,
+        on_flow: Callable[[Flow], None],
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        max_bytes: int = MAX_BYTES,
+        keeps_query: bool = False,
+    ) -> None:
         self._on_flow = on_flow
         self._max = max_connections
+        self._max_bytes = max_bytes
+        self._held = 0
+        self._keeps_query = keeps_query
         self._connections: OrderedDict[ConnectionKey, _Connection] = OrderedDict()
         self.stats = FlowStats()
 
@@ -530,12 +556,15 @@ class FlowTable:
         connection = self._connections.get(chunk.key)
         if connection is None:
             if len(self._connections) >= self._max:
-                self.stats.dropped += 1
-                self._connections.popitem(last=False)[1].close(chunk.time_ns)
+                self._drop_idle(chunk.time_ns)
             connection = self._connections[chunk.key] = _Connection(chunk.key, self)
         else:
             self._connections.move_to_end(chunk.key)
+        before = connection.held
         connection.take(chunk)
+        self._held += connection.held - before
+        while self._held > self._max_bytes and len(self._connections) > 1:
+            self._drop_idle(chunk.time_ns)
         left = connection.skippable(chunk.direction)
         return connection.offset(chunk.direction) + left if left else 0
 
@@ -543,12 +572,18 @@ class FlowTable:
         """A connection ended: its object was freed, or shut down."""
         connection = self._connections.pop(key, None)
         if connection is not None:
+            self._held -= connection.held
             connection.close(time_ns)
 
     def end_process(self, process: ProcessId, time_ns: int) -> None:
         """A process is gone, and every connection of it."""
         for key in [key for key in self._connections if key.process == process]:
             self.end(key, time_ns)
+
+    def _drop_idle(self, time_ns: int) -> None:
+        """Gives up the connection that was idle longest."""
+        self.stats.dropped += 1
+        self.end(next(iter(self._connections)), time_ns)
 
     def close(self, time_ns: int) -> None:
         """Ends every connection."""
@@ -557,6 +592,8 @@ class FlowTable:
 
     def hand_out(self, flow: Flow) -> None:
         """Counts a flow and hands it on."""
+        if flow.path is not None and not self._keeps_query:
+            flow.path = flow.path.partition("?")[0]
         self.stats.flows += 1
         self.stats.incomplete += not flow.is_complete
         self.stats.unknown_peers += flow.peer is None

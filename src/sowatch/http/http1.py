@@ -189,6 +189,11 @@ class Http1Decoder:
         """How many of the next bytes belong to a body for certain, so that nobody needs to send them."""
         return self._left if self._state in (_LENGTH, _CHUNK_DATA) else 0
 
+    @property
+    def held(self) -> int:
+        """Bytes of a head or a line that wait for their rest."""
+        return len(self._buffer)
+
     def feed(self, data: bytes, time_ns: int) -> None:
         """Takes over bytes of one call.
 

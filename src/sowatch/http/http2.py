@@ -155,6 +155,11 @@ class Http2Decoder:
         """How many of the next bytes are body for certain."""
         return self._left if self._left_stream else 0
 
+    @property
+    def held(self) -> int:
+        """Bytes of a frame or a header block that wait for their rest."""
+        return len(self._buffer) + (len(self._open.data) if self._open else 0)
+
     def feed(self, data: bytes, time_ns: int) -> None:
         """Takes over bytes of one call; see `sowatch.http.http1.Http1Decoder.feed`."""
         if self._is_lost:
@@ -246,8 +251,8 @@ class Http2Decoder:
         if len(buffer) < FRAME_HEAD_BYTES:
             return FRAME_HEAD_BYTES
         length, kind, flags, _ = _head_of(buffer, 0)
-        if length > _MAX_FRAME_BYTES:
-            return FRAME_HEAD_BYTES
+        if length > (_MAX_BLOCK_BYTES if kind in _WHOLE else _MAX_FRAME_BYTES):
+            return FRAME_HEAD_BYTES  # it is refused
         if kind in _WHOLE:
             return FRAME_HEAD_BYTES + length
         return FRAME_HEAD_BYTES + (kind == _DATA and bool(flags & _PADDED) and length > 0)
@@ -310,6 +315,8 @@ def _is_sound(length: int, kind: int, flags: int, stream: int) -> bool:
     """Whether a frame may look like that (RFC 9113, section 6)."""
     shape = _SHAPES.get(kind)
     if shape is None or length > _MAX_FRAME_BYTES or stream < 0 or flags & ~shape[0]:
+        return False
+    if kind in _WHOLE and length > _MAX_BLOCK_BYTES:
         return False
     if shape[1] is not None and length != shape[1]:
         return False

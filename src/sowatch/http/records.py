@@ -13,8 +13,8 @@ from sowatch.model.identity import ProcessId
 
 __all__ = ["CONNECTION", "COUNTERS", "HEAD", "Ended", "decode", "spare_key"]
 
-#: struct tls_record of tls_taps.h without its bytes, 112 bytes.
-HEAD: Final = struct.Struct("=QQQQQQIIIIIBBHHHI16s16s")
+#: struct tls_record of tls_taps.h without its bytes, 120 bytes.
+HEAD: Final = struct.Struct("=QQQQQQQIIIIIBBHHHI16s16s")
 #: struct tls_connection_key, 32 bytes.
 CONNECTION: Final = struct.Struct("=QQIIQ")
 #: enum tls_counter, in order.
@@ -41,13 +41,12 @@ def decode(record: bytes) -> Chunk | Ended:
     A write has passed when it began, a read when it ended: so a request is older than its response.
     """
     fields = HEAD.unpack_from(record)
-    pointer, start_ns, site, begin_ns, end_ns, offset, tgid, _tid, length, skipped, captured, kind, direction = fields[
-        :13
-    ]
-    key = _key(tgid, start_ns, pointer)
+    pointer, start_ns, site, begin_ns, end_ns, offset, born_ns, tgid = fields[:8]
+    length, skipped, captured, kind, direction = fields[9:14]
+    key = _key(tgid, start_ns, pointer, born_ns)
     if kind != _DATA:
         return Ended(key, end_ns)
-    family, peer_port, local_port, _unused, peer, _local = fields[13:]
+    family, peer_port, local_port, _unused, peer, _local = fields[14:]
     return Chunk(
         key,
         _DIRECTIONS[direction],
@@ -63,8 +62,8 @@ def decode(record: bytes) -> Chunk | Ended:
 
 
 @lru_cache(maxsize=_CACHED)
-def _key(tgid: int, start_ns: int, pointer: int) -> ConnectionKey:
-    return ConnectionKey(ProcessId(tgid, start_ns), pointer)
+def _key(tgid: int, start_ns: int, pointer: int, born_ns: int) -> ConnectionKey:
+    return ConnectionKey(ProcessId(tgid, start_ns), pointer, born_ns)
 
 
 @lru_cache(maxsize=_CACHED)

@@ -9,8 +9,9 @@ import logging
 import select
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.resources import files
 from types import TracebackType
@@ -21,7 +22,7 @@ from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
 from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
 from sowatch.model.config import Config
-from sowatch.model.errors import BpfError, UsageError
+from sowatch.model.errors import BpfError, SowatchError, UsageError
 from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule
@@ -100,6 +101,7 @@ class HttpTap:
         config: of the watch.
         capture_bytes: of each call, at most `CAPTURE_BYTES`; what is longer is counted.
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
+        keeps_query: paths keep what stands behind ``?``; see docs/privacy.md.
 
     Raises:
         UsageError: ``capture_bytes`` is out of range, or a pattern that is none.
@@ -118,6 +120,7 @@ class HttpTap:
         config: Config = Config(),  # noqa: B008 - frozen
         capture_bytes: int = CAPTURE_BYTES,
         linger_s: float = 5.0,
+        keeps_query: bool = False,
     ) -> None:
         if not 64 <= capture_bytes <= CAPTURE_BYTES:
             raise UsageError(f"capture_bytes is {capture_bytes}. Give 64 to {CAPTURE_BYTES}.")
@@ -144,9 +147,10 @@ class HttpTap:
             for name, exports in FAMILIES.items()
         ]
         self.watcher = Watcher(*rules, config=config, pids=frozenset(pids), container=container)
-        self.table = FlowTable(self._hand_out)
+        self.table = FlowTable(self._hand_out, keeps_query=keeps_query)
         self._processes: dict[ProcessId, Process] = {}
-        self._gone: deque[ProcessId] = deque()
+        #: Of those, the ones that have no library any more, the first to go first.
+        self._gone: OrderedDict[ProcessId, None] = OrderedDict()
         self._ended: deque[ProcessId] = deque()
         self._lock = threading.Lock()
         self._ring: Ring | None = None
@@ -154,7 +158,8 @@ class HttpTap:
         self._stop = threading.Event()
         self._sees_sockets = False
         self._follows_memory = False
-        self._libraries: dict[int, Library] = {}
+        self._libraries: dict[int, Library | None] = {0: None}
+        self._counters: dict[str, int] | None = None
         self.callback_failures = 0
 
     # ---- life ---------------------------------------------------------------------------------
@@ -182,6 +187,9 @@ class HttpTap:
             self._thread.join()
             self._thread = None
         self._ring = None
+        if self._counters is None:
+            with suppress(SowatchError):  # it was not started
+                self._counters = self._read_counters()
         self._attacher.close()
 
     def __enter__(self) -> Self:
@@ -207,14 +215,25 @@ class HttpTap:
 
     @property
     def failures(self) -> list[Failure]:
-        """What could not be attached."""
-        return self._attacher.failures
+        """The files that could not be attached, and why; that a library lacks some of the exports is none."""
+        found = [
+            Failure(one.library, "*", one.reason or "it is tried again", one.state == "failed")
+            for one in self._attacher.files()
+            if one.state != "attached"
+        ]
+        found += [
+            Failure(Library(blocked.sample_path, blocked.id), "*", blocked.reason, is_permanent=True)
+            for blocked in self.watcher.registry.blocked()
+        ]
+        return list({one.library.id: one for one in found}.values())
 
     def stats(self) -> dict[str, int]:
-        """`sowatch.http.flows.FlowStats`, and the program's counters by their names in `COUNTERS`."""
+        """`sowatch.http.flows.FlowStats`, and the program's counters by their names in `COUNTERS`; also once closed."""
+        return asdict(self.table.stats) | (self._counters or self._read_counters())
+
+    def _read_counters(self) -> dict[str, int]:
         loaded = self._attacher.objects()[0]
-        counters = {name: loaded.per_cpu_sum("counters", index) for index, name in enumerate(COUNTERS)}
-        return asdict(self.table.stats) | counters
+        return {name: loaded.per_cpu_sum("counters", index) for index, name in enumerate(COUNTERS)}
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -229,7 +248,14 @@ class HttpTap:
                 loaded.skip(program)
 
     def _run(self) -> None:
-        """The tap's thread: drains the ring, decodes, hands out."""
+        """The tap's thread; what it cannot go on after ends the watch, which is seen, and not the flows alone."""
+        try:
+            self._drain_until_stopped()
+        except Exception:
+            LOG.exception("the tap ended")
+            self.watcher.stop()
+
+    def _drain_until_stopped(self) -> None:
         ring = self._ring
         assert ring is not None
         poll = select.poll()
@@ -253,9 +279,10 @@ class HttpTap:
                 self.table.end(found.key, found.time_ns)
                 continue
             until = self.table.take(found)
-            # So much that it is worth a system call. The map drops the oldest; EPERM and the like cannot be.
+            # So much that it is worth a system call; where the map refuses it, the bytes are sent.
             if until > found.offset + found.length + self._capture_bytes:
-                spare.update(spare_key(found.key, found.direction), until.to_bytes(8, "little"))
+                with suppress(BpfError):
+                    spare.update(spare_key(found.key, found.direction), until.to_bytes(8, "little"))
 
     def _note(self, event: Load | Unload) -> None:
         """A process has a TLS library, or has it no more; on the thread of a rule."""
@@ -264,10 +291,11 @@ class HttpTap:
         with self._lock:
             if event.event == "load":
                 self._processes[key] = process
+                self._gone.pop(key, None)
             elif event.cause in ("exit", "exec"):
-                self._gone.append(key)
+                self._gone[key] = None
                 if len(self._gone) > _MAX_GONE:
-                    self._processes.pop(self._gone.popleft(), None)
+                    self._processes.pop(self._gone.popitem(last=False)[0], None)
                 self._ended.append(key)
         if self._is_filtered:
             wanted = self._attacher.map("wanted")
@@ -300,10 +328,11 @@ class HttpTap:
             process = self._processes.get(flow.key.process)
         if flow.peer is None and not self._follows_memory:
             self._follow_memory()
-        library = self._libraries.get(flow.site)
-        if library is None:
-            self._libraries = {cookie: site.library for cookie, site in self._attacher.sites.items()}
-            library = self._libraries.get(flow.site)
+        if flow.site not in self._libraries:
+            # Kept also for files that are detached by now. Without cookies (before 5.15) there is no site.
+            self._libraries |= {cookie: site.library for cookie, site in self._attacher.sites.items()}
+            self._libraries.setdefault(flow.site, None)
+        library = self._libraries[flow.site]
         known = process or Process(pid=flow.key.process.pid, start_ns=flow.key.process.start_ns)
         try:
             self._on_flow(HttpFlow(flow, known, library))

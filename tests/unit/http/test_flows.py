@@ -142,7 +142,7 @@ def test_an_upgrade_ends_the_flows(request_head: bytes, response_head: bytes, st
 
 
 def test_a_proxy_is_asked_for_a_host() -> None:
-    tap = Tap()
+    tap = Tap(keeps_query=True)
     tap.call("write", b"GET http://other.test:80/path?q=1 HTTP/1.1\r\nHost: proxy\r\n\r\n")
     tap.call("read", RESPONSE % (0, b""))
     assert (tap.flows[0].authority, tap.flows[0].path) == ("other.test:80", "/path?q=1")
@@ -219,24 +219,50 @@ def test_connections_of_one_process_are_told_apart() -> None:
 
 
 def test_a_pointer_that_is_used_again_is_another_connection() -> None:
-    """DD #38069: what the last connection left must not meet the next."""
+    """DD #38069: what the last connection left must not meet the next; also where the end of the last was lost."""
+    tap, again = Tap(), KEY._replace(born_ns=2)
+    tap.call("write", REQUEST % 1)
+    tap.call("read", REQUEST % 2, key=again)
+    tap.call("write", RESPONSE % (0, b""), key=again)
+    assert tap.shown() == [("server", "GET", "/2", 200, 0, True)]
+    tap.table.close(9)
+    assert tap.shown()[1:] == [("client", "GET", "/1", None, 0, False)]
+
+
+def test_a_connection_that_ends_hands_out_what_is_under_way() -> None:
     tap = Tap()
     tap.call("write", REQUEST % 1)
     tap.table.end(KEY, 9)
-    tap.offsets.clear()
-    tap.call("read", REQUEST % 2)
-    tap.call("write", RESPONSE % (0, b""))
-    assert tap.shown() == [("client", "GET", "/1", None, 0, False), ("server", "GET", "/2", 200, 0, True)]
+    assert tap.shown() == [("client", "GET", "/1", None, 0, False)]
+    assert len(tap.table) == 0
 
 
-def test_a_pointer_whose_end_was_lost_is_told_by_its_offset() -> None:
-    tap = Tap()
-    tap.call("write", REQUEST % 1)
-    tap.offsets.clear()
-    tap.call("read", REQUEST % 2)
-    tap.call("write", RESPONSE % (0, b""))
-    tap.table.close(99)
-    assert ("server", "GET", "/2", 200, 0, True) not in tap.shown() or tap.flows[-1].is_complete
+def test_what_waits_for_its_rest_is_bounded_over_all_connections() -> None:
+    tap = Tap(max_bytes=100_000)
+    for number in range(50):
+        tap.call("write", b"GET /" + b"x" * 10_000, key=KEY._replace(pointer=number))
+    assert len(tap.table) == 9
+    assert tap.table.stats.dropped == 41
+    for number in range(41, 50):
+        tap.call("write", b" HTTP/1.1\r\n\r\n", key=KEY._replace(pointer=number))
+    for number in range(100, 109):
+        tap.call("write", b"GET /" + b"x" * 10_000, key=KEY._replace(pointer=number))
+    # What was completed waits no more, so there is room again.
+    assert tap.table.stats.dropped == 41
+
+
+@pytest.mark.parametrize("keeps_query", [False, True])
+def test_a_query_is_kept_only_where_that_is_asked_for(keeps_query: bool) -> None:
+    tap = Tap(keeps_query=keeps_query)
+    tap.call("write", b"GET /path?token=1 HTTP/1.1\r\n\r\n")
+    tap.call("read", RESPONSE % (0, b""))
+    ends, other_key = Ends(), KEY._replace(pointer=2)
+    stream = ends.ask("/two?token=1")
+    tap.call("write", ends.to_server(), key=other_key)
+    ends.answer(stream, b"")
+    tap.call("read", ends.to_client(), key=other_key)
+    query = "?token=1" if keeps_query else ""
+    assert [one.path for one in tap.flows] == [f"/path{query}", f"/two{query}"]
 
 
 def test_what_is_no_http_is_left_alone_and_counted() -> None:

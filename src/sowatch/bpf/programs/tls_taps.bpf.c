@@ -88,7 +88,8 @@ struct span {
 
 struct connection {
 	__u64 offsets[2]; /* by direction */
-	__u64 socket;     /* its address in the kernel: shows that it is another one */
+	__u64 born_ns;
+	__u64 socket; /* its address in the kernel: shows that it is another one */
 	__u16 family;
 	__u16 peer_port;
 	__u16 local_port;
@@ -123,6 +124,9 @@ struct prefix {
 	__u32 tgid;
 	__u8 bytes[PREFIX_BYTES];
 };
+
+/* When the last of them was encrypted: writes of the host are compared only for a while after that. */
+__u64 encrypted_ns = 0;
 
 struct encrypted {
 	__u64 pointer;
@@ -196,6 +200,7 @@ static __always_inline struct connection *connection_of(const struct tls_connect
 
 	if (found)
 		return found;
+	none.born_ns = bpf_ktime_get_ns();
 	/* Another thread may be first: then this one finds what that put. */
 	bpf_map_update_elem(&connections, key, &none, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&connections, key);
@@ -292,6 +297,7 @@ static __always_inline void fill(struct tls_record *record, const struct tls_con
 {
 	record->pointer = key->pointer;
 	record->start_ns = key->start_ns;
+	record->born_ns = connection->born_ns;
 	record->tgid = key->tgid;
 	record->tid = bpf_get_current_pid_tgid();
 	record->family = connection->family;
@@ -451,6 +457,7 @@ int tls_bio_write(struct pt_regs *context)
 	value.pointer = call->pointer;
 	value.time_ns = bpf_ktime_get_ns();
 	bpf_map_update_elem(&encrypted, &prefix, &value, BPF_ANY);
+	encrypted_ns = value.time_ns;
 	return 0;
 }
 
@@ -467,7 +474,9 @@ static __always_inline int note_sending(const void *buffer, __u64 length)
 	struct prefix prefix = {};
 	struct encrypted *found;
 
-	if (length < PREFIX_BYTES || bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, buffer) || !begins_record(&prefix))
+	if (length < PREFIX_BYTES || bpf_ktime_get_ns() - encrypted_ns > PREFIX_AGE_NS)
+		return 0;
+	if (bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, buffer) || !begins_record(&prefix))
 		return 0;
 	prefix.tgid = thread >> 32;
 	found = bpf_map_lookup_elem(&encrypted, &prefix);

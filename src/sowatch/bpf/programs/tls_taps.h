@@ -35,14 +35,15 @@ struct tls_connection_key {
 	__u64 unused;
 };
 
-/* 112 bytes, then the captured bytes */
+/* 120 bytes, then the captured bytes */
 struct tls_record {
 	__u64 pointer;
 	__u64 start_ns;
 	__u64 site; /* attach cookie of the probe that saw it; 0 where the kernel has none */
 	__u64 begin_ns;
 	__u64 end_ns;
-	__u64 offset; /* bytes of this direction that passed before */
+	__u64 offset;  /* bytes of this direction that passed before */
+	__u64 born_ns; /* when the connection was first seen: a pointer is used again */
 	__u32 tgid;
 	__u32 tid;
 	__u32 length;   /* that the call moved */
@@ -60,4 +61,4 @@ struct tls_record {
 };
 
 _Static_assert(sizeof(struct tls_connection_key) == 32, "sowatch.http.records.CONNECTION");
-_Static_assert(sizeof(struct tls_record) == 112, "sowatch.http.records.HEAD");
+_Static_assert(sizeof(struct tls_record) == 120, "sowatch.http.records.HEAD");
