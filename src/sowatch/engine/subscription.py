@@ -151,6 +151,21 @@ class Subscription:
             return
         self._put(event)
 
+    def offer_again(self, event: Activate) -> bool:
+        """Hands over the activate event of an active file once more, however full the queue is.
+
+        No repair makes up for it, as nothing that is mapped has changed. The caller limits how many of them wait.
+
+        Returns:
+            Whether it did. Not if the reader has missed the file so far: the repair has its activate event.
+        """
+        key = (event.rule, event.library.id)
+        if self._seen is not None and key not in _active(self._seen):
+            return False
+        self._put(event)
+        self.hand_over()
+        return True
+
     def _belongs_to_the_last(self, event: Event) -> bool:
         """A deactivate, and the load right after its activate, end what the reader got before."""
         if isinstance(event, Load):
@@ -225,8 +240,7 @@ class Subscription:
 
 def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:
     """The events that lead from one published map to another, cause ``repair``."""
-    before = {(event.rule, file) for files in seen.values() for file, event in files.items()}
-    after = {(event.rule, file) for files in now.values() for file, event in files.items()}
+    before, after = _active(seen), _active(now)
     activated: set[tuple[str, FileId]] = set()
     for process, files in seen.items():
         for file, old in files.items():
@@ -250,3 +264,8 @@ def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:
                 activated.add(key)
                 yield Activate(new.rule, new.library, new.process, None, new.t_ns, now_ns)
             yield replace(new, cause="repair", time_ns=now_ns)
+
+
+def _active(held: Loads) -> set[tuple[str, FileId]]:
+    """Each rule and file of which some process has a load event in force."""
+    return {(event.rule, file) for files in held.values() for file, event in files.items()}

@@ -99,6 +99,8 @@ class RuleWorker:
         self._registry = registry
         self._proc = proc
         self._active: dict[FileId, ActiveFile] = {}
+        #: The files whose next activate event may be a retry: one of each waits at most.
+        self._retried: set[FileId] = set()
         self.errors = 0
         self.timings = RuleTimings([name for name in CALLBACKS if getattr(rule, name) is not None])
         #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
@@ -126,11 +128,14 @@ class RuleWorker:
 
     def retry(self, load: Load) -> None:
         """Activates the file of a load once more, as its activation has failed. On the engine's thread."""
+        file = load.library.id
+        if file in self._retried:
+            return
+        self._retried.add(file)  # first, as the worker takes it out
         where = (load.ranges, load.range_count)
-        self._subscription.offer(
-            Activate(load.rule, load.library, load.process, None, load.t_ns, time.time_ns(), *where)
-        )
-        self._subscription.hand_over()
+        again = Activate(load.rule, load.library, load.process, None, load.t_ns, time.time_ns(), *where)
+        if not self._subscription.offer_again(again):
+            self._retried.discard(file)
 
     def join(self, timeout_s: float) -> None:
         """Waits for the last callback, and says so if it takes longer than that."""
@@ -161,6 +166,7 @@ class RuleWorker:
         self._thread.join()
 
     def _activate(self, event: Activate) -> None:
+        self._retried.discard(event.library.id)
         rule = self._rule
         if rule.on_activate is None and rule.on_deactivate is None:
             return

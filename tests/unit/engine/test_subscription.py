@@ -297,6 +297,35 @@ def test_what_did_not_fit_is_made_up_for(host: Host, happens: Callable[[Host], o
     assert sorted(read(reader)) == sorted([f"lost {lost} queue", *repaired, f"repaired +{loads} -{unloads}"])
 
 
+def test_an_activate_once_more_fits_into_a_full_queue_and_is_no_loss(host: Host) -> None:
+    reader = fill(host)
+    again = Activate("tls", library(1), Process(10, 5), None, 1, 1)
+    assert reader.offer_again(again)
+    assert read(reader)[3:] == ["activate 1"]
+
+    host.load(12)
+    host.load(13)
+    host.load(14)
+    host.load(15)
+    assert reader.lost == 1
+    assert reader.offer_again(again)
+    host.subscribers.hand_over()
+    read(reader)
+    host.subscribers.catch_up()
+    assert read(reader) == ["lost 1 queue", "load 15 1 repair", "repaired +1 -0"]
+
+
+def test_no_file_that_the_reader_has_missed_is_activated_once_more(host: Host) -> None:
+    reader = fill(host)
+    host.load(12, 2)
+    # Its deactivate may be missed too, and then no repair has one.
+    assert not reader.offer_again(Activate("tls", library(2), Process(12, 5), None, 1, 1))
+    host.unload(12, 2)
+    read(reader)
+    host.subscribers.catch_up()
+    assert read(reader) == ["lost 4 queue", "repaired +0 -0"]
+
+
 def test_a_repair_stands_between_lost_and_repaired_with_ends_before_beginnings(host: Host) -> None:
     reader = fill(host)
     host.load(12, 2)

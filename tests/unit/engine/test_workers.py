@@ -37,13 +37,14 @@ class Watch:
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
-        self.subscribers = Subscribers(PublishedMap())
+        self.published = PublishedMap()
+        self.subscribers = Subscribers(self.published)
         self.registry = FileRegistry(is_alive=lambda _: True)
         self.workers: list[RuleWorker] = []
 
-    def start(self, rule: Rule, after: RuleWorker | None = None) -> RuleWorker:
+    def start(self, rule: Rule, after: RuleWorker | None = None, *, limit: int = 100) -> RuleWorker:
         subscription = Subscription(
-            self.subscribers, events=EVENT_KINDS, control=True, limit=100, limit_bytes=1 << 20, rule=rule.name
+            self.subscribers, events=EVENT_KINDS, control=True, limit=limit, limit_bytes=1 << 20, rule=rule.name
         )
         self.workers.append(RuleWorker(rule, subscription, self.registry, ProcFs(), after))
         self.workers[-1].begin(self.subscribers)
@@ -309,6 +310,57 @@ def test_a_failed_activation_is_retried_when_it_is_asked_for(watch: Watch, file:
     watch.end()
     assert outcomes == []
     assert [one.state for one in watch.registry.files()] == ["attached"]
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["full", "behind"])
+def test_a_retry_reaches_a_worker_whose_queue_is_full_once_and_repeats_no_load(
+    watch: Watch, file: Path, deadline: Any, wait_until: Any, lost: int
+) -> None:
+    outcomes = [EnvironmentFault("not yet"), None]
+    loads: list[tuple[int, str]] = []
+    is_busy, goes_on = threading.Event(), threading.Event()
+
+    def attach(_: ActiveFile) -> None:
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    def on_load(event: Load) -> None:
+        loads.append((event.process.pid - ME.pid, event.cause))
+        if len(loads) == 2:
+            is_busy.set()
+            assert goes_on.wait(deadline(10))
+
+    def publish(nth: int) -> Load:
+        event = Load("tls", library(file), Process(ME.pid + nth, 5), "mmap", 1, 1)
+        watch.published.put(event.process.id, event.library.id, event)
+        watch.subscribers.emit(event)
+        return event
+
+    worker = watch.start(Rule(name="tls", on_activate=attach, on_load=on_load), limit=2)
+    subscription = worker._subscription
+    watch.subscribers.emit(activate(file))
+    first = publish(0)
+    watch.subscribers.hand_over()
+    wait_until(lambda: loads)
+    publish(1)
+    watch.subscribers.hand_over()
+    assert is_busy.wait(deadline(10))
+    for nth in range(2, 4 + lost):
+        publish(nth)
+    assert (subscription.waiting, subscription.lost) == (2, lost)
+
+    for _ in range(10):
+        worker.retry(first)
+    assert (subscription.waiting, subscription.lost) == (3, lost)
+    goes_on.set()
+    wait_until(lambda: subscription.waiting == 0)
+    watch.subscribers.catch_up()
+    watch.end()
+
+    assert outcomes == []
+    assert [one.state for one in watch.registry.files()] == ["attached"]
+    assert loads == [(0, "mmap"), (1, "mmap"), (2, "mmap"), (3, "mmap"), *[(4, "repair")] * lost]
 
 
 # ---- one rule after the other -------------------------------------------------------------------
