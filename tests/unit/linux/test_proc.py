@@ -1,11 +1,11 @@
-"""procfs: its readers, against real processes and real proc mounts. The parsers: test_procfs_parsing.py."""
+"""procfs: its readers and its root, against real processes. The parsers: test_proc_parsing.py.
+
+Rows of maps: test_proc_rows.py; rights and other mounts of proc: test_proc_access.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import mmap
 import os
 import re
 import resource
@@ -13,158 +13,19 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sowatch.linux import proc as procfs
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
-from sowatch.linux.proc_parse import Link, MapRow, parse_maps
+from sowatch.linux.proc_parse import Link, parse_maps
 from sowatch.model.errors import ProcRootError
 from sowatch.model.identity import TICK_NS
 from support.programs import Mapper
 
 ME = os.getpid()
-NOBODY = 65534
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user or mounts: needs root")
-
-
-# -- maps, of real processes -----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def mapped(fd: int) -> Iterator[None]:
-    """The first page of a file mapped executable into this process; closes the fd."""
-    os.ftruncate(fd, mmap.PAGESIZE)
-    try:
-        with mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC):
-            yield
-    finally:
-        os.close(fd)
-
-
-def create(path: bytes) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o700)
-
-
-def my_row(inode: int) -> MapRow:
-    rows = ProcFs().executable_maps(ME)
-    assert isinstance(rows, list)
-    found = [row for row in rows if row.inode == inode]
-    assert len(found) == 1
-    return found[0]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [b"lib x.so", b" edge ", b"two\nlines.so", b"x (deleted).so", b"n" * 200, b"\xff\x1b[31m\r", b"back\\slash"],
-)
-def test_the_kernel_shows_a_mapped_file_by_its_exact_name(tmp_path: Path, name: bytes) -> None:
-    path = bytes(tmp_path) + b"/" + name
-    with mapped(fd := create(path)):
-        info = os.fstat(fd)
-        row = my_row(info.st_ino)
-
-    assert (row.path, row.is_deleted, row.perms, row.offset_bytes) == (path, False, "r-xp", 0)
-
-
-def test_a_file_deleted_while_it_is_mapped_keeps_its_name_and_is_marked(tmp_path: Path) -> None:
-    path = bytes(tmp_path) + b"/gone \n.so"
-    with mapped(fd := create(path)):
-        os.unlink(path)
-        row = my_row(os.fstat(fd).st_ino)
-
-        assert (row.path, row.is_deleted) == (path, True)
-        assert ProcFs().resolve(ME, [row]) == [row]
-
-
-def test_a_file_whose_name_ends_like_the_mark_is_settled_by_looking_for_it(tmp_path: Path) -> None:
-    path = bytes(tmp_path) + b"/real (deleted)"
-    with mapped(fd := create(path)):
-        row = my_row(os.fstat(fd).st_ino)
-
-        assert (row.path, row.is_deleted) == (bytes(tmp_path) + b"/real", True)
-        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=False)]
-
-
-def test_another_file_by_the_marked_name_does_not_unmark_a_deleted_one(tmp_path: Path) -> None:
-    path = bytes(tmp_path) + b"/x"
-    with mapped(fd := create(path)):
-        os.unlink(path)
-        os.close(create(path + b" (deleted)"))
-        row = my_row(os.fstat(fd).st_ino)
-
-        assert ProcFs().resolve(ME, [row]) == [row]
-
-
-@pytest.mark.parametrize("name", [b"a\\012b.so", b"a\nb.so", b"\\012\n", b"\\012 (deleted)"])
-def test_a_backslash_and_three_digits_in_a_name_are_told_from_a_newline(tmp_path: Path, name: bytes) -> None:
-    path = bytes(tmp_path) + b"/" + name
-    with mapped(fd := create(path)):
-        row = my_row(os.fstat(fd).st_ino)
-        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=False)]
-        os.unlink(path)
-        row = my_row(os.fstat(fd).st_ino)
-        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path, is_deleted=True)]
-
-
-def test_the_same_where_the_kernels_link_cannot_be_read(tmp_path: Path) -> None:
-    path = bytes(tmp_path) + b"/a\\012b"
-    with mapped(fd := create(path)):
-        row = my_row(os.fstat(fd).st_ino)._replace(start=0)
-        assert ProcFs().resolve(ME, [row]) == [row._replace(path=path)]
-        os.rename(path, bytes(tmp_path) + b"/a\nb")
-        assert ProcFs().resolve(ME, [row]) == [row]
-
-
-def test_a_program_whose_name_ends_like_the_mark_has_its_whole_name(spawn: Any, tmp_path: Path) -> None:
-    program = tmp_path / "sleep (deleted)"
-    shutil.copy(shutil.which("sleep") or "", program)
-    child = spawn([program, "60"])
-    assert ProcFs().exe(child.pid) == Link(str(program), False)
-    program.rename(tmp_path / "other")
-    (tmp_path / "other").unlink()
-    assert ProcFs().exe(child.pid) == Link(str(tmp_path / "other"), True)
-
-
-def test_a_memfd_is_shown_by_its_name_and_as_deleted() -> None:
-    with mapped(fd := os.memfd_create("jit cache")):
-        row = my_row(os.fstat(fd).st_ino)
-
-        assert (row.path, row.is_deleted) == (b"/memfd:jit cache", True)
-
-
-def test_a_path_of_more_than_4000_bytes_is_whole(tmp_path: Path) -> None:
-    # Made step by step: no single call takes a path that long.
-    where = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    path = bytes(tmp_path)
-    for _ in range(40):
-        part = b"d" * 120
-        os.mkdir(part, dir_fd=where)
-        deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY, dir_fd=where)
-        os.close(where)
-        where, path = deeper, path + b"/" + part
-    fd = os.open(b"lib.so", os.O_RDWR | os.O_CREAT, 0o700, dir_fd=where)
-    os.close(where)
-    with mapped(fd):
-        row = my_row(os.fstat(fd).st_ino)
-
-    assert len(row.path) > 4800
-    assert row.path == path + b"/lib.so"
-
-
-def test_maps_too_large_for_one_batch_have_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(procfs, "_BATCH_BYTES", 1)
-    monkeypatch.setattr(procfs, "_READ_BYTES", 100)  # shorter than a row
-    # Executable rows of a file stand still while this runs; the heap does not.
-    pieces = ProcFs().executable_maps(ME)
-    monkeypatch.undo()
-
-    assert pieces == ProcFs().executable_maps(ME)
-    assert len(pieces) > 3
 
 
 # -- readers ---------------------------------------------------------------------------------
@@ -182,6 +43,16 @@ def test_this_process_is_read_as_python_knows_it() -> None:
     assert ProcFs().is_32bit(ME) is (sys.maxsize < 2**32)
     assert ProcFs().threads(ME) == sorted(map(int, os.listdir("/proc/self/task")))
     assert ProcFs().boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def test_a_program_whose_name_ends_like_the_mark_has_its_whole_name(spawn: Any, tmp_path: Path) -> None:
+    program = tmp_path / "sleep (deleted)"
+    shutil.copy(shutil.which("sleep") or "", program)
+    child = spawn([program, "60"])
+    assert ProcFs().exe(child.pid) == Link(str(program), False)
+    program.rename(tmp_path / "other")
+    (tmp_path / "other").unlink()
+    assert ProcFs().exe(child.pid) == Link(str(tmp_path / "other"), True)
 
 
 def test_every_reader_answers_for_every_live_pid() -> None:
@@ -368,161 +239,6 @@ def test_readers_leave_no_descriptor_open() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-# -- who may look ----------------------------------------------------------------------------
-
-
-def as_nobody(look: Callable[[], object]) -> str:
-    """``repr`` of what ``look`` gives in a forked child without any right."""
-    inside, outside = os.pipe()
-    child = os.fork()
-    if child == 0:
-        said = "it did not get that far"
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            said = repr(look())
-        except Exception as error:  # noqa: BLE001 - the parent shows it
-            said = repr(error)
-        finally:
-            os.write(outside, said.encode())
-            os._exit(0)
-    os.close(outside)
-    with os.fdopen(inside) as answer:
-        said = answer.read()
-    os.waitpid(child, 0)
-    return said
-
-
-@needs_root
-def test_nobody_is_denied_maps_and_exe_and_may_read_the_rest() -> None:
-    def look() -> object:
-        proc = ProcFs()
-        denied = {reader(ME) for reader in (proc.maps, proc.executable_maps, proc.exe, proc.is_32bit, proc.live_thread)}
-        found = proc.process(ME)
-        assert found is not None
-        return denied, found.exe, found.uid, found.cgroup == proc.cgroup(ME), ME in proc.pids()
-
-    assert as_nobody(look) == repr(({Miss.DENIED}, None, 0, True, True))
-
-
-@needs_root
-def test_nobody_may_read_its_own_maps() -> None:
-    assert as_nobody(lambda: len(ProcFs().executable_maps(os.getpid()) or ()) > 3) == "True"
-
-
-@needs_root
-def test_nobody_tells_a_name_that_ends_like_the_mark_by_inode_and_device() -> None:
-    # Nobody may not follow the links in map_files, so numbers are all there is to compare.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
-        os.chmod(place, 0o755)
-        path = f"{place}/x (deleted)".encode()
-        with mapped(fd := create(path)):
-            row = my_row(os.fstat(fd).st_ino)
-            rows = [row, row._replace(minor=row.minor + 1), row._replace(inode=row.inode + 1)]
-            answer = as_nobody(lambda: ProcFs().resolve(os.getpid(), rows))
-    assert answer == repr([row._replace(path=path, is_deleted=False), *rows[1:]])
-
-
-def mounted_proc(options: str, code: str) -> str:
-    """What ``code`` prints with a proc of these mount options on /proc, in a mount namespace of its own."""
-    script = 'mount -t proc -o "$1" proc /proc && exec "$2" -c "$3"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", options, sys.executable, code]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if "unshare failed" in done.stderr or "mount:" in done.stderr:
-        pytest.skip(f"no mount namespace or no such mount option: {done.stderr.strip()}")
-    assert done.stderr == ""
-    return done.stdout.strip()
-
-
-@needs_root
-def test_a_proc_that_shows_processes_only_is_a_proc_root_without_a_boot_id() -> None:
-    code = (
-        "import os; from sowatch.linux.proc import ProcFs; proc = ProcFs();"
-        " print(proc.boot_id(), proc.stat(os.getpid()).pid == os.getpid())"
-    )
-
-    assert mounted_proc("subset=pid", code) == "None True"
-
-
-@needs_root
-def test_processes_hidden_from_nobody_are_gone_for_it() -> None:
-    code = (
-        "import os; from sowatch.linux.proc import ProcFs; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
-        " proc = ProcFs(); print(proc.pids() == [os.getpid()], proc.stat(1), proc.process(1))"
-    )
-
-    assert mounted_proc("hidepid=2", code) == "True Miss.GONE None"
-
-
-@needs_root
-def test_a_proc_that_lists_what_it_does_not_let_nobody_read_is_a_proc_root() -> None:
-    code = (
-        "import os; from sowatch.linux.proc import ProcFs; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
-        " proc = ProcFs(); print(1 in proc.pids(), proc.stat(1), proc.process(1))"
-    )
-
-    assert mounted_proc("hidepid=1", code) == "True Miss.DENIED None"
-
-
-@needs_root
-def test_the_proc_of_another_pid_namespace_can_be_read_and_pids_are_told_apart(spawn: Any) -> None:
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", "echo $$; read line"]
-    child = spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if child.stdout.readline() != b"1\n":
-        pytest.skip(f"no pid namespace: {child.stderr.read()!r}")
-    outer = ProcFs()
-    (inside,) = [pid for pid in outer.pids() if getattr(outer.stat(pid), "ppid", 0) == child.pid]
-
-    status = outer.status(inside)
-    assert status
-    assert (status.tgid, status.ns_pid) == (inside, 1)
-    inner = ProcFs(f"/proc/{inside}/root/proc")  # its link `self` leads nowhere for us
-    assert inner.pids() == [1]
-    assert inner.stat(1) == outer.stat(inside)._replace(pid=1, ppid=0, pgrp=0, session=0)  # type: ignore[union-attr]
-
-
-@needs_root
-def test_a_chrooted_process_is_told_by_the_path_it_sees(spawn: Any, tmp_path: Path) -> None:
-    # A static program needs nothing in its root.
-    (tmp_path / "bin").mkdir()
-    source = tmp_path / "wait.c"
-    source.write_text('#include <unistd.h>\nint main(void) { char c; return write(1, "", 1) + read(0, &c, 1) < 0; }\n')
-    subprocess.run(["cc", "-static", "-o", tmp_path / "bin/wait", source], check=True)
-    child = spawn(["chroot", tmp_path, "/bin/wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout.read(1) == b"\0"
-
-    assert ProcFs().exe(child.pid) == Link(str(tmp_path / "bin/wait"), False)
-    found = ProcFs().process(child.pid)
-    assert found is not None
-    assert found.exe == "/bin/wait"
-
-
-def test_a_32_bit_process_is_told(spawn: Any, tmp_path: Path) -> None:
-    source = tmp_path / "wait32.c"
-    source.write_text(
-        "static int call(int number, int a, const void *b, int c) {\n"
-        "    int result;\n"
-        '    __asm__ volatile("int $0x80" : "=a"(result) : "a"(number), "b"(a), "c"(b), "d"(c) : "memory");\n'
-        "    return result;\n}\n"
-        "void _start(void) { char c = 'x'; call(4, 1, &c, 1); call(3, 0, &c, 1); call(1, 0, 0, 0); }\n"
-    )
-    program = tmp_path / "wait32"
-    flags = ["-m32", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector"]
-    built = subprocess.run(["cc", *flags, "-o", program, source], capture_output=True, text=True, check=False)
-    if built.returncode:
-        pytest.skip(f"no compiler for 32-bit programs: {built.stderr.splitlines()[0]}")
-    try:
-        child = spawn([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    except OSError as error:
-        pytest.skip(f"this kernel runs no 32-bit programs: {error}")
-    assert child.stdout.read(1) == b"x"
-
-    assert ProcFs().is_32bit(child.pid) is True
-    assert [row.path for row in ProcFs().executable_maps(child.pid) or ()] == [bytes(program)]
-
-
 # -- the proc root ---------------------------------------------------------------------------
 
 
@@ -590,31 +306,3 @@ def test_a_relative_proc_root_is_the_same_after_a_change_of_directory(monkeypatc
 
     assert proc.stat(ME)
     assert stat.S_ISDIR(os.stat(proc.root).st_mode)
-
-
-def test_a_pid_of_a_thread_that_maps_and_unmaps_is_never_torn(spawn: Any, tmp_path: Path) -> None:
-    # Readings of a process that changes its maps all the time: every row must be whole and rows in order.
-    code = (
-        "import mmap, sys, threading; sys.stdout.write('x'); sys.stdout.flush()\n"
-        "def churn():\n"
-        "    while True:\n"
-        "        some = [mmap.mmap(-1, 4096 * (n % 7 + 1)) for n in range(50)]\n"
-        "threading.Thread(target=churn, daemon=True).start(); sys.stdin.read()"
-    )
-    child = spawn([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout.read(1) == b"x"
-    proc = ProcFs()
-    for _ in range(100):
-        rows = proc.maps(child.pid)
-        assert isinstance(rows, list)
-        edges = [edge for row in rows for edge in (row.start, row.end)]
-        assert edges == sorted(edges)
-        assert b"[stack]" in [row.path for row in rows]
-
-
-def test_ctypes_finds_the_page_of_a_function_in_an_executable_row() -> None:
-    address = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
-    rows = ProcFs().executable_maps(ME)
-    assert isinstance(rows, list)
-
-    assert [b"libc" in row.path for row in rows if row.start <= address < row.end] == [True]
