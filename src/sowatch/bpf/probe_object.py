@@ -30,6 +30,7 @@ __all__ = [
     "may_return_probe_kill",
     "run_self_test",
     "self_test_address",
+    "set_probe_constants",
     "uprobe_perf_type",
 ]
 
@@ -45,6 +46,7 @@ _PER_CPU: Final = frozenset({5, 6, 10})
 _PROGRAM_KPROBE: Final = 2
 _PATH_BYTES: Final = 4096
 _HELPER_ATTACH_COOKIE: Final = 174
+_HELPER_CURRENT_TASK_BTF: Final = 158
 
 
 class ProgramSpec(NamedTuple):
@@ -457,3 +459,11 @@ def run_self_test() -> None:
 def has_attach_cookie() -> bool | None:
     """Whether a program can ask which of its links runs it (bpf_get_attach_cookie, 5.15+); None: no answer."""
     return probe("helper", _PROGRAM_KPROBE, _HELPER_ATTACH_COOKIE)
+
+
+def set_probe_constants(loaded: ProbeObject, *, is_filtered: bool) -> None:
+    """Sets what every program with probe.bpf.h asks of the kernel, and whether only processes in `wanted` count."""
+    loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
+    has_task_btf = probe("helper", _PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF) is True
+    loaded.set_constant("has_task_btf", bytes([has_task_btf]))
+    loaded.set_constant("is_filtered", bytes([is_filtered]))

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from sowatch.bpf.binding import Tracefs
-from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
+from sowatch.bpf.probe_object import ProbeObject, Ring, set_probe_constants
 from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
 from sowatch.model.config import Config
@@ -238,8 +238,7 @@ class HttpTap:
     # ---- inside ------------------------------------------------------------------------------------
 
     def _prepare(self, loaded: ProbeObject, _: int) -> None:
-        loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
-        loaded.set_constant("is_filtered", bytes([self._is_filtered]))
+        set_probe_constants(loaded, is_filtered=self._is_filtered)
         loaded.set_constant("capture_bytes", self._capture_bytes.to_bytes(4, "little"))
         # Since 6.3; a program on a tracepoint that is not there would keep the object from loading.
         self._sees_sockets = loaded.has_function("__traceiter_sock_send_length")

@@ -8,8 +8,7 @@ from importlib.resources import files
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 
-from sowatch.bpf.binding import probe
-from sowatch.bpf.probe_object import ProbeObject, Ring, has_attach_cookie
+from sowatch.bpf.probe_object import ProbeObject, Ring, set_probe_constants
 from sowatch.engine.workers import ActiveFile
 from sowatch.model.events import Library
 from sowatch.model.identity import ProcessId
@@ -33,8 +32,6 @@ STACK_DEPTH: Final = 64
 _ADDRESSES: Final = struct.Struct(f"={STACK_DEPTH}Q")
 #: enum probe_counter
 _LOST, _UNTIMED, _RECORDS_LOST, _STACKS_LOST = range(4)
-#: linux/bpf.h: BPF_PROG_TYPE_KPROBE, and BPF_FUNC_get_current_task_btf (5.11+).
-_PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF = 2, 158
 #: The least that a ring may have, with any page size up to 64 KiB.
 _SMALLEST_RING: Final = 1 << 16
 
@@ -145,13 +142,10 @@ class CallCounter:
         )
 
     def _set_constants(self, loaded: ProbeObject, cookie: int) -> None:
+        set_probe_constants(loaded, is_filtered=self.is_filtered)
         loaded.set_constant("is_timed", bytes([self.is_timed]))
-        loaded.set_constant("has_cookies", bytes([has_attach_cookie() is not False]))
         loaded.set_constant("only_probe", cookie.to_bytes(8, "little"))
         loaded.set_constant("sees_instructions", bytes([self.attacher.returns == "instructions"]))
-        loaded.set_constant("is_filtered", bytes([self.is_filtered]))
-        has_task_btf = probe("helper", _PROGRAM_KPROBE, _HELPER_CURRENT_TASK_BTF) is True
-        loaded.set_constant("has_task_btf", bytes([has_task_btf]))
         loaded.set_constant("has_stacks", bytes([self.has_stacks]))
         if not self.has_stacks:
             loaded.set_max_entries("stacks", 1)

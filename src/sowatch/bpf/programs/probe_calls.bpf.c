@@ -10,76 +10,29 @@
  */
 #include "probe_calls.h"
 
-#include <linux/bpf.h>
-#include <stdbool.h>
-
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
+#define COUNTERS PROBE_COUNTERS
+#include "probe.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* Set before loading. */
-const volatile bool is_timed;    /* both programs are attached */
-const volatile bool has_cookies; /* bpf_get_attach_cookie, 5.15+; else the object is for one probe: */
-const volatile __u64 only_probe;
+const volatile bool is_timed;          /* both programs are attached */
+const volatile __u64 only_probe;       /* without has_cookies the object is for one probe */
 const volatile bool sees_instructions; /* calls_returned is on return instructions, not a return probe */
-const volatile bool is_filtered;       /* only the processes in `wanted` */
-const volatile bool has_task_btf;      /* bpf_get_current_task_btf, 5.11+ */
 const volatile bool has_stacks;
 const volatile __u64 entry_bytes;  /* of a record; 0: none are made */
 const volatile __u64 return_bytes; /* the same */
 const volatile struct call_format format;
 
-struct task_struct {
-	struct task_struct *group_leader;
-	__u64 start_boottime;
-} __attribute__((preserve_access_index));
-
-#if defined(__TARGET_ARCH_x86)
-struct pt_regs {
-	unsigned long di, si, dx, cx, r8, r9, ax, sp;
-} __attribute__((preserve_access_index));
-
 static __always_inline void read_arguments(struct arguments *made, struct pt_regs *context)
 {
-	made->values[0] = context->di;
-	made->values[1] = context->si;
-	made->values[2] = context->dx;
-	made->values[3] = context->cx;
-	made->values[4] = context->r8;
-	made->values[5] = context->r9;
+	made->values[0] = ARGUMENT1(context);
+	made->values[1] = ARGUMENT2(context);
+	made->values[2] = ARGUMENT3(context);
+	made->values[3] = ARGUMENT4(context);
+	made->values[4] = ARGUMENT5(context);
+	made->values[5] = ARGUMENT6(context);
 }
-
-#define RESULT(context) ((context)->ax)
-
-/* Where a call returns to: at an entry it is on top of the stack. */
-static __always_inline __u64 caller_of(struct pt_regs *context)
-{
-	__u64 address = 0;
-
-	bpf_probe_read_user(&address, sizeof(address), (void *)context->sp);
-	return address;
-}
-#else
-struct pt_regs {
-	__u64 regs[31];
-	__u64 sp;
-} __attribute__((preserve_access_index));
-
-static __always_inline void read_arguments(struct arguments *made, struct pt_regs *context)
-{
-#pragma unroll
-	for (int i = 0; i < MAX_ARGUMENTS; i++)
-		made->values[i] = context->regs[i];
-}
-
-#define RESULT(context) ((context)->regs[0])
-
-static __always_inline __u64 caller_of(struct pt_regs *context)
-{
-	return context->regs[30];
-}
-#endif
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -127,13 +80,6 @@ struct {
 	__type(value, __u64);
 } stack_counts SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u32); /* tgid */
-	__type(value, __u8);
-} wanted SEC(".maps");
-
 /* Too large for the stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -149,37 +95,9 @@ struct {
 	__type(value, struct frames);
 } no_frames SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, PROBE_COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-static __always_inline void count(__u32 what)
-{
-	__u64 *counter = bpf_map_lookup_elem(&counters, &what);
-
-	if (counter)
-		(*counter)++;
-}
-
 static __always_inline __u64 probe_of(void *context)
 {
 	return has_cookies ? bpf_get_attach_cookie(context) : only_probe;
-}
-
-static __always_inline bool is_wanted(__u32 tgid)
-{
-	return !is_filtered || bpf_map_lookup_elem(&wanted, &tgid);
-}
-
-/* When the process started, in ns since boot. */
-static __always_inline __u64 process_start(void)
-{
-	if (has_task_btf)
-		return ((struct task_struct *)bpf_get_current_task_btf())->group_leader->start_boottime;
-	return BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), group_leader, start_boottime);
 }
 
 static __always_inline struct calls *calls_of(__u64 probe, __u32 tgid, __u64 start_ns)
@@ -296,7 +214,7 @@ static __always_inline void count_stack(struct pt_regs *context, __u64 probe, __
 SEC("uprobe")
 int calls_entered(struct pt_regs *context)
 {
-	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = context->sp, start_ns, since_ns = 0;
+	__u64 pid_tgid = bpf_get_current_pid_tgid(), stack = STACK(context), start_ns, since_ns = 0;
 	struct frames_key key = {.probe = probe_of(context), .pid_tgid = pid_tgid};
 	struct arguments arguments;
 	bool is_unread = false;
@@ -406,7 +324,7 @@ int calls_returned(struct pt_regs *context)
 	 * a register, the stack is as it was at the entry.
 	 */
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
-	__u64 stack = context->sp - (sees_instructions ? 0 : RETURN_ADDRESS_BYTES);
+	__u64 stack = STACK(context) - (sees_instructions ? 0 : RETURN_ADDRESS_BYTES);
 	struct frames_key key = {.probe = probe_of(context), .pid_tgid = pid_tgid};
 	struct frames *thread = frames_of(&key, false);
 	__u64 since_ns, spent_ns, start_ns;

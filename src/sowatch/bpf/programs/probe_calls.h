@@ -11,12 +11,6 @@
 #define STACK_DEPTH 64
 #define RECORDS_BYTES (4 << 20)
 
-#if defined(__TARGET_ARCH_x86)
-#define RETURN_ADDRESS_BYTES 8
-#else
-#define RETURN_ADDRESS_BYTES 0
-#endif
-
 /* 24 bytes */
 struct calls_key {
 	__u64 probe;

@@ -10,37 +10,21 @@
  * A function may be left without a return (longjmp, an exception). The stack grows down: an entry whose stack pointer is
  * not above that of a later call is of a call that is over.
  */
-#include "registers.bpf.h"
 #include "tls_taps.h"
 
-#include <linux/bpf.h>
-#include <stdbool.h>
+#define COUNTERS TLS_COUNTERS
+#include "probe.bpf.h"
 
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* Set before loading. */
-const volatile bool has_cookies; /* bpf_get_attach_cookie, 5.15+ */
-const volatile bool is_filtered; /* only the processes in `wanted` */
 const volatile __u32 capture_bytes = MAX_CAPTURE;
 
 #define AF_INET 2
 #define AF_INET6 10
 #define MSG_PEEK 2
-
-#if defined(__TARGET_ARCH_x86)
-#define RETURN_ADDRESS_BYTES 8
-#else
-#define RETURN_ADDRESS_BYTES 0
-#endif
-
-struct task_struct {
-	struct task_struct *group_leader;
-	__u64 start_boottime;
-} __attribute__((preserve_access_index));
 
 struct in6_addr {
 	__u8 bytes[16];
@@ -157,39 +141,16 @@ struct {
 } spare SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u32); /* tgid */
-	__type(value, __u8);
-} wanted SEC(".maps");
-
-struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);
 } records SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, TLS_COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-static __always_inline void count(__u32 what)
-{
-	__u64 *counter = bpf_map_lookup_elem(&counters, &what);
-
-	if (counter)
-		(*counter)++;
-}
-
 static __always_inline struct tls_connection_key key_of(__u64 pointer, __u32 direction)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct tls_connection_key key = {.pointer = pointer, .direction = direction};
 
 	key.tgid = bpf_get_current_pid_tgid() >> 32;
-	key.start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	key.start_ns = process_start();
 	return key;
 }
 
@@ -209,10 +170,9 @@ static __always_inline struct connection *connection_of(const struct tls_connect
 static __always_inline int enter(struct pt_regs *context, enum tls_direction direction, enum result result, __u64 moved)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
-	__u32 tgid = thread >> 32;
 	struct call *outer, call = {};
 
-	if (is_filtered && !bpf_map_lookup_elem(&wanted, &tgid))
+	if (!is_wanted(thread >> 32))
 		return 0;
 	call.stack = STACK(context);
 	outer = bpf_map_lookup_elem(&under_way, &thread);
