@@ -137,14 +137,14 @@ export async function ask(target) {
   } catch {
     throw new Error("The agent does not answer. Is it still running?");
   }
-  let told = null;
+  let report = null;
   try {
-    told = JSON.parse(await answer.text(), restored);
+    report = JSON.parse(await answer.text(), restored);
   } catch {
     // What stands between here and the agent may answer otherwise than in JSON.
   }
-  if (!answer.ok) throw new Error(told?.error ?? `The agent says ${answer.status}.`);
-  return told;
+  if (!answer.ok) throw new Error(report?.error ?? `The agent says ${answer.status}.`);
+  return report;
 }
 
 /** Percent-encoded bytes; surrogate escapes become the bytes they stand for. */
@@ -158,29 +158,29 @@ const encoded = (text) =>
     .join("");
 
 /** An explanation of a whole process or path. */
-export function explanation(told) {
-  return told.target === "process" ? aboutProcess(told) : aboutPath(told);
+export function explanation(report) {
+  return report.target === "process" ? aboutProcess(report) : aboutPath(report);
 }
 
 /** The part of an explanation of a process that is about one file. */
-export function explanationOf(told, library) {
-  const found = told.mappings?.find(
+export function explanationOf(report, library) {
+  const found = report.mappings?.find(
     ({ library: one }) => one.inode === library.inode && one.dev === library.dev && one.generation === library.generation,
   );
   return found ? [facts(aboutMapping(found))] : [element("p", {}, "The process does not have it mapped any more.")];
 }
 
-function aboutProcess(told) {
+function aboutProcess(report) {
   return [
     facts([
-      ["process", `${told.process.pid}, ${told.state}, threads ${told.threads}`],
-      ["name", name(told.process.comm)],
-      ["in the map", told.map ? `yes, with ${told.map.files} files${told.map.awaits_reading ? ", to be read again" : ""}` : "no"],
-      ...told.notes.map((note) => ["note", NOTES[note] ?? note]),
-      ...(told.withheld ? [["not shown", `${told.withheld} files that no rule wants`]] : []),
-      ...told.extra.map((one) => ["in the map, but not mapped", name(one.path)]),
+      ["process", `${report.process.pid}, ${report.state}, threads ${report.threads}`],
+      ["name", name(report.process.comm)],
+      ["in the map", report.map ? `yes, with ${report.map.files} files${report.map.awaits_reading ? ", to be read again" : ""}` : "no"],
+      ...report.notes.map((note) => ["note", NOTES[note] ?? note]),
+      ...(report.withheld ? [["not shown", `${report.withheld} files that no rule wants`]] : []),
+      ...report.extra.map((one) => ["in the map, but not mapped", name(one.path)]),
     ]),
-    ...told.mappings.flatMap((one) => [element("h3", {}, name(one.library.path)), facts(aboutMapping(one))]),
+    ...report.mappings.flatMap((one) => [element("h3", {}, name(one.library.path)), facts(aboutMapping(one))]),
   ];
 }
 
@@ -201,24 +201,24 @@ function aboutMapping(one) {
   ];
 }
 
-function aboutPath(told) {
+function aboutPath(report) {
   return [
     facts([
-      ["path", name(told.path)],
-      ["leads to", name(told.resolved)],
-      ["covered", told.rule === null ? "no: no rule wants it" : `yes, by rule ${orDash(told.rule)}`],
-      ...aboutRules(told.rules),
-      ["the kernel side", verdict(told.verdict)],
-      ["the file", told.error ? orDash(told.error) : fileState(told.file)],
-      ...told.activations.map((each) => ["activation", `${orDash(each.rule)}: ${orDash(each.state)}`]),
-      ...told.blocked.map((each) => ["blocked", `${orDash(each.rule)}: ${orDash(each.reason)}`]),
-      ...told.attachments.flatMap(aboutAttachment),
-      ...told.notes.map((note) => ["note", NOTES[note] ?? note]),
+      ["path", name(report.path)],
+      ["leads to", name(report.resolved)],
+      ["covered", report.rule === null ? "no: no rule wants it" : `yes, by rule ${orDash(report.rule)}`],
+      ...aboutRules(report.rules),
+      ["the kernel side", verdict(report.verdict)],
+      ["the file", report.error ? orDash(report.error) : fileState(report.file)],
+      ...report.activations.map((each) => ["activation", `${orDash(each.rule)}: ${orDash(each.state)}`]),
+      ...report.blocked.map((each) => ["blocked", `${orDash(each.rule)}: ${orDash(each.reason)}`]),
+      ...report.attachments.flatMap(aboutAttachment),
+      ...report.notes.map((note) => ["note", NOTES[note] ?? note]),
     ]),
-    element("h3", {}, `Who has it (${told.mapped.length})`),
+    element("h3", {}, `Who has it (${report.mapped.length})`),
     list(
       ["PID", "name", "how", "in the map"],
-      told.mapped.map((one) => [String(one.process.pid), name(one.process.comm), one.relation.replace("_", " "), one.in_map ? "yes" : "no"]),
+      report.mapped.map((one) => [String(one.process.pid), name(one.process.comm), one.relation.replace("_", " "), one.in_map ? "yes" : "no"]),
     ),
   ];
 }

@@ -14,22 +14,22 @@ export class Inventory {
   status = {};
   calls = new Map(); // by number of the library: [symbol, calls, p50 in ns, p99 in ns], each
 
-  replace(told) {
-    this.libraries = new Map(told.libraries.map((row) => [row.number, row]));
-    this.processes = new Map(told.processes.map((row) => [row.number, row]));
-    this.seconds = told.seconds;
-    this.status = told.status;
-    this.calls = new Map(Object.entries(told.calls).map(([number, rows]) => [Number(number), rows]));
+  replace(report) {
+    this.libraries = new Map(report.libraries.map((row) => [row.number, row]));
+    this.processes = new Map(report.processes.map((row) => [row.number, row]));
+    this.seconds = report.seconds;
+    this.status = report.status;
+    this.calls = new Map(Object.entries(report.calls).map(([number, rows]) => [Number(number), rows]));
   }
 
-  change(told) {
-    for (const row of told.libraries) this.libraries.set(row.number, row);
-    for (const row of told.processes) this.processes.set(row.number, row);
-    for (const number of told.gone_libraries) this.libraries.delete(number);
-    for (const number of told.gone_processes) this.processes.delete(number);
-    this.seconds = this.seconds.concat(told.seconds).slice(-600);
-    this.status = told.status;
-    for (const [number, rows] of Object.entries(told.calls)) {
+  change(report) {
+    for (const row of report.libraries) this.libraries.set(row.number, row);
+    for (const row of report.processes) this.processes.set(row.number, row);
+    for (const number of report.gone_libraries) this.libraries.delete(number);
+    for (const number of report.gone_processes) this.processes.delete(number);
+    this.seconds = this.seconds.concat(report.seconds).slice(-600);
+    this.status = report.status;
+    for (const [number, rows] of Object.entries(report.calls)) {
       if (rows.length) this.calls.set(Number(number), rows);
       else this.calls.delete(Number(number));
     }
@@ -71,8 +71,8 @@ export function follow({ changed, state }) {
   function open() {
     source = new EventSource("/page/updates");
     watchdog = setTimeout(again, SILENCE_MS);
-    source.addEventListener("everything", heard((told) => inventory.replace(told)));
-    source.addEventListener("change", heard((told) => inventory.change(told)));
+    source.addEventListener("everything", heard((report) => inventory.replace(report)));
+    source.addEventListener("change", heard((report) => inventory.change(report)));
     source.addEventListener("error", again);
   }
 

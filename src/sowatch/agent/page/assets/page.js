@@ -129,7 +129,7 @@ function showDetails(what, value) {
   if (!isNew) return;
   asked = location.hash;
   const pid = what === "process" ? row.pid : inventory.processes.get(row.holders[0])?.pid;
-  const explain = (told) => (what === "process" ? explanation(told) : explanationOf(told, row));
+  const explain = (report) => (what === "process" ? explanation(report) : explanationOf(report, row));
   if (pid !== undefined) answer(at("explained"), String(pid), what === "library" ? `Why process ${pid} is covered with it` : "Why, file by file", explain);
 }
 
