@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need roo
 
 NewLibrary = Callable[..., Path]
 NewCaller = Callable[..., Caller]
+NewAttached = Callable[..., Agent]
 
 
 @pytest.fixture
@@ -75,13 +76,24 @@ def calls(agent: Agent, symbol: str) -> float:
     )
 
 
+@pytest.fixture
+def new_attached(new_agent: NewAgent, wait_until: Any) -> NewAttached:
+    """``new_attached(probes, config)`` is an agent that has so many probes of the rule `probed` attached."""
+
+    def start(probes: int, config: str, **options: Any) -> Agent:
+        agent = new_agent(config, **options).start()
+        wait_until(lambda: is_attached(agent, probes), 20)
+        return agent
+
+    return start
+
+
 def test_calls_are_metrics_by_library_build_symbol_and_container_and_nothing_else(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any
 ) -> None:
     path = library()
     first = caller(path)
-    agent = new_agent(rule(path, "count = ['plain', 'nested']")).start()
-    wait_until(lambda: is_attached(agent, 4), 20)
+    agent = new_attached(4, rule(path, "count = ['plain', 'nested']"))
     first.call("plain", times=7)
     second = caller(path)
     second.call("plain", times=5)
@@ -114,12 +126,11 @@ def test_calls_of_processes_that_are_gone_stay_in_the_sum(
 
 
 def test_a_changed_action_detaches_and_attaches_and_a_bad_one_leaves_the_old_in_force(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any
 ) -> None:
     path = library()
     running = caller(path)
-    agent = new_agent(rule(path, "count = ['plain']\nlinger_s = 0")).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, "count = ['plain']\nlinger_s = 0"))
     replace(agent.config_path, rule(path, "count = ['plain', 'nested', 'recursive']\nlinger_s = 0"))
     wait_until(lambda: is_attached(agent, 6), 20)
     running.call("recursive", 2)
@@ -198,12 +209,11 @@ def test_a_hangup_under_load_loses_no_call_of_a_rule_that_stays(
 
 
 def test_detach_and_attach_by_hand_act_on_the_probes(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any
 ) -> None:
     path = library()
     running = caller(path)
-    agent = new_agent(rule(path, "count = ['plain']\nlinger_s = 0")).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, "count = ['plain']\nlinger_s = 0"))
     order = {"pid": running.pid, "type": "probed"}
     assert agent.post("/debug/detach-pid", order).status == 200
     wait_until(lambda: is_attached(agent, 0), 20)
@@ -226,7 +236,7 @@ def test_programs_of_the_user_are_attached_and_counted_as_attachments(
 
 
 def test_a_program_that_the_verifier_refuses_is_refused_with_its_last_words_and_one_built_anew_is_taken_at_a_hangup(
-    new_agent: NewAgent,
+    new_attached: NewAttached,
     library: NewLibrary,
     caller: NewCaller,
     wait_until: Any,
@@ -237,8 +247,7 @@ def test_a_program_that_the_verifier_refuses_is_refused_with_its_last_words_and_
     path, program = library(), place / "mine.bpf.o"
     caller(path)
     shutil.copyfile(compile_bpf("refused_probes", tmp_path), program)
-    agent = new_agent(rule(path, "count = ['plain']")).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, "count = ['plain']"))
     replace(agent.config_path, rule(path, f"attach = {{ object = '{program}' }}"))
     error = wait_until(lambda: agent.get("/readyz").json["config"]["error"], 20)
     assert "rules[1].attach" in error
@@ -269,13 +278,12 @@ def keeps_admin(agent: Agent) -> bool:
 
 
 def test_cap_sys_admin_is_kept_only_where_a_rule_attaches_and_perf_events_ask_for_it(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any, without_multi: dict[str, str]
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any, without_multi: dict[str, str]
 ) -> None:
     needs_admin = without(1 << SYS_ADMIN, lambda: try_attaching(multi=False)) is not None
     path = library()
     running = caller(path)
-    agent = new_agent(rule(path, "count = ['plain']"), environment=without_multi).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, "count = ['plain']"), environment=without_multi)
     running.call("plain", times=3)
     wait_until(lambda: calls(agent, "plain") == 3)
     assert keeps_admin(agent) is needs_admin
@@ -293,24 +301,22 @@ def test_cap_sys_admin_is_kept_only_where_a_rule_attaches_and_perf_events_ask_fo
 
 
 def test_an_agent_with_uprobe_multi_attaches_without_cap_sys_admin(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller
 ) -> None:
     needs_admin = without(1 << SYS_ADMIN, lambda: try_attaching(multi=False)) is not None
     path = library()
     caller(path)
-    agent = new_agent(rule(path, "count = ['plain']")).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, "count = ['plain']"))
     assert keeps_admin(agent) is (needs_admin and not has_uprobe_multi())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_the_agent_leaves_nothing_attached(
-    number: signal.Signals, new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    number: signal.Signals, new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any
 ) -> None:
     path = library()
     running = caller(path)
-    agent = new_agent(rule(path, "count = ['plain', 'nested', 'recursive']\nlinger_s = 3600")).start()
-    wait_until(lambda: is_attached(agent, 6), 20)
+    agent = new_attached(6, rule(path, "count = ['plain', 'nested', 'recursive']\nlinger_s = 3600"))
     assert running.is_probed(path, "plain")
     agent.stop(number)
     wait_until(lambda: not running.is_probed(path, "plain"), 20)
@@ -318,11 +324,10 @@ def test_the_end_of_the_agent_leaves_nothing_attached(
 
 
 def test_a_file_that_is_armed_has_every_call_of_short_processes_counted(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any
 ) -> None:
     path = library()
-    agent = new_agent(rule(path, f"count = ['plain']\nprearm = ['{path.parent}/*.so']")).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, rule(path, f"count = ['plain']\nprearm = ['{path.parent}/*.so']"))
     for _ in range(5):
         short = caller(path)
         short.call("plain", times=2)
@@ -392,13 +397,12 @@ def attached_to(report: dict[str, Any], path: Path) -> list[Any]:
 
 
 def test_an_explanation_of_a_process_a_path_and_a_rule_has_the_attachments_over_both_sockets(
-    new_agent: NewAgent, library: NewLibrary, caller: NewCaller, wait_until: Any, deadline: Any
+    new_attached: NewAttached, library: NewLibrary, caller: NewCaller, wait_until: Any, deadline: Any
 ) -> None:
     path, port = library(), free_port()
     running = caller(path)
     config = rule(path, "count = ['plain', 'nestde']\nlinger_s = 30")
-    agent = new_agent(config, options=["--listen", f"127.0.0.1:{port}"]).start()
-    wait_until(lambda: is_attached(agent, 2), 20)
+    agent = new_attached(2, config, options=["--listen", f"127.0.0.1:{port}"])
     running.call("plain", times=3)
     wait_until(lambda: calls(agent, "plain") == 3)
 
