@@ -65,7 +65,6 @@ class MappingTable:
             by `await_rescan` and takes out by `begin_rescans`.
         compat: tgid and start_ns of 32-bit processes, whose calls nobody reports: the owner scans them
             again and again.
-        unverified: forks of a parent that were copied before a scan could confirm them, and never were.
     """
 
     def __init__(self, rules: RuleSet, label: Callable[[str | None], str | None] = lambda _: None) -> None:
@@ -78,7 +77,6 @@ class MappingTable:
         self._compat: dict[int, int] = {}
         self.needs_rescan: ReadOnly[int, Causes] = MappingProxyType(self._needs_rescan)
         self.compat: ReadOnly[int, int] = MappingProxyType(self._compat)
-        self.unverified = 0
 
     # ---- what is known ------------------------------------------------------------------------
 
@@ -353,8 +351,6 @@ class MappingTable:
         known = self.find(pid, start_ns)
         if known is None:
             return
-        if pid in self._needs_rescan and self._needs_rescan[pid].load == "fork":
-            self.unverified += 1
         self._needs_rescan.pop(pid, None)
         effects.rescans.pop(pid, None)
         del self._processes[pid]

@@ -48,10 +48,9 @@ from sowatch.sources.unread import PatientProcFs, ScanTimeout, UnreadProcesses
 
 __all__ = ["PrebuiltSource"]
 
-#: enum seen_type of prebuilt.bpf.c.
+#: enum seen_type of prebuilt.bpf.c; any other asks for a scan.
 SEEN_MAP: Final = 16
 SEEN_RANGE: Final = 17
-SEEN_NEEDS_RESCAN: Final = 18
 SEEN_FORK: Final = 19
 SEEN_EXEC: Final = 20
 SEEN_EXIT: Final = 21

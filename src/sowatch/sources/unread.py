@@ -97,11 +97,6 @@ class UnreadProcesses:
         hang = self._hangs.get(pid)
         return None if hang is None else hang.since_s
 
-    @property
-    def abandoned_threads(self) -> int:
-        """Helper threads that wait in the kernel."""
-        return self._worker.abandoned
-
     def hangs(self, pid: int) -> bool:
         """Whether a process must not be read: it hangs, or its address space is that of one that does."""
         if pid in self._hangs:

@@ -94,10 +94,10 @@ def test_a_full_scan_goes_on_with_the_others_and_names_who_shares_the_address_sp
     assert set(hung.pids) < set(tap.source.unread)
     # Each has a child in its address space, for which no further thread is left behind; the scan of all is one.
     assert len(tap.source.unread) == 6
-    assert tap.source.unread.abandoned_threads == 4
+    assert tap.source.unread._worker.abandoned == 4
     with pytest.raises(ScanTimeout):
         tap.source.scan_process(hung.pids[0])
-    assert tap.source.unread.abandoned_threads == 4
+    assert tap.source.unread._worker.abandoned == 4
 
 
 def test_whoever_was_given_up_is_introduced_anew_when_it_can_be_read(

@@ -51,13 +51,13 @@ def test_an_exit_makes_the_reading_needless(table):
     assert table.needs_rescan == {}
 
 
-def test_a_copy_that_was_never_confirmed_is_counted(table):
+def test_a_copy_that_was_never_confirmed_needs_no_scan_once_its_process_has_ended(table):
     p, child = Proc(10), Proc(11, 2)
     feed(table, p.map(SSL))
     assert feed(table, p.fork(child, flags=FLAG_NEEDS_RESCAN)) == ["+11 libssl.so.3 fork"]
     assert table.needs_rescan == {11: Causes("fork", "munmap")}
-    feed(table, child.exit())
-    assert table.unverified == 1
+    assert feed(table, child.exit()) == ["-11 libssl.so.3 exit"]
+    assert table.needs_rescan == {}
 
 
 def test_a_child_of_a_process_in_doubt_is_in_doubt(table):
