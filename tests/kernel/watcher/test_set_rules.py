@@ -45,14 +45,22 @@ def reported(ledger: Ledger, pid: int, path: Path) -> list[tuple[str, str | None
     return [(event.event, event.cause, event.rule) for event in ledger.of(pid) if event.library.id.inode == inode(path)]
 
 
+def begin(start: Start, open_ledger: OpenLedger, rule: Rule, *paths: Path) -> tuple[Mapper, Ledger]:
+    """A process that has mapped these files, and a watch that has reported those of them that the rule wants."""
+    mapper = start()
+    for path in paths:
+        mapper.map(path)
+    ledger = open_ledger(rule)
+    for path in paths:
+        if rule.matches_path(str(path)):
+            ledger.wait_load(mapper.pid, inode(path))
+    return mapper, ledger
+
+
 def test_what_is_wanted_now_is_loaded_and_what_is_not_any_more_unloaded(
     open_ledger: OpenLedger, start: Start, one: Path, two: Path
 ) -> None:
-    mapper = start()
-    mapper.map(one)
-    mapper.map(two)
-    ledger = open_ledger(ONE)
-    ledger.wait_load(mapper.pid, inode(one))
+    mapper, ledger = begin(start, open_ledger, ONE, one, two)
     ledger.watcher.set_rules(TWO)
     assert reported(ledger, mapper.pid, one) == [("load", "snapshot", "one"), ("unload", "rules", "one")]
     assert reported(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
@@ -60,21 +68,14 @@ def test_what_is_wanted_now_is_loaded_and_what_is_not_any_more_unloaded(
 
 
 def test_a_rule_that_stays_tells_nothing_anew(open_ledger: OpenLedger, start: Start, one: Path, two: Path) -> None:
-    mapper = start()
-    mapper.map(one)
-    mapper.map(two)
-    ledger = open_ledger(ONE)
-    ledger.wait_load(mapper.pid, inode(one))
+    mapper, ledger = begin(start, open_ledger, ONE, one, two)
     ledger.watcher.set_rules(Rule(rf"libone{TAG}|libnever{TAG}", name="one"), TWO)
     assert reported(ledger, mapper.pid, one) == [("load", "snapshot", "one")]
     assert reported(ledger, mapper.pid, two) == [("load", "snapshot", "two")]
 
 
 def test_a_file_passes_to_the_rule_that_wants_it_now(open_ledger: OpenLedger, start: Start, one: Path) -> None:
-    mapper = start()
-    mapper.map(one)
-    ledger = open_ledger(ONE)
-    ledger.wait_load(mapper.pid, inode(one))
+    mapper, ledger = begin(start, open_ledger, ONE, one)
     ledger.watcher.set_rules(BOTH, ONE)
     assert reported(ledger, mapper.pid, one) == [
         ("load", "snapshot", "one"),
@@ -100,11 +101,7 @@ def test_the_kernel_asks_again_about_files_that_it_ignored(open_ledger: OpenLedg
 def test_a_new_rule_on_symbols_is_applied_to_files_read_before(
     open_ledger: OpenLedger, start: Start, one: Path, two: Path
 ) -> None:
-    mapper = start()
-    mapper.map(one)
-    mapper.map(two)
-    ledger = open_ledger(BOTH)
-    ledger.wait_load(mapper.pid, inode(two))
+    mapper, ledger = begin(start, open_ledger, BOTH, one, two)
     ledger.watcher.set_rules(Rule(exports=["two_open"], name="symbols"))
     assert reported(ledger, mapper.pid, two)[1:] == [("unload", "rules", "both"), ("load", "snapshot", "symbols")]
     ledger.watcher.set_rules(Rule(exports=["one_open", "one_close"], name="symbols"))
