@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from sowatch.engine.address_space import Change, MappedFile, Mapping, ProcessState
+from sowatch.engine.address_space import Change, MappedFile, Mapping
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
 from sowatch.engine.reconciler import Reconciler
@@ -224,7 +224,7 @@ class Engine:
     def view(self, pid: int | None = None) -> View:
         """The mapping table for an audit: of one process, or of all."""
         found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
-        for process in self._of(pid):
+        for process in self._table.processes(pid):
             if not process.is_announced:
                 found[process.id.pid] = None
                 continue
@@ -246,7 +246,7 @@ class Engine:
         """
         published = self._publisher.published
         processes: dict[int, KnownProcess] = {}
-        for process in self._of(pid):
+        for process in self._table.processes(pid):
             record = process.record()
             files = []
             for file_id, mapping in process.space.mappings().items():
@@ -274,13 +274,6 @@ class Engine:
             self._silent,
             None if pid is None else self._source.unread.since_s(pid),
         )
-
-    def _of(self, pid: int | None) -> Iterable[ProcessState]:
-        """One process, if it is known, or all."""
-        if pid is None:
-            return self._table.processes()
-        process = self._table.get(pid)
-        return () if process is None else (process,)
 
     # ---- the thread ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ or its last unload is decided when it is emitted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -166,28 +166,27 @@ class Publisher:
         """
         before, named = self.in_force, self.in_force.rules.named
         stays = {rule.name for rule in change.rules if (old := named(rule.name)) and old.calls_the_same_as(rule)}
-        self._unload(lambda load: load.rule not in stays)
+        self._unload(self.published.where(lambda load: load.rule not in stays))
         change.workers.take_over(before.workers, self.subscribers)
         self.in_force = change
         if change.inspector is not before.inspector:
             self._waiting.ask_again(self._inspect)
         self.subscribers.hand_over()
 
-    def let_go(self, is_meant: Callable[[Load], bool]) -> int:
-        """Unloads by hand, cause ``rules``, what was published by these load events; how many.
+    def let_go(self, pid: int, rule: str) -> int:
+        """Unloads by hand, cause ``rules``, what was published of a process under a rule; how many files.
 
         It stays so until the process maps the file anew, or `look_again` takes it.
         """
-        found = self._unload(is_meant)
+        found = [load for load in self.published.of_pid(pid) if load.rule == rule]
+        self._unload(found)
         self._detached.update((load.process.id, load.library.id) for load in found)
         return len(found)
 
-    def _unload(self, is_meant: Callable[[Load], bool]) -> list[Load]:
-        found = self.published.where(is_meant)
+    def _unload(self, loads: Iterable[Load]) -> None:
         now_ns = time.monotonic_ns()
-        for load in found:
+        for load in loads:
             self._forget(load.process, load.library.id, "rules", now_ns)
-        return found
 
     def flush(self, now_s: float) -> None:
         """Publishes what waited for facts that are there, or for too long.

@@ -318,7 +318,7 @@ class Reconciler:
         # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
-        self._publisher.look_again(self._mapped(lambda *_: True), only_held=self._silent)
+        self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
         self._publisher.after_all(done)
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
@@ -326,7 +326,7 @@ class Reconciler:
         """Scans a process, and publishes what the rule wants of it and was not published."""
         self._table.await_rescan(pid)
         self.sync()
-        found = self._mapped(lambda process, one: process.id.pid == pid and rule.matches_path(one.name.path))
+        found = self._mapped(lambda one: rule.matches_path(one.name.path), pid)
         self._publisher.look_again(found)
 
     def _look_at_recovered(self) -> None:
@@ -334,15 +334,15 @@ class Reconciler:
         inspector = self._publisher.in_force.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
-            self._publisher.recheck(self._mapped(lambda _, one: one.name.file_id in files), only_held=self._silent)
+            self._publisher.recheck(self._mapped(lambda one: one.name.file_id in files), only_held=self._silent)
 
-    def _mapped(self, is_meant: Callable[[ProcessState, Mapping], bool]) -> list[Change]:
-        """What is mapped now, as loads of now."""
+    def _mapped(self, is_meant: Callable[[Mapping], bool], pid: int | None = None) -> list[Change]:
+        """What is mapped now, in all processes or in one, as loads of now."""
         now_ns = time.monotonic_ns()
         return [
             Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
-            for process, one in self._table.mappings()
-            if is_meant(process, one)
+            for process, one in self._table.mappings(pid)
+            if is_meant(one)
         ]
 
     def _read_for_rules(self) -> None:

@@ -88,8 +88,11 @@ class MappingTable:
         """Which paths are wanted."""
         return self._rules
 
-    def processes(self) -> Iterator[ProcessState]:
-        return iter(list(self._processes.values()))
+    def processes(self, pid: int | None = None) -> Iterator[ProcessState]:
+        """All processes; or the one with this pid, if it is known."""
+        if pid is None:
+            return iter(list(self._processes.values()))
+        return iter([self._processes[pid]] if pid in self._processes else [])
 
     def get(self, pid: int) -> ProcessState | None:
         return self._processes.get(pid)
@@ -104,9 +107,9 @@ class MappingTable:
         known = self._processes.get(pid)
         return self._compat.get(pid) if known is None else known.id.start_ns
 
-    def mappings(self) -> Iterator[tuple[ProcessState, Mapping]]:
-        """Every (process, mapping) that was announced."""
-        for process in self.processes():
+    def mappings(self, pid: int | None = None) -> Iterator[tuple[ProcessState, Mapping]]:
+        """Every (process, mapping) that was announced, or those of one process."""
+        for process in self.processes(pid):
             if process.is_announced:
                 for mapping in process.space.mappings().values():
                     yield process, mapping

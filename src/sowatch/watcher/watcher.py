@@ -39,7 +39,7 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import LibraryEvent, Load, Ready
+from sowatch.model.events import LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import EVENT_KINDS
@@ -452,11 +452,8 @@ class Watcher:
         self._rule_named(rule)
         publisher = self._publisher
 
-        def is_meant(load: Load) -> bool:
-            return load.rule == rule and load.process.pid == pid
-
         def let_go(answer: Future[int]) -> None:
-            publisher.after_all(lambda: answer.set_result(publisher.let_go(is_meant)))
+            publisher.after_all(lambda: answer.set_result(publisher.let_go(pid, rule)))
 
         held = self._running_engine().request(let_go).result()
         if not held:

@@ -358,7 +358,7 @@ def test_a_process_on_its_way_to_exec_has_no_view(watch: Watch, monkeypatch: pyt
     watch.engine.start(FIRST)
 
     def view_of_unannounced() -> Any:
-        (process,) = watch.engine._of(10)
+        (process,) = watch.engine._table.processes(10)
         monkeypatch.setattr(process, "is_announced", False)
         try:
             return watch.engine.view(10)

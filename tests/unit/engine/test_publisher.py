@@ -57,7 +57,7 @@ def change(cause: str = "mmap", *, is_load: bool = True, pid: int = 10) -> Chang
 
 
 def detach(publisher: Publisher, pid: int = 10) -> int:
-    return publisher.let_go(lambda load: load.process.pid == pid)
+    return publisher.let_go(pid, "tls")
 
 
 def test_what_was_detached_stays_so_when_its_file_is_read_once_more(publisher: Publisher, story: Any) -> None:
@@ -401,7 +401,7 @@ def test_a_file_that_turns_out_to_be_no_library_is_unloaded(build_id: str | None
 
 
 def test_a_file_that_was_detached_and_asked_for_is_checked_like_any_other(held: Published) -> None:
-    held.publisher.let_go(lambda _: True)
+    held.publisher.let_go(10, "tls")
     assert again(held, FileFacts(True, build_id="bb")) == ["unload 10 tls libssl rules", "deactivate tls libssl"]
     held.publisher.look_again([held.change(cause="snapshot")])
     assert held.story() == ["activate tls libssl", "load 10 tls libssl snapshot"]
