@@ -155,6 +155,11 @@ class ElfFile:
         self.section_table = (fields[5], fields[10], fields[11])
         self.segments = self._read_segments(phoff=fields[4], phentsize=fields[8], phnum=fields[9])
 
+    @property
+    def size_bytes(self) -> int:
+        """As long as the file is now."""
+        return _status(self.fd).st_size
+
     def read(self, offset: int, size: int) -> bytes:
         """What the file has there: less than asked for at its end, nothing behind it."""
         if size <= 0 or not 0 <= offset <= _MAX_OFFSET:
@@ -283,7 +288,11 @@ def open_elf(fd: int, limits: ElfLimits) -> ElfFile | None:
 
 def is_regular(fd: int) -> bool:
     """Whether it is a regular file, which a memfd is, too."""
+    return stat.S_ISREG(_status(fd).st_mode)
+
+
+def _status(fd: int) -> os.stat_result:
     try:
-        return stat.S_ISREG(os.fstat(fd).st_mode)
+        return os.fstat(fd)
     except OSError as error:
         raise ElfError(os.strerror(error.errno or 0), error.errno) from error

@@ -219,7 +219,7 @@ def _named(elf: ElfFile, name: str) -> list[Symbol]:
     """The functions of one name or pattern."""
     is_plain = not name.startswith("cpp:") and _GLOB.search(name) is None
     if is_plain:
-        size_bytes = os.fstat(elf.fd).st_size
+        size_bytes = elf.size_bytes
         exported = [one for one in exported_functions(elf, name) if one[0] < size_bytes]
         if exported:
             return [Symbol(name, offset, size) for offset, size in exported]
@@ -264,7 +264,7 @@ def _rows_named(tables: _Tables, name: str) -> list[_Row]:
 def _functions(elf: ElfFile, rows: list[_Row]) -> list[Symbol]:
     """Those that are defined functions in code; of several names for one place the first."""
     found: dict[int, Symbol] = {}
-    size_bytes = os.fstat(elf.fd).st_size
+    size_bytes = elf.size_bytes
     for row in rows:
         if not row.is_defined or row.kind not in (_STT_NOTYPE, _STT_FUNC) or not elf.is_code(row.value):
             continue
@@ -365,7 +365,7 @@ class _Tables:
     def digest(self) -> bytes:
         """What is the same for files in which a search finds the same."""
         found = hashlib.blake2b(self._elf.head[:64], digest_size=32)
-        found.update(repr((os.fstat(self._elf.fd).st_size, self._elf.segments)).encode("ascii"))
+        found.update(repr((self._elf.size_bytes, self._elf.segments)).encode("ascii"))
         for symbols, strings in self._tables:
             found.update(struct.pack("<QQ", len(symbols), len(strings)) + symbols)
             found.update(strings)
@@ -484,7 +484,12 @@ def open_checked(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise SowatchError(f"cannot open {path}: {error.strerror}. Give the path of a library.") from error
-    if not is_regular(fd):
+    try:
+        is_library = is_regular(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if not is_library:
         os.close(fd)
         raise SowatchError(f"{path} is not a regular file. Give the path of a library.")
     return fd

@@ -135,8 +135,10 @@ def _opened(library: Library) -> int:
         fd = os.open(library.host_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return -1
-    status = os.fstat(fd)
-    if status.st_ino != library.id.inode:
-        os.close(fd)
-        return -1
-    return fd
+    try:
+        if os.fstat(fd).st_ino == library.id.inode:
+            return fd
+    except OSError:  # a file system may refuse it, or be gone
+        pass
+    os.close(fd)
+    return -1

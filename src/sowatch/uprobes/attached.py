@@ -123,7 +123,10 @@ class File:
     @property
     def is_deleted(self) -> bool:
         """Whether no name leads to it any more, so that only who has it open or mapped can use it."""
-        return os.fstat(self.fd).st_nlink == 0
+        try:
+            return os.fstat(self.fd).st_nlink == 0
+        except OSError:  # a file system may refuse it, or be gone
+            return False
 
     def become(self, library: Library) -> None:
         """Another description of the same file: what the kernel knows of it, instead of what stat says."""

@@ -63,9 +63,12 @@ def open_known(what: str | Library, proc: ProcFs) -> KnownFile:
             os.close(fd)
             fd = -1 if layer is None else layer
         library = _checked(what, path, fd)
-    except BaseException:
+    except BaseException as error:
         if fd >= 0:
             os.close(fd)
+        if isinstance(error, OSError):
+            reason = f"the file system of {path} does not say which file it is: {error.strerror}"
+            raise SowatchError(f"{reason}. It is attached when a process maps it.") from error
         raise
     return KnownFile(library, fd)
 

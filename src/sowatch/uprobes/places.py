@@ -140,7 +140,7 @@ def _entry(fd: int, symbol: Symbol, start: Symbol, *, is_return: bool) -> Place:
             raise CodeError(f"the file does not say how long {start.name} is, so +{inside:#x} may split an instruction")
         if not begins_instruction(_code(fd, start), inside):
             raise CodeError(f"no instruction begins at +{inside:#x}; a probe there would break the program")
-    wrong = why_not_probed(os.pread(fd, _LONGEST_INSTRUCTION, symbol.offset))
+    wrong = why_not_probed(_pread(fd, _LONGEST_INSTRUCTION, symbol.offset))
     if wrong is not None:
         raise CodeError(wrong)
     return Place(symbol.name, start.offset, symbol.offset, is_return)
@@ -158,4 +158,11 @@ def _return_instructions(fd: int, symbol: Symbol) -> Iterator[Place]:
 
 
 def _code(fd: int, symbol: Symbol) -> bytes:
-    return os.pread(fd, min(symbol.size, MAX_CODE_BYTES + 1), symbol.offset)
+    return _pread(fd, min(symbol.size, MAX_CODE_BYTES + 1), symbol.offset)
+
+
+def _pread(fd: int, size_bytes: int, offset: int) -> bytes:
+    try:
+        return os.pread(fd, size_bytes, offset)
+    except OSError as error:
+        raise CodeError(f"its code cannot be read: {error.strerror}") from error
