@@ -63,6 +63,7 @@ class Attacher:
         verify_s: how often each link is compared with what the kernel has, and the self-test is run.
         prepare: called with the object before it is loaded, to set constants, and with the cookie of the one site that
             it is for (0: all).
+        after_load: called with each object that was loaded, before it is attached.
         links: ``auto`` takes uprobe.multi where the kernel has it (6.6), else a perf event for each function.
         returns: how returns are seen. ``probe``: by the kernel's return probes. ``instructions``: by probes on the
             return instructions, where a function has no other way out. ``auto``: by return probes, but not where these
@@ -87,6 +88,7 @@ class Attacher:
         prearm: Iterable[str | Library] = (),
         verify_s: float = 10.0,
         prepare: Callable[[ProbeObject, int], None] | None = None,
+        after_load: Callable[[ProbeObject], None] | None = None,
         links: Literal["auto", "multi", "perf_event"] = "auto",
         returns: Literal["auto", "probe", "instructions"] = "auto",
         is_split: bool = False,
@@ -98,6 +100,7 @@ class Attacher:
         self._to_arm = list(prearm)
         self._verify_s = verify_s
         self._prepare = prepare
+        self._after_load = after_load
         self._links = links
         self._asked_returns = returns
         #: How returns are seen; decided by `start`.
@@ -173,6 +176,8 @@ class Attacher:
             if self._prepare is not None:
                 self._prepare(loaded, cookie)
             loaded.load()
+            if self._after_load is not None:
+                self._after_load(loaded)
         except BaseException:
             loaded.close()
             raise

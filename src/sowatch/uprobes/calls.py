@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from types import TracebackType
@@ -120,7 +121,10 @@ class CallCounter:
         self._rings: dict[ProbeObject, Ring] = {}
         self.is_timed = is_timed
         self.is_filtered = is_filtered
+        #: Where the kernel has no cookies, each function has an object, which may be loaded later than `want`.
         self._wanted: set[int] = set()
+        self._filters: list[ProbeObject] = []
+        self._filter_lock = threading.Lock()
         probes = [Probe(symbol, "calls_entered", is_return=False, is_optional=True) for symbol in symbols]
         if is_timed:
             # A place inside a function has no return.
@@ -134,6 +138,7 @@ class CallCounter:
             probes,
             linger_s=linger_s,
             prepare=self._set_constants,
+            after_load=self._add_filter if is_filtered else None,
             links=links,
             prearm=prearm,
             returns=returns,
@@ -289,15 +294,26 @@ class CallCounter:
 
     def want(self, pid: int) -> None:
         """Counts in this process from now on; its pid in the initial pid namespace."""
-        self._wanted.add(pid)
-        for loaded in self.attacher.objects():
-            loaded.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
+        with self._filter_lock:
+            for loaded in self._open_filters():
+                loaded.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
+            self._wanted.add(pid)
 
     def unwant(self, pid: int) -> None:
         """Counts in this process no more."""
-        self._wanted.discard(pid)
-        for loaded in self.attacher.objects():
-            loaded.map("wanted").delete(pid.to_bytes(4, "little"))
+        with self._filter_lock:
+            self._wanted.discard(pid)
+            for loaded in self._open_filters():
+                loaded.map("wanted").delete(pid.to_bytes(4, "little"))
+
+    def _add_filter(self, loaded: ProbeObject) -> None:
+        with self._filter_lock:
+            for pid in self._wanted:
+                loaded.map("wanted").update(pid.to_bytes(4, "little"), b"\1")
+            self._filters = [*self._open_filters(), loaded]
+
+    def _open_filters(self) -> list[ProbeObject]:
+        return [one for one in self._filters if one.is_open]
 
     def forget(self, calls: Calls) -> None:
         """Removes a count, of a process that is gone, so that its place is free."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher
-from sowatch.uprobes import CallCounter, Calls
+from sowatch.bpf import probe_object
+from sowatch.uprobes import CallCounter, Calls, attacher
 from sowatch.uprobes.call_format import Text, Unreadable, parse_function
 from sowatch.uprobes.call_records import Call
 from support.callers import Caller
@@ -100,6 +101,29 @@ def test_calls_of_a_process_that_runs_already_and_of_one_that_comes_are_counted(
     later = caller(library)
     later.call("plain", times=3)
     assert counted(counter) == {("plain", before.pid): 5, ("plain", later.pid): 3}
+
+
+def test_without_cookies_each_function_counts_in_the_processes_that_are_wanted_before_and_after_it_is_attached(
+    probed: Probed, caller: NewCaller, closing: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on kernels before 5.15: each function has an object of its own, loaded when a file is attached."""
+    for module in (probe_object, attacher):
+        monkeypatch.setattr(module, "has_attach_cookie", lambda: False)
+    library = probed()
+    early, late, other = (caller(library) for _ in range(3))
+    counter = closing.enter_context(CallCounter(["plain", "nested"], links="perf_event", is_filtered=True))
+    counter.want(early.pid)
+    closing.enter_context(Watcher(counter.rule(re.escape(str(library)))))
+    wait_until(lambda: attached(counter))
+    assert len(counter.attacher.objects()) == 3
+    counter.want(late.pid)
+    for one in (early, late, other):
+        one.call("plain", times=2)
+    assert counted(counter) == {("plain", early.pid): 2, ("plain", late.pid): 2}
+    counter.unwant(early.pid)
+    for one in (early, late):
+        one.call("plain")
+    assert counted(counter) == {("plain", early.pid): 2, ("plain", late.pid): 3}
 
 
 def test_each_call_of_a_recursion_is_counted_and_timed(
