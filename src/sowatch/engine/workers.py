@@ -19,7 +19,7 @@ from sowatch.engine.subscribers import Subscribers
 from sowatch.engine.subscription import Subscription
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ProcessGone, SowatchError
-from sowatch.model.events import Activate, Deactivate, Library, Load, Unload
+from sowatch.model.events import Activate, Deactivate, Event, Library, Load, Unload
 from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
@@ -151,15 +151,22 @@ class RuleWorker:
         # What an earlier rule of this name could not activate, this one may be able to.
         self._registry.clear_blocked(self._rule.name)
         for event in self._subscription:
-            match event:
-                case Activate():
-                    self._activate(event)
-                case Deactivate():
-                    self._deactivate(event)
-                case Load():
-                    self._call("on_load", self._rule.on_load, event)
-                case Unload():
-                    self._call("on_unload", self._rule.on_unload, event)
+            try:
+                self._take(event)
+            except BaseException:  # a SystemExit would end the thread in silence
+                self.errors += 1
+                LOG.exception("a callback of rule %r raised", self._rule.name)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Activate():
+                self._activate(event)
+            case Deactivate():
+                self._deactivate(event)
+            case Load():
+                self._call("on_load", self._rule.on_load, event)
+            case Unload():
+                self._call("on_unload", self._rule.on_unload, event)
 
     def join_at_last(self) -> None:
         """Waits for the last callback, however long it takes."""
@@ -174,7 +181,7 @@ class RuleWorker:
             rule.name,
             event.library,
             lambda library: self._open_and_call(event, library),
-            deactivate=self._after_failure,
+            deactivate=self._call_deactivate,
             process=event.process.id,
         )
 
@@ -207,9 +214,6 @@ class RuleWorker:
         finally:
             file.close()
 
-    def _after_failure(self, library: Library) -> None:
-        self._call_deactivate(library)
-
     def _deactivate(self, event: Deactivate) -> None:
         self._registry.deactivate(self._rule.name, event.library.id, self._call_deactivate)
 
@@ -234,8 +238,4 @@ class RuleWorker:
             return
         if isinstance(event, Load):
             self._note_delay(name, event)
-        try:
-            self._timed(name, callback, event)
-        except Exception:
-            self.errors += 1
-            LOG.exception("a callback of rule %r raised", self._rule.name)
+        self._timed(name, callback, event)

@@ -227,6 +227,24 @@ def test_what_a_callback_raises_is_counted_and_logged_and_the_next_event_comes(
     assert worker.timings.callbacks["on_load"].read().count == 2
 
 
+@pytest.mark.parametrize("callback", ["on_activate", "on_load", "on_unload", "on_deactivate"])
+def test_a_callback_that_calls_exit_does_not_end_the_thread(
+    watch: Watch, file: Path, caplog: pytest.LogCaptureFixture, callback: str
+) -> None:
+    seen: list[str] = []
+
+    def fail(_: object) -> None:
+        seen.append(callback)
+        sys.exit(1)
+
+    rule = Rule(name="tls", **story_of(seen) | {callback: fail})
+    worker = watch.run(rule, activate(file), load(file), unload(file), deactivate(file), load(file))
+    assert [one for one in seen if one == callback] == [callback] * (2 if callback == "on_load" else 1)
+    assert seen[-1] == "on_load"
+    assert worker.errors == seen.count(callback)
+    assert "a callback of rule 'tls' raised" in [one.getMessage() for one in caplog.records]
+
+
 def test_a_file_whose_activation_raises_is_closed_cleaned_up_once_and_blocked(watch: Watch, file: Path) -> None:
     seen: list[ActiveFile] = []
     ends: list[ActiveFile] = []
