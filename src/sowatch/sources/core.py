@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from errno import E2BIG, EINVAL, EPERM
+from functools import cached_property
 from importlib.resources import files
 from types import TracebackType
 from typing import Final, Self
@@ -325,8 +326,12 @@ class BpfSource:
     def losses(self) -> Losses:
         return read_losses(self._object)
 
+    @cached_property
+    def _process_bytes(self) -> int:
+        return value_bytes(self._processes)
+
     def tracked(self, pid: int) -> TrackedEntry | None:
-        value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
+        value = self._processes.lookup(struct.pack("=I", pid), self._process_bytes)
         if value is None:
             return None
         start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)

@@ -307,7 +307,7 @@ class OldKernelSource(BpfSource):
         super().close()
 
     def tracked(self, pid: int) -> TrackedEntry | None:
-        value = self._processes.lookup(struct.pack("=I", pid), value_bytes(self._processes))
+        value = self._processes.lookup(struct.pack("=I", pid), self._process_bytes)
         if value is None:
             return None
         start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
