@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import shutil
 import signal
 import subprocess
@@ -337,3 +338,23 @@ def test_the_functions_of_what_is_mapped_are_listed_by_stem(spawn: Any, programs
     found = {line["symbol"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert {"plain", "hidden"} <= set(found)
     assert found["plain"]["library"]["path"] == str(path)
+
+
+def test_of_several_files_that_are_listed_one_that_cannot_be_traced_is_named_and_the_rest_is_listed(
+    spawn: Any, programs: Any, library: Any
+) -> None:
+    path = library("libsowatchmany.so.1")
+    other = path.with_name("libsowatchmany-0.so")  # comes first
+    other.write_bytes(b"text" * 1024)
+    Caller(spawn, programs["caller"], path)
+    words = ["trace", "--kind", "library", "--kind", "other", "--list"]
+    command = [sys.executable, "-m", "sowatch", *words]
+    with other.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC):
+        many = subprocess.run([*command, "libsowatchmany"], capture_output=True, text=True, check=False)
+        alone = subprocess.run([*command, other.name], capture_output=True, text=True, check=False)
+    assert (many.returncode, alone.returncode, alone.stdout) == (0, 1, "")
+    assert f"{path} " in many.stdout
+    assert {"plain", "hidden"} <= set(many.stdout.split())
+    for done in (many, alone):
+        assert f"{other} cannot be traced: it is no ELF file." in done.stderr
+        assert done.stderr.count("\n") == 1

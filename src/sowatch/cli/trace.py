@@ -94,7 +94,7 @@ def configure(parser: Parser) -> None:
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     """Trace until the end is asked for; returns the exit code."""
     if args.list is not None:
-        return _list(args, out)
+        return _list(args, out, warn)
     if not args.targets:
         raise UsageError("nothing to trace. Give a library and a function: sowatch trace libz:deflate.")
     if args.by not in GROUPS:
@@ -184,8 +184,8 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _list(args: Namespace, out: Out) -> int:
-    from sowatch.linux.symbols import list_functions, open_checked
+def _list(args: Namespace, out: Out, warn: Callable[[str], None]) -> int:
+    from sowatch.linux.symbols import SymbolError, list_functions, open_checked
 
     if args.targets:
         raise UsageError("--list takes a library only. Leave out the targets.")
@@ -208,15 +208,22 @@ def _list(args: Namespace, out: Out) -> int:
         raise missing or SowatchError(
             f"no process has {args.list!r} mapped. Give the path of a file, or see what is mapped: sowatch list."
         )
+    unread = 0
     try:
         for library, fd in found:
+            try:
+                functions = list_functions(fd)
+            except SymbolError as error:
+                unread += 1
+                warn(f"{visible(library.path)} cannot be traced: {error.reason}.")
+                continue
             if not as_json and len(found) > 1:
                 out.write(f"{visible(library.path)} {library.build_id or ''}".rstrip() + ":\n")
-            _write_functions(out, library, list_functions(fd), as_json=as_json)
+            _write_functions(out, library, functions, as_json=as_json)
     finally:
         for _, fd in found:
             os.close(fd)
-    return 0
+    return 1 if unread == len(found) else 0
 
 
 def _mapped_files(args: Namespace) -> list[tuple[Library, int]]:
