@@ -427,22 +427,29 @@ class Attacher:
 
     def _attach_new(self, library: Library, fd: int, *, users: int = 0, is_armed: bool = False) -> None:
         """Attaches to a file that is not known yet; with its stripe held."""
-        self._loaded()
+        loaded = self._loaded()
         try:
             file = self._new_file(library, fd, users=users, is_armed=is_armed)
         except EnvironmentFault:
             raise
         except SowatchError as error:
+            if self._object is not loaded:
+                raise _closed(library) from error
             self._refuse(library, str(error))
             raise
         with self._due:
-            file.plan_retry(time.monotonic())
-            self._put(file)
-            self._due.notify_all()
+            if self._object is loaded:
+                file.plan_retry(time.monotonic())
+                self._put(file)
+                self._due.notify_all()
+                return
+        file.close()
+        raise _closed(library)
 
     def _new_file(self, library: Library, fd: int, *, users: int, is_armed: bool) -> File:
         linker = self._linker
-        assert linker is not None
+        if linker is None:
+            raise _closed(library)
         sites, missing = self._plan(fd, library)
         try:
             own_fd = os.dup(fd)
@@ -576,3 +583,7 @@ def _not_permitted(error: BpfError) -> NotPermitted | None:
     if not missing:
         return None
     return NotPermitted("cannot load the probes", f"missing {' and '.join(missing)}", "Run it as root, or with sudo.")
+
+
+def _closed(library: Library) -> EnvironmentFault:
+    return EnvironmentFault(f"the attacher was closed before {library.path} was attached. Nothing to do.")

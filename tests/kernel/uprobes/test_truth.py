@@ -15,6 +15,7 @@ import pytest
 from sowatch.bpf.probe_object import Link, ProbeObject, has_uprobe_multi
 from sowatch.model.errors import BpfError, EnvironmentFault, SowatchError
 from sowatch.uprobes import Attacher, Probe, best_effort
+from sowatch.uprobes.attached import Linker
 from sowatch.uprobes.self_test import SelfTest
 from support.callers import Caller
 
@@ -239,6 +240,35 @@ def test_a_file_that_the_attacher_cannot_keep_open_is_no_fault_of_the_file(
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert (attacher.stats.files, attacher.stats.refused) == (0, 0)
+
+
+@pytest.mark.parametrize("moment", ["before its links", "after its links"])
+def test_a_file_that_is_attached_while_the_attacher_closes_is_detached(
+    user_object: Path, probed: Probed, active: Any, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    file = active(probed())
+    before = set(os.listdir("/proc/self/fd"))
+    with Attacher(user_object, {"plain": "by_section"}) as attacher:
+        plan, link = Attacher._plan, Linker.link
+
+        def close_and_plan(self: Attacher, *arguments: Any) -> Any:
+            found = plan(self, *arguments)
+            self.close()
+            return found
+
+        def link_and_close(self: Linker, *arguments: Any) -> Any:
+            found = link(self, *arguments)
+            attacher.close()
+            return found
+
+        if moment == "before its links":
+            monkeypatch.setattr(Attacher, "_plan", close_and_plan)
+        else:
+            monkeypatch.setattr(Linker, "link", link_and_close)
+        with pytest.raises(EnvironmentFault, match="the attacher was closed before"):
+            attacher.attach(file)
+        assert attacher.files() == []
+        assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_program_is_on_one_place_once_by_whatever_names_it_was_asked_for(
