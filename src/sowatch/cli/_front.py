@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from typing import Final, NoReturn
 
 __all__ = ["front_pid", "run_behind_front"]
@@ -63,6 +64,10 @@ def _work(run: Callable[[], int], front: int, write_fd: int, lasts_fd: int, mask
     global _front  # noqa: PLW0603 - a fact of the process
     _front = front
     threading.Thread(target=_end_with_front, args=(lasts_fd,), name="sowatch-front", daemon=True).start()
+    for number in _ENDING:
+        # Not SIG_IGN, as nohup sets it, nor SIGINT, which Python turns into an exception.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, partial(_end_by_signal, front, write_fd))
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     code = 1
     try:
@@ -71,11 +76,22 @@ def _work(run: Callable[[], int], front: int, write_fd: int, lasts_fd: int, mask
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        _let_go_of_output()
-        with suppress(OSError):
-            os.write(write_fd, bytes([code & 0xFF]))
-            os.kill(front, signal.SIGCHLD)
+        _report(front, write_fd, bytes([code & 0xFF]))
         os._exit(code)
+
+
+def _end_by_signal(front: int, write_fd: int, number: int, _: object) -> None:
+    """What the default action does, which alone would leave the output open and the front without an answer."""
+    _report(front, write_fd, bytes([0, number]))
+    _end_by(signal.Signals(number))
+
+
+def _report(front: int, write_fd: int, answer: bytes) -> None:
+    """Answers the front: with an exit code, or with 0 and the signal that ends this process."""
+    _let_go_of_output()
+    with suppress(OSError):
+        os.write(write_fd, answer)
+        os.kill(front, signal.SIGCHLD)
 
 
 def _end_with_front(lasts_fd: int) -> None:
@@ -114,15 +130,17 @@ def _wait(worker: int, read_fd: int) -> int:
 
 
 def _code_of(worker: int, read_fd: int) -> int | None:
-    """The exit code of a worker that has reported it or ended; None if it goes on."""
+    """The exit code of a worker that has reported it or ended; None if it goes on. Ends by the signal that ended it."""
     try:
-        reported = os.read(read_fd, 1)
+        reported = os.read(read_fd, 2)
     except BlockingIOError:
         return None  # it was stopped, or goes on
     if reported:
         end_s = time.monotonic() + _REAPED_S
         while os.waitpid(worker, os.WNOHANG)[0] == 0 and (left_s := end_s - time.monotonic()) > 0:
             signal.sigtimedwait([signal.SIGCHLD], left_s)
+        if len(reported) == 2:
+            _end_by(signal.Signals(reported[1]))
         return reported[0]
     _, status = os.waitpid(worker, 0)
     if os.WIFSIGNALED(status):
