@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -385,24 +386,28 @@ def test_a_retry_reaches_a_worker_whose_queue_is_full_once_and_repeats_no_load(
 
 
 def test_a_rule_of_the_same_name_begins_when_the_last_callback_of_the_old_one_is_over(
-    watch: Watch, file: Path, deadline: Any
+    watch: Watch, file: Path, deadline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    goes_on, is_called = threading.Event(), threading.Event()
+    goes_on, is_called, is_waiting = threading.Event(), threading.Event(), threading.Event()
 
     def slow(_: Load) -> None:
         is_called.set()
         goes_on.wait(deadline(10))
         seen.append("old")
 
+    def join(wait: Callable[[], None]) -> None:
+        is_waiting.set()
+        wait()
+
     old = watch.start(Rule(name="tls", on_load=slow))
     watch.emit(load(file))
     assert is_called.wait(deadline(10))
     old.retire()
-    is_too_early = threading.Event()
-    new = watch.start(Rule(name="tls", on_load=lambda _: (seen.append("new"), is_too_early.set())), old)
+    monkeypatch.setattr(old, "join_at_last", partial(join, old.join_at_last))
+    new = watch.start(Rule(name="tls", on_load=lambda _: seen.append("new")), old)
     watch.emit(load(file))
-    assert not is_too_early.wait(0.1)
+    assert is_waiting.wait(deadline(10))
     assert (seen, old.has_ended, new.has_ended) == ([], False, False)
 
     goes_on.set()

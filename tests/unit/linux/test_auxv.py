@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sowatch.linux.auxv import interpreter_base
+from sowatch.linux.auxv import interpreter_base, is_32bit
 from sowatch.linux.proc import ProcFs
 
 AT_NULL, AT_PHDR, AT_PAGESZ, AT_BASE = 0, 3, 6, 7
@@ -39,9 +40,22 @@ def test_a_vector_that_is_cut_off_gives_what_is_whole() -> None:
     assert interpreter_base(whole[:31]) == 0
 
 
-@given(st.binary(max_size=600))
-def test_no_bytes_are_an_error(data: bytes) -> None:
-    assert interpreter_base(data) >= 0
+#: Vectors of words that mean something, and bytes that are none.
+WORDS = st.sampled_from([AT_NULL, AT_PAGESZ, AT_BASE, 4096, 2**31]) | st.integers(0, 2**32 - 1)
+VECTORS = st.builds(
+    lambda words, size, end: b"".join(word.to_bytes(size, sys.byteorder) for word in words) + end,
+    st.lists(WORDS, max_size=60),
+    st.sampled_from([4, 8]),
+    st.binary(max_size=15),
+)
+
+
+@given(VECTORS | st.binary(max_size=600))
+def test_of_any_bytes_the_base_is_the_word_after_the_first_key_of_it(data: bytes) -> None:
+    size = 4 if is_32bit(data) else 8
+    words = [int.from_bytes(data[at : at + size], sys.byteorder) for at in range(0, len(data) - size + 1, size)]
+    keys = words[: len(words) // 2 * 2 : 2]
+    assert interpreter_base(data) == (words[2 * keys.index(AT_BASE) + 1] if AT_BASE in keys else 0)
 
 
 def test_the_base_of_our_own_interpreter_is_where_maps_shows_it() -> None:
