@@ -17,13 +17,12 @@ Examples:
 
 from __future__ import annotations
 
-import queue
 import re
 import threading
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
@@ -46,6 +45,10 @@ _SIDES: Final = ("client", "server")
 _STATUS: Final = re.compile(r"[1-5](?:xx|\d\d)")
 #: Flows that wait to be written; a reader that is slower loses the rest, which is counted.
 _MAX_WAITING: Final = 65536
+#: How long a flow may wait to be shown.
+_BATCH_S: Final = 0.05
+#: Figures of `FlowStats` and of the program that name no fault.
+_TALLIES: Final = frozenset({"calls", "passed", "spared"})
 _PERCENTILES: Final = (0.5, 0.95, 0.99)
 
 
@@ -84,12 +87,13 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     from sowatch.http.summary import Summary
     from sowatch.http.taps import HttpTap
 
-    waiting: queue.SimpleQueue[HttpFlow] = queue.SimpleQueue()
+    waiting: deque[HttpFlow] = deque()
     unwritten = [0]
 
     def take(found: HttpFlow) -> None:
-        if waiting.qsize() < _MAX_WAITING:
-            waiting.put(found)
+        # Nobody is woken: a thread that is woken by each flow takes the interpreter away from the one that decodes.
+        if len(waiting) < _MAX_WAITING:
+            waiting.append(found)
         else:
             unwritten[0] += 1
 
@@ -111,15 +115,15 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
                 warn("this kernel does not show which socket a call uses (6.3 and later do): every peer is unknown.")
             if args.duration is not None:
                 stopper.stop_after(args.duration)
-            while not is_over.is_set() and not out.reader_is_gone():
-                _write(filter(matches, _taken(waiting, 0.2)), show, summary)
+            while not is_over.wait(_BATCH_S) and not out.reader_is_gone():
+                _write(filter(matches, _taken(waiting)), show, summary)
                 if tap.watcher.wait(0):
                     warn("the watch ended before it was stopped. What was reported is right.")
                     return 1
             failures = tap.failures
             tap.close()
             stats = tap.stats() | {"unwritten": unwritten[0]}
-            _write(filter(matches, _taken(waiting, 0)), show, summary)
+            _write(filter(matches, _taken(waiting)), show, summary)
             if summary is not None:
                 _show_summary(summary, out, args.top, as_json=as_json)
             _show_stats(stats, failures, out, warn, as_json=as_json)
@@ -161,12 +165,10 @@ def _filter_of(args: Namespace) -> Callable[[HttpFlow], bool]:
     return matches
 
 
-def _taken(waiting: queue.SimpleQueue[HttpFlow], timeout_s: float) -> Iterator[HttpFlow]:
-    """What is there; waits for the first."""
-    with suppress(queue.Empty):
-        yield waiting.get(timeout=timeout_s) if timeout_s else waiting.get_nowait()
-        for _ in range(_MAX_WAITING):
-            yield waiting.get_nowait()
+def _taken(waiting: deque[HttpFlow]) -> Iterator[HttpFlow]:
+    """What is there now."""
+    for _ in range(len(waiting)):
+        yield waiting.popleft()
 
 
 def _write(flows: Iterator[HttpFlow], show: _Lines, summary: Summary | None) -> None:
@@ -285,7 +287,7 @@ def _show_stats(
         out.write(dumps({"schema": SCHEMA, "event": "http_stats", **stats}) + "\n")
         out.flush()
     else:
-        parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name != "spared"]
+        parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name not in _TALLIES]
         warn(", ".join(parts) + "." if parts else "no HTTP passed a TLS library that is probed.")
     for failure in failures:
         warn(f"not tapped: {visible(failure.library.path)}: {visible(failure.reason)}")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from msgspec import Struct
+
 from sowatch.http.http1 import Http1Decoder, Message, may_start_message, starts_message
 from sowatch.http.http2 import (
     FRAME_HEAD_BYTES,
@@ -72,7 +74,7 @@ class Peer(NamedTuple):
     port: int
 
 
-class Chunk(NamedTuple):
+class Chunk(Struct, frozen=True, gc=False):
     """What one call of a TLS library moved.
 
     Attributes:
@@ -105,6 +107,7 @@ class FlowStats:
     """What passed, and what could not be reported of it; figures only grow.
 
     Attributes:
+        calls: that were taken over. Of a tap ``passed = calls + lost + spared + no_room`` once it is closed.
         flows: handed out.
         incomplete: of those, whose end was not seen or whose framing was lost.
         joined_late: responses whose request passed before the watch, and connections that were joined in the middle.
@@ -116,6 +119,7 @@ class FlowStats:
         dropped: connections and requests that were given up for want of space.
     """
 
+    calls: int = 0
     flows: int = 0
     incomplete: int = 0
     joined_late: int = 0
@@ -127,8 +131,7 @@ class FlowStats:
     dropped: int = 0
 
 
-@dataclass(slots=True)
-class Flow:
+class Flow(Struct, gc=False):
     """One request and its response. What is not known is None; HTTP/2 fields sent before the watch are ``<unknown>``.
 
     Times are in ns of CLOCK_MONOTONIC; sizes are those of the bodies, in bytes.
@@ -412,6 +415,20 @@ class _Connection:
         if rest:
             self._skip(direction, rest, time_ns)
 
+    def take_whole(self, chunk: Chunk) -> bool:
+        """Takes over a call that moved one whole message of HTTP/1 and nothing else; False: it is not that."""
+        http1, direction = self._http1, chunk.direction
+        if http1 is None or len(chunk.data) != chunk.length or self._offsets.get(direction) != chunk.offset:
+            return False
+        if chunk.peer is not None:
+            self.peer, self.local_port = chunk.peer, chunk.local_port
+        self.site = chunk.site or self.site
+        decoder = http1.request if direction == self._request_direction else http1.response
+        if not decoder.take_whole(chunk.data, chunk.time_ns):
+            return False
+        self._offsets[direction] = chunk.offset + chunk.length
+        return True
+
     def skippable(self, direction: Direction) -> int:
         """How many of the next bytes nobody needs to send."""
         if self._http1 is not None:
@@ -553,6 +570,7 @@ class FlowTable:
             up to which offset of this direction the bytes are body for certain, so that the program need not send
             them; 0 if none are.
         """
+        self.stats.calls += 1
         connection = self._connections.get(chunk.key)
         if connection is None:
             if len(self._connections) >= self._max:
@@ -560,6 +578,8 @@ class FlowTable:
             connection = self._connections[chunk.key] = _Connection(chunk.key, self)
         else:
             self._connections.move_to_end(chunk.key)
+            if connection.take_whole(chunk):
+                return 0
         before = connection.held
         connection.take(chunk)
         self._held += connection.held - before
@@ -592,7 +612,7 @@ class FlowTable:
 
     def hand_out(self, flow: Flow) -> None:
         """Counts a flow and hands it on."""
-        if flow.path is not None and not self._keeps_query:
+        if flow.path is not None and not self._keeps_query and "?" in flow.path:
             flow.path = flow.path.partition("?")[0]
         self.stats.flows += 1
         self.stats.incomplete += not flow.is_complete

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import httptools
+from msgspec import Struct
 
 __all__ = ["MAX_HEAD_BYTES", "Http1Decoder", "Message", "may_start_message", "starts_message"]
 
@@ -66,7 +67,7 @@ def may_start_message(data: bytes, *, is_request: bool) -> bool:
     return _RESPONSE_PART.fullmatch(data) is not None
 
 
-class Message:
+class Message(Struct, gc=False):
     """One request or response; times are those of the bytes, in ns of CLOCK_MONOTONIC.
 
     Attributes:
@@ -76,36 +77,20 @@ class Message:
         version: ``1.0`` or ``1.1``.
         host: of a request, what its Host field names.
         begin_ns: of the first byte.
-        head_ns: of the last byte of the head.
         end_ns: of the last byte; None while it goes on.
         body_bytes: of the body without its framing.
         is_complete: its end was seen, and no byte of its framing was missed.
     """
 
-    __slots__ = (
-        "begin_ns",
-        "body_bytes",
-        "end_ns",
-        "head_ns",
-        "host",
-        "is_complete",
-        "method",
-        "status",
-        "target",
-        "version",
-    )
-
-    def __init__(self, begin_ns: int) -> None:
-        self.method: str | None = None
-        self.target: str | None = None
-        self.status: int | None = None
-        self.version = ""
-        self.host: str | None = None
-        self.begin_ns = begin_ns
-        self.head_ns = begin_ns
-        self.end_ns: int | None = None
-        self.body_bytes = 0
-        self.is_complete = False
+    begin_ns: int
+    method: str | None = None
+    target: str | None = None
+    status: int | None = None
+    version: str = ""
+    host: str | None = None
+    end_ns: int | None = None
+    body_bytes: int = 0
+    is_complete: bool = False
 
 
 class _Head:
@@ -129,7 +114,7 @@ class _Head:
 
 
 class _Parsed(NamedTuple):
-    """What a head says; ``length`` is None where none is given, or where the body is in chunks."""
+    """What a head says, first what `Message` has; ``length`` is None where none is given, or the body is in chunks."""
 
     method: str | None
     target: str | None
@@ -218,6 +203,38 @@ class Http1Decoder:
                 return
             else:
                 at = self._take_line(data, at, time_ns)
+
+    def take_whole(self, data: bytes, time_ns: int) -> bool:
+        """Takes over a call that moved one whole message and nothing else: the same as `feed`, in less time.
+
+        Returns:
+            False: it is not that, and nothing was taken.
+        """
+        end = data.find(b"\r\n\r\n") + 4
+        if self._state != _HEAD or self._message is not None or not 4 < end <= MAX_HEAD_BYTES:
+            return False
+        if data[0] in b"\r\n" or data.find(b"\n\n", 0, end) >= 0:
+            return False
+        size = len(data) - end
+        parsed = _parse(data[:end] if size else data, self._is_request)
+        if parsed is None or parsed.has_coding:
+            return False
+        if self._is_request:
+            if (parsed.length or 0) != size:
+                return False
+        elif (
+            parsed.length != size
+            or parsed.status is None
+            or parsed.status < 200
+            or parsed.status in (204, 304)
+            or self._method_of() in ("HEAD", "CONNECT")
+        ):
+            return False
+        message = Message(time_ns, *parsed[:5])
+        self._on_head(message)
+        message.body_bytes, message.end_ns, message.is_complete = size, time_ns, True
+        self._on_end(message)
+        return True
 
     def skip(self, size: int, time_ns: int) -> None:
         """Takes over that ``size`` bytes passed which nobody has: all of a body, or the framing is lost."""
@@ -321,7 +338,7 @@ class Http1Decoder:
             self._message = None
             self._lose(time_ns)
             return
-        message.head_ns = message.end_ns = time_ns
+        message.end_ns = time_ns
         message.method, message.target, message.status, message.version, message.host, *_ = parsed
         if self._is_request:
             self._on_head(message)

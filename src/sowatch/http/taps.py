@@ -182,6 +182,8 @@ class HttpTap:
     def close(self) -> None:
         """Ends the watch, hands out what is under way as incomplete, and detaches everything. Safe to call again."""
         self.watcher.stop()
+        # Before the last records are taken: what passes then is in no counter.
+        self._attacher.detach_all()
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -323,8 +325,7 @@ class HttpTap:
             LOG.warning("peers of connections over memory BIOs stay unknown: %s", error)
 
     def _hand_out(self, flow: Flow) -> None:
-        with self._lock:
-            process = self._processes.get(flow.key.process)
+        process = self._processes.get(flow.key.process)
         if flow.peer is None and not self._follows_memory:
             self._follow_memory()
         if flow.site not in self._libraries:
@@ -352,8 +353,8 @@ _SENDS: Final = {
 
 def _probes() -> Iterator[Probe]:
     for symbol, program in TAPS.items():
-        yield Probe(symbol, program, is_optional=True)
-        yield Probe(symbol, "tls_returned", is_return=True, is_optional=True)
+        yield Probe(symbol, program, is_optional=True, is_movable=True)
+        yield Probe(symbol, "tls_returned", is_return=True, is_optional=True, is_movable=True)
     for symbol in ENDS:
-        yield Probe(symbol, "tls_end", is_optional=True)
-    yield Probe(BIO_WRITE, "tls_bio_write", is_optional=True)
+        yield Probe(symbol, "tls_end", is_optional=True, is_movable=True)
+    yield Probe(BIO_WRITE, "tls_bio_write", is_optional=True, is_movable=True)

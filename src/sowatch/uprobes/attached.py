@@ -241,10 +241,10 @@ class Linker:
     def _attach(self, file: File, group: Group) -> Link:
         if self._is_multi:
             offsets = [site.offset for site in group.sites]
-            cookies = [site.cookie for site in group.sites]
+            cookies = [site.link_cookie for site in group.sites]
             return self._loaded.link_multi(group.program, file.fd, offsets, cookies, is_return=group.is_return_probe)
         (site,) = group.sites
-        cookie = site.cookie if self._has_cookies else None
+        cookie = site.link_cookie if self._has_cookies else None
         return self._object_for(file, group).link_one(
             group.program, file.fd, site.offset, cookie, is_return=group.is_return_probe
         )

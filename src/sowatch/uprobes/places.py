@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
-from sowatch.bpf.probe_object import may_return_probe_kill
+from sowatch.bpf.probe_object import has_attach_cookie, may_return_probe_kill
+from sowatch.linux.emulated import emulated_entry, emulated_returns
 from sowatch.linux.host import release_number
 from sowatch.linux.instructions import MAX_CODE_BYTES, CodeError, begins_instruction, return_offsets, why_not_probed
 from sowatch.linux.symbols import Symbol, SymbolError, is_go, native_machine_error, resolve
@@ -22,6 +23,7 @@ __all__ = ["Place", "Plan", "Returns", "places_of", "plan_of", "safe_returns"]
 Returns = Literal["probe", "instructions"]
 #: No instruction of x86-64 is longer.
 _LONGEST_INSTRUCTION: Final = 15
+_ADDRESS_BYTES: Final = 8
 
 
 class Place(NamedTuple):
@@ -34,6 +36,7 @@ class Place(NamedTuple):
     function: int
     offset: int
     is_return_probe: bool = False
+    stack_bytes: int = 0
 
 
 class Plan(NamedTuple):
@@ -72,20 +75,24 @@ def plan_of(
     if wrong := native_machine_error(fd):
         raise SowatchError(f"cannot probe {library.path}: {wrong}. Only files of this machine's kind can be probed.")
     plan = Plan([], [])
+    probes = list(probes)
+    returning = {probe.symbol for probe in probes if probe.is_return}
     #: The cookie of each function's entry.
     entries: dict[int, int] = {}
     for probe in probes:
         try:
-            found = list(places_of(fd, probe, returns))
+            found = list(places_of(fd, probe, returns, returns_too=probe.symbol in returning))
         except SymbolError as error:
             found = [error]
         for one in found:
             if isinstance(one, Place):
                 pair = entries.get(one.function) if probe.is_return and pairs_returns else None
                 cookie = next(cookies) if pair is None else pair
-                if one.offset == one.function and not probe.is_return:
+                if not probe.is_return and (probe.is_movable or one.offset == one.function):
                     entries.setdefault(one.function, cookie)
                 site = Site(cookie, library, one.symbol, one.offset, probe.program, bool(probe.is_return))
+                if probe.is_movable:
+                    site = site._replace(stack_bytes=one.stack_bytes)
                 plan.sites.append(PlannedSite(site, one.is_return_probe, probe.is_optional))
                 continue
             # Of a pattern, each function is on its own.
@@ -101,13 +108,14 @@ def plan_of(
     return plan
 
 
-def places_of(fd: int, probe: Probe, returns: Returns) -> Iterator[Place | SymbolError]:
+def places_of(fd: int, probe: Probe, returns: Returns, *, returns_too: bool = False) -> Iterator[Place | SymbolError]:
     """Every place of a probe; an error for each function of a pattern that has none.
 
     Args:
         fd: of the file.
         probe: what goes where.
         returns: how returns are seen, where the probe does not say.
+        returns_too: other probes are on the returns of the same functions: both are moved, or none is.
 
     Raises:
         SymbolError: there is no such function, or returns of this file must not be probed.
@@ -121,7 +129,9 @@ def places_of(fd: int, probe: Probe, returns: Returns) -> Iterator[Place | Symbo
     starts = resolve(fd, probe.symbol.rpartition("+")[0]) if any("+" in one.name for one in found) else found
     for symbol, start in zip(found, starts, strict=True):
         try:
-            if probe.is_return and is_manual:
+            if moved := _moved(fd, probe, symbol, returns_too=returns_too):
+                yield from moved
+            elif probe.is_return and is_manual:
                 yield from _return_instructions(fd, symbol)
             else:
                 yield _entry(fd, symbol, start, is_return=bool(probe.is_return))
@@ -143,7 +153,31 @@ def _entry(fd: int, symbol: Symbol, start: Symbol, *, is_return: bool) -> Place:
     wrong = why_not_probed(_pread(fd, _LONGEST_INSTRUCTION, symbol.offset))
     if wrong is not None:
         raise CodeError(wrong)
-    return Place(symbol.name, start.offset, symbol.offset, is_return)
+    # x86 has popped the return address when a return probe runs.
+    popped = is_return and os.uname().machine == "x86_64"
+    return Place(symbol.name, start.offset, symbol.offset, is_return, -_ADDRESS_BYTES if popped else 0)
+
+
+def _moved(fd: int, probe: Probe, symbol: Symbol, *, returns_too: bool) -> list[Place]:
+    """Places that cost less than entry and return; none: those are taken.
+
+    A return probe needs the entry itself, so the two are moved together. Where the entry is emulated nothing is gained.
+    """
+    if not probe.is_movable or not symbol.size or os.uname().machine != "x86_64":
+        return []
+    code = _code(fd, symbol)
+    entry = emulated_entry(code)
+    if entry is None or not entry.offset:
+        return []
+    found = [entry]
+    if returns_too:
+        left = emulated_returns(code)
+        if left is None:
+            return []
+        found = left if probe.is_return else found
+    if has_attach_cookie() is False or any(why_not_probed(code[one.offset :]) for one in found):
+        return []
+    return [Place(symbol.name, symbol.offset, symbol.offset + one.offset, stack_bytes=one.stack_bytes) for one in found]
 
 
 def _return_instructions(fd: int, symbol: Symbol) -> Iterator[Place]:

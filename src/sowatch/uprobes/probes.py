@@ -32,6 +32,9 @@ class Probe:
         is_optional: a file without this function is attached all the same.
         is_manual: a return is seen by probes on the return instructions, not by the kernel's return probe. Programs in
             Go, whose stacks move, bear only these. There the stack pointer still is what it was at the entry.
+        is_movable: it may stand near the entry (or the return) on an instruction that the kernel emulates instead of
+            stepping over it (`sowatch.linux.emulated`): arguments (the result) are the same there, and the program
+            computes the stack pointer as `sowatch.uprobes.records.Site` says. Without cookies nothing is moved.
 
     Raises:
         UsageError: an empty symbol or program, or a return probe with an offset.
@@ -42,6 +45,7 @@ class Probe:
     is_return: bool | None = None
     is_optional: bool = False
     is_manual: bool = False
+    is_movable: bool = False
 
     def __repr__(self) -> str:
         """As it would be written, without what is left at its default."""

@@ -15,7 +15,11 @@ State = Literal["attached", "retrying", "failed"]
 
 
 class Site(NamedTuple):
-    """A function that is probed: ``cookie`` is what bpf_get_attach_cookie gives there."""
+    """A function that is probed: ``cookie`` is what bpf_get_attach_cookie gives there.
+
+    Of a movable probe (`sowatch.uprobes.probes.Probe`) it is the lower half of that; the upper half, signed, is
+    ``stack_bytes``: how far the return address is above the stack pointer when the program runs.
+    """
 
     cookie: int
     library: Library
@@ -23,6 +27,12 @@ class Site(NamedTuple):
     offset: int
     program: str
     is_return: bool
+    stack_bytes: int = 0
+
+    @property
+    def link_cookie(self) -> int:
+        """What bpf_get_attach_cookie gives."""
+        return self.cookie | (self.stack_bytes & 0xFFFFFFFF) << 32
 
 
 class Failure(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import h2.config
@@ -10,6 +9,7 @@ import h2.connection
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from sowatch.http.flows import Chunk, ConnectionKey, Direction, Flow, FlowTable, Peer
 from sowatch.http.http2 import UNKNOWN

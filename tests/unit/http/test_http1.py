@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -186,3 +187,51 @@ def test_other_protocols_are_no_messages() -> None:
     for data in (b"+PONG\r\n", b"\x00\x00\x00\x08\x04\xd2\x16/", b"SSH-2.0-x\r\n", b"EHLO me\r\n", b"SELECT 1;"):
         assert not starts_message(data, is_request=True)
         assert not starts_message(data, is_request=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "is_whole"),
+    [
+        ("request", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", True),
+        ("request", b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", True),
+        ("request", b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nab", False),
+        ("request", b"GET / HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\n", False),
+        ("request", b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
+        ("request", b"\r\nGET / HTTP/1.1\r\n\r\n", False),
+        ("request", b"GET / HTTP/1.1\nHost: a\n\n\r\n\r\n", False),
+        ("request", b"GET / HTTP/1.1\r\nHost: a\r\n", False),
+        ("request", b"\r\n\r\n", False),
+        ("request", b"nothing at all\r\n\r\n", False),
+        ("response", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", True),
+        ("response", b"HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n", True),
+        ("response", b"HTTP/1.1 200 OK\r\n\r\nuntil it is closed", False),
+        ("response", b"HTTP/1.1 100 Continue\r\n\r\n", False),
+        ("response", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", False),
+        ("response", b"HTTP/1.1 101 Switching Protocols\r\nContent-Length: 0\r\n\r\n", False),
+    ],
+)
+def test_a_call_with_one_whole_message_gives_what_its_bytes_one_by_one_give(
+    kind: Literal["request", "response"], data: bytes, is_whole: bool
+) -> None:
+    def decoded(*, at_once: bool) -> list[tuple[str, Message]]:
+        found: list[tuple[str, Message]] = []
+        decoder = Http1Decoder(
+            kind,
+            on_head=lambda message: found.append(("head", message)),
+            on_end=lambda message: found.append(("end", message)),
+        )
+        if at_once:
+            assert decoder.take_whole(data, 5) is is_whole
+        if not at_once or not is_whole:
+            for index in range(len(data)):
+                decoder.feed(data[index : index + 1], 5)
+        decoder.close(5)
+        return found
+
+    assert decoded(at_once=True) == decoded(at_once=False)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "CONNECT"])
+def test_a_response_is_whole_only_if_its_request_lets_it_have_a_body(method: str) -> None:
+    decoder = Http1Decoder("response", on_head=str, on_end=str, method_of=lambda: method)
+    assert not decoder.take_whole(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 1)

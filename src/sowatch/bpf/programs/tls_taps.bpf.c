@@ -167,6 +167,12 @@ static __always_inline struct connection *connection_of(const struct tls_connect
 	return bpf_map_lookup_elem(&connections, key);
 }
 
+/* How far above the stack pointer the return address is, as sowatch.uprobes.records.Site has it. */
+static __always_inline __s64 stack_bytes(struct pt_regs *context, __s64 without_cookies)
+{
+	return has_cookies ? (__s32)(bpf_get_attach_cookie(context) >> 32) : without_cookies;
+}
+
 static __always_inline int enter(struct pt_regs *context, enum tls_direction direction, enum result result, __u64 moved)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
@@ -174,7 +180,7 @@ static __always_inline int enter(struct pt_regs *context, enum tls_direction dir
 
 	if (!is_wanted(thread >> 32))
 		return 0;
-	call.stack = STACK(context);
+	call.stack = STACK(context) + stack_bytes(context, 0);
 	outer = bpf_map_lookup_elem(&under_way, &thread);
 	if (outer && outer->stack > call.stack)
 		return 0;
@@ -182,11 +188,13 @@ static __always_inline int enter(struct pt_regs *context, enum tls_direction dir
 	call.buffer = ARGUMENT2(context);
 	call.moved = moved;
 	call.begin_ns = bpf_ktime_get_ns();
-	call.site = has_cookies ? bpf_get_attach_cookie(context) : 0;
+	call.site = has_cookies ? (__u32)bpf_get_attach_cookie(context) : 0;
 	call.direction = direction;
 	call.result = result;
-	if (bpf_map_update_elem(&under_way, &thread, &call, BPF_ANY))
+	if (bpf_map_update_elem(&under_way, &thread, &call, BPF_ANY)) {
 		count(TLS_NO_ROOM);
+		count(TLS_PASSED); /* It may have moved some. */
+	}
 	return 0;
 }
 
@@ -313,8 +321,8 @@ SEC("uretprobe")
 int tls_returned(struct pt_regs *context)
 {
 	__u64 thread = bpf_get_current_pid_tgid(), *spared, length;
-	/* x86 has popped the return address by now. */
-	__u64 stack = STACK(context) - RETURN_ADDRESS_BYTES;
+	/* x86 has popped the return address by now, if the return is seen by a return probe. */
+	__u64 stack = STACK(context) + stack_bytes(context, -RETURN_ADDRESS_BYTES);
 	struct call *found = bpf_map_lookup_elem(&under_way, &thread), call;
 	struct tls_connection_key key;
 	struct connection *connection;
@@ -327,6 +335,7 @@ int tls_returned(struct pt_regs *context)
 	length = bytes_moved(&call, RESULT(context));
 	if (!length || call.direction > TLS_WRITE)
 		return 0;
+	count(TLS_PASSED);
 	key = key_of(call.pointer, 0);
 	connection = connection_of(&key);
 	if (!connection) {
