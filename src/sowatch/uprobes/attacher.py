@@ -438,12 +438,12 @@ class Attacher:
         except EnvironmentFault:
             raise
         except SowatchError as error:
-            if self._object is not loaded:
+            if self._object is not loaded or self._linker is None:
                 raise _closed(library) from error
             self._refuse(library, str(error))
             raise
         with self._due:
-            if self._object is loaded:
+            if self._object is loaded and self._linker is not None:
                 file.plan_retry(time.monotonic())
                 self._put(file)
                 self._due.notify_all()
