@@ -43,12 +43,13 @@ def run(words: Sequence[str], *, prefix: Sequence[str] = (), **options: Any) -> 
 
 def only_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The one line on stderr; nothing else was said, and the exit code is ``code``."""
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("sowatch: ")
+    assert all(line.startswith("sowatch: ") for line in done.stderr.splitlines()), done.stderr
+    # Other processes of the host may send more than a busy machine can take.
+    (line,) = [line for line in done.stderr.splitlines() if "the watch falls behind" not in line]
     assert "Traceback" not in done.stderr
     assert not done.stdout
     assert done.returncode == code
-    return done.stderr
+    return line
 
 
 @pytest.mark.parametrize("command", ["watch", "list"])

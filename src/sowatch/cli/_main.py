@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from sowatch import __version__
 from sowatch.cli._out import Out, PipeClosed, reserve_standard_fds
-from sowatch.cli._parser import Parser, TextAsked
+from sowatch.cli._parser import Parser, TextAsked, did_you_mean
 from sowatch.model.errors import SowatchError, UsageError
 
 __all__ = ["COMMANDS", "main"]
@@ -36,9 +36,13 @@ COMMANDS: Final = {
 #: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
 _BEHIND_FRONT: Final = ("watch", "list", "top", "explain", "audit", "trace")
 
+#: As a shell reports the end by SIGINT: 128 and the signal's number.
+_INTERRUPTED: Final = 130
+
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
-exit codes: 0 done; 1 could not do it, or a loss stayed unrepaired; 2 wrong usage; 3 not permitted
+exit codes: 0 done; 1 could not do it, or a loss stayed unrepaired; 2 wrong usage; 3 not permitted;
+130 interrupted before it was done
 SOWATCH_TRACEBACK=1 in the environment adds the Python traceback to an error"""
 
 
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name. Default: those of this process.
 
     Returns:
-        The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted.
+        The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted, 130 interrupted before it was done.
     """
     if argv is None and _runs_behind_front(sys.argv[1:]):
         from sowatch.cli._front import run_behind_front
@@ -86,7 +90,7 @@ def _run(words: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         _say("interrupted before it was done.", error)
-        return 1
+        return _INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the last one to catch it)
         _say(
             f"internal error: {type(error).__name__}: {error}. Please report it with the output of "
@@ -99,16 +103,22 @@ def _run(words: Sequence[str]) -> int:
 def _dispatch(argv: Sequence[str], out: Out) -> int:
     if not argv:
         raise UsageError(f"no command given. Use one of: {', '.join(COMMANDS)}; or see `sowatch --help`.")
+    if argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
     name, rest = argv[0], argv[1:]
     if name.startswith("-"):
         _main_parser().parse_args([name])
         raise UsageError(f"{name} needs a command before it. See `sowatch --help`.")
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}. Use one of: {', '.join(COMMANDS)}; or see `sowatch --help`.")
+        raise UsageError(
+            f"unknown command {name!r}.{did_you_mean(name, COMMANDS)} Use one of: {', '.join(COMMANDS)}; "
+            "or see `sowatch --help`."
+        )
     command = _command(name)
     parser = Parser(prog=f"sowatch {name}", description=command.__doc__)
     command.configure(parser)
     args = parser.parse_words(rest)
+    _show_log_records()
     return int(command.run(args, out=out, warn=_warn))
 
 
@@ -121,7 +131,7 @@ def _main_parser() -> Parser:
         epilog=_EXIT_CODES,
         usage="sowatch COMMAND [ARGUMENT...]",
     )
-    parser.add_text_option("--version", lambda: f"sowatch {__version__}\n", help="show the version and end")
+    parser.add_text_option("-V", "--version", text=lambda: f"sowatch {__version__}\n", help="show the version and end")
     return parser
 
 
@@ -136,6 +146,17 @@ def _warn(message: str) -> None:
     text = f"sowatch: {one_line(message)}\n"
     with suppress(OSError):
         os.write(2, text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
+
+
+def _show_log_records() -> None:
+    """From now on warnings that the package logs are lines like those of `_warn`, unless logging is configured."""
+    import logging
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _warn(record.getMessage())
+
+    logging.lastResort = Shown(logging.WARNING)
 
 
 def _say(message: str, error: BaseException) -> None:

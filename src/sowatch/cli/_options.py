@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,6 @@ from sowatch.model.literals import HOOKS, KINDS, STRATEGIES
 from sowatch.model.rules import Rule, RuleSet
 
 if TYPE_CHECKING:
-    from sowatch.cli._out import Out
     from sowatch.cli._parser import Parser
     from sowatch.model.events import Event, Library, Process, Ready
 
@@ -28,8 +27,11 @@ __all__ = [
     "WatcherLike",
     "add_common",
     "add_format",
+    "add_kinds",
+    "add_selection",
     "add_strategy",
     "config_of",
+    "kinds_of",
     "open_watcher",
     "selection_of",
     "wants_json",
@@ -125,19 +127,59 @@ def open_watcher(selection: Selection) -> WatcherLike:
     )
 
 
-def add_format(parser: Parser, *, default: str) -> None:
+def add_format(parser: Parser) -> None:
     """Add ``--json`` and ``--format``."""
-    parser.add_argument("--json", action="store_true", help="the same as --format json")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--format",
         metavar="FORMAT",
-        help=f"json, or for people text or table, which mean the same. Default: {default}",
+        help="json, or for people text or table, which mean the same. Default: text, also into a pipe",
     )
 
 
-def add_common(parser: Parser) -> None:
-    """Add what ``watch`` and ``list`` have in common."""
-    from sowatch.cli._parser import pid, seconds
+def add_kinds(parser: Parser, *, default: str) -> None:
+    """Add ``--kind``; ``default`` is what `kinds_of` takes without it, in words."""
+    parser.add_argument(
+        "--kind",
+        action="append",
+        metavar="KIND",
+        help=f"{', '.join(KINDS)} or all; with commas, or repeated. Default: {default}",
+    )
+
+
+def kinds_of(args: Namespace, *, default: Collection[str] = ("library",)) -> Collection[str]:
+    """The kinds of ``--kind``; a wrong one is left for `Rule` to refuse."""
+    given = [one.strip() for word in args.kind or () for one in word.split(",")]
+    return KINDS if "all" in given else given or default
+
+
+def add_selection(parser: Parser) -> None:
+    """Add ``--pid`` and ``--container``."""
+    from sowatch.cli._parser import pids
+
+    parser.add_argument(
+        "--pid",
+        type=pids,
+        action="extend",
+        default=[],
+        metavar="PID",
+        help="only this process; with commas, or repeated, any of them",
+    )
+    parser.add_argument("--container", metavar="ID", help="only the container whose id begins with ID")
+
+
+def add_common(
+    parser: Parser, *, default_kind: str = "library", with_own_process: bool = True, has_baseline: bool = False
+) -> None:
+    """Add what ``watch``, ``list``, ``top`` and ``audit`` have in common.
+
+    Args:
+        parser: gets them.
+        default_kind: what ``--kind`` is without being given, in words.
+        with_own_process: sowatch's own process is shown unless ``--exclude-self``; else only with ``--include-self``.
+        has_baseline: it makes sense not to report what is mapped already.
+    """
+    from sowatch.cli._parser import seconds
 
     parser.add_argument(
         "patterns",
@@ -146,24 +188,29 @@ def add_common(parser: Parser) -> None:
         help="Python regular expression, searched in the path as the process sees it; of several, any. "
         "Default: every file of the kinds asked for",
     )
-    add_format(parser, default="text on a terminal, else json")
+    add_format(parser)
     add_strategy(parser)
+    add_selection(parser)
+    add_kinds(parser, default=default_kind)
     parser.add_argument(
-        "--pid", type=pid, action="append", default=[], metavar="PID", help="only this process; may be repeated"
+        "--no-snapshot",
+        action="store_true",
+        help="do not report what is mapped already" if has_baseline else SUPPRESS,
     )
-    parser.add_argument("--container", metavar="ID", help="only the container whose id begins with ID")
-    parser.add_argument(
-        "--kind",
-        action="append",
-        metavar="KIND",
-        help=f"{', '.join(KINDS)}; may be repeated. Default: library",
-    )
-    parser.add_argument("--no-snapshot", action="store_true", help="do not report what is mapped already")
     parser.add_argument("--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from `ready`")
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
     )
-    parser.add_argument("--exclude-self", action="store_true", help="leave out sowatch's own process")
+    parser.set_defaults(exclude_self=not with_own_process)
+    parser.add_argument(
+        "--exclude-self",
+        action="store_true",
+        help="leave out sowatch's own process" if with_own_process else SUPPRESS,
+    )
+    if not with_own_process:
+        parser.add_argument(
+            "--include-self", dest="exclude_self", action="store_false", help="show sowatch's own process, too"
+        )
 
 
 def add_strategy(parser: Parser) -> None:
@@ -182,8 +229,8 @@ def add_strategy(parser: Parser) -> None:
     )
 
 
-def wants_json(args: Namespace, out: Out, *, when_piped: bool = True) -> bool:
-    """Whether to print JSON: asked for, or not asked and nobody reads it (``when_piped``).
+def wants_json(args: Namespace) -> bool:
+    """Whether to print JSON, which has to be asked for.
 
     Raises:
         UsageError: an unknown format, or two that contradict each other.
@@ -193,9 +240,7 @@ def wants_json(args: Namespace, out: Out, *, when_piped: bool = True) -> bool:
         raise UsageError(f"unknown format {chosen!r}. Use one of: {', '.join(FORMATS)}.")
     if args.json and chosen not in (None, "json"):
         raise UsageError(f"--json and --format {chosen} contradict each other. Give one of them.")
-    if chosen is None:
-        return bool(args.json) or (when_piped and not out.is_terminal)
-    return chosen == "json"
+    return bool(args.json) or chosen == "json"
 
 
 def config_of(args: Namespace) -> Config:
@@ -207,14 +252,18 @@ def config_of(args: Namespace) -> Config:
     return Config(strategy=args.strategy, hooks=args.hooks, proc_root=args.proc_root)
 
 
-def selection_of(args: Namespace) -> Selection:
+def selection_of(args: Namespace, *, default_kinds: Collection[str] = ("library",)) -> Selection:
     """What to watch.
+
+    Args:
+        args: the command line.
+        default_kinds: without ``--kind``.
 
     Raises:
         UsageError: a pattern, kind, strategy, container or proc root that cannot be.
         SowatchError: a process of ``--pid`` does not exist.
     """
-    kinds = args.kind or ["library"]
+    kinds = kinds_of(args, default=default_kinds)
     patterns: list[str | None] = list(dict.fromkeys(pattern for pattern in args.patterns if pattern))
     if len(patterns) < len(set(args.patterns)):
         patterns = [None]  # the empty expression is found in every path

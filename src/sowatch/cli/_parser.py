@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from sowatch.model.errors import UsageError
 
-__all__ = ["Parser", "TextAsked", "event_list", "pid", "seconds"]
+__all__ = ["Parser", "TextAsked", "did_you_mean", "event_list", "pid", "pids", "seconds"]
 
 _LONGEST_S = 10 * 365 * 86_400.0
 
@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("-h", "--help", action=_Text, default=self.format_help, help="show this text and end")
 
-    def add_text_option(self, name: str, text: Callable[[], str], *, help: str) -> None:  # noqa: A002
+    def add_text_option(self, *names: str, text: Callable[[], str], help: str) -> None:  # noqa: A002
         """Add an option that only shows a text."""
-        self.add_argument(name, action=_Text, default=text, help=help)
+        self.add_argument(*names, action=_Text, default=text, help=help)
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse, with options and patterns in any order; after ``--`` come only patterns.
@@ -65,7 +65,9 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(f"{message}. See `{self.prog} --help`.")
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        hint = did_you_mean(words.split()[0].partition("=")[0], self._option_string_actions) if is_unknown else ""
+        raise UsageError(f"{message}.{hint} See `{self.prog} --help`.")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -95,6 +97,14 @@ class _Text(argparse.Action):
         raise TextAsked(self._text())
 
 
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """A sentence with the known word that is nearest to one that is unknown, after a blank; empty if none is near."""
+    from difflib import get_close_matches
+
+    nearest = get_close_matches(word, known, n=1)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
 def pid(text: str) -> int:
     """A process id from the command line."""
     try:
@@ -104,6 +114,11 @@ def pid(text: str) -> int:
     if not 1 <= value <= 1 << 22:  # PID_MAX_LIMIT of 64-bit kernels, include/linux/threads.h
         raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
     return value
+
+
+def pids(text: str) -> list[int]:
+    """Process ids from the command line, with commas."""
+    return [pid(one.strip()) for one in text.split(",")]
 
 
 def seconds(text: str) -> float:

@@ -34,7 +34,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     """Watch, compare, print; returns the exit code."""
-    as_json = wants_json(args, out)
+    as_json = wants_json(args)
     selection = selection_of(args)
     from sowatch.watcher.watcher import Watcher
 

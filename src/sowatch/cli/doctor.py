@@ -89,7 +89,7 @@ def kernel_examiner() -> Examiner:
 
 def configure(parser: Parser) -> None:
     """Add the command's options."""
-    add_format(parser, default="text")
+    add_format(parser)
     add_strategy(parser)
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
@@ -100,7 +100,7 @@ def run(
     args: Namespace, *, out: Out, warn: Callable[[str], None], examiner: Callable[[], Examiner] = kernel_examiner
 ) -> int:
     """Examine and report; returns the exit code."""
-    as_json = wants_json(args, out, when_piped=False)
+    as_json = wants_json(args)
     config = config_of(args)
     host = read_host(ProcFs(config.proc_root))
     report = _examine(config, host, examiner)

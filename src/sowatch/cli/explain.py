@@ -55,7 +55,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from sowatch.cli._options import DEFAULT_SOCKET, add_format, add_strategy, selection_of, wants_json
+from sowatch.cli._options import DEFAULT_SOCKET, add_format, add_kinds, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
@@ -63,7 +63,6 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
-from sowatch.model.literals import KINDS
 
 if TYPE_CHECKING:
     from sowatch.explain import (
@@ -150,7 +149,7 @@ def configure(parser: Parser) -> None:
     """Add the command's options."""
     # By this name, so that what comes after `--` is taken as well.
     parser.add_argument("patterns", nargs="*", metavar="PID|PATH", help="the process or file to explain")
-    add_format(parser, default="text on a terminal, else json")
+    add_format(parser)
     parser.add_argument(
         "--rule",
         action="append",
@@ -159,9 +158,7 @@ def configure(parser: Parser) -> None:
         help="Python regular expression, searched in the path as the process sees it; may be repeated. "
         "Default: every file of the kinds asked for",
     )
-    parser.add_argument(
-        "--kind", action="append", metavar="KIND", help=f"{', '.join(KINDS)}; may be repeated. Default: library"
-    )
+    add_kinds(parser, default="library")
     parser.add_argument(
         "--agent",
         nargs="?",
@@ -180,7 +177,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     if len(args.patterns) != 1:
         raise UsageError("give one PID or PATH. See `sowatch explain --help`.")
     (target,) = args.patterns
-    as_json = wants_json(args, out)
+    as_json = wants_json(args)
     if args.agent is not None:
         return _ask_agent(args, target, out, as_json=as_json)
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}

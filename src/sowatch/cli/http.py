@@ -25,9 +25,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
+from sowatch.cli._options import add_format, add_selection, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
-from sowatch.cli._parser import Parser, pid, seconds
+from sowatch.cli._parser import Parser, seconds
 from sowatch.cli._stop import Stopper
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
@@ -57,17 +57,14 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "patterns", nargs="*", metavar="PATTERN", help="only libraries whose path matches; of several, any"
     )
-    add_format(parser, default="text")
+    add_format(parser)
     add_strategy(parser)
     parser.add_argument(
         "--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from the start"
     )
     parser.add_argument("--summary", action="store_true", help="endpoints with counts and latencies, at the end")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="endpoints of the summary. Default: 20")
-    parser.add_argument(
-        "--pid", type=pid, action="append", default=[], metavar="PID", help="only this process; may be repeated"
-    )
-    parser.add_argument("--container", metavar="ID", help="only the container whose id begins with ID")
+    add_selection(parser)
     parser.add_argument("--path", metavar="REGEX", help="only requests whose path matches")
     parser.add_argument(
         "--status", action="append", default=[], metavar="STATUS", help="only this status (404) or class (5xx)"
@@ -81,7 +78,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     """Report flows until the end is asked for; returns the exit code."""
-    as_json = wants_json(args, out, when_piped=False)
+    as_json = wants_json(args)
     matches = _filter_of(args)
     pattern = "|".join(f"(?:{one})" for one in args.patterns) or None
     from sowatch.http.summary import Summary

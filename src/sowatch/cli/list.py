@@ -37,6 +37,7 @@ from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
 from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
+from sowatch.model.literals import KINDS
 
 if TYPE_CHECKING:
     from sowatch.cli._options import Selection, WatcherLike
@@ -55,7 +56,7 @@ _ID_LENGTH = 12
 
 def configure(parser: Parser) -> None:
     """Add the command's options."""
-    add_common(parser)
+    add_common(parser, default_kind="library; with --stale all", with_own_process=False)
     parser.add_argument(
         "--by", default="library", metavar="WHAT", help="library or process: how the table is grouped. Default: library"
     )
@@ -68,8 +69,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
     if args.no_snapshot:
         raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
-    as_json = wants_json(args, out)
-    selection = selection_of(args)
+    as_json = wants_json(args)
+    selection = selection_of(args, default_kinds=KINDS if args.stale else ("library",))
     from sowatch.inventory.staleness import Disk
 
     watcher = open_watcher(selection)

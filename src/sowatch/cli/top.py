@@ -40,7 +40,7 @@ _ORDERS: Final = ("library", "process")
 
 def configure(parser: Parser) -> None:
     """Add the command's options."""
-    add_common(parser)
+    add_common(parser, with_own_process=False)
     parser.add_argument("--by", default="library", metavar="WHAT", help="library or process. Default: library")
     parser.add_argument("--once", action="store_true", help="print one table and end")
 
@@ -51,7 +51,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
     if args.no_snapshot:
         raise UsageError("--no-snapshot leaves `sowatch top` nothing to show. Use it with `sowatch watch`.")
-    as_json = wants_json(args, out, when_piped=False)
+    as_json = wants_json(args)
     selection = selection_of(args)
     from sowatch.inventory.inventory import Inventory
 

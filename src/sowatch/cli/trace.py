@@ -30,9 +30,9 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from sowatch.cli._options import add_format, add_strategy, config_of, wants_json
+from sowatch.cli._options import add_format, add_kinds, add_selection, add_strategy, config_of, kinds_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
-from sowatch.cli._parser import Parser, pid, seconds
+from sowatch.cli._parser import Parser, seconds
 from sowatch.cli._stop import Stopper
 from sowatch.cli._trace_views import GROUPS, Json, Table
 from sowatch.cli.watch import warn_of_fallback
@@ -42,7 +42,6 @@ from sowatch.model.escape import one_line, visible
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_line
-from sowatch.model.literals import KINDS
 from sowatch.model.rules import Rule
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ _WAITING_S: Final = 2.0
 def configure(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument("targets", nargs="*", metavar="LIB:SYMBOL", help="what to count; several may be given")
-    add_format(parser, default="text")
+    add_format(parser)
     add_strategy(parser)
     parser.add_argument(
         "--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from the start"
@@ -66,10 +65,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--interval", type=seconds, default=1.0, metavar="SECONDS", help="how often figures are shown. Default: 1"
     )
-    parser.add_argument(
-        "--pid", type=pid, action="append", default=[], metavar="PID", help="only this process; may be repeated"
-    )
-    parser.add_argument("--container", metavar="ID", help="only the container whose id begins with ID")
+    add_selection(parser)
     parser.add_argument(
         "--by", metavar="GROUP", default="process", help=f"a row for each {', '.join(GROUPS)}. Default: process"
     )
@@ -77,12 +73,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--stacks", type=_number, default=0, metavar="N", help="show the N places that call each function most often"
     )
-    parser.add_argument(
-        "--kind",
-        action="append",
-        metavar="KIND",
-        help=f"what the file has to be to a process: {', '.join(KINDS)}; may be repeated. Default: library, executable",
-    )
+    add_kinds(parser, default="library and executable")
     parser.add_argument(
         "--list", metavar="LIB", help="show the functions that can be traced of a file, or of what is mapped, and end"
     )
@@ -103,7 +94,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         raise UsageError("--interval is at least 0.1 seconds.")
     from sowatch.uprobes.trace import Trace, parse_target
 
-    as_json = wants_json(args, out, when_piped=False)
+    as_json = wants_json(args)
     targets = [parse_target(text) for text in args.targets]
     trace = Trace(
         targets,
@@ -113,7 +104,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         is_timed=not args.no_latency,
         has_stacks=args.stacks > 0,
         linger_s=max(5.0, 2 * args.interval),
-        kinds=args.kind or ("library", "executable"),
+        kinds=kinds_of(args, default=("library", "executable")),
     )
     is_timed = not args.no_latency or any(one.call_format and one.call_format.result for one in targets)
     shows_calls = any(one.call_format is not None for one in targets)
@@ -189,7 +180,7 @@ def _list(args: Namespace, out: Out, warn: Callable[[str], None]) -> int:
 
     if args.targets:
         raise UsageError("--list takes a library only. Leave out the targets.")
-    as_json = wants_json(args, out, when_piped=False)
+    as_json = wants_json(args)
     # A path is a file as we see it; if there is none, one of those that processes see.
     missing: SowatchError | None = None
     if "/" in args.list and not any(sign in args.list for sign in "*?|[("):
@@ -234,7 +225,7 @@ def _mapped_files(args: Namespace) -> list[tuple[Library, int]]:
     from sowatch.watcher.watcher import Watcher
 
     target = library_matcher(args.list)
-    rule = Rule(target.pattern, kind=tuple(args.kind or ("library", "executable")))
+    rule = Rule(target.pattern, kind=kinds_of(args, default=("library", "executable")))
     proc = ProcFs(args.proc_root)
     found: dict[FileId, tuple[Library, int]] = {}
     with Watcher(rule, config=config_of(args), pids=frozenset(args.pid), container=args.container) as watcher:

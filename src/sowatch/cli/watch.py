@@ -1,8 +1,8 @@
 """Live feed of loads and unloads.
 
 First what is mapped already (cause `snapshot`), then `ready`, then every change as it happens, on
-the whole host and in all its containers. On a terminal it scrolls in colour; into a pipe or file
-it writes one JSON object a line. SIGINT, SIGTERM or --duration end it with `stopped`.
+the whole host and in all its containers. On a terminal it scrolls in colour. SIGINT, SIGTERM or
+--duration end it with `stopped`.
 
 Examples:
   sowatch watch                                  every shared library
@@ -48,7 +48,7 @@ _LAST_WORDS_S: Final = 2.0
 
 def configure(parser: Parser) -> None:
     """Add the command's options."""
-    add_common(parser)
+    add_common(parser, has_baseline=True)
     parser.add_argument(
         "--events",
         type=event_list(EVENT_KINDS),
@@ -62,7 +62,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     """Watch until the end is asked for; returns the exit code."""
     if not args.events:
         raise UsageError("--events needs at least one event.")
-    as_json = wants_json(args, out)
+    as_json = wants_json(args)
     selection = selection_of(args)
     start = _Start()
 

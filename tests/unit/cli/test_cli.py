@@ -20,10 +20,11 @@ from sowatch import cli
 from sowatch.cli import _main, watch
 from sowatch.cli._options import Selection, selection_of
 from sowatch.cli._out import Out
-from sowatch.cli._parser import Parser
+from sowatch.cli._parser import Parser, TextAsked
 from sowatch.cli._schema import load_schema
 from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError, UsageError
 from sowatch.model.events import Library, Lost, Ready, Repaired
+from sowatch.model.literals import KINDS
 from support import strict
 from support.scripted import SSL, TIME_NS, ScriptedWatcher, event
 
@@ -344,6 +345,31 @@ def test_without_options_every_library_of_every_process_is_watched() -> None:
     assert not chosen.is_selective
 
 
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        (["--kind", "executable,library"], {"executable", "library"}),
+        (["--kind", "executable, interpreter", "--kind", "library"], {"executable", "interpreter", "library"}),
+        (["--kind", "all"], set(KINDS)),
+    ],
+)
+def test_kinds_may_stand_together_or_be_repeated_or_be_all(words: list[str], kinds: set[str]) -> None:
+    assert [rule.kind for rule in selection(*words).rules] == [kinds]
+
+
+@pytest.mark.parametrize("command", ["list", "top"])
+def test_what_is_shown_as_a_table_leaves_sowatch_out_unless_it_is_asked_for(command: str) -> None:
+    assert parsed(command=command).exclude_self
+    assert not parsed("--include-self", command=command).exclude_self
+
+
+@pytest.mark.parametrize("command", ["list", "top", "audit", "explain", "trace", "doctor"])
+def test_no_option_is_offered_that_is_refused_always(command: str) -> None:
+    with pytest.raises(TextAsked) as asked:
+        parsed("--help", command=command)
+    assert "--no-snapshot" not in str(asked.value)
+
+
 def test_each_pattern_is_a_rule_of_its_own_and_repeated_ones_are_one() -> None:
     chosen = selection("ssl", "--kind", "library", "z", "ssl", "--kind", "executable")
 
@@ -363,7 +389,7 @@ def test_a_pattern_may_begin_with_a_dash_after_two_of_them() -> None:
 
 
 def test_processes_containers_and_switches_are_handed_on() -> None:
-    words = ["--pid", str(os.getpid()), "--pid", "1", "--container", "3f2a", "--exclude-self", "--no-snapshot"]
+    words = ["--pid", f"{os.getpid()}, 1", "--pid", "1", "--container", "3f2a", "--exclude-self", "--no-snapshot"]
     chosen = selection(*words, "--strategy", "procfs")
 
     assert chosen.pids == {os.getpid(), 1}
@@ -417,6 +443,11 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["watch", "--proc-root", "/nonexistent"], "'/nonexistent' is not a proc file system"),
         (["watch", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["watch", "--dur", "1"], "unrecognized arguments: --dur"),
+        (["list", "--stall"], "unrecognized arguments: --stall. Did you mean --stale? See `sowatch list --help`."),
+        (["watch", "--durations=2"], "--durations=2. Did you mean --duration?"),
+        (["watch", "--pid", "1,x"], "'x' is not a process id"),
+        (["watch", "--kind", "library,plugin"], "unknown kind 'plugin'"),
+        (["help", "wach"], "unknown command 'wach'. Did you mean watch?"),
         (["list", "--by", "colour"], "unknown --by 'colour'. Use one of: library, process."),
         (["list", "--no-snapshot"], "--no-snapshot leaves `sowatch list` nothing to show"),
         (["list", "--events", "load"], "unrecognized arguments: --events"),
@@ -426,7 +457,7 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
         (
             ["wach"],
-            "unknown command 'wach'. Use one of: watch, list, top, trace, http, audit, explain, serve, debug, doctor",
+            "unknown command 'wach'. Did you mean watch? Use one of: watch, list, top, trace, http, audit, explain, ",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         ([], "no command given. Use one of: watch, list, top, trace, http, audit, explain, serve, debug, doctor"),
@@ -476,6 +507,15 @@ def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
 
     assert capfd.readouterr().out.startswith("sowatch")
+
+
+def test_help_is_a_command_too(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = [
+        (cli.main(words), capfd.readouterr().out)
+        for words in (["help"], ["--help"], ["help", "list"], ["list", "--help"], ["-V"], ["--version"])
+    ]
+    assert shown[0::2] == shown[1::2]
+    assert [code for code, _ in shown] == [0] * 6
 
 
 @pytest.mark.parametrize("words", [["--help"], ["watch", "--help"], ["list", "--help"], ["watch", "("]])
@@ -541,7 +581,7 @@ def test_an_error_ends_with_its_own_exit_code(
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     failing_with(KeyboardInterrupt(), monkeypatch)
 
-    assert cli.main(["list"]) == 1
+    assert cli.main(["list"]) == 130
     assert capfd.readouterr().err == "sowatch: interrupted before it was done.\n"
 
 

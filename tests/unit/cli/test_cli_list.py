@@ -68,7 +68,7 @@ def listed(tmp_path: Path) -> Callable[..., Listed]:
 
 
 def test_json_is_one_mapping_a_line_ordered_by_library(listed: Any) -> None:
-    done = listed([Entry(CURL, ZLIB, rule="z"), Entry(NGINX), Entry(CURL)])
+    done = listed([Entry(CURL, ZLIB, rule="z"), Entry(NGINX), Entry(CURL)], "--json")
     lines = done.lines()
 
     assert done.code == 0
@@ -85,7 +85,7 @@ def test_json_is_one_mapping_a_line_ordered_by_library(listed: Any) -> None:
 
 
 def test_json_by_process_is_the_same_lines_ordered_by_process(listed: Any) -> None:
-    lines = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)], "--by", "process").lines()
+    lines = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)], "--by", "process", "--json").lines()
 
     assert [(line["process"]["pid"], line["library"]["path"]) for line in lines] == [
         (NOBODY - 1, "/usr/lib/libssl.so.3"),
@@ -95,7 +95,7 @@ def test_json_by_process_is_the_same_lines_ordered_by_process(listed: Any) -> No
 
 
 def test_the_table_by_library_counts_the_processes_of_each_file(listed: Any) -> None:
-    done = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)], "--format", "table")
+    done = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)])
 
     assert done.text == (
         "PROCESSES  KIND     BUILD ID      STALE  PATH\n"
@@ -111,7 +111,7 @@ def test_two_files_of_one_path_are_two_rows(listed: Any) -> None:
 
 
 def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
-    done = listed([Entry(NGINX), Entry(CURL, ZLIB)], "--by", "process", "--format", "table")
+    done = listed([Entry(NGINX), Entry(CURL, ZLIB)], "--by", "process")
 
     assert done.text == (
         "    PID  COMM    CONTAINER     KIND     STALE  PATH\n"
@@ -121,8 +121,8 @@ def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
 
 
 def test_an_empty_list_is_no_json_line_and_a_table_without_rows(listed: Any) -> None:
-    assert listed([]).text == ""
-    assert listed([], "--format", "table").text == "PROCESSES  KIND  BUILD ID  STALE  PATH\n"
+    assert listed([], "--json").text == ""
+    assert listed([]).text == "PROCESSES  KIND  BUILD ID  STALE  PATH\n"
 
 
 def test_a_duration_is_waited_for_before_the_list_is_taken(listed: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_duration_is_waited_for_before_the_list_is_taken(listed: Any) -> None:
     watcher = ScriptedWatcher(entries=[Entry(NGINX)])
     watcher.wait = lambda timeout_s=None: bool(waited.append(timeout_s))  # type: ignore[method-assign]
 
-    assert len(listed(watcher, "--duration", "2.5").lines()) == 1
+    assert len(listed(watcher, "--duration", "2.5", "--json").lines()) == 1
     assert waited == [2.5]
 
 
@@ -189,7 +189,7 @@ def test_only_what_is_gone_or_replaced_on_disk_is_stale(listed: Any, mapper: Map
     gone.unlink()
     make_library("libreplaced.so.new").rename(replaced)
 
-    lines = listed(entries_of(mapper.pid), "--stale").lines()
+    lines = listed(entries_of(mapper.pid), "--stale", "--json").lines()
 
     assert [(line["library"]["path"], line["stale"]) for line in lines] == [
         (str(gone), "deleted"),
@@ -203,7 +203,7 @@ def test_the_whole_list_says_what_is_stale_too(listed: Any, mapper: Mapper, make
     mapper.map(gone)
     gone.unlink()
 
-    found = {line["library"]["path"]: line["stale"] for line in listed(entries_of(mapper.pid)).lines()}
+    found = {line["library"]["path"]: line["stale"] for line in listed(entries_of(mapper.pid), "--json").lines()}
 
     assert found.pop(str(gone)) == "deleted"
     assert set(found.values()) == {None}
@@ -257,7 +257,7 @@ def test_a_unit_of_another_manager_is_shown_with_it_and_no_backslash_is_doubled(
     entries = [replace(one, process=replace(one.process, cgroup=cgroup)) for one in entries_of(mapper.pid)]
 
     _, row = listed(entries, "--stale", "--format", "table").text.splitlines()
-    (line,) = listed(entries, "--stale").lines()
+    (line,) = listed(entries, "--stale", "--json").lines()
 
     assert f"  {shown}  " in row
     assert (line["unit"], line["unit_manager"], line["unit_uid"]) == parts
@@ -282,7 +282,7 @@ def test_the_package_is_found_in_the_root_of_the_process(
     library.unlink()
     seen = replace(entry, library=replace(entry.library, path="/usr/lib/libjailed.so", deleted=True))
 
-    [line] = listed([seen], "--stale").lines()
+    [line] = listed([seen], "--stale", "--json").lines()
 
     assert (line["stale"], line["package"]) == ("deleted", "libjailed1:amd64")
 
