@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from matrix.judge import faults_of_facts, judge
+from matrix.__main__ import Ready, _run_all, _say_what_ran
+from matrix.guest import _running, is_hung
+from matrix.judge import Verdict, faults_of_facts, judge, judge_unfinished, step_of
 from matrix.kernels import (
     CELLS,
     CHOICES,
@@ -26,6 +30,7 @@ from matrix.kernels import (
     TESTS,
     KnownFault,
 )
+from matrix.packages import Unpacked
 from matrix.page import Run, is_news, read, render
 from sowatch.cli.doctor import kernel_examiner
 from sowatch.model.config import Config
@@ -236,6 +241,136 @@ def test_a_guest_that_told_nothing_is_a_fault(tmp_path: Path) -> None:
     (fault,) = judge(KERNEL, tmp_path).faults
 
     assert fault.startswith("it told nothing of itself")
+
+
+# -- a guest that is ended before it is done -----------------------------------------------------
+
+
+def progress(out: Path, name: str, *lines: dict[str, str], cut: str = "") -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (out / f"{name}.progress").write_text(text + cut, encoding="utf-8")
+
+
+def test_what_passed_before_the_time_was_up_counts_and_what_was_not_reached_is_no_fault(out: Path) -> None:
+    progress(out, "kernel", {"test": "a::test_good", "outcome": "passed", "why": ""})  # as in its report
+    progress(out, "cell-0", {"test": "b::test_good", "outcome": "passed", "why": ""}, {"begun": "b::test_next"})
+    verdict = judge_unfinished(KERNEL, out)
+
+    assert verdict == Verdict("1.2.3-cloud-amd64", 2, (), is_done=False)
+    assert step_of(out) == "b::test_next"
+
+
+@pytest.mark.parametrize("outcome", ["failure", "error", "skipped"])
+def test_what_failed_before_the_time_was_up_is_a_fault(out: Path, outcome: str) -> None:
+    progress(out, "cell-0", {"test": "b::test_bad", "outcome": outcome, "why": "it is wrong"}, cut='{"test": "b::')
+
+    assert judge_unfinished(KERNEL, out).faults == (f"b::test_bad {outcome}: it is wrong",)
+
+
+def test_what_differed_from_the_table_before_the_time_was_up_is_a_fault(out: Path) -> None:
+    facts = facts_of(KERNEL)
+    lacks_a_feature(facts)
+    (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    assert judge_unfinished(KERNEL, out).faults == ("kernel BTF: no, and must be yes",)
+
+
+def test_a_guest_that_was_ended_while_it_booted_has_no_fault(tmp_path: Path) -> None:
+    assert judge_unfinished(KERNEL, tmp_path) == Verdict("", 0, (), is_done=False)
+    assert step_of(tmp_path) == "its start"
+
+
+def test_a_test_that_is_known_to_fail_is_no_fault_of_a_guest_that_was_ended(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress(out, "cell-0", {"test": "b::test_bad", "outcome": "failure", "why": "why"})
+    monkeypatch.setattr("matrix.judge.KNOWN_FAULTS", (KnownFault("b::test_bad", frozenset({KERNEL}), "why"),))
+
+    assert judge_unfinished(KERNEL, out).faults == ()
+
+
+def test_the_plugin_writes_down_what_a_guest_has_done(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_left(): pytest.skip('later')\n"
+        "@pytest.fixture\ndef torn():\n    yield\n    raise OSError('in the end')\n"
+        "def test_torn(torn): pass\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", f"--rootdir={tmp_path}", "-p", "matrix.at_once"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tools"),
+        "SOWATCH_MATRIX_PROGRESS": str(tmp_path / "x.progress"),
+    }
+    subprocess.run([*command, "-p", "no:cacheprovider", tmp_path], env=environment, capture_output=True, check=False)
+    lines = [json.loads(line) for line in (tmp_path / "x.progress").read_text(encoding="utf-8").splitlines()]
+
+    assert [line["begun"] for line in lines if "begun" in line] == [
+        "test_it::test_good",
+        "test_it::test_bad",
+        "test_it::test_left",
+        "test_it::test_torn",
+    ]
+    assert [(line["test"], line["outcome"]) for line in lines if "test" in line] == [
+        ("test_it::test_good", "passed"),
+        ("test_it::test_bad", "failure"),
+        ("test_it::test_left", "skipped"),
+        ("test_it::test_torn", "passed"),
+        ("test_it::test_torn", "error"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "cpu_s", "hangs"),
+    [
+        (650, 640, True),  # it computes without end
+        (1300, 20, True),  # it waits without end
+        (1100, 20, False),
+        (3000, 590, False),  # slow: this machine has no more for it
+        (1300, 150, False),
+    ],
+)
+def test_a_guest_that_is_slow_does_not_hang(waited_s: float, cpu_s: float, hangs: bool) -> None:
+    assert is_hung(waited_s, cpu_s) is hangs
+
+
+def test_when_the_time_is_up_guests_are_ended_and_no_more_are_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With commands of this machine in the place of QEMU: three guests that never end, two at a time."""
+    monkeypatch.setenv("SOWATCH_MATRIX_CACHE", str(tmp_path))
+    monkeypatch.setattr("matrix.__main__.LEAST_S", 0.001)
+
+    async def run_guest(kernel: Unpacked, image: Path, command: list[str], out: Path, **_: object) -> int | None:
+        progress(out, "asked", {"test": "b::test_good", "outcome": "passed", "why": ""}, {"begun": "b::test_next"})
+        async with _running(["sleep", "inf"]) as process:
+            await process.wait()
+        return None
+
+    monkeypatch.setattr("matrix.__main__.run_guest", run_guest)
+    ready = [Ready(kernel, Unpacked(tmp_path, tmp_path), tmp_path) for kernel in KERNELS[:3]]
+    names = [one.kernel.name for one in ready]
+    asked = {name: ["tests/b.py"] for name in names}
+    (first, second, third) = asyncio.run(_run_all(ready, asked, time.monotonic() + 0.2))
+    _say_what_ran(names, dict(zip(names, (first, second, third), strict=True)))
+    said = capsys.readouterr().out
+
+    assert (first, second, third) == (*[Verdict("", 1, (), is_done=False)] * 2, None)
+    assert f"{names[0]}: nothing wrong so far, 1 tests passed, ended after 0 s, in b::test_next\n" in said
+    assert (
+        f"ran: {names[0]} in part (1 tests passed), {names[1]} in part (1 tests passed), {names[2]} not begun\n"
+        f"the time was up before all was done. Run `scripts/matrix {' '.join(names)}`.\n"
+    ) in said
+
+
+def test_a_run_without_time_for_a_guest_says_so_and_fails_nobody(tmp_path: Path) -> None:
+    done = matrix("--ci", "--time", "60", SOWATCH_MATRIX_CACHE=str(tmp_path))
+
+    assert done.returncode == 0
+    assert done.stdout == f"no guest was begun: 60 s are too few. Run `scripts/matrix {' '.join(CI_KERNELS)}`.\n"
 
 
 # -- the page ----------------------------------------------------------------------------------

@@ -21,14 +21,14 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from matrix.cache import ROOT, MatrixError, cache_directory, only_one, results_directory, run
-from matrix.guest import run_guest
+from matrix.guest import GuestHangs, run_guest
 from matrix.image import make_image
-from matrix.judge import Verdict, judge
+from matrix.judge import Verdict, judge, judge_unfinished, step_of
 from matrix.kernels import CELLS, CI_KERNELS, CI_WITHOUT_CELLS, KERNELS, TESTS, Kernel
 from matrix.packages import Unpacked, fetch, unpacked
 from matrix.page import Run, is_news, render
@@ -36,8 +36,8 @@ from matrix.page import Run, is_news, render
 PAGE: Final = ROOT / "docs/kernels.md"
 #: Each has two virtual CPUs but emulates them in one thread.
 GUESTS_AT_ONCE: Final = 2
-#: Several times what a guest takes on a machine of two cores.
-LIMIT_S: Final = 1500.0
+#: With less time than this no guest is begun: it would boot and find out what the kernel can do, and be ended.
+LEAST_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         "--time",
         type=float,
         metavar="SECONDS",
-        help="with --ci: start no guest later than this, and end those that are not done by then; what was not "
-        "read is named, and fails nobody's run",
+        help="with --ci: begin no guest and end those that run when this time is up. What they found wrong until then "
+        "fails the run, what they did not get to is named and does not",
     )
     parser.add_argument("--write", action="store_true", help="write docs/kernels.md after a run without faults")
     args = parser.parse_args(words)
@@ -138,44 +138,58 @@ def _start(kernel: Kernel) -> int:
     (ready,), _ = _prepare([kernel], anew=False)
     out = results_directory(kernel.name)
     print("The checkout is read-only in the guest; /tmp, /var/tmp and /run/out can be written to.", flush=True)
-    rc = asyncio.run(run_guest(ready.unpacked, ready.image, ["bash", "-i"], out, limit_s=None))
+    rc = asyncio.run(run_guest(ready.unpacked, ready.image, ["bash", "-i"], out, progress=None))
     return 1 if rc is None else rc
 
 
 def _run(kernels: list[Kernel], asked: list[str], *, is_ci: bool, write: bool, time_s: float | None = None) -> int:
     end_s = None if time_s is None else time.monotonic() + time_s
+    if time_s is not None and time_s < LEAST_S:
+        names = [kernel.name for kernel in kernels]
+        print(f"no guest was begun: {time_s:g} s are too few. Run `scripts/matrix {' '.join(names)}`.")
+        return 0
     ready, is_complete = _prepare(kernels, anew=False)
     _warm()
     chosen = {one.kernel.name: asked or _tests_of_ci(one.kernel, is_ci=is_ci) for one in ready}
     found = asyncio.run(_run_all(ready, chosen, end_s))
-    for one in [one for one, verdict in zip(ready, found, strict=True) if verdict is None]:
-        name = one.kernel.name
-        print(f"{name}: NOT LOOKED AT to its end: {time_s:g} s were up. Run `scripts/matrix {name}`.")
-    ready = [one for one, verdict in zip(ready, found, strict=True) if verdict is not None]
-    verdicts = [verdict for verdict in found if verdict is not None]
-    if not verdicts and time_s is not None:
-        return 0 if is_complete else 1
-    is_flawless = is_complete and bool(verdicts) and not any(verdict.faults for verdict in verdicts)
-    is_good = is_complete and bool(verdicts)
-    for one, verdict in zip(ready, verdicts, strict=True):
-        if verdict.faults and is_news(one.kernel, verdict.release, PAGE.read_text(encoding="utf-8")):
+    verdicts = [(one.kernel, verdict) for one, verdict in zip(ready, found, strict=True) if verdict is not None]
+    _say_what_ran([one.kernel.name for one in ready], dict(zip([one.kernel.name for one in ready], found, strict=True)))
+    is_flawless = is_complete and bool(verdicts) and not any(one.faults or not one.is_done for _, one in verdicts)
+    is_good = is_complete and (bool(verdicts) or time_s is not None)
+    for kernel, verdict in verdicts:
+        if verdict.faults and is_news(kernel, verdict.release, PAGE.read_text(encoding="utf-8")):
             print(
-                f"{one.kernel.name}: {verdict.release} is not the release of {PAGE.relative_to(ROOT)}, so this is no "
+                f"{kernel.name}: {verdict.release} is not the release of {PAGE.relative_to(ROOT)}, so this is no "
                 "failure. Read it, correct the table, and run `scripts/matrix --write`."
             )
         elif verdict.faults:
             is_good = False
     if write and is_flawless and not asked:
-        runs = [
-            Run(one.kernel.name, verdict.release, verdict.passed) for one, verdict in zip(ready, verdicts, strict=True)
-        ]
-        PAGE.write_text(render(runs), encoding="utf-8")
+        PAGE.write_text(
+            render([Run(kernel.name, one.release, one.passed) for kernel, one in verdicts]), encoding="utf-8"
+        )
         print(f"wrote {PAGE.relative_to(ROOT)}")
     elif write:
         print(
             f"{PAGE.relative_to(ROOT)} is left as it was: it is written after a run of the chosen tests without faults"
         )
     return 0 if is_good else 1
+
+
+def _say_what_ran(names: list[str], found: dict[str, Verdict | None]) -> None:
+    words = []
+    for name in names:
+        verdict = found[name]
+        if verdict is None:
+            words.append(f"{name} not begun")
+        elif verdict.is_done:
+            words.append(f"{name} to its end")
+        else:
+            words.append(f"{name} in part ({verdict.passed} tests passed)")
+    print(f"ran: {', '.join(words)}")
+    left = [name for name, verdict in found.items() if verdict is None or not verdict.is_done]
+    if left:
+        print(f"the time was up before all was done. Run `scripts/matrix {' '.join(left)}`.")
 
 
 def _tests_of_ci(kernel: Kernel, *, is_ci: bool) -> list[str]:
@@ -194,7 +208,7 @@ def _warm() -> None:
 
 
 async def _run_all(ready: list[Ready], asked: dict[str, list[str]], end_s: float | None) -> list[Verdict | None]:
-    """A verdict for each; None where the time was up before."""
+    """A verdict for each, in the order of the table; None where the time was up before it could begin."""
     task = asyncio.current_task()
     assert task is not None
     # So that the guests end with us, as they do on SIGINT.
@@ -205,11 +219,18 @@ async def _run_all(ready: list[Ready], asked: dict[str, list[str]], end_s: float
         async with free:
             if end_s is None:
                 return await _run_one(one, asked[one.kernel.name])
+            left_s = end_s - time.monotonic()
+            if left_s < LEAST_S:
+                return None
             try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(0.0, end_s - time.monotonic())):
+                async with asyncio.timeout(left_s):
                     return await _run_one(one, asked[one.kernel.name])
             except TimeoutError:
-                return None
+                out = results_directory(one.kernel.name)
+                cells = () if asked[one.kernel.name] else CELLS
+                verdict = judge_unfinished(one.kernel.name, out, cells)
+                _say(one, verdict, f"ended after {left_s:.0f} s, in {step_of(out)}")
+                return verdict
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run_one(one)) for one in ready]
@@ -230,12 +251,16 @@ async def _run_one(one: Ready, asked: list[str]) -> Verdict:
         verdict = await _attempt(one, asked)
     if verdict is None:
         verdict = Verdict("", 0, (f"the guest died twice; see {results_directory(one.kernel.name)}/console.log",))
-    word = "fails" if verdict.faults else "ok"
-    print(f"{one.kernel.name}: {word}, {verdict.passed} tests passed, {time.monotonic() - begin_s:.0f} s{again}")
+    _say(one, verdict, f"{time.monotonic() - begin_s:.0f} s{again}")
+    return verdict
+
+
+def _say(one: Ready, verdict: Verdict, how: str) -> None:
+    word = "fails" if verdict.faults else "ok" if verdict.is_done else "nothing wrong so far"
+    print(f"{one.kernel.name}: {word}, {verdict.passed} tests passed, {how}")
     for fault in verdict.faults:
         print("  " + fault.replace("\n", "\n    "))
     sys.stdout.flush()
-    return verdict
 
 
 async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
@@ -245,13 +270,18 @@ async def _attempt(one: Ready, asked: list[str]) -> Verdict | None:
     out.mkdir()
     command = ["env", f"PYTHONPATH={ROOT / 'tools'}", "PYTHONDONTWRITEBYTECODE=1"]
     command += [sys.executable, "-m", "matrix.inside", one.kernel.name, "/run/out", *asked]
+    cells = () if asked else CELLS
     try:
-        rc = await run_guest(one.unpacked, one.image, command, out, limit_s=LIMIT_S)
-    except TimeoutError:
-        return Verdict("", 0, (f"not done after {LIMIT_S:g} s; see {out / 'console.log'}",))
+        rc = await run_guest(
+            one.unpacked, one.image, command, out, progress=lambda: [p.stat().st_size for p in out.glob("*.progress")]
+        )
+    except GuestHangs as hang:
+        verdict = judge_unfinished(one.kernel.name, out, cells)
+        words = f"it hangs in {step_of(out)}: {hang}; see {out / 'console.log'}"
+        return replace(verdict, faults=(*verdict.faults, words), is_done=True)
     if rc:
         return Verdict("", 0, (f"reading it ended with {rc}; see {out / 'console.log'}",))
-    return None if rc is None else judge(one.kernel.name, out, () if asked else CELLS)
+    return None if rc is None else judge(one.kernel.name, out, cells)
 
 
 if __name__ == "__main__":

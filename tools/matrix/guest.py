@@ -13,24 +13,42 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from matrix.cache import ROOT, MatrixError, cache_directory
 from matrix.packages import Unpacked
 
-__all__ = ["run_guest"]
+__all__ = ["GuestHangs", "is_hung", "run_guest"]
 
 _STAGE2: Final = Path(__file__).with_name("stage2")
 _MEMORY: Final = "2G"
 _SETUP: Final = "Run `scripts/setup --for matrix`."
+#: CPU time that a guest may take for one step: several times what any takes. How fast the machine is does not matter.
+_STEP_CPU_S: Final = 600.0
+#: A guest that waits takes next to none: how long it may, and what it takes at most of a CPU meanwhile. The longest
+#: deadline of a test is half of this there.
+_IDLE_S: Final = 1200.0
+_IDLE_SHARE: Final = 0.1
+_CHECK_S: Final = 5.0
 #: A crashed guest ends at once. Lockdown and mitigations are not what is tested, and cost time.
 _ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable"
 
 
+class GuestHangs(Exception):
+    """A guest does not get on, which is not the same as being slow."""
+
+
 async def run_guest(
-    kernel: Unpacked, image: Path, command: Sequence[str], out: Path, *, limit_s: float | None, arguments: str = ""
+    kernel: Unpacked,
+    image: Path,
+    command: Sequence[str],
+    out: Path,
+    *,
+    progress: Callable[[], object] | None,
+    arguments: str = "",
 ) -> int | None:
     """Boots a guest, runs the command in the checkout's directory, powers it off.
 
@@ -39,17 +57,18 @@ async def run_guest(
         image: its initramfs.
         command: and its arguments; paths are those of the host. It can write to /tmp, /var/tmp and /run/out.
         out: a directory of the host, in the guest as /run/out. Gets ``console.log`` and what the command writes.
-        limit_s: the guest is killed after this time. None: the terminal is the guest's, until it ends.
+        progress: gives a value that changes as long as the guest gets on; if it does not, the guest is killed.
+            None: the terminal is the guest's, until it ends.
         arguments: more words for the kernel's command line.
 
     Returns:
         The command's exit code, None if the guest died before the command ended.
 
     Raises:
-        TimeoutError: ``limit_s`` went by; the guest is gone.
+        GuestHangs: there was no progress; the guest is gone.
         MatrixError: QEMU or virtiofsd is missing or did not start.
     """
-    _lay_out(kernel, command, out, is_interactive=limit_s is None)
+    _lay_out(kernel, command, out, is_interactive=progress is None)
     qemu = _find("qemu-system-x86_64")
     async with contextlib.AsyncExitStack() as stack:
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sowatch-guest-")))
@@ -60,11 +79,50 @@ async def run_guest(
         argv = [*_machine(qemu, sockets), "-kernel", str(kernel.image), "-initrd", str(image), "-append", append]
         with (out / "console.log").open("wb") as console:
             streams = (
-                {} if limit_s is None else {"stdin": asyncio.subprocess.DEVNULL, "stdout": console, "stderr": console}
+                {} if progress is None else {"stdin": asyncio.subprocess.DEVNULL, "stdout": console, "stderr": console}
             )
             process = await stack.enter_async_context(_running(argv, **streams))
-            await asyncio.wait_for(process.wait(), limit_s)
+            if progress is None:
+                await process.wait()
+            else:
+                await _until_it_ends(process, progress)
     return _exit_code(out)
+
+
+async def _until_it_ends(process: asyncio.subprocess.Process, progress: Callable[[], object]) -> None:
+    """Waits for the end, however long the guest takes as long as it gets on.
+
+    Raises:
+        GuestHangs: it does not.
+    """
+    seen, since_s, since_cpu_s = progress(), time.monotonic(), 0.0
+    while True:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _CHECK_S)
+            return
+        now, now_s, cpu_s = progress(), time.monotonic(), _cpu_s(process.pid)
+        if now != seen:
+            seen, since_s, since_cpu_s = now, now_s, cpu_s
+        elif is_hung(now_s - since_s, cpu_s - since_cpu_s):
+            raise GuestHangs(
+                f"no progress for {now_s - since_s:.0f} s, in which it took {cpu_s - since_cpu_s:.0f} s of CPU"
+            )
+
+
+def is_hung(waited_s: float, cpu_s: float) -> bool:
+    """Whether a guest without progress for so long hangs: it computes without end, or waits without end.
+
+    One that waits for a CPU of this machine does neither.
+    """
+    return cpu_s >= _STEP_CPU_S or (waited_s >= _IDLE_S and cpu_s < _IDLE_SHARE * waited_s)
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _lay_out(kernel: Unpacked, command: Sequence[str], out: Path, *, is_interactive: bool) -> None:

@@ -3,8 +3,9 @@
     python -m matrix.inside KERNEL DIRECTORY [PYTEST-ARGUMENT...]
 
 With arguments for pytest no cell is tried, and these are the tests.
-Writes ``facts.json`` and one ``*.xml`` (JUnit) for each run of pytest into the directory; ends with 0 whatever
-the tests say, because `judge` decides. May import ``kernels``, ``cache`` and the package.
+Writes ``facts.json`` and one ``*.xml`` (JUnit) for each run of pytest into the directory, and meanwhile ``*.progress``,
+so that a guest that is slow can be told from one that hangs; ends with 0 whatever the tests say, because `judge`
+decides. May import ``kernels``, ``cache`` and the package.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from matrix.at_once import PROGRESS
 from matrix.cache import ROOT
 from matrix.kernels import CELLS, HELPERS, TESTS, Cell
 from sowatch.bpf.binding import BpfObject, probe
@@ -39,7 +41,7 @@ _COMPILE_TIMEOUT_S = 400.0
 
 def main(kernel: str, out: Path, arguments: list[str]) -> None:
     """Look, write down, test."""
-    facts = _look(() if arguments else CELLS)
+    facts = _look(out, () if arguments else CELLS)
     (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if arguments:
         _pytest(out / "asked.xml", arguments)
@@ -51,12 +53,18 @@ def main(kernel: str, out: Path, arguments: list[str]) -> None:
         _pytest(out / "kernel.xml", [*TESTS])
 
 
-def _look(cells: Sequence[Cell]) -> dict[str, Any]:
+def _note(out: Path, what: str) -> None:
+    with (out / "facts.progress").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"begun": what}) + "\n")
+
+
+def _look(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """What `judge` reads.
 
     ``features``: name to yes, no or unknown. ``choice``: the decision of `sowatch doctor`. ``cells``: name to what is
     used if the cell is forced. ``refusals``: object to the words of the verifier.
     """
+    _note(out, "doctor")
     report = _doctor()
     features: dict[str, str] = {one["name"]: one["answer"] for one in report["probes"]}
     for name, (program_type, helper) in HELPERS.items():
@@ -65,15 +73,20 @@ def _look(cells: Sequence[Cell]) -> dict[str, Any]:
     for item in sorted(files("sowatch.bpf").joinpath("programs").iterdir(), key=lambda found: found.name):
         # What doctor loads by parts is no object that has to load as a whole.
         if item.name.endswith(".bpf.o") and item.name != "probes.bpf.o":
+            _note(out, item.name)
             refusal = _refusal(str(item))
             features[item.name] = "no" if refusal else "yes"
             if refusal:
                 refusals[item.name] = refusal
+    forced = {}
+    for cell in cells:
+        _note(out, cell.name)
+        forced[cell.name] = _force(cell)
     return {
         "release": platform.release(),
         "features": features,
         "choice": report["decision"],
-        "cells": {cell.name: _force(cell) for cell in cells},
+        "cells": forced,
         "refusals": refusals,
     }
 
@@ -102,7 +115,8 @@ def _refusal(path: str) -> str | None:
 
 
 def _pytest(report: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    given = {"SOWATCH_FORCE_KERNEL_TESTS": "1", "SOWATCH_DEADLINE_SCALE": _DEADLINE_SCALE, **(environment or {})}
+    given = {"SOWATCH_FORCE_KERNEL_TESTS": "1", "SOWATCH_DEADLINE_SCALE": _DEADLINE_SCALE}
+    given |= {PROGRESS: str(report.with_suffix(".progress")), **(environment or {})}
     options = [
         "-p",
         "no:cacheprovider",

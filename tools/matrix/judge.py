@@ -11,16 +11,20 @@ from xml.etree import ElementTree as ET
 
 from matrix.kernels import CELLS, CHOICES, FEATURES, KNOWN_FAULTS, Cell
 
-__all__ = ["Verdict", "faults_of_facts", "judge"]
+__all__ = ["Verdict", "faults_of_facts", "judge", "judge_unfinished", "step_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``passed``: tests that ran and passed. ``faults``: one line or more for each thing that is wrong."""
+    """``passed``: tests that ran and passed. ``faults``: one line or more for each thing that is wrong.
+
+    ``is_done``: it ran to its end.
+    """
 
     release: str
     passed: int
     faults: tuple[str, ...]
+    is_done: bool = True
 
 
 def judge(kernel: str, out: Path, cells: Sequence[Cell] = CELLS) -> Verdict:
@@ -37,13 +41,50 @@ def judge(kernel: str, out: Path, cells: Sequence[Cell] = CELLS) -> Verdict:
         if not report.exists():
             faults.append(f"pytest ended with {rc} and without a report; see {out / 'console.log'}")
             continue
-        good, bad = _tests(report, frozenset(fault.test for fault in KNOWN_FAULTS if kernel in fault.kernels))
+        good, bad = _tests(report, _known_on(kernel))
         passed += good
         faults += bad
         # 1: some failed, which those that are known do.
         if rc not in (0, 1):
             faults.append(f"pytest ended with {rc}; see {out / 'console.log'}")
     return Verdict(facts["release"], passed, tuple(faults))
+
+
+def judge_unfinished(kernel: str, out: Path, cells: Sequence[Cell] = CELLS) -> Verdict:
+    """The same for a guest that was ended before it was done: what it has found wrong until then is wrong."""
+    found = Verdict("", 0, ())
+    if (out / "facts.json").exists():
+        found = judge(kernel, out, cells)
+    passed, faults = found.passed, list(found.faults)
+    known = _known_on(kernel)
+    for progress in sorted(out.glob("*.progress")):
+        if progress.with_suffix(".rc").exists():
+            continue  # its report was read
+        for line in _lines(progress):
+            if "test" not in line or line["test"] in known:
+                continue
+            if line["outcome"] == "passed":
+                passed += 1
+            else:
+                faults.append(f"{line['test']} {line['outcome']}: {line['why']}")
+    return Verdict(found.release, passed, tuple(faults), is_done=False)
+
+
+def step_of(out: Path) -> str:
+    """What a guest began last, for people."""
+    written = sorted(out.glob("*.progress"), key=lambda path: path.stat().st_mtime_ns)
+    begun = [line["begun"] for path in written for line in _lines(path) if "begun" in line]
+    return begun[-1] if begun else "its start"
+
+
+def _lines(progress: Path) -> list[dict[str, str]]:
+    """What was written whole: the guest may have been ended in the middle of a line."""
+    text = progress.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _known_on(kernel: str) -> frozenset[str]:
+    return frozenset(fault.test for fault in KNOWN_FAULTS if kernel in fault.kernels)
 
 
 def faults_of_facts(kernel: str, facts: Mapping[str, Any], cells: Sequence[Cell] = CELLS) -> Iterator[str]:

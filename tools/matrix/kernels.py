@@ -46,7 +46,8 @@ KERNELS: Final = (
     Kernel("6.12", "trixie"),
     Kernel("newest", "sid", may_be_absent=True),
 )
-#: What `.ci/run` has time for: the oldest and the oldest with all hooks; and the newest, but there only `TESTS`.
+#: What `.ci/run` has time for, the most telling first: the oldest and the oldest with all hooks; then the newest, but
+#: there only `TESTS`.
 CI_KERNELS: Final = ("5.10", "6.1", "newest")
 CI_WITHOUT_CELLS: Final = frozenset({"newest"})
 
