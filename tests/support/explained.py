@@ -76,7 +76,6 @@ def known_file(
     *,
     rule: str | None = "all",
     kind: str = "library",
-    is_selected: bool = True,
     rules: RuleSet = ALL,
 ) -> KnownFile:
     name = MappedFile(Proc().map(file or File()), rules)
@@ -84,7 +83,7 @@ def known_file(
     if rule is not None:
         library = Library(name.path, name.file_id, kind=kind, build_id="aa", soname="libssl.so.3")
         load = Load(rule, library, PROCESS, "mmap", 7, NOW_NS - 9, ranges)
-    return KnownFile(name, kind, ranges, is_selected, load)
+    return KnownFile(name, kind, ranges, load)
 
 
 class Case:
@@ -101,6 +100,7 @@ class Case:
         self.sees_our_files: bool | None = True
         self.files: Sequence[KnownFile] = [known_file()]
         self.is_announced = True
+        self.is_selected = True
         self.start_ns = 10_000_077
         self.is_known = True
         self.followed: TrackedEntry | None = TrackedEntry(10_000_077, 1, False, True, False, 1, ((0x1000, 0x2000),))
@@ -118,12 +118,17 @@ class Case:
     @property
     def known(self) -> Known:
         process = KnownProcess(
-            replace(self.process, start_ns=self.start_ns), 4_000, self.is_announced, False, False, tuple(self.files)
+            replace(self.process, start_ns=self.start_ns),
+            4_000,
+            self.is_announced,
+            self.is_selected,
+            False,
+            False,
+            tuple(self.files),
         )
         return Known(
             {10: process} if self.is_known else {},
             self.followed,
-            None,  # type: ignore[arg-type] - what it would answer is given to the pure functions
             key_of(1)[40:56],
             self.is_waiting,
             self.is_silent,
@@ -156,7 +161,8 @@ def no_rule(case: Case) -> None:
 
 
 def not_selected(case: Case) -> None:
-    case.files = [known_file(rule=None, is_selected=False)]
+    case.files = [known_file(rule=None)]
+    case.is_selected = False
 
 
 def passing(case: Case) -> None:

@@ -394,15 +394,23 @@ class ProcessState:
         return self._record
 
     def kind_of(self, mapping: Mapping) -> Kind:
-        """What the file is to this process, as far as its mapping shows (ELF facts may say ``other``)."""
-        name = mapping.name
-        if name.file_id == self.exe_id:
-            return "executable"
-        if mapping.is_image:
-            return "interpreter"
-        if not name.is_regular or (name.is_anonymous and not name.path.startswith("/memfd:")):
-            return "other"
-        return "library"
+        """What the file is to this process."""
+        return kind_of(mapping, self.exe_id)
+
+
+def kind_of(mapping: Mapping, exe_id: FileId | None) -> Kind:
+    """What a file is to a process whose executable is ``exe_id``, as far as its mapping shows.
+
+    ELF facts may say ``other`` later.
+    """
+    name = mapping.name
+    if name.file_id == exe_id:
+        return "executable"
+    if mapping.is_image:
+        return "interpreter"
+    if not name.is_regular or (name.is_anonymous and not name.path.startswith("/memfd:")):
+        return "other"
+    return "library"
 
 
 class Change(NamedTuple):

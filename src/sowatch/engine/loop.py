@@ -16,9 +16,9 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from sowatch.engine.address_space import Change, MappedFile, Mapping
+from sowatch.engine.address_space import MappedFile, Mapping
 from sowatch.engine.publisher import Publisher
-from sowatch.engine.queries import Held, Known, KnownFile, KnownProcess, View
+from sowatch.engine.queries import Known, KnownProcess
 from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.table import MappingTable
@@ -26,10 +26,10 @@ from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
-from sowatch.model.events import Event, Ready, Stopped
+from sowatch.model.events import Event, Load, Ready, Stopped
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
-from sowatch.sources.base import EventSource
+from sowatch.sources.base import EventSource, Verdicts
 
 __all__ = ["Engine"]
 
@@ -219,61 +219,61 @@ class Engine:
         unread, now_s = self._source.unread, time.monotonic()
         return {pid: now_s - since_s for pid in unread if pid and (since_s := unread.since_s(pid)) is not None}
 
-    # ---- queries of the mapping table, on the thread: see `ask` ------------------------------------
+    # ---- queries of the mapping table -------------------------------------------------------------
 
-    def view(self, pid: int | None = None) -> View:
-        """The mapping table for an audit: of one process, or of all."""
-        found: dict[int, tuple[ProcessId, list[Held]] | None] = {}
-        for process in self._table.processes(pid):
-            if not process.is_announced:
-                found[process.id.pid] = None
-                continue
-            files = process.space.mappings()
-            held = [Held(file_id, one.name.path, one.ranges, one.range_count) for file_id, one in files.items()]
-            found[process.id.pid] = (process.id, held)
-        return found
+    def query(self, pid: int | None = None, wants: Callable[[MappedFile], bool] = lambda _: True) -> Known:
+        """The mapping table as it is with everything on its way taken in; from any other thread, which does the work.
 
-    def mappings(self) -> dict[ProcessId, dict[FileId, Mapping]]:
-        """Where everything is mapped by now. Not to be changed."""
-        return {process.id: process.space.mappings() for process in self._table.processes()}
-
-    def known(self, pid: int | None, wants: Callable[[MappedFile], bool]) -> Known:
-        """What an explanation needs. The caller closes its ``verdicts``.
+        The engine's thread spends on it what a copy of the load events takes, not more for each file.
 
         Args:
-            pid: of one process; None: all that have a file that is wanted.
+            pid: of one process, which is there if the table has it; None: of all that have a file that is wanted.
             wants: which files.
+
+        Raises:
+            SowatchError: the watch has ended.
         """
-        published = self._publisher.published
-        processes: dict[int, KnownProcess] = {}
-        for process in self._table.processes(pid):
-            record = process.record()
-            files = []
-            for file_id, mapping in process.space.mappings().items():
-                if wants(mapping.name):
-                    kind = process.kind_of(mapping)
-                    change = Change(True, "snapshot", 0, record, kind, mapping.name, mapping.ranges)
-                    is_selected = self._publisher.selection.wants(change)
-                    load = published.get(process.id, file_id)
-                    files.append(KnownFile(mapping.name, kind, mapping.ranges, is_selected, load, mapping.range_count))
-            if files or pid is not None:
-                processes[process.id.pid] = KnownProcess(
-                    record,
-                    process.seen_ns,
-                    process.is_announced,
-                    process.id.pid in self._table.needs_rescan,
-                    process.id.pid in self._table.compat,
-                    tuple(files),
-                )
-        return Known(
-            processes,
+        known, taken = self.ask(lambda: self._take(pid))
+        processes = (about.with_files(exe_id, mappings, loads, wants) for about, exe_id, mappings, loads in taken)
+        return known._replace(processes={one.process.pid: one for one in processes if one.files or pid is not None})
+
+    def _take(
+        self, pid: int | None
+    ) -> tuple[Known, list[tuple[KnownProcess, FileId | None, dict[FileId, Mapping], dict[FileId, Load]]]]:
+        publisher, table = self._publisher, self._table
+        taken = []
+        for process in table.processes(pid):
+            number, record = process.id.pid, process.record()
+            about = KnownProcess(
+                record,
+                process.seen_ns,
+                process.is_announced,
+                publisher.selection.wants(record),
+                number in table.needs_rescan,
+                number in table.compat,
+            )
+            taken.append((about, process.exe_id, process.space.mappings(), publisher.published.of(process.id)))
+        known = Known(
+            {},
             None if pid is None else self._source.tracked(pid),
-            self._source.open_verdicts(),
-            self._publisher.own_view_id,
-            self._publisher.is_waiting,
+            publisher.own_view_id,
+            publisher.is_waiting,
             self._silent,
             None if pid is None else self._source.unread.since_s(pid),
         )
+        return known, taken
+
+    def open_verdicts(self) -> Verdicts:
+        """What the source remembers of files, see `EventSource.open_verdicts`; from any other thread.
+
+        Raises:
+            SowatchError: the watch has ended.
+        """
+        return self.ask(self._source.open_verdicts, synced=False)
+
+    def mappings(self) -> dict[ProcessId, dict[FileId, Mapping]]:
+        """Where everything is mapped by now. Not to be changed. On the thread: see `ask`."""
+        return {process.id: process.space.mappings() for process in self._table.processes()}
 
     # ---- the thread ---------------------------------------------------------------------------
 

@@ -38,6 +38,10 @@ class PublishedMap:
         files = self._loads.get(process)
         return None if files is None else files.get(file)
 
+    def of(self, process: ProcessId) -> dict[FileId, Load]:
+        """The load events of a process, by file; a copy."""
+        return dict(self._loads.get(process, ()))
+
     def put(self, process: ProcessId, file: FileId, load: Load) -> None:
         """From now on this load event is in force."""
         files = self._loads.get(process)

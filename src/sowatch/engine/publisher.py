@@ -43,8 +43,8 @@ class Selection:
     container: str | None = None
     excluded_pids: frozenset[int] = frozenset()
 
-    def wants(self, change: Change) -> bool:
-        process = change.process
+    def wants(self, process: Process) -> bool:
+        """Whether events of a process are published."""
         if process.pid in self.excluded_pids or (self.pids and process.pid not in self.pids):
             return False
         return self.container is None or (process.container or "").startswith(self.container)
@@ -108,7 +108,7 @@ class Publisher:
         """Takes changes of the mapping table, in order. An unload of what was not published becomes no event."""
         waiting = self._waiting
         for change in changes:
-            if not self.selection.wants(change):
+            if not self.selection.wants(change.process):
                 continue
             if self._detached:
                 self._detached.discard((change.process.id, change.name.file_id))
@@ -128,7 +128,7 @@ class Publisher:
             only_held: leave out what is not published, such as the baseline of a watch without a snapshot.
         """
         for change in changes:
-            if self.selection.wants(change):
+            if self.selection.wants(change.process):
                 self._detached.discard((change.process.id, change.name.file_id))
                 self._waiting.put(change, self._inspect(change), is_only_held=only_held)
         self.subscribers.hand_over()

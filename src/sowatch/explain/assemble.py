@@ -372,7 +372,7 @@ def _reason(file: KnownFile | None, process: KnownProcess | None, known: Known, 
         return "no_rule"
     if file is None or process is None:
         return "not_in_map"
-    if not file.is_selected:
+    if not process.is_selected:
         return "not_selected"
     if not process.is_announced:
         return "passing"

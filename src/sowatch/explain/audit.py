@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from sowatch.engine.queries import Held, View
+from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.openat import reopen
@@ -68,7 +68,7 @@ class AuditReport(Struct, frozen=True):
 
 
 def audit(
-    look: Callable[[], View],
+    query: Callable[[], Known],
     proc: ProcFs,
     rules: RuleSet,
     unread: Callable[[], Iterable[int]] = tuple,
@@ -78,7 +78,7 @@ def audit(
     """Compares all live processes.
 
     Args:
-        look: returns the mapping table as it is now, with every record applied.
+        query: returns the mapping table as it is now, with every record applied.
         proc: where to read.
         rules: which files the table should have.
         unread: returns the processes that the watch itself could not read.
@@ -90,9 +90,9 @@ def audit(
     differences: set[Difference] = set()
     hung: set[int] = set()
     processes = mappings = unreadable = 0
-    view = look()
+    known = query().processes
     for pid in pids:
-        found = _compare(pid, view, images, rules)
+        found = _compare(pid, known.get(pid), images, rules)
         if found is None:
             stat = proc.stat(pid)
             if stat and not (stat.is_kernel_thread or stat.is_dead):
@@ -101,19 +101,19 @@ def audit(
                     hung.add(pid)
             continue
         processes += 1
-        mappings += len(held[1]) if (held := view.get(pid)) else 0
+        mappings += len(_files(known.get(pid)))
         differences |= found
-    differences |= {one for pid, held in view.items() if held and pid not in pids for one in _all_of(pid, held[1])}
+    differences |= {one for pid in known.keys() - set(pids) for one in _all_of(pid, _files(known[pid]))}
     for _ in range(LOOKS - 1):
         if not differences:
             break
         time.sleep(PAUSE_S)
-        view = look()
+        known = query().processes
         again: set[Difference] = set()
         for pid in {one.pid for one in differences}:
-            found = _compare(pid, view, images, rules)
-            if found is None and not proc.stat(pid) and (held := view.get(pid)):
-                found = set(_all_of(pid, held[1]))
+            found = _compare(pid, known.get(pid), images, rules)
+            if found is None and not proc.stat(pid):
+                found = set(_all_of(pid, _files(known.get(pid))))
             again |= found or set()
         differences &= again
     images.close()
@@ -124,15 +124,20 @@ def audit(
     )
 
 
-def _all_of(pid: int, held: Iterable[Held]) -> Iterable[Difference]:
-    for one in held:
+def _files(process: KnownProcess | None) -> tuple[KnownFile, ...]:
+    """What the table has announced of a process."""
+    return process.files if process is not None and process.is_announced else ()
+
+
+def _all_of(pid: int, files: Iterable[KnownFile]) -> Iterable[Difference]:
+    for one in files:
         for start, end in one.ranges:
-            yield Difference("extra", pid, one.path, one.file_id.inode, start, end)
+            yield Difference("extra", pid, one.name.path, one.name.file_id.inode, start, end)
 
 
-def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Difference] | None:
+def _compare(pid: int, known: KnownProcess | None, images: _Images, rules: RuleSet) -> set[Difference] | None:
     """What differs for one process; None if it cannot be read."""
-    if pid in view and view[pid] is None:
+    if known is not None and not known.is_announced:
         return set()
     proc = images.proc
     rows = proc.executable_maps(pid)
@@ -140,27 +145,24 @@ def _compare(pid: int, view: View, images: _Images, rules: RuleSet) -> set[Diffe
     if not isinstance(rows, list) or not stat or stat.is_kernel_thread or (stat.is_dead and stat.threads < 2):
         return None
     rows = proc.resolve(pid, rows)
-    entry = view.get(pid)
-    held: list[Held] = []
-    if entry is not None:
-        process, held = entry
-        if not process.same_tick(ProcessId(pid, stat.start_ns)):
-            return set(_all_of(pid, held))
+    held = _files(known)
+    if known is not None and not known.process.id.same_tick(ProcessId(pid, stat.start_ns)):
+        return set(_all_of(pid, held))
     rows.sort(key=lambda row: row.start)
     ends = [row.end for row in rows]
     files = {(row.major, row.minor, row.inode, row.subvolume): row for row in rows}.values()
     found = {
-        Difference("extra", pid, one.path, one.file_id.inode, start, end)
+        Difference("extra", pid, one.name.path, one.name.file_id.inode, start, end)
         for one in held
-        if one.range_count is None or not any(_could_be(file, one.file_id) for file in files)
+        if one.range_count is None or not any(_could_be(file, one.name.file_id) for file in files)
         for start, end in one.ranges
-        if not _is_covered(start, end, one.file_id, rows, ends)
+        if not _is_covered(start, end, one.name.file_id, rows, ends)
     }
     return found | _missing(pid, held, images, rules, rows)
 
 
 def _missing(
-    pid: int, held: Iterable[Held], images: _Images, rules: RuleSet, rows: Collection[MapRow]
+    pid: int, held: Iterable[KnownFile], images: _Images, rules: RuleSet, rows: Collection[MapRow]
 ) -> set[Difference]:
     """Rows of wanted files that the table does not have."""
     found: set[Difference] = set()
@@ -168,7 +170,7 @@ def _missing(
     starts = [start for start, _ in ours]
     reach = [0, *accumulate((end for _, end in ours), max)]  # reach[n]: how far the first n of ours go
     # Of a file with very many ranges the table has the first, and what spans the others.
-    wide = [(one.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
+    wide = [(one.name.file_id, one.ranges[0][0]) for one in held if one.range_count is not None]
     tentatives = root = None
     for row in rows:
         if row.end <= reach[bisect_right(starts, row.start)]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import MappedFile
-from sowatch.engine.queries import Known, View
+from sowatch.engine.queries import Known
 from sowatch.explain.assemble import (
     MEMORY,
     Memory,
@@ -44,6 +44,7 @@ from sowatch.linux.proc_parse import MapRow, Stat, as_maps_shows
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
+from sowatch.sources.base import Verdicts
 
 __all__ = ["ExplainContext", "check_process", "explain"]
 
@@ -62,13 +63,13 @@ _TYPES: Final = (
 
 
 class ExplainContext(Struct, frozen=True):
-    """What is asked: ``ask_map`` is `sowatch.engine.loop.Engine.known`, ``view`` its `view`, on its thread."""
+    """What is asked: ``query`` and ``open_verdicts`` are those of `sowatch.engine.loop.Engine`."""
 
     proc: ProcFs
     rules: RuleSet
     registry: FileRegistry
-    ask_map: Callable[[int | None, Callable[[MappedFile], bool]], Known]
-    view: Callable[[int], View]
+    query: Callable[[int | None, Callable[[MappedFile], bool]], Known]
+    open_verdicts: Callable[[], Verdicts]
     is_repaired: Callable[[], bool]
     #: Whether the mapping table is from what ``/proc`` shows us, so that it lacks processes that may not be read.
     reads_proc: bool = False
@@ -113,12 +114,11 @@ def check_process(proc: ProcFs, pid: int) -> Stat:
 
 def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -> ProcessReport:
     first = check_process(context.proc, pid)
-    known = context.ask_map(pid, lambda _: True)
+    known = context.query(pid, lambda _: True)
     now_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-    with known.verdicts:
-        facts = _facts_of(context.proc, first, worker)
-        groups = () if isinstance(facts.maps, Miss) else facts.maps
-        memory = _memory(context, known, {group.inode for group in groups})
+    facts = _facts_of(context.proc, first, worker)
+    groups = () if isinstance(facts.maps, Miss) else facts.maps
+    memory = _memory(context, known, {group.inode for group in groups})
     # Opening a mapping by its link in /proc waits for the same lock.
     is_unread = known.unread_since_s is not None
     looks = dict.fromkeys(groups, _NO_ANSWER) if is_unread else _looks(groups, facts, known, context, worker)
@@ -177,11 +177,13 @@ def _sees_our_files(proc: ProcFs, pid: int) -> bool | None:
 
 
 def _memory(context: ExplainContext, known: Known, inodes: set[int]) -> Memory:
-    verdicts = known.verdicts
     keys = {file.name.key for process in known.processes.values() for file in process.files}
+    with context.open_verdicts() as verdicts:
+        exact = {key: verdicts.look_up(key) for key in keys}
+        others = verdicts.of_inodes(inodes) if inodes else ()
     return Memory.of(
-        {key: verdicts.look_up(key) for key in keys},
-        verdicts.of_inodes(inodes) if inodes else (),
+        exact,
+        others,
         context.registry.blocked(),
         context.registry.files(),
         now_s=time.monotonic(),
@@ -215,7 +217,7 @@ def _looks(
 
 
 def _differences(pid: int, context: ExplainContext) -> tuple[Difference, ...]:
-    return audit(lambda: context.view(pid), context.proc, context.rules, only=pid).differences
+    return audit(lambda: context.query(pid, lambda _: True), context.proc, context.rules, only=pid).differences
 
 
 # ---- a path -------------------------------------------------------------------------------------
@@ -237,11 +239,8 @@ def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> 
     inodes = {row.inode for found in rows.values() for row in found}
     if facts.shown is not None:
         inodes.add(facts.shown.inode)
-    known = context.ask_map(
-        None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved)
-    )
-    with known.verdicts:
-        memory = _memory(context, known, set() if facts.shown is None else {facts.shown.inode})
+    known = context.query(None, lambda name: name.file_id.inode in inodes or name.path in (facts.path, facts.resolved))
+    memory = _memory(context, known, set() if facts.shown is None else {facts.shown.inode})
     ids = ids_of(facts, known, memory)
     mapped = list(_mapped(facts, ids, known, rows, context, worker, is_hugetlb=look.is_hugetlb))
     is_hidden = hides_processes(context.proc)

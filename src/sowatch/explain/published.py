@@ -13,7 +13,6 @@ from typing import Final
 
 from msgspec import Struct
 
-from sowatch.engine.activation import FileRegistry
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.explain.assemble import Memory, answers, verdict_of
 from sowatch.explain.gather import ExplainContext, check_process
@@ -66,9 +65,8 @@ def explain_published_file(published: Published, *, path: str | None = None, bui
         raise SowatchError(f"no process has {what!r} mapped, as far as this watch reports. See /inventory.")
     first = found[0].library
     ids = tuple(dict.fromkeys(load.library.id for load in found))
-    known = context.ask_map(None, lambda name: name.file_id in ids)
-    with known.verdicts:
-        memory = _memory(known, context.registry, is_repaired=context.is_repaired())
+    known = context.query(None, lambda name: name.file_id in ids)
+    memory = _memory(known, context)
     shown_path = first.path if path is None else path
     rules = _answers(context.rules, shown_path, first.kind, found[0].rule)
     mapped = [one for process in known.processes.values() for one in _mapped(process, ids, shown_path)]
@@ -99,9 +97,8 @@ def explain_published_process(published: Published, pid: int) -> ProcessReport:
     """
     context = published.context
     about = check_process(context.proc, pid)
-    known = context.ask_map(pid, lambda _: True)
-    with known.verdicts:
-        memory = _memory(known, context.registry, is_repaired=context.is_repaired())
+    known = context.query(pid, lambda _: True)
+    memory = _memory(known, context)
     now_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
     process = known.processes.get(pid)
     if process is not None and not process.process.id.same_tick(ProcessId(pid, about.start_ns)):
@@ -143,10 +140,19 @@ def _record(proc: ProcFs, about: Stat) -> Process:
     )
 
 
-def _memory(known: Known, registry: FileRegistry, *, is_repaired: bool) -> Memory:
+def _memory(known: Known, context: ExplainContext) -> Memory:
     keys = {file.name.key for process in known.processes.values() for file in process.files if file.load is not None}
-    exact = {key: known.verdicts.look_up(key) for key in keys}
-    return Memory.of(exact, (), registry.blocked(), registry.files(), now_s=time.monotonic(), is_repaired=is_repaired)
+    with context.open_verdicts() as verdicts:
+        exact = {key: verdicts.look_up(key) for key in keys}
+    registry = context.registry
+    return Memory.of(
+        exact,
+        (),
+        registry.blocked(),
+        registry.files(),
+        now_s=time.monotonic(),
+        is_repaired=context.is_repaired(),
+    )
 
 
 def _notes(memory: Memory) -> Iterator[str]:

@@ -288,7 +288,7 @@ class Watcher:
         engine = self._running_engine()
         with self._changing_rules:  # the rules of the mapping table must not change during it
             rules = self._publisher.in_force.rules
-            report = audit(lambda: engine.ask(engine.view), self._asked_anew(), rules, lambda: engine.unread)
+            report = audit(engine.query, self._asked_anew(), rules, lambda: engine.unread)
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)
@@ -340,8 +340,8 @@ class Watcher:
             self._asked_anew(),
             self._publisher.in_force.rules,
             self.registry,
-            ask_map=lambda pid, wants: engine.ask(lambda: engine.known(pid, wants)),
-            view=lambda pid: engine.ask(lambda: engine.view(pid)),
+            query=engine.query,
+            open_verdicts=engine.open_verdicts,
             is_repaired=lambda: engine.reconciler.is_repaired,
             reads_proc=self.ready is not None and self.ready.strategy in ("prebuilt", "procfs"),
         )

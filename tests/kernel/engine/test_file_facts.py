@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sowatch import ActiveFile, Config, Rule
-from sowatch.engine.queries import Held
+from sowatch.engine.queries import Known, KnownProcess
 from sowatch.explain import ProcessReport
 from sowatch.explain.audit import audit
 from sowatch.linux.elf import read_facts
@@ -24,8 +24,10 @@ from sowatch.model.events import Library, Process, Unload
 from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS
 from sowatch.model.rules import RuleSet
+from support.explained import known_file
 from support.kernel import IN_OWN_MOUNTS, Ledger, with_prelude
 from support.programs import Mapper
+from support.records import File
 
 Start = Callable[..., Mapper]
 
@@ -365,15 +367,15 @@ def test_the_audit_finds_a_file_that_is_held_as_that_of_another_subvolume(on_btr
     row = next(row for row in ProcFs().executable_maps(on_btrfs.pid) or () if row.path.endswith(b"lib.so"))
 
     def differences(subvolumes: dict[str, int]) -> list[str]:
-        held = [
-            Held(
-                FileId(row.major, row.minor, row.inode, subvolume=subvolumes[name]),
-                str(scratch / "s" / name / "lib.so"),
-                ((at, at + -(-length // 4096) * 4096),),
-            )
-            for name, (at, length) in ranges.items()
-        ]
-        report = audit(lambda: {on_btrfs.pid: (process.id, held)}, ProcFs(), rules, only=on_btrfs.pid)
+        held = []
+        for name, (at, length) in ranges.items():
+            one = known_file(File(str(scratch / "s" / name / "lib.so")), ((at, at + -(-length // 4096) * 4096),))
+            one.name.file_id = FileId(row.major, row.minor, row.inode, subvolume=subvolumes[name])
+            held.append(one)
+        known = Known(
+            {on_btrfs.pid: KnownProcess(process, 0, True, True, False, False, tuple(held))}, None, None, False, False
+        )
+        report = audit(lambda: known, ProcFs(), rules, only=on_btrfs.pid)
         return [one.kind for one in report.differences]
 
     assert differences({"one": one, "two": two}) == []

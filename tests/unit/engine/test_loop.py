@@ -343,36 +343,48 @@ def test_a_question_is_answered_at_last_though_a_full_scan_rests_and_rests(
 # ---- the map ------------------------------------------------------------------------------------
 
 
-def test_a_view_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
+def test_a_query_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
     watch.engine.start(FIRST)
     watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
-    assert sorted(watch.engine.ask(watch.engine.view)) == [10, 11]
-    view = watch.engine.ask(lambda: watch.engine.view(11))
-    ((process, held),) = filter(None, view.values())
-    assert (list(view), process.pid) == ([11], 11)
-    assert [(one.path, one.ranges, one.range_count) for one in held] == [(SSL.path, ((PAGE, 2 * PAGE),), None)]
-    assert watch.engine.ask(lambda: watch.engine.view(12)) == {}
+    assert sorted(watch.engine.query().processes) == [10, 11]
+    ((pid, process),) = watch.engine.query(11).processes.items()
+    assert (pid, process.process.pid, process.is_announced) == (11, 11, True)
+    assert [(one.name.path, one.ranges, one.range_count) for one in process.files] == [
+        (SSL.path, ((PAGE, 2 * PAGE),), None)
+    ]
+    assert watch.engine.query(12).processes == {}
 
 
-def test_a_process_on_its_way_to_exec_has_no_view(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_query_has_does_not_change_afterwards(watch: Watch) -> None:
+    watch.engine.start(FIRST)
+    watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
+    first, other = watch.engine.query(11), SSL.but(path="/usr/lib/libssl.so.1.1", inode=103)
+    watch.source.send(CURL.map(other, 8 * PAGE, t=32), CURL.range(PAGE, 2 * PAGE, t=33))
+    assert [one.name.path for one in watch.engine.query(11).processes[11].files] == [other.path]
+    (file,) = first.processes[11].files
+    assert (file.name.path, file.load is not None) == (SSL.path, True)
+
+
+def test_of_a_process_on_its_way_to_exec_the_query_says_so(watch: Watch) -> None:
     watch.engine.start(FIRST)
 
-    def view_of_unannounced() -> Any:
+    def announce(is_announced: bool) -> None:
         (process,) = watch.engine._table.processes(10)
-        monkeypatch.setattr(process, "is_announced", False)
-        try:
-            return watch.engine.view(10)
-        finally:
-            monkeypatch.undo()
+        process.is_announced = is_announced
 
-    assert watch.engine.ask(view_of_unannounced) == {10: None}
+    watch.engine.ask(lambda: announce(False))
+    try:
+        assert not watch.engine.query(10).processes[10].is_announced
+    finally:
+        watch.engine.ask(lambda: announce(True))
 
 
 def test_what_is_known_of_a_file_says_whether_it_is_selected_and_was_reported(watch: Watch) -> None:
     watch.engine.start(FIRST)
-    known = watch.engine.ask(lambda: watch.engine.known(10, lambda name: name.path == SSL.path))
-    (file,) = known.processes[10].files
-    assert (file.name.path, file.kind, file.ranges, file.is_selected) == (
+    known = watch.engine.query(10, lambda name: name.path == SSL.path)
+    process = known.processes[10]
+    (file,) = process.files
+    assert (file.name.path, file.kind, file.ranges, process.is_selected) == (
         SSL.path,
         "library",
         ((PAGE, 2 * PAGE),),
@@ -380,20 +392,19 @@ def test_what_is_known_of_a_file_says_whether_it_is_selected_and_was_reported(wa
     )
     assert file.load is not None
     assert (file.load.rule, file.load.process.pid) == ("tls", 10)
-    assert (known.tracked, known.verdicts, known.is_silent_start) == ("entry of 10", "verdicts", False)
+    assert (known.tracked, watch.engine.open_verdicts(), known.is_silent_start) == ("entry of 10", "verdicts", False)
 
     watch.publisher.selection = Selection(excluded_pids=frozenset({10}))
-    (file,) = watch.engine.ask(lambda: watch.engine.known(10, lambda _: True)).processes[10].files[:1]
-    assert not file.is_selected
+    assert not watch.engine.query(10).processes[10].is_selected
 
 
 def test_of_all_processes_those_are_known_that_have_a_wanted_file(watch: Watch) -> None:
     watch.engine.start(FIRST)
     watch.source.unread[10] = 1.5
-    everyone = watch.engine.ask(lambda: watch.engine.known(None, lambda _: False))
+    everyone = watch.engine.query(None, lambda _: False)
     assert (dict(everyone.processes), everyone.tracked, everyone.unread_since_s) == ({}, None, None)
     # The process that was asked for is there, whatever it has.
-    one = watch.engine.ask(lambda: watch.engine.known(10, lambda _: False))
+    one = watch.engine.query(10, lambda _: False)
     assert [(pid, process.files) for pid, process in one.processes.items()] == [(10, ())]
     assert one.unread_since_s == 1.5
     watch.source.unread.clear()

@@ -106,7 +106,7 @@ def test_a_deleted_file_and_the_new_one_under_its_name_are_two() -> None:
 
 
 def find(files: Sequence[KnownFile], *rows: MapRow) -> KnownFile | None:
-    process = KnownProcess(Process(10, 1), 0, True, False, False, tuple(files))
+    process = KnownProcess(Process(10, 1), 0, True, True, False, False, tuple(files))
     return FilesByAddress(process).find(group(*rows))
 
 
