@@ -93,12 +93,38 @@ sow_object *sow_open(const char *path, const char *btf_path, int *error)
 	return self;
 }
 
+static void *destroy_link(void *link)
+{
+	bpf_link__destroy(link);
+	return NULL;
+}
+
+/*
+ * All at once: to detach a program from a perf event waits for an RCU grace period (6.13+), some 40 ms, which they
+ * share.
+ */
+static void destroy_links(sow_object *self)
+{
+	pthread_t threads[MAX_LINKS];
+	unsigned int started = 0;
+
+	for (unsigned int i = 0; i < self->link_count; i++)
+		if (!pthread_create(&threads[started], NULL, destroy_link, self->links[i]))
+			started++;
+		else
+			destroy_link(self->links[i]);
+	for (unsigned int i = 0; i < started; i++)
+		pthread_join(threads[i], NULL);
+	self->link_count = 0;
+}
+
 void sow_close(sow_object *self)
 {
 	if (!self)
 		return;
-	for (unsigned int i = 0; i < self->link_count; i++)
-		bpf_link__destroy(self->links[i]);
+	destroy_links(self);
+	if (self->events_fd > 0)
+		close(self->events_fd);
 	for (unsigned int i = 0; i < self->section_count; i++)
 		munmap(self->sections[i].memory, self->sections[i].bytes);
 	ring_buffer__free(self->ring);
@@ -155,6 +181,27 @@ int sow_attach(sow_object *self, const char *name)
 	return keep_link(self, bpf_program__attach(program));
 }
 
+/*
+ * The last reference to the perf event of a tracepoint unregisters it, and waits for two more grace periods below a lock
+ * that all such events have in common: 14 of them took a second. So the kernel holds each event of a link in a map too,
+ * and lets go of them in a worker of its own once the map is closed, by a process that was killed as well. By then
+ * the link has disabled the event and taken the program off it. docs/decisions/0046-ending.md.
+ */
+static void keep_event(sow_object *self, const struct bpf_link *link, int fd)
+{
+	if (bpf_link__fd(link) == fd)
+		return; /* before 5.15 there is no link: the program stays until the event goes */
+	if (!self->events_fd) {
+		self->events_fd = bpf_map_create(BPF_MAP_TYPE_PERF_EVENT_ARRAY, "perf_events", sizeof(__u32),
+						 sizeof(__u32), MAX_LINKS, NULL);
+		if (self->events_fd < 0)
+			self->events_fd = 0;
+	}
+	/* Without the map, the close waits. */
+	if (self->events_fd && !bpf_map_update_elem(self->events_fd, &self->event_count, &fd, BPF_ANY))
+		self->event_count++;
+}
+
 /* libbpf finds a tracepoint's id by path, which fails where tracefs is not mounted; see sow_tracefs. */
 int sow_attach_tracepoint(sow_object *self, const char *name, unsigned long long id)
 {
@@ -185,6 +232,7 @@ int sow_attach_tracepoint(sow_object *self, const char *name, unsigned long long
 		close(fd);
 		return error;
 	}
+	keep_event(self, link, fd);
 	return keep_link(self, link);
 }
 

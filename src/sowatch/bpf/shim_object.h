@@ -16,6 +16,9 @@ struct sow_object {
 	struct bpf_object *object;
 	struct bpf_link *links[MAX_LINKS];
 	unsigned int link_count;
+	/* A BPF_MAP_TYPE_PERF_EVENT_ARRAY that holds the perf events of links as well; 0: none. See keep_event. */
+	int events_fd;
+	unsigned int event_count;
 	struct {
 		int fd;
 		char *memory;
