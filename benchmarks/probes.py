@@ -212,7 +212,7 @@ def costs(is_quick: bool, directory: Path, loop: Loop, empty_object: Path) -> li
                     taken[name].append(loop.best_ns(batches, calls) - alone)
             except NotRunning:
                 lines = (directory / "other.out").read_text(errors="replace").splitlines()
-                failed[name] = lines[-1] if lines else "it said nothing"
+                failed[name] = lines[-1] if lines else "it wrote nothing"
                 del taken[name]
                 continue
             loop.wait_for_probe(is_there=False)

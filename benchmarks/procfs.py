@@ -1,7 +1,7 @@
-"""What strategy ``procfs`` costs: looks at 200 and at 2,000 processes, beside reading all their maps.
+"""What strategy ``procfs`` costs: polls of 200 and of 2,000 processes, beside reading all their maps.
 
-Idle: nobody in the crowd ran since the last look, so their CPU clocks are all that is asked for.
-All read: the same look with every process's mappings read, which is what polling costs without the
+Idle: nobody in the crowd ran since the last poll, so their CPU clocks are all that is asked for.
+All read: the same poll with every process's mappings read, which is what polling costs without the
 clocks, and what a host on which every process runs all the time costs with them. `cat` of all maps
 stands beside both, in turn with them. Of a whole `sowatch watch --strategy procfs` the CPU time over
 some seconds is taken.
@@ -76,7 +76,7 @@ class NoClocks(CpuClocks):
 
 
 def look(source: ProcfsSource) -> float:
-    """Milliseconds of CPU that one look takes."""
+    """Milliseconds of CPU that one poll takes."""
     source.polls.ask()
     begun = time.thread_time()
     source.drain()

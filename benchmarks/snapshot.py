@@ -1,8 +1,8 @@
 """How long it takes to read what 3,000 processes have mapped, beside `cat` of their maps files.
 
-Unknown: the first reading, in which the kernel asks about every file it shows. Known: the next
+Unknown: the first scan, in which the kernel asks about every file it shows. Known: the next
 one, when every file has its verdict, once with everything matched and once with nothing. The whole
-start-up snapshot of a Watcher (reading, matching, telling) stands beside them. All in turn, round
+start-up snapshot of a Watcher (scanning, matching, reporting) stands beside them. All in turn, round
 after round, with the same processes.
 """
 
@@ -60,7 +60,7 @@ def cat_maps() -> float:
 
 
 def read_twice(*, is_wanted: bool, least: int) -> dict[str, float]:
-    """Seconds of the first reading by a fresh source, and of one after all files had an answer."""
+    """Seconds of the first scan by a fresh source, and of one after all files had an answer."""
     source = BpfSource(Config())
     try:
         start = time.monotonic()

@@ -1,6 +1,6 @@
 """Thousands of processes that each load a matched library, as fast as both cores can run them.
 
-Was every load and unload told, was anything lost, and what did sowatch itself cost? Its CPU time is
+Was every load and unload reported, was anything lost, and what did sowatch itself cost? Its CPU time is
 that of the whole `sowatch watch --json` process, formatting and writing included; what the BPF
 programs take is in the workload's own time, so the workload is run unwatched as well.
 """

@@ -485,7 +485,7 @@ class Kernel:
     def scan_process(self, pid, meanwhile=lambda: None):
         begin_ns = self.tick_ns()
         report = self.report
-        self.report |= Report.VISITS
+        self.report |= Report.SCANS
         self.between()
         scans = group(self.visit(pid))
         self.between()
@@ -506,7 +506,7 @@ class Kernel:
         mm, entry, words = process.mm, self.find(pid), process.words
         if entry:
             entry.needs_rescan = False
-        if entry or self.report & Report.VISITS:
+        if entry or self.report & Report.SCANS:
             self.words(process, entry)
             rows.append(words.visit(t=self.tick_ns()))
         vmas = mm.vmas()

@@ -6,11 +6,12 @@ A message is a string of several words that is no docstring; the parts of an f-s
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["ROOT", "Text", "messages", "pages", "public_docstrings"]
+__all__ = ["ROOT", "Text", "bpf_comments", "messages", "page_texts", "pages", "public_docstrings"]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SOURCES: Final = ROOT / "src" / "sowatch"
@@ -34,6 +35,20 @@ def pages() -> Iterator[Text]:
             yield Text(str(path.relative_to(ROOT)), number, line)
 
 
+def page_texts() -> Iterator[Text]:
+    """Of the agent's page: what its code writes in quotes or says in comments, and its HTML."""
+    for path in sorted((SOURCES / "agent" / "page" / "assets").iterdir()):
+        kinds = {".js": r"\"[^\"\n]* [^\"\n]*\"|`[^`]* [^`]*`|//[^\n]*|/\*.*?\*/", ".html": r"\"[^\"\n]*\"|>[^<]+<"}
+        if path.suffix in kinds:
+            yield from _found(path, kinds[path.suffix])
+
+
+def bpf_comments() -> Iterator[Text]:
+    """Of the BPF programs, without what is taken over from the kernel and libbpf."""
+    for path in sorted((SOURCES / "bpf" / "programs").glob("*.bpf.[ch]")):
+        yield from _found(path, r"/\*.*?\*/|//[^\n]*")
+
+
 def messages() -> Iterator[Text]:
     """Of every module: errors, log lines, help texts, what is written for people."""
     for path, tree in _modules():
@@ -53,6 +68,12 @@ def public_docstrings() -> Iterator[Text]:
             name = getattr(node, "name", "")
             if doc is not None and (not name.startswith("_") or name.startswith("__")):
                 yield Text(path, doc.lineno, str(doc.value))
+
+
+def _found(path: Path, pattern: str) -> Iterator[Text]:
+    text = path.read_text(encoding="utf-8")
+    for found in re.finditer(pattern, text, re.DOTALL):
+        yield Text(str(path.relative_to(ROOT)), text.count("\n", 0, found.start()) + 1, found.group())
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sowatch.bpf import records as wire
-from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType, VisitRecord
+from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType, ScanRecord
 from sowatch.model.identity import TICK_NS, FileId
 from sowatch.sources.scan_rows import ProcessScan, group
 
 __all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "scan", "text_of", "to_bytes"]
 
-R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord, VisitRecord)
+R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord, ScanRecord)
 
 PAGE = 0x1000
 REGULAR = 0o100644
@@ -131,9 +131,9 @@ class Proc:
         """RECORD_EXIT."""
         return _sized(RangeRecord(*self._head(RecordType.EXIT, t, 0), 0, 0))
 
-    def visit(self, *, t: int = 0, flags: int = 0, space: int = 0) -> VisitRecord:
-        """RECORD_VISIT; ``space`` is the number of its address space."""
-        return _sized(VisitRecord(*self._head(RecordType.VISIT, t, flags), space, 0))
+    def visit(self, *, t: int = 0, flags: int = 0, space: int = 0) -> ScanRecord:
+        """RECORD_SCAN; ``space`` is the number of its address space."""
+        return _sized(ScanRecord(*self._head(RecordType.SCAN, t, flags), space, 0))
 
     def intro(self, *, t: int = 0) -> ProcessRecord:
         """RECORD_INTRO."""

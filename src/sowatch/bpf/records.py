@@ -30,8 +30,8 @@ __all__ = [
     "RangeRecord",
     "Record",
     "RecordType",
+    "ScanRecord",
     "SeenRecord",
-    "VisitRecord",
     "file_and_view_of",
     "file_id_of",
     "key_of_file",
@@ -57,7 +57,7 @@ class RecordType:
     EXEC: Final = 5
     EXIT: Final = 6
     INTRO: Final = 7
-    VISIT: Final = 8
+    SCAN: Final = 8
 
 
 # enum record_flag
@@ -113,8 +113,8 @@ class RangeRecord(NamedTuple):
     end: int = 0
 
 
-class VisitRecord(RangeRecord):
-    """RECORD_VISIT: one process is scanned."""
+class ScanRecord(RangeRecord):
+    """RECORD_SCAN: one process is scanned."""
 
     __slots__ = ()
 
@@ -235,7 +235,7 @@ def parse(data: bytes) -> list[Record]:
         elif size < RANGE.size:
             found.append(RangeRecord(*HEAD.unpack_from(data, at)))
         else:
-            found.append(_new(VisitRecord if kind == RecordType.VISIT else RangeRecord, RANGE.unpack_from(data, at)))
+            found.append(_new(ScanRecord if kind == RecordType.SCAN else RangeRecord, RANGE.unpack_from(data, at)))
         at += size
     return found
 

@@ -1,7 +1,7 @@
-"""Is the map right? Compares it with an independent scan of /proc.
+"""Compares the mapping table with an independent scan of /proc.
 
 Watches for --duration seconds (default 1), then reads every live process's maps and prints what
-differs. A difference counts if it is still the same after a few looks, so a machine that is busy
+differs. A difference counts if it is still the same after a few scans, so a machine that is busy
 gives none either. Ends with 1 if there are any.
 
 Examples:

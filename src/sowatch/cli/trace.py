@@ -153,11 +153,11 @@ class _Waiting:
         self._trace = trace
         self._warn = warn
         self._at = time.monotonic() + _WAITING_S
-        self._is_said = False
+        self._is_reported = False
 
     def look(self) -> None:
-        if not self._is_said and time.monotonic() >= self._at:
-            self._is_said = True
+        if not self._is_reported and time.monotonic() >= self._at:
+            self._is_reported = True
             for library in self._trace.unmatched():
                 self._warn(
                     f"no process has {one_line(repr(library))} mapped. It is traced as soon as one has; "
@@ -165,7 +165,7 @@ class _Waiting:
                 )
 
     def end(self) -> None:
-        for library in [] if self._is_said else self._trace.unmatched():
+        for library in [] if self._is_reported else self._trace.unmatched():
             self._warn(f"no process had {one_line(repr(library))} mapped: nothing of it was traced. See: sowatch list.")
 
 

@@ -115,7 +115,7 @@ class Inspection:
         self.facts: FileFacts | None = None
 
 
-class _Order(NamedTuple):
+class _Request(NamedTuple):
     inspection: Inspection
     version: Version
     pid: int
@@ -128,13 +128,13 @@ class _Order(NamedTuple):
 class _Look:
     """What a thread does: since when, for whom, and whether it waits for the process or for the file."""
 
-    __slots__ = ("device", "is_at_file", "order", "pid", "since_s")
+    __slots__ = ("device", "is_at_file", "pid", "request", "since_s")
 
-    def __init__(self, order: _Order) -> None:
+    def __init__(self, request: _Request) -> None:
         self.since_s = time.monotonic()
-        self.order: _Order | None = order
-        self.pid = order.pid
-        self.device = order.version.file_id[:2]
+        self.request: _Request | None = request
+        self.pid = request.pid
+        self.device = request.version.file_id[:2]
         self.is_at_file = False
 
     def holds_up(self, pid: int, device: tuple[int, int], now_s: float) -> bool:
@@ -162,7 +162,7 @@ class Inspector:
         #: Files that may be being written: when to read them again, and when the pause after that ends.
         self._unfinished: dict[FileId, tuple[float, float]] = {}
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._under_way: dict[Version, Inspection] = {}
         self._looking: dict[threading.Thread, _Look] = {}
         #: Files that were not read, as that would hang: on which device, for which process.
@@ -189,10 +189,10 @@ class Inspector:
                     self._add_thread()
             for look in self._looking.values():
                 # Others may wait for the same file, and we may have it in our own view.
-                order = look.order
-                if order and order.is_own_view and not look.is_at_file and now_s - look.since_s > BUSY_S:
-                    look.order = None
-                    self._orders.put(order._replace(skips_process=True))
+                request = look.request
+                if request and request.is_own_view and not look.is_at_file and now_s - look.since_s > BUSY_S:
+                    look.request = None
+                    self._requests.put(request._replace(skips_process=True))
 
     def take_recovered(self) -> set[FileId]:
         """Files to be read again: what hung is over, or they may be complete by now."""
@@ -228,8 +228,8 @@ class Inspector:
             inspection = self._under_way.get(version)
             if inspection is None:
                 inspection = self._under_way[version] = Inspection(now_s)
-                self._orders.put(
-                    _Order(
+                self._requests.put(
+                    _Request(
                         inspection,
                         version,
                         change.process.pid,
@@ -244,33 +244,33 @@ class Inspector:
         with self._lock:
             threads = list(self._threads)
         for _ in threads:
-            self._orders.put(None)
+            self._requests.put(None)
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         me = threading.current_thread()
-        while (order := self._orders.get()) is not None:
-            look = _Look(order)
+        while (request := self._requests.get()) is not None:
+            look = _Look(request)
             with self._lock:
                 # One thread for each thing that hangs is enough.
                 others = self._looking.values()
                 is_hopeless = any(one.holds_up(look.pid, look.device, look.since_s) for one in others)
-                if order.skips_process:
-                    look.order, look.pid, is_hopeless = None, 0, False
+                if request.skips_process:
+                    look.request, look.pid, is_hopeless = None, 0, False
                 self._looking[me] = look
-            facts = FileFacts() if is_hopeless else self._look(order, look)
+            facts = FileFacts() if is_hopeless else self._look(request, look)
             with self._lock:
                 del self._looking[me]
-                order.inspection.facts = order.inspection.facts or facts
-                self._under_way.pop(order.version, None)
-                self._finished.append(order.inspection)
+                request.inspection.facts = request.inspection.facts or facts
+                self._under_way.pop(request.version, None)
+                self._finished.append(request.inspection)
                 has_hung = time.monotonic() - look.since_s > STUCK_S
                 if is_hopeless and len(self._given_up) < MAX_GIVEN_UP:
-                    self._given_up[order.version.file_id] = look.pid, look.device
+                    self._given_up[request.version.file_id] = look.pid, look.device
                 elif has_hung:
-                    self._recover(order.version.file_id, look)
+                    self._recover(request.version.file_id, look)
                 is_spare = has_hung and len(self._threads) > 1
                 if is_spare:
                     self._threads.remove(me)  # another one has taken its place
@@ -285,33 +285,33 @@ class Inspector:
             del self._given_up[one]
         self._recovered.update(found, (file,))
 
-    def _look(self, order: _Order, look: _Look) -> FileFacts:
+    def _look(self, request: _Request, look: _Look) -> FileFacts:
         def on_file() -> None:
             look.is_at_file = True
 
-        version = order.version
+        version = request.version
         found, fd = None, -1
         try:
             found = find_mapped(
                 self._proc,
-                order.pid,
+                request.pid,
                 version.file_id,
                 version.path,
-                () if order.skips_process else order.ranges,
-                is_own_view=order.is_own_view,
+                () if request.skips_process else request.ranges,
+                is_own_view=request.is_own_view,
                 is_deleted=version.is_deleted,
                 changed_ns=max(0, version.changed_ns),
                 on_file=on_file,
-                skips_process=order.skips_process,
+                skips_process=request.skips_process,
             )
             if found is None:
                 # On an overlay nothing may lead to what is mapped any more; its pages still say what it is.
-                build_id = None if order.skips_process else mapped_build_id(self._proc, order.pid, order.ranges)
+                build_id = None if request.skips_process else mapped_build_id(self._proc, request.pid, request.ranges)
                 return FileFacts(is_elf=True if build_id else None, build_id=build_id, is_partial=bool(build_id))
             fd = reopen(found.fd, os.O_RDONLY)
             facts = self._facts_of(fd, version, found.place)._replace(place=found.place, link=found.link)
-            if version.changed_ns <= 0 and not order.skips_process:
-                build_id = build_id_of_copied_up(self._proc, order.pid, order.ranges, fd, facts.build_id)
+            if version.changed_ns <= 0 and not request.skips_process:
+                build_id = build_id_of_copied_up(self._proc, request.pid, request.ranges, fd, facts.build_id)
                 if build_id is not None:
                     facts = FileFacts(is_elf=True, build_id=build_id, is_partial=True)
         except OSError:

@@ -120,7 +120,7 @@ class Publisher:
             waiting.put(change, self._inspect(change))
         self.subscribers.hand_over()
 
-    def look_again(self, changes: list[Change], *, only_held: bool = False) -> None:
+    def rescan_for(self, changes: list[Change], *, only_held: bool = False) -> None:
         """Takes loads of what is mapped already: each is published unless it was, under the rule that wants it now.
 
         Args:
@@ -134,10 +134,10 @@ class Publisher:
         self.subscribers.hand_over()
 
     def recheck(self, changes: list[Change], *, only_held: bool) -> None:
-        """Like `look_again`, because files can be read now: what was taken away by hand stays away."""
+        """Like `rescan_for`, because files can be read now: what was taken away by hand stays away."""
         keys = self._detached
         left = [one for one in changes if (one.process.id, one.name.file_id) not in keys] if keys else changes
-        self.look_again(left, only_held=only_held)
+        self.rescan_for(left, only_held=only_held)
 
     def announce(self, make: Callable[[], Event], *, holds: bool = False) -> None:
         """Takes a control event.
@@ -176,7 +176,7 @@ class Publisher:
     def let_go(self, pid: int, rule: str) -> int:
         """Unloads by hand, cause ``rules``, what was published of a process under a rule; how many files.
 
-        It stays so until the process maps the file anew, or `look_again` takes it.
+        It stays so until the process maps the file anew, or `rescan_for` takes it.
         """
         found = [load for load in self.published.of_pid(pid) if load.rule == rule]
         self._unload(found)

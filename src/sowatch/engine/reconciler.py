@@ -318,16 +318,16 @@ class Reconciler:
         # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
-        self._publisher.look_again(self._mapped(lambda _: True), only_held=self._silent)
+        self._publisher.rescan_for(self._mapped(lambda _: True), only_held=self._silent)
         self._publisher.after_all(done)
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
-    def look_again(self, pid: int, rule: Rule) -> None:
+    def rescan_for(self, pid: int, rule: Rule) -> None:
         """Scans a process, and publishes what the rule wants of it and was not published."""
         self._table.await_rescan(pid)
         self.sync()
         found = self._mapped(lambda one: rule.matches_path(one.name.path), pid)
-        self._publisher.look_again(found)
+        self._publisher.rescan_for(found)
 
     def _look_at_recovered(self) -> None:
         """Publishes files that can be read now; their file system hung before."""
@@ -371,7 +371,7 @@ class Reconciler:
 
     def _scan(self, due: dict[int, Causes]) -> None:
         """Scans these processes; one that has ended is forgotten, even if its exit record was lost."""
-        self._report(Report.RANGES | Report.VISITS)
+        self._report(Report.RANGES | Report.SCANS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
         take_others = partial(concerned.take_others, self._source.drain, self._apply_others)
         scans, records = self._read(due, take_others)
@@ -445,7 +445,7 @@ class Reconciler:
 
     def _read_everything(self, causes: Causes) -> set[int]:
         """Merges a full scan and the records that came meanwhile; returns the tgids that were scanned."""
-        self._report(Report.PROCESSES | Report.RANGES | Report.VISITS)
+        self._report(Report.PROCESSES | Report.RANGES | Report.SCANS)
         early = self._source.drain()
         scans, meanwhile = self._scan_all()
         records = [*early, *meanwhile, *self._drain_all()]

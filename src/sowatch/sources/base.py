@@ -38,7 +38,7 @@ class Report(IntFlag):
     PROCESSES = 1
     RANGES = 2
     IMAGES = 4
-    VISITS = 8
+    SCANS = 8
     INTROS = 16
     FENCE = 32
 

@@ -165,7 +165,7 @@ class BpfSource:
         self._epoch = bpf.variable(".bss", "rules_epoch")
         self.answer_clock = KernelClock(bpf.variable(".bss", "now_s"))
         self.reports = KernelSetting(self._report)
-        self._run = bpf.variable(".bss", "reading_run")
+        self._run = bpf.variable(".bss", "scan_run")
         self._verdicts = bpf.map("verdicts")
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
@@ -252,7 +252,7 @@ class BpfSource:
             raise ScanTimeout(pid)
         report = self._report.value
         # What an earlier scan of it may have introduced was not taken if that one was given up.
-        self._report.value = report | Report.VISITS | (Report.INTROS if self._has_given_up else 0)
+        self._report.value = report | Report.SCANS | (Report.INTROS if self._has_given_up else 0)
         begin_ns = time.monotonic_ns()
         try:
             rows = self._rows_of(pid, meanwhile)

@@ -46,9 +46,9 @@ __all__ = ["OLD_OBJECT", "READERS", "OldKernelSource"]
 LOG = logging.getLogger("sowatch")
 
 OLD_OBJECT: Final = "watch_old.bpf.o"
-VISITOR: Final = "visit_processes"
+INTRODUCER: Final = "visit_processes"
 #: Programs that only scans need.
-READERS: Final = (VISITOR, "look_up_file", "cover")
+READERS: Final = (INTRODUCER, "look_up_file", "cover")
 
 #: enum lookup_result of lookup.bpf.h.
 LOOKUP_TO_OPEN: Final = 1
@@ -131,7 +131,7 @@ class OldKernelSource(BpfSource):
         pool = RowPool()
         self._reading_tgid.value = 0
         # A chunk has whole processes, and the kernel waits with the next while we scan these.
-        for chunk in self._iterate(VISITOR):
+        for chunk in self._iterate(INTRODUCER):
             for scanned in group(parse(chunk), pool):
                 try:
                     scan = self._look(scanned, known)
@@ -147,7 +147,7 @@ class OldKernelSource(BpfSource):
         if self.unread.hangs(pid):
             raise ScanTimeout(pid)
         self._reading_tgid.value = pid
-        rows = [row for chunk in self._iterate(VISITOR) for row in parse(chunk)]
+        rows = [row for chunk in self._iterate(INTRODUCER) for row in parse(chunk)]
         scanned = group(rows)
         return self._look(scanned[0], {}) if scanned else None
 

@@ -204,7 +204,7 @@ class ProcfsSource:
             return []
         with self.polls.look():
             try:
-                return self._look_at_all()
+                return self._poll_all()
             except ProcReadError as error:
                 # Nothing is lost by it: the next poll finds what this one would have.
                 LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
@@ -213,7 +213,7 @@ class ProcfsSource:
     def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
-            records, pool = self._look_at_all(), RowPool()
+            records, pool = self._poll_all(), RowPool()
             scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
         # What the first poll found new is in the scans.
@@ -277,7 +277,7 @@ class ProcfsSource:
 
     # ---- polling ------------------------------------------------------------------------------
 
-    def _look_at_all(self) -> list[Record]:
+    def _poll_all(self) -> list[Record]:
         """Scans each process that may have changed, and returns records of what did."""
         self._looks += 1
         records: list[Record] = []
@@ -299,7 +299,7 @@ class ProcfsSource:
                 if known is not None:
                     known.cpu_ns = None
             elif known is not None and known.stat.start_ticks == found.stat.start_ticks:
-                self._tell_change(known, found, records)
+                self._report_change(known, found, records)
             else:
                 if known is not None:
                     self._emit_end(self._processes.pop(pid), RecordType.EXIT, records)
@@ -307,7 +307,7 @@ class ProcfsSource:
         # Parents first, as they are by now.
         for process in sorted(new, key=lambda one: (one.stat.start_ticks, one.pid)):
             self._processes[process.pid] = process
-            self._tell_new(process, self._processes.get(process.stat.ppid), records)
+            self._report_new(process, self._processes.get(process.stat.ppid), records)
         if any(isinstance(record, RangeRecord) for record in records):
             self._forget_files()
         return records
@@ -391,7 +391,7 @@ class ProcfsSource:
 
     # ---- records ------------------------------------------------------------------------------
 
-    def _tell_new(self, process: _Process, parent: _Process | None, records: list[Record]) -> None:
+    def _report_new(self, process: _Process, parent: _Process | None, records: list[Record]) -> None:
         """Reports a fork if it has all that its parent has and runs the same program; the rest as mapped since."""
         rows: Sequence[Row] = process.rows
         if parent is not None and parent.intro is not None and parent.stat.image == process.stat.image:
@@ -406,7 +406,7 @@ class ProcfsSource:
                 rows = more
         self._emit_maps(process, rows, records)
 
-    def _tell_change(self, known: _Process, found: _Process, records: list[Record]) -> None:
+    def _report_change(self, known: _Process, found: _Process, records: list[Record]) -> None:
         self._processes[known.pid] = found
         if not known.is_same_program(found.stat) or found.is_denied:
             # A process that may not be read any more has, as a rule, executed a set-user-ID program.

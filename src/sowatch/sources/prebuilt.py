@@ -57,7 +57,7 @@ SEEN_EXIT: Final = 21
 SEEN_COMPAT: Final = 22
 UNKNOWN_FLAGS: Final = (1 << 64) - 1
 CLONE_VM: Final = 0x100
-#: struct seen: min_start, max_end, range_count, has_company, then pairs of start and end; 536 bytes.
+#: struct seen: min_start, max_end, range_count, shares_mm, then pairs of start and end; 536 bytes.
 SEEN: Final = struct.Struct("=QQII64Q")
 #: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
 #: would wait for ever.
@@ -200,10 +200,10 @@ class PrebuiltSource:
                 else:
                     records += self._on_range(one)
             except ScanTimeout:
-                records += self._in_doubt(one)
+                records += self._needs_rescan(one)
         return records
 
-    def _in_doubt(self, seen: SeenRecord) -> Iterator[Record]:
+    def _needs_rescan(self, seen: SeenRecord) -> Iterator[Record]:
         """It cannot be read now; what it has mapped is found when it can."""
         about = self._reader.proc.stat(seen.tgid)
         if not isinstance(about, Miss):

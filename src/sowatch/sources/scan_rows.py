@@ -19,7 +19,7 @@ from sowatch.bpf.records import (
     ProcessRecord,
     Record,
     RecordType,
-    VisitRecord,
+    ScanRecord,
 )
 
 __all__ = ["MAX_PLAIN_ROWS", "Grouping", "MapRows", "ProcessScan", "RowPool", "group", "in_slices"]
@@ -216,8 +216,8 @@ class Grouping:
                 scan.is_compat = True
             if row.flags & FLAG_AGAIN:
                 scan.is_void = True
-            if row.type == RecordType.VISIT:
-                assert isinstance(row, VisitRecord)
+            if row.type == RecordType.SCAN:
+                assert isinstance(row, ScanRecord)
                 scan.space = row.mm
                 scan.has_untracked_sharers = bool(row.flags & FLAG_SHARED_VM)
             if row.type == RecordType.MAP:

@@ -415,7 +415,7 @@ class Watcher:
         if isinstance(self._proc.stat(pid), Miss):
             raise SowatchError(f"there is no process {pid}. Find the right one with `ps -e`.")
 
-        def settle() -> int:
+        def retry_held() -> int:
             held = [one for one in self._publisher.published.of_pid(pid) if one.rule == rule]
             idle = {one.library.id for one in self.registry.files() if one.rule == rule and one.state == "held"}
             for worker in self._publisher.in_force.workers.running:
@@ -426,8 +426,8 @@ class Watcher:
             return len(held)
 
         def look(answer: Future[int]) -> None:
-            engine.reconciler.look_again(pid, wanted)
-            self._publisher.after_all(lambda: answer.set_result(settle()))
+            engine.reconciler.rescan_for(pid, wanted)
+            self._publisher.after_all(lambda: answer.set_result(retry_held()))
 
         held = engine.request(look).result()
         if not held:

@@ -37,7 +37,7 @@ int main(void)
     struct file_id id = { .inode = 21ull << 33, .subvolume = 22, .dev = 254u << 20 | 3, .generation = 24 };
     struct file_key key = { .file = id, .dentry = 31, .mnt = 32, .root_dentry = 33, .root_mnt = 34,
                 .name_hash = 35, .epoch = 36 };
-    struct record visit = head(RECORD_VISIT, sizeof(visit));
+    struct record visit = head(RECORD_SCAN, sizeof(visit));
     struct range_record range = { .head = head(RECORD_RANGE, sizeof(range)), .start = 41ull << 33, .end = 42ull << 33 };
     struct map_record map = { .head = head(RECORD_MAP, sizeof(map) + 8), .key = key, .start = 51ull << 33,
                 .end = 52ull << 33, .offset_bytes = 53ull << 33, .changed_ns = 54ull << 33, .place = 55ull << 33,
@@ -76,7 +76,7 @@ KEY = struct.pack("=QQIIQQQQII", 21 << 33, 22, 254 << 20 | 3, 24, 31, 32, 33, 34
 
 
 def test_c_and_python_agree_on_the_bare_head(written):
-    assert written[0] == RangeRecord(40, RecordType.VISIT, *HEAD, 0, 0)
+    assert written[0] == RangeRecord(40, RecordType.SCAN, *HEAD, 0, 0)
 
 
 def test_c_and_python_agree_on_a_range_record(written):
@@ -124,7 +124,7 @@ def test_c_and_python_agree_on_where_the_root_stands_in_a_key(written):
 
 def test_c_and_python_agree_on_the_numbers():
     text = HEADER.read_text()
-    for name in ("MAP", "RANGE", "NEEDS_RESCAN", "FORK", "EXEC", "EXIT", "INTRO", "VISIT"):
+    for name in ("MAP", "RANGE", "NEEDS_RESCAN", "FORK", "EXEC", "EXIT", "INTRO", "SCAN"):
         assert f"RECORD_{name} = {getattr(RecordType, name)}," in text
     for name in ("ASK", "NEEDS_RESCAN", "DELETED", "PARTIAL", "SHARED_VM", "MPROTECT", "IMAGE", "COMPAT"):
         bit = getattr(wire, f"FLAG_{name}").bit_length() - 1

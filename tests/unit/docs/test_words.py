@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from support.prose import Text, messages, pages, public_docstrings
+from support.prose import Text, bpf_comments, messages, page_texts, pages, public_docstrings
 
 #: What is not written, and what is instead.
 OLD = {
@@ -16,7 +16,7 @@ OLD = {
     r"said": "reported, named",
     r"readings|(?:an?|the|no|one|each|every|another|first) reading": "scan",
     r"look(?:s|ed|ing)? (?:at|for|after|around)": "read, check, search",
-    r"(?:an?|the|one|each|every|last|first|next|two) looks?(?!-)|visits?|visited": "scan, poll",
+    r"(?:an?|the|one|each|every|last|first|next|two|few|many) looks?(?!-)|visits?|visited": "scan, poll",
     r"first words?": "introduction record",
     r"facts (?:were )?lost|claim(?:s|ed|ing)?": "authoritative record, tentative record",
     r"in doubt|doubt(?:s|ed)?|dirty|owed": "needs rescan",
@@ -48,6 +48,7 @@ ALLOWED = {
     r"what (?:is|was) followed|that is followed": "methods of a sampler",
     r"decisions/[\w-]+": "names of files",
     r"/orders/|\(void\); // said": "examples",
+    r"\.holders\b|\bholders\.\w+|\"holders\"|Math\.floor": "names in the page's code",
     r"times and orders": "which came first",
 }
 _ALLOWED = re.compile("|".join(ALLOWED), re.MULTILINE)
@@ -92,4 +93,16 @@ def test_the_pages_have_the_terms_of_the_glossary() -> None:
 def test_public_docstrings_have_the_terms_of_the_glossary() -> None:
     texts = list(public_docstrings())
     assert len(texts) > 1000
+    assert old_words(texts) == []
+
+
+def test_the_agents_page_has_the_terms_of_the_glossary() -> None:
+    texts = list(page_texts())
+    assert len(texts) > 200
+    assert old_words(texts) == []
+
+
+def test_comments_of_the_bpf_programs_have_the_terms_of_the_glossary() -> None:
+    texts = list(bpf_comments())
+    assert len(texts) > 300
     assert old_words(texts) == []

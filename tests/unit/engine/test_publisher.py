@@ -80,7 +80,7 @@ def test_it_comes_back_when_it_is_mapped_anew_or_asked_for(publisher: Publisher,
     if again == "mapped anew":
         publisher.publish([change(is_load=False), change()])
     else:
-        publisher.look_again([change("snapshot")])
+        publisher.rescan_for([change("snapshot")])
 
     assert story() == ["activate", "load"]
     publisher.recheck([change("repair")], only_held=False)
@@ -215,7 +215,7 @@ def test_only_processes_that_are_selected_are_reported(selection: Selection, sel
     changes = [made.change(pid=10), made.change(pid=11, container="abcdef"), made.change(pid=12, container="zabc")]
     made.publisher.publish(changes)
     assert {one.process.pid for one in made.events() if isinstance(one, Load)} == selected
-    made.publisher.look_again(changes)
+    made.publisher.rescan_for(changes)
     assert made.story() == []
 
 
@@ -320,7 +320,7 @@ def test_what_a_rule_had_that_goes_is_unloaded_before_anything_is_published_by_t
     unloads = made.change_rules(stays, Rule("lib", name="every"))
     assert unloads == ["unload 10 tls libssl rules", "deactivate tls libssl"]
 
-    made.publisher.look_again([made.change(cause="snapshot"), made.change(LIBC, cause="snapshot")])
+    made.publisher.rescan_for([made.change(cause="snapshot"), made.change(LIBC, cause="snapshot")])
     assert made.story() == ["activate every libssl", "load 10 every libssl snapshot"]
 
 
@@ -352,7 +352,7 @@ def test_what_another_rule_wants_by_now_is_unloaded_under_the_old_name_and_loade
     made.load()
     # The first rule that matches names the event: the order has changed.
     assert made.change_rules(Rule("lib", name="every"), Rule("libssl", name="tls")) == []
-    made.publisher.look_again([made.change(cause="snapshot")])
+    made.publisher.rescan_for([made.change(cause="snapshot")])
     assert made.story() == [
         "unload 10 tls libssl rules",
         "deactivate tls libssl",
@@ -403,7 +403,7 @@ def test_a_file_that_turns_out_to_be_no_library_is_unloaded(build_id: str | None
 def test_a_file_that_was_detached_and_asked_for_is_checked_like_any_other(held: Published) -> None:
     held.publisher.let_go(10, "tls")
     assert again(held, FileFacts(True, build_id="bb")) == ["unload 10 tls libssl rules", "deactivate tls libssl"]
-    held.publisher.look_again([held.change(cause="snapshot")])
+    held.publisher.rescan_for([held.change(cause="snapshot")])
     assert held.story() == ["activate tls libssl", "load 10 tls libssl snapshot"]
     assert again(held, FileFacts(True, build_id="cc"))[0] == "unload 10 tls libssl repair"
 

@@ -47,8 +47,8 @@ static __always_inline void note(__u64 pid_tgid, struct pending *call)
 {
 	struct task_struct *task = current_task();
 
-	if (!is_alone(task)) {
-		call->kind |= PENDING_IN_COMPANY;
+	if (!is_single_user(task)) {
+		call->kind |= PENDING_SHARED_MM;
 		if (BPF_CORE_READ(task, signal, nr_threads) > 1)
 			call->kind |= PENDING_AMONG_THREADS;
 	}
@@ -163,7 +163,7 @@ static __always_inline int enter_mprotect(__u64 start, __u64 length, __u64 prote
 	return 0;
 }
 
-/* Moves, grows, shrinks, and replaces what is at the target: rare enough to look again. */
+/* Moves, grows, shrinks, and replaces what is at the target: rare enough for a scan. */
 static __always_inline int enter_mremap(__u64 old, __u64 old_length, __u64 new_length, __u64 flags, __u64 target)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
@@ -239,15 +239,15 @@ static __always_inline int introduce(struct task_struct *task, struct process *p
 	return 0;
 }
 
-static __always_inline void untouch(const struct pending *call, __u32 tgid)
+static __always_inline void undo_activity(const struct pending *call, __u32 tgid)
 {
 	if (call->kind & PENDING_COUNTED)
-		unfollow(find_process(tgid), tgid);
+		drop_activity(find_process(tgid), tgid);
 }
 
-static __always_inline bool was_alone(const struct pending *call, struct task_struct *task)
+static __always_inline bool was_single_user(const struct pending *call, struct task_struct *task)
 {
-	return !(call->kind & PENDING_IN_COMPANY) && is_alone(task);
+	return !(call->kind & PENDING_SHARED_MM) && is_single_user(task);
 }
 
 /* Not inlined: its stack of two keys would not fit beside its caller's. */
@@ -258,12 +258,12 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 	struct found_vma found = {};
 	struct process *process = NULL;
 	bool is_whole = true;
-	bool is_alone_now;
+	bool is_single_user_now;
 	__u32 flags = 0;
 
 	if (!call)
 		return 0;
-	is_alone_now = was_alone(call, task);
+	is_single_user_now = was_single_user(call, task);
 	found.key = call->key;
 	found.file = (struct file *)call->file;
 	found.start = start;
@@ -290,13 +290,13 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 		if (!found.file || !found.is_executable || (verdict == VERDICT_IGNORE && confirmed)) {
 			if (!confirmed || !is_whole)
 				send_needs_rescan(task, count_activity(task));
-			untouch(call, tgid);
+			undo_activity(call, tgid);
 			return 0;
 		}
 		if (verdict == VERDICT_NONE)
 			flags |= FLAG_ASK;
 		if (!confirmed || !is_whole)
-			is_alone_now = false;
+			is_single_user_now = false;
 	} else if (call->kind & PENDING_ASK) {
 		flags |= FLAG_ASK;
 	}
@@ -310,7 +310,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 			return 0;
 		introduce(task, process);
 		flags |= sharing_flag(task, process, 0);
-		if (!is_alone_now && mark_needs_rescan(process))
+		if (!is_single_user_now && mark_needs_rescan(process))
 			flags |= FLAG_NEEDS_RESCAN;
 	}
 	send_map(SCRATCH_HOOKS, NULL, task, process, found.file, &found.key, found.start, found.end, found.offset_bytes,
@@ -321,7 +321,7 @@ static __noinline int report_mapping(struct pending *call, __u64 start)
 /*
  * Of a shared mm a scan decides. So it does after a failure: mmap and mprotect may have taken
  * something away before they failed. A failed munmap changes nothing, but that is rare and a
- * reading cheap.
+ * scan cheap.
  * If no thread is beside this one, the other user is mostly a reader of /proc/PID/maps, the
  * reader of these programs among them: the range is reported, so that what comes and goes meanwhile is
  * reported, too, and a scan corrects it if there was another process after all.
@@ -339,7 +339,7 @@ static __noinline int report_unmapping(struct task_struct *task, struct process 
 		return 0;
 	if (process && process->introduced)
 		introduce(task, process);
-	if (process && !was_alone(call, task)) {
+	if (process && !was_single_user(call, task)) {
 		flags = sharing_flag(task, process, 0);
 		if (mark_needs_rescan(process))
 			flags |= FLAG_NEEDS_RESCAN;
@@ -351,7 +351,7 @@ static __noinline int report_unmapping(struct task_struct *task, struct process 
 #define ANY_CALL (PENDING_MAP | PENDING_UNMAP | PENDING_REREAD | PENDING_MPROTECT_EXEC)
 
 /* Reports what a call has done. kinds: those that this call can be. */
-static __always_inline void tell_call(struct task_struct *task, struct pending *call, long ret, __u32 kinds)
+static __always_inline void report_call(struct task_struct *task, struct pending *call, long ret, __u32 kinds)
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 
@@ -373,7 +373,7 @@ static __always_inline void tell_call(struct task_struct *task, struct pending *
 	}
 	if (call->kind & kinds & PENDING_MAP) {
 		if (is_error(ret))
-			untouch(call, tgid);
+			undo_activity(call, tgid);
 		else
 			report_mapping(call, ret);
 	}
@@ -398,7 +398,7 @@ static __always_inline int leave_call(long ret, __u32 kinds)
 	call = bpf_map_lookup_elem(&pending_calls, &pid_tgid);
 	if (!call)
 		return 0;
-	tell_call(current_task(), call, ret, kinds);
+	report_call(current_task(), call, ret, kinds);
 	bpf_map_delete_elem(&pending_calls, &pid_tgid);
 	__sync_fetch_and_sub(&calls_under_way, 1);
 	return 0;

@@ -66,7 +66,7 @@ static __always_inline void ask_mprotect(struct pending *call, __u64 start, __u6
 }
 
 /* What only a scan can determine; and whether that may be of a process that is not tracked yet. */
-static __always_inline void ask_reading(struct pending *call, bool may_map)
+static __always_inline void ask_rescan(struct pending *call, bool may_map)
 {
 	call->kind = PENDING_REREAD | (may_map ? PENDING_COUNTED : 0);
 }
@@ -78,16 +78,16 @@ static __always_inline void read_compat_call(struct pt_regs *regs, __u32 number,
 	if (number == COMPAT_MMAP2)
 		ask_mmap(call, first, second, third, NARROW(regs, si));
 	else if (number == COMPAT_OLD_MMAP)
-		ask_reading(call, true);
+		ask_rescan(call, true);
 	else if (number == COMPAT_MUNMAP)
 		ask_range(call, first, second, PENDING_UNMAP);
 	else if (number == COMPAT_MPROTECT || number == COMPAT_PKEY_MPROTECT)
 		ask_mprotect(call, first, second, third);
 	else if (number == COMPAT_SHMAT || (number == COMPAT_IPC && (first & 0xffff) == IPC_SHMAT))
-		ask_reading(call, third & SHM_EXEC);
+		ask_rescan(call, third & SHM_EXEC);
 	else if (number == COMPAT_MREMAP || number == COMPAT_SHMDT ||
 		 (number == COMPAT_IPC && (first & 0xffff) == IPC_SHMDT))
-		ask_reading(call, false);
+		ask_rescan(call, false);
 }
 
 static __always_inline void read_x32_call(struct pt_regs *regs, __u32 number, struct pending *call)
@@ -101,13 +101,13 @@ static __always_inline void read_x32_call(struct pt_regs *regs, __u32 number, st
 	else if (number == X32_MPROTECT || number == X32_PKEY_MPROTECT)
 		ask_mprotect(call, first, second, third);
 	else if (number == X32_SHMAT)
-		ask_reading(call, third & SHM_EXEC);
+		ask_rescan(call, third & SHM_EXEC);
 	else if (number == X32_MREMAP || number == X32_SHMDT)
-		ask_reading(call, false);
+		ask_rescan(call, false);
 }
 
 /* The call has been made; what it was asked for is reported as if it had been noted. */
-static __always_inline int tell_unnoted(struct pending *call, long ret)
+static __always_inline int report_unnoted(struct pending *call, long ret)
 {
 	struct task_struct *task = current_task();
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
@@ -122,10 +122,10 @@ static __always_inline int tell_unnoted(struct pending *call, long ret)
 	}
 	if (!call->kind)
 		return 0;
-	call->kind |= PENDING_IN_COMPANY;
+	call->kind |= PENDING_SHARED_MM;
 	if (BPF_CORE_READ(task, signal, nr_threads) > 1)
 		call->kind |= PENDING_AMONG_THREADS;
-	tell_call(task, call, ret, ANY_CALL);
+	report_call(task, call, ret, ANY_CALL);
 	return 0;
 }
 
@@ -154,7 +154,7 @@ static __always_inline int leave_compat_call(struct pt_regs *regs, __u32 number,
 	if (!call)
 		return 0;
 	read_compat_call(regs, number, call);
-	return call->kind ? tell_unnoted(call, ret) : 0;
+	return call->kind ? report_unnoted(call, ret) : 0;
 }
 
 static __noinline int leave_rare_call(struct pt_regs *regs, bool is_compat, long ret)
@@ -167,7 +167,7 @@ static __noinline int leave_rare_call(struct pt_regs *regs, bool is_compat, long
 		read_compat_call(regs, READ(regs, orig_ax), call);
 	else
 		read_x32_call(regs, READ(regs, orig_ax) & ~X32_SYSCALL_BIT, call);
-	return call->kind ? tell_unnoted(call, ret) : 0;
+	return call->kind ? report_unnoted(call, ret) : 0;
 }
 
 __u32 has_x32 = 0; /* the kernel takes calls of x32; written by user space */
@@ -191,7 +191,7 @@ int BPF_PROG(tp_compat, struct pt_regs *regs, long ret)
 
 #ifndef OLD_KERNEL
 /* The call is not over, and nobody knows its result; whatever it has changed, a scan that comes now shows. */
-static __noinline int claim_rare_call(struct task_struct *task, struct pt_regs *regs, bool is_compat)
+static __noinline int note_rare_call(struct task_struct *task, struct pt_regs *regs, bool is_compat)
 {
 	struct process *process = find_process(bpf_get_current_pid_tgid() >> 32);
 	struct pending call = {};
@@ -230,7 +230,7 @@ int BPF_PROG(tp_lock, struct mm_struct *mm, bool is_writer)
 	regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	if (!is_compat && !is_x32(READ(regs, orig_ax)))
 		return 0;
-	return claim_rare_call(task, regs, is_compat);
+	return note_rare_call(task, regs, is_compat);
 }
 #endif
 

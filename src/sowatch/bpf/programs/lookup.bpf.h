@@ -28,7 +28,7 @@ int visit_processes(struct bpf_iter__task *context)
 	begin_visit(reader, task);
 	if (reader->is_skipped) {
 		if (reader->is_again)
-			tell_visit(seq, task, NULL, FLAG_AGAIN);
+			send_visit(seq, task, NULL, FLAG_AGAIN);
 		return 0;
 	}
 	process = find_process(reader->tgid);
@@ -39,7 +39,7 @@ int visit_processes(struct bpf_iter__task *context)
 		remove_process(reader->tgid);
 		return 0;
 	}
-	if (tell_visit(seq, task, process, reader->visit_flags))
+	if (send_visit(seq, task, process, reader->visit_flags))
 		send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE);
 	return 0;
 }

@@ -65,7 +65,7 @@ struct seen {
 	__u64 min_start;
 	__u64 max_end;
 	__u32 range_count; /* above MAX_RANGES: every range within [min_start, max_end) counts */
-	__u32 has_company;
+	__u32 shares_mm;
 	struct {
 		__u64 start;
 		__u64 end;
@@ -84,7 +84,7 @@ enum pending_kind {
 	PENDING_UNMAP = 1 << 1,
 	PENDING_REREAD = 1 << 2,
 	PENDING_MPROTECT_EXEC = 1 << 3,
-	PENDING_IN_COMPANY = 1 << 4,
+	PENDING_SHARED_MM = 1 << 4,
 };
 
 struct pending {
@@ -234,8 +234,8 @@ static __always_inline void note(struct seen *process, __u64 kind, __u64 start, 
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct pending call = {.kind = kind, .start = start, .length = length};
 
-	if (process && process->has_company)
-		call.kind |= PENDING_IN_COMPANY;
+	if (process && process->shares_mm)
+		call.kind |= PENDING_SHARED_MM;
 	if (bpf_map_update_elem(&pending_calls, &pid_tgid, &call, BPF_ANY))
 		count(LOST_PENDING);
 }
@@ -332,7 +332,7 @@ int leave(struct syscall_exit *context)
 	if (!call)
 		return 0;
 	process = find_process(pid_tgid >> 32);
-	if (call->kind & PENDING_IN_COMPANY || (process && process->has_company))
+	if (call->kind & PENDING_SHARED_MM || (process && process->shares_mm))
 		flags |= FLAG_NEEDS_RESCAN;
 	if (call->kind & PENDING_UNMAP && !flags && !failed)
 		send(SEEN_RANGE, 0, call->start, call->start + call->length);
@@ -366,7 +366,7 @@ static __always_inline int note_clone(__u64 flags)
 	if (flags & CLONE_VM && !(flags & CLONE_VFORK)) {
 		process = count_activity(pid_tgid >> 32);
 		if (process)
-			process->has_company = 1;
+			process->shares_mm = 1;
 	}
 	bpf_map_update_elem(&clones, &pid_tgid, &flags, BPF_ANY);
 	return 0;
@@ -401,12 +401,12 @@ int enter_vfork(struct syscall_enter *context)
 }
 
 /* Runs in the parent, after its mappings were copied and before the child does anything. */
-static __always_inline int tell_fork(__u32 child)
+static __always_inline int send_fork(__u32 child)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid(), *noted = bpf_map_lookup_elem(&clones, &pid_tgid);
 	__u64 flags = noted ? *noted : UNKNOWN_FLAGS;
 	struct seen *process = find_process(pid_tgid >> 32), *inherited;
-	bool has_company = process && process->has_company;
+	bool shares_mm = process && process->shares_mm;
 	bool shares = noted && flags & CLONE_VM;
 
 	if (noted)
@@ -426,9 +426,9 @@ static __always_inline int tell_fork(__u32 child)
 			inherited->max_end = ~0ULL;
 			inherited->range_count = MAX_RANGES + 1;
 		} else
-			inherited->has_company = 0;
+			inherited->shares_mm = 0;
 	}
-	send(SEEN_FORK, !shares && has_company ? FLAG_NEEDS_RESCAN : 0, child, flags);
+	send(SEEN_FORK, !shares && shares_mm ? FLAG_NEEDS_RESCAN : 0, child, flags);
 	return 0;
 }
 
@@ -452,13 +452,13 @@ struct fork_with_offsets {
 SEC("tp/sched/sched_process_fork")
 int process_forks_44(struct fork_with_arrays *context)
 {
-	return tell_fork(context->child_pid);
+	return send_fork(context->child_pid);
 }
 
 SEC("tp/sched/sched_process_fork")
 int process_forks_20(struct fork_with_offsets *context)
 {
-	return tell_fork(context->child_pid);
+	return send_fork(context->child_pid);
 }
 
 SEC("tp/sched/sched_process_exec")
@@ -518,7 +518,7 @@ int cover(struct bpf_raw_tracepoint_args *context)
 	if (!process)
 		return 0;
 	if (context->args[3])
-		process->has_company = 1;
+		process->shares_mm = 1;
 	if (context->args[2])
 		add_range(process, context->args[1], context->args[2]);
 	return 1;

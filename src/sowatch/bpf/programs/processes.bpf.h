@@ -56,7 +56,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		track(inherited, child_tgid);
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
-		inherited->visit_run = 0;
+		inherited->scan_run = 0;
 		inherited->shares_vm = 0;
 		inherited->vm_root = 0;
 		if (flags & FLAG_SHARED_VM) {
@@ -66,7 +66,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		}
 	}
 	flags |= compat_flag(child);
-	if (!(flags & FLAG_SHARED_VM) && (!is_alone(parent) || had_company(process) ||
+	if (!(flags & FLAG_SHARED_VM) && (!is_single_user(parent) || had_company(process) ||
 					  (process && process->shares_vm) || has_fewer_pages(mm, parent))) {
 		flags |= FLAG_NEEDS_RESCAN;
 		if (inherited)

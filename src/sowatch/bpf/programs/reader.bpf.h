@@ -14,7 +14,7 @@ struct reader {
 	struct file_id exe; /* the main executable */
 	__u32 is_skipped;
 	__u32 is_again; /* skipped, and to be read again */
-	__u32 visit_sent;
+	__u32 scan_sent;
 	__u32 visit_flags;
 	__u32 rows; /* map records of this scan */
 };
@@ -91,10 +91,10 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 		return 0;
 	tgid = BPF_CORE_READ(task, tgid);
 	tid = BPF_CORE_READ(task, pid);
-	reader->run = reading_run;
+	reader->run = scan_run;
 	reader->tgid = tgid;
 	reader->tid = tid;
-	reader->visit_sent = 0;
+	reader->scan_sent = 0;
 	reader->rows = 0;
 	reader->visit_flags = compat_flag(task);
 	/*
@@ -114,7 +114,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	if (tid != tgid) {
 		if (BPF_CORE_READ(task, group_leader, mm))
 			reader->is_skipped = 1;
-		else if (process && process->visit_run == reading_run && process->visit_tid != tid)
+		else if (process && process->scan_run == scan_run && process->scan_tid != tid)
 			reader->is_skipped = 1;
 	}
 	if (reader->is_skipped)
@@ -126,8 +126,8 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	if (!process && (!READER_HOLDS || compat_flag(task) || has_untracked_sharers(task, READER_HOLDS)))
 		process = count_activity(task);
 	if (process) {
-		process->visit_run = reading_run;
-		process->visit_tid = tid;
+		process->scan_run = scan_run;
+		process->scan_tid = tid;
 		process->dirty = 0;
 		if (report & REPORT_INTROS)
 			process->introduced = 0;
@@ -152,12 +152,12 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	return 0;
 }
 
-static __always_inline bool tell_visit(struct seq_file *seq, struct task_struct *task, struct process *process,
+static __always_inline bool send_visit(struct seq_file *seq, struct task_struct *task, struct process *process,
 				       __u32 flags)
 {
 	struct range_record visit = {};
 
-	fill_head(&visit.head, task, RECORD_VISIT, flags, sizeof(visit));
+	fill_head(&visit.head, task, RECORD_SCAN, flags, sizeof(visit));
 	visit.head.activity = activity_of(SCRATCH_READER, task, process);
 	visit.start = (__u64)BPF_CORE_READ(task, mm);
 	return bpf_seq_write(seq, &visit, sizeof(visit)) == 0;
@@ -189,18 +189,18 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	reader->session = context->meta->session_id;
 	if (report & REPORT_FENCE)
 		return 0;
-	if (reader->run != reading_run || reader->tgid != task->tgid || reader->tid != task->pid)
+	if (reader->run != scan_run || reader->tgid != task->tgid || reader->tid != task->pid)
 		begin_visit(reader, task);
 	if (reader->is_skipped) {
-		if (reader->is_again && tell_visit(seq, task, NULL, FLAG_AGAIN))
+		if (reader->is_again && send_visit(seq, task, NULL, FLAG_AGAIN))
 			reader->is_again = 0;
 		return 0;
 	}
 	process = find_process(reader->tgid);
-	if (!reader->visit_sent && (process || report & REPORT_VISITS) &&
-	    !tell_visit(seq, task, process, reader->visit_flags))
+	if (!reader->scan_sent && (process || report & REPORT_SCANS) &&
+	    !send_visit(seq, task, process, reader->visit_flags))
 		return 0; /* the buffer is full: the kernel calls again for this vma */
-	if (process && (!reader->visit_sent || !process->introduced))
+	if (process && (!reader->scan_sent || !process->introduced))
 		facts = facts_of(task);
 	/* One that was introduced is so again if it is not any more what it was reported to be. */
 	if (process && ((!process->introduced && reader->visit_flags & FLAG_SHARED_VM) ||
@@ -231,8 +231,8 @@ int read_mappings(struct bpf_iter__task_vma *context)
 	if (!process) {
 		process = count_activity(task);
 		if (process) {
-			process->visit_run = reading_run;
-			process->visit_tid = task->pid;
+			process->scan_run = scan_run;
+			process->scan_tid = task->pid;
 			/* Its exit may have come before the entry was made; it would stay for ever. */
 			if (BPF_CORE_READ(task, signal, live.counter) == 0) {
 				remove_process(reader->tgid);
@@ -241,7 +241,7 @@ int read_mappings(struct bpf_iter__task_vma *context)
 			}
 			facts = facts_of(task);
 			reader->visit_flags |= sharing_flag(task, process, 1);
-			if (!reader->visit_sent && !tell_visit(seq, task, process, reader->visit_flags))
+			if (!reader->scan_sent && !send_visit(seq, task, process, reader->visit_flags))
 				return 0;
 		}
 	}
@@ -273,8 +273,8 @@ shown:
 		if (facts)
 			process->facts = facts;
 	}
-	if (process || report & REPORT_VISITS)
-		reader->visit_sent = 1;
+	if (process || report & REPORT_SCANS)
+		reader->scan_sent = 1;
 	return 0;
 }
 #endif

@@ -24,7 +24,7 @@ enum record_type {
 	RECORD_EXEC = 5,         /* process_record: everything it had is gone */
 	RECORD_EXIT = 6,         /* record: its last thread is gone */
 	RECORD_INTRO = 7,        /* process_record: introduction of a process, before its first map_record */
-	RECORD_VISIT = 8,        /* range_record: the reader starts on this process; start is its address space */
+	RECORD_SCAN = 8,         /* range_record: the reader starts on this process; start is its address space */
 };
 
 enum record_flag {
@@ -55,7 +55,7 @@ enum report_bit {
 	REPORT_PROCESSES = 1 << 0, /* fork, exec and exit of every process */
 	REPORT_RANGES = 1 << 1,    /* range events of every process: while something is being read */
 	REPORT_IMAGES = 1 << 2,    /* main executables and interpreters too */
-	REPORT_VISITS = 1 << 3,    /* a scan record also of a process that is not tracked */
+	REPORT_SCANS = 1 << 3,     /* a scan record also of a process that is not tracked */
 	REPORT_INTROS = 1 << 4,    /* an introduction of each that is read, introduced already or not */
 	REPORT_FENCE = 1 << 5,     /* nothing at all: the reader only ends what older sessions of it still do */
 };

@@ -27,11 +27,11 @@ struct process {
 	__u32 introduced;     /* its RECORD_INTRO was sent */
 	__u32 shares_vm;      /* another process may hold the same mm */
 	__u64 company_ns;     /* when a thread of it, but not the last, ended last */
-	__u64 visit_run;      /* the scan that scanned it last, and through which thread */
+	__u64 scan_run;       /* the scan that scanned it last, and through which thread */
 	__u64 facts;          /* what its last introduction reported, see facts_of */
 	__u32 first_activity; /* what activity counts from, see track */
 	__u32 vm_root;        /* who else has to know of its ranges; itself if that is not known; 0: nobody */
-	__u32 visit_tid;
+	__u32 scan_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
 #ifdef OLD_KERNEL
@@ -74,7 +74,7 @@ enum pending_kind {
 	PENDING_ASK = 1 << 4,           /* the file has no verdict yet */
 	PENDING_UNSURE_FD = 1 << 5,     /* the fd table is shared: the fd may name another file by now */
 	PENDING_COUNTED = 1 << 6,       /* counted in its process's activity */
-	PENDING_IN_COMPANY = 1 << 7,    /* others could interfere when it began */
+	PENDING_SHARED_MM = 1 << 7,     /* others could interfere when it began */
 	PENDING_AMONG_THREADS = 1 << 8, /* and there were other threads of its process among them */
 };
 
@@ -111,7 +111,7 @@ struct {
 __u32 rules_epoch = 0;
 __u32 report = 0; /* enum report_bit */
 __u32 now_s = 0;  /* ticks about once a second; a clock read per mmap would cost more */
-__u64 reading_run = 0;
+__u64 scan_run = 0;
 __u32 max_records_s = 0; /* records one process may send in a second; 0: any number */
 
 /*
@@ -140,7 +140,7 @@ static __always_inline bool is_error(long ret)
  * beside it on its fd table. mm_users counts threads and CLONE_VM processes alike (and, for a
  * moment, a reader of /proc/PID/maps: that makes a needless tentative record, never a wrong authoritative one).
  */
-static __always_inline bool is_alone(struct task_struct *task)
+static __always_inline bool is_single_user(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, mm, mm_users.counter) == 1;
 }
@@ -154,7 +154,7 @@ static __always_inline bool is_shared(struct task_struct *task)
 /*
  * Whether a process that is not tracked may hold the task's address space. A thread on its way out
  * is counted until it is gone, so this is never true for that reason; for a moment it is while
- * somebody reads /proc/PID/maps, which costs a needless reading.
+ * somebody reads /proc/PID/maps, which costs a needless scan.
  */
 static __always_inline bool has_untracked_sharers(struct task_struct *task, int readers)
 {
@@ -225,7 +225,7 @@ static __always_inline void track(struct process *process, __u32 tgid)
 	__sync_fetch_and_add(&process->activity, 1);
 }
 
-static __always_inline void unfollow(struct process *process, __u32 tgid)
+static __always_inline void drop_activity(struct process *process, __u32 tgid)
 {
 	if (process)
 		__sync_fetch_and_sub(&process->activity, 1);
@@ -256,7 +256,7 @@ static __always_inline void track(struct process *process, __u32 tgid)
 }
 
 /* The call that was counted at its entry sends no record after all. */
-static __always_inline void unfollow(struct process *process, __u32 tgid)
+static __always_inline void drop_activity(struct process *process, __u32 tgid)
 {
 	__u32 left;
 
@@ -274,7 +274,7 @@ static __always_inline void remove_process(__u32 tgid)
 
 	if (!process)
 		return;
-	/* Taken, not read: user space may be settling it at this moment. */
+	/* Taken, not read: user space may be untracking it at this moment. */
 	if (__sync_lock_test_and_set(&process->activity, 0))
 		__sync_fetch_and_sub(slot_of(tgid), 1);
 	bpf_map_delete_elem(&processes, &tgid);
@@ -326,7 +326,7 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 	__u32 slot;
 
 #ifdef OLD_KERNEL
-	if (!is_alone(current_task())) {
+	if (!is_single_user(current_task())) {
 		forget_ranges(process);
 		return;
 	}
@@ -417,7 +417,7 @@ static __always_inline bool mark_needs_rescan(struct process *process)
 
 /*
  * FLAG_SHARED_VM for the first record of a process whose address space a process that is not
- * followed may hold: user space reads all to find it.
+ * tracked may share: user space scans all to find it.
  */
 static __always_inline __u32 sharing_flag(struct task_struct *task, struct process *process, int readers)
 {

@@ -31,7 +31,7 @@ const NOTES = {
   not_mapped: "no process has it mapped",
   not_regular: "it is no regular file",
   unread: "the kernel does not answer who reads its mappings: what is known may be old",
-  unrepaired: "facts were lost and the map is not repaired yet",
+  unrepaired: "records were lost and the mapping table is not repaired yet",
   published_only: "only what this watch reports is shown here; `sowatch debug explain`, on the host, shows the rest",
 };
 
