@@ -19,6 +19,10 @@ for one in watch("libssl", events=("load", "deactivate")):
     if one.event == "load":
         pid = one.process.pid
 
+for told in watch("libssl", control=True, snapshot=False):
+    if told.event == "lost":
+        count: int = told.count
+
 async def first() -> int:
     async for event in awatch("libssl"):
         return event.process.pid
@@ -55,6 +59,9 @@ def test_each_event_is_known_by_its_type_and_by_its_name(tmp_path: Path) -> None
             'of "Process | None" has no attribute "pid"',
         ),
         ('[one.mappings for one in watch("x")]', 'has no attribute "mappings"'),
+        ('watch("x", snapshots=False)', 'No overload variant of "watch" matches'),
+        ('watch("x", events=("loads",))', 'Argument "events" to "watch" has incompatible type'),
+        ('[one.process.pid for one in watch("x", control=True)]', 'has no attribute "process"'),
         ('Load("r", None, None, "exit", None, 0)', "incompatible type"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Protocol, Self
 from msgspec.structs import replace
 
 from sowatch.engine.backlog import Backlog
+from sowatch.engine.owner import Owner
 from sowatch.engine.published_map import Loads
 from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Lost, Repaired, Unload, size_of
 from sowatch.model.identity import FileId
@@ -68,6 +69,7 @@ class Subscription:
         self._is_closed = False
         self._has_ended = False
         self._on_event: Callable[[], None] | None = None
+        self._owner = Owner()
         #: Events lost in this queue so far.
         self.lost = 0
 
@@ -87,11 +89,15 @@ class Subscription:
         """The next event; None after the last one, or if none came within the time.
 
         `has_ended` distinguishes the two.
+
+        Raises:
+            UsageError: in a child of ``os.fork()``, where no event comes.
         """
         opened = self._open
         if not opened:
             if self._has_ended:
                 return None
+            self._owner.check()
             try:
                 batch = self._queue.get(timeout=timeout_s) if timeout_s != 0 else self._queue.get_nowait()
             except queue.Empty:

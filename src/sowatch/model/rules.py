@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from sowatch.model.errors import PatternError, UsageError
@@ -47,7 +48,7 @@ class Rule:
 
     Raises:
         PatternError: ``pattern`` is not a regular expression.
-        UsageError: an unknown kind.
+        UsageError: an unknown kind, a single text as exports, or a callback that cannot be called or is ``async def``.
 
     >>> Rule(r"libssl\.so", name="tls").matches_path("/usr/lib/libssl.so.3")
     True
@@ -82,14 +83,25 @@ class Rule:
         if not kinds:
             raise UsageError(f"a rule needs at least one kind. Use one of: {', '.join(KINDS)}.")
         if isinstance(exports, str):
-            exports = (exports,)
+            raise UsageError(f"exports is a collection of names, not a text. Write exports=({exports!r},).")
+        exports = frozenset(exports)
+        for one in exports:
+            if not isinstance(one, str):
+                raise UsageError(f"a name of exports must be a str, not {type(one).__name__}. Give the symbol's name.")
         if pattern is not None and not isinstance(pattern, str):
             raise UsageError(f"a pattern must be a str, not {type(pattern).__name__}. Pass the expression as text.")
+        for called, callback in (
+            ("on_load", on_load),
+            ("on_unload", on_unload),
+            ("on_activate", on_activate),
+            ("on_deactivate", on_deactivate),
+        ):
+            _check_callback(called, callback)
         put = object.__setattr__
         put(self, "pattern", pattern or None)
         put(self, "name", name or pattern or "all")
         put(self, "kind", kinds)
-        put(self, "exports", frozenset(exports))
+        put(self, "exports", exports)
         put(self, "on_load", on_load)
         put(self, "on_unload", on_unload)
         put(self, "on_activate", on_activate)
@@ -111,6 +123,16 @@ class Rule:
     def matches_path(self, path: str) -> bool:
         """Whether the pattern is found in ``path`` (surrogate escapes stand for raw bytes)."""
         return self._search is None or self._search(path) is not None
+
+
+def _check_callback(name: str, callback: object) -> None:
+    if callback is not None and not callable(callback):
+        raise UsageError(f"{name} must be a function, not {type(callback).__name__}. Pass what is to be called.")
+    if iscoroutinefunction(callback) or iscoroutinefunction(getattr(callback, "__call__", None)):  # noqa: B004
+        raise UsageError(
+            f"{name} is an `async def`, and callbacks run on a thread without an event loop. Iterate `awatch`, or "
+            "pass a function that calls asyncio.run_coroutine_threadsafe."
+        )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

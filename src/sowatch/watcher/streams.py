@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
-from sowatch.model.events import LibraryEvent, Load, Unload
+from sowatch.model.config import Config
+from sowatch.model.events import Event, LibraryEvent, Load, Unload
+from sowatch.model.literals import EventKind
 from sowatch.model.rules import Rule
 from sowatch.watcher.watcher import Watcher
 
@@ -27,24 +29,54 @@ def _rules_of(patterns: tuple[str | Rule, ...]) -> list[Rule]:
     return rules
 
 
+class WatchOptions(TypedDict, total=False):
+    """Options of `Watcher` that `watch` and `awatch` take."""
+
+    config: Config
+    pids: Collection[int]
+    container: str | None
+    exclude_self: bool
+    exclude_pids: Collection[int]
+    snapshot: bool
+
+
 @overload
-def watch(
-    *patterns: str | Rule, stop: threading.Event | None = None, events: Collection[str], **options: Any
-) -> Iterator[LibraryEvent]: ...
-@overload
-def watch(*patterns: str | Rule, stop: threading.Event | None = None, **options: Any) -> Iterator[Load | Unload]: ...
 def watch(
     *patterns: str | Rule,
     stop: threading.Event | None = None,
-    events: Collection[str] = ("load", "unload"),
-    **options: Any,
-) -> Iterator[LibraryEvent]:
+    events: Collection[EventKind] = ...,
+    control: Literal[True],
+    **options: Unpack[WatchOptions],
+) -> Iterator[Event]: ...
+@overload
+def watch(
+    *patterns: str | Rule,
+    stop: threading.Event | None = None,
+    events: Collection[EventKind],
+    control: Literal[False] = False,
+    **options: Unpack[WatchOptions],
+) -> Iterator[LibraryEvent]: ...
+@overload
+def watch(
+    *patterns: str | Rule,
+    stop: threading.Event | None = None,
+    control: Literal[False] = False,
+    **options: Unpack[WatchOptions],
+) -> Iterator[Load | Unload]: ...
+def watch(
+    *patterns: str | Rule,
+    stop: threading.Event | None = None,
+    events: Collection[EventKind] = ("load", "unload"),
+    control: bool = False,
+    **options: Unpack[WatchOptions],
+) -> Iterator[Event]:
     r"""Library events of the whole host, one after the other, until ``stop`` is set.
 
     Args:
         patterns: regular expressions or rules; none: every shared library.
         stop: ends the iteration; checked ten times a second.
         events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
+        control: also `Ready`, `Lost`, `Repaired` and `Stopped`: who counts what is there learns of a gap by them.
         options: as for `Watcher`: ``config``, ``pids``, ``container``, ``exclude_self``, ``exclude_pids``,
             ``snapshot``.
 
@@ -55,29 +87,48 @@ def watch(
     ...     print(event.cause, event.process.pid, event.library.path)
     """
     watcher = Watcher(*_rules_of(patterns), **options)
-    with watcher.subscribe(events=events, control=False) as subscription, watcher:
-        while stop is None or not stop.is_set():
-            event = subscription.get(None if stop is None else 0.1)
-            if isinstance(event, LibraryEvent):
-                yield event
-            elif subscription.has_ended:
-                return
+    with watcher.subscribe(events=events, control=control) as subscription:
+        with watcher:
+            while stop is None or not stop.is_set():
+                event = subscription.get(None if stop is None else 0.1)
+                if event is not None:
+                    yield event
+                elif subscription.has_ended:
+                    return
+        if control:
+            yield from subscription
 
 
 @overload
 def awatch(
-    *patterns: str | Rule, stop: asyncio.Event | None = None, events: Collection[str], **options: Any
+    *patterns: str | Rule,
+    stop: asyncio.Event | None = None,
+    events: Collection[EventKind] = ...,
+    control: Literal[True],
+    **options: Unpack[WatchOptions],
+) -> AsyncIterator[Event]: ...
+@overload
+def awatch(
+    *patterns: str | Rule,
+    stop: asyncio.Event | None = None,
+    events: Collection[EventKind],
+    control: Literal[False] = False,
+    **options: Unpack[WatchOptions],
 ) -> AsyncIterator[LibraryEvent]: ...
 @overload
 def awatch(
-    *patterns: str | Rule, stop: asyncio.Event | None = None, **options: Any
+    *patterns: str | Rule,
+    stop: asyncio.Event | None = None,
+    control: Literal[False] = False,
+    **options: Unpack[WatchOptions],
 ) -> AsyncIterator[Load | Unload]: ...
 async def awatch(
     *patterns: str | Rule,
     stop: asyncio.Event | None = None,
-    events: Collection[str] = ("load", "unload"),
-    **options: Any,
-) -> AsyncIterator[LibraryEvent]:
+    events: Collection[EventKind] = ("load", "unload"),
+    control: bool = False,
+    **options: Unpack[WatchOptions],
+) -> AsyncIterator[Event]:
     """`watch` for asyncio: the same words and options; ``stop`` is an `asyncio.Event`.
 
     Loading the programs and stopping run in a thread, so the event loop goes on meanwhile.
@@ -95,8 +146,9 @@ async def awatch(
             is_signalled.set()
             loop.call_soon_threadsafe(news.set)
 
-    subscription = watcher.subscribe(events=events, control=False)
+    subscription = watcher.subscribe(events=events, control=control)
     subscription.call_on_event(signal)
+    reads_to_the_end = False
     stopper = None if stop is None else asyncio.ensure_future(_set_when(stop, news))
     try:
         await asyncio.to_thread(watcher.start)
@@ -105,16 +157,20 @@ async def awatch(
             news.clear()
             is_signalled.clear()
             while (event := subscription.get(0)) is not None:
-                assert isinstance(event, LibraryEvent)
                 yield event
             if subscription.has_ended:
                 return
+        reads_to_the_end = control
     finally:
         subscription.call_on_event(None)
         if stopper is not None:
             stopper.cancel()
-        subscription.close()
+        if not reads_to_the_end:
+            subscription.close()
         await asyncio.to_thread(watcher.stop)
+    with subscription:
+        while reads_to_the_end and (event := subscription.get(0)) is not None:
+            yield event
 
 
 async def _set_when(stop: asyncio.Event, news: asyncio.Event) -> None:

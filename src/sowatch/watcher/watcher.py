@@ -20,6 +20,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Mapping
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
+from sowatch.engine.owner import Owner
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscription import Subscription
@@ -71,7 +72,8 @@ class Watcher:
         open_source: where records come from; the default selects the strategy.
 
     Use it as a context manager, or `start` and `stop` it. All methods may be called from any
-    thread. Iterating gives the library events from before the start on.
+    thread, but not in a child of ``os.fork()``, where they raise `UsageError`; only leaving the context does nothing
+    there. Iterating gives the library events from before the start on.
 
     >>> with Watcher(Rule(r"libc\.so", name="libc")) as watcher:  # doctest: +SKIP
     ...     print(len(watcher.snapshot()))
@@ -116,6 +118,7 @@ class Watcher:
             limit_bytes=config.queue_bytes,
         )
         self._own: Subscription | None = None
+        self._owner = Owner()
 
     def start(self) -> Ready:
         """Loads, attaches, takes the snapshot. Returns what the ``ready`` event says.
@@ -126,6 +129,7 @@ class Watcher:
             LibbpfMissing: the binding to libbpf does not load.
             UsageError: it was started before.
         """
+        self._owner.check()
         with self._lock:
             if self._is_started:
                 raise UsageError("a Watcher can be started once. Make a new one.")
@@ -179,6 +183,7 @@ class Watcher:
 
     def stop(self) -> None:
         """Detaches everything, deactivates every active file, ends every thread. Safe to call again."""
+        self._owner.check()
         with self._lock:
             if self._is_stopped:
                 return
@@ -204,7 +209,8 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        if self._owner.is_this_process:
+            self.stop()
 
     def __iter__(self) -> Iterator[LibraryEvent]:
         with self._lock:
@@ -221,6 +227,7 @@ class Watcher:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until `stop` was called, or the time is up; whether it was stopped."""
+        self._owner.check()
         return self._stopped.wait(timeout_s)
 
     def subscribe(
@@ -237,6 +244,7 @@ class Watcher:
         Raises:
             UsageError: an unknown event.
         """
+        self._owner.check()
         for one in events:
             if one not in EVENT_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
@@ -255,6 +263,7 @@ class Watcher:
             with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
                 those who ask again and again.
         """
+        self._owner.check()
         now: dict[ProcessId, dict[FileId, Mapping]] = {}
         if with_ranges and self.ready is not None:
             # The watch may end at any moment.
@@ -361,6 +370,7 @@ class Watcher:
         return {} if self._engine is None else self._engine.unread
 
     def _running_engine(self) -> Engine:
+        self._owner.check()
         engine = self._engine
         if engine is None or self._is_stopped:
             raise SowatchError("the watch is not running. Call start() first.")
@@ -383,6 +393,7 @@ class Watcher:
             SowatchError: the watch is not running, or ended meanwhile.
             UsageError: two rules of one name.
         """
+        self._owner.check()
         new = RuleSet(rules)
         with self._changing_rules:
             engine = self._running_engine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from sowatch import EnvironmentFault, Rule
 from sowatch.explain import ProcessReport
-from sowatch.model.errors import SowatchError
+from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import LibraryEvent
 from sowatch.watcher.watcher import ActiveFile
 from support.elf_files import Made, Sym
@@ -311,6 +312,46 @@ def test_a_search_of_exports_that_is_given_up_is_counted_and_explained(
     (mapping,) = [one for one in report.mappings if one.library.path == str(lying)]
     assert (mapping.look.elf, mapping.look.reason) == ("partial", "its hash table ends outside the file")
     assert mapping.rules[0].why == "exports_given_up"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # 3.12 warns of just this
+def test_in_a_child_of_fork_each_call_raises_and_leaving_the_context_does_nothing(
+    open_ledger: OpenLedger, deadline: Any
+) -> None:
+    ledger = open_ledger()
+    watcher = ledger.watcher
+    subscription = watcher.subscribe()
+    calls: dict[str, Callable[[], object]] = {
+        "start": watcher.start,
+        "stop": watcher.stop,
+        "wait": lambda: watcher.wait(0),
+        "subscribe": watcher.subscribe,
+        "get": lambda: subscription.get(0.1),
+        "snapshot": watcher.snapshot,
+        "audit": watcher.audit,
+        "explain": lambda: watcher.explain(os.getpid()),
+        "set_rules": lambda: watcher.set_rules(Rule()),
+        "attach_pid": lambda: watcher.attach_pid(1, "everything"),
+    }
+    read_fd, write_fd = os.pipe()
+    child = os.fork()
+    if not child:
+        said = {}
+        for name, call in calls.items():
+            try:
+                call()
+            except UsageError as error:
+                said[name] = str(error)
+        watcher.__exit__(None, None, None)
+        os.write(write_fd, json.dumps(said).encode())
+        os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as file:
+        said = json.loads(file.read())
+    assert os.waitpid(child, 0)[1] == 0
+    assert said.keys() == calls.keys()
+    assert [one for one in said.items() if not one[1].startswith(f"this watch belongs to process {os.getpid()}, ")] == []
+    assert watcher.is_running
 
 
 def test_only_the_chosen_processes_are_told_of(open_ledger: OpenLedger, start: Start, library: NewLibrary) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import functools
 import os
 import pickle
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -105,8 +107,33 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(kind: str, said: str) ->
     assert str(caught.value).endswith(f"Use one of: {', '.join(KINDS)}.")
 
 
-def test_one_export_may_be_given_without_a_tuple() -> None:
-    assert Rule(exports="SSL_read").exports == {"SSL_read"}
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exports": "SSL_read"}, r"Write exports=\('SSL_read',\)\.$"),
+        ({"exports": [b"SSL_read"]}, "must be a str, not bytes. Give the symbol's name.$"),
+        ({"on_load": 3}, "on_load must be a function, not int. Pass what is to be called.$"),
+        ({"on_deactivate": "detach"}, "on_deactivate must be a function, not str"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(options: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Rule("x", **options)
+
+
+@pytest.mark.parametrize("name", ["on_load", "on_unload", "on_activate", "on_deactivate"])
+def test_a_coroutine_function_is_refused_because_nobody_would_await_it(name: str) -> None:
+    async def callback(_: object) -> None: ...
+
+    class Callback:
+        async def __call__(self, _: object) -> None: ...
+
+    for one in (callback, Callback(), functools.partial(callback)):
+        with pytest.raises(UsageError, match=f"{name} is an `async def`.*Iterate `awatch`"):
+            Rule("x", **{name: one})
+
+
+def test_exports_are_any_collection_of_names() -> None:
     assert Rule(exports=["SSL_read", "SSL_write"]).exports == {"SSL_read", "SSL_write"}
 
 
@@ -163,18 +190,18 @@ def test_exports_decide_whatever_the_name_of_the_file() -> None:
 
 
 def test_unknown_exports_are_asked_for_only_if_the_rule_could_win() -> None:
-    plain, exporting = Rule("libssl", name="plain"), Rule(exports="SSL_read", name="exporting")
+    plain, exporting = Rule("libssl", name="plain"), Rule(exports=("SSL_read",), name="exporting")
 
     assert RuleSet([plain, exporting]).match(LIBSSL, "library") is plain
     assert RuleSet([exporting, plain]).match(LIBSSL, "library") is Decision.NEEDS_EXPORTS
     assert RuleSet([exporting, plain]).match(LIBSSL, "library", frozenset()) is plain
     assert RuleSet([exporting, plain]).match(LIBSSL, "executable") is Decision.NO_MATCH
-    assert RuleSet([Rule("libz", exports="x", name="z"), plain]).match(LIBSSL, "library") is plain
+    assert RuleSet([Rule("libz", exports=("x",), name="z"), plain]).match(LIBSSL, "library") is plain
 
 
 def test_what_a_set_needs_is_what_one_of_its_rules_needs() -> None:
     assert not RuleSet([Rule("a")]).needs_exports
-    assert RuleSet([Rule("a"), Rule("b", exports="x")]).needs_exports
+    assert RuleSet([Rule("a"), Rule("b", exports=("x",))]).needs_exports
     assert not RuleSet([Rule("a", kind=("library", "other"))]).wants_images
     assert RuleSet([Rule("a"), Rule("b", kind="executable")]).wants_images
     assert RuleSet([Rule("a"), Rule("b", kind=("library", "interpreter"))]).wants_images

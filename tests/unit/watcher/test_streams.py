@@ -80,6 +80,7 @@ class FakeWatcher:
         self.threads["stop"] = threading.current_thread()
         self.steps.append("stop")
         self.readers_at_stop = len(self.subscribers._subscriptions)
+        self.subscribers.emit(Stopped(1, 1, 0, 0))
         self.subscribers.end()
         self.is_stopped.set()
 
@@ -173,6 +174,33 @@ def test_watch_ends_when_stop_is_set(fake: type[FakeWatcher], is_set: str) -> No
         stop.set()
     assert seen == ([] if is_set == "before" else ["load"])
     assert fake.made[0].steps == ["subscribe", "start", "stop"]
+
+
+def test_watch_gives_control_events_to_the_last_if_they_are_asked_for(fake: type[FakeWatcher]) -> None:
+    fake.before = (LOAD, UNLOAD)
+    stop = threading.Event()
+    seen = []
+    for one in watch(stop=stop, control=True):
+        seen.append(one.event)
+        if one.event == "unload":
+            stop.set()
+    assert seen == ["ready", "load", "unload", "stopped"]
+    assert fake.made[0].asked_for == (("load", "unload"), True)
+
+
+def test_awatch_gives_control_events_to_the_last_if_they_are_asked_for(fake: type[FakeWatcher], deadline: Any) -> None:
+    fake.before = (LOAD, UNLOAD)
+
+    async def go() -> list[str]:
+        stop = asyncio.Event()
+        seen = []
+        async for one in awatch(stop=stop, control=True):
+            seen.append(one.event)
+            if one.event == "unload":
+                stop.set()
+        return seen
+
+    assert run(go, deadline(10)) == ["ready", "load", "unload", "stopped"]
 
 
 def test_watch_that_can_be_stopped_waits_on_while_nothing_comes(fake: type[FakeWatcher], deadline: Any) -> None:
