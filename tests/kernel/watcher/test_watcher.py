@@ -350,7 +350,8 @@ def test_in_a_child_of_fork_each_call_raises_and_leaving_the_context_does_nothin
         said = json.loads(file.read())
     assert os.waitpid(child, 0)[1] == 0
     assert said.keys() == calls.keys()
-    assert [one for one in said.items() if not one[1].startswith(f"this watch belongs to process {os.getpid()}, ")] == []
+    refusal = f"this watch belongs to process {os.getpid()}, "
+    assert [one for one in said.items() if not one[1].startswith(refusal)] == []
     assert watcher.is_running
 
 
