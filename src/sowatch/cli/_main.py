@@ -26,7 +26,7 @@ COMMANDS: Final = {
     "top": "Libraries and who shares them, live, in the terminal.",
     "trace": "Count and time calls of library functions, wherever that library is or will be loaded.",
     "http": "HTTP requests and responses as they pass TLS libraries.",
-    "audit": "Compare the mapping table with an independent scan of /proc; exit status 1 if they differ.",
+    "audit": "Compares the mapping table with an independent scan of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
     "debug": "Queries or commands a running agent, over its unix socket.",
