@@ -41,7 +41,12 @@ hypothesis.settings.load_profile("sowatch")
 # -- markers and the force switch ------------------------------------------------------------
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`, which not every run needs")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    leaks.note_starters()
     # A slow guest also needs longer until a test counts as stuck.
     if SCALE > 1 and config.getoption("timeout", None) is None:
         config.option.timeout = float(config.getini("timeout")) * SCALE
@@ -57,6 +62,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     kind = _kind_of(item.path)
     if kind:
         item.add_marker(kind)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `full`, unless ``--full`` or the name of a test asks for it."""
+    if config.getoption("full") or any("::" in word for word in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def _kind_of(path: Path) -> str | None:

@@ -15,6 +15,8 @@ import pytest
 from support.hostile import SOWATCH
 from support.silent_fs import SilentFileSystem
 
+pytestmark = pytest.mark.alone
+
 OURS = r"/lib(silent|honest)\.so$"
 
 

@@ -13,7 +13,7 @@ from support.follower import Follower
 from support.perf_cross_check import Account, CrossCheck, CrossCheckLostRecords, Seen, perf_is_missing
 from support.workload import PYTHON, prepare
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 ROUNDS = int(os.environ.get("SOWATCH_WITNESS_ROUNDS", "1"))
 

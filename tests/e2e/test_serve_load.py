@@ -22,6 +22,7 @@ from support.prometheus import Prometheus
 from support.receivers import free_port
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root"),
     pytest.mark.timeout(300),
 ]

@@ -5,14 +5,38 @@ from __future__ import annotations
 import gc
 import os
 import re
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
+from weakref import WeakKeyDictionary
 
 from support import bpfsys
 
 #: (kind, id) of a BPF program, map or link.
 BpfObject = tuple[str, int]
+
+#: Which thread started a thread; see `note_starters`.
+_starters: Final[WeakKeyDictionary[threading.Thread, threading.Thread]] = WeakKeyDictionary()
+
+
+def note_starters() -> None:
+    """From now on it is kept which thread starts a thread, as Python does not.
+
+    A watcher that several tests share adds threads to its pools when reads take long, from threads of its own: those
+    are no leak of the test that happens to run.
+    """
+    start = threading.Thread.start
+    if getattr(start, "notes_starter", False):
+        return
+
+    def start_and_note(thread: threading.Thread) -> None:
+        _starters[thread] = threading.current_thread()
+        start(thread)
+
+    start_and_note.notes_starter = True  # type: ignore[attr-defined]
+    threading.Thread.start = start_and_note  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,11 @@ def differences(before: Holdings, after: Holdings) -> list[str]:
     reported += [
         f"fd {fd} -> {target} was closed, but was not the test's" for fd, target in sorted(before.fds - after.fds)
     ]
-    reported += [f"thread {tid} ({name}) still runs" for tid, name in sorted(after.threads - before.threads)]
+    reported += [
+        f"thread {tid} ({name}) still runs{_known_as(tid)}"
+        for tid, name in sorted(after.threads - before.threads)
+        if not _is_of_earlier_thread(tid, before)
+    ]
     reported += [f"child {pid} ({what}) was not reaped" for pid, what in sorted(after.children - before.children)]
     reported += [f"{kind} {number} is still loaded" for kind, number in sorted(after.bpf - before.bpf)]
     return reported
@@ -106,6 +134,26 @@ def _threads() -> set[tuple[str, str]]:
         except OSError:
             continue
     return found
+
+
+def _thread_of(tid: str) -> threading.Thread | None:
+    return next((one for one in threading.enumerate() if str(one.native_id) == tid), None)
+
+
+def _known_as(tid: str) -> str:
+    thread = _thread_of(tid)
+    return f": {thread.name}" if thread else ""
+
+
+def _is_of_earlier_thread(tid: str, before: Holdings) -> bool:
+    """Whether it was started by a thread that ran before the test; the main thread, which runs it, does not count."""
+    earlier = {tid for tid, _ in before.threads} - {str(os.getpid())}
+    thread = _thread_of(tid)
+    while thread is not None:
+        thread = _starters.get(thread)
+        if thread is not None and str(thread.native_id) in earlier:
+            return True
+    return False
 
 
 def _children() -> set[tuple[str, str]]:

@@ -25,6 +25,8 @@ from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper
 from support.stepped import Stall
 
+pytestmark = pytest.mark.alone
+
 PAGE = 4096
 Start = Callable[..., Mapper]
 NewLibrary = Callable[..., Path]

@@ -353,6 +353,7 @@ class Flood:
         self.single.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ring_bytes", [8 << 20, 16384])
 def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
     start: Start, library: NewLibrary, wait_until: Any, ring_bytes: int
@@ -392,6 +393,7 @@ def test_a_flood_starves_nobody_and_what_it_cost_is_counted_and_repaired(
     assert not lost or controls[-1] == "repaired"
 
 
+@pytest.mark.alone
 def test_a_process_that_says_too_much_is_read_instead_and_costs_the_others_nothing(
     open_ledger: Callable[..., Ledger], start: Start, library: NewLibrary, wait_until: Any
 ) -> None:
@@ -423,6 +425,7 @@ def test_a_process_that_says_too_much_is_read_instead_and_costs_the_others_nothi
     assert ledger.watcher.audit().differences == ()
 
 
+@pytest.mark.alone
 def test_a_flood_of_names_does_not_hide_an_honest_library(feed: Command, start: Start, library: NewLibrary) -> None:
     """Each name is new to the rules, to the kernel's verdicts and to the reader of files."""
     flooder, honest, new, first = start(), start(), library(), library("first.so")

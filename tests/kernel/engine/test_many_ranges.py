@@ -18,6 +18,8 @@ from support.forced import FORCED
 from support.kernel import Ledger
 from support.programs import Mapper
 
+pytestmark = pytest.mark.alone
+
 #: Half of the mappings that a process may have by default (vm.max_map_count).
 COUNT = 20_000
 NOBODY = 65534

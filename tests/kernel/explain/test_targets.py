@@ -192,7 +192,7 @@ def test_after_an_upgrade_the_path_shows_who_still_runs_on_the_deleted_file(
     )
 
 
-@pytest.mark.parametrize("name", [WANTED, OTHER])
+@pytest.mark.parametrize("name", [WANTED, OTHER], ids=["wanted", "other"])
 def test_a_path_whose_file_is_gone_is_explained_while_it_is_mapped(
     watcher: Watcher, start: Start, library: NewLibrary, name: str
 ) -> None:

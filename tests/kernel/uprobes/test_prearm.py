@@ -20,7 +20,6 @@ from support.callers import Caller
 
 Probed = Callable[..., Path]
 NewCaller = Callable[..., Caller]
-PROCESSES = 1000
 LOG = logging.getLogger(__name__)
 
 
@@ -42,9 +41,11 @@ def test_the_first_call_of_the_first_process_counts(probed: Probed, programs: An
     assert counts(counter) == [1]
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("processes", [100, pytest.param(1000, marks=pytest.mark.full)])
 def test_of_a_thousand_short_processes_linger_and_prearm_miss_none(
-    probed: Probed, programs: Any, caller: NewCaller, wait_until: Any
+    probed: Probed, programs: Any, caller: NewCaller, wait_until: Any, processes: int
 ) -> None:
     """Each maps the library, calls once and ends, about a millisecond later."""
     captured = {}
@@ -64,14 +65,14 @@ def test_of_a_thousand_short_processes_linger_and_prearm_miss_none(
                     first = caller(library)
                     wait_until(lambda counter=counter: counter.stats.attached == 1)
                     first.end()
-                one_shots(programs, library, PROCESSES)
+                one_shots(programs, library, processes)
                 seen.update(one.process for one in counter.calls())
                 captured[way] = len(seen)
             assert counter.lost == 0
-    LOG.info("first calls captured of %d: %s", PROCESSES, captured)
-    assert (captured["linger"], captured["prearm"]) == (PROCESSES, PROCESSES)
+    LOG.info("first calls captured of %d: %s", processes, captured)
+    assert (captured["linger"], captured["prearm"]) == (processes, processes)
     # Most come before the probe.
-    assert captured["without"] < PROCESSES
+    assert captured["without"] < processes
 
 
 def test_a_file_is_attached_once_however_it_was_found(

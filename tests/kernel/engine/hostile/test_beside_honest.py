@@ -18,6 +18,8 @@ from support.hostile_process import WAYS, HostileProcess
 from support.kernel import TAG
 from support.programs import Mapper
 
+pytestmark = pytest.mark.alone
+
 COUNT = 10
 
 

@@ -27,6 +27,8 @@ from support.hostile import SOWATCH
 from support.kernel import TAG, Ledger, Tap
 from support.programs import Mapper
 
+pytestmark = pytest.mark.alone
+
 Start = Callable[..., Mapper]
 NewLibrary = Callable[..., Path]
 NewHang = Callable[..., Hang]

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sowatch import Rule
 from support.hangs import Hang
 from support.kernel import TAG, Ledger
 from support.programs import Mapper
+
+pytestmark = pytest.mark.alone
 
 COUNT = 24
 
