@@ -274,6 +274,7 @@ def test_everything_can_be_reached_with_the_keyboard(
     page.page.wait_for_selector("#details:not([open])", state="attached")
 
 
+@pytest.mark.alone
 def test_a_hundred_pages_see_all_of_a_storm_and_the_watch_loses_nothing(
     open_ledger: OpenLedger, library: NewLibrary, serve: Any, spawn: Any, programs: Any, deadline: Any, visit: OpenPage
 ) -> None:

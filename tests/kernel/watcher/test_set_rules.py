@@ -191,6 +191,7 @@ def test_a_watch_without_a_snapshot_stays_silent_about_what_was_mapped_before(
     assert reported(ledger, mapper.pid, one) == []
 
 
+@pytest.mark.alone
 def test_rules_that_change_under_load_lose_nothing(
     start: Start, one: Path, two: Path, programs: Any, deadline: Any
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_library_that_is_closed_and_opened_again_is_told_each_time(
     is_right(ledger, mapper.pid)
 
 
+@pytest.mark.alone
 def test_threads_that_open_and_close_libraries_at_once_leave_a_balanced_story(
     ledger: Ledger, spawn: Any, programs: Any, library: NewLibrary
 ) -> None:

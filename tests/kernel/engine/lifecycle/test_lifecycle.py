@@ -247,6 +247,7 @@ def test_a_process_killed_in_the_middle_of_dlopen_leaves_nothing(
     wait_story(ledger, process.pid, inode(stuck), [("load", "mmap"), ("unload", "exit")])
 
 
+@pytest.mark.alone
 def test_processes_killed_at_any_moment_of_their_dlopens_leave_nothing(
     ledger: Ledger, spawn: Any, programs: Any, library: NewLibrary
 ) -> None:
