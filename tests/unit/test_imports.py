@@ -189,3 +189,12 @@ def test_importing_telemetry_loads_no_exporters_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"
+
+
+def test_a_watcher_imports_neither_explanations_nor_strategies_that_are_not_tried() -> None:
+    rare = {"sowatch.explain", "sowatch.bpf.compile", "importlib.resources", "hashlib"}
+    rare |= {f"sowatch.sources.{one}" for one in ("legacy", "polling", "prebuilt")}
+    code = f"import sowatch.watcher.watcher, sys; print(sorted({rare!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"

@@ -18,8 +18,10 @@ from typing import Any, Final, Self
 
 from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
-__all__ = ["BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf", "libbpf_version"]
+__all__ = ["PROGRAMS", "BpfMap", "BpfObject", "Tracefs", "Variable", "libbpf", "libbpf_version"]
 
+#: Where the programs are, sources and objects.
+PROGRAMS: Final = Path(__file__).with_name("programs")
 #: Space for what one drain of the ring brings; 128 KiB is some hundred records.
 DRAIN_BYTES: Final = 1 << 17
 

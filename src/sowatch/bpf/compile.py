@@ -17,17 +17,16 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from sowatch.bpf.binding import PROGRAMS
 from sowatch.model.config import Config
 from sowatch.model.errors import CompileError
 
 __all__ = ["Cache", "Compiler", "cache_key", "compile_programs", "find_compiler", "run_compiler"]
 
-PROGRAMS: Final = Path(str(files("sowatch.bpf") / "programs"))
 #: libbpf's names for the register layouts (bpf/bpf_tracing.h), by `uname -m`.
 ARCHITECTURES: Final = {"x86_64": "x86", "aarch64": "arm64"}
 FLAGS: Final = ("-O2", "-g", "-mcpu=v3", "-fdebug-compilation-dir=.", "-I.")

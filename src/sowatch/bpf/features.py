@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Final, Literal, NamedTuple
 
-from sowatch.bpf.binding import BpfObject, Tracefs, libbpf_version, probe
+from sowatch.bpf.binding import PROGRAMS, BpfObject, Tracefs, libbpf_version, probe
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
@@ -121,7 +120,7 @@ def _tracefs() -> Probe:
 
 def _program(name: str, needed_for: str, program: str, *, is_iterator: bool = False) -> Probe:
     try:
-        with BpfObject(str(files("sowatch.bpf") / "programs" / "probes.bpf.o")) as bpf:
+        with BpfObject(str(PROGRAMS / "probes.bpf.o")) as bpf:
             for other in {"trampoline", "typed_tracepoint", "mapping_iterator"} - {program}:
                 bpf.skip(other)
             bpf.load()

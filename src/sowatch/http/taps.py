@@ -13,11 +13,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.resources import files
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from sowatch.bpf.binding import Tracefs
+from sowatch.bpf.binding import PROGRAMS, Tracefs
 from sowatch.bpf.probe_object import ProbeObject, Ring, set_probe_constants
 from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
@@ -128,7 +127,7 @@ class HttpTap:
         self._is_filtered = bool(pids) or container is not None
         self._capture_bytes = capture_bytes
         self._attacher = Attacher(
-            str(files("sowatch.bpf") / "programs" / "tls_taps.bpf.o"),
+            str(PROGRAMS / "tls_taps.bpf.o"),
             list(_probes()),
             linger_s=linger_s,
             prepare=self._prepare,

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from errno import E2BIG, EINVAL, EPERM
 from functools import cached_property
-from importlib.resources import files
 from types import TracebackType
 from typing import Final, Self
 
-from sowatch.bpf.binding import BpfMap, BpfObject, Variable, probe
+from sowatch.bpf.binding import PROGRAMS, BpfMap, BpfObject, Variable, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
 from sowatch.bpf.records import (
     MapRecord,
@@ -136,7 +135,7 @@ class BpfSource:
         self.unread.start()
 
     def _shipped(self) -> Sequence[str]:
-        return [str(files("sowatch.bpf") / "programs" / name) for name in OBJECTS]
+        return [str(PROGRAMS / name) for name in OBJECTS]
 
     def _builds(self, config: Config, objects: Sequence[str]) -> list[tuple[str, type[HookSet]]]:
         """Objects and hooks to try, best first: what the one cannot for want of a newer kernel, the next may."""

@@ -14,9 +14,9 @@ import struct
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from errno import EXDEV
-from importlib.resources import files
 from typing import Final, NamedTuple
 
+from sowatch.bpf.binding import PROGRAMS
 from sowatch.bpf.records import (
     FLAG_IMAGE,
     MapRecord,
@@ -99,7 +99,7 @@ class OldKernelSource(BpfSource):
             raise
 
     def _shipped(self) -> Sequence[str]:
-        return [str(files("sowatch.bpf") / "programs" / OLD_OBJECT)]
+        return [str(PROGRAMS / OLD_OBJECT)]
 
     def _check_proc(self) -> None:
         own = self.scan_process(os.getpid())

@@ -13,10 +13,9 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from errno import ENOENT, EXDEV
-from importlib.resources import files
 from typing import Final
 
-from sowatch.bpf.binding import BpfObject, Tracefs
+from sowatch.bpf.binding import PROGRAMS, BpfObject, Tracefs
 from sowatch.bpf.hooks import HAS_COMPAT_HOOKS, OPTIONAL_CALLS
 from sowatch.bpf.records import (
     FLAG_COMPAT,
@@ -129,7 +128,7 @@ class PrebuiltSource:
         self._ignored: dict[Hashable, None] = {}
         self._unresolved = 0
         self._drains = 0
-        self._object = BpfObject(str(files("sowatch.bpf") / "programs" / "prebuilt.bpf.o"))
+        self._object = BpfObject(str(PROGRAMS / "prebuilt.bpf.o"))
         try:
             self._load(config)
         except BaseException:

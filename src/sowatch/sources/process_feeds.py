@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from importlib.resources import files
 from typing import NamedTuple
 
-from sowatch.bpf.binding import BpfObject
+from sowatch.bpf.binding import PROGRAMS, BpfObject
 from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of, paths_of
 from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.cgroups import choose_cgroup
@@ -59,7 +58,7 @@ class KernelProcessFeed:
         if reason is not None:
             raise PidNamespaceError(reason)
         # What these three need the oldest kernel has.
-        bpf = BpfObject(str(files("sowatch.bpf") / "programs" / OLD_OBJECT))
+        bpf = BpfObject(str(PROGRAMS / OLD_OBJECT))
         try:
             for name in (*READERS, "untrack"):
                 bpf.skip(name)

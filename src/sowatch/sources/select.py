@@ -1,7 +1,7 @@
 """Which strategy is used, and why not another: strategy selection.
 
 `candidates_to_try` is the policy, `CANDIDATES` what there is to try. A candidate that fails has
-taken everything down again before the next is tried.
+taken everything down again before the next is tried. What only one candidate needs is imported when it is tried.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
-from sowatch.bpf.compile import compile_programs
 from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
@@ -33,9 +32,6 @@ from sowatch.model.errors import (
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.sources.base import EventSource
 from sowatch.sources.core import OBJECTS, BpfSource
-from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
-from sowatch.sources.polling import ProcfsSource
-from sowatch.sources.prebuilt import PrebuiltSource
 
 __all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "open_source", "plan"]
 
@@ -65,6 +61,9 @@ def _open_core(config: Config) -> EventSource:
 
 
 def _open_runtime(config: Config) -> EventSource:
+    from sowatch.bpf.compile import compile_programs
+    from sowatch.sources.legacy import OLD_OBJECT
+
     with compile_programs(config, [name.replace(".o", ".c") for name in OBJECTS]) as paths:
         try:
             return BpfSource(config, strategy="runtime", objects=paths)
@@ -82,6 +81,8 @@ def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> E
     """
     if missing_capabilities():
         raise refusal
+    from sowatch.sources.legacy import OLD_OBJECT, OldKernelSource
+
     try:
         return OldKernelSource(config, **options)
     except BpfError as error:
@@ -89,12 +90,24 @@ def _open_for_old_kernel(config: Config, refusal: BpfError, **options: Any) -> E
         raise refusal from error
 
 
+def _open_prebuilt(config: Config) -> EventSource:
+    from sowatch.sources.prebuilt import PrebuiltSource
+
+    return PrebuiltSource(config)
+
+
+def _open_procfs(config: Config) -> EventSource:
+    from sowatch.sources.polling import ProcfsSource
+
+    return ProcfsSource(config)
+
+
 #: Every candidate by its strategy. What comes after what is given by `candidates_to_try`.
 CANDIDATES: Final[Mapping[str, Candidate]] = {
     "core": Candidate(_open_core, needs_bpf=True, iterates=True),
     "runtime": Candidate(_open_runtime, needs_bpf=True, iterates=True),
-    "prebuilt": Candidate(PrebuiltSource, needs_bpf=True),
-    "procfs": Candidate(ProcfsSource, needs_bpf=False),
+    "prebuilt": Candidate(_open_prebuilt, needs_bpf=True),
+    "procfs": Candidate(_open_procfs, needs_bpf=False),
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 
+from sowatch.bpf.binding import PROGRAMS
 from sowatch.bpf.probe_object import ProbeObject, Ring, set_probe_constants
 from sowatch.engine.workers import ActiveFile
 from sowatch.model.events import Library
@@ -134,7 +134,7 @@ class CallCounter:
                 if "+" not in one.symbol
             ]
         self.attacher = Attacher(
-            str(files("sowatch.bpf") / "programs" / "probe_calls.bpf.o"),
+            str(PROGRAMS / "probe_calls.bpf.o"),
             probes,
             linger_s=linger_s,
             prepare=self._set_constants,

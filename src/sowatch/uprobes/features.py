@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from importlib.resources import files
 from typing import Final
 
+from sowatch.bpf.binding import PROGRAMS
 from sowatch.bpf.features import Answer, Probe
 from sowatch.bpf.probe_object import ProbeObject, has_attach_cookie, has_uprobe_multi, may_return_probe_kill
 from sowatch.linux.capabilities import SYS_ADMIN, effective_capabilities, without
@@ -28,7 +28,7 @@ def try_attaching(*, multi: bool) -> BpfError | None:
     page = os.memfd_create("sowatch-probe", os.MFD_CLOEXEC)
     try:
         os.ftruncate(page, 4096)
-        with ProbeObject(str(files("sowatch.bpf") / "programs" / "probe_calls.bpf.o")) as probe:
+        with ProbeObject(str(PROGRAMS / "probe_calls.bpf.o")) as probe:
             for program in probe.programs():
                 probe.use_uprobe(program.name, multi=multi)
             probe.load()

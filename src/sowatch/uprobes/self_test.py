@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.resources import files
 from typing import Final
 
-from sowatch.bpf.binding import Variable
+from sowatch.bpf.binding import PROGRAMS, Variable
 from sowatch.bpf.probe_object import Link, ProbeObject, run_self_test, self_test_address
 from sowatch.model.errors import BpfError
 
@@ -83,7 +82,7 @@ class SelfTest:
 
     def _load(self) -> ProbeObject:
         if self._object is None:
-            loaded = ProbeObject(str(files("sowatch.bpf") / "programs" / "probes.bpf.o"))
+            loaded = ProbeObject(str(PROGRAMS / "probes.bpf.o"))
             try:
                 for program in loaded.programs():
                     if program.name == _PROGRAM:

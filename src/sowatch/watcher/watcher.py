@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Mapping
@@ -26,16 +26,6 @@ from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscription import Subscription
 from sowatch.engine.table import MappingTable
 from sowatch.engine.workers import ActiveFile, RuleWorker
-from sowatch.explain import (
-    ExplainContext,
-    PathReport,
-    ProcessReport,
-    Published,
-    explain,
-    explain_published_file,
-    explain_published_process,
-)
-from sowatch.explain.audit import AuditReport, audit
 from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
@@ -49,6 +39,11 @@ from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
+
+# `explain` is imported where it is used: most watches never are explained.
+if TYPE_CHECKING:
+    from sowatch.explain import ExplainContext, PathReport, ProcessReport
+    from sowatch.explain.audit import AuditReport
 
 __all__ = ["ActiveFile", "Watcher"]
 
@@ -294,6 +289,8 @@ class Watcher:
         Raises:
             SowatchError: the watch is not running.
         """
+        from sowatch.explain.audit import audit
+
         engine = self._running_engine()
         with self._changing_rules:  # the rules of the mapping table must not change during it
             rules = self._publisher.in_force.rules
@@ -317,6 +314,8 @@ class Watcher:
                 exists or is mapped.
             UsageError: the id of a thread, or no path.
         """
+        from sowatch.explain import explain
+
         return explain(target, self._explain_context())
 
     def explain_published(
@@ -336,6 +335,8 @@ class Watcher:
             SowatchError: the watch is not running, there is no such process, or no load event in force names the file.
             UsageError: the id of a thread, or not exactly one argument.
         """
+        from sowatch.explain import Published, explain_published_file, explain_published_process
+
         if (pid is not None) + (path is not None) + (build_id is not None) != 1:
             raise UsageError("explain_published() takes one of pid, path and build_id. Give exactly one.")
         published = Published(self._explain_context(), self._publisher.published.copy)
@@ -344,6 +345,8 @@ class Watcher:
         return explain_published_file(published, path=path, build_id=build_id)
 
     def _explain_context(self) -> ExplainContext:
+        from sowatch.explain import ExplainContext
+
         engine = self._running_engine()
         return ExplainContext(
             self._asked_anew(),
