@@ -251,7 +251,7 @@ static __always_inline bool was_single_user(const struct pending *call, struct t
 }
 
 /* Not inlined: its stack of two keys would not fit beside its caller's. */
-static __noinline int report_mapping(struct pending *call, __u64 start)
+VERIFIED_ONCE int report_mapping(struct pending *call, __u64 start)
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct task_struct *task = current_task();
@@ -371,18 +371,15 @@ static __always_inline void report_call(struct task_struct *task, struct pending
 			process = count_activity(task);
 		send_needs_rescan(task, process);
 	}
-	if (call->kind & kinds & PENDING_MAP) {
-		if (is_error(ret))
+	if (call->kind & kinds & (PENDING_MAP | PENDING_MPROTECT_EXEC)) {
+		bool is_mmap = call->kind & PENDING_MAP;
+
+		if (!is_error(ret))
+			report_mapping(call, is_mmap ? ret : call->start);
+		else if (is_mmap)
 			undo_activity(call, tgid);
-		else
-			report_mapping(call, ret);
-	}
-	if (call->kind & kinds & PENDING_MPROTECT_EXEC) {
-		/* A hole, or a mapping that may not be, ends it, but what came before it is done. */
-		if (is_error(ret))
+		else /* A hole, or a mapping that may not be, ends it, but what came before it is done. */
 			send_needs_rescan(task, count_activity(task));
-		else
-			report_mapping(call, call->start);
 	}
 }
 

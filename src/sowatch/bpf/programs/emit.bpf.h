@@ -121,9 +121,10 @@ static __noinline __u64 facts_of(struct task_struct *task)
 	return mix(mix(sum, name[0]), name[1]);
 }
 
-/* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. */
-static __always_inline __u64 interpreter_base_of(struct mm_struct *mm)
+/* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. Global: verified once. */
+__noinline __u64 interpreter_base_of(__u64 mm_address)
 {
+	struct mm_struct *mm = (void *)mm_address;
 	unsigned long pair[2];
 
 	/* AT_BASE stands among the first dozen (create_elf_tables); the vector has 26 at the most. */
@@ -204,7 +205,7 @@ static __always_inline bool send_process(enum scratch_owner owner, struct seq_fi
 	exe = mm ? BPF_CORE_READ(mm, exe_file) : NULL;
 	if (exe) {
 		identify(TYPED(struct file, exe), &record->exe);
-		record->interpreter_base = interpreter_base_of(mm);
+		record->interpreter_base = interpreter_base_of((__u64)mm);
 		if (with == WITH_EXE) {
 			record->path_bytes =
 				walk_path(owner, scratch, opened_path(TYPED(struct file, exe)), root, PATH_TEXT_BYTES);

@@ -116,12 +116,7 @@ static __always_inline bool step_up(struct scratch *scratch)
 	return parent != dentry; /* its own parent: a memfd or another file without a directory */
 }
 
-#ifdef OLD_KERNEL
-
-/*
- * A global function: the verifier reads it once, not in every round. What stays in the loop is so
- * small that it is closed by a jump; kernels before 6.2 refuse one that control falls into.
- */
+/* A global function: the verifier reads it once, not in every round, nor for each caller of the walk. */
 __noinline int step_up_once(enum scratch_owner owner)
 {
 	struct scratch *scratch = scratch_of(owner);
@@ -129,6 +124,9 @@ __noinline int step_up_once(enum scratch_owner owner)
 	return scratch && step_up(scratch);
 }
 
+#ifdef OLD_KERNEL
+
+/* So small that it is closed by a jump; kernels before 6.2 refuse a loop that control falls into. */
 static __always_inline void walk_up(enum scratch_owner owner, struct scratch *scratch)
 {
 	for (int i = 0; i < MAX_COMPONENTS; i++)
@@ -141,9 +139,7 @@ static __always_inline void walk_up(enum scratch_owner owner, struct scratch *sc
 
 static long step_up_from_loop(__u32 index, void *context)
 {
-	struct scratch *scratch = scratch_of(*(enum scratch_owner *)context);
-
-	return !scratch || !step_up(scratch);
+	return !step_up_once(*(enum scratch_owner *)context);
 }
 
 static __always_inline void walk_up(enum scratch_owner owner, struct scratch *scratch)

@@ -114,7 +114,7 @@ static __noinline int report_images(struct task_struct *task)
 {
 	struct mm_struct *mm = BPF_CORE_READ(task, mm);
 	struct found_vma image = {.file = TYPED(struct file, BPF_CORE_READ(mm, exe_file))};
-	__u64 base = interpreter_base_of(mm);
+	__u64 base = interpreter_base_of((__u64)mm);
 
 	if (image.file) {
 		make_key(TYPED(struct task_struct, task), image.file, &image.key);

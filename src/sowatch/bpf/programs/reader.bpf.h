@@ -148,7 +148,7 @@ static __noinline int begin_visit(struct reader *reader, struct task_struct *tas
 	__builtin_memset(&reader->exe, 0, sizeof(reader->exe));
 	if (exe)
 		identify(TYPED(struct file, exe), &reader->exe);
-	reader->interpreter_base = interpreter_base_of(mm);
+	reader->interpreter_base = interpreter_base_of((__u64)mm);
 	return 0;
 }
 

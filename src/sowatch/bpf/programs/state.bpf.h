@@ -114,6 +114,13 @@ __u32 now_s = 0;  /* ticks about once a second; a clock read per mmap would cost
 __u64 scan_run = 0;
 __u32 max_records_s = 0; /* records one process may send in a second; 0: any number */
 
+/* A global function: the verifier reads it once, not for each of its callers. Those with pointers: 5.12+. */
+#ifdef OLD_KERNEL
+#define VERIFIED_ONCE static __noinline
+#else
+#define VERIFIED_ONCE __noinline
+#endif
+
 /*
  * How many calls are in pending_calls. An exit hook that finds 0 has nothing to look up, which
  * keeps calls of no interest at the price of one load. On a cache line of its own. Raised after
