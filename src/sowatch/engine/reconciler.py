@@ -283,6 +283,8 @@ class Reconciler:
         """Takes what the table asks for; `_flush` carries it out."""
         self._needs_full_scan |= effects.has_untracked_sharers
         self._newly_throttled |= effects.throttled
+        for pid in effects.throttled:
+            self._schedule.slow_down(pid)
         self._effects += effects
 
     def _carry_out(self) -> list[Change]:
@@ -403,7 +405,10 @@ class Reconciler:
 
     def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], list[Record]]:
         if len(due) > MANY_RESCANS or not self._can_read_one:
+            begun_s = self._cpu_s()
             scans, meanwhile = self._scan_all()
+            if self._can_read_one:
+                self._schedule.few_until = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
             for pid in due.keys() & set(self._source.unread):
                 self._table.await_rescan(pid, due[pid])
             return [scan for scan in scans if scan.tgid in due], list(meanwhile)
@@ -537,8 +542,10 @@ class Reconciler:
         """Queues the throttled processes that records have named; their loss is reported before."""
         if not self._throttled:
             self._throttled_since = time.monotonic()
-        self._throttled |= self._newly_throttled
-        self._newly_throttled.clear()
+        newly, self._newly_throttled = self._newly_throttled, set()
+        if len(newly) > MANY_RESCANS and self._can_read_one:
+            newly &= set(self._proc.pids())  # a flood of forks: what has ended has nothing to be scanned
+        self._throttled |= newly
         for pid in self._throttled:
             self._table.await_rescan(pid, REPAIR, replaces=True)
 

@@ -12,6 +12,10 @@ __all__ = ["RescanSchedule"]
 
 #: A process that needs a rescan again at once is read at most this often in the long run.
 SLOWEST_REREAD_S: Final = 0.25
+#: So many processes are scanned in a turn until a full scan may take their place.
+FEW: Final = 16
+#: A child that a flood forks has ended before it is scanned, if that waits so long.
+FORKED_S: Final = 0.01
 #: A scan that took longer than this is followed by a rest of so many times that, up to the third.
 SHORT_SCAN_S: Final = 0.005
 SCAN_REST: Final = 20
@@ -36,6 +40,8 @@ class RescanSchedule:
         self._compat: dict[int, tuple[float, float]] = {}
         #: When processes were read last, and how long they have to wait from then on.
         self._pace: dict[int, tuple[float, float]] = {}
+        #: No full scan takes the place of many single ones before this.
+        self.few_until = 0.0
         #: Processes that must not be read now, though they need a rescan.
         self.held: Container[int] = ()
 
@@ -57,11 +63,14 @@ class RescanSchedule:
         return 0.0 in self.due.values()
 
     def take(self, needs_rescan: Mapping[int, Causes], now: float) -> dict[int, Causes]:
-        """Those of ``needs_rescan`` whose turn it is: they are scanned now."""
+        """Those of ``needs_rescan`` whose turn it is: they are scanned now.
+
+        Until `few_until` no more than `FEW`, those that wait longest.
+        """
         for pid in needs_rescan:
             if pid not in self.due and pid not in self.held:
                 last, interval = self._pace.get(pid, (0.0, 0.0))
-                self.due[pid] = max(now, last + interval)
+                self.due[pid] = max(now + (FORKED_S if needs_rescan[pid].load == "fork" else 0), last + interval)
         turn = {}
         for pid, when in list(self.due.items()):
             causes = needs_rescan.get(pid)
@@ -69,12 +78,21 @@ class RescanSchedule:
                 del self.due[pid]  # it has gone meanwhile, or hangs
             elif when <= now:
                 turn[pid] = causes
+        if now < self.few_until:
+            turn = {pid: turn[pid] for pid in sorted(turn, key=self.due.__getitem__)[:FEW]}
         for pid in turn:
             del self.due[pid]
             last, interval = self._pace.get(pid, (0.0, 0.0))
             is_busy = now - last < 2 * interval + 0.002
             self._pace[pid] = (now, min(SLOWEST_REREAD_S, max(0.001, 2 * interval)) if is_busy else 0.0)
         return turn
+
+    def slow_down(self, pid: int) -> None:
+        """Its records were dropped, being too many: it is scanned at most as often as one that changes all the time."""
+        last, interval = self._pace.get(pid, (0.0, 0.0))
+        self._pace[pid] = (last, max(interval, SLOWEST_REREAD_S))
+        if pid in self.due:
+            self.due[pid] = max(self.due[pid], last + SLOWEST_REREAD_S)
 
     def rest(self, pid: int, seconds: float) -> None:
         """A scan of it has taken so long: the next one waits for many times that.

@@ -23,7 +23,7 @@ from sowatch.bpf.records import (
     parse,
 )
 from sowatch.linux.proc import ProcFs
-from sowatch.model.config import Config
+from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
@@ -32,7 +32,7 @@ from sowatch.sources.iterator_scan import IteratorScan
 from sowatch.sources.scan_rows import Grouping, RowPool, group, in_slices
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 
-__all__ = ["BpfSource", "KernelSetting", "read_losses"]
+__all__ = ["BpfSource", "KernelSetting", "limit_waiting", "read_losses"]
 
 
 LOG = logging.getLogger("sowatch")
@@ -51,6 +51,10 @@ FILE_KEY: Final = struct.Struct("=Q52sI")
 PROCESS_HEAD: Final = struct.Struct("=QQQIIII")
 PROCESS_TAIL: Final = struct.Struct("=I64Q")
 
+#: So many records of one process may wait to be read, or an eighth of them while more than this share of the ring is
+#: full. A start that loads 1,000 libraries sends up to 4,000.
+MAX_WAITING: Final = 4_096
+BUSY_SHARE: Final = 16
 #: What a full scan has read is parsed once it is so much, rather than at its end.
 MAX_UNPARSED_BYTES: Final = 4 << 20
 #: Keys whose place is remembered until they are answered, some 100 bytes each.
@@ -170,6 +174,7 @@ class BpfSource:
         self._ring_fd = bpf.open_ring("ring")
         self.record_limit = KernelSetting(bpf.variable(".bss", "max_records_s"))
         self.record_limit.set(config.max_records_s)
+        limit_waiting(bpf, config)
         for program in PROCESS_HOOKS:
             bpf.attach(program)
         hooks.attach()
@@ -395,6 +400,12 @@ class KernelVerdicts:
         fd, self._table.fd = self._table.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def limit_waiting(bpf: BpfObject, config: Config) -> None:
+    """Bounds what one process may have waiting in the ring of a loaded object, unless there is no guard at all."""
+    bpf.variable(".bss", "busy_bytes").value = config.ring_bytes // BUSY_SHARE
+    bpf.variable(".bss", "max_waiting").value = 0 if config.max_records_s == NO_GUARD else MAX_WAITING
 
 
 def value_bytes(table: BpfMap) -> int:

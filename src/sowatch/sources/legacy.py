@@ -57,7 +57,7 @@ LOOKUP_IGNORED: Final = 3
 #: How struct process ends here, 1036 bytes: covered_count, MAX_RANGES pairs, reserved, activity, as many
 #: pairs; and where first_activity is in it.
 PROCESS_TAIL: Final = struct.Struct("=I64Q4xI64Q")
-FIRST_ACTIVITY: Final = struct.Struct("=64xI")
+FIRST_ACTIVITY: Final = struct.Struct("=72xI")
 #: So many reads of a process whose mappings come and go while they are looked up; then it is scanned again later.
 LOOKS: Final = 8
 MAX_FILES: Final = 65_536

@@ -22,6 +22,7 @@ from sowatch.bpf.records import (
     FLAG_IMAGE,
     FLAG_NEEDS_RESCAN,
     FLAG_SHARED_VM,
+    FLAG_THROTTLED,
     MAX_FILE_RANGES,
     ProcessRecord,
     RangeRecord,
@@ -39,7 +40,7 @@ from sowatch.model.errors import BpfError, LoadAttempt
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.base import ProcessScan, Report, TrackedEntry
-from sowatch.sources.core import LOST, KernelSetting
+from sowatch.sources.core import LOST, KernelSetting, limit_waiting
 from sowatch.sources.named_verdicts import NamedVerdicts
 from sowatch.sources.proc_scan import Look, ProcReader
 from sowatch.sources.scan_rows import MapRows, RowPool
@@ -151,6 +152,7 @@ class PrebuiltSource:
         bpf.load()
         self._report = bpf.variable(".bss", "report")
         self.reports = KernelSetting(self._report)
+        limit_waiting(bpf, config)
         self._processes = bpf.map("processes")
         self._ring_fd = bpf.open_ring("ring")
         self._check_numbers()
@@ -202,11 +204,11 @@ class PrebuiltSource:
                 records += self._needs_rescan(one)
         return records
 
-    def _needs_rescan(self, seen: SeenRecord) -> Iterator[Record]:
+    def _needs_rescan(self, seen: SeenRecord, flags: int = 0) -> Iterator[Record]:
         """It cannot be read now; what it has mapped is found when it can."""
         about = self._reader.proc.stat(seen.tgid)
         if not isinstance(about, Miss):
-            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN, start_ns=about.start_ns)
+            yield self._small(RecordType.NEEDS_RESCAN, seen, flags=FLAG_NEEDS_RESCAN | flags, start_ns=about.start_ns)
 
     def _on_map(
         self, seen: SeenRecord, look_at: Callable[[int], Look | None], *, is_sure: bool = True
@@ -253,6 +255,9 @@ class PrebuiltSource:
             yield known.intro
 
     def _on_range(self, seen: SeenRecord) -> Iterator[Record]:
+        if seen.flags & FLAG_THROTTLED:
+            yield from self._needs_rescan(seen, FLAG_THROTTLED)  # nothing of it may have come before
+            return
         known = self._known.get(seen.tgid)
         if known is None or (known.intro is None and not self._report.value & Report.RANGES):
             return
@@ -418,11 +423,12 @@ class PrebuiltSource:
         self._ignored.clear()
 
     def losses(self) -> Losses:
-        ring, processes, pending, *_ = (self._object.per_cpu_sum("counters", number) for number in LOST)
+        ring, processes, pending, _, throttled = (self._object.per_cpu_sum("counters", number) for number in LOST)
         return Losses(
             ring=ring,
             processes=processes,
             pending=pending,
+            throttled=throttled,
             skipped=self._object.skipped_runs(),
             unresolved=self._unresolved,
         )

@@ -102,8 +102,8 @@ def test_a_process_entry_is_read_as_it_is_written() -> None:
     finally:
         source.close()
     assert PROCESS_TAIL.size == 4 + 512 + 4 + 4 + 512
-    assert size == 84 + PROCESS_TAIL.size
-    assert FIRST_ACTIVITY.size == 68
+    assert size == 100 + PROCESS_TAIL.size
+    assert FIRST_ACTIVITY.size == 76
     assert PROCESS_HEAD.size == 40
 
 

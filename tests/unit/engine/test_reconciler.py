@@ -11,10 +11,10 @@ import pytest
 
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
-from sowatch.engine.effects import LIVE
+from sowatch.engine.effects import LIVE, Causes
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.reconciler import Reconciler
-from sowatch.engine.rescan_schedule import LONGEST_REST_S, RescanSchedule
+from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
 from sowatch.engine.table import MappingTable
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.rules import Rule, RuleSet
@@ -274,3 +274,28 @@ def test_whose_scans_take_long_is_scanned_once_for_a_question():
     assert not turns.expedite({1: LIVE}, since=100.0)
     # The next question is another one.
     assert turns.expedite({1: LIVE}, since=101.0)
+
+
+def test_a_process_whose_records_are_dropped_again_and_again_is_scanned_four_times_a_second(reconciler, source):
+    begun = time.monotonic()
+    for _ in range(50):
+        source.records, source.lost = [throttled()], Losses(throttled=5)
+        turn(reconciler)
+    assert source.read.count(FLOODER.pid) <= 1 + 4 * (time.monotonic() - begun) + 1
+
+
+def test_until_a_full_scan_may_be_made_again_few_are_scanned_in_a_turn_the_longest_waiting_first():
+    schedule = RescanSchedule()
+    late, early = range(100), range(100, 100 + FEW)
+    schedule.due = dict.fromkeys(late, 3.0) | dict.fromkeys(early, 2.0)
+    schedule.few_until = 9.0
+    assert sorted(schedule.take(dict.fromkeys((*late, *early), LIVE), 4.0)) == list(early)
+    assert len(schedule.take(dict.fromkeys(late, LIVE), 9.0)) == len(late)
+
+
+def test_a_child_of_a_threaded_process_that_ends_soon_is_not_scanned():
+    schedule = RescanSchedule()
+    assert schedule.take({7: Causes("fork", "munmap")}, 10.0) == {}
+    assert schedule.take({}, 10.0) == {}
+    assert list(schedule.take({7: Causes("fork", "munmap")}, 10.5)) == []
+    assert list(schedule.take({7: Causes("fork", "munmap")}, 10.5 + FORKED_S)) == [7]

@@ -203,22 +203,25 @@ static __always_inline int enter_shmdt(__u64 start)
 /* ---- the call leaves -------------------------------------------------------------------------- */
 
 /*
- * Whether a process sends so many records that it would drown the others. The rest of that second
- * it only counts them, and needs a rescan: scans find what it has, at the reader's pace.
+ * Whether a process sends so many records that it would drown the others: too many in this second, or more
+ * than may wait to be read. Then they are only counted, and it needs a rescan: scans find what it
+ * has, at the reader's pace.
  */
 static __always_inline bool is_throttled(struct task_struct *task, struct process *process)
 {
+	struct process *payer;
+
 	if (!process || !max_records_s)
 		return false;
 	if (process->rate_s != now_s) {
 		process->rate_s = now_s;
 		process->rate = 0;
 	}
-	if (++process->rate <= max_records_s)
+	payer = payer_of(process);
+	if (++process->rate <= max_records_s && !has_too_many_waiting(&payer->window, &payer->waiting, &payer->strikes))
 		return false;
 	count(LOST_THROTTLED);
-	/* After the first of them user space knows which one to read although it needed a rescan before. */
-	if (mark_needs_rescan(process) || process->rate == max_records_s + 1)
+	if (mark_throttled(process))
 		send_small(task, RECORD_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_THROTTLED, 0, 0);
 	return true;
 }

@@ -10,12 +10,7 @@
  * Authoritative and tentative records as in watch.bpf.c, but a shared mm is known by the calls that make it: a process shares
  * its mm from its first clone with CLONE_VM on, until it executes another program.
  */
-#include "records.h"
-
-#include <linux/bpf.h>
-#include <stdbool.h>
-
-#include <bpf/bpf_helpers.h>
+#include "ring.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -66,6 +61,12 @@ struct seen {
 	__u64 max_end;
 	__u32 range_count; /* above MAX_RANGES: every range within [min_start, max_end) counts */
 	__u32 shares_mm;
+	__u64 window; /* see has_too_many_waiting */
+	__u16 waiting;
+	__u16 strikes;
+	__u32 payer; /* the pid whose entry counts its records; 0: its own */
+	__u32 is_throttled;
+	__u32 reserved;
 	struct {
 		__u64 start;
 		__u64 end;
@@ -116,28 +117,7 @@ struct {
 	__type(value, __u32);
 } headless SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 8 << 20);
-} ring SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
 __u32 report = 0; /* enum report_bit, written by user space */
-
-static __always_inline void count(enum counter which)
-{
-	__u32 key = which;
-	__u64 *value = bpf_map_lookup_elem(&counters, &key);
-
-	if (value)
-		*value += 1;
-}
 
 static __always_inline void send(__u16 type, __u32 flags, __u64 start, __u64 end)
 {
@@ -318,6 +298,34 @@ int enter_shmdt(struct syscall_enter *context)
 
 /* ---- the call leaves -------------------------------------------------------------------------- */
 
+/*
+ * Whether so many records of the process wait that this one is only counted, and a scan finds what has
+ * changed. The first that is dropped asks for it: once user space has seen that, a new window has begun,
+ * so what is dropped after the scan asks again.
+ */
+static __always_inline bool is_throttled(struct seen *process)
+{
+	struct seen *payer = process;
+
+	if (!process)
+		return false;
+	if (process->payer) {
+		payer = find_process(process->payer);
+		if (!payer)
+			payer = process;
+	}
+	if (!has_too_many_waiting(&payer->window, &payer->waiting, &payer->strikes)) {
+		process->is_throttled = 0;
+		return false;
+	}
+	count(LOST_THROTTLED);
+	if (!process->is_throttled) {
+		process->is_throttled = 1;
+		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_THROTTLED, 0, 0);
+	}
+	return true;
+}
+
 SEC("tp/syscalls/sys_exit_mmap")
 int leave(struct syscall_exit *context)
 {
@@ -334,13 +342,19 @@ int leave(struct syscall_exit *context)
 	process = find_process(pid_tgid >> 32);
 	if (call->kind & PENDING_SHARED_MM || (process && process->shares_mm))
 		flags |= FLAG_NEEDS_RESCAN;
+	start = call->kind & PENDING_MAP ? ret : call->start;
+	if (is_throttled(process)) {
+		if (call->kind & (PENDING_MAP | PENDING_MPROTECT_EXEC) && !failed)
+			add_range(process, start, start + call->length);
+		bpf_map_delete_elem(&pending_calls, &pid_tgid);
+		return 0;
+	}
 	if (call->kind & PENDING_UNMAP && !flags && !failed)
 		send(SEEN_RANGE, 0, call->start, call->start + call->length);
 	/* A call that failed may have taken something away before it did. */
 	else if (call->kind & (PENDING_UNMAP | PENDING_REREAD) || (failed && call->kind & PENDING_MPROTECT_EXEC))
 		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN, 0, 0);
 	if (call->kind & (PENDING_MAP | PENDING_MPROTECT_EXEC) && !failed) {
-		start = call->kind & PENDING_MAP ? ret : call->start;
 		process = count_activity(pid_tgid >> 32);
 		if (process)
 			add_range(process, start, start + call->length);
@@ -418,6 +432,10 @@ static __always_inline int send_fork(__u32 child)
 	if (process) {
 		bpf_map_update_elem(&processes, &child, process, BPF_ANY);
 		inherited = find_process(child);
+		if (inherited) {
+			inherited->payer = process->payer ?: (__u32)(pid_tgid >> 32);
+			inherited->is_throttled = 0;
+		}
 		if (!inherited)
 			count(LOST_PROCESSES);
 		else if (shares) {

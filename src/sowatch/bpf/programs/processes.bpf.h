@@ -59,6 +59,7 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		inherited->scan_run = 0;
 		inherited->shares_vm = 0;
 		inherited->vm_root = 0;
+		inherited->payer = process->payer ?: tgid;
 		if (flags & FLAG_SHARED_VM) {
 			inherited->shares_vm = 1;
 			inherited->vm_root = process->vm_root ?: tgid;

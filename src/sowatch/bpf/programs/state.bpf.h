@@ -3,11 +3,13 @@
 #pragma once
 
 #include "reads.bpf.h"
-#include "records.h"
+#include "ring.bpf.h"
 
 #include <bpf/bpf_tracing.h>
 
 #define MAX_RANGES 32
+#define NEEDS_RESCAN 1
+#define THROTTLED 2 /* and user space knows that records of it were dropped */
 
 /*
  * A process somebody may want to hear of: it maps, or may map, a file that a rule wants. Made at
@@ -23,17 +25,21 @@ struct process {
 	__u64 min_start;
 	__u64 max_end;
 	__u32 range_count;    /* above MAX_RANGES: every range within [min_start, max_end) counts */
-	__u32 dirty;          /* needs a rescan; set here, cleared when the scan begins */
+	__u32 dirty;          /* NEEDS_RESCAN or more; set here, cleared when the scan begins */
 	__u32 introduced;     /* its RECORD_INTRO was sent */
 	__u32 shares_vm;      /* another process may hold the same mm */
 	__u64 company_ns;     /* when a thread of it, but not the last, ended last */
 	__u64 scan_run;       /* the scan that scanned it last, and through which thread */
 	__u64 facts;          /* what its last introduction reported, see facts_of */
+	__u64 window;         /* where in the ring it began to count `waiting`, see has_too_many_waiting */
 	__u32 first_activity; /* what activity counts from, see track */
 	__u32 vm_root;        /* who else has to know of its ranges; itself if that is not known; 0: nobody */
 	__u32 scan_tid;
 	__u32 rate_s; /* the second, and how many records it has sent in it: see is_throttled */
 	__u32 rate;
+	__u16 waiting;
+	__u16 strikes;
+	__u32 payer; /* whose `waiting` counts its records; 0: its own */
 #ifdef OLD_KERNEL
 	/* What scans have found, by their own hand: without atomics two may not fill one list. */
 	__u32 covered_count; /* above MAX_RANGES: every range counts */
@@ -95,18 +101,6 @@ struct {
 	__type(value, struct pending);
 } pending_calls SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 8 << 20);
-} ring SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
 /* Written by user space through the mapped section, read by every program. */
 __u32 rules_epoch = 0;
 __u32 report = 0; /* enum report_bit */
@@ -127,15 +121,6 @@ __u32 max_records_s = 0; /* records one process may send in a second; 0: any num
  * the insert and lowered after the delete, so it is never too low.
  */
 __u32 calls_under_way SEC(".data.calls") = 0;
-
-static __always_inline void count(enum counter which)
-{
-	__u32 key = which;
-	__u64 *value = bpf_map_lookup_elem(&counters, &key);
-
-	if (value)
-		*value += 1;
-}
 
 static __always_inline bool is_error(long ret)
 {
@@ -415,11 +400,39 @@ static __always_inline bool mark_needs_rescan(struct process *process)
 	/* Two may both turn it on, and one record too many be sent. None is missed: see the decision 0011. */
 	if (process->dirty)
 		return false;
-	process->dirty = 1;
+	process->dirty = NEEDS_RESCAN;
 	return true;
 #else
-	return __sync_lock_test_and_set(&process->dirty, 1) == 0;
+	return !process->dirty && __sync_lock_test_and_set(&process->dirty, NEEDS_RESCAN) == 0;
 #endif
+}
+
+/* The same after something of it was dropped: true although it needed a rescan before, once until the scan. */
+static __always_inline bool mark_throttled(struct process *process)
+{
+	if (process->dirty == THROTTLED)
+		return false;
+#ifdef OLD_KERNEL
+	process->dirty = THROTTLED;
+	return true;
+#else
+	return __sync_lock_test_and_set(&process->dirty, THROTTLED) != THROTTLED;
+#endif
+}
+
+/*
+ * Who is charged for its records: the process that it was forked by, without an exec since, and so on.
+ * A pid that is another process's by now is of one that started later.
+ */
+static __always_inline struct process *payer_of(struct process *process)
+{
+	__u32 tgid = process->payer;
+	struct process *payer;
+
+	if (!tgid)
+		return process;
+	payer = bpf_map_lookup_elem(&processes, &tgid);
+	return payer && payer->start_ns <= process->start_ns ? payer : process;
 }
 
 /*
