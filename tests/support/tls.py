@@ -69,7 +69,7 @@ daemon off; master_process {master}; {workers} error_log {place}/error.log info;
 events {{ worker_connections 256; }}
 http {{
   log_format short '$request_method $request_uri $status';
-  access_log {place}/access.log short;
+  access_log {place}/access.log short; keepalive_requests 1000000000;
   client_body_temp_path {place}/b; proxy_temp_path {place}/p; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u;
   scgi_temp_path {place}/s;
   server {{

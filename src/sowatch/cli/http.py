@@ -81,8 +81,14 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     as_json = wants_json(args)
     matches = _filter_of(args)
     pattern = "|".join(f"(?:{one})" for one in args.patterns) or None
-    from sowatch.http.summary import Summary
-    from sowatch.http.taps import HttpTap
+    try:
+        from sowatch.http.summary import Summary
+        from sowatch.http.taps import HttpTap
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not installed, and HTTP cannot be decoded without it. "
+            "Install it: pip install 'sowatch[http]'."
+        ) from error
 
     waiting: deque[HttpFlow] = deque()
     unwritten = [0]

@@ -18,7 +18,7 @@ HEAD: Final = struct.Struct("=QQQQQQQIIIIIBBHHHI16s16s")
 #: struct tls_connection_key, 32 bytes.
 CONNECTION: Final = struct.Struct("=QQIIQ")
 #: enum tls_counter, in order.
-COUNTERS: Final = ("lost", "unreadable", "spared", "no_room", "passed")
+COUNTERS: Final = ("lost", "unreadable", "spared", "no_room", "lost_ends", "passed")
 #: Connections and peers that are remembered: each has many records.
 _CACHED: Final = 8192
 _DATA: Final = 1

@@ -388,7 +388,7 @@ int tls_end(struct pt_regs *context)
 		record->begin_ns = record->end_ns = bpf_ktime_get_ns();
 		bpf_ringbuf_submit(record, 0);
 	} else {
-		count(TLS_LOST);
+		count(TLS_LOST_ENDS);
 	}
 	bpf_map_delete_elem(&connections, &key);
 	bpf_map_delete_elem(&spare, &key); /* TLS_READ is 0 */

@@ -23,6 +23,7 @@ enum tls_counter {
 	TLS_UNREADABLE, /* calls whose buffer could not be read */
 	TLS_SPARED,     /* calls of which user space needed nothing */
 	TLS_NO_ROOM,    /* calls without an entry in a map */
+	TLS_LOST_ENDS,  /* ends of connections that did not fit into the ring */
 	TLS_PASSED,     /* calls that moved bytes: each is sent, or counted as lost, spared, or without an entry */
 	TLS_COUNTERS,
 };
