@@ -80,6 +80,7 @@ class Message(Struct, gc=False):
         end_ns: of the last byte; None while it goes on.
         body_bytes: of the body without its framing.
         is_complete: its end was seen, and no byte of its framing was missed.
+        is_lost: its framing was lost, so what is counted of its body may be too little.
     """
 
     begin_ns: int
@@ -91,6 +92,7 @@ class Message(Struct, gc=False):
     end_ns: int | None = None
     body_bytes: int = 0
     is_complete: bool = False
+    is_lost: bool = False
 
 
 class _Head:
@@ -133,6 +135,7 @@ class Http1Decoder:
         kind: what this direction carries.
         on_head: called with a message once its head is there.
         on_end: called with a message once it has ended, complete or not.
+        on_lost: called after the framing was lost: as many messages as nobody knows may have passed.
         method_of: for responses: the method of the request that the next response answers; None if it is not known.
 
     Whatever comes in, nothing is raised; memory is bounded by `MAX_HEAD_BYTES`. Any cut of the same bytes into calls
@@ -145,11 +148,13 @@ class Http1Decoder:
         *,
         on_head: Callable[[Message], None],
         on_end: Callable[[Message], None],
+        on_lost: Callable[[], None] = lambda: None,
         method_of: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._is_request = kind == "request"
         self._on_head = on_head
         self._on_end = on_end
+        self._on_lost = on_lost
         self._method_of = method_of
         self._state = _HEAD
         self._buffer = bytearray()
@@ -245,11 +250,11 @@ class Http1Decoder:
         elif self._state != _LOST and size:
             self._lose(time_ns)
 
-    def close(self, time_ns: int) -> None:
-        """The connection ended: so does a message whose end is that; another one is not complete."""
+    def close(self, time_ns: int, *, is_ended: bool = True) -> None:
+        """Nothing more comes. If the connection ended, a message whose end is that is complete, and no other one."""
         message = self._message
         if message is not None:
-            self._finish(time_ns, is_complete=self._state == _UNTIL_CLOSE)
+            self._finish(time_ns, is_complete=is_ended and self._state == _UNTIL_CLOSE)
         self._buffer.clear()
         self._state = _HEAD
 
@@ -406,9 +411,11 @@ class Http1Decoder:
         self._scanned = 0
         message = self._message
         if message is not None and message.version:
+            message.is_lost = True
             self._finish(time_ns, is_complete=False)
         self._message = None
         self._state = _LOST
+        self._on_lost()
 
 
 @lru_cache(maxsize=_CACHED_HEADS)

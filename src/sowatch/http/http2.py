@@ -7,6 +7,7 @@ fields that were sent before: those are `UNKNOWN`, counted, never guessed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -57,6 +58,8 @@ _MAX_FRAME_BYTES: Final = 1 << 20
 #: Types whose payload is needed.
 _WHOLE: Final = frozenset({_HEADERS, _CONTINUATION, _PUSH_PROMISE, _RST_STREAM})
 
+_NAME: Final = re.compile(r":?[!#$%&'*+.^_`|~0-9a-z-]+")
+
 HeaderBlock = list[tuple[str, str]]
 
 
@@ -66,6 +69,11 @@ class _Table(HeaderTable):
     def __init__(self) -> None:
         super().__init__()
         self.unknown = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes beyond what every connection may have, as RFC 7541, section 4.1, counts them."""
+        return max(0, self._current_size - self.DEFAULT_SIZE)
 
     def get_by_index(self, index: int) -> tuple[bytes, bytes]:
         try:
@@ -78,7 +86,7 @@ class _Table(HeaderTable):
 
 
 def looks_like_frames(data: bytes) -> bool:
-    """Whether bytes in the middle of a connection are frames, from the first to the last, one with headers or settings.
+    """Whether bytes in the middle of a connection are frames, and one of them has settings or a whole header block.
 
     >>> looks_like_frames(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])), looks_like_frames(b"GET / HTTP/1.1")
     (True, False)
@@ -88,9 +96,26 @@ def looks_like_frames(data: bytes) -> bool:
         length, kind, flags, stream = _head_of(data, at)
         if not _is_sound(length, kind, flags, stream):
             return False
-        has_meaning |= kind in (_HEADERS, _SETTINGS)
+        frame = data[at : at + FRAME_HEAD_BYTES + length]
+        is_whole = len(frame) == FRAME_HEAD_BYTES + length and flags & _END_HEADERS
+        if kind == _HEADERS and (stream % 2 == 0 or not length or (is_whole and not _has_fields(frame))):
+            return False
+        has_meaning |= bool(is_whole) if kind == _HEADERS else kind == _SETTINGS
         at += FRAME_HEAD_BYTES + length
     return has_meaning and at >= len(data)
+
+
+def _has_fields(frame: bytes) -> bool:
+    """Whether a whole HEADERS frame has a header block; what yamux and random bytes have is none."""
+    found: list[HeaderBlock] = []
+    tried = Http2Decoder(
+        on_headers=lambda _stream, fields, _ends, _time_ns: found.append(fields),
+        on_data=lambda *_: None,
+        on_reset=lambda *_: None,
+    )
+    tried.feed(frame, 0)
+    # Names are in lower case (RFC 9113, section 8.2.1).
+    return bool(found) and all(name == UNKNOWN or _NAME.fullmatch(name) for name, _ in found[0])
 
 
 def begins_connection(data: bytes) -> bool:
@@ -106,8 +131,9 @@ class Http2Decoder:
         on_headers: called with the stream, its header block, and whether the stream ends there.
         on_data: called with the stream, how many bytes of body passed, and whether the stream ends there.
         on_reset: called with a stream that was given up.
+        on_lost: called without arguments after frames were lost: of any stream.
 
-    The last argument of each callback is the time in ns of CLOCK_MONOTONIC. Whatever comes in, nothing is raised.
+    The last argument of each other callback is the time in ns of CLOCK_MONOTONIC. Whatever comes in, nothing is raised.
     """
 
     def __init__(
@@ -116,7 +142,9 @@ class Http2Decoder:
         on_headers: Callable[[int, HeaderBlock, bool, int], None],
         on_data: Callable[[int, int, bool, int], None],
         on_reset: Callable[[int, int], None],
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_lost = on_lost
         self._on_headers = on_headers
         self._on_data = on_data
         self._on_reset = on_reset
@@ -157,8 +185,8 @@ class Http2Decoder:
 
     @property
     def held(self) -> int:
-        """Bytes of a frame or a header block that wait for their rest."""
-        return len(self._buffer) + (len(self._open.data) if self._open else 0)
+        """Bytes of a frame or a header block that wait for their rest, and of the dynamic table."""
+        return len(self._buffer) + (len(self._open.data) if self._open else 0) + self._table.held
 
     def feed(self, data: bytes, time_ns: int) -> None:
         """Takes over bytes of one call; see `sowatch.http.http1.Http1Decoder.feed`."""
@@ -197,6 +225,7 @@ class Http2Decoder:
         self._table = _Table()
         self._table.unknown = unknown
         self._decoder = self._new_decoder()
+        self._on_lost()
 
     # ---- inside -----------------------------------------------------------------------------------
 
@@ -231,6 +260,11 @@ class Http2Decoder:
         if not _is_sound(length, kind, flags, stream) and (kind in _SHAPES or length > _MAX_FRAME_BYTES):
             self.lose()
             return None
+        if self._open is not None and (kind != _CONTINUATION or stream != self._open.stream):
+            # Nothing stands between a block and its rest (RFC 9113, section 6.10): something was not seen, and what
+            # there is of the block would change the table otherwise than it changed the peer's.
+            self.lose()
+            return None
         if kind in _WHOLE:
             self._take_payload(kind, flags, stream, frame[FRAME_HEAD_BYTES:], time_ns)
             return at
@@ -262,13 +296,16 @@ class Http2Decoder:
             self._on_reset(stream, time_ns)
             return
         if kind == _CONTINUATION:
-            if self._open is None or self._open.stream != stream:
+            if self._open is None:
                 self.lose()
                 return
             block = self._open
             block.data += payload
         else:
             body = _without_padding(payload, flags)
+            if body is None or len(body) < (4 if kind == _PUSH_PROMISE else 5 if flags & _PRIORITY_FLAG else 0):
+                self.lose()
+                return
             if kind == _PUSH_PROMISE:
                 block = _Block(stream, False, True, bytearray(body[4:]))
             else:
@@ -325,10 +362,13 @@ def _is_sound(length: int, kind: int, flags: int, stream: int) -> bool:
     return not (kind in _ON_CONNECTION and stream) and not (kind in _ON_STREAM and not stream)
 
 
-def _without_padding(payload: bytes, flags: int) -> bytes:
-    if not flags & _PADDED or not payload:
+def _without_padding(payload: bytes, flags: int) -> bytes | None:
+    """None: the padding is longer than the payload (RFC 9113, section 6.2: an error of the connection)."""
+    if not flags & _PADDED:
         return payload
-    return payload[1 : max(1, len(payload) - payload[0])]
+    if not payload or payload[0] >= len(payload):
+        return None
+    return payload[1 : len(payload) - payload[0]]
 
 
 def _text(value: bytes | str) -> str:

@@ -245,9 +245,10 @@ def test_what_waits_for_its_rest_is_bounded_over_all_connections() -> None:
     assert tap.table.stats.dropped == 41
     for number in range(41, 50):
         tap.call("write", b" HTTP/1.1\r\n\r\n", key=KEY._replace(pointer=number))
+        tap.call("read", RESPONSE % (0, b""), key=KEY._replace(pointer=number))
     for number in range(100, 109):
         tap.call("write", b"GET /" + b"x" * 10_000, key=KEY._replace(pointer=number))
-    # What was completed waits no more, so there is room again.
+    # What was answered waits no more, so there is room again.
     assert tap.table.stats.dropped == 41
 
 
