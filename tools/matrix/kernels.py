@@ -189,6 +189,7 @@ TESTS: Final = (
     "tests/kernel/bpf/test_tracking.py::test_a_reading_of_a_process_whose_leader_is_dead_shows_its_mappings_once",
     # uprobe.multi from 6.12 on, perf events with cookies on 6.1 and without on 5.10.
     "tests/kernel/http/test_flows.py::test_a_request_over_tls_is_seen_on_both_sides",
+    "tests/kernel/http/test_peers.py",
     "tests/kernel/uprobes/test_calls.py::test_calls_of_a_process_that_runs_already_and_of_one_that_comes_are_counted",
     "tests/kernel/uprobes/test_calls.py::test_recursion_deeper_than_is_timed_is_counted_and_said",
     "tests/kernel/uprobes/test_calls.py::test_a_function_that_is_left_by_longjmp_leaves_nothing_that_falsifies_the_next_call",

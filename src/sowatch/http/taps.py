@@ -10,7 +10,7 @@ import select
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
@@ -167,9 +167,7 @@ class HttpTap:
         """Loads the programs and starts the watch; libraries that are mapped already are attached soon after."""
         try:
             self._attacher.start()
-            if self._sees_sockets:
-                for program in _SOCKET_PROGRAMS:
-                    self._attacher.objects()[0].attach(program)
+            self._follow_sockets()
             self._ring = self._attacher.ring("records")
             self._thread = threading.Thread(target=self._run, name="sowatch-http", daemon=True)
             self._thread.start()
@@ -206,7 +204,7 @@ class HttpTap:
 
     @property
     def sees_sockets(self) -> bool:
-        """Whether this kernel shows which socket a call used (6.3+); without it every peer is unknown."""
+        """Whether this kernel shows which socket a call used (6.3+); without it descriptors of system calls do."""
         return self._sees_sockets
 
     @property
@@ -241,8 +239,9 @@ class HttpTap:
     def _prepare(self, loaded: ProbeObject, _: int) -> None:
         set_probe_constants(loaded, is_filtered=self._is_filtered)
         loaded.set_constant("capture_bytes", self._capture_bytes.to_bytes(4, "little"))
-        # Since 6.3; a program on a tracepoint that is not there would keep the object from loading.
-        self._sees_sockets = loaded.has_function("__traceiter_sock_send_length")
+        self._sees_sockets = _shows_sockets(loaded)
+        loaded.set_constant("sees_sockets", bytes([self._sees_sockets]))
+        # A program on a tracepoint that is not there would keep the object from loading.
         if not self._sees_sockets:
             for program in _SOCKET_PROGRAMS:
                 loaded.skip(program)
@@ -305,23 +304,33 @@ class HttpTap:
             elif event.cause in ("exit", "exec"):
                 wanted.delete(pid)
 
+    def _follow_sockets(self) -> None:
+        """The socket that a thread uses within a call is the connection's."""
+        if self._sees_sockets:
+            for program in _SOCKET_PROGRAMS:
+                self._attacher.objects()[0].attach(program)
+        else:
+            self._attach_to_calls(dict.fromkeys(_DESCRIPTOR_CALLS, "tls_uses_descriptor"))
+
+    def _attach_to_calls(self, programs: Mapping[str, str]) -> None:
+        """Attaches a program to the entry of each of some system calls; those that the machine lacks are left out."""
+        loaded = self._attacher.objects()[0]
+        try:
+            with Tracefs() as tracefs:
+                for call, program in programs.items():
+                    tracepoint = tracefs.tracepoint_id("syscalls", f"sys_enter_{call}")
+                    if tracepoint is not None:
+                        loaded.attach_tracepoint(program, tracepoint)
+        except BpfError as error:
+            LOG.warning("peers of connections stay unknown: %s", error)
+
     def _follow_memory(self) -> None:
         """Somebody encrypts into memory and sends later: from now on, what is sent is compared with that.
 
         Not before: the programs run at each write of the whole host.
         """
         self._follows_memory = True
-        if not self._sees_sockets:
-            return
-        loaded = self._attacher.objects()[0]
-        try:
-            with Tracefs() as tracefs:
-                for call, program in _SENDS.items():
-                    tracepoint = tracefs.tracepoint_id("syscalls", f"sys_enter_{call}")
-                    if tracepoint is not None:
-                        loaded.attach_tracepoint(program, tracepoint)
-        except BpfError as error:
-            LOG.warning("peers of connections over memory BIOs stay unknown: %s", error)
+        self._attach_to_calls(_SENDS)
 
     def _hand_out(self, flow: Flow) -> None:
         process = self._processes.get(flow.key.process)
@@ -341,6 +350,11 @@ class HttpTap:
 
 
 _SOCKET_PROGRAMS: Final = ("tls_socket_sent", "tls_socket_received")
+#: System calls whose first argument is the descriptor of a socket that they move bytes of.
+_DESCRIPTOR_CALLS: Final = (
+    *("read", "readv", "recvfrom", "recvmsg"),
+    *("write", "writev", "sendto", "sendmsg"),
+)
 #: By system call the program that finds what it sends.
 _SENDS: Final = {
     "write": "tls_sends_buffer",
@@ -348,6 +362,11 @@ _SENDS: Final = {
     "writev": "tls_sends_vector",
     "sendmsg": "tls_sends_message",
 }
+
+
+def _shows_sockets(loaded: ProbeObject) -> bool:
+    """Whether the kernel has the tracepoints sock_send_length and sock_recv_length (6.3+)."""
+    return loaded.has_function("__traceiter_sock_send_length")
 
 
 def _probes() -> Iterator[Probe]:

@@ -28,6 +28,5 @@ def test_a_request_over_tls_is_seen_on_both_sides(tmp_path: Path, spawn: Any, wa
             assert (flow.method, flow.path, flow.status) == ("GET", "/seen?size=100000", 200)
             assert (flow.response_bytes, flow.is_complete) == (100_000, True)
             port = flow.local_port if side == "server" else flow.peer and flow.peer.port
-            # The tracepoints that show the socket are there since 6.3.
-            assert port == (server.port if tap.tap.sees_sockets else None)
+            assert port == server.port
         assert tap.tap.stats()["lost"] == 0

@@ -18,6 +18,8 @@ const volatile bool is_filtered;  /* only the processes in `wanted` */
 struct task_struct {
 	struct task_struct *group_leader;
 	__u64 start_boottime;
+	__u64 self_exec_id; /* 64 bits since 5.7 */
+	struct files_struct *files;
 } __attribute__((preserve_access_index));
 
 struct {

@@ -21,10 +21,13 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* Set before loading. */
 const volatile __u32 capture_bytes = MAX_CAPTURE;
+const volatile bool sees_sockets; /* tp_btf/sock_send_length, 6.3+; else sockets are found by their descriptors */
 
 #define AF_INET 2
 #define AF_INET6 10
 #define MSG_PEEK 2
+#define S_IFMT 00170000
+#define S_IFSOCK 0140000
 
 struct in6_addr {
 	__u8 bytes[16];
@@ -44,6 +47,29 @@ struct sock {
 	struct sock_common __sk_common;
 } __attribute__((preserve_access_index));
 
+/* From a descriptor to its socket; the names and types are those of the kernel. */
+struct inode {
+	unsigned short i_mode;
+} __attribute__((preserve_access_index));
+
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+} __attribute__((preserve_access_index));
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+} __attribute__((preserve_access_index));
+
+struct files_struct {
+	struct fdtable *fdt;
+} __attribute__((preserve_access_index));
+
+struct socket {
+	struct sock *sk;
+} __attribute__((preserve_access_index));
+
 enum result {
 	RESULT_BYTES,   /* the call gives how many */
 	RESULT_POINTER, /* the call gives success, and how many through a pointer */
@@ -57,6 +83,8 @@ struct call {
 	__u64 moved; /* where the call writes how many bytes it moved */
 	__u64 begin_ns;
 	__u64 site;
+	__u64 thread_start_ns; /* with it and exec_id the number of a thread is one thread's in one program */
+	__u64 exec_id;
 	__u32 direction;
 	__u32 result;
 };
@@ -73,7 +101,8 @@ struct span {
 struct connection {
 	__u64 offsets[2]; /* by direction */
 	__u64 born_ns;
-	__u64 socket; /* its address in the kernel: shows that it is another one */
+	__u64 exec_id; /* exec keeps the process and its start; the new program may have an object at the same address */
+	__u64 socket;  /* its address in the kernel: shows that it is another one */
 	__u16 family;
 	__u16 peer_port;
 	__u16 local_port;
@@ -154,13 +183,45 @@ static __always_inline struct tls_connection_key key_of(__u64 pointer, __u32 dir
 	return key;
 }
 
-static __always_inline struct connection *connection_of(const struct tls_connection_key *key)
+static __always_inline __u64 thread_start(void)
+{
+	return BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), start_boottime);
+}
+
+static __always_inline __u64 exec_id_of_current(void)
+{
+	return BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), self_exec_id);
+}
+
+/* The call that this thread is in. A thread that was ended within one leaves its entry to the next of its number. */
+static __always_inline struct call *call_of(__u64 thread)
+{
+	struct call *found = bpf_map_lookup_elem(&under_way, &thread);
+
+	if (!found || found->thread_start_ns != thread_start() || found->exec_id != exec_id_of_current())
+		return 0;
+	return found;
+}
+
+static __always_inline void forget(struct tls_connection_key *key)
+{
+	bpf_map_delete_elem(&connections, key);
+	bpf_map_delete_elem(&spare, key); /* TLS_READ is 0 */
+	key->direction = TLS_WRITE;
+	bpf_map_delete_elem(&spare, key);
+	key->direction = 0;
+}
+
+static __always_inline struct connection *connection_of(struct tls_connection_key *key)
 {
 	struct connection *found = bpf_map_lookup_elem(&connections, key);
-	struct connection none = {};
+	struct connection none = {.exec_id = exec_id_of_current()};
 
-	if (found)
-		return found;
+	if (found) {
+		if (found->exec_id == none.exec_id)
+			return found;
+		forget(key);
+	}
 	none.born_ns = bpf_ktime_get_ns();
 	/* Another thread may be first: then this one finds what that put. */
 	bpf_map_update_elem(&connections, key, &none, BPF_NOEXIST);
@@ -181,14 +242,17 @@ static __always_inline int enter(struct pt_regs *context, enum tls_direction dir
 	if (!is_wanted(thread >> 32))
 		return 0;
 	call.stack = STACK(context) + stack_bytes(context, 0);
-	outer = bpf_map_lookup_elem(&under_way, &thread);
-	if (outer && outer->stack > call.stack)
+	outer = call_of(thread);
+	/* No library moves data by its own functions in a handshake: that one was left without a return. */
+	if (outer && outer->stack > call.stack && (outer->direction != TLS_NONE || direction == TLS_NONE))
 		return 0;
 	call.pointer = ARGUMENT1(context);
 	call.buffer = ARGUMENT2(context);
 	call.moved = moved;
 	call.begin_ns = bpf_ktime_get_ns();
 	call.site = has_cookies ? (__u32)bpf_get_attach_cookie(context) : 0;
+	call.thread_start_ns = thread_start();
+	call.exec_id = exec_id_of_current();
 	call.direction = direction;
 	call.result = result;
 	if (bpf_map_update_elem(&under_way, &thread, &call, BPF_ANY)) {
@@ -323,7 +387,7 @@ int tls_returned(struct pt_regs *context)
 	__u64 thread = bpf_get_current_pid_tgid(), *spared, length;
 	/* x86 has popped the return address by now, if the return is seen by a return probe. */
 	__u64 stack = STACK(context) + stack_bytes(context, -RETURN_ADDRESS_BYTES);
-	struct call *found = bpf_map_lookup_elem(&under_way, &thread), call;
+	struct call *found = call_of(thread), call;
 	struct tls_connection_key key;
 	struct connection *connection;
 	struct span span = {};
@@ -390,10 +454,7 @@ int tls_end(struct pt_regs *context)
 	} else {
 		count(TLS_LOST_ENDS);
 	}
-	bpf_map_delete_elem(&connections, &key);
-	bpf_map_delete_elem(&spare, &key); /* TLS_READ is 0 */
-	key.direction = TLS_WRITE;
-	bpf_map_delete_elem(&spare, &key);
+	forget(&key);
 	return 0;
 }
 
@@ -408,7 +469,7 @@ SEC("uprobe")
 int tls_bio_write(struct pt_regs *context)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
-	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
+	struct call *call = call_of(thread);
 	struct encrypted value = {};
 	struct connection *connection;
 	struct tls_connection_key key;
@@ -417,8 +478,8 @@ int tls_bio_write(struct pt_regs *context)
 	if (!call || (__s32)ARGUMENT3(context) < PREFIX_BYTES)
 		return 0;
 	key = key_of(call->pointer, 0);
-	connection = bpf_map_lookup_elem(&connections, &key);
-	if (connection && connection->socket)
+	connection = connection_of(&key);
+	if (!connection || connection->socket)
 		return 0;
 	if (bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, (void *)ARGUMENT2(context)) || !begins_record(&prefix))
 		return 0;
@@ -437,7 +498,71 @@ struct system_call {
 	__u64 arguments[6];
 };
 
-static __always_inline int note_sending(const void *buffer, __u64 length)
+/* The socket is that of the connection from now on. One that is not connected has no other end. */
+static __always_inline int note_peer(__u64 pointer, struct sock *socket)
+{
+	struct tls_connection_key key = key_of(pointer, 0);
+	struct connection *connection = connection_of(&key);
+	__u16 family, port;
+
+	if (!connection || connection->socket == (__u64)socket)
+		return 0;
+	family = BPF_CORE_READ(socket, __sk_common.skc_family);
+	port = BPF_CORE_READ(socket, __sk_common.skc_dport);
+	if (!port)
+		return 0;
+	if (family == AF_INET) {
+		*(__u32 *)connection->peer = BPF_CORE_READ(socket, __sk_common.skc_daddr);
+		*(__u32 *)connection->local = BPF_CORE_READ(socket, __sk_common.skc_rcv_saddr);
+	} else if (family == AF_INET6) {
+		BPF_CORE_READ_INTO(&connection->peer, socket, __sk_common.skc_v6_daddr);
+		BPF_CORE_READ_INTO(&connection->local, socket, __sk_common.skc_v6_rcv_saddr);
+	} else {
+		return 0;
+	}
+	connection->peer_port = __builtin_bswap16(port);
+	connection->local_port = BPF_CORE_READ(socket, __sk_common.skc_num);
+	connection->family = family;
+	connection->socket = (__u64)socket;
+	return 0;
+}
+
+/* The socket that a descriptor of this process stands for at this moment; 0: it is none. */
+static __always_inline struct sock *socket_of(__u64 descriptor)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file *file = 0, **files;
+	struct socket *socket;
+
+	if ((__u32)descriptor >= BPF_CORE_READ(table, max_fds))
+		return 0;
+	files = BPF_CORE_READ(table, fd);
+	if (bpf_probe_read_kernel(&file, sizeof(file), files + (__u32)descriptor) || !file)
+		return 0;
+	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return 0;
+	socket = BPF_CORE_READ(file, private_data);
+	return BPF_CORE_READ(socket, sk);
+}
+
+static __always_inline int note_descriptor(__u64 pointer, __u64 descriptor)
+{
+	struct sock *socket = socket_of(descriptor);
+
+	return socket ? note_peer(pointer, socket) : 0;
+}
+
+/* read, write, recv*, send*, readv, writev: before 6.3, the descriptor that a thread uses within a call */
+SEC("tracepoint")
+int tls_uses_descriptor(struct system_call *context)
+{
+	struct call *call = call_of(bpf_get_current_pid_tgid());
+
+	return call ? note_descriptor(call->pointer, context->arguments[0]) : 0;
+}
+
+static __always_inline int note_sending(__u64 descriptor, const void *buffer, __u64 length)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
 	struct prefix prefix = {};
@@ -449,8 +574,11 @@ static __always_inline int note_sending(const void *buffer, __u64 length)
 		return 0;
 	prefix.tgid = thread >> 32;
 	found = bpf_map_lookup_elem(&encrypted, &prefix);
-	if (found && bpf_ktime_get_ns() - found->time_ns < PREFIX_AGE_NS)
-		bpf_map_update_elem(&sending, &thread, &found->pointer, BPF_ANY);
+	if (!found || bpf_ktime_get_ns() - found->time_ns >= PREFIX_AGE_NS)
+		return 0;
+	if (!sees_sockets)
+		return note_descriptor(found->pointer, descriptor);
+	bpf_map_update_elem(&sending, &thread, &found->pointer, BPF_ANY);
 	return 0;
 }
 
@@ -459,27 +587,27 @@ struct user_iovec {
 	__u64 length;
 };
 
-static __always_inline int note_sending_vector(const void *vector)
+static __always_inline int note_sending_vector(__u64 descriptor, const void *vector)
 {
 	struct user_iovec first;
 
 	if (bpf_probe_read_user(&first, sizeof(first), vector))
 		return 0;
-	return note_sending(first.base, first.length);
+	return note_sending(descriptor, first.base, first.length);
 }
 
 /* write(fd, buffer, length) and sendto(fd, buffer, length, ...) */
 SEC("tracepoint")
 int tls_sends_buffer(struct system_call *context)
 {
-	return note_sending((void *)context->arguments[1], context->arguments[2]);
+	return note_sending(context->arguments[0], (void *)context->arguments[1], context->arguments[2]);
 }
 
 /* writev(fd, vector, count) */
 SEC("tracepoint")
 int tls_sends_vector(struct system_call *context)
 {
-	return note_sending_vector((void *)context->arguments[1]);
+	return note_sending_vector(context->arguments[0], (void *)context->arguments[1]);
 }
 
 /* sendmsg(fd, struct user_msghdr *, flags): name, its length, vector */
@@ -490,19 +618,21 @@ int tls_sends_message(struct system_call *context)
 
 	if (bpf_probe_read_user(&vector, sizeof(vector), (void *)(context->arguments[1] + 16)))
 		return 0;
-	return note_sending_vector(vector);
+	return note_sending_vector(context->arguments[0], vector);
 }
 
 /* The socket that a thread uses within a call is the connection's; so is the one that sends what the call encrypted. */
 static __always_inline int note_socket(struct sock *socket, int result, int flags)
 {
 	__u64 thread = bpf_get_current_pid_tgid(), *sent, pointer;
-	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
-	struct tls_connection_key key;
-	struct connection *connection;
-	__u16 family;
+	struct call *call = call_of(thread);
 
 	if (call) {
+		struct pt_regs *registers = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
+
+		/* A call that was left without a return: what the thread does above its stack is not of it. */
+		if (STACK(registers) > call->stack)
+			return 0;
 		pointer = call->pointer;
 	} else {
 		sent = bpf_map_lookup_elem(&sending, &thread);
@@ -513,25 +643,7 @@ static __always_inline int note_socket(struct sock *socket, int result, int flag
 	}
 	if (result <= 0 || flags & MSG_PEEK)
 		return 0;
-	key = key_of(pointer, 0);
-	connection = connection_of(&key);
-	if (!connection || connection->socket == (__u64)socket)
-		return 0;
-	family = BPF_CORE_READ(socket, __sk_common.skc_family);
-	if (family == AF_INET) {
-		*(__u32 *)connection->peer = BPF_CORE_READ(socket, __sk_common.skc_daddr);
-		*(__u32 *)connection->local = BPF_CORE_READ(socket, __sk_common.skc_rcv_saddr);
-	} else if (family == AF_INET6) {
-		BPF_CORE_READ_INTO(&connection->peer, socket, __sk_common.skc_v6_daddr);
-		BPF_CORE_READ_INTO(&connection->local, socket, __sk_common.skc_v6_rcv_saddr);
-	} else {
-		return 0;
-	}
-	connection->peer_port = __builtin_bswap16(BPF_CORE_READ(socket, __sk_common.skc_dport));
-	connection->local_port = BPF_CORE_READ(socket, __sk_common.skc_num);
-	connection->family = family;
-	connection->socket = (__u64)socket;
-	return 0;
+	return note_peer(pointer, socket);
 }
 
 SEC("tp_btf/sock_send_length")
