@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sowatch import Config, Rule
+from sowatch import Config, Load, Rule, Watcher
 from sowatch.bpf.records import MAX_FILE_RANGES
 from sowatch.model.literals import KINDS
 from support.forced import FORCED
@@ -26,6 +26,9 @@ NOBODY = 65534
 STRATEGIES = [FORCED["strategy"]] if FORCED else ["core", "prebuilt", "procfs"]
 OFTEN = {"poll_interval_s": 0.05, "poll_cpu_percent": 100}
 TAG = f"many{os.getpid()}"
+
+
+QUEUE_BYTES = 1 << 20
 
 
 class Ranges:
@@ -167,6 +170,34 @@ def test_children_of_one_with_very_many_ranges_are_each_told_of(
     assert len(children) == 20
     for pid in (ranges.pid, *children):
         ledger.wait_load(pid, file.stat().st_ino)
+
+
+def test_a_slow_reader_beside_forks_of_many_ranges_has_a_bounded_queue_and_misses_no_process_in_the_end(
+    hostile: Any, scratch: Path, wait_until: Any, deadline: Any
+) -> None:
+    file, count = sparse(scratch, f"libmany-{TAG}.so", 2 * MAX_FILE_RANGES), 200
+    watcher = Watcher(Rule(TAG, kind=KINDS), config=Config(**{"queue_bytes": QUEUE_BYTES, **FORCED}))
+    reader = watcher.subscribe(events=("load",))
+    with watcher:
+        ranges = hostile("fork", file, str(MAX_FILE_RANGES - 1), str(count))
+        pids = {
+            ranges.pid,
+            *map(int, Path(f"/proc/{ranges.pid}/task/{ranges.pid}/children").read_text().split()),
+        }
+        assert len(pids) == count + 1
+        wait_until(lambda: {one.process.pid for one in watcher.snapshot()} >= pids, 20, "every child in the map")
+
+        assert reader.waiting_bytes < 2 * QUEUE_BYTES
+        assert reader.lost > count // 2
+        seen: set[int] = set()
+        is_repaired = False
+        while not (is_repaired and seen >= pids):
+            event = reader.get(deadline(10))
+            assert event is not None
+            is_repaired |= event.event == "repaired"
+            if isinstance(event, Load):
+                seen.add(event.process.pid)
+        assert [one for one in watcher.audit().differences if one.pid in pids] == []
 
 
 def test_a_deleted_file_whose_mappings_stand_side_by_side_is_opened_by_one_of_them(
