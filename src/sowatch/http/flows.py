@@ -287,10 +287,11 @@ class FlowTable:
             self._held -= connection.counted
             connection.close(time_ns, is_ended=is_ended)
 
-    def end_process(self, process: ProcessId, time_ns: int) -> None:
-        """A process is gone, and every connection of it."""
+    def end_process(self, process: ProcessId, time_ns: int, *, born_before_ns: int | None = None) -> None:
+        """A process is gone, and every connection of it; or its program is, and the connections that it had by then."""
         for key in [key for key in self._connections if key.process == process]:
-            self.end(key, time_ns)
+            if born_before_ns is None or key.born_ns < born_before_ns:
+                self.end(key, time_ns)
 
     def _drop_idle(self, time_ns: int) -> None:
         """Gives up the connection that was idle longest."""

@@ -150,7 +150,8 @@ class HttpTap:
         self._processes: dict[ProcessId, Process] = {}
         #: Of those, the ones that have no library any more, the first to go first.
         self._gone: OrderedDict[ProcessId, None] = OrderedDict()
-        self._ended: deque[ProcessId] = deque()
+        #: Processes that are gone, with None; those that exec'd, with when that was.
+        self._ended: deque[tuple[ProcessId, int | None]] = deque()
         self._lock = threading.Lock()
         self._ring: Ring | None = None
         self._thread: threading.Thread | None = None
@@ -265,8 +266,8 @@ class HttpTap:
             if poll.poll(0 if ended else 200):
                 self._drain(ring)
                 self._stop.wait(_BATCH_S)
-            for process in ended:
-                self.table.end_process(process, time.monotonic_ns())
+            for process, exec_ns in ended:
+                self.table.end_process(process, time.monotonic_ns(), born_before_ns=exec_ns)
         self._drain(ring)
         self.table.close(time.monotonic_ns())
 
@@ -295,7 +296,8 @@ class HttpTap:
                 self._gone[key] = None
                 if len(self._gone) > _MAX_GONE:
                     self._processes.pop(self._gone.popitem(last=False)[0], None)
-                self._ended.append(key)
+                # The program after exec has the same key, and may have connections by now.
+                self._ended.append((key, (event.t_ns or 0) if event.cause == "exec" else None))
         if self._is_filtered:
             wanted = self._attacher.map("wanted")
             pid = process.pid.to_bytes(4, "little")

@@ -473,6 +473,16 @@ def test_the_end_of_a_process_leaves_the_connections_of_others() -> None:
     assert matched(tap) == [("/1", None, False), ("/2", 200, True)]
 
 
+def test_exec_ends_the_connections_of_the_program_before_and_not_those_of_the_next() -> None:
+    """That a process exec'd is reported after the next program's first calls."""
+    tap, again = Tap(key=KEY._replace(born_ns=10)), KEY._replace(born_ns=30)
+    tap.call("write", REQUEST % 1)
+    tap.call("write", REQUEST % 2, key=again)
+    tap.table.end_process(KEY.process, 40, born_before_ns=20)
+    tap.call("read", RESPONSE % (0, b""), key=again)
+    assert matched(tap) == [("/1", None, False), ("/2", 200, True)]
+
+
 def test_times_that_run_backwards_give_no_negative_durations() -> None:
     table_flows: list[Flow] = []
     table = FlowTable(table_flows.append)
