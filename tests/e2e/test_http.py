@@ -188,6 +188,22 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
     } == {}
 
 
+def test_returns_that_are_seen_at_their_instructions_give_the_same_flows(
+    tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a return probe could end a process below a seccomp filter (6.11 to 6.13)."""
+    monkeypatch.setattr("sowatch.uprobes.attacher.safe_returns", lambda: "instructions")
+    server = tls.python()  # SSL_read_ex and SSL_write_ex, whose probes are not moved
+    with Tap(tls) as tap:
+        tap.wait_attached()
+        urllib(tls, server)
+        for side in ("server", "client"):
+            found = tap.wait_for(side, len(PATHS))
+            assert Counter((one.flow.method, one.flow.path, one.flow.status) for one in found) == Counter(
+                server.answered()
+            )
+
+
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_peers_of_connections_over_memory_are_those_that_the_bytes_go_to(tls: Tls, tap: Tap, side: str) -> None:
     """OBI #2998: asyncio's spans had the address of another connection; two servers, so that a guess would show."""

@@ -1,7 +1,7 @@
 """Instructions that the kernel emulates below a uprobe, near the entry and the returns of a function.
 
 Any other instruction below a probe is executed out of line and single-stepped: a second exception for each call, which
-on a virtual machine leaves to the host (KVM intercepts #DB): 30 µs instead of 0.7 where virtual machines are nested.
+on a virtual machine leaves to the host (KVM intercepts #DB): 30 µs instead of 0.7 where it was measured.
 Functions of OpenSSL begin with ``sub $0x18,%rsp``; a jump that follows serves as well, as long as the arguments are
 still where they were. On AArch64 nothing is gained, and nothing is found.
 """

@@ -134,6 +134,9 @@ def places_of(fd: int, probe: Probe, returns: Returns, *, returns_too: bool = Fa
             elif probe.is_return and is_manual:
                 yield from _return_instructions(fd, symbol)
             else:
+                if probe.is_movable and returns_too and is_manual:
+                    # A program that waits for a return which nobody sees would wait for the rest of the thread's life.
+                    list(_return_instructions(fd, symbol))
                 yield _entry(fd, symbol, start, is_return=bool(probe.is_return))
         except CodeError as error:
             hint = "" if probe.is_manual or not probe.is_return else _HINT

@@ -34,7 +34,8 @@ class Probe:
             Go, whose stacks move, bear only these. There the stack pointer still is what it was at the entry.
         is_movable: it may stand near the entry (or the return) on an instruction that the kernel emulates instead of
             stepping over it (`sowatch.linux.emulated`): arguments (the result) are the same there, and the program
-            computes the stack pointer as `sowatch.uprobes.records.Site` says. Without cookies nothing is moved.
+            computes the stack pointer as `sowatch.uprobes.records.Site` says. Without cookies nothing is moved. An
+            entry whose returns have no place is left out.
 
     Raises:
         UsageError: an empty symbol or program, or a return probe with an offset.
