@@ -1,4 +1,4 @@
-"""The two sets of hooks on the system calls that change mappings.
+"""The two sets of hooks on the system calls that change mappings, and none.
 
 A set chooses its programs of an object before that is loaded, and attaches them afterwards.
 docs/decisions/0009-trampolines.md says why there are two.
@@ -13,7 +13,7 @@ from sowatch.bpf.binding import BpfObject, Tracefs
 from sowatch.model.errors import BpfError
 from sowatch.model.literals import Hooks
 
-__all__ = ["HOOK_SETS", "HookSet", "Syscalls", "Trampolines"]
+__all__ = ["HOOK_SETS", "PROCESS_HOOKS", "HookSet", "NoHooks", "Syscalls", "Trampolines"]
 
 CALLS: Final = ("mmap", "munmap", "mprotect", "pkey_mprotect", "mremap", "shmat", "shmdt")
 #: Calls that a kernel may have been built without (ARCH_HAS_PKEYS, SYSVIPC).
@@ -48,12 +48,29 @@ class HookSet(Protocol):
         BpfError: this kernel lacks what the set needs.
     """
 
-    name: ClassVar[Hooks]
+    name: ClassVar[Hooks | None]
 
     def __init__(self, bpf: BpfObject) -> None: ...
 
     def attach(self) -> None:
         """Attaches all of them, exits first: an entry noted without its exit hook would wait for ever."""
+
+
+#: Programs on what the scheduler does with processes; every set but `NoHooks` has them.
+PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
+
+
+class NoHooks(HookSet):
+    """None at all, for one scan: the programs of the hooks are not even loaded."""
+
+    name = None
+
+    def __init__(self, bpf: BpfObject) -> None:
+        for program in PROCESS_HOOKS:
+            bpf.skip(program)
+
+    def attach(self) -> None:
+        """Nothing to attach."""
 
 
 class Trampolines(HookSet):
@@ -80,6 +97,7 @@ class Trampolines(HookSet):
             bpf.want(f"fexit_compat_{call}")
 
     def attach(self) -> None:
+        _attach_process_hooks(self._bpf)
         for call in self._compat_calls:
             self._bpf.attach(f"fexit_compat_{call}")
         for side in ("fexit", "fentry"):
@@ -109,11 +127,17 @@ class Syscalls(HookSet):
                         raise BpfError(f"finding tracepoint syscalls/sys_{side}_{call}", ENOENT, "")
 
     def attach(self) -> None:
+        _attach_process_hooks(self._bpf)
         if self._compat:
             self._bpf.variable(".bss", "has_x32").value = int(self._bpf.has_function(X32_FUNCTION))
             self._bpf.attach(self._compat)
         for program, tracepoint in self._hooks:
             self._bpf.attach_tracepoint(program, tracepoint)
+
+
+def _attach_process_hooks(bpf: BpfObject) -> None:
+    for program in PROCESS_HOOKS:
+        bpf.attach(program)
 
 
 def _want_compat_program(bpf: BpfObject, tracefs: Tracefs) -> str:

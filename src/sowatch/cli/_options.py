@@ -100,6 +100,8 @@ class Selection(Struct, frozen=True):
     container: str | None
     exclude_self: bool
     snapshot: bool
+    #: What changes after the snapshot is not asked for.
+    is_scan: bool = False
 
     @property
     def is_selective(self) -> bool:
@@ -113,6 +115,7 @@ OpenWatcher = Callable[[Selection], WatcherLike]
 def open_watcher(selection: Selection) -> WatcherLike:
     """The real watcher for a selection, not started yet."""
     from sowatch.cli._front import front_pid
+    from sowatch.sources.select import open_scan, open_source
     from sowatch.watcher.watcher import Watcher
 
     front = front_pid()
@@ -124,6 +127,7 @@ def open_watcher(selection: Selection) -> WatcherLike:
         exclude_self=selection.exclude_self,
         exclude_pids=() if front is None else (front,),
         snapshot=selection.snapshot,
+        open_source=open_scan if selection.is_scan else open_source,
     )
 
 

@@ -2,9 +2,10 @@
 
 With --stale only mapped files that were deleted or replaced on disk: who must restart after an
 upgrade, with the package the file belongs to and the systemd unit or container of the process.
-JSON has one object for each process and file, whatever --by says; --by only sorts it. Where
-processes could not be read a last object, event "coverage", has their number, and --stale ends
-with 3: what runs on stale files may be among them. A unit of
+It is one scan of the host without hooks, and each process is read at one moment; with --duration
+the host is watched for that time first. JSON has one object for each process and file, whatever
+--by says; --by only sorts it. Where processes could not be read a last object, event "coverage",
+has their number, and --stale ends with 3: what runs on stale files may be among them. A unit of
 a user's service manager, or of a container's, is shown with the unit that runs that manager, as
 dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
 
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, Struct
+from msgspec.structs import replace
 
 from sowatch.cli._options import MappedLike, OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out
@@ -37,7 +39,7 @@ from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
 from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
-from sowatch.model.literals import KINDS
+from sowatch.model.literals import KINDS, ONE_SCAN
 
 if TYPE_CHECKING:
     from sowatch.cli._options import Selection, WatcherLike
@@ -73,10 +75,13 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     selection = selection_of(args, default_kinds=KINDS if args.stale else ("library",))
     from sowatch.inventory.staleness import Disk
 
-    watcher = open_watcher(selection)
+    watcher = open_watcher(replace(selection, is_scan=args.duration is None))
     try:
         ready = watcher.start()
-        warn_of_fallback(ready, warn)
+        if ready.guarantee != ONE_SCAN:
+            warn_of_fallback(ready, warn)
+        elif not as_json:
+            warn("one scan: each process was read at one moment.")
         if args.duration is not None:
             watcher.wait(args.duration)
         disk = Disk(ProcFs(selection.config.proc_root))

@@ -9,6 +9,7 @@ __all__ = [
     "EVENT_KINDS",
     "HOOKS",
     "KINDS",
+    "ONE_SCAN",
     "STRATEGIES",
     "Cause",
     "DeactivateCause",
@@ -47,6 +48,9 @@ Strategy: TypeAlias = Literal["core", "runtime", "prebuilt", "procfs"]
 #: The same as a setting; ``auto`` takes the best that works.
 StrategySetting: TypeAlias = Literal["auto", "core", "runtime", "prebuilt", "procfs"]
 STRATEGIES: Final[tuple[StrategySetting, ...]] = get_args(StrategySetting)
+
+#: The guarantee of a source without hooks: each process was read at one moment, and what changed later is not seen.
+ONE_SCAN: Final = "one scan"
 
 #: Sets of hooks of the BPF strategies.
 Hooks: TypeAlias = Literal["trampoline", "syscall"]

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from sowatch.bpf.binding import PROGRAMS, BpfMap, BpfObject, Variable, probe
-from sowatch.bpf.hooks import HOOK_SETS, HookSet, Trampolines
+from sowatch.bpf.hooks import HOOK_SETS, HookSet, NoHooks, Trampolines
 from sowatch.bpf.records import (
     MapRecord,
     Record,
@@ -25,7 +25,7 @@ from sowatch.bpf.records import (
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.errors import BpfError, LoadAttempt
-from sowatch.model.literals import Hooks, Strategy
+from sowatch.model.literals import ONE_SCAN, Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.base import ProcessScan, Report, TrackedEntry, Verdict, Verdicts
 from sowatch.sources.iterator_scan import IteratorScan
@@ -59,7 +59,6 @@ BUSY_SHARE: Final = 16
 MAX_UNPARSED_BYTES: Final = 4 << 20
 #: Keys whose place is remembered until they are answered, some 100 bytes each.
 MAX_PLACES: Final = 65_536
-PROCESS_HOOKS: Final = ("process_forks", "process_execs", "process_exits")
 READER: Final = "read_mappings"
 #: The same programs twice: with typed loads (6.2+), and with probe reads (5.17+).
 OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
@@ -103,6 +102,7 @@ class BpfSource:
         config: sizes of maps and ring.
         strategy: what it is called.
         objects: paths of `OBJECTS`, if they were compiled here.
+        has_hooks: without, it is for one scan: what changes later is not seen.
 
     Raises:
         LibbpfMissing: no libbpf.
@@ -113,7 +113,9 @@ class BpfSource:
     polls: None = None  # the ring has everything as it happens
     _reader: str = READER
 
-    def __init__(self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Config, *, strategy: Strategy = "core", objects: Sequence[str] = (), has_hooks: bool = True
+    ) -> None:
         self.strategy = strategy
         self.hooks: Hooks | None = None
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
@@ -125,7 +127,11 @@ class BpfSource:
         self._has_given_up = False
         self._proc = ProcFs(config.proc_root)
         self.unread = UnreadProcesses()
-        builds = self._builds(config, objects or self._shipped())
+        if has_hooks:
+            builds = self._builds(config, objects or self._shipped())
+        else:
+            self.guarantee, self.limits = ONE_SCAN, ()
+            builds = [(program, NoHooks) for program in objects or self._shipped()]
         for program, hook_set in builds:
             try:
                 self._open(program, hook_set, config)
@@ -175,8 +181,6 @@ class BpfSource:
         self.record_limit = KernelSetting(bpf.variable(".bss", "max_records_s"))
         self.record_limit.set(config.max_records_s)
         limit_waiting(bpf, config)
-        for program in PROCESS_HOOKS:
-            bpf.attach(program)
         hooks.attach()
 
     def fileno(self) -> int:

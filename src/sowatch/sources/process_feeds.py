@@ -11,6 +11,7 @@ import time
 from typing import NamedTuple
 
 from sowatch.bpf.binding import PROGRAMS, BpfObject
+from sowatch.bpf.hooks import PROCESS_HOOKS
 from sowatch.bpf.records import ProcessRecord, Record, RecordType, parse, path_of, paths_of
 from sowatch.linux.capabilities import missing_capabilities
 from sowatch.linux.cgroups import choose_cgroup
@@ -25,7 +26,7 @@ from sowatch.model.events import Process
 from sowatch.model.identity import ProcessId
 from sowatch.model.process_events import ProcessEvent
 from sowatch.sources.base import Report
-from sowatch.sources.core import PROCESS_HOOKS, read_losses
+from sowatch.sources.core import read_losses
 from sowatch.sources.legacy import OLD_OBJECT, READERS
 from sowatch.sources.poll_timer import PollTimer
 

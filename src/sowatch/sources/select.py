@@ -33,7 +33,7 @@ from sowatch.model.literals import Hooks, Strategy
 from sowatch.sources.base import EventSource
 from sowatch.sources.core import OBJECTS, BpfSource
 
-__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "open_source", "plan"]
+__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "open_scan", "open_source", "plan"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -162,6 +162,21 @@ def open_source(config: Config) -> EventSource:
     assert source is not None
     source.attempts = attempts
     return source
+
+
+def open_scan(config: Config) -> EventSource:
+    """A source for one scan: strategy ``core`` without hooks, which loads one program and attaches nothing.
+
+    Where that does not work, or other programs are asked for, what `open_source` gives, and raises.
+    """
+    strategy = next(candidates_to_try(config), None)
+    if strategy == "core" and config.hooks == "auto":
+        try:
+            _check_pid_namespace(config, needs_own=True)
+            return BpfSource(config, has_hooks=False)
+        except SowatchError as error:
+            LOG.debug("one scan without hooks: %s", error)
+    return open_source(config)
 
 
 def _select_source(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from sowatch import Config, Rule
+from sowatch import Config, Mapped, Rule, Watcher
 from sowatch.bpf.binding import Tracefs
 from sowatch.bpf.compile import PROGRAMS, find_compiler, run_compiler
 from sowatch.linux.proc import ProcFs
@@ -23,9 +24,10 @@ from sowatch.model.errors import BpfError, LoadError
 from sowatch.sources.base import EventSource
 from sowatch.sources.core import BpfSource
 from sowatch.sources.prebuilt import PrebuiltSource
-from sowatch.sources.select import open_source, plan
+from sowatch.sources.select import open_scan, open_source, plan
 from support import bpfsys
 from support.kernel import TAG, Ledger
+from support.programs import Mapper
 
 pytestmark = pytest.mark.fresh
 
@@ -283,3 +285,41 @@ def test_where_the_kernel_shows_no_btf_prebuilt_is_reached() -> None:
         [["core", False], ["runtime", False], ["prebuilt", True]],
         PrebuiltSource.guarantee,
     ]
+
+
+# ---- one scan -----------------------------------------------------------------------------------
+
+
+def test_one_scan_finds_what_a_watch_finds_and_attaches_nothing(
+    start: Callable[..., Mapper], library: Callable[..., Path]
+) -> None:
+    mapper, new, gone = start(), library(), library(f"libgone{TAG}.so")
+    for one in (new, gone, gone):
+        mapper.map(one)
+    gone.unlink()
+
+    def found(watcher: Watcher) -> list[Mapped]:
+        return sorted((structs.replace(one, time_ns=0) for one in watcher.snapshot()), key=lambda one: one.library.path)
+
+    rule = Rule(kind=("library", "executable", "interpreter"))
+    with Watcher(rule, pids=[mapper.pid]) as watcher:
+        expected = found(watcher)
+    held_before = how_much_is_held()
+    with Watcher(rule, pids=[mapper.pid], open_source=open_scan) as watcher:
+        assert watcher.ready is not None
+        assert (watcher.ready.strategy, watcher.ready.guarantee, watcher.ready.hooks) == ("core", "one scan", None)
+        assert how_much_is_held()["link"] == held_before["link"]
+        assert found(watcher) == expected
+    assert {str(new), str(gone)} <= {one.library.path.removesuffix(" (deleted)") for one in expected}
+
+
+@pytest.mark.parametrize(
+    "config", [{"strategy": "prebuilt"}, {"strategy": "procfs"}, {"hooks": "syscall"}], ids=lambda one: next(iter(one))
+)
+def test_one_scan_takes_what_is_asked_for(config: dict[str, Any]) -> None:
+    source = open_scan(Config(**config))
+    try:
+        assert source.strategy == config.get("strategy", "core")
+        assert source.guarantee != "one scan"
+    finally:
+        source.close()
