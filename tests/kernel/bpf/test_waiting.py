@@ -88,6 +88,20 @@ def test_what_a_process_forks_has_no_bound_of_its_own(
     assert len(maps_of(source, *(child.pid for child in children))) <= MAX_WAITING + 1
 
 
+def test_a_child_asks_for_a_scan_in_each_window_that_another_one_has_filled(
+    start: Start, library: NewLibrary, closing: contextlib.ExitStack
+) -> None:
+    parent, new = start(), library()
+    source = PrebuiltSource(Config(ring_bytes=RING_BYTES))
+    closing.callback(source.close)
+    parent.map(new)
+    first, second = (closing.enter_context(parent.fork()) for _ in range(2))
+    for _ in range(2):
+        second.emit("loop", new, PAIRS)
+        first.map(new)
+        assert [one.flags & FLAG_THROTTLED for one in waiting(source) if one.tgid == first.pid] == [FLAG_THROTTLED]
+
+
 def test_without_a_guard_everything_waits(
     open_source: Callable[..., Source], start: Start, library: NewLibrary
 ) -> None:

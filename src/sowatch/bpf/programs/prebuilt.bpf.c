@@ -64,9 +64,8 @@ struct seen {
 	__u64 window; /* see has_too_many_waiting */
 	__u16 waiting;
 	__u16 strikes;
-	__u32 payer; /* the pid whose entry counts its records; 0: its own */
-	__u32 is_throttled;
-	__u32 reserved;
+	__u32 payer;        /* the pid whose entry counts its records; 0: its own */
+	__u64 asked_window; /* of its payer, in which it asked for a scan */
 	struct {
 		__u64 start;
 		__u64 end;
@@ -300,8 +299,8 @@ int enter_shmdt(struct syscall_enter *context)
 
 /*
  * Whether so many records of the process wait that this one is only counted, and a scan finds what has
- * changed. The first that is dropped asks for it: once user space has seen that, a new window has begun,
- * so what is dropped after the scan asks again.
+ * changed. The first that is dropped in each window asks for it: while the window lasts, user space has not
+ * seen that, so what is dropped after the scan asks again.
  */
 static __always_inline bool is_throttled(struct seen *process)
 {
@@ -314,13 +313,11 @@ static __always_inline bool is_throttled(struct seen *process)
 		if (!payer)
 			payer = process;
 	}
-	if (!has_too_many_waiting(&payer->window, &payer->waiting, &payer->strikes)) {
-		process->is_throttled = 0;
+	if (!has_too_many_waiting(&payer->window, &payer->waiting, &payer->strikes))
 		return false;
-	}
 	count(LOST_THROTTLED);
-	if (!process->is_throttled) {
-		process->is_throttled = 1;
+	if (process->asked_window != payer->window) {
+		process->asked_window = payer->window;
 		send(SEEN_NEEDS_RESCAN, FLAG_NEEDS_RESCAN | FLAG_THROTTLED, 0, 0);
 	}
 	return true;
@@ -434,7 +431,7 @@ static __always_inline int send_fork(__u32 child)
 		inherited = find_process(child);
 		if (inherited) {
 			inherited->payer = process->payer ?: (__u32)(pid_tgid >> 32);
-			inherited->is_throttled = 0;
+			inherited->asked_window = 0;
 		}
 		if (!inherited)
 			count(LOST_PROCESSES);
