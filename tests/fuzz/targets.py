@@ -1,4 +1,4 @@
-"""What is fuzzed: the readers of what containers write. Each target takes bytes and raises only if there is a fault.
+"""What is fuzzed: the readers of what containers and their peers write. Each target raises only if there is a fault.
 
 Used by ``fuzz`` (new inputs, with atheris) and by ``test_corpus`` (those that are kept, on every run of the suite).
 """
@@ -9,19 +9,23 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from sowatch.http.flows import Chunk, ConnectionKey, Direction, Flow, FlowTable
 from sowatch.linux.cgroups import parse_cgroup
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError, ElfLimits
 from sowatch.linux.elf_symbols import read_exports, symbol_offsets
 from sowatch.linux.proc_parse import executable_maps, parse_maps, parse_stat, parse_status
 from sowatch.model.escape import visible
+from sowatch.model.identity import ProcessId
 
-__all__ = ["TARGETS", "elf", "maps"]
+__all__ = ["TARGETS", "elf", "http", "maps"]
 
 #: Low, so that an input that makes us read and read is a fault and not a slow input.
 LIMITS: Final = ElfLimits(read_bytes=1 << 20)
 #: What may be allocated or returned of an input at most, whatever it claims.
 MAX_NAMES: Final = 20_000
+#: Of connections.
+MAX_HELD_BYTES: Final = 1 << 20
 
 
 class _Memory:
@@ -85,4 +89,50 @@ def maps(data: bytes) -> None:
     parse_cgroup(data)
 
 
-TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"elf": elf, "maps": maps}
+def _calls(data: bytes) -> list[tuple[int, bytes]]:
+    """Calls as an input has them: a byte of bits (1: a write, 2: lost, 4: not captured), a length, so many bytes."""
+    calls, at = [], 0
+    while at + 3 <= len(data):
+        length = int.from_bytes(data[at + 1 : at + 3], "big")
+        calls.append((data[at], data[at + 3 : at + 3 + length]))
+        at += 3 + length
+    return calls
+
+
+def _flows(calls: list[tuple[int, bytes]], cut_bytes: int) -> list[Flow]:
+    """The flows of calls that are cut into pieces of at most so many bytes."""
+    flows: list[Flow] = []
+    table = FlowTable(flows.append, max_connections=2, max_bytes=MAX_HELD_BYTES)
+    key, offsets, taken = ConnectionKey(ProcessId(1, 1), 1), [0, 0], 0
+    for now, (bits, whole) in enumerate(calls):
+        direction: Direction = "write" if bits & 1 else "read"
+        for start in range(0, len(whole), cut_bytes):
+            piece = whole[start : start + cut_bytes]
+            offset = offsets[bits & 1]
+            offsets[bits & 1] += len(piece)
+            if bits & 2:
+                continue
+            taken += 1
+            spared = table.take(Chunk(key, direction, b"" if bits & 4 else piece, len(piece), 0, offset, now))
+            assert spared == 0 or spared > offset
+    table.close(len(calls))
+    assert len(table) == 0
+    assert table.stats.calls == taken
+    assert table.stats.flows == len(flows)
+    assert table.stats.incomplete == sum(not flow.is_complete for flow in flows)
+    return flows
+
+
+def http(data: bytes) -> None:
+    """What passes a TLS library: nothing is raised, sizes are in bounds, and counters agree."""
+    calls = _calls(data)
+    flows = _flows(calls, 1 << 16)
+    assert len(flows) <= len(data)
+    if len(data) < 2048:
+        _flows(calls, 1)
+    for flow in flows:
+        assert flow.response_bytes <= len(data)
+        assert flow.request_bytes <= len(data)
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {"elf": elf, "http": http, "maps": maps}
