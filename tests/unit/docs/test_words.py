@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from support.prose import Text, bpf_comments, messages, page_texts, pages, public_docstrings
+from support.prose import ROOT, Text, bpf_comments, messages, page_texts, pages, public_docstrings
 
 #: What is not written, and what is instead.
 OLD = {
@@ -106,3 +106,9 @@ def test_comments_of_the_bpf_programs_have_the_terms_of_the_glossary() -> None:
     texts = list(bpf_comments())
     assert len(texts) > 300
     assert old_words(texts) == []
+
+
+def test_decisions_name_who_reports_and_to_whom() -> None:
+    for path in sorted((ROOT / "docs" / "decisions").glob("*.md")):
+        text = _ALLOWED.sub("~", path.read_text(encoding="utf-8"))
+        assert re.findall(r"\b(?:un)?told\b|\bwhoever\b", text, re.IGNORECASE) == [], path.name
