@@ -24,7 +24,7 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
         ready.append(time_to_ready())
         help_shown.append(time_to_end(COMMAND, "--help"))
     return [
-        Figure("sowatch watch --json to ready", median(ready), "s", spread(ready), aim=0.5),
+        Figure("sowatch watch --json to ready", median(ready), "s", spread(ready), aim=0.45),
         Figure("sowatch --help", median(help_shown), "s", spread(help_shown), aim=0.15),
         Figure("... of that, an empty Python", median(python), "s", spread(python)),
     ]
