@@ -274,15 +274,27 @@ class Ledger:
         timeout_s: how long to wait for something.
         check: raises if an event is not of the schema.
         rules: default: every mapped file of every kind.
+        unwanted: inodes of files that processes have mapped and no rule wants.
         options: for `Watcher`.
     """
 
-    def __init__(self, *rules: Rule, timeout_s: float, check: Callable[[Event], object], **options: Any) -> None:
+    def __init__(
+        self,
+        *rules: Rule,
+        timeout_s: float,
+        check: Callable[[Event], object],
+        unwanted: frozenset[int] = frozenset(),
+        **options: Any,
+    ) -> None:
         self._timeout_s = timeout_s
         self._check = check
+        self._unwanted = unwanted
         self.watcher = Watcher(*(rules or [Rule(None, name="everything", kind=KINDS)]), **options)
         self.subscription = self.watcher.subscribe()
         self.events: list[Event] = []
+        #: Of library events, by process; and the others. The host may send very many.
+        self._by_pid: dict[int, list[LibraryEvent]] = defaultdict(list)
+        self._controls: list[str] = []
         self._held: dict[ProcessId, dict[FileId, LibraryEvent]] = defaultdict(dict)
         self._active: dict[tuple[str, FileId], int] = {}
         self._checked: set[object] = set()
@@ -322,14 +334,7 @@ class Ledger:
     def of(self, pid: int, *kinds: str) -> list[LibraryEvent]:
         """The library events of a process so far."""
         self.catch_up()
-        return [
-            event
-            for event in self.events
-            if isinstance(event, LibraryEvent)
-            and event.process is not None
-            and event.process.pid == pid
-            and (event.event in kinds if kinds else event.event in ("load", "unload"))
-        ]
+        return [event for event in self._by_pid.get(pid, ()) if event.event in (kinds or ("load", "unload"))]
 
     def story(self, pid: int, inode: int) -> list[tuple[str, str | None]]:
         """(event, cause) of one file in one process, in order."""
@@ -338,7 +343,7 @@ class Ledger:
     def controls(self) -> list[str]:
         """The control events so far, by name."""
         self.catch_up()
-        return [event.event for event in self.events if not isinstance(event, LibraryEvent)]
+        return list(self._controls)
 
     def inodes(self, pid: int) -> set[int]:
         """What a process has mapped, by the events so far."""
@@ -368,7 +373,7 @@ class Ledger:
             pids: the processes.
             via: where the leader of a process is dead, the thread to ask instead.
         """
-        truth = {pid: executable_inodes((via or {}).get(pid, pid)) for pid in pids}
+        truth = {pid: executable_inodes((via or {}).get(pid, pid)) - self._unwanted for pid in pids}
 
         def differences() -> dict[int, dict[str, set[int]]]:
             return {
@@ -410,8 +415,11 @@ class Ledger:
         self.events.append(event)
         if isinstance(event, LibraryEvent):
             self._check_once(event)
+            if event.process is not None:
+                self._by_pid[event.process.pid].append(event)
         else:
             self._check(event)
+            self._controls.append(event.event)
             assert event.event in ("ready", "lost", "repaired", "stopped")
             return
         file = event.library.id

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from sowatch import Rule
-from sowatch.model.config import Config
+from sowatch.model.config import NO_GUARD, Config
 from sowatch.model.literals import KINDS
+from support import bpfsys
 from support.forced import FORCED
 from support.kernel import TAG, Ledger, executable_inodes, standing_still
 from support.programs import Mapper
@@ -33,6 +34,21 @@ NewLibrary = Callable[..., Path]
 
 #: The library that ``library()`` makes in this run of the tests; another run has other names.
 NEW = rf"/libnew{TAG}\.so$"
+
+
+@pytest.fixture(scope="module")
+def long_ledger(schema: Any, deadline: Any, programs: Any, long_scratch: Path) -> Iterator[Ledger]:
+    """What these tests start and map: a watch of everything, without its guard, drowns in a flood of somebody else."""
+    error = bpfsys.why_no_bpf()
+    if error is not None:
+        pytest.skip(f"bpf(2) cannot create a map: {error.strerror}")
+    rule = Rule(rf"^(/var/tmp/sow-|{programs.directory}/)", name="ours", kind=KINDS)
+    with Mapper(programs["mapper"], long_scratch) as mapper:
+        libc = frozenset(executable_inodes(mapper.pid) - {inode(programs["mapper"])})
+    config = Config(max_records_s=NO_GUARD)
+    with Ledger(rule, unwanted=libc, timeout_s=deadline(10), check=schema, config=config) as ledger:
+        yield ledger
+        ledger.stop()
 
 
 def inode(path: Path) -> int:
