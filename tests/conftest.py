@@ -239,6 +239,14 @@ def spawn(deadline: Deadline) -> Iterator[Spawner]:
     spawner.close()
 
 
+@pytest.fixture(scope="module")
+def module_spawn(deadline: Deadline) -> Iterator[Spawner]:
+    """The same for what every test of a module uses."""
+    spawner = Spawner(deadline)
+    yield spawner
+    spawner.close()
+
+
 # -- compiled programs and libraries ---------------------------------------------------------
 
 

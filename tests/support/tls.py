@@ -68,13 +68,14 @@ NGINX = """
 daemon off; master_process {master}; {workers} error_log {place}/error.log info; pid {place}/nginx.pid;
 events {{ worker_connections 256; }}
 http {{
-  log_format short '$request_method $request_uri $status';
+  log_format short '$request_method $request_uri $status $content_length $body_bytes_sent';
   access_log {place}/access.log short; keepalive_requests 1000000000;
   client_body_temp_path {place}/b; proxy_temp_path {place}/p; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u;
   scgi_temp_path {place}/s;
   server {{
     listen 127.0.0.1:{port} ssl http2;
     ssl_certificate {certificate}; ssl_certificate_key {key};
+    ssl_protocols TLSv1.2 TLSv1.3; ssl_early_data {early_data};
     root {place}/files;
     location /missing {{ return 404; }}
     location / {{ return 200 "0123456789"; }}
@@ -154,8 +155,17 @@ class Server:
 
     def answered(self) -> list[tuple[str, str, int]]:
         """Method, target and status of each request, from the server's own log."""
-        lines = (re.fullmatch(r"(\S+) (\S+) (\d+)", line) for line in self.log.read_text().splitlines())
-        return [(match[1], match[2], int(match[3])) for match in lines if match]
+        return [row[:3] for row in self.rows()]
+
+    def rows(self) -> list[tuple[str, str, int, int, int]]:
+        """The same with the sizes of both bodies, where the server logs them."""
+        form = re.compile(r"(\S+) (\S+) (\d+)(?: (\d+|-) (\d+))?")
+        found = (form.fullmatch(line) for line in self.log.read_text().splitlines())
+        return [
+            (row[1], row[2], int(row[3]), int((row[4] or "0").replace("-", "0")), int(row[5] or 0))
+            for row in found
+            if row
+        ]
 
 
 class Tls:
@@ -203,10 +213,14 @@ class Tls:
             "SSL_CERT_FILE": str(self.certificate),
         }
 
-    def hold(self) -> None:
-        """Keeps every library mapped, so that it is attached before a short process has it."""
+    def add(self, path: Path) -> Path:
+        """Copies another library to the others."""
+        return Path(shutil.copyfile(path, self.libraries / path.name))
+
+    def hold(self, *more: Path) -> None:
+        """Keeps every library mapped, and more of them, so that it is attached before a short process has it."""
         program = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path)\nprint(flush=True)\nsys.stdin.read()"
-        paths = [str(self.libraries / sonames[0]) for sonames in FAMILIES.values()]
+        paths = [*(str(self.libraries / sonames[0]) for sonames in FAMILIES.values()), *map(str, more)]
         process = self.spawn(
             [sys.executable, "-c", program, *paths], env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -216,7 +230,8 @@ class Tls:
         """Runs a client to its end."""
         return subprocess.run(command, env=self.environment, check=check, capture_output=True, timeout=60)
 
-    def _serve(self, command: Sequence[str], port: int, log: Path, **options: Any) -> Server:
+    def serve(self, command: Sequence[str], port: int, log: Path, **options: Any) -> Server:
+        """Starts a server, and waits until it listens."""
         process = self.spawn(command, env=self.environment, **options)
 
         def listens() -> bool:
@@ -229,9 +244,10 @@ class Tls:
 
     def python(self, program: str = PYTHON_SERVER) -> Server:
         """A server of the standard library, HTTP/1.1."""
-        port, log = free_port(), self.place / "python.log"
+        port = free_port()
+        log = self.place / f"python-{port}.log"
         with log.open("wb") as output:
-            return self._serve(
+            return self.serve(
                 [sys.executable, "-c", program, str(port), str(self.certificate), str(self.key)],
                 port,
                 log,
@@ -239,13 +255,14 @@ class Tls:
                 stderr=subprocess.DEVNULL,
             )
 
-    def nginx(self, *, workers: int = 1) -> Server:
+    def nginx(self, *, workers: int = 1, early_data: bool = False) -> Server:
         """Nginx with HTTP/1.1 and HTTP/2."""
         port = free_port()
         config = self.place / "nginx.conf"
         config.write_text(
             NGINX.format(
                 master="on" if workers > 1 else "off",
+                early_data="on" if early_data else "off",
                 workers=f"worker_processes {workers}; user root;",
                 place=self.place,
                 port=port,
@@ -255,7 +272,7 @@ class Tls:
         )
         (self.place / "files").mkdir(exist_ok=True)
         (self.place / "files" / "big").write_bytes(b"b" * 3_000_000)
-        return self._serve(
+        return self.serve(
             [find("nginx"), "-c", str(config), "-p", str(self.place)],
             port,
             self.place / "access.log",
@@ -274,7 +291,7 @@ class Tls:
             APACHE.format(place=self.place, port=port, modules=modules, certificate=self.certificate, key=self.key)
         )
         command = [find("apache2"), "-X", "-f", str(config)]
-        return self._serve(command, port, self.place / "apache.log", stderr=subprocess.DEVNULL)
+        return self.serve(command, port, self.place / "apache.log", stderr=subprocess.DEVNULL)
 
     def node_binary(self) -> Path:
         """A copy of node, which has OpenSSL within and exports it."""
@@ -296,7 +313,7 @@ class Tls:
         port, log = free_port(), self.place / "node.log"
         command = [str(self.node_binary()), "-e", NODE_SERVER, str(port), str(self.certificate), str(self.key)]
         with log.open("wb") as output:
-            return self._serve(command, port, log, stdout=output)
+            return self.serve(command, port, log, stdout=output)
 
 
 class Tap:

@@ -72,6 +72,10 @@ class Http1Exchanges:
         """How many of the next bytes of a direction are body for certain."""
         return (self.request if is_request else self.response).skippable
 
+    def shut(self, is_request: bool, time_ns: int) -> None:
+        """Nothing more comes in one direction."""
+        (self.request if is_request else self.response).close(time_ns)
+
     def close(self, time_ns: int, *, is_ended: bool) -> None:
         """Hands out what is under way; ``is_ended``: the connection ended, and is not only given up."""
         self.request.close(time_ns, is_ended=is_ended)
@@ -200,12 +204,15 @@ class Http2Exchanges:
         self._ended: OrderedDict[int, None] = OrderedDict()
         #: Streams of whose frames some may have been lost.
         self._damaged: set[int] = set()
+        #: By stream how long its response says that it is, and when the last byte of it passed.
+        self._lengths: dict[int, int] = {}
+        self._last_ns: dict[int, int] = {}
         self._streams_bytes = 0
         self.decoders: dict[Direction, Http2Decoder] = {
             direction: Http2Decoder(
                 on_headers=lambda *args, at=direction: self._headers(at, *args),
                 on_data=lambda *args, at=direction: self._data(at, *args),
-                on_reset=self._reset,
+                on_reset=self._break_off,
                 on_lost=self._lost,
             )
             for direction in ("read", "write")
@@ -214,7 +221,7 @@ class Http2Exchanges:
     def close(self, time_ns: int, *, is_ended: bool) -> None:  # noqa: ARG002 - no stream ends with its connection
         """Hands out what is under way; ``is_ended``: the connection ended, and is not only given up."""
         for stream in list(self._streams):
-            self._end(stream, time_ns, is_complete=False)
+            self._break_off(stream, time_ns)
 
     @property
     def resyncs(self) -> int:
@@ -261,6 +268,8 @@ class Http2Exchanges:
             self._streams_bytes += _weight(flow)
         elif not _note_response(flow, known, time_ns):
             return
+        elif (length := known.get("content-length", "")).isdecimal() and len(length) < 18:
+            self._lengths[stream] = int(length)
         if ends:
             self._half_end(direction, stream, time_ns)
 
@@ -272,6 +281,7 @@ class Http2Exchanges:
             flow.request_bytes += size
         else:
             flow.response_bytes += size
+            self._last_ns[stream] = time_ns
         if ends:
             self._half_end(direction, stream, time_ns)
 
@@ -282,11 +292,16 @@ class Http2Exchanges:
         flow = self._streams.get(stream)
         self._end(stream, time_ns, is_complete=flow is not None and flow.begin_ns is not None)
 
-    def _reset(self, stream: int, time_ns: int) -> None:
-        self._end(stream, time_ns, is_complete=False)
+    def _break_off(self, stream: int, time_ns: int) -> None:
+        """A stream ends before its end was seen: curl gives up one whose body it has, as its length says."""
+        flow, length = self._streams.get(stream), self._lengths.get(stream)
+        is_whole = flow is not None and flow.begin_ns is not None and length == flow.response_bytes
+        self._end(stream, self._last_ns.get(stream, time_ns) if is_whole else time_ns, is_complete=is_whole)
 
     def _end(self, stream: int, time_ns: int, *, is_complete: bool) -> None:
         flow = self._streams.pop(stream, None)
+        self._lengths.pop(stream, None)
+        self._last_ns.pop(stream, None)
         if flow is None:
             return
         self._ended[stream] = None

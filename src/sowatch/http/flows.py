@@ -136,6 +136,11 @@ class _Connection:
         self._http1 = self._http2 = None
         self._first.clear()
 
+    def shut(self, time_ns: int) -> None:
+        """Nothing is written any more: so ends a body whose end that is."""
+        if self._http1 is not None:
+            self._http1.shut(self._request_direction == "write", time_ns)
+
     def new_flow(self, side: Side, protocol: str) -> Flow:
         return Flow(self.key, side, protocol, site=self.site)  # type: ignore[arg-type]
 
@@ -278,7 +283,7 @@ class FlowTable:
             self._drop_idle(time_ns)
 
     def end(self, key: ConnectionKey, time_ns: int, *, is_ended: bool = True) -> None:
-        """A connection ended: its object was freed, or shut down.
+        """A connection ended: its object was freed.
 
         ``is_ended`` is false where it is only given up: a response that lasts until the end is not complete then.
         """
@@ -286,6 +291,12 @@ class FlowTable:
         if connection is not None:
             self._held -= connection.counted
             connection.close(time_ns, is_ended=is_ended)
+
+    def shut(self, key: ConnectionKey, time_ns: int) -> None:
+        """A process writes no more to a connection; it may still read."""
+        if (connection := self._connections.get(key)) is not None:
+            connection.shut(time_ns)
+            self._count_held(connection, time_ns)
 
     def end_process(self, process: ProcessId, time_ns: int, *, born_before_ns: int | None = None) -> None:
         """A process is gone, and every connection of it; or its program is, and the connections that it had by then."""

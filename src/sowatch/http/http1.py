@@ -360,8 +360,7 @@ class Http1Decoder:
         """Gives the body of a response its end (RFC 9112, section 6.3)."""
         status = parsed.status or 0
         if status == 101 or (method == "CONNECT" and 200 <= status < 300):
-            self._finish(time_ns, is_complete=True)
-            self._state = _TUNNEL
+            self._finish(time_ns, is_complete=True, then=_TUNNEL)
         elif 100 <= status < 200 or status in (204, 304) or method == "HEAD":
             self._finish(time_ns, is_complete=True)
         elif parsed.is_chunked:
@@ -394,9 +393,9 @@ class Http1Decoder:
             self._left = int(digits, 16)
             self._state = _CHUNK_DATA if self._left else _TRAILER
 
-    def _finish(self, time_ns: int, *, is_complete: bool) -> None:
+    def _finish(self, time_ns: int, *, is_complete: bool, then: int = _HEAD) -> None:
         message, self._message = self._message, None
-        self._state = _HEAD
+        self._state = then
         if message is not None:
             message.end_ns = message.end_ns or time_ns
             if is_complete:

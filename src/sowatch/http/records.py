@@ -22,6 +22,7 @@ COUNTERS: Final = ("lost", "unreadable", "spared", "no_room", "lost_ends", "pass
 #: Connections and peers that are remembered: each has many records.
 _CACHED: Final = 8192
 _DATA: Final = 1
+_SHUT: Final = 3
 _DIRECTIONS: Final[Mapping[int, Direction]] = {0: "read", 1: "write"}
 _NUMBERS: Final[Mapping[Direction, int]] = {"read": 0, "write": 1}
 _FAMILIES: Final = {2: (socket.AF_INET, 4), 10: (socket.AF_INET6, 16)}
@@ -29,10 +30,11 @@ _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
 
 class Ended(NamedTuple):
-    """A connection's object was freed, shut down, or given another socket."""
+    """A connection's object was freed, or given another socket; or (``is_half``) nothing is written any more."""
 
     key: ConnectionKey
     time_ns: int
+    is_half: bool = False
 
 
 def decode(record: bytes) -> Chunk | Ended:
@@ -45,7 +47,7 @@ def decode(record: bytes) -> Chunk | Ended:
     length, skipped, captured, kind, direction = fields[9:14]
     key = _key(tgid, start_ns, pointer, born_ns)
     if kind != _DATA:
-        return Ended(key, end_ns)
+        return Ended(key, end_ns, is_half=kind == _SHUT)
     family, peer_port, local_port, _unused, peer, _local = fields[14:]
     return Chunk(
         key,
@@ -83,4 +85,4 @@ def peer_of(family: int, address: bytes, port: int) -> Peer | None:
 
 def spare_key(key: ConnectionKey, direction: Direction) -> bytes:
     """What the program's map `spare` has for one direction of a connection."""
-    return CONNECTION.pack(key.pointer, key.process.start_ns, key.process.pid, _NUMBERS[direction], 0)
+    return CONNECTION.pack(key.pointer, key.process.start_ns, key.process.pid, _NUMBERS[direction], key.born_ns)

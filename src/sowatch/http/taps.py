@@ -34,7 +34,7 @@ __all__ = ["CAPTURE_BYTES", "TAPS", "HttpFlow", "HttpTap"]
 
 LOG = logging.getLogger("sowatch.http")
 
-#: By export the program that knows its ABI. ssl.h, gnutls/gnutls.h; see docs/http.md for versions.
+#: By export the program that knows its ABI. ssl.h, gnutls/gnutls.h, prio.h; see docs/http.md for versions.
 TAPS: Final = {
     "SSL_write": "tls_write",
     "SSL_write_ex": "tls_write_ex",
@@ -52,29 +52,43 @@ TAPS: Final = {
     "gnutls_record_send2": "tls_write",
     "gnutls_record_recv": "tls_read",
     "gnutls_record_recv_seq": "tls_read",
+    "gnutls_record_recv_packet": "tls_read_unseen",
+    "gnutls_record_recv_early_data": "tls_read",
+    "gnutls_record_send_early_data": "tls_write_all",
     "gnutls_handshake": "tls_handshake",
+    "PR_Write": "tls_nspr_write",
+    "PR_Send": "tls_nspr_write",
+    "PR_Writev": "tls_nspr_writev",
+    "PR_Read": "tls_nspr_read",
+    "PR_Recv": "tls_nspr_recv",
 }
-#: Where a connection ends, or its object begins another one.
-ENDS: Final = (
-    *("SSL_free", "SSL_shutdown", "SSL_clear", "SSL_set_fd", "SSL_set_bio"),
-    *(
-        "gnutls_bye",
-        "gnutls_deinit",
-        "gnutls_transport_set_int2",
-        "gnutls_transport_set_ptr",
-        "gnutls_transport_set_ptr2",
-    ),
+#: Where a connection ends.
+ENDS: Final = ("SSL_free", "SSL_clear", "gnutls_deinit", "PR_Close")
+#: Where a process says that it writes no more.
+SHUTS: Final = ("SSL_shutdown", "gnutls_bye")
+#: Where an object gets a socket: of a new connection, if it had one.
+TRANSPORTS: Final = (
+    *("SSL_set_fd", "SSL_set_bio"),
+    *("gnutls_transport_set_int2", "gnutls_transport_set_ptr", "gnutls_transport_set_ptr2"),
 )
 #: Where OpenSSL hands over what it has encrypted: to a socket, or to memory.
 BIO_WRITE: Final = "BIO_write"
+#: What libssl3 of NSS calls for each record that it encrypts or decrypts (pk11pub.h): NSPR's PR_Write and PR_Read serve
+#: files and plain sockets, too, and only those that do this meanwhile are TLS.
+NSS_CIPHERS: Final = ("PK11_AEADOp", "PK11_AEADRawOp", "PK11_CipherOp", "PK11_Encrypt", "PK11_Decrypt")
 #: What a library of each family exports; one of them is enough to be probed.
 FAMILIES: Final = {
     "openssl": ("SSL_read", "SSL_write"),
     "gnutls": ("gnutls_record_recv", "gnutls_record_send"),
     "crypto": (BIO_WRITE,),
+    "nspr": ("PR_Read", "PR_Write"),
+    "nss": NSS_CIPHERS,
 }
-#: Heads of HTTP/1 have 8 KiB at most where servers are not configured otherwise; MAX_CAPTURE of tls_taps.h is the most.
-CAPTURE_BYTES: Final = 16384
+#: Programs write heads, chunks and frames in one call with 64 KiB and more of bodies (curl, node); MAX_CAPTURE of
+#: tls_taps.h is the most.
+CAPTURE_BYTES: Final = 1 << 18
+#: So much is worth a system call, where it need not be sent.
+_SPARED_BYTES: Final = 16384
 #: How long records may wait: fewer and larger batches cost less.
 _BATCH_S: Final = 0.01
 #: Processes whose libraries are gone are remembered for flows that come later.
@@ -276,11 +290,11 @@ class HttpTap:
         for record in ring.take():
             found = decode(record)
             if not isinstance(found, Chunk):
-                self.table.end(found.key, found.time_ns)
+                (self.table.shut if found.is_half else self.table.end)(found.key, found.time_ns)
                 continue
             until = self.table.take(found)
             # So much that it is worth a system call; where the map refuses it, the bytes are sent.
-            if until > found.offset + found.length + self._capture_bytes:
+            if until > found.offset + found.length + _SPARED_BYTES:
                 with suppress(BpfError):
                     spare.update(spare_key(found.key, found.direction), until.to_bytes(8, "little"))
 
@@ -377,4 +391,10 @@ def _probes() -> Iterator[Probe]:
         yield Probe(symbol, "tls_returned", is_return=True, is_optional=True, is_movable=True)
     for symbol in ENDS:
         yield Probe(symbol, "tls_end", is_optional=True, is_movable=True)
+    for symbol in SHUTS:
+        yield Probe(symbol, "tls_shut", is_optional=True, is_movable=True)
+    for symbol in TRANSPORTS:
+        yield Probe(symbol, "tls_transport", is_optional=True, is_movable=True)
+    for symbol in NSS_CIPHERS:
+        yield Probe(symbol, "tls_nss_encrypts", is_optional=True, is_movable=True)
     yield Probe(BIO_WRITE, "tls_bio_write", is_optional=True, is_movable=True)

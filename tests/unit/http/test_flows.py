@@ -138,7 +138,10 @@ def test_an_upgrade_ends_the_flows(request_head: bytes, response_head: bytes, st
     tap.call("read", response_head)
     tap.call("write", REQUEST % 1)
     tap.call("read", RESPONSE % (1, b"x"))
+    for direction in ("read", "write"):
+        tap.call(direction, b"\x16\x03\x01\0\0")
     assert [(one.status, one.is_complete) for one in tap.flows] == [(status, True)]
+    assert tap.table.stats.resyncs == 0
 
 
 def test_a_proxy_is_asked_for_a_host() -> None:
@@ -235,6 +238,27 @@ def test_a_connection_that_ends_hands_out_what_is_under_way() -> None:
     tap.table.end(KEY, 9)
     assert tap.shown() == [("client", "GET", "/1", None, 0, False)]
     assert len(tap.table) == 0
+
+
+def test_who_writes_no_more_still_reads_the_response() -> None:
+    """GnuTLS: gnutls_bye(GNUTLS_SHUT_WR) after the request."""
+    tap = Tap()
+    tap.call("write", REQUEST % 1)
+    tap.table.shut(KEY, tap.now)
+    tap.call("read", RESPONSE % (3, b"abc"))
+    assert tap.shown() == [("client", "GET", "/1", 200, 3, True)]
+    assert tap.table.stats.joined_late == 0
+
+
+def test_a_body_without_a_length_ends_where_its_writer_writes_no_more() -> None:
+    tap = Tap()
+    tap.call("read", REQUEST % 1)
+    tap.call("write", b"HTTP/1.1 200 OK\r\n\r\nbody")
+    tap.table.shut(KEY, 1_000)
+    assert tap.shown() == [("server", "GET", "/1", 200, 4, True)]
+    tap.table.end(KEY, 2_000)
+    assert len(tap.flows) == 1
+    assert tap.flows[0].end_ns == 1_000
 
 
 def test_what_waits_for_its_rest_is_bounded_over_all_connections() -> None:
@@ -367,6 +391,25 @@ def test_a_connection_that_was_joined_late_guesses_nothing() -> None:
     assert (flow.side, flow.method, flow.path, flow.status, flow.response_bytes) == ("server", "POST", UNKNOWN, None, 2)
     assert tap.table.stats.unknown_fields > 0
     assert tap.table.stats.joined_late > 0
+
+
+@pytest.mark.parametrize(("length", "is_complete"), [("4", True), ("5", False), (None, False)])
+def test_a_stream_whose_client_gives_it_up_is_complete_if_its_length_was_there(
+    length: str | None, is_complete: bool
+) -> None:
+    """Curl resets a stream once it has the body, before hypercorn ends it by a frame without data."""
+    ends, tap = Ends(), Tap()
+    stream = ends.ask("/")
+    tap.call("write", ends.to_server())
+    fields = [(":status", "200"), *([("content-length", length)] if length else [])]
+    ends.server.send_headers(stream, fields)
+    ends.server.send_data(stream, b"body")
+    tap.call("read", ends.to_client())
+    last_ns = tap.now
+    ends.client.reset_stream(stream)
+    tap.call("write", ends.to_server())
+    assert tap.shown() == [("client", "POST", "/", 200, 4, is_complete)]
+    assert tap.flows[0].end_ns == (last_ns if is_complete else tap.now)
 
 
 def test_a_stream_that_was_reset_is_not_complete() -> None:

@@ -48,6 +48,7 @@ def test_a_read_passes_when_it_ends_and_a_write_when_it_begins(direction: int, n
 
 def test_the_end_of_a_connection() -> None:
     assert decode(record(2, 0)) == Ended(KEY, 50)
+    assert decode(record(3, 0)) == Ended(KEY, 50, is_half=True)
 
 
 @pytest.mark.parametrize(
@@ -64,5 +65,5 @@ def test_the_other_end_of_a_socket(family: int, address: bytes, peer: Peer | Non
     assert peer_of(family, address, 1) == peer
 
 
-def test_the_key_of_what_is_spared_is_that_of_the_connection_and_direction() -> None:
-    assert CONNECTION.unpack(spare_key(KEY, "write")) == (1, 2, 7, 1, 0)
+def test_the_key_of_what_is_spared_is_that_of_the_connection_with_its_birth_and_direction() -> None:
+    assert CONNECTION.unpack(spare_key(KEY, "write")) == (1, 2, 7, 1, 9)

@@ -19,7 +19,7 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-/* Set before loading. */
+/* Of one call; set before loading. */
 const volatile __u32 capture_bytes = MAX_CAPTURE;
 const volatile bool sees_sockets; /* tp_btf/sock_send_length, 6.3+; else sockets are found by their descriptors */
 
@@ -73,6 +73,14 @@ struct socket {
 enum result {
 	RESULT_BYTES,   /* the call gives how many */
 	RESULT_POINTER, /* the call gives success, and how many through a pointer */
+	RESULT_ALL,     /* the call gives 0 once it has moved all of them */
+};
+
+/* NSPR reads and writes files and sockets by the functions that TLS has, too: those that encrypt meanwhile are TLS. */
+enum proof {
+	PROOF_NOT_NEEDED,
+	PROOF_NEEDED,
+	PROOF_GIVEN,
 };
 
 /* A call that a thread is in. */
@@ -80,13 +88,18 @@ struct call {
 	__u64 stack;
 	__u64 pointer;
 	__u64 buffer;
-	__u64 moved; /* where the call writes how many bytes it moved */
+	__u64 moved; /* RESULT_POINTER: where the call writes how many bytes it moved; RESULT_ALL: how many */
 	__u64 begin_ns;
 	__u64 site;
 	__u64 thread_start_ns; /* with it and exec_id the number of a thread is one thread's in one program */
 	__u64 exec_id;
 	__u32 direction;
 	__u32 result;
+	__u32 proof;
+	__u32 vectors; /* not 0: the buffer is so many struct user_iovec */
+	__u32 rest;    /* of the bytes that it moved: are still to be reported */
+	__u32 left;    /* of the bytes that may be captured */
+	__u64 vector;  /* where the next struct user_iovec is */
 };
 
 /* What of a call is sent. */
@@ -203,16 +216,21 @@ static __always_inline struct call *call_of(__u64 thread)
 	return found;
 }
 
-static __always_inline void forget(struct tls_connection_key *key)
+static __always_inline void forget(struct tls_connection_key *key, const struct connection *connection)
 {
+	__u64 born_ns = connection->born_ns;
+
 	bpf_map_delete_elem(&connections, key);
+	key->born_ns = born_ns;
 	bpf_map_delete_elem(&spare, key); /* TLS_READ is 0 */
 	key->direction = TLS_WRITE;
 	bpf_map_delete_elem(&spare, key);
 	key->direction = 0;
+	key->born_ns = 0;
 }
 
-static __always_inline struct connection *connection_of(struct tls_connection_key *key)
+/* With `is_tls` one that is new, too; else only what was TLS before. */
+static __always_inline struct connection *connection_of(struct tls_connection_key *key, bool is_tls)
 {
 	struct connection *found = bpf_map_lookup_elem(&connections, key);
 	struct connection none = {.exec_id = exec_id_of_current()};
@@ -220,8 +238,10 @@ static __always_inline struct connection *connection_of(struct tls_connection_ke
 	if (found) {
 		if (found->exec_id == none.exec_id)
 			return found;
-		forget(key);
+		forget(key, found);
 	}
+	if (!is_tls)
+		return 0;
 	none.born_ns = bpf_ktime_get_ns();
 	/* Another thread may be first: then this one finds what that put. */
 	bpf_map_update_elem(&connections, key, &none, BPF_NOEXIST);
@@ -234,27 +254,23 @@ static __always_inline __s64 stack_bytes(struct pt_regs *context, __s64 without_
 	return has_cookies ? (__s32)(bpf_get_attach_cookie(context) >> 32) : without_cookies;
 }
 
-static __always_inline int enter(struct pt_regs *context, enum tls_direction direction, enum result result, __u64 moved)
+static __always_inline int enter(struct pt_regs *context, struct call call)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
-	struct call *outer, call = {};
+	struct call *outer;
 
 	if (!is_wanted(thread >> 32))
 		return 0;
 	call.stack = STACK(context) + stack_bytes(context, 0);
 	outer = call_of(thread);
 	/* No library moves data by its own functions in a handshake: that one was left without a return. */
-	if (outer && outer->stack > call.stack && (outer->direction != TLS_NONE || direction == TLS_NONE))
+	if (outer && outer->stack > call.stack && (outer->direction != TLS_NONE || call.direction == TLS_NONE))
 		return 0;
 	call.pointer = ARGUMENT1(context);
-	call.buffer = ARGUMENT2(context);
-	call.moved = moved;
 	call.begin_ns = bpf_ktime_get_ns();
 	call.site = has_cookies ? (__u32)bpf_get_attach_cookie(context) : 0;
 	call.thread_start_ns = thread_start();
 	call.exec_id = exec_id_of_current();
-	call.direction = direction;
-	call.result = result;
 	if (bpf_map_update_elem(&under_way, &thread, &call, BPF_ANY)) {
 		count(TLS_NO_ROOM);
 		count(TLS_PASSED); /* It may have moved some. */
@@ -262,53 +278,105 @@ static __always_inline int enter(struct pt_regs *context, enum tls_direction dir
 	return 0;
 }
 
-/* int SSL_write(SSL *, const void *, int); ssize_t gnutls_record_send(session, const void *, size_t); PR_Write, PR_Send */
+#define CALL(...) ((struct call){.buffer = ARGUMENT2(context), __VA_ARGS__})
+
+/* int SSL_write(SSL *, const void *, int); ssize_t gnutls_record_send(session, const void *, size_t) */
 SEC("uprobe")
 int tls_write(struct pt_regs *context)
 {
-	return enter(context, TLS_WRITE, RESULT_BYTES, 0);
+	return enter(context, CALL(.direction = TLS_WRITE));
 }
 
 /* int SSL_write_ex(SSL *, const void *, size_t, size_t *written); SSL_write_early_data */
 SEC("uprobe")
 int tls_write_ex(struct pt_regs *context)
 {
-	return enter(context, TLS_WRITE, RESULT_POINTER, ARGUMENT4(context));
+	return enter(context, CALL(.direction = TLS_WRITE, .result = RESULT_POINTER, .moved = ARGUMENT4(context)));
 }
 
 /* int SSL_write_ex2(SSL *, const void *, size_t, uint64_t flags, size_t *written) */
 SEC("uprobe")
 int tls_write_ex2(struct pt_regs *context)
 {
-	return enter(context, TLS_WRITE, RESULT_POINTER, ARGUMENT5(context));
+	return enter(context, CALL(.direction = TLS_WRITE, .result = RESULT_POINTER, .moved = ARGUMENT5(context)));
 }
 
-/* int SSL_read(SSL *, void *, int); ssize_t gnutls_record_recv(session, void *, size_t); PR_Read */
+/* ssize_t gnutls_record_send_early_data(session, const void *, size_t): 0 is success */
+SEC("uprobe")
+int tls_write_all(struct pt_regs *context)
+{
+	return enter(context, CALL(.direction = TLS_WRITE, .result = RESULT_ALL, .moved = ARGUMENT3(context)));
+}
+
+/* int SSL_read(SSL *, void *, int); ssize_t gnutls_record_recv(session, void *, size_t) */
 SEC("uprobe")
 int tls_read(struct pt_regs *context)
 {
-	return enter(context, TLS_READ, RESULT_BYTES, 0);
+	return enter(context, CALL(.direction = TLS_READ));
 }
 
 /* int SSL_read_ex(SSL *, void *, size_t, size_t *readbytes); SSL_read_early_data */
 SEC("uprobe")
 int tls_read_ex(struct pt_regs *context)
 {
-	return enter(context, TLS_READ, RESULT_POINTER, ARGUMENT4(context));
+	return enter(context, CALL(.direction = TLS_READ, .result = RESULT_POINTER, .moved = ARGUMENT4(context)));
+}
+
+/* ssize_t gnutls_record_recv_packet(session, gnutls_packet_t *): how many bytes is known, where they are is not */
+SEC("uprobe")
+int tls_read_unseen(struct pt_regs *context)
+{
+	return enter(context, (struct call){.direction = TLS_READ});
+}
+
+/* int32_t PR_Write(PRFileDesc *, const void *, int32_t); PR_Send has flags and a timeout behind it */
+SEC("uprobe")
+int tls_nspr_write(struct pt_regs *context)
+{
+	return enter(context, CALL(.direction = TLS_WRITE, .proof = PROOF_NEEDED));
+}
+
+/* int32_t PR_Writev(PRFileDesc *, const PRIOVec *, int32_t, PRIntervalTime) */
+SEC("uprobe")
+int tls_nspr_writev(struct pt_regs *context)
+{
+	return enter(context,
+		     CALL(.direction = TLS_WRITE, .proof = PROOF_NEEDED, .vectors = (__u32)ARGUMENT3(context)));
+}
+
+/* int32_t PR_Read(PRFileDesc *, void *, int32_t) */
+SEC("uprobe")
+int tls_nspr_read(struct pt_regs *context)
+{
+	return enter(context, CALL(.direction = TLS_READ, .proof = PROOF_NEEDED));
 }
 
 /* int32_t PR_Recv(PRFileDesc *, void *, int32_t, int flags, PRIntervalTime) */
 SEC("uprobe")
-int tls_recv(struct pt_regs *context)
+int tls_nspr_recv(struct pt_regs *context)
 {
-	return enter(context, (__u32)ARGUMENT4(context) & MSG_PEEK ? TLS_NONE : TLS_READ, RESULT_BYTES, 0);
+	__u32 direction = (__u32)ARGUMENT4(context) & MSG_PEEK ? TLS_NONE : TLS_READ;
+
+	return enter(context, CALL(.direction = direction, .proof = PROOF_NEEDED));
+}
+
+/* PK11_AEADOp and others: NSS encrypts or decrypts */
+SEC("uprobe")
+int tls_nss_encrypts(struct pt_regs *context)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	struct call *call = call_of(thread);
+
+	if (call && call->proof == PROOF_NEEDED)
+		call->proof = PROOF_GIVEN;
+	return 0;
 }
 
 /* A call that moves no data; SSL_peek, too: what it reads comes once more. */
 SEC("uprobe")
 int tls_handshake(struct pt_regs *context)
 {
-	return enter(context, TLS_NONE, RESULT_BYTES, 0);
+	return enter(context, (struct call){.direction = TLS_NONE});
 }
 
 static __always_inline __u64 bytes_moved(const struct call *call, __s64 given)
@@ -319,6 +387,8 @@ static __always_inline __u64 bytes_moved(const struct call *call, __s64 given)
 		return 0;
 	if (call->result == RESULT_BYTES)
 		return given > 0 && given < 1LL << 31 ? given : 0;
+	if (call->result == RESULT_ALL)
+		return !given && call->moved < 1ULL << 31 ? call->moved : 0;
 	if (given <= 0 || bpf_probe_read_user(&moved, sizeof(moved), (void *)call->moved))
 		return 0;
 	return moved < 1ULL << 31 ? moved : 0;
@@ -381,38 +451,27 @@ SEND(1024)
 SEND(4096)
 SEND(16384)
 
-SEC("uretprobe")
-int tls_returned(struct pt_regs *context)
+/* Reports bytes at the beginning of the buffer of a call, without those that user space needs not see. */
+static __always_inline int report(struct call *call, __u32 length)
 {
-	__u64 thread = bpf_get_current_pid_tgid(), *spared, length;
-	/* x86 has popped the return address by now, if the return is seen by a return probe. */
-	__u64 stack = STACK(context) + stack_bytes(context, -RETURN_ADDRESS_BYTES);
-	struct call *found = call_of(thread), call;
-	struct tls_connection_key key;
-	struct connection *connection;
-	struct span span = {};
+	struct tls_connection_key key = key_of(call->pointer, 0);
+	struct connection *connection = connection_of(&key, call->proof != PROOF_NEEDED);
+	struct span span = {.length = length};
+	__u64 *spared;
 
-	if (!found || found->stack != stack)
-		return 0;
-	call = *found;
-	bpf_map_delete_elem(&under_way, &thread);
-	length = bytes_moved(&call, RESULT(context));
-	if (!length || call.direction > TLS_WRITE)
+	if (!connection && call->proof == PROOF_NEEDED)
 		return 0;
 	count(TLS_PASSED);
-	key = key_of(call.pointer, 0);
-	connection = connection_of(&key);
 	if (!connection) {
 		count(TLS_NO_ROOM);
 		return 0;
 	}
-	span.length = length;
 	/* Calls of one direction of one connection come one after the other: the libraries want that. */
-	span.offset = connection->offsets[call.direction & 1];
-	connection->offsets[call.direction & 1] = span.offset + length;
-	key.direction = call.direction;
+	span.offset = connection->offsets[call->direction & 1];
+	connection->offsets[call->direction & 1] = span.offset + length;
+	key.direction = call->direction;
+	key.born_ns = connection->born_ns;
 	spared = bpf_map_lookup_elem(&spare, &key);
-	key.direction = 0;
 	if (spared && *spared > span.offset) {
 		if (*spared > span.offset + length) {
 			count(TLS_SPARED);
@@ -421,41 +480,145 @@ int tls_returned(struct pt_regs *context)
 		span.skipped = *spared - span.offset;
 	}
 	span.captured = span.length - span.skipped;
-	if (span.captured > capture_bytes)
-		span.captured = capture_bytes;
+	if (span.captured > PIECE_BYTES)
+		span.captured = PIECE_BYTES;
+	if (span.captured > call->left)
+		span.captured = call->left;
+	call->left -= span.captured;
 	if (span.captured <= 256)
-		send_256(&key, connection, &call, &span);
+		send_256(&key, connection, call, &span);
 	else if (span.captured <= 1024)
-		send_1024(&key, connection, &call, &span);
+		send_1024(&key, connection, call, &span);
 	else if (span.captured <= 4096)
-		send_4096(&key, connection, &call, &span);
+		send_4096(&key, connection, call, &span);
 	else
-		send_16384(&key, connection, &call, &span);
+		send_16384(&key, connection, call, &span);
 	return 0;
 }
 
-/* void SSL_free(SSL *); int SSL_shutdown(SSL *); SSL_set_fd and SSL_set_bio: the object is a new connection's */
+struct user_iovec {
+	const void *base;
+	__u64 length;
+};
+
+/*
+ * Programs write any number of bytes by one call, and the frames of HTTP/2 and the chunks of HTTP/1 stand anywhere in
+ * them. So calls are sent in pieces: of PR_Writev each of its buffers (at most 16, PR_MAX_IOVECTOR_SIZE), of others as
+ * many bytes as one record has; the last has the rest.
+ */
+#define MAX_PIECES 24
+
+/*
+ * Reports the next piece of the call that this thread is in; 0: there is none. Not static, and it finds the call by
+ * itself: so the verifier takes it once, not for each piece (before 5.13 such a function can be given numbers only).
+ */
+__noinline int report_piece(__u32 number)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	struct call *call = bpf_map_lookup_elem(&under_way, &thread);
+	struct user_iovec vector;
+	__u32 piece;
+
+	if (!call || !call->rest)
+		return 0;
+	piece = call->rest;
+	if (number < call->vectors) {
+		/* PRIOVec: a pointer and an int. Where they cannot be read, the bytes cannot be, either. */
+		if (bpf_probe_read_user(&vector, sizeof(vector), (void *)call->vector))
+			vector = (struct user_iovec){.length = piece};
+		call->vector += sizeof(vector);
+		call->buffer = (__u64)vector.base;
+		if (piece > (__u32)vector.length)
+			piece = vector.length;
+	} else if (piece > PIECE_BYTES && number < MAX_PIECES - 1) {
+		piece = PIECE_BYTES;
+	}
+	if (piece)
+		report(call, piece);
+	call->buffer += piece;
+	call->rest -= piece;
+	return 1;
+}
+
+SEC("uretprobe")
+int tls_returned(struct pt_regs *context)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	/* x86 has popped the return address by now, if the return is seen by a return probe. */
+	__u64 stack = STACK(context) + stack_bytes(context, -RETURN_ADDRESS_BYTES);
+	struct call *call = call_of(thread);
+
+	if (!call || call->stack != stack)
+		return 0;
+	call->rest = bytes_moved(call, RESULT(context));
+	call->left = capture_bytes;
+	call->vector = call->buffer;
+	for (__u32 number = 0; number < MAX_PIECES; number++) {
+		if (!report_piece(number))
+			break;
+	}
+	bpf_map_delete_elem(&under_way, &thread);
+	return 0;
+}
+
+static __always_inline void send_end(const struct tls_connection_key *key, const struct connection *connection,
+				     __u8 kind)
+{
+	struct tls_record *record = bpf_ringbuf_reserve(&records, sizeof(*record), 0);
+
+	if (!record) {
+		count(TLS_LOST_ENDS);
+		return;
+	}
+	__builtin_memset(record, 0, sizeof(*record));
+	fill(record, key, connection);
+	record->kind = kind;
+	record->begin_ns = record->end_ns = bpf_ktime_get_ns();
+	bpf_ringbuf_submit(record, 0);
+}
+
+static __always_inline int end(struct tls_connection_key *key, const struct connection *connection)
+{
+	send_end(key, connection, TLS_END);
+	forget(key, connection);
+	return 0;
+}
+
+/* int SSL_shutdown(SSL *); int gnutls_bye(session, how): nothing is written any more, but what the peer sends is read */
+SEC("uprobe")
+int tls_shut(struct pt_regs *context)
+{
+	struct tls_connection_key key = key_of(ARGUMENT1(context), 0);
+	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
+
+	if (connection)
+		send_end(&key, connection, TLS_SHUT);
+	return 0;
+}
+
+/* void SSL_free(SSL *); int SSL_clear(SSL *); PR_Close(PRFileDesc *) */
 SEC("uprobe")
 int tls_end(struct pt_regs *context)
 {
 	struct tls_connection_key key = key_of(ARGUMENT1(context), 0);
 	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
-	struct tls_record *record;
 
-	if (!connection)
+	return connection ? end(&key, connection) : 0;
+}
+
+/*
+ * int SSL_set_fd(SSL *, int); SSL_set_bio; gnutls_transport_set_int2: the object is a new connection's, unless nothing but
+ * early data was written to it, which waits for the socket.
+ */
+SEC("uprobe")
+int tls_transport(struct pt_regs *context)
+{
+	struct tls_connection_key key = key_of(ARGUMENT1(context), 0);
+	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
+
+	if (!connection || (!connection->socket && !connection->offsets[TLS_READ]))
 		return 0;
-	record = bpf_ringbuf_reserve(&records, sizeof(*record), 0);
-	if (record) {
-		__builtin_memset(record, 0, sizeof(*record));
-		fill(record, &key, connection);
-		record->kind = TLS_END;
-		record->begin_ns = record->end_ns = bpf_ktime_get_ns();
-		bpf_ringbuf_submit(record, 0);
-	} else {
-		count(TLS_LOST_ENDS);
-	}
-	forget(&key);
-	return 0;
+	return end(&key, connection);
 }
 
 /* Whether these bytes begin a TLS record (RFC 8446, section 5.1): types 20 to 23, and a version that begins with 3. */
@@ -478,7 +641,7 @@ int tls_bio_write(struct pt_regs *context)
 	if (!call || (__s32)ARGUMENT3(context) < PREFIX_BYTES)
 		return 0;
 	key = key_of(call->pointer, 0);
-	connection = connection_of(&key);
+	connection = connection_of(&key, call->proof != PROOF_NEEDED);
 	if (!connection || connection->socket)
 		return 0;
 	if (bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, (void *)ARGUMENT2(context)) || !begins_record(&prefix))
@@ -499,10 +662,10 @@ struct system_call {
 };
 
 /* The socket is that of the connection from now on. One that is not connected has no other end. */
-static __always_inline int note_peer(__u64 pointer, struct sock *socket)
+static __always_inline int note_peer(__u64 pointer, struct sock *socket, bool is_tls)
 {
 	struct tls_connection_key key = key_of(pointer, 0);
-	struct connection *connection = connection_of(&key);
+	struct connection *connection = connection_of(&key, is_tls);
 	__u16 family, port;
 
 	if (!connection || connection->socket == (__u64)socket)
@@ -546,11 +709,11 @@ static __always_inline struct sock *socket_of(__u64 descriptor)
 	return BPF_CORE_READ(socket, sk);
 }
 
-static __always_inline int note_descriptor(__u64 pointer, __u64 descriptor)
+static __always_inline int note_descriptor(__u64 pointer, __u64 descriptor, bool is_tls)
 {
 	struct sock *socket = socket_of(descriptor);
 
-	return socket ? note_peer(pointer, socket) : 0;
+	return socket ? note_peer(pointer, socket, is_tls) : 0;
 }
 
 /* read, write, recv*, send*, readv, writev: before 6.3, the descriptor that a thread uses within a call */
@@ -559,7 +722,7 @@ int tls_uses_descriptor(struct system_call *context)
 {
 	struct call *call = call_of(bpf_get_current_pid_tgid());
 
-	return call ? note_descriptor(call->pointer, context->arguments[0]) : 0;
+	return call ? note_descriptor(call->pointer, context->arguments[0], call->proof != PROOF_NEEDED) : 0;
 }
 
 static __always_inline int note_sending(__u64 descriptor, const void *buffer, __u64 length)
@@ -577,15 +740,10 @@ static __always_inline int note_sending(__u64 descriptor, const void *buffer, __
 	if (!found || bpf_ktime_get_ns() - found->time_ns >= PREFIX_AGE_NS)
 		return 0;
 	if (!sees_sockets)
-		return note_descriptor(found->pointer, descriptor);
+		return note_descriptor(found->pointer, descriptor, true);
 	bpf_map_update_elem(&sending, &thread, &found->pointer, BPF_ANY);
 	return 0;
 }
-
-struct user_iovec {
-	const void *base;
-	__u64 length;
-};
 
 static __always_inline int note_sending_vector(__u64 descriptor, const void *vector)
 {
@@ -626,6 +784,7 @@ static __always_inline int note_socket(struct sock *socket, int result, int flag
 {
 	__u64 thread = bpf_get_current_pid_tgid(), *sent, pointer;
 	struct call *call = call_of(thread);
+	bool is_tls = true;
 
 	if (call) {
 		struct pt_regs *registers = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
@@ -634,6 +793,7 @@ static __always_inline int note_socket(struct sock *socket, int result, int flag
 		if (STACK(registers) > call->stack)
 			return 0;
 		pointer = call->pointer;
+		is_tls = call->proof != PROOF_NEEDED;
 	} else {
 		sent = bpf_map_lookup_elem(&sending, &thread);
 		if (!sent)
@@ -643,7 +803,7 @@ static __always_inline int note_socket(struct sock *socket, int result, int flag
 	}
 	if (result <= 0 || flags & MSG_PEEK)
 		return 0;
-	return note_peer(pointer, socket);
+	return note_peer(pointer, socket, is_tls);
 }
 
 SEC("tp_btf/sock_send_length")

@@ -4,12 +4,15 @@
 
 #include <linux/types.h>
 
-/* A TLS record has at most so many bytes; what a call moves beyond it is counted and not sent. */
-#define MAX_CAPTURE 16384
+/* A record of the ring has at most so many bytes, as one of TLS. */
+#define PIECE_BYTES 16384
+/* Of one call; what it moves beyond them is counted and not sent. */
+#define MAX_CAPTURE (16 * PIECE_BYTES)
 
 enum tls_kind {
 	TLS_DATA = 1, /* bytes passed */
-	TLS_END = 2,  /* the connection's object was freed, shut down, or given another socket */
+	TLS_END = 2,  /* the connection's object was freed, or given another socket */
+	TLS_SHUT = 3, /* nothing is written any more */
 };
 
 enum tls_direction {
@@ -33,8 +36,9 @@ struct tls_connection_key {
 	__u64 pointer;  /* of the SSL object, the session, the PRFileDesc */
 	__u64 start_ns; /* of the process */
 	__u32 tgid;
-	__u32 direction; /* of `spare` only */
-	__u64 unused;
+	/* Of `spare` only: what user space puts there may come once the pointer is another connection's. */
+	__u32 direction;
+	__u64 born_ns;
 };
 
 /* 120 bytes, then the captured bytes */

@@ -1,0 +1,456 @@
+"""HTTP flows of many programs, libraries and uses of HTTP under one tap: each request once, as the server has it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch.http.taps import HttpFlow
+from support import https_programs as programs
+from support.tls import LIBRARIES, Server, Tap, Tls, find, free_port, library
+
+PATHS = ("/one", "/two?q=1", "/missing", "/four")
+
+PYTHON_SERVERS = (
+    programs.AIOHTTP_SERVER,
+    programs.HYPERCORN_SERVER,
+    programs.UVICORN_SERVER,
+    programs.GRPC_SERVER,
+    programs.WEBSOCKET_SERVER,
+    programs.CONNECT_PROXY,
+)
+
+
+class Bench:
+    """Libraries, the tap on them, and servers that are started once they are asked for; of the whole module."""
+
+    def __init__(self, tls: Tls) -> None:
+        self.tls = tls
+        self.nss = tls.add(library("libnss3.so"))
+        self.nspr = tls.add(library("libnspr4.so"))
+        self.boring = tls.add(library("android/libssl.so.0"))
+        tls.add(library("android/libcrypto.so.0"))
+        (self.wheel, crypto) = sorted(map(tls.add, _wheel("psycopg2-binary", r"lib(?:ssl|crypto)-.*")), reverse=True)
+        assert self.wheel.name.startswith("libssl-"), crypto
+        self.files = LIBRARIES + 6
+        tls.hold(self.nss, self.nspr, self.boring, self.wheel)
+        # All of them now: what a test starts has to end with it.
+        self.nginx, self.gnutls, self.nss_server = tls.nginx(early_data=True), self._gnutls(), self._nss()
+        self.nghttpx, self.redis = self._nghttpx(), self._redis()
+        self.python = {program: tls.python(program) for program in PYTHON_SERVERS}
+        self.tap = Tap(tls)
+
+    def _nghttpx(self) -> Server:
+        """A proxy between TLS and TLS."""
+        port, log = free_port(), self.tls.place / "nghttpx.log"
+        command = [
+            *(find("nghttpx"), "--conf=/dev/null", f"-f127.0.0.1,{port}", f"-b127.0.0.1,{self.nginx.port};;tls"),
+            *("--insecure", "--host-rewrite", "--workers=1", "--single-process", f"--accesslog-file={log}"),
+            *("--accesslog-format=$method $path $status - $body_bytes_sent", "--errorlog-file=/dev/null"),
+            *(str(self.tls.key), str(self.tls.certificate)),
+        ]
+        return self.tls.serve(command, port, log, stderr=subprocess.DEVNULL)
+
+    def _gnutls(self) -> Server:
+        """Has no log."""
+        port = free_port()
+        command = [
+            *(find("gnutls-serv"), "--http", "--quiet", f"--port={port}", "--disable-client-cert", "--earlydata"),
+            *("--maxearlydata=16384", f"--x509keyfile={self.tls.key}", f"--x509certfile={self.tls.certificate}"),
+        ]
+        output = subprocess.DEVNULL
+        return self.tls.serve(command, port, Path("/dev/null"), stdin=subprocess.PIPE, stdout=output, stderr=output)
+
+    def _redis(self) -> Server:
+        port = free_port()
+        command = [
+            *(find("redis-server"), "--port", "0", "--bind", "127.0.0.1", "--tls-port", str(port), "--save", ""),
+            *("--tls-cert-file", str(self.tls.certificate), "--tls-key-file", str(self.tls.key)),
+            *("--tls-auth-clients", "no", "--dir", str(self.tls.place)),
+        ]
+        return self.tls.serve(command, port, Path("/dev/null"), stdout=subprocess.DEVNULL)
+
+    def _nss(self) -> Server:
+        """NSS's own, without a log."""
+        port, database = free_port(), self.tls.place / "nss"
+        database.mkdir()
+        bundle = self.tls.place / "key.p12"
+        for command in (
+            [find("certutil"), "-N", "-d", f"sql:{database}", "--empty-password"],
+            [
+                *(find("openssl"), "pkcs12", "-export", "-out", str(bundle), "-name", "ours", "-passout", "pass:"),
+                *("-in", str(self.tls.certificate), "-inkey", str(self.tls.key)),
+            ],
+            [find("pk12util"), "-i", str(bundle), "-d", f"sql:{database}", "-W", ""],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        command = [find("selfserv"), "-d", f"sql:{database}", "-n", "ours", "-p", str(port), "-w", "", "-V", "tls1.2:"]
+        output = subprocess.DEVNULL
+        return self.tls.serve(command, port, Path("/dev/null"), stdout=output, stderr=output)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[bytes]:
+        return self.tls.run(*command)
+
+    def ask(self, program: str, *words: str) -> None:
+        """Runs a client in Python."""
+        self.run(sys.executable, "-c", program, *words)
+
+    def curl(self, *words: str) -> bytes:
+        command = [find("curl"), "-sS", "--cacert", str(self.tls.certificate), *words]
+        return bytes(self.run(*command).stdout)
+
+    def flows(self, side: str, server: Server, number: int) -> list[HttpFlow]:
+        """Waits for so many flows that this server is asked for; every one is right about both ends."""
+
+        def found() -> list[HttpFlow]:
+            name = f"127.0.0.1:{server.port}"
+            return [one for one in self.tap.of(side) if one.flow.authority == name]
+
+        self.tls.wait_until(lambda: len(found()) >= number, what=f"{number} flows of the {side}")
+        for one in found():
+            assert one.flow.is_complete, one
+            assert one.flow.peer is not None
+            assert (one.flow.peer.port if side == "client" else one.flow.local_port) == server.port
+            assert one.flow.peer.address == "127.0.0.1"
+            if side == "server":
+                assert one.process.pid == server.process.pid
+        return found()
+
+
+def _wheel(name: str, pattern: str) -> list[Path]:
+    """Files of an installed wheel."""
+    return [Path(str(one.locate())) for one in metadata.files(name) or () if re.fullmatch(pattern, one.name)]
+
+
+def _can_be_had(package: str) -> bool:
+    """Whether the distribution has a package."""
+    return subprocess.run(["apt-cache", "show", package], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def module_bench(
+    tmp_path_factory: pytest.TempPathFactory, module_spawn: Any, wait_until: Callable[..., Any]
+) -> Iterator[Bench]:
+    bench = Bench(Tls(tmp_path_factory.mktemp("http"), module_spawn, wait_until))
+    with bench.tap:
+        bench.tap.wait_attached(bench.files)
+        # The first flow over memory shows that there are any: from then on what is sent is compared.
+        server = bench.python[programs.AIOHTTP_SERVER]
+        bench.curl(f"https://127.0.0.1:{server.port}/warm")
+        bench.tap.wait_for("server", 1)
+        yield bench
+
+
+@pytest.fixture
+def bench(module_bench: Bench) -> Iterator[Bench]:
+    """The same for each test; what was lost or resynchronised in it is its fault."""
+    before = module_bench.tap.tap.stats()
+    del module_bench.tap.flows[:]
+    yield module_bench
+    after = module_bench.tap.tap.stats()
+    names = ("lost", "resyncs", "gaps", "unreadable", "dropped", "unknown_fields")
+    assert {name: after[name] - before[name] for name in names} == dict.fromkeys(names, 0)
+
+
+def urls(server: Server) -> list[str]:
+    return [f"https://127.0.0.1:{server.port}{path}" for path in PATHS]
+
+
+def shape(found: Sequence[HttpFlow]) -> Counter[tuple[Any, ...]]:
+    return Counter(
+        (one.flow.method, one.flow.path, one.flow.status, one.flow.request_bytes, one.flow.response_bytes)
+        for one in found
+    )
+
+
+def as_logged(bench: Bench, server: Server, protocol: str, number: int, client: str, ask: Callable[[], Any]) -> None:
+    """Both sides have each request once, as the server has it."""
+    before = len(server.rows())
+    ask()
+    bench.tls.wait_until(lambda: len(server.rows()) >= before + number, what="the server's log")
+    expected = Counter(server.rows()[before:])
+    assert sum(expected.values()) == number
+    for side in ("server", "client"):
+        found = bench.flows(side, server, number)
+        assert shape(found) == expected, side
+        assert {one.flow.protocol for one in found} == {protocol}
+        if side == "client" and client:
+            assert {Path(one.library.path).name for one in found if one.library} == {client}
+
+
+SERVERS = {
+    "aiohttp": programs.AIOHTTP_SERVER,
+    "hypercorn": programs.HYPERCORN_SERVER,
+    "uvicorn": programs.UVICORN_SERVER,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("aiohttp", "HTTP/1.1"), ("hypercorn", "HTTP/1.1"), ("hypercorn", "HTTP/2"), ("uvicorn", "HTTP/1.1")],
+)
+def test_servers_in_python(bench: Bench, name: str, protocol: str) -> None:
+    server = bench.python[SERVERS[name]]
+    option = "--http2" if protocol == "HTTP/2" else "--http1.1"
+    as_logged(bench, server, protocol, 4, "libssl.so.3", lambda: bench.curl(option, "-o", "/dev/null", *urls(server)))
+
+
+def test_the_aiohttp_client(bench: Bench) -> None:
+    server = bench.nginx
+    as_logged(bench, server, "HTTP/1.1", 4, "libssl.so.3", lambda: bench.ask(programs.AIOHTTP_CLIENT, *urls(server)))
+
+
+#: Debian 13 has no libcurl with NSS any more; scripts/setup installs it where there is one.
+LIBCURLS = [kind for kind in ("gnutls", "nss") if kind == "gnutls" or _can_be_had("libcurl3-nss")]
+
+
+@pytest.mark.parametrize("kind", LIBCURLS)
+def test_libcurl_with_another_library(bench: Bench, kind: str) -> None:
+    server = bench.nginx
+    path = str(library(f"libcurl-{kind}.so.4"))
+    used = {"gnutls": "libgnutls.so.30", "nss": "libnspr4.so"}[kind]
+    as_logged(bench, server, "HTTP/2", 4, used, lambda: bench.ask(programs.LIBCURL_CLIENT, path, *urls(server)))
+
+
+@pytest.mark.parametrize(("kind", "form"), [("boring", "plain"), ("wheel", "plain"), ("wheel", "ex"), ("wheel", "ex2")])
+def test_libraries_with_the_functions_of_openssl(bench: Bench, kind: str, form: str) -> None:
+    server, path = bench.nginx, bench.boring if kind == "boring" else bench.wheel
+
+    def ask() -> None:
+        bench.ask(programs.OPENSSL_CLIENT, str(path), str(server.port), form, *PATHS)
+
+    as_logged(bench, server, "HTTP/1.1", 4, path.name, ask)
+
+
+def test_a_proxy_between_tls_and_tls_is_server_and_client(bench: Bench) -> None:
+    proxy = bench.nghttpx
+    as_logged(bench, proxy, "HTTP/2", 4, "libssl.so.3", lambda: bench.curl("--http2", "-o", "/dev/null", *urls(proxy)))
+    pids = Counter((one.flow.side, one.process.pid) for one in bench.tap.flows)
+    assert pids["server", proxy.process.pid] == pids["client", proxy.process.pid] == 4
+    assert pids["server", bench.nginx.process.pid] == 4
+
+
+def test_grpc_has_its_method_and_the_status_of_its_trailers(bench: Bench) -> None:
+    server = bench.python[programs.GRPC_SERVER]
+    bench.ask(programs.GRPC_CLIENT, str(server.port))
+    for side in ("server", "client"):
+        found = bench.flows(side, server, 2)
+        assert [(one.flow.method, one.flow.path, one.flow.status, one.flow.grpc_status) for one in found] == [
+            ("POST", "/demo.Demo/Hello", 200, 0),
+            ("POST", "/demo.Demo/Missing", 200, 5),
+        ]
+        # Five bytes stand before each message (PROTOCOL-HTTP2.md of gRPC).
+        assert [(one.flow.request_bytes, one.flow.response_bytes) for one in found] == [(10, 15), (10, 0)]
+
+
+def test_a_websocket_ends_the_flow(bench: Bench) -> None:
+    """What follows the upgrade is no HTTP, even where it looks like that."""
+    server = bench.python[programs.WEBSOCKET_SERVER]
+
+    def ask() -> None:
+        bench.ask(programs.WEBSOCKET_CLIENT, f"wss://127.0.0.1:{server.port}/chat")
+
+    as_logged(bench, server, "HTTP/1.1", 1, "libssl.so.3", ask)
+    assert len(bench.tap.flows) == 2
+
+
+def test_events_have_a_first_and_a_last_byte(bench: Bench) -> None:
+    server = bench.python[programs.AIOHTTP_SERVER]
+    url = f"https://127.0.0.1:{server.port}"
+    program = """
+import socket, ssl, sys, time
+context, port = ssl.create_default_context(), int(sys.argv[1])
+def connect(target):
+    tls = context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="127.0.0.1")
+    tls.sendall(f"GET {target} HTTP/1.1\\r\\nHost: 127.0.0.1:{port}\\r\\n\\r\\n".encode())
+    return tls
+def read(tls, end):
+    data = b""
+    while end not in data: data += tls.recv(65536)
+with connect("/events") as events:
+    read(events, b"data: 1")
+    print(time.monotonic_ns(), flush=True)
+    with connect("/go") as go: read(go, b"0123456789")
+    read(events, b"0\\r\\n\\r\\n")
+"""
+    middle_ns = int(bench.run(sys.executable, "-c", program, str(server.port)).stdout)
+    for side in ("server", "client"):
+        (events,) = [one.flow for one in bench.flows(side, server, 2) if one.flow.path == "/events"]
+        assert (events.status, events.response_bytes, events.is_complete) == (200, 18, True), url
+        assert events.begin_ns is not None
+        assert events.first_byte_ns is not None
+        assert events.end_ns is not None
+        assert events.begin_ns < events.first_byte_ns < middle_ns < events.end_ns
+
+
+def test_connect_through_a_proxy_behind_tls(bench: Bench) -> None:
+    """TLS within TLS: the request to the proxy is one flow, what is asked through the tunnel are others."""
+    proxy, server = bench.python[programs.CONNECT_PROXY], bench.nginx
+    before = len(server.rows())
+    certificate = str(bench.tls.certificate)
+    bench.curl(
+        *("--http1.1", "--proxy", f"https://127.0.0.1:{proxy.port}", "--proxy-cacert", certificate, "--proxytunnel"),
+        *("-o", "/dev/null", *urls(server)),
+    )
+    bench.tls.wait_until(lambda: len(server.rows()) >= before + 4, what="the server's log")
+
+    def flows(side: str, method: str) -> list[HttpFlow]:
+        return [one for one in bench.tap.of(side) if one.flow.method == method]
+
+    for side in ("server", "client"):
+        bench.tls.wait_until(lambda: len(bench.tap.of(side)) >= 5, what=f"five flows of the {side}")  # noqa: B023
+        (connect,) = flows(side, "CONNECT")
+        assert (connect.flow.authority, connect.flow.path) == (f"127.0.0.1:{server.port}", None)
+        assert (connect.flow.status, connect.flow.is_complete) == (200, True)
+        assert shape(flows(side, "GET")) == Counter(server.rows()[before:])
+    assert {one.process.pid for one in flows("server", "GET")} == {server.process.pid}
+    # The socket of both is the one to the proxy.
+    assert {one.flow.peer.port for one in bench.tap.of("client") if one.flow.peer} == {proxy.port}
+
+
+def test_heads_only_expectations_chunks_and_pipelines(bench: Bench) -> None:
+    server = bench.python[programs.AIOHTTP_SERVER]
+    url = f"https://127.0.0.1:{server.port}"
+    (body := bench.tls.place / "body").write_bytes(b"b" * 70_000)
+
+    def ask() -> None:
+        bench.curl("-I", f"{url}/head")
+        bench.curl("-H", "Expect: 100-continue", "--data-binary", f"@{body}", f"{url}/continue", "-o", "/dev/null")
+        bench.curl("-H", "Transfer-Encoding: chunked", "--data-binary", f"@{body}", f"{url}/chunks", "-X", "PUT")
+
+    as_logged(bench, server, "HTTP/1.1", 3, "libssl.so.3", ask)
+    assert {one.flow.path: one.flow.request_bytes for one in bench.tap.of("client")} == {
+        "/head": 0,
+        "/continue": 70_000,
+        "/chunks": 70_000,
+    }
+
+
+def test_requests_that_are_pipelined(bench: Bench) -> None:
+    server = bench.nginx
+    as_logged(
+        *(bench, server, "HTTP/1.1", 4, "libssl.so.3"),
+        lambda: bench.ask(programs.PIPELINING_CLIENT, str(server.port), *PATHS),
+    )
+    assert [one.flow.path for one in bench.tap.of("client")] == list(PATHS)
+
+
+def test_early_data_of_openssl(bench: Bench) -> None:
+    """SSL_write_early_data at the client, SSL_read_early_data at nginx."""
+    server, session = bench.nginx, bench.tls.place / "session.pem"
+    request = f"GET /early HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n"
+    (early := bench.tls.place / "early").write_text(request)
+    client = [find("openssl"), "s_client", "-connect", f"127.0.0.1:{server.port}", "-tls1_3", "-ign_eof"]
+
+    def ask() -> None:
+        for words, text in (
+            (["-sess_out", str(session)], request.replace("/early", "/late")),
+            (["-sess_in", str(session), "-early_data", str(early)], ""),
+        ):
+            done = subprocess.run(  # noqa: PLW1510 - its output says more
+                [*client, *words], input=text, env=bench.tls.environment, capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 0
+        assert "Early data was accepted" in done.stdout
+
+    as_logged(bench, server, "HTTP/1.1", 2, "libssl.so.3", ask)
+
+
+def test_early_data_of_gnutls(bench: Bench) -> None:
+    server = bench.gnutls
+    request = f"GET /early HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n"
+    (early := bench.tls.place / "early-gnutls").write_text(request)
+    subprocess.run(
+        [
+            *(
+                find("gnutls-cli"),
+                "--insecure",
+                "--resume",
+                f"--earlydata={early}",
+                f"--port={server.port}",
+                "127.0.0.1",
+            ),
+            *("--priority", "NORMAL:-VERS-ALL:+VERS-TLS1.3"),
+        ],
+        input=request.replace("/early", "/late"),
+        env=bench.tls.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for side in ("server", "client"):
+        bench.tls.wait_until(lambda: [one for one in bench.tap.of(side) if one.flow.path == "/early"])  # noqa: B023
+        (found,) = [one.flow for one in bench.tap.of(side) if one.flow.path == "/early"]
+        assert (found.method, found.status, found.is_complete) == ("GET", 200, True), side
+        assert found.response_bytes > 0
+
+
+def test_servers_of_gnutls_and_nss_have_no_log_so_the_client_counts(bench: Bench) -> None:
+    for server, name in ((bench.gnutls, "libgnutls.so.30"), (bench.nss_server, "libnspr4.so")):
+        del bench.tap.flows[:]
+        answered = bench.curl(
+            "-k", "-w", "%{stderr}%{http_code} %{size_download}\n", f"https://127.0.0.1:{server.port}/one"
+        )
+        (found,) = bench.flows("server", server, 1)
+        assert (found.flow.method, found.flow.path, found.flow.status) == ("GET", "/one", 200)
+        assert found.flow.response_bytes == len(answered)
+        assert found.library is not None
+        assert Path(found.library.path).name == name
+
+
+def test_the_client_of_nss(bench: Bench) -> None:
+    server = bench.nginx
+    (request := bench.tls.place / "request").write_text(
+        f"GET /one HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n"
+    )
+    command = [find("tstclnt"), "-h", "127.0.0.1", "-p", str(server.port), "-D", "-o", "-A", str(request)]
+    # It ends with an error where the server closes first.
+    as_logged(bench, server, "HTTP/1.1", 1, "libnspr4.so", lambda: bench.tls.run(*command, check=False))
+
+
+def test_what_nspr_writes_without_tls_is_not_taken_for_it(bench: Bench) -> None:
+    """PR_Write and PR_Read serve files and sockets in the clear, too."""
+    program = """
+import ctypes, sys
+nspr = ctypes.CDLL(sys.argv[1])
+sockets = (ctypes.c_void_p * 2)()
+assert nspr.PR_NewTCPSocketPair(sockets) == 0
+near, far = map(ctypes.c_void_p, sockets)
+buffer = ctypes.create_string_buffer(1000)
+for number in range(20):
+    for sender, receiver, data in (
+        (near, far, b"GET /clear HTTP/1.1\\r\\nHost: clear.test\\r\\n\\r\\n"),
+        (far, near, b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n"),
+    ):
+        assert nspr.PR_Write(sender, data, len(data)) == len(data)
+        assert nspr.PR_Read(receiver, buffer, 1000) == len(data)
+for one in (near, far): assert nspr.PR_Close(one) == 0
+"""
+    before = bench.tap.tap.stats()
+    bench.ask(program, str(bench.nspr))
+    # What comes after it in the ring shows that it would be there.
+    bench.curl("-o", "/dev/null", f"https://127.0.0.1:{bench.nginx.port}/after")
+    assert [one.flow.path for one in bench.flows("client", bench.nginx, 1)] == ["/after"]
+    assert {one.flow.authority for one in bench.tap.flows} == {f"127.0.0.1:{bench.nginx.port}"}
+    after = bench.tap.tap.stats()
+    assert after["undecoded"] == before["undecoded"]
+
+
+def test_redis_behind_tls_is_no_http_and_counted(bench: Bench) -> None:
+    before = bench.tap.tap.stats()
+    command = [find("redis-cli"), "-p", str(bench.redis.port), "--tls", "--cacert", str(bench.tls.certificate)]
+    assert bench.run(*command, "-r", "40", "PING").stdout.count(b"PONG") == 40
+    # The client's and the server's end.
+    bench.tls.wait_until(
+        lambda: bench.tap.tap.stats()["undecoded"] >= before["undecoded"] + 2, what="connections that show no HTTP"
+    )
+    assert bench.tap.flows == []
