@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support import http_table
 from support.tls import ASYNCIO_SERVER, LIBRARIES, NODE_CLIENT, PYTHON_SERVER, Server, Tap, Tls, find
 
 PATHS = ("/one", "/two?q=1", "/missing", "/four")
@@ -132,6 +133,25 @@ def curl2(tls: Tls, server: Server) -> None:
     curl(tls, server, "--http2")
 
 
+#: As docs/http.md names them.
+PROGRAMS: dict[Callable[..., Any], str] = {
+    python: "Python http.server",
+    asyncio_server: "Python asyncio",
+    nginx: "nginx",
+    apache: "Apache",
+    node: "node",
+    curl1: "curl",
+    curl2: "curl",
+    wget: "wget",
+    urllib: "Python urllib",
+    asyncio_client: "Python asyncio",
+    httpx2: "httpx",
+    nghttp: "nghttp",
+    h2load: "h2load",
+    requests_library: "requests",
+    node_client: "node",
+}
+
 PAIRS = [
     (python, curl1, "HTTP/1.1"),
     (python, wget, "HTTP/1.1"),
@@ -186,6 +206,9 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
     assert {
         name: value for name, value in stats.items() if value and name in ("lost", "resyncs", "gaps", "incomplete")
     } == {}
+    for side, function in (("server", serve), ("client", ask)):
+        libraries = {one.library.path for one in tap.of(side) if one.library}
+        http_table.passed(*libraries, side, PROGRAMS[function], protocol)
 
 
 def test_returns_that_are_seen_at_their_instructions_give_the_same_flows(

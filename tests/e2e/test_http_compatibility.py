@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sowatch.http.taps import HttpFlow
+from support import http_table
 from support import https_programs as programs
 from support.tls import LIBRARIES, Server, Tap, Tls, find, free_port, library
 
@@ -171,8 +172,13 @@ def shape(found: Sequence[HttpFlow]) -> Counter[tuple[Any, ...]]:
     )
 
 
-def as_logged(bench: Bench, server: Server, protocol: str, number: int, client: str, ask: Callable[[], Any]) -> None:
-    """Both sides have each request once, as the server has it."""
+def as_logged(
+    bench: Bench, server: Server, protocol: str, number: int, client: str, ask: Callable[[], Any], *names: str
+) -> None:
+    """Both sides have each request once, as the server has it.
+
+    ``client`` is the file of the client's library; ``names`` are those of server and client in docs/http.md.
+    """
     before = len(server.rows())
     ask()
     bench.tls.wait_until(lambda: len(server.rows()) >= before + number, what="the server's log")
@@ -182,8 +188,10 @@ def as_logged(bench: Bench, server: Server, protocol: str, number: int, client: 
         found = bench.flows(side, server, number)
         assert shape(found) == expected, side
         assert {one.flow.protocol for one in found} == {protocol}
-        if side == "client" and client:
-            assert {Path(one.library.path).name for one in found if one.library} == {client}
+        (library_path,) = {one.library.path for one in found if one.library}
+        assert side == "server" or Path(library_path).name == client
+        if names:
+            http_table.passed(library_path, side, names[side == "client"], protocol)
 
 
 SERVERS = {
@@ -200,12 +208,30 @@ SERVERS = {
 def test_servers_in_python(bench: Bench, name: str, protocol: str) -> None:
     server = bench.python[SERVERS[name]]
     option = "--http2" if protocol == "HTTP/2" else "--http1.1"
-    as_logged(bench, server, protocol, 4, "libssl.so.3", lambda: bench.curl(option, "-o", "/dev/null", *urls(server)))
+    as_logged(
+        bench,
+        server,
+        protocol,
+        4,
+        "libssl.so.3",
+        lambda: bench.curl(option, "-o", "/dev/null", *urls(server)),
+        name,
+        "curl",
+    )
 
 
 def test_the_aiohttp_client(bench: Bench) -> None:
     server = bench.nginx
-    as_logged(bench, server, "HTTP/1.1", 4, "libssl.so.3", lambda: bench.ask(programs.AIOHTTP_CLIENT, *urls(server)))
+    as_logged(
+        bench,
+        server,
+        "HTTP/1.1",
+        4,
+        "libssl.so.3",
+        lambda: bench.ask(programs.AIOHTTP_CLIENT, *urls(server)),
+        "nginx",
+        "aiohttp",
+    )
 
 
 #: Debian 13 has no libcurl with NSS any more; scripts/setup installs it where there is one.
@@ -217,7 +243,16 @@ def test_libcurl_with_another_library(bench: Bench, kind: str) -> None:
     server = bench.nginx
     path = str(library(f"libcurl-{kind}.so.4"))
     used = {"gnutls": "libgnutls.so.30", "nss": "libnspr4.so"}[kind]
-    as_logged(bench, server, "HTTP/2", 4, used, lambda: bench.ask(programs.LIBCURL_CLIENT, path, *urls(server)))
+    as_logged(
+        bench,
+        server,
+        "HTTP/2",
+        4,
+        used,
+        lambda: bench.ask(programs.LIBCURL_CLIENT, path, *urls(server)),
+        "nginx",
+        "libcurl",
+    )
 
 
 @pytest.mark.parametrize(("kind", "form"), [("boring", "plain"), ("wheel", "plain"), ("wheel", "ex"), ("wheel", "ex2")])
@@ -227,15 +262,29 @@ def test_libraries_with_the_functions_of_openssl(bench: Bench, kind: str, form: 
     def ask() -> None:
         bench.ask(programs.OPENSSL_CLIENT, str(path), str(server.port), form, *PATHS)
 
-    as_logged(bench, server, "HTTP/1.1", 4, path.name, ask)
+    name = "SSL_write" if form == "plain" else f"SSL_write_{form}"
+    as_logged(bench, server, "HTTP/1.1", 4, path.name, ask, "nginx", f"{name} by ctypes")
 
 
 def test_a_proxy_between_tls_and_tls_is_server_and_client(bench: Bench) -> None:
     proxy = bench.nghttpx
-    as_logged(bench, proxy, "HTTP/2", 4, "libssl.so.3", lambda: bench.curl("--http2", "-o", "/dev/null", *urls(proxy)))
+    as_logged(
+        bench,
+        proxy,
+        "HTTP/2",
+        4,
+        "libssl.so.3",
+        lambda: bench.curl("--http2", "-o", "/dev/null", *urls(proxy)),
+        "nghttpx",
+        "curl",
+    )
     pids = Counter((one.flow.side, one.process.pid) for one in bench.tap.flows)
     assert pids["server", proxy.process.pid] == pids["client", proxy.process.pid] == 4
     assert pids["server", bench.nginx.process.pid] == 4
+    for one in bench.tap.of("client"):
+        if one.process.pid == proxy.process.pid:
+            assert one.library is not None
+            http_table.passed(one.library.path, "client", "nghttpx", one.flow.protocol)
 
 
 def test_grpc_has_its_method_and_the_status_of_its_trailers(bench: Bench) -> None:
@@ -249,6 +298,8 @@ def test_grpc_has_its_method_and_the_status_of_its_trailers(bench: Bench) -> Non
         ]
         # Five bytes stand before each message (PROTOCOL-HTTP2.md of gRPC).
         assert [(one.flow.request_bytes, one.flow.response_bytes) for one in found] == [(10, 15), (10, 0)]
+        assert found[0].library is not None
+        http_table.passed(found[0].library.path, side, "grpclib", "HTTP/2")
 
 
 def test_a_websocket_ends_the_flow(bench: Bench) -> None:
@@ -405,6 +456,8 @@ def test_servers_of_gnutls_and_nss_have_no_log_so_the_client_counts(bench: Bench
         assert found.flow.response_bytes == len(answered)
         assert found.library is not None
         assert Path(found.library.path).name == name
+        program = "gnutls-serv" if server is bench.gnutls else "selfserv"
+        http_table.passed(found.library.path, "server", program, found.flow.protocol)
 
 
 def test_the_client_of_nss(bench: Bench) -> None:
@@ -414,7 +467,9 @@ def test_the_client_of_nss(bench: Bench) -> None:
     )
     command = [find("tstclnt"), "-h", "127.0.0.1", "-p", str(server.port), "-D", "-o", "-A", str(request)]
     # It ends with an error where the server closes first.
-    as_logged(bench, server, "HTTP/1.1", 1, "libnspr4.so", lambda: bench.tls.run(*command, check=False))
+    as_logged(
+        bench, server, "HTTP/1.1", 1, "libnspr4.so", lambda: bench.tls.run(*command, check=False), "nginx", "tstclnt"
+    )
 
 
 def test_what_nspr_writes_without_tls_is_not_taken_for_it(bench: Bench) -> None:
@@ -454,3 +509,16 @@ def test_redis_behind_tls_is_no_http_and_counted(bench: Bench) -> None:
         lambda: bench.tap.tap.stats()["undecoded"] >= before["undecoded"] + 2, what="connections that show no HTTP"
     )
     assert bench.tap.flows == []
+
+
+def test_every_row_of_the_page_is_of_a_test_that_passed(request: pytest.FixtureRequest) -> None:
+    """Rows that nothing shows any more go; what passed has its row, or its test has failed."""
+    options, files = request.config.option, {item.path.name for item in request.session.items}
+    # Where modules run side by side, each process knows of its own only.
+    is_whole = not options.keyword and not options.markexpr and not hasattr(request.config, "workerinput")
+    is_whole &= not any("::" in one for one in request.config.args)
+    if http_table.is_written():
+        return
+    assert http_table.documented() >= http_table.PASSED
+    if is_whole and {"test_http.py", "test_http_compatibility.py"} <= files and "nss" in LIBCURLS:
+        assert http_table.documented() == http_table.PASSED
