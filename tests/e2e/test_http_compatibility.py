@@ -417,7 +417,7 @@ def test_early_data_of_openssl(bench: Bench) -> None:
 
 def test_early_data_of_gnutls(bench: Bench) -> None:
     server = bench.gnutls
-    request = f"GET /early HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n"
+    request = f"GET /gnutls HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n"
     (early := bench.tls.place / "early-gnutls").write_text(request)
     subprocess.run(
         [
@@ -431,7 +431,7 @@ def test_early_data_of_gnutls(bench: Bench) -> None:
             ),
             *("--priority", "NORMAL:-VERS-ALL:+VERS-TLS1.3"),
         ],
-        input=request.replace("/early", "/late"),
+        input=request.replace("/gnutls", "/late"),
         env=bench.tls.environment,
         capture_output=True,
         text=True,
@@ -439,8 +439,8 @@ def test_early_data_of_gnutls(bench: Bench) -> None:
         check=True,
     )
     for side in ("server", "client"):
-        bench.tls.wait_until(lambda: [one for one in bench.tap.of(side) if one.flow.path == "/early"])  # noqa: B023
-        (found,) = [one.flow for one in bench.tap.of(side) if one.flow.path == "/early"]
+        bench.tls.wait_until(lambda: [one for one in bench.tap.of(side) if one.flow.path == "/gnutls"])  # noqa: B023
+        (found,) = [one.flow for one in bench.tap.of(side) if one.flow.path == "/gnutls"]
         assert (found.method, found.status, found.is_complete) == ("GET", 200, True), side
         assert found.response_bytes > 0
 

@@ -55,7 +55,7 @@ TAPS: Final = {
     "gnutls_record_recv_packet": "tls_read_unseen",
     "gnutls_record_recv_early_data": "tls_read",
     "gnutls_record_send_early_data": "tls_write_all",
-    "gnutls_handshake": "tls_handshake",
+    "gnutls_handshake": "tls_gnutls_handshake",
     "PR_Write": "tls_nspr_write",
     "PR_Send": "tls_nspr_write",
     "PR_Writev": "tls_nspr_writev",

@@ -96,10 +96,11 @@ struct call {
 	__u32 direction;
 	__u32 result;
 	__u32 proof;
-	__u32 vectors; /* not 0: the buffer is so many struct user_iovec */
-	__u32 rest;    /* of the bytes that it moved: are still to be reported */
-	__u32 left;    /* of the bytes that may be captured */
-	__u64 vector;  /* where the next struct user_iovec is */
+	__u32 vectors;    /* not 0: the buffer is so many struct user_iovec */
+	__u32 rest;       /* of the bytes that it moved: are still to be reported */
+	__u32 left;       /* of the bytes that may be captured */
+	__u64 vector;     /* where the next struct user_iovec is */
+	__u64 moves_data; /* a handshake that calls functions which move data, too */
 };
 
 /* What of a call is sent. */
@@ -263,8 +264,9 @@ static __always_inline int enter(struct pt_regs *context, struct call call)
 		return 0;
 	call.stack = STACK(context) + stack_bytes(context, 0);
 	outer = call_of(thread);
-	/* No library moves data by its own functions in a handshake: that one was left without a return. */
-	if (outer && outer->stack > call.stack && (outer->direction != TLS_NONE || call.direction == TLS_NONE))
+	/* But for GnuTLS no library moves data by its own functions in a handshake: that one was left without a return. */
+	if (outer && outer->stack > call.stack &&
+	    (outer->direction != TLS_NONE || outer->moves_data || call.direction == TLS_NONE))
 		return 0;
 	call.pointer = ARGUMENT1(context);
 	call.begin_ns = bpf_ktime_get_ns();
@@ -377,6 +379,13 @@ SEC("uprobe")
 int tls_handshake(struct pt_regs *context)
 {
 	return enter(context, (struct call){.direction = TLS_NONE});
+}
+
+/* int gnutls_handshake(session): sends early data by gnutls_record_send; its bytes were taken when they were handed over */
+SEC("uprobe")
+int tls_gnutls_handshake(struct pt_regs *context)
+{
+	return enter(context, (struct call){.direction = TLS_NONE, .moves_data = 1});
 }
 
 static __always_inline __u64 bytes_moved(const struct call *call, __s64 given)
