@@ -80,8 +80,6 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         ready = watcher.start()
         if ready.guarantee != ONE_SCAN:
             warn_of_fallback(ready, warn)
-        elif not as_json:
-            warn("one scan: each process was read at one moment.")
         if args.duration is not None:
             watcher.wait(args.duration)
         disk = Disk(ProcFs(selection.config.proc_root))
@@ -99,6 +97,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     else:
         entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
     _print(entries, coverage, args, out, as_json=as_json)
+    if ready.guarantee == ONE_SCAN and not as_json:
+        warn("one scan: each process was read at one moment.")  # after the table: nobody may be there to read it
     open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
     if hung:
         open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")
