@@ -511,6 +511,41 @@ def test_redis_behind_tls_is_no_http_and_counted(bench: Bench) -> None:
     assert bench.tap.flows == []
 
 
+def test_connections_of_each_library_that_were_there_before_a_tap(bench: Bench, spawn: Any) -> None:
+    """One that starts anew in the middle of them joins them, too."""
+    names = {"gnutls": "libgnutls.so.30", "nss": "libnspr4.so"}
+    clients = {
+        kind: spawn(
+            [sys.executable, "-c", programs.LIBCURL_CLIENT, library(f"libcurl-{kind}.so.4")],
+            env=bench.tls.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for kind in LIBCURLS
+    }
+
+    def ask(path: str) -> None:
+        for client in clients.values():
+            client.stdin.write(f"https://127.0.0.1:{bench.nginx.port}{path}\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "done\n"
+
+    ask("/before")
+    for number in range(2):
+        with Tap(bench.tls) as tap:
+            tap.wait_attached(bench.files)
+            ask(f"/{number}")
+            found = tap.wait_for("client", len(clients))
+            assert {(one.process.pid, one.library and Path(one.library.path).name) for one in found} == {
+                (client.pid, names[kind]) for kind, client in clients.items()
+            }
+            assert {(one.flow.path, one.flow.status, one.flow.is_complete) for one in found} == {
+                (f"/{number}", 200, True)
+            }
+            assert {one.flow.peer and one.flow.peer.port for one in found} == {bench.nginx.port}
+
+
 def test_every_row_of_the_page_is_of_a_test_that_passed(request: pytest.FixtureRequest) -> None:
     """Rows that nothing shows any more go; what passed has its row, or its test has failed."""
     options, files = request.config.option, {item.path.name for item in request.session.items}

@@ -103,7 +103,8 @@ async def main():
 asyncio.run(main())
 """
 
-#: By libcurl of any TLS library: its path, then URLs. Constants are those of curl/curl.h.
+#: By libcurl of any TLS library: its path, then URLs; without any they come from stdin, for one connection of HTTP/1.1.
+#: Constants are those of curl/curl.h.
 LIBCURL_CLIENT = """
 import ctypes, sys
 curl = ctypes.CDLL(sys.argv[1])
@@ -114,9 +115,11 @@ take = write(lambda data, size, count, _: size * count)
 curl.curl_easy_setopt(handle, 64, ctypes.c_long(0))
 curl.curl_easy_setopt(handle, 81, ctypes.c_long(0))
 curl.curl_easy_setopt(handle, 20011, take)
-for url in sys.argv[2:]:
+if not sys.argv[2:]: curl.curl_easy_setopt(handle, 84, ctypes.c_long(2))
+for url in sys.argv[2:] or map(str.strip, sys.stdin):
     curl.curl_easy_setopt(handle, 10002, url.encode())
     assert curl.curl_easy_perform(handle) == 0
+    print("done", flush=True)
 curl.curl_easy_cleanup(handle)
 """
 
