@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
@@ -319,10 +320,11 @@ class Inspector:
         else:
             return facts
         finally:
-            if found is not None:
-                os.close(found.fd)
-            if fd >= 0:
-                os.close(fd)
+            for one in (fd, -1 if found is None else found.fd):
+                # A FUSE file system that has ended meanwhile refuses the flush (ENOTCONN); the descriptor is free.
+                if one >= 0:
+                    with suppress(OSError):
+                        os.close(one)
 
     def _facts_of(self, fd: int, version: Version, place: Place | None) -> FileFacts:
         """What the file says, read once for each content of it."""
