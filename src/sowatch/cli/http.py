@@ -124,7 +124,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
                     warn("the watch ended before it was stopped. What was reported is right.")
                     return 1
             failures = tap.failures
-            tap.close()
+            tap.finish()
             stats = tap.stats() | {"unwritten": unwritten[0]}
             _write(filter(matches, _taken(waiting)), show, summary)
             if summary is not None:

@@ -67,7 +67,7 @@ class FlowStats:
     """What passed, and what could not be reported of it; figures only grow.
 
     Attributes:
-        calls: that were taken over. Of a tap ``passed = calls + lost + spared + no_room`` once it is closed.
+        calls: that were taken over. Of a tap ``passed = calls + lost + spared + no_room`` once it has finished.
         flows: handed out.
         incomplete: of those, whose end was not seen or whose framing was lost.
         joined_late: responses whose request was not seen, and connections that were joined in the middle.

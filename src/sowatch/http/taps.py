@@ -191,11 +191,13 @@ class HttpTap:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Ends the watch, hands out what is under way as incomplete, and detaches everything. Safe to call again."""
-        self.watcher.stop()
-        # Before the last records are taken: what passes then is in no counter.
-        self._attacher.detach_all()
+    def finish(self) -> None:
+        """Takes what has passed until now and nothing more: flows and `stats` are final. Safe to call again.
+
+        `close` detaches, for which the kernel may take seconds.
+        """
+        with suppress(SowatchError):  # it was not started, or is closed
+            self._attacher.variable(".bss", "is_over").value = 1
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -204,6 +206,11 @@ class HttpTap:
         if self._counters is None:
             with suppress(SowatchError):  # it was not started
                 self._counters = self._read_counters()
+
+    def close(self) -> None:
+        """Ends the watch, hands out what is under way as incomplete, and detaches everything. Safe to call again."""
+        self.finish()
+        self.watcher.stop()
         self._attacher.close()
 
     def __enter__(self) -> Self:

@@ -183,8 +183,8 @@ class Attacher:
             raise
         return loaded
 
-    def detach_all(self) -> None:
-        """Detaches everything for good; maps and rings stay until `close`, so that what is in them can be read."""
+    def close(self) -> None:
+        """Detaches everything and frees the object. Safe to call again."""
         with self._due:
             self._is_stopping = True
             self._due.notify_all()
@@ -194,17 +194,12 @@ class Attacher:
         with self._lock:
             files = list(self._files.values())
             self._files.clear()
-            self._linker = None
-        close_files(files)
-
-    def close(self) -> None:
-        """Detaches everything and frees the object. Safe to call again."""
-        self.detach_all()
-        with self._lock:
             self._sites.clear()
             rings, self._rings = self._rings, []
             loaded, self._object = self._object, None
             self_test, self._self_test = self._self_test, None
+            self._linker = None
+        close_files(files)
         for ring in rings:
             ring.close()
         if self_test is not None:
@@ -438,12 +433,12 @@ class Attacher:
         except EnvironmentFault:
             raise
         except SowatchError as error:
-            if self._object is not loaded or self._linker is None:
+            if self._object is not loaded:
                 raise _closed(library) from error
             self._refuse(library, str(error))
             raise
         with self._due:
-            if self._object is loaded and self._linker is not None:
+            if self._object is loaded:
                 file.plan_retry(time.monotonic())
                 self._put(file)
                 self._due.notify_all()

@@ -155,6 +155,9 @@ struct prefix {
 /* When the last of them was encrypted: writes of the host are compared only for a while after that. */
 __u64 encrypted_ns = 0;
 
+/* Set when nothing more is wanted: detaching may take seconds, and what is counted has to agree with what was taken. */
+__u32 is_over = 0;
+
 struct encrypted {
 	__u64 pointer;
 	__u64 time_ns;
@@ -260,7 +263,7 @@ static __always_inline int enter(struct pt_regs *context, struct call call)
 	__u64 thread = bpf_get_current_pid_tgid();
 	struct call *outer;
 
-	if (!is_wanted(thread >> 32))
+	if (is_over || !is_wanted(thread >> 32))
 		return 0;
 	call.stack = STACK(context) + stack_bytes(context, 0);
 	outer = call_of(thread);
@@ -468,7 +471,7 @@ static __always_inline int report(struct call *call, __u32 length)
 	struct span span = {.length = length};
 	__u64 *spared;
 
-	if (!connection && call->proof == PROOF_NEEDED)
+	if (is_over || (!connection && call->proof == PROOF_NEEDED))
 		return 0;
 	count(TLS_PASSED);
 	if (!connection) {
