@@ -14,12 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
 
 from sowatch.engine.address_space import Change, MappedFile
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
@@ -320,11 +320,9 @@ class Inspector:
         else:
             return facts
         finally:
-            for one in (fd, -1 if found is None else found.fd):
-                # A FUSE file system that has ended meanwhile refuses the flush (ENOTCONN); the descriptor is free.
-                if one >= 0:
-                    with suppress(OSError):
-                        os.close(one)
+            close_fd(fd)
+            if found is not None:
+                close_fd(found.fd)
 
     def _facts_of(self, fd: int, version: Version, place: Place | None) -> FileFacts:
         """What the file says, read once for each content of it."""

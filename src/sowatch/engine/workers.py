@@ -6,7 +6,6 @@ A slow callback delays only its own rule.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.file_inspector import open_mapped
 from sowatch.engine.subscribers import Subscribers
 from sowatch.engine.subscription import Subscription
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ProcessGone, SowatchError
 from sowatch.model.events import Activate, Deactivate, Event, Library, Load, Unload
@@ -70,8 +70,7 @@ class ActiveFile:
     def close(self) -> None:
         """Closes the descriptor. Safe to call again."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        close_fd(fd)
 
 
 class RuleWorker:

@@ -20,6 +20,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.openat import reopen
@@ -274,11 +275,11 @@ class _Images:
         except OSError:
             return None
         finally:
-            os.close(place)
+            close_fd(place)
         try:
             facts = read_facts(fd)
         except ElfError:
             return None
         finally:
-            os.close(fd)
+            close_fd(fd)
         return facts.image_kinds if facts is not None and facts.is_elf else None

@@ -36,6 +36,7 @@ from sowatch.explain.mapped import FilesByAddress, Group, Shown, group_rows
 from sowatch.explain.probing import unprobed
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.memory_files import is_memory
@@ -302,7 +303,7 @@ def _look_at_path(path: str, exports: Collection[str], emit: Callable[[PathFacts
         look = look_at_place(place, plain, exports)
         return look if look.elf != "not_regular" else FileLook("not_regular", file_type)
     finally:
-        os.close(place)
+        close_fd(place)
 
 
 def _shown(status: os.stat_result) -> Shown:

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 from msgspec.structs import replace
 
 from sowatch.explain.records import By, ElfState, FileLook, Range, Try
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import search_exports
@@ -158,9 +159,9 @@ def look_at(proc: ProcFs, subject: Subject, exports: Collection[str]) -> FileLoo
                 tries[-1] = replace(tries[-1], error=_COPIED_UP)
                 return FileLook("partial", f"only its build id can be read: {_COPIED_UP}", None, tuple(tries), build_id)
             finally:
-                os.close(fd)
+                close_fd(fd)
         finally:
-            os.close(found.fd)
+            close_fd(found.fd)
     if any(one.error == NOT_REGULAR for one in tries):
         return FileLook("not_regular", tries=tuple(tries))
     if build_id := mapped_build_id(proc, subject.pid, subject.ranges):
@@ -180,7 +181,7 @@ def look_at_place(place: int, path: str, exports: Collection[str]) -> FileLook:
     try:
         return _read(fd, "own_view", (Try("own_view", path, None),), exports)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 _BY: Final[Mapping[Place | None, By]] = {"link": "map_files", "root": "root", "own": "own_view", None: "layer"}

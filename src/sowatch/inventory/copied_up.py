@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.mapped_file import file_version, find_in_layers, mapped_build_id, shows_a_lower_file
@@ -98,7 +99,7 @@ class Copies:
         try:
             return file_version(os.fstat(found.fd)) == file_version(os.fstat(fd)) or _has_same_content(found.fd, fd)
         finally:
-            os.close(found.fd)
+            close_fd(found.fd)
 
 
 def _build_id_of(place: int) -> str | None:
@@ -111,7 +112,7 @@ def _build_id_of(place: int) -> str | None:
     except (ElfError, OSError):
         return None
     finally:
-        os.close(fd)
+        close_fd(fd)
     if facts is None or (facts.is_partial and not facts.build_id):
         return None
     return facts.build_id or ""

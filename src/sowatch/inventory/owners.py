@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.openat import open_below, reopen
 
 __all__ = ["owners"]
@@ -43,7 +44,7 @@ def _read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
     except OSError:
         return None
     finally:
-        os.close(found)
+        close_fd(found)
     try:
         parts = []
         left_bytes = limit_bytes  # it may grow while we read
@@ -53,7 +54,7 @@ def _read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
     except OSError:
         return None
     finally:
-        os.close(fd)
+        close_fd(fd)
     return b"".join(parts)
 
 
@@ -182,7 +183,7 @@ def _dpkg_lists(root_fd: int) -> Iterator[tuple[str, bytes]]:
                     left_bytes -= len(listing)
                     yield entry.name.removesuffix(".list"), listing
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _apk_owners(root_fd: int, paths: Collection[str]) -> dict[str, str | None]:

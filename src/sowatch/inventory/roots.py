@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import Miss, ProcFs
 
 __all__ = ["RootKey", "Roots", "own_root_key"]
@@ -57,7 +58,7 @@ class Roots:
         try:
             yield fd
         finally:
-            os.close(fd)
+            close_fd(fd)
 
 
 def _root_key_of(process_dir: str) -> RootKey:

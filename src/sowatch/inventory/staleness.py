@@ -21,6 +21,7 @@ from sowatch.inventory.copied_up import Copies
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
 from sowatch.inventory.roots import RootKey, Roots
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_file import is_on_overlay
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below, shows_real_inode
@@ -303,7 +304,7 @@ class Disk:
                 status = os.fstat(fd)
                 return _Mapped(status.st_dev, status.st_ino, _mount_of(fd))
             finally:
-                os.close(fd)
+                close_fd(fd)
         return None
 
 
@@ -376,7 +377,7 @@ def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None,
             return found
         is_it = copies.is_mapped(fd, path)
     finally:
-        os.close(fd)
+        close_fd(fd)
     if is_it is None:
         return _COPIED_UP
     return _Found.SAME if is_it else _Found.OTHER

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_rows import subvolume_of
 from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_inode
 from sowatch.linux.proc import Miss, ProcFs
@@ -108,7 +109,7 @@ def open_mapped(
     except OSError:
         return None
     finally:
-        os.close(found.fd)
+        close_fd(found.fd)
 
 
 def find_mapped(
@@ -169,7 +170,7 @@ def find_mapped(
                     return Found(fd, where)
             status = _status_of(fd)
             is_same = mapped is not None and status is not None and os.path.samestat(status, mapped)
-            os.close(fd)
+            close_fd(fd)
             if is_same:
                 place = where
                 break
@@ -183,7 +184,7 @@ def find_mapped(
         return None
     finally:
         if link is not None:
-            os.close(link)
+            close_fd(link)
 
 
 def is_on_overlay(fd: int) -> bool:
@@ -289,7 +290,7 @@ def _open_path(root: str, path: str, on_file: Callable[[], None]) -> int:
     try:
         return open_below(directory, path, os.O_PATH, follows_links=False)
     finally:
-        os.close(directory)
+        close_fd(directory)
 
 
 def find_in_layers(proc: ProcFs, pid: int, file_id: FileId, path: str) -> Found | None:
@@ -361,7 +362,7 @@ def _opened_in_layers(proc: ProcFs, pid: int, path: str, *, is_lower_only: bool 
             try:
                 yield fd
             finally:
-                os.close(fd)
+                close_fd(fd)
 
 
 def _layers(proc: ProcFs, pid: int, path: str) -> Iterator[tuple[str, str, bool]]:
@@ -452,7 +453,7 @@ def mapped_build_id(proc: ProcFs, pid: int, ranges: tuple[tuple[int, int], ...])
         try:
             fcntl.ioctl(fd, _PROCMAP_QUERY, answer)
         finally:
-            os.close(fd)
+            close_fd(fd)
     except OSError:
         return None
     fields = _QUERY.unpack(answer)

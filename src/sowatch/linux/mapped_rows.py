@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.memory_files import memory_devices
 from sowatch.linux.openat import file_system_of, open_below, reopen, shows_real_inode
 from sowatch.linux.proc_parse import DELETED, MapRow, as_maps_shows, seen_path
@@ -128,7 +129,7 @@ def subvolume_of(place: int) -> int:
         try:
             fcntl.ioctl(fd, _INO_LOOKUP, buffer)
         finally:
-            os.close(fd)
+            close_fd(fd)
     except OSError:
         return 0
     return int(struct.unpack_from("=Q", buffer)[0])
@@ -172,7 +173,7 @@ def _mapped_file(base: str, link: str, row: MapRow) -> Iterator[int | None]:
         try:
             yield place
         finally:
-            os.close(place)
+            close_fd(place)
         return
     with _opened(base, b"" if row.is_deleted else row.path) as place:
         yield place if place is not None and _is_mapped(base, place, link, row) else None
@@ -189,7 +190,7 @@ def _opened(base: str, path: bytes) -> Iterator[int | None]:
                 below = seen_path(path, os.readlink(os.fsencode(f"{base}/root")))
                 place = open_below(root, os.fsdecode(below), os.O_PATH, follows_links=False)
             finally:
-                os.close(root)
+                close_fd(root)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -197,7 +198,7 @@ def _opened(base: str, path: bytes) -> Iterator[int | None]:
         yield place
     finally:
         if place is not None:
-            os.close(place)
+            close_fd(place)
 
 
 def _is_mapped(base: str, place: int, link: str, row: MapRow) -> bool:

@@ -14,6 +14,8 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from sowatch.linux.descriptors import close_fd
+
 if TYPE_CHECKING:
     # Imported where it is used: `--help` loads this module, and is to answer at once.
     import ctypes
@@ -101,7 +103,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, foll
             raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
         return reopen(place, flags)
     finally:
-        os.close(place)
+        close_fd(place)
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ from typing import Final, Literal, TypeVar
 
 from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_rows import is_program_of, leaves_open, resolve_rows
 from sowatch.linux.proc_parse import (
     DELETED,
@@ -120,7 +121,7 @@ def _read_rows(path: str, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
                     return Miss.ABSENT if is_empty else rows
                 pieces, size = [data[cut:]], 0
         finally:
-            os.close(fd)
+            close_fd(fd)
     except OSError as error:
         return _miss(error, path)
 

@@ -23,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf_file import PT_LOAD, ElfError, ElfFile, ElfLimits, Segment, is_regular, open_elf
 from sowatch.linux.elf_symbols import dynamic_symbols, exported_functions
 from sowatch.linux.mangled import qualified_name
@@ -487,9 +488,9 @@ def open_checked(path: str) -> int:
     try:
         is_library = is_regular(fd)
     except BaseException:
-        os.close(fd)
+        close_fd(fd)
         raise
     if not is_library:
-        os.close(fd)
+        close_fd(fd)
         raise SowatchError(f"{path} is not a regular file. Give the path of a library.")
     return fd

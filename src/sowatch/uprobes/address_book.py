@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sowatch.engine.workers import ActiveFile
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.function_table import FunctionTable, Place, function_table
 from sowatch.model.events import Library, Load, Unload
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
@@ -85,15 +86,14 @@ class AddressBook:
             if len(self._files) > self._max_files:
                 dropped.append(self._files.popitem(last=False)[1])
         for old in dropped:
-            if old >= 0:
-                os.close(old)
+            close_fd(old)
 
     def close(self) -> None:
         """Closes the files. Safe to call again."""
         with self._lock:
             files, self._files = list(self._files.values()), OrderedDict()
         for fd in files:
-            os.close(fd)
+            close_fd(fd)
 
     def frames(self, process: ProcessId, addresses: Sequence[int]) -> tuple[Frame, ...]:
         """What is at addresses that calls of a process return to."""
@@ -124,7 +124,7 @@ class AddressBook:
         try:
             return function_table(fd)
         finally:
-            os.close(fd)
+            close_fd(fd)
 
 
 def _opened(library: Library) -> int:
@@ -140,5 +140,5 @@ def _opened(library: Library) -> int:
             return fd
     except OSError:  # a file system may refuse it, or be gone
         pass
-    os.close(fd)
+    close_fd(fd)
     return -1

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from sowatch.bpf.probe_object import Link, ProbeObject
+from sowatch.linux.descriptors import close_fd
 from sowatch.model.errors import BpfError
 from sowatch.model.events import Library
 from sowatch.uprobes.records import AttachedFile, Attachment, Site, State
@@ -267,8 +268,7 @@ def close_files(files: Iterable[File]) -> None:
     close_links(group.link for file in files for group in file.groups if group.link is not None)
     for file in files:
         fd, file.fd = file.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        close_fd(fd)
         for group in file.groups:
             if group.own_object is not None:
                 group.own_object.close()

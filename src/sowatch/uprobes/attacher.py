@@ -28,6 +28,7 @@ from sowatch.bpf.probe_object import (
 )
 from sowatch.engine.workers import ActiveFile
 from sowatch.linux.capabilities import missing_capabilities
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import BpfError, EnvironmentFault, NotPermitted, ProgramRefused, SowatchError
 from sowatch.model.events import Library
@@ -504,7 +505,7 @@ class Attacher:
             except SowatchError as error:
                 problems.append(error)
             finally:
-                os.close(fd)
+                close_fd(fd)
         return problems
 
     def _arm_file(self, library: Library, fd: int) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 from typing import Final, NamedTuple
 
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_file import is_on_overlay, open_layer
 from sowatch.linux.openat import open_regular, shows_real_inode
 from sowatch.linux.proc import ProcFs
@@ -60,12 +61,11 @@ def open_known(what: str | Library, proc: ProcFs) -> KnownFile:
     try:
         if is_on_overlay(fd):
             layer = open_layer(proc, os.getpid(), os.path.realpath(path), os.fstat(fd))
-            os.close(fd)
+            close_fd(fd)
             fd = -1 if layer is None else layer
         library = _checked(what, path, fd)
     except BaseException as error:
-        if fd >= 0:
-            os.close(fd)
+        close_fd(fd)
         if isinstance(error, OSError):
             reason = f"the file system of {path} does not say which file it is: {error.strerror}"
             raise SowatchError(f"{reason}. It is attached when a process maps it.") from error

@@ -5,7 +5,6 @@ A `Trace` keeps figures by (function, library, process) until their process is g
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections import Counter, OrderedDict, defaultdict
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from sowatch.engine.workers import ActiveFile
+from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -454,7 +454,7 @@ class Trace:
                     group.counter.attach(ActiveFile(library, fd))
                     attached.append(group)
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def _note(self, event: Load | Unload) -> None:
         """A process has a library, or has it no more; on the thread of a rule."""

@@ -1,0 +1,19 @@
+"""Giving descriptors back, whatever the file system says of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+__all__ = ["close_fd"]
+
+
+def close_fd(fd: int) -> None:
+    """Closes a descriptor of a file of somebody else's; a negative one is none.
+
+    The file system may refuse the flush that comes with it (a FUSE server that has ended: ENOTCONN); the
+    descriptor is free all the same (close(2), "Dealing with error returns from close()").
+    """
+    if fd >= 0:
+        with suppress(OSError):
+            os.close(fd)
