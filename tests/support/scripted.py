@@ -19,6 +19,7 @@ from sowatch.model.events import (
     Activate,
     Deactivate,
     Event,
+    Http,
     Library,
     LibraryEvent,
     Load,
@@ -29,7 +30,7 @@ from sowatch.model.events import (
 )
 from sowatch.model.identity import FileId
 
-__all__ = ["PROCESS", "READY", "SSL", "Entry", "ScriptedWatcher", "event"]
+__all__ = ["HTTP", "PROCESS", "READY", "SSL", "Entry", "ScriptedWatcher", "event"]
 
 TIME_NS = 1_700_000_000_123_456_789
 
@@ -50,6 +51,25 @@ SSL = Library(
     host_path="/proc/1234/map_files/1000-2000",
     build_id="00ff" * 10,
     soname="libssl.so.3",
+)
+HTTP = Http(
+    time_ns=TIME_NS,
+    process=PROCESS,
+    library=SSL,
+    side="server",
+    protocol="HTTP/1.1",
+    method="GET",
+    authority="shop.example",
+    path="/users/7",
+    status=200,
+    grpc_status=None,
+    request_bytes=0,
+    response_bytes=10,
+    ttfb_ns=1_500_000,
+    duration_ns=2_000_001,
+    is_complete=True,
+    peer=("127.0.0.1", 40000),
+    local_port=443,
 )
 READY = Ready(
     time_ns=TIME_NS,

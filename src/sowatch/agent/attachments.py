@@ -8,6 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from sowatch.agent.actions import Actions, RuleAction
+from sowatch.agent.http_flows import HttpFlows
 from sowatch.explain import AttachmentReport, PathReport, ProbeReport, ProcessReport, attachment_dict
 from sowatch.model.errors import SowatchError
 from sowatch.model.identity import FileId
@@ -23,11 +24,13 @@ class Attachments:
 
     Args:
         actions: of the agent.
+        flows: of the agent.
         watcher: whose rules they belong to.
     """
 
-    def __init__(self, actions: Actions, watcher: Watcher) -> None:
+    def __init__(self, actions: Actions, flows: HttpFlows, watcher: Watcher) -> None:
         self._actions = actions
+        self._flows = flows
         self._watcher = watcher
 
     def added_to(self, report: ProcessReport | PathReport) -> ProcessReport | PathReport:
@@ -37,7 +40,7 @@ class Attachments:
             ids = dict.fromkeys(one.id for one in report.ids)
             return replace(report, attachments=tuple(each for one in ids for each in found.get(one, ())))
         mappings = [replace(one, attachments=tuple(found.get(one.library.id, ()))) for one in report.mappings]
-        return replace(report, mappings=tuple(mappings))
+        return self._flows.explained(replace(report, mappings=tuple(mappings)))
 
     def explain_rule(self, name: str) -> dict[str, Any]:
         """What a rule wants, what it does, to which files, and what it could not do.

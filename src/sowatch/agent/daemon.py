@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from sowatch.agent.actions import Actions
 from sowatch.agent.attachments import Attachments
+from sowatch.agent.http_flows import HttpFlows, with_tls_libraries
 from sowatch.agent.hub import EventHub
 from sowatch.agent.logs import set_up_logging
 from sowatch.agent.notify import Notifier
@@ -37,6 +38,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import PidNamespaceError, SowatchError
 from sowatch.model.lines import stamp
+from sowatch.model.literals import STREAM_KINDS
 from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
@@ -55,7 +57,7 @@ _HANGS_S: Final = 20.0
 _LOGGED_DIFFERENCES: Final = 5
 #: What takes effect without a restart.
 _LIVE: Final = frozenset(
-    {"rules", "sinks", "exporters", "audit_interval_s", "log_level", "log_format", "allowed_hosts"}
+    {"rules", "http", "sinks", "exporters", "audit_interval_s", "log_level", "log_format", "allowed_hosts"}
 )
 
 
@@ -92,7 +94,10 @@ class Daemon:
         self._sampler = Sampler(self._metrics, version=version)
         self._actions = Actions(self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
         self._first_actions = self._actions.prepare(settings.rules)
-        self._watcher = Watcher(*self._first_actions.rules, config=settings.watch, open_source=self._open_source)
+        rules = with_tls_libraries(self._first_actions.rules, settings.http)
+        self._watcher = Watcher(*rules, config=settings.watch, open_source=self._open_source)
+        self._flows = HttpFlows(self._watcher, self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
+        self._first_flows = self._flows.prepare(settings.http)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
         self._start_outputs: Callable[[], None] | None = None
         self._allowed_hosts: set[str] = set()
@@ -120,7 +125,8 @@ class Daemon:
             sockets = self._bind(stack)
             stack.callback(self._outputs.close)
             stack.callback(self._actions.close)
-            subscription = self._watcher.subscribe()
+            stack.callback(self._flows.close)
+            subscription = self._watcher.subscribe(events=STREAM_KINDS)
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)
             ready = self._watcher.start()
@@ -135,6 +141,7 @@ class Daemon:
                 watch.start()
             # Before the watch ends, which would detach one file after the other.
             stack.callback(self._actions.close)
+            stack.callback(self._flows.close)
             self._note_config(None)
             status = f"watching by {ready.strategy} ({ready.guarantee})"
             self._notifier.ready(status)
@@ -171,17 +178,21 @@ class Daemon:
                 # A thread that runs already would keep what it has; the helper's is started anew.
                 source.unread.close()
                 # Asked before they are gone: what is tried needs them all.
-                is_admin = any(one.has_action for one in self._settings.rules) and attaching_needs_admin()
+                attaches = self._settings.http.enabled or any(one.has_action for one in self._settings.rules)
+                is_admin = attaches and attaching_needs_admin()
                 left = drop_privileges(also_keep=1 << SYS_ADMIN if is_admin else 0)
                 source.unread.start()
                 LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})
             # Not before: their threads would keep every capability, and files be opened with all rights.
             self._first_actions.start()
+            self._first_flows.start()
             self._start_outputs = self._outputs.prepare(self._settings)
             self._first_actions.apply()
+            self._first_flows.apply()
             self._actions.start()
         except BaseException:
             self._first_actions.discard()
+            self._first_flows.discard()
             source.close()
             raise
         return source
@@ -190,9 +201,9 @@ class Daemon:
         cut_off = self._metrics.counter(names.CLIENTS_CUT_OFF.name)
         stack.callback(self._metrics.add_source(lambda: cut_off.add(hub.clients_cut_off - cut_off.get())))
         inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
-        attachments = Attachments(self._actions, self._watcher)
+        attachments = Attachments(self._actions, self._flows, self._watcher)
         pages = routes(inventory, self._actions.tally.sums)
-        app = WebApp(self._watcher, self._metrics, hub, self._readiness, attachments, pages)
+        app = WebApp(self._watcher, self._metrics, hub, self._readiness, attachments, pages, self._shows_flows_over_tcp)
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]
         if len(sockets) > 1:
@@ -208,6 +219,9 @@ class Daemon:
         # The streams of pages end with the inventory.
         stack.enter_context(inventory)
         self._http.start()
+
+    def _shows_flows_over_tcp(self) -> bool:
+        return self._settings.http.flows_over_tcp
 
     def _allow_hosts(self, settings: Settings) -> None:
         # In place: the check on the HTTP thread reads this very set.
@@ -283,15 +297,19 @@ class Daemon:
         changed = [name for name in Settings.__struct_fields__ if getattr(old, name) != getattr(new, name)]
         self._needs_restart = tuple(name for name in changed if name not in _LIVE)
         actions = self._actions.prepare(new.rules)
-        actions.start()
+        flows = self._flows.prepare(new.http)
         try:
+            actions.start()
+            flows.start()
             apply_outputs = self._outputs.prepare(new)
-            if "rules" in changed or actions.is_change:
-                self._watcher.set_rules(*actions.rules)
+            if {"rules", "http"} & set(changed) or actions.is_change:
+                self._watcher.set_rules(*with_tls_libraries(actions.rules, new.http))
         except BaseException:
             actions.discard()
+            flows.discard()
             raise
         actions.apply()
+        flows.apply()
         apply_outputs()
         set_up_logging(new.log_level, new.log_format)
         self._allow_hosts(new)
@@ -372,6 +390,7 @@ class Daemon:
                 "needs_restart": list(self._needs_restart),
             },
             "attachments": self._actions.summary(),
+            "http": self._flows.summary(),
             "outputs": self._outputs.problems(),
         }
         return Readiness(tuple(problems), facts)

@@ -19,10 +19,10 @@ from typing import Final
 from msgspec.structs import replace
 
 from sowatch.engine.subscription import Subscription
-from sowatch.model.events import Activate, Event, LibraryEvent, Load, Lost, Ready, Unload, size_of
+from sowatch.model.events import Activate, Event, Http, LibraryEvent, Load, Lost, Ready, Unload, size_of
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.lines import to_json
-from sowatch.model.literals import EVENT_KINDS
+from sowatch.model.literals import STREAM_KINDS
 
 __all__ = ["Client", "EventHub", "HubIsFull"]
 
@@ -69,6 +69,8 @@ class Client:
 
     def wants(self, event: Event) -> bool:
         """Whether the event is for it."""
+        if isinstance(event, Http):
+            return "http" in self._events
         if not isinstance(event, LibraryEvent):
             return True
         return event.event in self._events and self._rule in (None, event.rule)
@@ -169,7 +171,7 @@ class EventHub:
     def join(
         self,
         *,
-        events: Collection[str] = EVENT_KINDS,
+        events: Collection[str] = STREAM_KINDS,
         rule: str | None = None,
         last_id: str | None = None,
         wants_snapshot: bool = True,
@@ -177,8 +179,8 @@ class EventHub:
         """A new client, from the next event on; to be given to `stream`, or to `leave`.
 
         Args:
-            events: which library events it wants; control events always come.
-            rule: only those of this rule; None: of all.
+            events: which library events it wants, and whether flows; control events always come.
+            rule: only library events of this rule; None: of all.
             last_id: of the last event the client had; if it is still known, the stream goes on after it.
             wants_snapshot: begin with what is mapped now.
 

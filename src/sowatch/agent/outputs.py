@@ -125,7 +125,7 @@ class Outputs:
     def _make(self, one: SinkSettings | ExporterSettings) -> _Output:
         if isinstance(one, SinkSettings):
             sink = _sink(one)
-            runner = SinkRunner(sink, self._watcher.subscribe(limit=one.queue_events))
+            runner = SinkRunner(sink, self._watcher.subscribe(events=one.events, limit=one.queue_events))
             return _Output(runner, sink, self._sampler.follow_sink(runner))
         exporter = self._exporter(one)
         pusher = Pusher(exporter, interval_s=one.interval_s)

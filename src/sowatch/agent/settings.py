@@ -8,6 +8,7 @@ Not pydantic-settings: it does not know the lines of a file, and the tables are 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tomllib
@@ -21,19 +22,24 @@ from msgspec.structs import fields
 from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
+from sowatch.model.literals import STREAM_KINDS, StreamKind
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.uprobes.probes import Probe
 
 __all__ = [
     "DEFAULT_PATH",
+    "HTTP_PREFIX",
     "AttachSettings",
     "ExporterSettings",
+    "HttpSettings",
     "RuleSettings",
     "Settings",
     "SinkSettings",
     "load_settings",
 ]
 
+#: Names of the rules that [http] adds begin so.
+HTTP_PREFIX: Final = "http-"
 #: Read if no other file is named; it need not be there.
 DEFAULT_PATH: Final = "/etc/sowatch/config.toml"
 #: A file larger than this is none of ours.
@@ -129,6 +135,7 @@ class SinkSettings(Struct, frozen=True, kw_only=True):
         endpoint: of an otlp sink, as http://HOST:PORT. Default: OTEL_EXPORTER_OTLP_ENDPOINT.
         protocol: of an otlp sink: http or grpc.
         queue_events: events that may wait in it before some are lost.
+        events: some of load, unload, activate, deactivate and http; control events always go there.
     """
 
     type: Literal["stdout", "file", "otlp"]
@@ -139,6 +146,7 @@ class SinkSettings(Struct, frozen=True, kw_only=True):
     endpoint: str | None = None
     protocol: Literal["http", "grpc"] = "http"
     queue_events: int = 50_000
+    events: tuple[StreamKind, ...] = STREAM_KINDS
 
     def __post_init__(self) -> None:
         if self.type == "file" and not self.path:
@@ -174,6 +182,62 @@ class ExporterSettings(Struct, frozen=True, kw_only=True):
         _in_range("interval_s", self.interval_s, 0.1, 86_400)
 
 
+class HttpSettings(Struct, frozen=True, kw_only=True):
+    """The table ``[http]``: requests and responses that pass TLS libraries. Off by default; see docs/http.md.
+
+    Attributes:
+        enabled: tap TLS libraries.
+        libraries: a Python regular expression, searched in the path of a TLS library. None: all of them.
+        process: a Python regular expression, searched in the name of a process and in the path of its program.
+        containers: ids, or beginnings of ids, of containers whose processes count. Empty: all, and what is in none.
+        path: a Python regular expression, searched in the path of a request.
+        side: client or server: only requests that a process makes, or serves.
+        keep_query: paths keep what stands behind ``?``.
+        capture_bytes: of each call.
+        linger_s: seconds that a library stays attached after its last process.
+        max_endpoints: of each side, counted apart from one another; the rest is counted under ``other``.
+        events: flows are events, too, not only metrics.
+        flows_over_tcp: show single flows over TCP, too, to every user of this host: in /events and on the page.
+    """
+
+    enabled: bool = False
+    libraries: str | None = None
+    process: str | None = None
+    containers: tuple[str, ...] = ()
+    path: str | None = None
+    side: Literal["client", "server"] | None = None
+    keep_query: bool = False
+    capture_bytes: int = 1 << 18
+    linger_s: float = 5.0
+    max_endpoints: int = 150
+    events: bool = True
+    flows_over_tcp: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("libraries", "process", "path"):
+            try:
+                Rule(getattr(self, key), name=key)
+            except SowatchError as error:
+                raise ConfigError(key, str(error)) from error
+        if not all(self.containers):
+            raise ConfigError("containers", "an empty id stands for every container. Give beginnings of ids.")
+        # MAX_CAPTURE of tls_taps.h is the most; heads of less than 64 bytes are none.
+        _in_range("capture_bytes", self.capture_bytes, 64, 1 << 18)
+        _in_range("linger_s", self.linger_s, 0, 86_400)
+        # Ten series for what is one of too many come on top, and 200 is the most of one metric.
+        _in_range("max_endpoints", self.max_endpoints, 1, 180)
+        if self.enabled and (missing := _missing_module("httptools", "hpack", "ddsketch")):
+            raise ConfigError(
+                "enabled",
+                f"{missing} is not installed, and decoding needs it. Install it: pip install 'sowatch[http]'.",
+            )
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether only some processes count, so that the programs have to ask which."""
+        return self.process is not None or bool(self.containers)
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """How the agent runs.
 
@@ -192,6 +256,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         rules: what to watch. Default: every shared library.
         sinks: where events go.
         exporters: where metrics are sent.
+        http: requests and responses that pass TLS libraries.
     """
 
     socket: str = "/run/sowatch/sowatch.sock"
@@ -209,6 +274,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     rules: tuple[RuleSettings, ...] = ()
     sinks: tuple[SinkSettings, ...] = ()
     exporters: tuple[ExporterSettings, ...] = ()
+    http: HttpSettings = field(default_factory=HttpSettings)
 
     def __post_init__(self) -> None:
         if not self.socket or "\0" in self.socket:
@@ -219,6 +285,12 @@ class Settings(Struct, frozen=True, kw_only=True):
             RuleSet([one.make() for one in self.rules])
         except SowatchError as error:
             raise ConfigError("rules", str(error)) from error
+        if self.http.enabled:
+            for rule in self.rules:
+                if (name := rule.make().name).startswith(HTTP_PREFIX):
+                    raise ConfigError(
+                        "rules", f"{name!r} begins like the rules of [http], {HTTP_PREFIX!r}. Give it another name."
+                    )
         titles = [one.title for one in self.sinks]
         for title in titles:
             if titles.count(title) > 1:
@@ -453,6 +525,11 @@ def _check_probe(key: str, symbol: str, program: str) -> None:
         Probe(symbol, program)
     except SowatchError as error:
         raise ConfigError(key, str(error)) from error
+
+
+def _missing_module(*modules: str) -> str | None:
+    """The first that is not installed; none is imported."""
+    return next((one for one in modules if importlib.util.find_spec(one) is None), None)
 
 
 def _in_range(key: str, value: float, low: float, high: float) -> None:

@@ -29,7 +29,7 @@ from sowatch.explain.audit import AuditReport
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
-from sowatch.model.literals import EVENT_KINDS
+from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS
 from sowatch.model.stats import Mapped
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
 from sowatch.watcher.watcher import Watcher
@@ -83,6 +83,7 @@ class WebApp:
         readiness: asked for each ``/readyz``; any thread.
         attachments: what rules have attached, for explanations.
         pages: further routes that only read, such as those of the page at ``/``.
+        shows_flows_over_tcp: whether every local user may see single HTTP flows; asked for each stream.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class WebApp:
         readiness: Callable[[], Readiness],
         attachments: Attachments,
         pages: Sequence[BaseRoute] = (),
+        shows_flows_over_tcp: Callable[[], bool] = lambda: False,
     ) -> None:
         self._watcher = watcher
         self._hub = hub
         self._readiness = readiness
         self._attachments = attachments
         self._pages = tuple(pages)
+        self._shows_flows_over_tcp = shows_flows_over_tcp
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
@@ -111,6 +114,7 @@ class WebApp:
         """Everything."""
         routes = [
             *self._reading_routes(),
+            Route("/events", self._events),
             Route("/explain", self._explain),
             Route("/inventory", self._inventory),
             Route("/audit", self._audit_now),
@@ -125,6 +129,7 @@ class WebApp:
         """
         routes = [
             *self._reading_routes(),
+            Route("/events", self._events_over_tcp),
             Route("/explain", self._explain_published),
             Route("/inventory", self._shared_inventory),
             Route("/audit", self._audit_sometimes),
@@ -140,7 +145,6 @@ class WebApp:
     def _reading_routes(self) -> list[BaseRoute]:
         return [
             *self._pages,
-            Route("/events", self._events),
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
@@ -191,10 +195,20 @@ class WebApp:
         found = (await _shared(listed))[1]
         return Response(found, media_type="application/json", headers=_NOT_TO_KEEP)
 
-    async def _events(self, request: Request) -> Response:
+    async def _events_over_tcp(self, request: Request) -> Response:
+        if self._shows_flows_over_tcp():
+            return await self._events(request)
+        if "http" in _query(request).get("events", "").split(","):
+            hidden = SowatchError(
+                "single HTTP flows are not shown over TCP. Ask the socket, or set flows_over_tcp = true in [http]."
+            )
+            return _refusal(hidden, 403)
+        return await self._events(request, EVENT_KINDS)
+
+    async def _events(self, request: Request, default: Collection[str] = STREAM_KINDS) -> Response:
         query = _query(request)
         try:
-            events = _kinds(query.get("events", ""))
+            events = _kinds(query.get("events", "")) or default
             wants_snapshot = _flag("snapshot", query.get("snapshot", "1"))
             client = self._hub.join(
                 events=events,
@@ -345,10 +359,10 @@ def _query(request: Request) -> dict[str, str]:
 
 
 def _kinds(text: str) -> Collection[str]:
-    names = [name for name in text.split(",") if name] or EVENT_KINDS
+    names = [name for name in text.split(",") if name]
     for name in names:
-        if name not in EVENT_KINDS:
-            raise UsageError(f"unknown event {name!r}. Use some of: {', '.join(EVENT_KINDS)}.")
+        if name not in STREAM_KINDS:
+            raise UsageError(f"unknown event {name!r}. Use some of: {', '.join(STREAM_KINDS)}.")
     return names
 
 

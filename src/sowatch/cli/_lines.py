@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from sowatch.model.escape import visible
-from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired
+from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
 
 __all__ = ["Pieces", "pieces_of", "plain"]
 
@@ -85,7 +85,7 @@ def _control(event: Event) -> tuple[str, str]:
     if isinstance(event, Repaired):
         missed = f"{_count(event.loads, 'load')} and {_count(event.unloads, 'unload')}"
         return f"repaired in {event.seconds:.3f} s: {missed} had been missed", "ready"
-    assert not isinstance(event, LibraryEvent)
+    assert isinstance(event, Stopped)  # `watch` asks for no flows
     return f"stopped: {_count(event.loads, 'load')}, {_count(event.unloads, 'unload')}, {event.lost} lost", "ready"
 
 

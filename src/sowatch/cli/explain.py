@@ -55,6 +55,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from sowatch.cli._http_why import why_no_flows
 from sowatch.cli._options import DEFAULT_SOCKET, add_format, add_kinds, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
@@ -272,6 +273,9 @@ def _process(report: ProcessReport) -> Iterator[str]:
     for extra in report.extra:
         what = "the map has" if extra.kind == "extra" else "the map has not"
         yield _line("difference", f"{what} {extra.start:x}-{extra.end:x} {visible(extra.path)}")
+    if report.http is not None:
+        yield ""
+        yield _line("http", why_no_flows(report.http))
     yield from _notes(report.notes)
 
 

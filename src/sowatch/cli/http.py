@@ -23,7 +23,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sowatch.cli._options import add_format, add_selection, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
@@ -34,7 +34,7 @@ from sowatch.cli.watch import warn_of_fallback
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
-from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
+from sowatch.model.lines import SCHEMA, to_json
 
 if TYPE_CHECKING:
     from sowatch.http.summary import Summary
@@ -191,47 +191,17 @@ class _Lines:
         self._as_json = as_json
         #: Between the clock of the kernel's stamps and the one of the wall.
         self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._seq = 0
 
     def write(self, found: HttpFlow) -> None:
         if self._as_json:
-            self._out.write(dumps(flow_dict(found, self._offset_ns)) + "\n")
+            self._seq += 1
+            self._out.write(to_json(found.event(self._offset_ns), self._seq) + "\n")
         else:
             self._out.write(_line(found, self._offset_ns) + "\n")
 
     def flush(self) -> None:
         self._out.flush()
-
-
-def flow_dict(found: HttpFlow, offset_ns: int) -> dict[str, Any]:
-    """A flow as the contract has it; ``offset_ns`` turns its times into those of the wall clock."""
-    flow = found.flow
-    time_ns = flow.begin_ns or flow.first_byte_ns or flow.end_ns
-    return {
-        "schema": SCHEMA,
-        "event": "http",
-        "time": None if time_ns is None else stamp(time_ns + offset_ns),
-        "side": flow.side,
-        "protocol": flow.protocol,
-        "method": flow.method,
-        "scheme": "https",
-        "authority": flow.authority,
-        "path": flow.path,
-        "status": flow.status,
-        "grpc_status": flow.grpc_status,
-        "request_bytes": flow.request_bytes,
-        "response_bytes": flow.response_bytes,
-        "ttfb_ms": _milliseconds(flow.ttfb_ns),
-        "duration_ms": _milliseconds(flow.duration_ns),
-        "complete": flow.is_complete,
-        "peer": None if flow.peer is None else {"address": flow.peer.address, "port": flow.peer.port},
-        "local_port": flow.local_port,
-        "process": process_dict(found.process),
-        "library": None if found.library is None else library_dict(found.library),
-    }
-
-
-def _milliseconds(value_ns: int | None) -> float | None:
-    return None if value_ns is None else round(value_ns / 1e6, 3)
 
 
 def _line(found: HttpFlow, offset_ns: int) -> str:

@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -26,7 +26,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
-from sowatch.model.events import Event, Load, Ready, Stopped
+from sowatch.model.events import Event, Http, Load, Ready, Stopped
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 from sowatch.sources.base import EventSource, Verdicts
@@ -156,6 +156,21 @@ class Engine:
         """
         answer: Future[T] = self.request(lambda answer: answer.set_result(question()), synced=synced)
         return answer.result()
+
+    def publish(self, events: Sequence[Http]) -> Future[None]:
+        """Has events from elsewhere published among those of the engine, in their order; done once they are.
+
+        Raises:
+            SowatchError: the watch has ended.
+        """
+
+        def emit(answer: Future[None]) -> None:
+            for event in events:
+                self._publisher.subscribers.emit(event)
+            self._publisher.subscribers.hand_over()
+            answer.set_result(None)
+
+        return self.request(emit, synced=False)
 
     def change_rules(self, change: RuleChange) -> Future[None]:
         """Watches by other rules from now on; done once everything that is mapped was published by them.

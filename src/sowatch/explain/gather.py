@@ -33,7 +33,7 @@ from sowatch.explain.assemble import (
 from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Subject, TimeoutWorker, look_at, look_at_place
 from sowatch.explain.mapped import FilesByAddress, Group, Shown, group_rows
-from sowatch.explain.probing import unprobed
+from sowatch.explain.probing import tls_answer, unprobed
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.descriptors import close_fd
@@ -42,6 +42,7 @@ from sowatch.linux.liveness import running_stat
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.linux.proc_parse import MapRow, Stat, as_maps_shows
+from sowatch.linux.tls_libraries import look_for_tls
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
@@ -127,9 +128,14 @@ def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -
     last = context.proc.stat(pid)
     if isinstance(last, Miss) or last.start_ticks != first.start_ticks:
         raise SowatchError(f"process {pid} ended while it was read. Nothing to do; take the next one.")
-    return process_report(
+    report = process_report(
         facts, known, memory, looks, context.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
     )
+    tls = None if is_unread else worker.run(partial(look_for_tls, context.proc, pid))
+    if tls is None or isinstance(tls, Miss):
+        return report
+    unprobed_paths = {one.library.path for one in report.mappings if one.unprobed}
+    return replace(report, http=tls_answer(tls, unprobed_paths))
 
 
 def _facts_of(proc: ProcFs, about: Stat, worker: TimeoutWorker) -> ProcessFacts:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
-from sowatch.explain.probing import AttachmentReport, Unprobed, attachment_dict
+from sowatch.explain.probing import AttachmentReport, TlsAnswer, Unprobed, attachment_dict, tls_dict
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, ranges_list, stamp
@@ -172,7 +172,8 @@ class ProcessReport(Struct, frozen=True):
     and the mapping table is not repaired yet), ``published_only`` (see `sowatch.explain.published`).
 
     ``known`` is None if the mapping table lacks it. ``extra`` is in the table and not mapped. ``withheld`` counts the
-    files of the table that no load event names, where those are left out.
+    files of the table that no load event names, where those are left out. ``http``: why it has no HTTP flows; None
+    where its files were not read.
     """
 
     process: Process
@@ -187,6 +188,7 @@ class ProcessReport(Struct, frozen=True):
     extra: tuple[Difference, ...]
     notes: tuple[str, ...]
     withheld: int = 0
+    http: TlsAnswer | None = None
 
 
 class Candidate(Struct, frozen=True):
@@ -286,6 +288,7 @@ def _process_report(report: ProcessReport) -> dict[str, Any]:
         "extra": [_difference(one) for one in report.extra],
         "withheld": report.withheld,
         "notes": list(report.notes),
+        "http": None if report.http is None else tls_dict(report.http),
     }
 
 

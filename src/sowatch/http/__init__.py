@@ -2,7 +2,8 @@
 
 * ``http1.py``, ``http2.py``: one direction of a connection, decoded. Pure.
 * ``flows.py``: `FlowTable`, requests matched with their responses. Pure.
-* ``taps.py``: `HttpTap`, probes on TLS libraries that feed a `FlowTable`.
+* ``capture.py``: `Capture`, probes on TLS libraries that feed a `FlowTable`.
+* ``taps.py``: `HttpTap`, a capture with a watch of its own.
 * ``summary.py``: endpoints, their rates and latencies.
 """
 

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 from msgspec import Struct
 
 from sowatch.model.identity import ProcessId
+from sowatch.model.literals import HttpProtocol, HttpSide
 
 __all__ = ["Chunk", "ConnectionKey", "Direction", "Flow", "FlowStats", "Peer", "Protocol", "Side"]
 
-Side = Literal["client", "server"]
-Protocol = Literal["HTTP/1.0", "HTTP/1.1", "HTTP/2"]
+Side = HttpSide
+Protocol = HttpProtocol
 Direction = Literal["read", "write"]
 
 

@@ -15,7 +15,7 @@ from ddsketch import DDSketch
 
 from sowatch.http.flows import Flow, Side
 
-__all__ = ["MAX_ENDPOINTS", "OTHER", "Endpoint", "EndpointKey", "Summary", "reduced_path"]
+__all__ = ["MAX_ENDPOINTS", "OTHER", "Endpoint", "EndpointKey", "Summary", "is_error", "reduced_path"]
 
 #: Endpoints that are kept; the flows of further ones are counted under `OTHER`.
 MAX_ENDPOINTS: Final = 1000
@@ -63,10 +63,11 @@ class EndpointKey(NamedTuple):
 
 @dataclass(slots=True)
 class Endpoint:
-    """The figures of one endpoint; durations in seconds."""
+    """The figures of one endpoint; durations in seconds. ``errors``: see `is_error`."""
 
     flows: int = 0
     incomplete: int = 0
+    errors: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
     durations: DDSketch = field(default_factory=DDSketch)
@@ -77,24 +78,31 @@ class Endpoint:
         return value
 
 
+def is_error(side: Side, status: int | None) -> bool:
+    """Whether a status is an error: 5xx, and on the client's side 4xx; a server's 4xx is the fault of its client."""
+    return status is not None and status >= (400 if side == "client" else 500)
+
+
 class Summary:
     """Counts flows by endpoint. One thread at a time may use it.
 
     Args:
-        max_endpoints: are kept, by order of appearance; the rest is counted under `OTHER`.
+        max_endpoints: are kept, by order of appearance; the rest is counted under `OTHER`. May be changed.
+        by_status: each status class is an endpoint of its own.
     """
 
-    def __init__(self, max_endpoints: int = MAX_ENDPOINTS) -> None:
-        self._max = max_endpoints
+    def __init__(self, max_endpoints: int = MAX_ENDPOINTS, *, by_status: bool = True) -> None:
+        self.max_endpoints = max_endpoints
+        self._by_status = by_status
         self.endpoints: dict[EndpointKey, Endpoint] = {}
 
     def add(self, flow: Flow) -> EndpointKey:
         """Counts one flow; gives the endpoint that it was counted under."""
-        status_class = None if flow.status is None else flow.status // 100
+        status_class = flow.status // 100 if self._by_status and flow.status is not None else None
         key = EndpointKey(flow.side, flow.authority, flow.method, reduced_path(flow.path), status_class)
         endpoint = self.endpoints.get(key)
         if endpoint is None:
-            if len(self.endpoints) >= self._max:
+            if len(self.endpoints) >= self.max_endpoints:
                 key = EndpointKey(flow.side, None, None, OTHER, status_class)
                 # At most two sides by ten classes come on top of the bound.
                 endpoint = self.endpoints.setdefault(key, Endpoint())
@@ -102,6 +110,7 @@ class Summary:
                 endpoint = self.endpoints[key] = Endpoint()
         endpoint.flows += 1
         endpoint.incomplete += not flow.is_complete
+        endpoint.errors += is_error(flow.side, flow.status)
         endpoint.request_bytes += flow.request_bytes
         endpoint.response_bytes += flow.response_bytes
         if flow.duration_ns is not None:

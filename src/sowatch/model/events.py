@@ -1,7 +1,7 @@
 """Events, and the records in them: frozen values. Their wire form is made by `sowatch.model.lines`.
 
-An event is one of `Load`, `Unload`, `Activate`, `Deactivate` (together `LibraryEvent`), `Ready`, `Lost`, `Repaired` and
-`Stopped`. Its ``event`` names its kind, and by it a type checker knows which one it is.
+An event is one of `Load`, `Unload`, `Activate`, `Deactivate` (together `LibraryEvent`), `Http`, `Ready`, `Lost`,
+`Repaired` and `Stopped`. Its ``event`` names its kind, and by it a type checker knows which one it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import (
     DeactivateCause,
     Hooks,
+    HttpProtocol,
+    HttpSide,
     Kind,
     LoadCause,
     LossPlace,
@@ -28,6 +30,7 @@ __all__ = [
     "ControlEvent",
     "Deactivate",
     "Event",
+    "Http",
     "Library",
     "LibraryEvent",
     "Load",
@@ -227,14 +230,55 @@ class Stopped(Struct, frozen=True, gc=False):
     lost: int
 
 
+class Http(Struct, frozen=True, gc=False):
+    """A request and its response that passed a TLS library. What is not known is None.
+
+    Attributes:
+        time_ns: the wall clock when it began, or the first that is known of it; ns since the epoch.
+        process: who made or served it.
+        library: that it passed.
+        side: ``client`` made the request, ``server`` served it.
+        protocol: as in the status line; ``HTTP/2`` for that.
+        method, authority, path: of the request; HTTP/2 fields that were sent before the watch are ``<unknown>``.
+        status, grpc_status: of the response.
+        request_bytes, response_bytes: of the bodies.
+        ttfb_ns, duration_ns: from the first byte of the request to the first and to the last of the response.
+        is_complete: its end was seen.
+        peer: address and port of the other end of the socket.
+        local_port: of the socket.
+    """
+
+    event: ClassVar[Literal["http"]] = "http"
+
+    time_ns: int
+    process: Process
+    library: Library | None
+    side: HttpSide
+    protocol: HttpProtocol
+    method: str | None
+    authority: str | None
+    path: str | None
+    status: int | None
+    grpc_status: int | None
+    request_bytes: int
+    response_bytes: int
+    ttfb_ns: int | None
+    duration_ns: int | None
+    is_complete: bool
+    peer: tuple[str, int] | None
+    local_port: int | None
+
+
 #: A library came or went; also for `isinstance`.
 LibraryEvent: TypeAlias = Load | Unload | Activate | Deactivate
 ControlEvent: TypeAlias = Ready | Lost | Repaired | Stopped
-Event: TypeAlias = LibraryEvent | ControlEvent
+Event: TypeAlias = LibraryEvent | Http | ControlEvent
 
 
 def size_of(event: Event) -> int:
     """About how many bytes an event takes that shares nothing with another one; for bounds of queues."""
+    if isinstance(event, Http):
+        return 500 + len(event.authority or "") + len(event.path or "")
     if not isinstance(event, LibraryEvent):
         return 200
     library = event.library

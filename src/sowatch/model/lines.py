@@ -21,6 +21,7 @@ from sowatch.model.events import (
     Activate,
     Deactivate,
     Event,
+    Http,
     Library,
     Load,
     Lost,
@@ -100,6 +101,30 @@ def _line(event: Event, seq: int) -> wire.EventLine:
                 cause=event.cause or UNSET,
                 rule=event.rule,
                 library=library_line(event.library),
+            )
+        case Http():
+            return wire.Http(
+                schema=SCHEMA,
+                event="http",
+                seq=seq,
+                time=time,
+                side=event.side,
+                protocol=event.protocol,
+                method=event.method,
+                scheme="https",
+                authority=event.authority,
+                path=event.path,
+                status=event.status,
+                grpc_status=event.grpc_status,
+                request_bytes=event.request_bytes,
+                response_bytes=event.response_bytes,
+                ttfb_ms=None if event.ttfb_ns is None else event.ttfb_ns / 1e6,
+                duration_ms=None if event.duration_ns is None else event.duration_ns / 1e6,
+                complete=event.is_complete,
+                peer=None if event.peer is None else wire.Peer(*event.peer),
+                local_port=event.local_port,
+                process=process_line(event.process),
+                library=None if event.library is None else library_line(event.library),
             )
         case Ready():
             return wire.Ready(
@@ -247,6 +272,26 @@ def _event(line: wire.EventLine) -> Event:
         case wire.Deactivate():
             why = None if line.cause is UNSET else line.cause
             return Deactivate(line.rule, _library_of(line.library), why, None, time_ns)
+        case wire.Http():
+            return Http(
+                time_ns,
+                _process_of(line.process),
+                None if line.library is None else _library_of(line.library),
+                line.side,
+                line.protocol,
+                line.method,
+                line.authority,
+                line.path,
+                line.status,
+                line.grpc_status,
+                line.request_bytes,
+                line.response_bytes,
+                None if line.ttfb_ms is None else round(line.ttfb_ms * 1e6),
+                None if line.duration_ms is None else round(line.duration_ms * 1e6),
+                line.complete,
+                None if line.peer is None else (line.peer.address, line.peer.port),
+                line.local_port,
+            )
         case wire.Ready():
             return Ready(
                 time_ns,

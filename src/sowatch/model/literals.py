@@ -11,11 +11,14 @@ __all__ = [
     "KINDS",
     "ONE_SCAN",
     "STRATEGIES",
+    "STREAM_KINDS",
     "Cause",
     "DeactivateCause",
     "EventKind",
     "Hooks",
     "HooksSetting",
+    "HttpProtocol",
+    "HttpSide",
     "Kind",
     "LoadCause",
     "LossPlace",
@@ -24,6 +27,7 @@ __all__ = [
     "Staleness",
     "Strategy",
     "StrategySetting",
+    "StreamKind",
     "UnloadCause",
 ]
 
@@ -34,6 +38,14 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 #: The events about libraries; control events are always sent beside them.
 EventKind: TypeAlias = Literal["load", "unload", "activate", "deactivate"]
 EVENT_KINDS: Final[tuple[EventKind, ...]] = get_args(EventKind)
+
+#: What readers of the agent's streams can choose among; flows come where the agent is configured for them.
+StreamKind: TypeAlias = Literal[EventKind, "http"]
+STREAM_KINDS: Final[tuple[StreamKind, ...]] = (*EVENT_KINDS, "http")
+
+#: Of an HTTP flow.
+HttpSide: TypeAlias = Literal["client", "server"]
+HttpProtocol: TypeAlias = Literal["HTTP/1.0", "HTTP/1.1", "HTTP/2"]
 
 #: Why a load was emitted. ``exec`` maps the executable and the interpreter.
 LoadCause: TypeAlias = Literal["mmap", "snapshot", "fork", "exec", "repair"]

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from sowatch.model.literals import DeactivateCause, Kind, LoadCause, LossPlace, Staleness, Strategy, UnloadCause
+from sowatch.model.literals import (
+    DeactivateCause,
+    HttpProtocol,
+    HttpSide,
+    Kind,
+    LoadCause,
+    LossPlace,
+    Staleness,
+    Strategy,
+    UnloadCause,
+)
 
 __all__ = ["SCHEMA", "Line"]
 
@@ -223,6 +233,42 @@ class Stopped(Struct, frozen=True, gc=False):
     lost: Natural
 
 
+class Peer(Struct, frozen=True, gc=False):
+    """The other end of a socket."""
+
+    address: str
+    port: Natural
+
+
+Milliseconds: TypeAlias = Annotated[float, Meta(ge=0)]
+
+
+class Http(Struct, frozen=True, gc=False):
+    """A request and its response that passed a TLS library in the clear. What is not known is null."""
+
+    schema: Schema
+    event: Literal["http"]
+    seq: Seq
+    time: Annotated[Time, Meta(description="When the request began, or the first that is known of it.")]
+    side: Annotated[HttpSide, Meta(description="`client`: the process made the request; `server`: it served it.")]
+    protocol: HttpProtocol
+    method: Annotated[Name | None, Meta(description="`<unknown>`: an HTTP/2 field that was sent before the watch.")]
+    scheme: Literal["https"]
+    authority: Name | None
+    path: Annotated[Name | None, Meta(description="Without what stands behind `?`, unless that was asked for.")]
+    status: Natural | None
+    grpc_status: Natural | None
+    request_bytes: Annotated[int, Meta(ge=0, description="Of the body.")]
+    response_bytes: Annotated[int, Meta(ge=0, description="Of the body.")]
+    ttfb_ms: Annotated[Milliseconds | None, Meta(description="Up to the first byte of the response.")]
+    duration_ms: Annotated[Milliseconds | None, Meta(description="Up to the last byte of the response.")]
+    complete: Annotated[bool, Meta(description="Its end was seen.")]
+    peer: Annotated[Peer | None, Meta(description="Null: the socket was never seen. Never guessed.")]
+    local_port: Natural | None
+    process: Process
+    library: Library | None
+
+
 class Mapping(Struct, frozen=True, gc=False):
     """A line of `list`: this process has this file mapped now."""
 
@@ -342,6 +388,7 @@ class Coverage(Struct, frozen=True, gc=False):
     processes: Readable
 
 
-#: The lines that are events, and all of them.
-EventLine: TypeAlias = Load | Unload | Activate | Deactivate | Ready | Lost | Repaired | Stopped
-Line: TypeAlias = EventLine | Mapping | LibraryRow | ProcessRow | Coverage
+#: The lines that are events, and all of them. The schema has them in this order, and what is new at the end.
+WatchLine: TypeAlias = Load | Unload | Activate | Deactivate | Ready | Lost | Repaired | Stopped
+EventLine: TypeAlias = WatchLine | Http
+Line: TypeAlias = WatchLine | Mapping | LibraryRow | ProcessRow | Coverage | Http

@@ -15,13 +15,19 @@ __all__ = ["CATALOGUE", "Definition", "document", "prometheus_name"]
 
 
 class Definition(Struct, frozen=True):
-    """One metric. ``origin`` is what the system that sowatch comes from called it, if it had it."""
+    """One metric.
+
+    Attributes:
+        origin: what the system that sowatch comes from called it, if it had it.
+        convention: its name in OpenTelemetry's semantic conventions, by which OTLP gets it.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
     origin: str | None = None
+    convention: str | None = None
 
 
 _all: list[Definition] = []
@@ -33,8 +39,9 @@ def _define(
     text: str,
     *labels: str,
     origin: str | None = None,
+    convention: str | None = None,
 ) -> Definition:
-    made = Definition(name, kind, text, labels, origin)
+    made = Definition(name, kind, text, labels, origin, convention)
     _all.append(made)
     return made
 
@@ -140,6 +147,64 @@ ATTACHMENTS: Final = {
         "repaired": "Probes that the kernel did not have any more and that were attached anew.",
         "retries": "Attempts to attach after a failure that was the surroundings'.",
     }.items()
+}
+
+#: Attributes of OpenTelemetry's conventions; what is not known, or is one of too many, is left out.
+_HTTP_LABELS: Final = (
+    "http.request.method",
+    "http.response.status_code",
+    "http.route",
+    "server.address",
+    "server.port",
+    "url.scheme",
+    "network.protocol.version",
+    "error.type",
+    "container.id",
+)
+HTTP_SERVER_SECONDS: Final = _define(
+    "histogram",
+    "http.server.request.duration_seconds",
+    "Time from the first byte of a request that passed a TLS library to the last of its response, where it was served; "
+    "the route is the path with its variable parts as `*`. What is one of too many is under the route `other`.",
+    *_HTTP_LABELS,
+    convention="http.server.request.duration",
+)
+HTTP_CLIENT_SECONDS: Final = _define(
+    "histogram",
+    "http.client.request.duration_seconds",
+    "The same where the request was made.",
+    *_HTTP_LABELS,
+    convention="http.client.request.duration",
+)
+#: By the key of `sowatch.agent.http_flows.HttpFlows.figures`.
+HTTP: Final = {
+    field: _define("counter", f"http.{field}", text)
+    for field, text in {
+        "flows": "Requests with their responses that passed TLS libraries.",
+        "incomplete": "Of these, those whose end was not seen.",
+        "joined_late": "Responses whose request passed before the probes came, and connections joined in the middle.",
+        "resyncs": "Losses of framing, each followed by a search for the next message.",
+        "truncated": "Calls whose bytes were not captured where they were needed.",
+        "unknown_fields": "HTTP/2 fields that were sent before the probes came.",
+        "unknown_peers": "Flows whose socket was never seen.",
+        "undecoded": "Connections that have shown no HTTP.",
+    }.items()
+}
+HTTP_LOST: Final = _define(
+    "counter",
+    "http.lost",
+    "What is in no flow, by where: ring, unreadable and connections are calls that the programs could not send, read "
+    "or keep apart; table is connections and requests given up for want of space; stream is flows that are counted and "
+    "were not published, because too many waited.",
+    "where",
+)
+#: By the key of `sowatch.agent.http_flows.HttpFlows.figures` the place.
+HTTP_LOST_PLACES: Final = {
+    "lost": "ring",
+    "unreadable": "unreadable",
+    "no_room": "connections",
+    "dropped": "table",
+    "unpublished": "stream",
 }
 
 #: By the field of `registry.RegistryStats`.
@@ -255,8 +320,10 @@ def document() -> str:
         "a test compares the two.",
         "",
         "Names are those of Prometheus and OpenMetrics. StatsD gets them with a dot after `sowatch`, OTLP with",
-        "dots throughout and without `_total` (`sowatch.watcher.hits`). Times are in seconds. No metric has a pid",
-        "or a path as a label. One metric takes 200 sets of labels; what comes after them goes to one series with",
+        "dots throughout and without `_total` (`sowatch.watcher.hits`), and the two of HTTP requests by their names in",
+        "OpenTelemetry's conventions (`http.server.request.duration`). Times are in seconds. No metric has a pid or a",
+        "path as a label, but for the reduced path of HTTP requests. Dots in labels are `_` for Prometheus. One metric",
+        "takes 200 sets of labels; what comes after them goes to one series with",
         '`overflow="true"`, and `sowatch_telemetry_overflow_total` counts it.',
         "",
         "| metric | kind | labels | meaning | in the origin |",

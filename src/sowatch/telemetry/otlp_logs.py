@@ -12,7 +12,7 @@ from typing import Any
 
 from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
-from sowatch.model.events import Event, LibraryEvent
+from sowatch.model.events import Event, Http, LibraryEvent, Process
 from sowatch.model.lines import to_json
 from sowatch.telemetry.otlp import Otlp, Protocol
 
@@ -112,6 +112,8 @@ class _Closed:
 
 def _attributes(event: Event) -> dict[str, str | int]:
     """The facts one would search for; what is not known is left out. OpenTelemetry's names where it has some."""
+    if isinstance(event, Http):
+        return _known(_http_facts(event) | _process_facts(event.process))
     if not isinstance(event, LibraryEvent):
         return {}
     library, process = event.library, event.process
@@ -124,12 +126,38 @@ def _attributes(event: Event) -> dict[str, str | int]:
         "sowatch.library.soname": library.soname,
     }
     if process is not None:
-        facts |= {
-            "process.pid": process.pid,
-            "process.command": process.comm,
-            "process.executable.path": process.exe,
-            "container.id": process.container,
-        }
+        facts |= _process_facts(process)
+    return _known(facts)
+
+
+def _process_facts(process: Process) -> dict[str, str | int | None]:
+    return {
+        "process.pid": process.pid,
+        "process.command": process.comm,
+        "process.executable.path": process.exe,
+        "container.id": process.container,
+    }
+
+
+def _http_facts(event: Http) -> dict[str, str | int | None]:
+    """By the semantic conventions for HTTP spans, where they have a name."""
+    return {
+        "sowatch.http.side": event.side,
+        "http.request.method": event.method,
+        "http.response.status_code": event.status,
+        "url.scheme": "https",
+        "url.path": event.path,
+        "sowatch.http.authority": event.authority,
+        "network.protocol.version": event.protocol.removeprefix("HTTP/"),
+        "network.peer.address": event.peer and event.peer[0],
+        "network.peer.port": event.peer and event.peer[1],
+        "http.request.body.size": event.request_bytes,
+        "http.response.body.size": event.response_bytes,
+        "rpc.grpc.status_code": event.grpc_status,
+    }
+
+
+def _known(facts: dict[str, str | int | None]) -> dict[str, str | int]:
     # Protocol buffers hold nothing that is not UTF-8, and logs are to have no control characters.
     return {
         key: visible(value) if isinstance(value, str) else value for key, value in facts.items() if value is not None

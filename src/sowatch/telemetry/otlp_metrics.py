@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sowatch.model.errors import SowatchError
 from sowatch.telemetry.metrics import Counter, Gauge, Histogram, Metric, MetricRegistry
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.metrics import export
 
 __all__ = ["OtlpMetricsExporter"]
+
+#: Attributes that the semantic conventions define as numbers.
+_NUMBERS: Final = frozenset({"http.response.status_code", "server.port"})
 
 
 class OtlpMetricsExporter:
@@ -97,7 +100,7 @@ class OtlpMetricsExporter:
 
         total = export.AggregationTemporality.CUMULATIVE
         numbers = [
-            export.NumberDataPoint(metric.labels, self._start_ns, now_ns, metric.get())
+            export.NumberDataPoint(_attributes(metric), self._start_ns, now_ns, metric.get())
             for metric in series
             if isinstance(metric, Counter | Gauge)
         ]
@@ -110,7 +113,8 @@ class OtlpMetricsExporter:
             data = export.Histogram([self._buckets(one, now_ns) for one in series if isinstance(one, Histogram)], total)
         name = series[0].name
         known = CATALOGUE.get(name)
-        return export.Metric(f"sowatch.{name}", known.help if known else "", "s" if "seconds" in name else "1", data)
+        shown = known.convention if known and known.convention else f"sowatch.{name}"
+        return export.Metric(shown, known.help if known else "", "s" if "seconds" in name else "1", data)
 
     def _buckets(self, metric: Histogram, now_ns: int) -> export.HistogramDataPoint:
         from opentelemetry.sdk.metrics.export import HistogramDataPoint
@@ -118,7 +122,7 @@ class OtlpMetricsExporter:
         found = metric.get()
         # The smallest and the largest value are optional in the protocol, though not in the SDK's type.
         return HistogramDataPoint(
-            attributes=metric.labels,
+            attributes=_attributes(metric),
             start_time_unix_nano=self._start_ns,
             time_unix_nano=now_ns,
             count=found.count,
@@ -128,3 +132,10 @@ class OtlpMetricsExporter:
             min=None,  # type: ignore[arg-type]
             max=None,  # type: ignore[arg-type]
         )
+
+
+def _attributes(metric: Metric) -> dict[str, str | int]:
+    return {
+        key: int(value) if key in _NUMBERS and value.isascii() and value.isdigit() else value
+        for key, value in metric.labels.items()
+    }

@@ -153,6 +153,10 @@ class Sampler:
         """Follows what a rule attaches: figures by the keys of `names.ATTACHMENTS`, and ``lost`` and ``untimed``."""
         return self._follow(lambda source: _sample_attachments(source, rule, read()))
 
+    def follow_http(self, read: Callable[[], Mapping[str, int]]) -> Callable[[], None]:
+        """Follows flows out of TLS libraries: figures by the keys of `names.HTTP` and `names.HTTP_LOST_PLACES`."""
+        return self._follow(lambda source: _sample_http(source, read()))
+
     def _follow(self, sample: Callable[[_Source], None]) -> Callable[[], None]:
         source = _Source(self._registry)
         remove = self._registry.add_source(lambda: sample(source))
@@ -219,6 +223,13 @@ def _sample_sink(source: _Source, runner: SinkRunner) -> None:
 def _sample_exporter(source: _Source, pusher: Pusher) -> None:
     source.counter(names.EXPORTER_PUSHES, pusher.pushes, f"exporter:{pusher.name}")
     source.counter(names.EXPORTER_ERRORS, pusher.errors, f"exporter:{pusher.name}")
+
+
+def _sample_http(source: _Source, figures: Mapping[str, int]) -> None:
+    for field, definition in names.HTTP.items():
+        source.counter(definition, figures[field])
+    for field, where in names.HTTP_LOST_PLACES.items():
+        source.counter(names.HTTP_LOST, figures[field], f"where:{where}")
 
 
 def _sample_attachments(source: _Source, rule: str, figures: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -30,10 +30,10 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import LibraryEvent, Ready
+from sowatch.model.events import Http, LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.literals import EVENT_KINDS
+from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
@@ -231,7 +231,8 @@ class Watcher:
         """A queue of events from now on; subscribe before `start` to get the snapshot too.
 
         Args:
-            events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
+            events: which of ``load``, ``unload``, ``activate``, ``deactivate``, and ``http``, which is for what
+                `publish` is given.
             control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
             limit: events that may wait in it before some are lost; default ``config.queue_events``. So many
                 as take ``config.queue_bytes``, if that is fewer.
@@ -241,12 +242,23 @@ class Watcher:
         """
         self._owner.check()
         for one in events:
-            if one not in EVENT_KINDS:
-                raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(EVENT_KINDS)}.")
+            if one not in STREAM_KINDS:
+                raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(STREAM_KINDS)}.")
         config = self._config
         return self._publisher.subscribers.subscribe(
             events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
         )
+
+    def publish(self, events: Sequence[Http]) -> Future[None]:
+        """Sends flows to every subscription that asked for them, among the other events; any thread, at once.
+
+        Returns:
+            What is done once they are in the queues.
+
+        Raises:
+            SowatchError: the watch is not running.
+        """
+        return self._running_engine().publish(events)
 
     def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
         """The map as published so far: every (process, library) that the rules want.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.http import taps
+from sowatch.http import capture
 from support.tls import ASYNCIO_SERVER, Tap, Tls
 
 #: Asks each server over TLS, and in between another one without TLS on the same thread, by a descriptor that is used
@@ -67,18 +67,23 @@ if stage < len(ports):
 """
 
 
-@pytest.fixture(params=["sockets", "descriptors"])
+#: The first way is the kernel's from 6.3 on, by a tracepoint; the second serves older ones, and works on all.
+WAYS = ["descriptors"]
+if " __traceiter_sock_send_length" in Path("/proc/kallsyms").read_text(encoding="ascii"):
+    WAYS.append("sockets")
+
+
+@pytest.fixture(params=WAYS)
 def tap(
     request: pytest.FixtureRequest, tmp_path: Path, spawn: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Tap]:
     """A tap that finds sockets in one of the two ways."""
     if request.param == "descriptors":
-        monkeypatch.setattr(taps, "_shows_sockets", lambda _: False)
+        monkeypatch.setattr(capture, "_shows_sockets", lambda _: False)
     tls = Tls(tmp_path, spawn, wait_until)
     tls.hold()
     with Tap(tls) as made:
-        if request.param == "sockets" and not made.tap.sees_sockets:
-            pytest.skip("this kernel has no tracepoint sock_send_length (6.3+); the other way is what is used here")
+        assert made.tap.sees_sockets == (request.param == "sockets")
         made.wait_attached()
         yield made
 

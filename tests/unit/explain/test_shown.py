@@ -97,7 +97,7 @@ def test_the_object_of_a_process_has_every_part(case: Case) -> None:
     found = strict.loads(dumps(to_dict(nasty(case).report())))
     assert list(found) == [
         *("schema", "event", "target", "process", "state", "threads", "leader_alive", "bits"),
-        *("kernel", "map", "mappings", "extra", "withheld", "notes"),
+        *("kernel", "map", "mappings", "extra", "withheld", "notes", "http"),
     ]
     assert (found["schema"], found["event"], found["target"], found["bits"]) == (1, "explain", "process", 64)
     assert found["kernel"] == {

@@ -20,6 +20,7 @@ def test_the_document_is_what_the_list_gives():
 def test_a_metric_is_explained_and_has_no_label_without_bounds(definition):
     assert definition.help.endswith(".")
     # Calls are counted by container because whoever runs them asks for it; the series of one metric are bounded.
+    # HTTP requests have the attributes of OpenTelemetry's conventions, which are bounded by the agent.
     wild = {"pid", "tgid", "path", "inode", "comm"} | ({"container"} if "calls" not in definition.name else set())
     assert not wild & set(definition.labels)
     assert re.fullmatch(r"sowatch(_[a-z]+)+", prometheus_name(definition.name, definition.kind))

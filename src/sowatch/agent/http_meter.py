@@ -1,0 +1,195 @@
+"""What the agent counts of HTTP flows: metrics by endpoint, and what the page shows. Bounded, whatever passes.
+
+The labels are attributes of OpenTelemetry's semantic conventions for HTTP (v1.23, stable), as are the bounds of the
+histograms. ``http.route`` is the reduced path: the route itself is only known to the program.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from sowatch.http.capture import HttpFlow
+from sowatch.http.flows import Flow, Side
+from sowatch.http.http2 import UNKNOWN
+from sowatch.http.summary import OTHER, Summary, is_error, reduced_path
+from sowatch.model.events import Http
+from sowatch.telemetry import MetricRegistry, names
+from sowatch.telemetry.metrics import Histogram
+
+__all__ = ["BOUNDS_S", "HttpMeter"]
+
+#: The boundaries that the conventions advise for http.server.request.duration, in seconds.
+BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+#: RFC 9110 and RFC 5789, as the conventions have it; others are ``_OTHER`` there.
+_METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+_Tags = tuple[str, ...]
+#: Series that nothing counted into for so long go: containers and hosts come and go.
+_IDLE_S: Final = 600.0
+#: Flows that the page shows.
+_RECENT: Final = 100
+#: Endpoints that the page gets, those with most flows.
+_SHOWN: Final = 200
+
+
+@lru_cache(maxsize=4096)
+def _tags(
+    side: Side,
+    method: str | None,
+    authority: str | None,
+    path: str | None,
+    status: int | None,
+    protocol: str,
+    container: str | None,
+) -> _Tags:
+    """The attributes of a series, as tags; what is not known is left out."""
+    host, port = _server(authority)
+    found: dict[str, str | None] = {
+        "http.request.method": None if method in (None, UNKNOWN) else method if method in _METHODS else "_OTHER",
+        "http.response.status_code": None if status is None else str(status),
+        "http.route": reduced_path(path),
+        "server.address": host,
+        "server.port": port,
+        "url.scheme": "https",
+        "network.protocol.version": protocol.removeprefix("HTTP/"),
+        "error.type": str(status) if is_error(side, status) else None,
+        "container.id": container,
+    }
+    return tuple(f"{name}:{value}" for name, value in found.items() if value is not None)
+
+
+def _server(authority: str | None) -> tuple[str | None, str | None]:
+    """Host and port of an authority; of https the port is 443 where none is given.
+
+    >>> _server("shop.example"), _server("[::1]:8443"), _server(None)
+    (('shop.example', '443'), ('::1', '8443'), (None, None))
+    """
+    if not authority or authority == UNKNOWN:
+        return None, None
+    host, colon, port = authority.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or (":" in host and not host.startswith("[")):
+        host, port = authority, "443"
+    return host.removeprefix("[").removesuffix("]").lower(), port
+
+
+@dataclass(slots=True)
+class _Series:
+    seconds: Histogram
+    used_s: float
+
+
+class HttpMeter:
+    """Takes flows; the metrics and the page read. All methods may be called from any thread.
+
+    Args:
+        metrics: gets the series.
+        max_endpoints: sets of attributes of a side that have a series each; the rest is counted under ``other``.
+    """
+
+    def __init__(self, metrics: MetricRegistry, max_endpoints: int) -> None:
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        #: Of each side, by tags.
+        self._series: dict[Side, dict[_Tags, _Series]] = {"client": {}, "server": {}}
+        self._summary = Summary(max_endpoints, by_status=False)
+        self._recent: deque[tuple[int, Http]] = deque(maxlen=_RECENT)
+        self._flows = 0
+        self.max_endpoints = max_endpoints
+
+    def add(self, found: HttpFlow, event: Http) -> None:
+        """Counts a flow; ``event`` is the same as events have it."""
+        flow = found.flow
+        with self._lock:
+            self._flows += 1
+            self._summary.add(flow)
+            self._recent.append((self._flows, event))
+            if flow.duration_ns is not None:
+                series = self._series_of(flow, found.process.container)
+                series.used_s = time.monotonic()
+                series.seconds.observe(flow.duration_ns / 1e9)
+
+    def change_bound(self, max_endpoints: int) -> None:
+        """From now on so many; what has a series keeps it."""
+        with self._lock:
+            self.max_endpoints = max_endpoints
+            self._summary.max_endpoints = max_endpoints
+
+    def forget_idle(self, now_s: float) -> None:
+        """Takes series away that nothing was counted into for a while; ``now_s`` is CLOCK_MONOTONIC."""
+        with self._lock:
+            for side in self._series.values():
+                for tags, series in list(side.items()):
+                    if now_s - series.used_s >= _IDLE_S:
+                        del side[tags]
+                        self._metrics.forget(series.seconds)
+
+    def close(self) -> None:
+        """Takes all series away."""
+        self.forget_idle(float("inf"))
+
+    def page(self, *, with_flows: bool) -> dict[str, Any]:
+        """What the page shows: endpoints, and the flows of late if they may be shown.
+
+        An endpoint is side, method, authority, path, flows, incomplete ones, errors, p50, p95 and p99 in ms; a flow is
+        number, time in ms since the epoch, side, pid, name, method, authority, path, status, duration in ms, peer,
+        whether it is complete.
+        """
+        with self._lock:
+            most = sorted(self._summary.endpoints.items(), key=lambda item: -item[1].flows)[:_SHOWN]
+            return {
+                "flows_seen": self._flows,
+                "endpoints": [
+                    [
+                        key.side,
+                        key.method,
+                        key.authority,
+                        key.path,
+                        one.flows,
+                        one.incomplete,
+                        one.errors,
+                        *(_ms(one.percentile_s(share)) for share in (0.5, 0.95, 0.99)),
+                    ]
+                    for key, one in most
+                ],
+                "flows": [_row(number, event) for number, event in self._recent] if with_flows else None,
+            }
+
+    def _series_of(self, flow: Flow, container: str | None) -> _Series:
+        side = self._series[flow.side]
+        tags = _tags(flow.side, flow.method, flow.authority, flow.path, flow.status, flow.protocol, container)
+        found = side.get(tags)
+        if found is None and len(side) >= self.max_endpoints:
+            # At most ten classes come on top of the bound.
+            status_class = () if flow.status is None else (f"http.response.status_class:{flow.status // 100}xx",)
+            tags = (f"http.route:{OTHER}", "url.scheme:https", *status_class)
+            found = side.get(tags)
+        if found is None:
+            definition = names.HTTP_SERVER_SECONDS if flow.side == "server" else names.HTTP_CLIENT_SECONDS
+            histogram = self._metrics.histogram(definition.name, *tags, bounds=BOUNDS_S)
+            found = side[tags] = _Series(histogram, time.monotonic())
+        return found
+
+
+def _ms(value_s: float | None) -> float | None:
+    return None if value_s is None else round(value_s * 1e3, 3)
+
+
+def _row(number: int, event: Http) -> list[Any]:
+    return [
+        number,
+        event.time_ns // 1_000_000,
+        event.side,
+        event.process.pid,
+        event.process.comm,
+        event.method,
+        event.authority,
+        event.path,
+        event.status,
+        None if event.duration_ns is None else round(event.duration_ns / 1e6, 3),
+        None if event.peer is None else f"{event.peer[0]}:{event.peer[1]}",
+        event.is_complete,
+    ]

@@ -1,0 +1,242 @@
+"""HTTP flows of the agent: real clients and servers on copies of TLS libraries, by the agent's own watch."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.agent import Agent, NewAgent, ask
+from support.prometheus import samples
+from support.receivers import free_port
+from support.tls import LIBRARIES, Server, Tls, find
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
+
+KEPT_ALIVE = """
+import http.client, ssl, sys
+client = http.client.HTTPSConnection("127.0.0.1", {port}, context=ssl.create_default_context())
+for line in sys.stdin:
+    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def tls(tmp_path: Path, spawn: Any, wait_until: Any) -> Tls:
+    made = Tls(tmp_path, spawn, wait_until)
+    made.hold()
+    return made
+
+
+def section(tls: Tls, more: str = "") -> str:
+    return f"[http]\nenabled = true\nlibraries = '^{re.escape(str(tls.libraries))}/'\n{more}\n"
+
+
+def replace(path: Path, text: str) -> None:
+    new = path.with_name(".new")
+    new.write_text(text, encoding="utf-8")
+    new.rename(path)
+
+
+def is_tapped(agent: Agent, files: int = LIBRARIES) -> bool:
+    state = agent.get("/readyz").json["http"]
+    return state is not None and state["files"] >= files
+
+
+def curl(tls: Tls, server: Server, *paths: str) -> None:
+    urls = [f"https://127.0.0.1:{server.port}{path}" for path in paths]
+    tls.run(find("curl"), "-sS", "-o", "/dev/null", "--cacert", str(tls.certificate), *urls)
+
+
+def flows(path: Path, side: str = "server") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [one for one in lines if one["event"] == "http" and one["side"] == side]
+
+
+def requests_counted(agent: Agent, side: str) -> dict[tuple[str, str], float]:
+    """By route and status."""
+    found: dict[tuple[str, str], float] = {}
+    for (name, labels), value in samples(agent.get("/metrics").text).items():
+        if name == f"sowatch_http_{side}_request_duration_seconds_count":
+            by_name = dict(labels)
+            found[by_name["http_route"], by_name.get("http_response_status_code", "")] = value
+    return found
+
+
+def counter(agent: Agent, name: str, **labels: str) -> float:
+    return samples(agent.get("/metrics").text).get((f"sowatch_http_{name}_total", frozenset(labels.items())), -1.0)
+
+
+def test_flows_are_events_in_sinks_and_streams_and_metrics_by_route(
+    tls: Tls, new_agent: NewAgent, wait_until: Any, tmp_path: Path, schema: Any
+) -> None:
+    events = tmp_path / "events.jsonl"
+    sink = f"[[sinks]]\ntype = 'file'\npath = '{events}'\nevents = ['http']\n"
+    agent = new_agent(section(tls) + sink).start()
+    server = tls.python()
+    wait_until(lambda: is_tapped(agent), 20, "tapped")
+    stream = agent.events("?events=http&snapshot=0")
+    curl(tls, server, "/users/1", "/users/2?secret=7", "/missing")
+    for side in ("server", "client"):
+        wait_until(lambda side=side: len(flows(events, side)) >= 3, 20, side)
+        found = flows(events, side)
+        assert [(one["path"], one["status"]) for one in found] == [
+            ("/users/1", 200),
+            ("/users/2", 200),
+            ("/missing", 404),
+        ]
+        assert all(one["complete"] and one["peer"]["address"] == "127.0.0.1" for one in found)
+        assert {one["library"]["path"] for one in found} == {str(tls.libraries / "libssl.so.3")}
+    assert {one["process"]["pid"] for one in flows(events)} == {server.process.pid}
+    lines = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        schema(line)
+    assert not {one["event"] for one in lines} & {"load", "unload", "activate", "deactivate"}
+    streamed = stream.until(lambda one: one["event"] == "http" and one["side"] == "client")
+    assert streamed[-1]["path"] == "/users/1"
+    stream.close()
+    expected = {("/users/*", "200"): 2.0, ("/missing", "404"): 1.0}
+    wait_until(lambda: requests_counted(agent, "server") == expected, 20, "metrics of the server")
+    assert requests_counted(agent, "client") == expected
+    assert counter(agent, "flows") == 6
+    for name in ("incomplete", "undecoded", "truncated", "joined_late", "unknown_peers", "resyncs", "unknown_fields"):
+        assert counter(agent, name) == 0, name
+    for where in ("ring", "unreadable", "connections", "table", "stream"):
+        assert counter(agent, "lost", where=where) == 0, where
+    text = agent.get("/metrics").text
+    ((_, labels),) = [key for key in samples(text) if key[0].endswith("server_request_duration_seconds_count")][:1] or [
+        ("", frozenset())
+    ]
+    by_name = dict(labels)
+    assert (by_name["server_address"], by_name["server_port"]) == ("127.0.0.1", str(server.port))
+    assert (by_name["url_scheme"], by_name["network_protocol_version"]) == ("https", "1.1")
+    assert "secret" not in text
+
+
+def test_a_rule_of_the_user_keeps_its_files_and_they_are_tapped_all_the_same(
+    tls: Tls, new_agent: NewAgent, wait_until: Any, tmp_path: Path
+) -> None:
+    """The first rule that matches wins: here it is not the one of [http]."""
+    events = tmp_path / "events.jsonl"
+    rules = (
+        f"[[rules]]\nname = 'mine'\npattern = '^{re.escape(str(tls.libraries))}/'\ncount = ['SSL_read']\n"
+        f"[[sinks]]\ntype = 'file'\npath = '{events}'\n"
+    )
+    agent = new_agent(section(tls) + rules).start()
+    server = tls.python()
+    wait_until(lambda: is_tapped(agent), 20, "tapped")
+    curl(tls, server, "/one")
+    wait_until(lambda: len(flows(events)) == 1, 20, "a flow")
+    lines = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    mine = [one for one in lines if one["event"] == "load" and str(tls.libraries) in one["library"]["path"]]
+    assert {one["rule"] for one in mine} == {"mine"}
+    wait_until(
+        lambda: any(
+            name == "sowatch_calls_total" and ("symbol", "SSL_read") in labels and value > 0
+            for (name, labels), value in samples(agent.get("/metrics").text).items()
+        ),
+        20,
+        "the calls that the rule counts",
+    )
+
+
+def test_a_hangup_changes_filters_and_loses_no_flow_of_a_connection_that_goes_on(
+    tls: Tls, new_agent: NewAgent, wait_until: Any, tmp_path: Path
+) -> None:
+    events = tmp_path / "events.jsonl"
+    sink = f"[[sinks]]\ntype = 'file'\npath = '{events}'\nevents = ['http']\n"
+    agent = new_agent(section(tls) + sink).start()
+    server = tls.python()
+    client = tls.spawn(
+        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
+        env=tls.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: is_tapped(agent), 20, "tapped")
+
+    def request(path: str) -> None:
+        client.stdin.write(path + "\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "done\n"
+
+    for number in range(40):
+        request(f"/n/{number}")
+        if number in (10, 20, 30):
+            more = {10: "side = 'server'", 20: "max_endpoints = 3", 30: "keep_query = true"}[number]
+            loaded = agent.get("/readyz").json["config"]["loaded"]
+            replace(agent.config_path, section(tls, more) + sink)
+            agent.process.send_signal(signal.SIGHUP)
+            wait_until(lambda loaded=loaded: agent.get("/readyz").json["config"]["loaded"] != loaded, 20, "taken over")
+    wait_until(lambda: len(flows(events)) == 40, 20, "all flows")
+    assert [one["path"] for one in flows(events)] == [f"/n/{number}" for number in range(40)]
+    assert len(flows(events, "client")) < 40
+    assert counter(agent, "joined_late") == 0
+    request("/n?kept=1")
+    wait_until(lambda: flows(events)[-1]["path"] == "/n?kept=1", 20, "the query")
+    loaded = agent.get("/readyz").json["config"]["loaded"]
+    replace(agent.config_path, sink)
+    wait_until(lambda: agent.get("/readyz").json["config"]["loaded"] != loaded, 20, "taken over")
+    assert agent.get("/readyz").json["http"] is None
+    request("/unseen")
+    replace(agent.config_path, section(tls) + sink)
+    wait_until(lambda: is_tapped(agent), 20, "tapped again")
+    request("/late")  # on the server's side its request was being read when the probes came
+    request("/seen")
+    wait_until(lambda: flows(events)[-1]["path"] == "/seen", 20, "on again")
+    assert "/unseen" not in events.read_text(encoding="utf-8")
+    assert agent.get("/readyz").json["config"]["needs_restart"] == []
+    client.stdin.close()
+    client.wait(timeout=20)
+
+
+def test_processes_and_paths_are_filtered(tls: Tls, new_agent: NewAgent, wait_until: Any, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    sink = f"[[sinks]]\ntype = 'file'\npath = '{events}'\nevents = ['http']\n"
+    agent = new_agent(section(tls, "process = '^curl$'\npath = '^/api/'") + sink).start()
+    server = tls.python()
+    wait_until(lambda: is_tapped(agent), 20, "tapped")
+
+    def asked() -> bool:
+        """A short process may have made its request before the load of its library was handled."""
+        curl(tls, server, "/other", "/api/one", "/api/two")
+        return bool(flows(events, "client"))
+
+    wait_until(asked, 20, "a flow of curl")
+    assert {one["path"] for one in flows(events, "client")} <= {"/api/one", "/api/two"}
+    assert {one["process"]["comm"] for one in flows(events, "client")} == {"curl"}
+    assert flows(events, "server") == []
+
+
+def test_single_flows_are_not_shown_over_tcp_unless_that_is_asked_for(
+    tls: Tls, new_agent: NewAgent, wait_until: Any
+) -> None:
+    port = free_port()
+    agent = new_agent(section(tls), options=["--listen", f"127.0.0.1:{port}"]).start()
+
+    def get(path: str) -> Any:
+        return ask(http.client.HTTPConnection("127.0.0.1", port, timeout=20), "GET", path, None, {})
+
+    refused = get("/events?events=http")
+    assert refused.status == 403
+    assert "flows_over_tcp" in refused.json["error"]
+    replace(agent.config_path, section(tls, "flows_over_tcp = true"))
+    wait_until(
+        lambda: (
+            ask(
+                http.client.HTTPConnection("127.0.0.1", port, timeout=20), "HEAD", "/events?events=http", None, {}
+            ).status
+            == 200
+        ),
+        20,
+        "allowed",
+    )
