@@ -50,26 +50,43 @@ def libbpf_version() -> tuple[int, int]:
 
 
 class BpfMap:
-    """One map, by its file descriptor, which the object owns."""
+    """One map, by its file descriptor, which the object owns.
 
-    __slots__ = ("_lib", "fd", "name")
+    Its sizes are the kernel's. Keys and values of other sizes are refused: the kernel would read and write beyond
+    them, as it is not told how long a buffer is.
+
+    Attributes:
+        key_bytes: of a key.
+        value_bytes: of a value as it is looked up: of a per-CPU map, that of all CPUs together.
+    """
+
+    __slots__ = ("_lib", "fd", "key_bytes", "name", "value_bytes")
 
     def __init__(self, lib: Any, name: str, fd: int) -> None:
         self._lib = lib
         self.name = name
         self.fd = fd
+        sizes = lib.ffi.new("unsigned int[2]")
+        self._check("examining", lib.lib.sow_map_sizes(fd, sizes, sizes + 1))
+        self.key_bytes: int = sizes[0]
+        self.value_bytes: int = sizes[1]
 
     def update(self, key: bytes, value: bytes) -> None:
         """Puts one element.
 
         Raises:
-            BpfError: the map is full (E2BIG), or the sizes are wrong.
+            BpfError: the map is full (E2BIG), or a size is wrong (EMSGSIZE).
         """
+        self._check_size("update", key, self.key_bytes)
+        self._check_size("update", value, self.value_bytes)
         self._check("update", self._lib.lib.sow_map_update(self.fd, key, value))
 
     def update_many(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Puts a value under each of many keys, all of one size, in one call."""
         if keys:
+            for key, value in zip(keys, values, strict=True):
+                self._check_size("update", key, self.key_bytes)
+                self._check_size("update", value, self.value_bytes)
             self._check(
                 "update",
                 self._lib.lib.sow_map_update_many(
@@ -77,26 +94,36 @@ class BpfMap:
                 ),
             )
 
-    def lookup(self, key: bytes, value_bytes: int) -> bytes | None:
-        """The value, or None. ``value_bytes`` is that of all CPUs together for a per-CPU map."""
-        value = self._lib.ffi.new("char[]", value_bytes)
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value, of a per-CPU map those of all CPUs one after the other; None if it is not there.
+
+        Raises:
+            BpfError: EMSGSIZE: keys have another size.
+        """
+        self._check_size("look-up", key, self.key_bytes)
+        value = self._lib.ffi.new("char[]", self.value_bytes)
         if self._lib.lib.sow_map_lookup(self.fd, key, value) < 0:
             return None
-        return bytes(self._lib.ffi.buffer(value, value_bytes))
+        return bytes(self._lib.ffi.buffer(value))
 
     def delete(self, key: bytes) -> None:
         """Removes one element; one that is not there is no error."""
+        self._check_size("deletion", key, self.key_bytes)
         self._lib.lib.sow_map_delete(self.fd, key)
 
-    def keys(self, key_bytes: int) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """All keys, as far as they can be read while others change the map."""
         found: list[bytes] = []
         key: Any = self._lib.ffi.NULL
-        following = self._lib.ffi.new("char[]", key_bytes)
+        following = self._lib.ffi.new("char[]", self.key_bytes)
         while self._lib.lib.sow_map_next_key(self.fd, key, following) == 0:
-            found.append(bytes(self._lib.ffi.buffer(following, key_bytes)))
+            found.append(bytes(self._lib.ffi.buffer(following)))
             key = found[-1]
         return found
+
+    def _check_size(self, what: str, data: bytes, size: int) -> None:
+        if len(data) != size:
+            raise BpfError(f"{what} of map {self.name}: {len(data)} bytes where it has {size}", errno.EMSGSIZE, "")
 
     def _check(self, what: str, result: int) -> None:
         if result < 0:
@@ -236,8 +263,7 @@ class BpfObject:
         """The sum over all CPUs of one u64 of a per-CPU array."""
         if map_name not in self._per_cpu:
             self._per_cpu[map_name] = self.map(map_name)
-        cpus: int = self._lib.lib.sow_possible_cpus()
-        value = self._per_cpu[map_name].lookup(index.to_bytes(4, sys.byteorder), 8 * cpus)
+        value = self._per_cpu[map_name].lookup(index.to_bytes(4, sys.byteorder))
         return sum(memoryview(value).cast("Q")) if value else 0
 
     def skipped_runs(self) -> int:

@@ -172,7 +172,7 @@ class Table(BpfMap):
         self.spec = spec
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self.keys(self.spec.key_bytes))
+        return iter(self.all_keys())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -194,10 +194,7 @@ class Table(BpfMap):
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, None if it is not there."""
-        size = self.spec.value_bytes
-        if self.spec.is_per_cpu:
-            size = (size + 7 & ~7) * int(self._lib.lib.sow_possible_cpus())
-        return self.lookup(key, size)
+        return self.lookup(key)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its value; without those that are deleted meanwhile."""

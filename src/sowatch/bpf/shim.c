@@ -324,6 +324,22 @@ int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const 
 	return 0;
 }
 
+int sow_map_sizes(int fd, unsigned int *key_bytes, unsigned int *value_bytes)
+{
+	struct bpf_map_info info = {};
+	__u32 length = sizeof(info);
+	int error = bpf_obj_get_info_by_fd(fd, &info, &length);
+
+	if (error)
+		return error;
+	*key_bytes = info.key_size;
+	*value_bytes = info.value_size;
+	if (info.type == BPF_MAP_TYPE_PERCPU_HASH || info.type == BPF_MAP_TYPE_PERCPU_ARRAY ||
+	    info.type == BPF_MAP_TYPE_LRU_PERCPU_HASH)
+		*value_bytes = (info.value_size + 7) / 8 * 8 * libbpf_num_possible_cpus();
+	return 0;
+}
+
 int sow_map_lookup(int fd, const void *key, void *value)
 {
 	return bpf_map_lookup_elem(fd, key, value);

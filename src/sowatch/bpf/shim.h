@@ -38,6 +38,11 @@ int sow_map_fd(sow_object *object, const char *map);
 /* Address of a global variable in a mapped data section, NULL if there is none. */
 void *sow_variable(sow_object *object, const char *section, const char *name, unsigned int *size);
 
+/*
+ * Bytes of a key, and of a value as one look-up reads it: of a per-CPU map, that of all CPUs together. 0 or a
+ * negative errno.
+ */
+int sow_map_sizes(int fd, unsigned int *key_bytes, unsigned int *value_bytes);
 int sow_map_update(int fd, const void *key, const void *value);
 int sow_map_update_many(int fd, const void *keys, unsigned int key_bytes, const void *values, unsigned int value_bytes,
 			unsigned int count);

@@ -8,8 +8,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from errno import E2BIG, EINVAL, EPERM
-from functools import cached_property
+from errno import E2BIG, EPERM
 from types import TracebackType
 from typing import Final, Self
 
@@ -334,12 +333,8 @@ class BpfSource:
     def losses(self) -> Losses:
         return read_losses(self._object)
 
-    @cached_property
-    def _process_bytes(self) -> int:
-        return value_bytes(self._processes)
-
     def tracked(self, pid: int) -> TrackedEntry | None:
-        value = self._processes.lookup(struct.pack("=I", pid), self._process_bytes)
+        value = self._processes.lookup(struct.pack("=I", pid))
         if value is None:
             return None
         start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)
@@ -382,7 +377,7 @@ class KernelVerdicts:
         assert isinstance(key, bytes)
         if self._table.fd < 0 or FILE_KEY.unpack(key)[2] != self._epoch:
             return None
-        value = self._table.lookup(key, VERDICT_VALUE.size)
+        value = self._table.lookup(key)
         if value is None:
             return None
         verdict, expires_s, _ = VERDICT_VALUE.unpack(value)
@@ -397,7 +392,7 @@ class KernelVerdicts:
             return []
         wanted = {inode.to_bytes(8, "little") for inode in inodes}
         # A key that is moved about while it is read may come twice.
-        keys = dict.fromkeys(key for key in self._table.keys(FILE_KEY.size) if key[:8] in wanted)
+        keys = dict.fromkeys(key for key in self._table.all_keys() if key[:8] in wanted)
         return [found for key in keys if (found := self.look_up(key)) is not None]
 
     def close(self) -> None:
@@ -410,19 +405,6 @@ def limit_waiting(bpf: BpfObject, config: Config) -> None:
     """Bounds what one process may have waiting in the ring of a loaded object, unless there is no guard at all."""
     bpf.variable(".bss", "busy_bytes").value = config.ring_bytes // BUSY_SHARE
     bpf.variable(".bss", "max_waiting").value = 0 if config.max_records_s == NO_GUARD else MAX_WAITING
-
-
-def value_bytes(table: BpfMap) -> int:
-    """The size of a map's values. Asked of the kernel, which writes that much whatever the size of the buffer.
-
-    Raises:
-        BpfError: it cannot be read.
-    """
-    try:
-        with open(f"/proc/self/fdinfo/{table.fd}", encoding="ascii") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("value_size:"))
-    except (OSError, StopIteration) as error:
-        raise BpfError(f"sizing values of map {table.name}", getattr(error, "errno", None) or EINVAL, "") from error
 
 
 def read_losses(bpf: BpfObject) -> Losses:

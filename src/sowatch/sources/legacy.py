@@ -36,7 +36,7 @@ from sowatch.model.errors import BpfError
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Strategy
 from sowatch.sources.base import TrackedEntry
-from sowatch.sources.core import PROCESS_HEAD, BpfSource, value_bytes
+from sowatch.sources.core import PROCESS_HEAD, BpfSource
 from sowatch.sources.proc_scan import Listed, listed, with_unlisted
 from sowatch.sources.scan_rows import ProcessScan, RowPool, group
 from sowatch.sources.unread import PatientProcFs, ScanTimeout
@@ -91,7 +91,6 @@ class OldKernelSource(BpfSource):
         )
         self._reading_tgid = self._object.variable(".bss", "reading_tgid")
         self._answer_map = self._object.map("reader_scratch")
-        self._answer_bytes = value_bytes(self._answer_map)
         try:
             self._check_proc()
         except BaseException:
@@ -286,7 +285,7 @@ class OldKernelSource(BpfSource):
                 os.close(opened)
         if result not in (LOOKUP_DONE, LOOKUP_IGNORED):
             return None
-        value = self._answer_map.lookup(bytes(4), self._answer_bytes)
+        value = self._answer_map.lookup(bytes(4))
         assert value is not None  # an array has all its elements
         record, may_be_shown_as = parse_answer(value)
         self._note_place(record)
@@ -307,7 +306,7 @@ class OldKernelSource(BpfSource):
         super().close()
 
     def tracked(self, pid: int) -> TrackedEntry | None:
-        value = self._processes.lookup(struct.pack("=I", pid), self._process_bytes)
+        value = self._processes.lookup(struct.pack("=I", pid))
         if value is None:
             return None
         start_ns, _, _, count, needs_rescan, introduced, shares_vm = PROCESS_HEAD.unpack_from(value)

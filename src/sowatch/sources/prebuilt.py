@@ -58,7 +58,7 @@ SEEN_COMPAT: Final = 22
 UNKNOWN_FLAGS: Final = (1 << 64) - 1
 CLONE_VM: Final = 0x100
 #: struct seen: min_start, max_end, range_count, shares_mm, then pairs of start and end; 536 bytes.
-SEEN: Final = struct.Struct("=QQII64Q")
+SEEN: Final = struct.Struct("=QQIIQHHIQ64Q")
 #: Programs and the syscall tracepoints they go on. Exits first: an entry noted without its exit hook
 #: would wait for ever.
 SYSCALL_HOOKS: Final = (
@@ -435,10 +435,10 @@ class PrebuiltSource:
 
     def tracked(self, pid: int) -> TrackedEntry | None:
         known = self._known.get(pid)
-        value = self._processes.lookup(struct.pack("=I", pid), SEEN.size)
+        value = self._processes.lookup(struct.pack("=I", pid))
         if known is None or value is None:
             return None
-        _, _, count, _, *ends = SEEN.unpack(value)
+        _, _, count, _, _, _, _, _, _, *ends = SEEN.unpack(value)
         ranges = tuple(zip(ends[: 2 * count : 2], ends[1 : 2 * count : 2], strict=True))
         is_reported = known.intro is not None
         return TrackedEntry(known.start_ns, count, False, is_reported, count > len(ends) // 2, int(is_reported), ranges)

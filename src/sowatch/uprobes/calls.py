@@ -253,12 +253,12 @@ class CallCounter:
         found = []
         for loaded in self.attacher.objects():
             counts, stacks = loaded.map("stack_counts"), loaded.map("stacks")
-            for key in counts.keys(STACKS_KEY.size):
+            for key in counts.all_keys():
                 probe_id, start_ns, caller, tgid, number, _ = STACKS_KEY.unpack(key)
-                site, value = sites.get(probe_id), counts.lookup(key, 8)
+                site, value = sites.get(probe_id), counts.lookup(key)
                 if site is None or value is None:
                     continue
-                data = stacks.lookup(number.to_bytes(4, "little"), _ADDRESSES.size) if number >= 0 else None
+                data = stacks.lookup(number.to_bytes(4, "little")) if number >= 0 else None
                 # The kernel's walk begins with the function itself; at its first instruction there is no frame yet, so
                 # what follows may be the caller or the caller's caller.
                 walked = [one for one in _ADDRESSES.unpack(data) if one][1:] if data else []
@@ -283,10 +283,10 @@ class CallCounter:
         Not so where the kernel has no cookies: there they go with the site's program.
         """
         for table in [loaded.map("calls") for loaded in self.attacher.objects()]:
-            for key in table.keys(KEY.size):
+            for key in table.all_keys():
                 probe_id, start_ns, tgid, _ = KEY.unpack(key)
                 site = sites.get(probe_id)
-                value = table.lookup(key, VALUE.size)
+                value = table.lookup(key)
                 if site is None or value is None:
                     continue
                 calls, sum_ns, *latency = VALUE.unpack(value)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import sowatch.bpf
 from sowatch import Watcher
 from sowatch.model.config import Config
+from sowatch.model.errors import BpfError
 from sowatch.model.identity import FileId
-from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, VERDICT_VALUE, BpfSource, value_bytes
+from sowatch.sources.core import FILE_KEY, PROCESS_HEAD, PROCESS_TAIL, VERDICT_VALUE, BpfSource
+from sowatch.sources.prebuilt import SEEN, PrebuiltSource
 from support.asked import OTHER, WANTED, NewLibrary, Start, pages, process
 
 PROGRAMS = Path(sowatch.bpf.__file__).parent / "programs"
@@ -44,8 +50,8 @@ def test_a_process_entry_and_a_file_key_are_the_same_in_c_and_in_python(tmp_path
 def test_the_room_for_an_entry_is_as_large_as_the_kernel_writes() -> None:
     source = BpfSource(Config())
     try:
-        assert value_bytes(source._processes) >= PROCESS_HEAD.size + PROCESS_TAIL.size
-        assert value_bytes(source._verdicts) == VERDICT_VALUE.size
+        assert source._processes.value_bytes >= PROCESS_HEAD.size + PROCESS_TAIL.size
+        assert source._verdicts.value_bytes == VERDICT_VALUE.size
     finally:
         source.close()
 
@@ -92,3 +98,33 @@ def test_the_kernels_answers_outlive_their_source(tap: Any, start: Start, librar
         )
         assert verdicts.of_inodes([1]) == []
     assert verdicts.of_inodes([0]) == []
+
+
+def test_a_key_or_value_of_another_size_than_the_maps_is_refused() -> None:
+    source = BpfSource(Config())
+    try:
+        table = source._verdicts
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: table.lookup(bytes(table.key_bytes - 1)),
+            lambda: table.delete(bytes(table.key_bytes + 1)),
+            lambda: table.update(bytes(table.key_bytes), bytes(table.value_bytes - 1)),
+            lambda: table.update_many([bytes(table.key_bytes)] * 2, [bytes(table.value_bytes), b""]),
+        )
+        for call in calls:
+            with pytest.raises(BpfError, match=r"of map verdicts: .* bytes where it has") as caught:
+                call()
+            assert caught.value.errno == errno.EMSGSIZE
+        # Of a per-CPU map the values of all CPUs are one.
+        counters = source._object.map("counters")
+        assert counters.value_bytes % 8 == 0
+        assert len(counters.lookup(bytes(4)) or b"") == counters.value_bytes >= 8
+    finally:
+        source.close()
+
+
+def test_the_entry_of_a_process_under_prebuilt_is_as_large_as_it_is_unpacked() -> None:
+    source = PrebuiltSource(Config())
+    try:
+        assert source._processes.value_bytes == SEEN.size
+    finally:
+        source.close()

@@ -18,7 +18,7 @@ import sowatch.bpf
 from sowatch.bpf.records import FLAG_IMAGE, FLAG_NEEDS_RESCAN, MapRecord, RecordType, path_of
 from sowatch.model.config import Config
 from sowatch.sources.base import Report
-from sowatch.sources.core import PROCESS_HEAD, value_bytes
+from sowatch.sources.core import PROCESS_HEAD
 from sowatch.sources.legacy import FIRST_ACTIVITY, OLD_OBJECT, PROCESS_TAIL
 from sowatch.sources.legacy import OldKernelSource as Old
 from support import bpfsys
@@ -98,7 +98,7 @@ def test_it_hands_no_function_to_a_helper() -> None:
 def test_a_process_entry_is_read_as_it_is_written() -> None:
     source = Old(Config())
     try:
-        size = value_bytes(source._processes)
+        size = source._processes.value_bytes
     finally:
         source.close()
     assert PROCESS_TAIL.size == 4 + 512 + 4 + 4 + 512

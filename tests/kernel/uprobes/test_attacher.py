@@ -44,7 +44,7 @@ def test_programs_go_where_their_sections_and_names_say(
             ("plain", process.pid, 15)
         ] * 2
         returns = attacher.map("returns")
-        assert returns.lookup((12).to_bytes(4, "little"), 8) == (2).to_bytes(8, "little")
+        assert returns.lookup((12).to_bytes(4, "little")) == (2).to_bytes(8, "little")
 
 
 def test_symbols_may_be_given_by_the_caller(user_object: Path, probed: Probed, caller: NewCaller, active: Any) -> None:
