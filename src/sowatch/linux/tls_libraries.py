@@ -11,6 +11,7 @@ from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf_file import ElfError, ElfLimits, open_elf
 from sowatch.linux.elf_symbols import read_exports
 from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc_parse import seen_path
 from sowatch.linux.symbols import SymbolError, is_go, resolve
 
 __all__ = ["FAMILIES", "NSS_CIPHERS", "OtherTls", "TlsFile", "TlsLook", "look_for_tls"]
@@ -42,7 +43,7 @@ _RUSTLS: Final = b"rustls"
 
 
 class TlsFile(NamedTuple):
-    """A mapped file that exports functions of some of `FAMILIES`, under its path as maps shows it."""
+    """A mapped file that exports functions of some of `FAMILIES`, under its path as the process sees it."""
 
     path: str
     families: tuple[str, ...]
@@ -69,6 +70,15 @@ def look_for_tls(proc: ProcFs, pid: int) -> TlsLook | Miss:
     rows = proc.executable_maps(pid)
     if isinstance(rows, Miss):
         return rows
+    tid = proc.live_thread(pid)
+    if isinstance(tid, Miss):
+        return TlsLook((), ()) if tid is Miss.ABSENT else tid
+    root_dir = proc.root_dir(pid)
+    try:
+        root = "/" if isinstance(root_dir, Miss) else os.readlink(root_dir)
+    except OSError:
+        root = "/"
+    base = f"{proc.root}/{tid}"
     found: list[TlsFile] = []
     others: list[OtherTls] = []
     seen: dict[tuple[int, int, int], None] = {}
@@ -77,10 +87,10 @@ def look_for_tls(proc: ProcFs, pid: int) -> TlsLook | Miss:
         if not row.inode or key in seen or len(seen) >= _MAX_FILES:
             continue
         seen[key] = None
-        path = os.fsdecode(row.path)
+        path = seen_path(os.fsdecode(row.path), root)
         if os.path.basename(path) == "libjvm.so":
             others.append("java")
-        fd = _opened(f"{proc.root}/{pid}/map_files/{row.start:x}-{row.end:x}", f"{proc.root}/{pid}/root{path}")
+        fd = _opened(f"{base}/map_files/{row.start:x}-{row.end:x}", f"{base}/root{path}")
         if fd is None:
             continue
         try:
@@ -92,7 +102,7 @@ def look_for_tls(proc: ProcFs, pid: int) -> TlsLook | Miss:
         families = tuple(name for name, needed in FAMILIES.items() if exports.issuperset(needed))
         if families:
             found.append(TlsFile(path, families))
-    executable = _opened(f"{proc.root}/{pid}/exe")
+    executable = _opened(f"{base}/exe")
     if executable is not None:
         try:
             others += _in_executable(executable, is_tls=any(one.speaks_tls for one in found))
