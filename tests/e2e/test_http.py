@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import selectors
 import shutil
 import signal
 import subprocess
@@ -454,8 +455,6 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     )
 
     def first() -> dict[str, Any]:
-        import selectors
-
         with selectors.DefaultSelector() as selector:
             selector.register(command.stdout, selectors.EVENT_READ)
             while not selector.select(0.3):

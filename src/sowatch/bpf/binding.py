@@ -53,7 +53,7 @@ class BpfMap:
     """One map, by its file descriptor, which the object owns.
 
     Its sizes are the kernel's. Keys and values of other sizes are refused: the kernel would read and write beyond
-    them, as it is not told how long a buffer is.
+    them, as it does not know how long a buffer is.
 
     Attributes:
         key_bytes: of a key.

@@ -23,20 +23,23 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from sowatch.cli._http_why import Named, why_no_flows
 from sowatch.cli._options import add_format, add_selection, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser, seconds
 from sowatch.cli._stop import Stopper
 from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
+from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
 from sowatch.model.lines import SCHEMA, to_json
 
 if TYPE_CHECKING:
+    from sowatch.explain.probing import TlsAnswer
     from sowatch.http.summary import Summary
     from sowatch.http.taps import HttpFlow
     from sowatch.uprobes.records import Failure
@@ -90,6 +93,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
             "Install it: pip install 'sowatch[http]'."
         ) from error
 
+    config = config_of(args)
+    named = Named(ProcFs(config.proc_root), args.pid, pattern, args.container) if args.pid else None
     waiting: deque[HttpFlow] = deque()
     unwritten = [0]
 
@@ -105,7 +110,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         pids=args.pid,
         container=args.container,
         pattern=pattern,
-        config=config_of(args),
+        config=config,
         keeps_query=args.query,
     )
     summary = Summary() if args.summary else None
@@ -129,7 +134,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
             _write(filter(matches, _taken(waiting)), show, summary)
             if summary is not None:
                 _show_summary(summary, out, args.top, as_json=as_json)
-            _show_stats(stats, failures, out, warn, as_json=as_json)
+            without = None if named is None else named.without_flows(tap)
+            _show_stats(stats, failures, without, out, warn, as_json=as_json)
         except PipeClosed:
             out.discard()
         finally:
@@ -253,14 +259,27 @@ def _shown_s(value: float | None) -> str:
 
 
 def _show_stats(
-    stats: dict[str, int], failures: Sequence[Failure], out: Out, warn: Callable[[str], None], *, as_json: bool
+    stats: dict[str, int],
+    failures: Sequence[Failure],
+    without: dict[int, TlsAnswer] | None,
+    out: Out,
+    warn: Callable[[str], None],
+    *,
+    as_json: bool,
 ) -> None:
-    """What is not known, in every output."""
+    """What is not known, in every output; ``without``: why processes that were named have no flows, by pid."""
     if as_json:
-        out.write(dumps({"schema": SCHEMA, "event": "http_stats", **stats}) + "\n")
+        line: dict[str, Any] = {"schema": SCHEMA, "event": "http_stats", **stats}
+        if without is not None:
+            from sowatch.explain.probing import tls_dict
+
+            line["without_flows"] = [{"pid": pid, **tls_dict(answer)} for pid, answer in without.items()]
+        out.write(dumps(line) + "\n")
         out.flush()
     else:
         parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name not in _TALLIES]
         warn(", ".join(parts) + "." if parts else "no HTTP passed a TLS library that is probed.")
+        for pid, answer in (without or {}).items():
+            warn(f"flows of process {pid}: {why_no_flows(answer)}")
     for failure in failures:
         warn(f"not tapped: {visible(failure.library.path)}: {visible(failure.reason)}")
