@@ -15,18 +15,16 @@ from typing import Any, Final
 
 from sowatch.http.capture import HttpFlow
 from sowatch.http.flows import Flow, Side
-from sowatch.http.http2 import UNKNOWN
 from sowatch.http.summary import OTHER, Summary, is_error, reduced_path
 from sowatch.model.events import Http
 from sowatch.telemetry import MetricRegistry, names
+from sowatch.telemetry.http_names import host_and_port, method_name
 from sowatch.telemetry.metrics import Histogram
 
 __all__ = ["BOUNDS_S", "HttpMeter"]
 
 #: The boundaries that the conventions advise for http.server.request.duration, in seconds.
 BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-#: RFC 9110 and RFC 5789, as the conventions have it; others are ``_OTHER`` there.
-_METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 _Tags = tuple[str, ...]
 #: Series that nothing counted into for so long go: containers and hosts come and go.
 _IDLE_S: Final = 600.0
@@ -47,33 +45,19 @@ def _tags(
     container: str | None,
 ) -> _Tags:
     """The attributes of a series, as tags; what is not known is left out."""
-    host, port = _server(authority)
+    host, port = host_and_port(authority)
     found: dict[str, str | None] = {
-        "http.request.method": None if method in (None, UNKNOWN) else method if method in _METHODS else "_OTHER",
+        "http.request.method": method_name(method),
         "http.response.status_code": None if status is None else str(status),
         "http.route": reduced_path(path),
         "server.address": host,
-        "server.port": port,
+        "server.port": None if port is None else str(port),
         "url.scheme": "https",
         "network.protocol.version": protocol.removeprefix("HTTP/"),
         "error.type": str(status) if is_error(side, status) else None,
         "container.id": container,
     }
     return tuple(f"{name}:{value}" for name, value in found.items() if value is not None)
-
-
-def _server(authority: str | None) -> tuple[str | None, str | None]:
-    """Host and port of an authority; of https the port is 443 where none is given.
-
-    >>> _server("shop.example"), _server("[::1]:8443"), _server(None)
-    (('shop.example', '443'), ('::1', '8443'), (None, None))
-    """
-    if not authority or authority == UNKNOWN:
-        return None, None
-    host, colon, port = authority.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or (":" in host and not host.startswith("[")):
-        host, port = authority, "443"
-    return host.removeprefix("[").removesuffix("]").lower(), port
 
 
 @dataclass(slots=True)

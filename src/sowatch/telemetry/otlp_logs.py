@@ -14,6 +14,7 @@ from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
 from sowatch.model.events import Event, Http, LibraryEvent, Process
 from sowatch.model.lines import to_json
+from sowatch.telemetry.http_names import host_and_port, known, method_name
 from sowatch.telemetry.otlp import Otlp, Protocol
 
 __all__ = ["OtlpLogSink"]
@@ -141,13 +142,20 @@ def _process_facts(process: Process) -> dict[str, str | int | None]:
 
 def _http_facts(event: Http) -> dict[str, str | int | None]:
     """By the semantic conventions for HTTP spans, where they have a name."""
+    host, port = host_and_port(event.authority)
+    path, mark, query = (known(event.path) or "").partition("?")
+    method = method_name(event.method)
     return {
         "sowatch.http.side": event.side,
-        "http.request.method": event.method,
+        "http.request.method": method,
+        "http.request.method_original": event.method if method == "_OTHER" else None,
         "http.response.status_code": event.status,
         "url.scheme": "https",
-        "url.path": event.path,
-        "sowatch.http.authority": event.authority,
+        "url.path": path or None,
+        "url.query": query if mark else None,
+        "server.address": host,
+        "server.port": port,
+        "sowatch.http.authority": known(event.authority),
         "network.protocol.version": event.protocol.removeprefix("HTTP/"),
         "network.peer.address": event.peer and event.peer[0],
         "network.peer.port": event.peer and event.peer[1],
