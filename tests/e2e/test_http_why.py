@@ -194,3 +194,24 @@ def test_the_agent_says_why_a_process_has_no_flows(tls: Tls, new_agent: NewAgent
     assert [state(one) for one in (no_tls, no_call)] == ["no_tls", "not_selected"]
     configure("")
     wait_until(lambda: state(server.process) == "off", 20, "off again")
+
+
+NOBODY = """
+import os, sys
+import sowatch.explain, sowatch.explain.looks, sowatch.linux.tls_libraries  # nobody may not read them
+from sowatch.cli._http_why import Named, why_no_flows
+from sowatch.http.taps import HttpTap
+from sowatch.linux.proc import ProcFs
+pid = int(sys.argv[1])
+tap = HttpTap(print, pids=[pid])
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print(why_no_flows(Named(ProcFs(), [pid], None, None).without_flows(tap)[pid]))
+"""
+
+
+def test_a_process_that_may_not_be_read_is_not_said_to_have_no_tls_library(tls: Tls) -> None:
+    child = idle(tls, sys.executable, "-c", NO_CALL)
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY, str(child.pid)], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "none that is known: what it has mapped cannot be read. Run it as root.\n"

@@ -25,6 +25,7 @@ _WHY: Final = {
     "tappable": "it can have flows: `sowatch http --pid` shows its requests.",
     "no_tls": "none: nothing that it has mapped exports the functions of OpenSSL, GnuTLS or NSS; "
     "HTTP without TLS is not seen.",
+    "unread": "none that is known: what it has mapped cannot be read. Run it as root.",
     "kernel_refuses": "none: the kernel puts no probes into its mapping of the TLS library.",
     "not_exported": "none: OpenSSL is linked into its program, which does not export it.",
     "go": "none: it is a Go program, which brings a TLS of its own.",
@@ -89,7 +90,7 @@ class Named:
         found: dict[int, TlsAnswer] = {}
         for pid, process in self._processes.items():
             activity = tap.activity(process.id)
-            answer = last.get(pid) or self._first.get(pid) or TlsAnswer("no_tls")
+            answer = last.get(pid) or self._first.get(pid) or TlsAnswer("unread")
             if activity is not None and activity.flows:
                 continue
             if activity is not None and (activity.calls or answer.state == "tappable"):

@@ -56,12 +56,13 @@ class AttachmentReport(Struct, frozen=True):
 
 
 #: Why a process has no HTTP flows, or that it can have some. By its files alone: ``tappable``; ``no_tls``: nothing that
-#: exports functions of OpenSSL, GnuTLS or NSS; one of `OtherTls` in its place; ``kernel_refuses``: its mapping of the
-#: library takes no probes. By who taps: ``off``; ``not_selected``; ``refused``, for ``reason``; ``not_attached`` yet;
-#: ``no_call`` since; ``no_http`` in its calls; ``flows``.
+#: exports functions of OpenSSL, GnuTLS or NSS; ``unread``: they cannot be read; one of `OtherTls` in its place;
+#: ``kernel_refuses``: its mapping of the library takes no probes. By who taps: ``off``; ``not_selected``; ``refused``,
+#: for ``reason``; ``not_attached`` yet; ``no_call`` since; ``no_http`` in its calls; ``flows``.
 TlsState: TypeAlias = Literal[
     "tappable",
     "no_tls",
+    "unread",
     "kernel_refuses",
     "not_exported",
     "go",
