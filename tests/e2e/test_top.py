@@ -67,6 +67,15 @@ def test_a_library_is_shown_when_it_is_loaded_and_goes_with_its_process(
     assert top.wait_for_end() == 0
 
 
+def test_the_size_is_that_of_the_terminal_whatever_was_exported(open_top: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("COLUMNS", "200")
+    top = open_top(100, 12)
+    lines = top.wait_for(has("libraries 0 of 0"), "the empty table")
+    assert len(lines) == 12
+    assert has("q end")(lines) or has("sort")(lines)
+
+
 def test_keys_change_the_view_the_order_and_the_filter(open_top: Any, mapper: Mapper, make_library: Any) -> None:
     for name in ("libaa.so", "libbb.so", "libcc.so"):
         mapper.map(make_library(name))

@@ -49,6 +49,8 @@ def terminal_console(out: Out) -> Console:
         soft_wrap=True,
         # rich knows NO_COLOR; where it is set, bold and dim remain.
         no_color=bool(os.environ.get("NO_COLOR")),
+        # The size is the terminal's: LINES and COLUMNS were exported at some time, and it may be another one by now.
+        _environ={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
     )
 
 
