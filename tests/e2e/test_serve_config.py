@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import shutil
@@ -183,17 +184,15 @@ def test_a_sink_of_a_changed_file_gets_events_and_one_that_is_gone_is_closed(
     mapper.unmap(*at)
     wait_until(lambda: path.exists() and '"event":"unload"' in path.read_text(encoding="utf-8"))
     replace(agent.config_path, rule("a"))
-    wait_until(lambda: str(path) not in {os.readlink(one) for one in open_files(agent.pid)})
+    wait_until(lambda: str(path) not in open_files(agent.pid))
 
 
-def open_files(pid: int) -> list[Path]:
+def open_files(pid: int) -> list[str]:
+    """What its descriptors lead to."""
     found = []
     for one in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            os.readlink(one)
-        except FileNotFoundError:
-            continue
-        found.append(one)
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(one))
     return found
 
 

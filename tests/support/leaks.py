@@ -59,6 +59,10 @@ def take() -> Holdings:
     )
 
 
+#: Of a scan: of /proc, of a process in it, or by an iterator of the kernel.
+_LOOK = re.compile(r"/proc(/\d+/|$)|anon_inode:\[?bpf_iter")
+
+
 def take_steady() -> Holdings:
     """What two looks agree on: a thread of a longer-lived watcher may have an fd for an instant.
 
@@ -69,7 +73,7 @@ def take_steady() -> Holdings:
     second = take()
     return replace(
         second,
-        fds=frozenset(fd for fd in first.fds & second.fds if not re.match(r"/proc/\d+/|anon_inode:\[?bpf_iter", fd[1])),
+        fds=frozenset(fd for fd in first.fds & second.fds if not _LOOK.match(fd[1])),
         threads=first.threads & second.threads,
         children=first.children & second.children,
     )

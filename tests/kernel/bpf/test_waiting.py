@@ -21,6 +21,9 @@ Start = Callable[..., Mapper]
 NewLibrary = Callable[..., Path]
 Source = BpfSource | PrebuiltSource
 
+#: They flood.
+pytestmark = pytest.mark.alone
+
 #: Pairs of a load and an unload, more than may wait.
 PAIRS = 9_000
 MAPS = (RecordType.MAP, SEEN_MAP)
