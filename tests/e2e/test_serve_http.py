@@ -226,6 +226,17 @@ def test_single_flows_are_not_shown_over_tcp_unless_that_is_asked_for(
     def get(path: str) -> Any:
         return ask(http.client.HTTPConnection("127.0.0.1", port, timeout=20), "GET", path, None, {})
 
+    wait_until(lambda: is_tapped(agent))
+    curl(tls, tls.python(), "/users/7")
+    wait_until(lambda: agent.get("/http").json["flows_seen"] == 2, 20, "both sides")
+    here, over_tcp = agent.get("/http").json, get("/http").json
+    assert {(one["side"], one["path"]) for one in here["flows"]} == {("client", "/users/7"), ("server", "/users/7")}
+    assert {(one["side"], one["method"], one["path"], one["flows"]) for one in over_tcp["endpoints"]} == {
+        ("client", "GET", "/users/*", 1),
+        ("server", "GET", "/users/*", 1),
+    }
+    assert all(one["p50_ms"] > 0 for one in over_tcp["endpoints"])
+    assert over_tcp["flows"] is None
     refused = get("/events?events=http")
     assert refused.status == 403
     assert "flows_over_tcp" in refused.json["error"]

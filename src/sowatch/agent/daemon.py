@@ -203,7 +203,16 @@ class Daemon:
         inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
         attachments = Attachments(self._actions, self._flows, self._watcher)
         pages = routes(inventory, self._actions.tally.sums)
-        app = WebApp(self._watcher, self._metrics, hub, self._readiness, attachments, pages, self._shows_flows_over_tcp)
+        app = WebApp(
+            self._watcher,
+            self._metrics,
+            hub,
+            self._readiness,
+            attachments,
+            pages,
+            self._shows_flows_over_tcp,
+            self._flows.endpoints,
+        )
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]
         if len(sockets) > 1:

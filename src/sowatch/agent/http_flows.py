@@ -163,12 +163,12 @@ class HttpFlows:
             **running.figures(),
         }
 
-    def page(self, *, with_flows: bool) -> dict[str, Any] | None:
-        """What the page shows; None: it is off."""
+    def endpoints(self, with_flows: bool) -> dict[str, Any] | None:
+        """What ``/http`` answers; None: it is off."""
         running, meter = self.running, self._meter
         if running is None or meter is None:
             return None
-        return {**meter.page(with_flows=with_flows), "stats": running.figures()}
+        return {**meter.endpoints(with_flows=with_flows), "stats": running.figures()}
 
     def _end(self, *, keeps_meter: bool) -> None:
         running, self.running = self.running, None

@@ -1,4 +1,4 @@
-"""What the agent counts of HTTP flows: metrics by endpoint, and what the page shows. Bounded, whatever passes.
+"""What the agent counts of HTTP flows: metrics by endpoint, the endpoints, the last flows. Bounded, whatever passes.
 
 The labels are attributes of OpenTelemetry's semantic conventions for HTTP (v1.23, stable), as are the bounds of the
 histograms. ``http.route`` is the reduced path: the route itself is only known to the program.
@@ -17,6 +17,7 @@ from sowatch.http.capture import HttpFlow
 from sowatch.http.flows import Flow, Side
 from sowatch.http.summary import OTHER, Summary, is_error, reduced_path
 from sowatch.model.events import Http
+from sowatch.model.lines import to_dict
 from sowatch.telemetry import MetricRegistry, names
 from sowatch.telemetry.http_names import host_and_port, method_name
 from sowatch.telemetry.metrics import Histogram
@@ -28,9 +29,9 @@ BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2
 _Tags = tuple[str, ...]
 #: Series that nothing counted into for so long go: containers and hosts come and go.
 _IDLE_S: Final = 600.0
-#: Flows that the page shows.
+#: Flows that are kept to be shown.
 _RECENT: Final = 100
-#: Endpoints that the page gets, those with most flows.
+#: Endpoints that are shown, those with most flows.
 _SHOWN: Final = 200
 
 
@@ -67,7 +68,7 @@ class _Series:
 
 
 class HttpMeter:
-    """Takes flows; the metrics and the page read. All methods may be called from any thread.
+    """Takes flows; the metrics and `/http` read. All methods may be called from any thread.
 
     Args:
         metrics: gets the series.
@@ -115,31 +116,29 @@ class HttpMeter:
         """Takes all series away."""
         self.forget_idle(float("inf"))
 
-    def page(self, *, with_flows: bool) -> dict[str, Any]:
-        """What the page shows: endpoints, and the flows of late if they may be shown.
+    def endpoints(self, *, with_flows: bool) -> dict[str, Any]:
+        """The endpoints with most flows, and the last flows if single ones may be shown (else None).
 
-        An endpoint is side, method, authority, path, flows, incomplete ones, errors, p50, p95 and p99 in ms; a flow is
-        number, time in ms since the epoch, side, pid, name, method, authority, path, status, duration in ms, peer,
-        whether it is complete.
+        Flows are as in their events, with the number of each as ``seq``; percentiles are those of durations.
         """
         with self._lock:
             most = sorted(self._summary.endpoints.items(), key=lambda item: -item[1].flows)[:_SHOWN]
             return {
                 "flows_seen": self._flows,
                 "endpoints": [
-                    [
-                        key.side,
-                        key.method,
-                        key.authority,
-                        key.path,
-                        one.flows,
-                        one.incomplete,
-                        one.errors,
-                        *(_ms(one.percentile_s(share)) for share in (0.5, 0.95, 0.99)),
-                    ]
+                    {
+                        "side": key.side,
+                        "method": key.method,
+                        "authority": key.authority,
+                        "path": key.path,
+                        "flows": one.flows,
+                        "incomplete": one.incomplete,
+                        "errors": one.errors,
+                        **{f"p{round(100 * share)}_ms": _ms(one.percentile_s(share)) for share in (0.5, 0.95, 0.99)},
+                    }
                     for key, one in most
                 ],
-                "flows": [_row(number, event) for number, event in self._recent] if with_flows else None,
+                "flows": [to_dict(event, number) for number, event in self._recent] if with_flows else None,
             }
 
     def _series_of(self, flow: Flow, container: str | None) -> _Series:
@@ -160,20 +159,3 @@ class HttpMeter:
 
 def _ms(value_s: float | None) -> float | None:
     return None if value_s is None else round(value_s * 1e3, 3)
-
-
-def _row(number: int, event: Http) -> list[Any]:
-    return [
-        number,
-        event.time_ns // 1_000_000,
-        event.side,
-        event.process.pid,
-        event.process.comm,
-        event.method,
-        event.authority,
-        event.path,
-        event.status,
-        None if event.duration_ns is None else round(event.duration_ns / 1e6, 3),
-        None if event.peer is None else f"{event.peer[0]}:{event.peer[1]}",
-        event.is_complete,
-    ]

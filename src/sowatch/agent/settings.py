@@ -197,7 +197,7 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
         linger_s: seconds that a library stays attached after its last process.
         max_endpoints: of each side, counted apart from one another; the rest is counted under ``other``.
         events: flows are events, too, not only metrics.
-        flows_over_tcp: show single flows over TCP, too, to every user of this host: in /events and on the page.
+        flows_over_tcp: show single flows over TCP, too, to every user of this host: in /events and /http.
     """
 
     enabled: bool = False

@@ -84,6 +84,7 @@ class WebApp:
         attachments: what rules have attached, for explanations.
         pages: further routes that only read, such as those of the page at ``/``.
         shows_flows_over_tcp: whether every local user may see single HTTP flows; asked for each stream.
+        http: what ``/http`` answers, with single flows or without; None: `[http]` is off. Any thread.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class WebApp:
         attachments: Attachments,
         pages: Sequence[BaseRoute] = (),
         shows_flows_over_tcp: Callable[[], bool] = lambda: False,
+        http: Callable[[bool], dict[str, Any] | None] = lambda _: None,
     ) -> None:
         self._watcher = watcher
         self._hub = hub
@@ -102,6 +104,7 @@ class WebApp:
         self._attachments = attachments
         self._pages = tuple(pages)
         self._shows_flows_over_tcp = shows_flows_over_tcp
+        self._http = http
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
@@ -117,6 +120,7 @@ class WebApp:
             Route("/events", self._events),
             Route("/explain", self._explain),
             Route("/inventory", self._inventory),
+            Route("/http", self._http_endpoints),
             Route("/audit", self._audit_now),
         ]
         return Starlette(routes=[*routes, *self._debugger.changing_routes()])
@@ -132,6 +136,7 @@ class WebApp:
             Route("/events", self._events_over_tcp),
             Route("/explain", self._explain_published),
             Route("/inventory", self._shared_inventory),
+            Route("/http", self._http_endpoints_over_tcp),
             Route("/audit", self._audit_sometimes),
         ]
         limited = ClientLimits(Starlette(routes=routes), costly=_COSTLY, streams=_STREAMS)
@@ -173,6 +178,12 @@ class WebApp:
     async def _metrics(self, request: Request) -> Response:
         content_type, body = self._prometheus.render(request.headers.get("accept"))
         return Response(body, headers={"Content-Type": content_type, **_NOT_TO_KEEP})
+
+    async def _http_endpoints(self, _: Request) -> Response:
+        return _json(self._http(True), 200)
+
+    async def _http_endpoints_over_tcp(self, _: Request) -> Response:
+        return _json(self._http(self._shows_flows_over_tcp()), 200)
 
     # ---- the map ------------------------------------------------------------------------------
 

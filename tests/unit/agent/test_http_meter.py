@@ -112,10 +112,11 @@ def test_a_flow_without_a_duration_is_shown_and_in_no_histogram(metrics: MetricR
     meter = HttpMeter(metrics, 3)
     add(meter, begin_ns=None)
     assert series(metrics) == []
-    page = meter.page(with_flows=True)
-    assert page["flows_seen"] == 1
-    assert len(page["flows"]) == 1
-    assert meter.page(with_flows=False)["flows"] is None
+    shown = meter.endpoints(with_flows=True)
+    assert shown["flows_seen"] == 1
+    assert [one["seq"] for one in shown["flows"]] == [1]
+    assert [(one["path"], one["flows"], one["p50_ms"]) for one in shown["endpoints"]] == [("/users/*", 1, None)]
+    assert meter.endpoints(with_flows=False)["flows"] is None
 
 
 def test_series_that_are_idle_go_and_give_room_and_all_go_at_the_end(metrics: MetricRegistry) -> None:
