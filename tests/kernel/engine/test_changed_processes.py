@@ -165,6 +165,7 @@ def test_the_end_of_one_that_changed_its_user_carries_the_new_one(
     actor.emit("exit")
 
     ours.wait_unload(actor.pid, file.stat().st_ino)
-    # Where it is read in /proc it is not there any more: told as it was when it was read last.
-    is_exact = ours.ready.strategy in ("core", "runtime")
-    assert uids_of_unloads(ours, actor.pid) == [NOBODY if is_exact else os.getuid()]
+    # Where it is read in /proc it is not there any more: told as it was when it was read last, which may be after it.
+    known = {NOBODY} if ours.ready.strategy in ("core", "runtime") else {NOBODY, os.getuid()}
+    (uid,) = uids_of_unloads(ours, actor.pid)
+    assert uid in known
