@@ -169,7 +169,6 @@ def test_what_a_vfork_child_maps_stays_mapped_in_its_parent(ledger: Ledger, run:
     is_right(ledger, parent.pid)
 
 
-@pytest.mark.alone  # more records than may wait, if the reader is late
 def test_a_process_that_shares_only_the_descriptors_cannot_swap_the_file_of_a_mapping(
     ledger: Ledger, run: Any, library: NewLibrary
 ) -> None:
