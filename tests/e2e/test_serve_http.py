@@ -17,6 +17,7 @@ import pytest
 from support.agent import Agent, NewAgent, ask
 from support.prometheus import samples
 from support.receivers import free_port
+from support.silent_fs import SilentFileSystem
 from support.tls import LIBRARIES, Server, Tls, find
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
@@ -112,10 +113,9 @@ def test_flows_are_events_in_sinks_and_streams_and_metrics_by_route(
     for where in ("ring", "unreadable", "connections", "table", "stream"):
         assert counter(agent, "lost", where=where) == 0, where
     text = agent.get("/metrics").text
-    ((_, labels),) = [key for key in samples(text) if key[0].endswith("server_request_duration_seconds_count")][:1] or [
-        ("", frozenset())
-    ]
-    by_name = dict(labels)
+    by_name = next(
+        dict(labels) for name, labels in samples(text) if name == "sowatch_http_server_request_duration_seconds_count"
+    )
     assert (by_name["server_address"], by_name["server_port"]) == ("127.0.0.1", str(server.port))
     assert (by_name["url_scheme"], by_name["network_protocol_version"]) == ("https", "1.1")
     assert "secret" not in text
@@ -197,6 +197,53 @@ def test_a_hangup_changes_filters_and_loses_no_flow_of_a_connection_that_goes_on
     assert agent.get("/readyz").json["config"]["needs_restart"] == []
     client.stdin.close()
     client.wait(timeout=20)
+
+
+def test_a_library_whose_file_system_hangs_keeps_no_other_from_being_tapped_nor_the_agent_from_ending(
+    tls: Tls, new_agent: NewAgent, make_library: Any, wait_until: Any, tmp_path: Path, deadline: Any
+) -> None:
+    mounted = tmp_path / "mnt"
+    mounted.mkdir()
+    with SilentFileSystem(mounted, make_library("libserved.so")) as silent:
+        silent.fall_silent()
+        both = f"^({re.escape(str(tls.libraries))}|{re.escape(str(mounted))})/"
+        rule = f"[[rules]]\nname = 'mine'\npattern = '^{re.escape(str(mounted))}/'\n"
+        agent = new_agent(f"{rule}[http]\nenabled = true\nlibraries = '{both}'\n").start()
+        wait_until(lambda: is_tapped(agent), 20, "tapped")
+        wait_until(lambda: agent.get("/readyz").json["http"]["not_tapped"], 20, "named")
+        assert agent.get("/readyz").json["http"]["not_tapped"] == [
+            {"path": str(silent.path), "reason": "its file system does not answer"}
+        ]
+        server = tls.python()
+        curl(tls, server, "/one")
+        wait_until(lambda: counter(agent, "flows") == 2, 20, "both sides")
+        # Neither an explanation nor a change of the configuration waits for it.
+        assert agent.get(f"/explain?pid={server.process.pid}").json["http"]["state"] == "flows"
+        replace(agent.config_path, f"{rule}[http]\nenabled = true\nlibraries = '{both}'\nside = 'client'\n")
+        wait_until(lambda: "took over" in agent.log, 20, "the configuration is in force")
+        assert agent.process is not None
+        agent.process.send_signal(signal.SIGTERM)
+        # All of it has ended but the thread that the kernel keeps for the file system, and with it the pid.
+        wait_until(lambda: stat_of(agent.pid)[0] == "Z", 5, "the end")
+    assert agent.process.wait(deadline(5)) == 0
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of its stat from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(") ")[2].split()
+
+
+def test_a_library_whose_file_system_answers_late_is_no_longer_named(
+    tls: Tls, new_agent: NewAgent, make_library: Any, wait_until: Any, tmp_path: Path
+) -> None:
+    mounted = tmp_path / "mnt"
+    mounted.mkdir()
+    with SilentFileSystem(mounted, make_library("libserved.so")) as silent:
+        silent.fall_silent()
+        rule = f"[[rules]]\nname = 'mine'\npattern = '^{re.escape(str(mounted))}/'\n"
+        agent = new_agent(f"{rule}[http]\nenabled = true\nlibraries = '^{re.escape(str(mounted))}/'\n").start()
+        wait_until(lambda: agent.get("/readyz").json["http"]["not_tapped"], 20, "named")
+    wait_until(lambda: not agent.get("/readyz").json["http"]["not_tapped"], 20, "no longer named")
 
 
 def test_processes_and_paths_are_filtered(tls: Tls, new_agent: NewAgent, wait_until: Any, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class HttpFlows:
             "running": not running.has_failed,
             "files": stats.files,
             "sees_sockets": running.capture.sees_sockets,
-            "not_tapped": [{"path": path, "reason": reason} for path, reason in list(running.refused.values())],
+            "not_tapped": [{"path": path, "reason": reason} for _, path, reason in running.files.not_attached],
             **running.figures(),
         }
 

@@ -1,34 +1,27 @@
 """A capture of HTTP flows that the agent's own watch feeds, and where its flows go.
 
-Changed on the main thread. Files are attached on a thread that follows the watch; flows come on the capture's.
+Changed on the main thread; flows come on the capture's.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Final, Self
+from typing import Final
 
+from sowatch.agent.http_files import TlsFiles
 from sowatch.agent.http_meter import HttpMeter
-from sowatch.agent.settings import HTTP_PREFIX, HttpSettings
-from sowatch.engine.subscription import Subscription
-from sowatch.engine.workers import ActiveFile
+from sowatch.agent.settings import HttpSettings
 from sowatch.explain.probing import TlsAnswer
 from sowatch.http.capture import Capture, HttpFlow
-from sowatch.linux.elf_file import ElfError
-from sowatch.linux.elf_symbols import read_exports
-from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.proc import ProcFs
-from sowatch.linux.tls_libraries import FAMILIES
-from sowatch.model.errors import EnvironmentFault, SowatchError
-from sowatch.model.events import Event, Http, Load, Process, Unload
-from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.errors import SowatchError
+from sowatch.model.events import Http, Process
+from sowatch.model.identity import FileId
 from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Running"]
@@ -37,10 +30,6 @@ LOG = logging.getLogger("sowatch.agent")
 
 #: Flows that wait until the watch's thread has published those before; more are counted and not published.
 _MAX_WAITING: Final = 20_000
-#: What is known of so many files: whether they are TLS libraries, and why they could not be attached.
-_MAX_FILES: Final = 16_384
-#: What could not be attached for now is tried again this often, and idle series are looked for.
-_TURN_S: Final = 1.0
 
 
 class Running:
@@ -55,7 +44,6 @@ class Running:
 
     def __init__(self, settings: HttpSettings, meter: HttpMeter, watcher: Watcher, proc: ProcFs) -> None:
         self._watcher = watcher
-        self._proc = proc
         self._meter = meter
         self._set(settings)
         self.capture = Capture(
@@ -70,39 +58,30 @@ class Running:
         self.has_failed = False
         #: Flows that were counted and not published.
         self.unpublished = 0
-        #: By file its users; by (file, change time) whether it is a TLS library; by file why it cannot be attached.
-        self._users: dict[FileId, dict[ProcessId, Load]] = {}
-        self._is_tls: OrderedDict[tuple[FileId, int], bool] = OrderedDict()
-        self.refused: OrderedDict[FileId, tuple[str, str]] = OrderedDict()
-        self._to_retry: dict[FileId, Load] = {}
-        self._lock = threading.Lock()
-        self._subscription: Subscription | None = None
-        self._thread: threading.Thread | None = None
+        self.files = TlsFiles(
+            watcher,
+            proc,
+            self.capture,
+            pattern=settings.libraries,
+            selects=self.selects,
+            on_turn=meter.forget_idle,
+        )
         self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._waiting: list[Http] = []
         self._published: Future[None] | None = None
 
     def begin(self) -> None:
         """Attaches what is mapped, and what will be."""
-        self._subscription = self._watcher.subscribe(events=("load", "unload"), control=False)
-        self._thread = threading.Thread(target=self._follow, name="sowatch-http-files", daemon=True)
-        self._thread.start()
+        self.files.begin()
 
     def take_over(self, settings: HttpSettings) -> None:
         """Goes on by other settings, with every connection that it knows; see `is_live_change`."""
-        with self._lock:
-            self._set(settings)
-            for users in self._users.values():
-                for load in users.values():
-                    self._note_user(load)
+        self._set(settings)
+        self.files.select_anew()
 
     def close(self) -> None:
         """Hands out what is under way, and detaches everything. Safe to call again."""
-        if self._subscription is not None:
-            self._subscription.close()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.files.close()
         self.capture.close()
         if self._published is not None:
             with suppress(SowatchError, TimeoutError):
@@ -117,7 +96,7 @@ class Running:
         """What `Sampler.follow_attachments` wants."""
         stats = self.capture.attacher.stats
         names = ("expected", "attached", "failed", "repaired", "retries")
-        return {name: getattr(stats, name) for name in names} | {"failed": stats.failed + len(self.refused)}
+        return {name: getattr(stats, name) for name in names} | {"failed": stats.failed + len(self.files.not_attached)}
 
     def why(self, process: Process, files: Collection[FileId]) -> TlsAnswer:
         """What became of a process's flows, or why it has none.
@@ -128,11 +107,10 @@ class Running:
         """
         if self.capture.is_filtered and not self.selects(process):
             return TlsAnswer("not_selected")
-        for file in files:
-            if file in self.refused:
-                return TlsAnswer("refused", self.refused[file][1])
-        with self._lock:
-            is_user = any(process.id.same_tick(user) for file in files for user in self._users.get(file, ()))
+        for file, _, reason in self.files.not_attached:
+            if file in files:
+                return TlsAnswer("refused", reason)
+        is_user = self.files.has(process.id, files)
         activity = self.capture.activity(process.id)
         if not is_user or activity is None:
             return TlsAnswer("not_attached")
@@ -184,132 +162,3 @@ class Running:
             self._published = self._watcher.publish(events)
         except SowatchError:  # it has ended
             self.unpublished += len(events)
-
-    # ---- files, on the thread that follows the watch ---------------------------------------------
-
-    def _follow(self) -> None:
-        subscription = self._subscription
-        assert subscription is not None
-        for one in self._watcher.snapshot(with_ranges=False):
-            self._take(Load(one.rule, one.library, one.process, "snapshot", None, one.time_ns, one.ranges))
-        retry_s = time.monotonic() + _TURN_S
-        while not subscription.has_ended:
-            event = subscription.get(_TURN_S)
-            if event is not None:
-                self._take(event)
-            if (now_s := time.monotonic()) >= retry_s:
-                retry_s = now_s + _TURN_S
-                for load in list(self._to_retry.values()):
-                    self._take(load)
-                self._meter.forget_idle(now_s)
-
-    def _take(self, event: Event) -> None:
-        try:
-            with self._lock:
-                if isinstance(event, Load):
-                    self._load(event)
-                elif isinstance(event, Unload):
-                    self._unload(event)
-        except Exception:
-            LOG.exception("a file was not examined for HTTP flows")
-
-    def _load(self, load: Load) -> None:
-        file = load.library.id
-        users = self._users.get(file)
-        if users is None:
-            if file in self.refused or not self._is_wanted(load) or not self._attach(load):
-                return
-            users = self._users[file] = {}
-        users[load.process.id] = load
-        self._note_user(load)
-
-    def _unload(self, event: Unload) -> None:
-        file = event.library.id
-        if (waits := self._to_retry.get(file)) is not None and waits.process.id == event.process.id:
-            del self._to_retry[file]
-        users = self._users.get(file)
-        if users is None or users.pop(event.process.id, None) is None:
-            return
-        self.capture.note(event)
-        if not users:
-            del self._users[file]
-            self.capture.attacher.detach(ActiveFile(event.library, -1))
-
-    def _note_user(self, load: Load) -> None:
-        if not self.capture.is_filtered or self.selects(load.process):
-            self.capture.note(load)
-        else:
-            self.capture.select(load.process, is_wanted=False)
-
-    def _is_wanted(self, load: Load) -> bool:
-        """Whether a file is a TLS library that is to be tapped; the rules of [http] have asked for its exports already.
-
-        Files that another rule wants are opened once, as that one may not have asked for them.
-        """
-        library = load.library
-        pattern = self.settings.libraries
-        if library.kind not in ("library", "executable") or (pattern and not re.search(pattern, library.path)):
-            return False
-        if load.rule.startswith(HTTP_PREFIX):
-            return True
-        key = (library.id, library.changed_ns)
-        known = self._is_tls.get(key)
-        if known is not None:
-            return known
-        opened = self._open(load)
-        if opened is None:
-            return False
-        with opened:
-            try:
-                exports = read_exports(opened.fileno(), {one for family in FAMILIES.values() for one in family})
-            except (ElfError, OSError):
-                return False
-        self._is_tls[key] = any(exports.issuperset(family) for family in FAMILIES.values())
-        if len(self._is_tls) > _MAX_FILES:
-            self._is_tls.popitem(last=False)
-        return self._is_tls[key]
-
-    def _open(self, load: Load) -> _Opened | None:
-        library = load.library
-        fd = open_mapped(
-            self._proc,
-            load.process.pid,
-            library.id,
-            library.path,
-            load.ranges,
-            is_own_view=library.host_path == library.path,
-            is_deleted=library.deleted,
-            changed_ns=library.changed_ns,
-        )
-        return None if fd is None else _Opened(library, fd)
-
-    def _attach(self, load: Load) -> bool:
-        file = load.library.id
-        self._to_retry.pop(file, None)
-        opened = self._open(load)
-        if opened is None:
-            return False  # its process has ended, or changed what it has mapped
-        with opened:
-            try:
-                self.capture.attacher.attach(opened)
-            except EnvironmentFault as error:
-                LOG.warning("%s is not tapped yet: %s", load.library.path, error)
-                self._to_retry[file] = load
-                return False
-            except SowatchError as error:
-                LOG.warning("%s cannot be tapped: %s", load.library.path, error)
-                self.refused[file] = (load.library.path, str(error))
-                if len(self.refused) > _MAX_FILES:
-                    self.refused.popitem(last=False)
-                return False
-        return True
-
-
-class _Opened(ActiveFile):
-    """A file that is closed at the end of a ``with``."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

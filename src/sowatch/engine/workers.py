@@ -24,7 +24,7 @@ from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule
 
-__all__ = ["ActiveFile", "RuleWorker"]
+__all__ = ["ActiveFile", "RuleWorker", "open_active"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -71,6 +71,21 @@ class ActiveFile:
         """Closes the descriptor. Safe to call again."""
         fd, self._fd = self._fd, -1
         close_fd(fd)
+
+
+def open_active(proc: ProcFs, pid: int, library: Library, ranges: tuple[tuple[int, int], ...]) -> ActiveFile | None:
+    """The very file that a process has mapped in these ranges, which the caller closes; None: it has it no more."""
+    fd = open_mapped(
+        proc,
+        pid,
+        library.id,
+        library.path,
+        ranges,
+        is_own_view=library.host_path == library.path,
+        is_deleted=library.deleted,
+        changed_ns=library.changed_ns,
+    )
+    return None if fd is None else ActiveFile(library, fd)
 
 
 class RuleWorker:
@@ -192,19 +207,9 @@ class RuleWorker:
             self.timings.attach.observe(time.monotonic() - begun_s)
 
     def _attach(self, event: Activate, library: Library) -> None:
-        fd = open_mapped(
-            self._proc,
-            event.process.pid,
-            library.id,
-            library.path,
-            event.ranges,
-            is_own_view=library.host_path == library.path,
-            is_deleted=library.deleted,
-            changed_ns=library.changed_ns,
-        )
-        if fd is None:
+        file = open_active(self._proc, event.process.pid, library, event.ranges)
+        if file is None:
             raise ProcessGone(event.process.pid)
-        file = ActiveFile(library, fd)
         self._active[library.id] = file
         try:
             if self._rule.on_activate is not None:
