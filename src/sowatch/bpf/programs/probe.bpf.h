@@ -2,6 +2,7 @@
 /* What probe_calls.bpf.c and tls_taps.bpf.c have in common. Each defines COUNTERS, how many it has, before. */
 #pragma once
 
+#include "counters.bpf.h"
 #include "registers.bpf.h"
 
 #include <linux/bpf.h>
@@ -28,21 +29,6 @@ struct {
 	__type(key, __u32); /* tgid */
 	__type(value, __u8);
 } wanted SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-static __always_inline void count(__u32 what)
-{
-	__u64 *counter = bpf_map_lookup_elem(&counters, &what);
-
-	if (counter)
-		(*counter)++;
-}
 
 static __always_inline bool is_wanted(__u32 tgid)
 {

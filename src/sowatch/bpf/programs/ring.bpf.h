@@ -3,6 +3,7 @@
 #pragma once
 
 #include "records.h"
+#include "counters.bpf.h"
 
 #include <linux/bpf.h>
 #include <stdbool.h>
@@ -13,22 +14,6 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);
 } ring SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-static __always_inline void count(enum counter which)
-{
-	__u32 key = which;
-	__u64 *value = bpf_map_lookup_elem(&counters, &key);
-
-	if (value)
-		*value += 1;
-}
 
 /*
  * Written by user space: so many records of one process may wait in the ring while it holds less than
