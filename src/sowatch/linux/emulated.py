@@ -167,7 +167,7 @@ def _goes_on(instruction: Instruction) -> bool:
 
 
 def _stack_moved(instruction: Instruction) -> int | None:
-    """By how many bytes an instruction moves the stack pointer up; None: it cannot be told."""
+    """By how many bytes an instruction moves the stack pointer up; None: it cannot be determined."""
     from iced_x86 import Mnemonic, OpKind, Register
 
     mnemonic = int(instruction.mnemonic)
