@@ -26,6 +26,7 @@ from support.programs import build, compile_library
 
 T = TypeVar("T")
 
+pytest_plugins = ["support.http_table"]
 TESTS = Path(__file__).resolve().parent
 KINDS = ("unit", "kernel", "e2e")
 FORCE = "SOWATCH_FORCE_KERNEL_TESTS"

@@ -10,14 +10,8 @@ from typing import Any
 
 import pytest
 
-from support import http_table
 from support.agent import Agent, NewAgent, short_directory
 from support.programs import Mapper, build
-
-
-def pytest_sessionfinish() -> None:
-    if http_table.is_written() and http_table.PASSED:
-        http_table.write()
 
 
 @pytest.fixture

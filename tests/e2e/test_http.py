@@ -269,18 +269,7 @@ def test_sizes_are_those_of_the_bodies_however_large(tls: Tls, tap: Tap) -> None
 
 def test_a_process_that_ran_before_the_tap_and_its_connection(tls: Tls) -> None:
     server = tls.python()
-    client = tls.spawn(
-        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
-        env=tls.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask(path: str) -> None:
-        client.stdin.write(path + "\n")
-        client.stdin.flush()
-        assert client.stdout.readline() == "done\n"
+    client, ask = tls.keep_alive(server)
 
     ask("/before")
     with Tap(tls) as tap:
@@ -377,20 +366,12 @@ def test_containers_that_share_a_lower_file_count_each_request_once(tls: Tls, tm
 
 def test_a_tap_that_starts_anew_in_the_middle_of_a_connection(tls: Tls) -> None:
     server = tls.python()
-    client = tls.spawn(
-        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
-        env=tls.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    client, ask = tls.keep_alive(server)
     for number in range(3):
         with Tap(tls) as tap:
             tap.wait_attached()
             for path in (f"/{number}/first", f"/{number}/second"):
-                client.stdin.write(path + "\n")
-                client.stdin.flush()
-                assert client.stdout.readline() == "done\n"
+                ask(path)
             found = tap.wait_for("client", 2)
             assert [(one.flow.path, one.flow.is_complete) for one in found] == [
                 (f"/{number}/first", True),
@@ -398,14 +379,6 @@ def test_a_tap_that_starts_anew_in_the_middle_of_a_connection(tls: Tls) -> None:
             ]
     client.stdin.close()
     client.wait(timeout=20)
-
-
-KEPT_ALIVE = """
-import http.client, ssl, sys
-client = http.client.HTTPSConnection("127.0.0.1", {port}, context=ssl.create_default_context())
-for line in sys.stdin:
-    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
-"""
 
 
 def test_what_is_no_http_is_reported_nowhere(tls: Tls, tap: Tap) -> None:

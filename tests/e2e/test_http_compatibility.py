@@ -544,16 +544,3 @@ def test_connections_of_each_library_that_were_there_before_a_tap(bench: Bench, 
                 (f"/{number}", 200, True)
             }
             assert {one.flow.peer and one.flow.peer.port for one in found} == {bench.nginx.port}
-
-
-def test_every_row_of_the_page_is_of_a_test_that_passed(request: pytest.FixtureRequest) -> None:
-    """Rows that nothing shows any more go; what passed has its row, or its test has failed."""
-    options, files = request.config.option, {item.path.name for item in request.session.items}
-    # Where modules run side by side, each process knows of its own only.
-    is_whole = not options.keyword and not options.markexpr and not hasattr(request.config, "workerinput")
-    is_whole &= not any("::" in one for one in request.config.args)
-    if http_table.is_written():
-        return
-    assert http_table.documented() >= http_table.PASSED
-    if is_whole and {"test_http.py", "test_http_compatibility.py"} <= files and "nss" in LIBCURLS:
-        assert http_table.documented() == http_table.PASSED

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,6 @@ from support.silent_fs import SilentFileSystem
 from support.tls import LIBRARIES, Server, Tls, find
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
-
-KEPT_ALIVE = """
-import http.client, ssl, sys
-client = http.client.HTTPSConnection("127.0.0.1", {port}, context=ssl.create_default_context())
-for line in sys.stdin:
-    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
-"""
 
 
 @pytest.fixture
@@ -155,19 +146,8 @@ def test_a_hangup_changes_filters_and_loses_no_flow_of_a_connection_that_goes_on
     sink = f"[[sinks]]\ntype = 'file'\npath = '{events}'\nevents = ['http']\n"
     agent = new_agent(section(tls) + sink).start()
     server = tls.python()
-    client = tls.spawn(
-        [sys.executable, "-c", KEPT_ALIVE.format(port=server.port)],
-        env=tls.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    client, request = tls.keep_alive(server)
     wait_until(lambda: is_tapped(agent), 20, "tapped")
-
-    def request(path: str) -> None:
-        client.stdin.write(path + "\n")
-        client.stdin.flush()
-        assert client.stdout.readline() == "done\n"
 
     for number in range(40):
         request(f"/n/{number}")

@@ -1,21 +1,26 @@
 """The table of docs/http.md: which program was seen with which library, as the tests that passed say.
 
-With SOWATCH_WRITE_HTTP_TABLE=1 it is written anew from the tests of a session; else each of them needs its row.
+With SOWATCH_WRITE_HTTP_TABLE=1 it is written anew from the tests of a session; else each of them needs its row, and
+each row a test. A plugin of pytest, which also adds up what tests that run side by side have shown.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-__all__ = ["PASSED", "Row", "documented", "is_written", "passed", "write"]
+import pytest
+
+__all__ = ["passed", "pytest_sessionfinish", "pytest_testnodedown"]
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "http.md"
 _BEGIN, _END = "<!-- table of tests/support/http_table.py -->\n", "<!-- end of the table -->\n"
+_MODULES: Final = ("tests/e2e/test_http.py", "tests/e2e/test_http_compatibility.py")
 #: By name of a file the family of its library, and the expression of Python (`lib` is loaded) that gives its version.
 _FAMILIES: Final = (
     (r"libssl\.so\.3", "OpenSSL", "lib.OpenSSL_version_num"),
@@ -37,7 +42,7 @@ class Row(NamedTuple):
 
 
 #: What passed in this session, and by library which version that was.
-PASSED: Final[set[Row]] = set()
+_PASSED: Final[set[Row]] = set()
 _VERSIONS: Final[dict[str, str]] = {}
 
 
@@ -46,17 +51,17 @@ def passed(library: str, side: str, program: str, protocol: str) -> None:
     name = Path(library).name
     (found,) = [(family, asked) for pattern, family, asked in _FAMILIES if re.fullmatch(pattern, name)]
     row = Row(found[0], side, program, protocol)
-    PASSED.add(row)
-    if is_written():
+    _PASSED.add(row)
+    if _is_written():
         _VERSIONS.setdefault(row.library, _version(library, found[1]))
     else:
-        assert row in documented(), f"docs/http.md has no {row}: run tests/e2e/test_http*.py with {_WRITE}=1"
+        assert row in _documented(), f"docs/http.md has no {row}: run tests/e2e/test_http*.py with {_WRITE}=1"
 
 
 _WRITE: Final = "SOWATCH_WRITE_HTTP_TABLE"
 
 
-def is_written() -> bool:
+def _is_written() -> bool:
     return os.environ.get(_WRITE) == "1"
 
 
@@ -77,7 +82,7 @@ def _version(path: str, asked: str | None) -> str:
     return done.stdout.strip()
 
 
-def documented() -> set[Row]:
+def _documented() -> set[Row]:
     """The rows of the page."""
     table = PAGE.read_text().partition(_BEGIN)[2].partition(_END)[0]
     rows = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
@@ -88,10 +93,10 @@ def documented() -> set[Row]:
     }
 
 
-def write() -> None:
+def _write() -> None:
     """Puts what passed into the page."""
     groups: dict[tuple[str, str, str], set[str]] = {}
-    for row in PASSED:
+    for row in _PASSED:
         groups.setdefault((row.library, row.side, row.protocol), set()).add(row.program)
     lines = ["| library | version | side | protocol | programs |", "|---|---|---|---|---|"]
     lines += [
@@ -101,3 +106,40 @@ def write() -> None:
     before, begin, rest = PAGE.read_text().partition(_BEGIN)
     assert begin, f"{PAGE} has no {_BEGIN.strip()}"
     PAGE.write_text(before + begin + "\n".join(lines) + "\n" + _END + rest.partition(_END)[2])
+
+
+def _all_passed(session: pytest.Session) -> bool:
+    """Whether each test function of the modules has passed, with some of its parameters at least."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    shown = {one.nodeid.partition("[")[0] for one in reporter.stats.get("passed", ())} if reporter else set()
+    root = PAGE.parents[1]
+    wanted = {
+        f"{module}::{node.name}"
+        for module in _MODULES
+        for node in ast.parse((root / module).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    return wanted <= shown and not session.config.option.keyword
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """A process of tests that ran side by side has ended."""
+    output = getattr(node, "workeroutput", {})
+    _PASSED.update(Row(*row) for row in output.get("http_rows", ()))
+    _VERSIONS.update(output.get("http_versions", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the table, or fails the session if a row is shown by no test any more."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput |= {"http_rows": [tuple(row) for row in _PASSED], "http_versions": _VERSIONS}
+    elif _all_passed(session):
+        if _is_written():
+            _write()
+        # Debian has no libcurl with NSS any more from 13 on.
+        libraries = {row.library for row in _PASSED}
+        stale = {row for row in _documented() - _PASSED if row.library != "NSS" or "NSS" in libraries}
+        if stale:
+            reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line(f"\n{PAGE}: no test shows {sorted(stale)}. Run these with {_WRITE}=1.", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -5,6 +5,8 @@ Sizes are those of the bodies. Servers get a port, a certificate and its key.
 
 from __future__ import annotations
 
+from support.tls import SERVE_BY_ASYNCIO
+
 __all__ = [
     "AIOHTTP_CLIENT",
     "AIOHTTP_SERVER",
@@ -201,13 +203,8 @@ async def serve(reader, writer):
     print(method.decode(), target.decode(), 200, 0, 0, flush=True)
     writer.write(b"HTTP/1.1 200 Connection established\\r\\n\\r\\n")
     await asyncio.gather(relay(reader, far), relay(near, writer), return_exceptions=True)
-async def main():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*sys.argv[2:4])
-    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), ssl=context) as server:
-        await server.serve_forever()
-asyncio.run(main())
 """
+CONNECT_PROXY += SERVE_BY_ASYNCIO
 
 WEBSOCKET_SERVER = """
 import asyncio, ssl, sys

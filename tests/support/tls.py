@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +45,16 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
 server.serve_forever()
 """
 
+#: Ends the program of a server whose connections `serve(reader, writer)` takes.
+SERVE_BY_ASYNCIO = """
+async def main():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*sys.argv[2:4])
+    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), ssl=context) as server:
+        await server.serve_forever()
+asyncio.run(main())
+"""
+
 ASYNCIO_SERVER = """
 import asyncio, ssl, sys
 async def serve(reader, writer):
@@ -56,12 +66,14 @@ async def serve(reader, writer):
             print(" ".join(line.split()[:2]), 200, flush=True)
     except asyncio.IncompleteReadError:
         writer.close()
-async def main():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*sys.argv[2:4])
-    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), ssl=context) as server:
-        await server.serve_forever()
-asyncio.run(main())
+"""
+ASYNCIO_SERVER += SERVE_BY_ASYNCIO
+
+KEEP_ALIVE_CLIENT = """
+import http.client, ssl, sys
+client = http.client.HTTPSConnection("127.0.0.1", int(sys.argv[1]), context=ssl.create_default_context())
+for line in sys.stdin:
+    client.request("GET", line.strip()); client.getresponse().read(); print("done", flush=True)
 """
 
 NGINX = """
@@ -241,6 +253,23 @@ class Tls:
 
         self.wait_until(listens, what=f"{command[0]} listening")
         return Server(process, port, log)
+
+    def keep_alive(self, server: Server) -> tuple[Any, Callable[[str], None]]:
+        """A client that keeps one connection to a server, and what makes it ask for a path; it ends with its input."""
+        client = self.spawn(
+            [sys.executable, "-c", KEEP_ALIVE_CLIENT, str(server.port)],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def ask(path: str) -> None:
+            client.stdin.write(path + "\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "done\n"
+
+        return client, ask
 
     def python(self, program: str = PYTHON_SERVER) -> Server:
         """A server of the standard library, HTTP/1.1."""
