@@ -110,8 +110,10 @@ def _write() -> None:
 
 def _all_passed(session: pytest.Session) -> bool:
     """Whether each test function of the modules has passed, with some of its parameters at least."""
+    if not _PASSED or session.config.option.keyword:
+        return False
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    shown = {one.nodeid.partition("[")[0] for one in reporter.stats.get("passed", ())} if reporter else set()
+    shown = {one.nodeid.partition("[")[0] for one in reporter.stats.get("passed", ())}
     root = PAGE.parents[1]
     wanted = {
         f"{module}::{node.name}"
@@ -119,7 +121,7 @@ def _all_passed(session: pytest.Session) -> bool:
         for node in ast.parse((root / module).read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
-    return wanted <= shown and not session.config.option.keyword
+    return wanted <= shown
 
 
 def pytest_testnodedown(node: Any) -> None:
