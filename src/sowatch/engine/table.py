@@ -354,7 +354,8 @@ class MappingTable:
         known = self.find(pid, start_ns)
         if known is None:
             return
-        self._needs_rescan.pop(pid, None)
+        # Once it has asked for a scan it reports no more until that begins, whatever scan of a sharer comes in between.
+        is_owed = self._needs_rescan.pop(pid, None) is not None
         effects.rescans.pop(pid, None)
         del self._processes[pid]
         space = known.space
@@ -362,7 +363,7 @@ class MappingTable:
         if not any(sharer.is_announced for sharer in space.sharers):
             for sharer in space.sharers:
                 self._announce(sharer, t_ns, effects)  # it outlives the one whose space it shares
-        if space.needs_rescan and space.sharers:
+        if (space.needs_rescan or is_owed) and space.sharers:
             self.mark(space.sharers[0].id.pid, LIVE, effects)
         if known.is_announced:
             for mapping in space.mappings().values():

@@ -234,6 +234,16 @@ def test_a_holder_that_claimed_nothing_since_the_last_reading_leaves_nothing_to_
     assert not table.needs_rescan
 
 
+def test_a_holder_that_is_still_owed_a_scan_leaves_it_to_another_that_was_scanned_meanwhile(table):
+    parent, child = Proc(10), Proc(11)
+    feed(table, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.needs_rescan(t=3))
+    # The child reports nothing more until its own scan begins.
+    table.merge([scan(parent, 4, 5, parent.map(SSL, BASE, t=5))], [], LIVE)
+    assert list(table.needs_rescan) == [11]
+    feed(table, child.exec(t=6))
+    assert list(table.needs_rescan) == [10]
+
+
 def test_what_a_holder_claimed_while_it_was_read_is_read_through_another_if_it_is_gone(table):
     parent, child = Proc(10), Proc(11)
     feed(table, parent.map(SSL, BASE, t=1), parent.fork(child, t=2, flags=FLAG_SHARED_VM))
