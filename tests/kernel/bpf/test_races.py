@@ -481,8 +481,12 @@ def test_after_a_storm_that_a_tiny_ring_cannot_hold_the_map_is_repaired(
         }
 
     ledger.wait_for(lambda: not differences(), lambda: f"(ours, proc's): {differences()}")
-    held = {process.pid for process, files in ledger._held.items() if files}
-    assert held == {mapper.pid for mapper in mappers}
+
+    def holders() -> set[int]:
+        return {process.pid for process, files in ledger._held.items() if files}
+
+    # Losses are counted once a second: what the storm lost last is repaired after the first repair that was seen.
+    ledger.wait_for(lambda: holders() == {mapper.pid for mapper in mappers}, lambda: f"held by {holders()}")
     assert ledger.watcher.stats.lost_kernel > 0
     assert ledger.watcher.stats.repairs > 0
 
