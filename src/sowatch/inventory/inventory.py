@@ -96,8 +96,8 @@ class LibraryRow(Struct, frozen=True):
         library: the file, as one of the processes that map it sees it.
         holders: numbers of `ProcessRow` s, rising.
         containers: ids, sorted.
-        staleness: ``replaced`` or ``deleted`` if a process maps what its path no longer names, ``unknown`` if that
-            cannot be determined of one.
+        staleness: ``replaced`` or ``deleted`` if a process maps what its path no longer names, ``modified`` if it was
+            written to since, ``unknown`` if that cannot be determined of one.
         stale_reason: see `StaleAnswer`.
         since_ns: wall clock, in ns since the epoch, of the first load since the row exists.
         is_older: it was mapped already when the watch began, at ``since_ns``.
@@ -340,7 +340,8 @@ def _stale(
 
 
 def _badness(answer: StaleAnswer) -> int:
-    return (Staleness.UNKNOWN, Staleness.DELETED, Staleness.REPLACED).index(answer.stale or Staleness.UNKNOWN)
+    order = (Staleness.UNKNOWN, Staleness.MODIFIED, Staleness.DELETED, Staleness.REPLACED)
+    return order.index(answer.stale or Staleness.UNKNOWN)
 
 
 def _file_key(one: MappedLike) -> _FileKey:

@@ -48,13 +48,15 @@ _DELETED: Final = " (deleted)"
 class StaleAnswer(NamedTuple):
     """Whether a mapped file is stale.
 
-    ``stale`` is None if its path leads to it, or if it never was a file on disk. ``reason`` is given for ``unknown``,
-    and where the name of the file decided; ``path`` is the name under which it is stale if that is not its own.
+    ``stale`` is None if its path leads to it, or if it never was a file on disk. ``reason`` is given for ``unknown``
+    and ``modified``, and where the name of the file decided; ``path`` is the name under which it is stale if that is
+    not its own. ``is_same_build``: of a ``replaced`` file, whether both have the same build id; None if unknown.
     """
 
     stale: Staleness | None
     reason: str | None = None
     path: str | None = None
+    is_same_build: bool | None = None
 
 
 FRESH: Final = StaleAnswer(None)

@@ -8,16 +8,17 @@ while the others still have the cgroup of the runtime itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from sowatch.linux.containers import container_levels
+from sowatch.linux.containers import container_levels, containers_in
 
-__all__ = ["Unit", "choose_cgroup", "parse_cgroup", "parse_cgroups", "unit_of"]
+__all__ = ["Unit", "choose_cgroup", "parse_cgroup", "parse_cgroups", "unit_of", "units_in", "user_of_manager"]
 
 _UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 _USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
+#: A runtime's process for one container, such as ``libpod-conmon-ID.scope``: no unit that an administrator knows.
+_RUNTIME_SCOPE: Final = re.compile(r".*[0-9a-f]{64}\.scope")
 
 
 @lru_cache(8192)
@@ -78,8 +79,8 @@ def _text(data: bytes) -> str:
 class Unit(NamedTuple):
     """A systemd unit: its ``name``, and which service manager has it.
 
-    ``manager`` is None for the system's own. Else it is the unit, of the manager one level out, that runs the manager:
-    ``user@1000.service``, or the unit of a container that runs systemd. ``uid`` is that of a user's manager.
+    ``manager`` is None for the system's own, and for that of a container. Else it is the unit, of the manager one level
+    out, that runs the manager: ``user@1000.service``. ``uid`` is that of a user's manager.
     """
 
     name: str
@@ -90,22 +91,46 @@ class Unit(NamedTuple):
 def unit_of(cgroup: str | None) -> Unit | None:
     """The systemd unit that a cgroup path lies in, the innermost if units are nested.
 
+    Of a container it is a unit inside it: the scope or the service under which a runtime runs containers is none that
+    an administrator restarts for the sake of one of them.
+
     >>> unit_of("/system.slice/nginx.service/workers")
     Unit(name='nginx.service', manager=None, uid=None)
     >>> unit_of("/user.slice/user-1000.slice/user@1000.service/app.slice/dbus.service")
     Unit(name='dbus.service', manager='user@1000.service', uid=1000)
+    >>> unit_of("/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:" + "0" * 64)
     """
-    units = list(_units((cgroup or "").removesuffix(" (deleted)").split("/")))
+    units = units_in(cgroup)
     if not units:
         return None
     manager = units[-2] if len(units) > 1 else None
-    user = _USER_MANAGER.fullmatch(manager or "")
-    return Unit(units[-1], manager, None if user is None else int(user[1]))
+    return Unit(units[-1], manager, None if manager is None else user_of_manager(manager))
 
 
-def _units(components: Iterable[str]) -> Iterable[str]:
-    for component in components:
+def units_in(cgroup: str | None) -> list[str]:
+    """The systemd units of a cgroup path, each inside the one before it; of a container only those inside it.
+
+    >>> units_in("/user.slice/user-1000.slice/user@1000.service/app.slice/dbus.service")
+    ['user@1000.service', 'dbus.service']
+    """
+    path = (cgroup or "").removesuffix(" (deleted)")
+    containers = containers_in(path)
+    found: list[str] = []
+    for component in path[containers[-1].end if containers else 0 :].split("/"):
         # systemd puts "_" before a name that the kernel could take for a control file.
         name = component.removeprefix("_")
-        if name.endswith(_UNIT_SUFFIXES) and not name.startswith("."):
-            yield name
+        if _RUNTIME_SCOPE.fullmatch(name):
+            found.clear()
+        elif name.endswith(_UNIT_SUFFIXES) and not name.startswith("."):
+            found.append(name)
+    return found
+
+
+def user_of_manager(unit: str) -> int | None:
+    """The uid of the user whose service manager a unit runs; None: it runs none.
+
+    >>> user_of_manager("user@1000.service")
+    1000
+    """
+    user = _USER_MANAGER.fullmatch(unit)
+    return None if user is None else int(user[1])

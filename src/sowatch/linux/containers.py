@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["CONTAINER_FORMS", "ContainerForm", "container_id", "container_levels"]
+__all__ = ["CONTAINER_FORMS", "ContainerForm", "NamedContainer", "container_id", "container_levels", "containers_in"]
 
 
 class ContainerForm(NamedTuple):
@@ -88,6 +88,32 @@ _COMPILED: Final = tuple(re.compile(rf"(?:^|/){form.pattern}(?=/|$)") for form i
 _UNIT_ESCAPE: Final = re.compile(r"\\x([0-9a-f]{2})")
 
 
+class NamedContainer(NamedTuple):
+    """A container that a cgroup path names: by which form of `CONTAINER_FORMS`, and the components that name it."""
+
+    runtime: str
+    id: str
+    begin: int
+    end: int
+
+
+def containers_in(cgroup: str | None) -> list[NamedContainer]:
+    """The containers that a cgroup path names, each inside the one before it.
+
+    >>> [one.id for one in containers_in("/lxc.payload.web/lxc.payload.inner")]
+    ['web', 'inner']
+    """
+    path = (cgroup or "").removesuffix(" (deleted)")
+    found: dict[int, NamedContainer] = {}
+    for form, pattern in zip(CONTAINER_FORMS, _COMPILED, strict=True) if path else ():
+        for match in pattern.finditer(path):
+            # Only machine names can hold a backslash; hexadecimal ids never do.
+            name = _UNIT_ESCAPE.sub(lambda code: chr(int(code[1], 16)), match["id"])
+            begin = match.start() + match[0].startswith("/")
+            found.setdefault(match.end(), NamedContainer(form.runtime, name, begin, match.end()))
+    return [found[end] for end in sorted(found)]
+
+
 def container_id(cgroup: str | None) -> str | None:
     r"""The id of the container whose cgroup this is, ``None`` if it is none's.
 
@@ -100,12 +126,8 @@ def container_id(cgroup: str | None) -> str | None:
     >>> container_id(r"/machine.slice/machine-web\x2d1.scope/payload")
     'web-1'
     """
-    found = _named(cgroup)
-    if not found:
-        return None
-    innermost = max(found, key=lambda match: match.end())
-    # Only machine names can hold a backslash; hexadecimal ids never do.
-    return _UNIT_ESCAPE.sub(lambda code: chr(int(code[1], 16)), innermost["id"])
+    found = containers_in(cgroup)
+    return found[-1].id if found else None
 
 
 def container_levels(cgroup: str | None) -> int:
@@ -114,9 +136,4 @@ def container_levels(cgroup: str | None) -> int:
     >>> container_levels("/lxc.payload.web/lxc.payload.inner")
     2
     """
-    return len({match.end() for match in _named(cgroup)})
-
-
-def _named(cgroup: str | None) -> list[re.Match[str]]:
-    path = (cgroup or "").removesuffix(" (deleted)")
-    return [match for pattern in _COMPILED for match in pattern.finditer(path)] if path else []
+    return len(containers_in(cgroup))

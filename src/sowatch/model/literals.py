@@ -74,10 +74,14 @@ LossPlace: TypeAlias = Literal["kernel", "queue"]
 
 
 class Staleness(StrEnum):
-    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be determined."""
+    """Why the file on disk is not the one in memory; ``unknown``: whether it is cannot be determined.
+
+    ``modified``: it is the same file, written to after the process had started.
+    """
 
     DELETED = "deleted"
     REPLACED = "replaced"
+    MODIFIED = "modified"
     UNKNOWN = "unknown"
 
 

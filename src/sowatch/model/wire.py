@@ -282,8 +282,9 @@ class Mapping(Struct, frozen=True, gc=False):
     stale: Annotated[
         Staleness | None,
         Meta(
-            description="`deleted`: the path names nothing any more; `replaced`: it names another file now; `unknown`: "
-            "that cannot be determined, `stale_reason` says why; null: neither, or it never was a file on disk."
+            description="`deleted`: the path names nothing any more; `replaced`: it names another file now; "
+            "`modified`: it is the same file, written to since; `unknown`: that cannot be determined, `stale_reason` "
+            "says why; null: neither, or it never was a file on disk."
         ),
     ]
     stale_reason: (

@@ -75,6 +75,12 @@ def test_proc_and_the_programs_lead_to_the_same_path() -> None:
             "/user.slice/user-7.slice/user@7.service/user.slice/libpod-3f2a.scope/container/init.scope",
             Unit("init.scope", "libpod-3f2a.scope"),
         ),
+        # The runtime's own units are none of the container's process.
+        (f"/system.slice/docker-{HEX}.scope", None),
+        (f"/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:{HEX}", None),
+        (f"/user.slice/user-7.slice/user@7.service/user.slice/libpod-{HEX}.scope/container", None),
+        (f"/user.slice/user-7.slice/user@7.service/user.slice/libpod-conmon-{HEX}.scope", None),
+        (f"/system.slice/docker-{HEX}.scope/system.slice/nginx.service", Unit("nginx.service")),
         (r"/system.slice/dev-disk\x2dby.swap", Unit(r"dev-disk\x2dby.swap")),
         ("/system.slice/_cpu.service", Unit("cpu.service")),
         ("/system.slice/nginx.service (deleted)", Unit("nginx.service")),
