@@ -40,7 +40,7 @@ def is_live_change(old: HttpSettings, new: HttpSettings) -> bool:
 
     What the programs have as constants, and which files they are on, needs a new one.
     """
-    keys = ("enabled", "libraries", "capture_bytes", "linger_s")
+    keys = ("enabled", "libraries", "headers", "capture_bytes", "linger_s")
     return all(getattr(old, key) == getattr(new, key) for key in keys) and old.is_filtered == new.is_filtered
 
 

@@ -54,6 +54,7 @@ class Running:
             capture_bytes=settings.capture_bytes,
             linger_s=settings.linger_s,
             keeps_query=True,  # by the settings of the moment, see `_take_flow`
+            headers=settings.headers,
         )
         self.has_failed = False
         #: Flows that were counted and not published.
@@ -144,7 +145,7 @@ class Running:
             return
         if self._path is not None and not (flow.path and self._path.search(flow.path)):
             return
-        event = found.event(self._offset_ns, keeps_query=settings.keep_query)
+        event = found.event(self._offset_ns, keeps_query=settings.keep_query, has_headers=bool(settings.headers))
         self._meter.add(found, event)
         if not settings.events:
             return

@@ -22,6 +22,7 @@ from msgspec.structs import fields
 from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
+from sowatch.model.header_names import header_names
 from sowatch.model.literals import STREAM_KINDS, StreamKind
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.uprobes.probes import Probe
@@ -193,6 +194,7 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
         path: a Python regular expression, searched in the path of a request.
         side: client or server: only requests that a process makes, or serves.
         keep_query: paths keep what stands behind ``?``.
+        headers: names of header fields that flows keep; some are never kept, see docs/privacy.md.
         capture_bytes: of each call.
         linger_s: seconds that a library stays attached after its last process.
         max_endpoints: of each side, counted apart from one another; the rest is counted under ``other``.
@@ -207,6 +209,7 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
     path: str | None = None
     side: Literal["client", "server"] | None = None
     keep_query: bool = False
+    headers: tuple[str, ...] = ()
     capture_bytes: int = 1 << 18
     linger_s: float = 5.0
     max_endpoints: int = 150
@@ -221,6 +224,10 @@ class HttpSettings(Struct, frozen=True, kw_only=True):
                 raise ConfigError(key, str(error)) from error
         if not all(self.containers):
             raise ConfigError("containers", "an empty id stands for every container. Give beginnings of ids.")
+        try:
+            header_names(self.headers)
+        except SowatchError as error:
+            raise ConfigError("headers", str(error)) from error
         # MAX_CAPTURE of tls_taps.h is the most; heads of less than 64 bytes are none.
         _in_range("capture_bytes", self.capture_bytes, 64, 1 << 18)
         _in_range("linger_s", self.linger_s, 0, 86_400)

@@ -75,6 +75,9 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--side", metavar="SIDE", help="only requests that a process makes (client) or serves (server)")
     parser.add_argument("--query", action="store_true", help="keep what stands behind ? in a path")
     parser.add_argument(
+        "--header", action="append", default=[], metavar="NAME", help="keep this header field of requests and responses"
+    )
+    parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
     )
 
@@ -112,9 +115,10 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         pattern=pattern,
         config=config,
         keeps_query=args.query,
+        headers=args.header,
     )
     summary = Summary() if args.summary else None
-    show = _Lines(out, as_json=as_json)
+    show = _Lines(out, as_json=as_json, has_headers=bool(args.header))
     is_over = threading.Event()
     with Stopper(is_over.set) as stopper:
         try:
@@ -192,7 +196,8 @@ def _write(flows: Iterator[HttpFlow], show: _Lines, summary: Summary | None) -> 
 class _Lines:
     """One line a flow: JSON, or for people."""
 
-    def __init__(self, out: Out, *, as_json: bool) -> None:
+    def __init__(self, out: Out, *, as_json: bool, has_headers: bool) -> None:
+        self._has_headers = has_headers
         self._out = out
         self._as_json = as_json
         #: Between the clock of the kernel's stamps and the one of the wall.
@@ -202,7 +207,8 @@ class _Lines:
     def write(self, found: HttpFlow) -> None:
         if self._as_json:
             self._seq += 1
-            self._out.write(to_json(found.event(self._offset_ns), self._seq) + "\n")
+            event = found.event(self._offset_ns, has_headers=self._has_headers)
+            self._out.write(to_json(event, self._seq) + "\n")
         else:
             self._out.write(_line(found, self._offset_ns) + "\n")
 
@@ -217,7 +223,10 @@ def _line(found: HttpFlow, offset_ns: int) -> str:
     duration = "-" if flow.duration_ns is None else f"{flow.duration_ns / 1e6:.1f}ms"
     peer = "?" if flow.peer is None else f"{flow.peer.address}:{flow.peer.port}"
     url = f"{flow.authority or '?'}{flow.path or ''}"
-    note = "" if flow.is_complete else "  incomplete"
+    headers = [*flow.request_headers, *flow.response_headers]
+    note = ("" if flow.is_complete else "  incomplete") + "".join(
+        f"  {visible(name)}: {visible(value)}" for name, value in headers
+    )
     process = f"{visible(found.process.comm or '?')}[{found.process.pid}]"
     return (
         f"{clock} {flow.side:6} {process:22} {flow.status or '-':>3} {duration:>9} "

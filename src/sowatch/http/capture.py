@@ -10,7 +10,7 @@ import select
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
@@ -89,12 +89,13 @@ class HttpFlow(NamedTuple):
     process: Process
     library: Library | None
 
-    def event(self, offset_ns: int, *, keeps_query: bool = True) -> Http:
+    def event(self, offset_ns: int, *, keeps_query: bool = True, has_headers: bool = False) -> Http:
         """The flow as an event.
 
         Args:
             offset_ns: between CLOCK_MONOTONIC and the wall clock.
             keeps_query: else what stands behind ``?`` goes, if the flow has it.
+            has_headers: header fields were named, so the event has those of them that are there.
         """
         flow = self.flow
         begin_ns = flow.begin_ns or flow.first_byte_ns or flow.end_ns
@@ -116,6 +117,8 @@ class HttpFlow(NamedTuple):
             is_complete=flow.is_complete,
             peer=None if flow.peer is None else (flow.peer.address, flow.peer.port),
             local_port=flow.local_port,
+            request_headers=dict(flow.request_headers) if has_headers else None,
+            response_headers=dict(flow.response_headers) if has_headers else None,
         )
 
 
@@ -138,9 +141,10 @@ class Capture:
         capture_bytes: of each call, at most `CAPTURE_BYTES`; what is longer is counted.
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
         keeps_query: paths keep what stands behind ``?``; see docs/privacy.md.
+        headers: names of header fields that flows keep; see there, too.
 
     Raises:
-        UsageError: ``capture_bytes`` is out of range.
+        UsageError: ``capture_bytes`` is out of range, or a header that is never kept.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class Capture:
         capture_bytes: int = CAPTURE_BYTES,
         linger_s: float = 5.0,
         keeps_query: bool = False,
+        headers: Iterable[str] = (),
     ) -> None:
         if not 64 <= capture_bytes <= CAPTURE_BYTES:
             raise UsageError(f"capture_bytes is {capture_bytes}. Give 64 to {CAPTURE_BYTES}.")
@@ -167,7 +172,7 @@ class Capture:
             linger_s=linger_s,
             prepare=self._prepare,
         )
-        self.table = FlowTable(self._hand_out, keeps_query=keeps_query)
+        self.table = FlowTable(self._hand_out, keeps_query=keeps_query, headers=headers)
         self._processes: dict[ProcessId, Process] = {}
         self._activity: dict[ProcessId, Activity] = {}
         #: Of those, the ones that have no library any more, the first to go first.

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import Final, Protocol
 
-from sowatch.http.flow import Direction, Flow, FlowStats, Side
+from sowatch.http.flow import Direction, Flow, FlowStats, Headers, Side
 from sowatch.http.http1 import Http1Decoder, Message
 from sowatch.http.http2 import MAX_STREAMS, UNKNOWN, HeaderBlock, Http2Decoder
+from sowatch.model.header_names import kept_value
 
 __all__ = ["Connection", "Http1Exchanges", "Http2Exchanges"]
 
@@ -24,6 +25,8 @@ class Connection(Protocol):
     """Whose exchanges they are: makes flows, and hands them out."""
 
     stats: FlowStats
+    #: Of header fields that flows keep, in lower case.
+    header_names: tuple[str, ...]
 
     def new_flow(self, side: Side, protocol: str) -> Flow:
         """A flow of this connection of which nothing is known yet."""
@@ -50,7 +53,11 @@ class Http1Exchanges:
         self._answered: Flow | None = None
         self._request_message: Message | None = None
         self.request = Http1Decoder(
-            "request", on_head=self._request, on_end=self._request_end, on_lost=self._request_lost
+            "request",
+            on_head=self._request,
+            on_end=self._request_end,
+            on_lost=self._request_lost,
+            names=connection.header_names,
         )
         self.response = Http1Decoder(
             "response",
@@ -58,6 +65,7 @@ class Http1Exchanges:
             on_end=self._response_end,
             on_lost=self._response_lost,
             method_of=self._method,
+            names=connection.header_names,
         )
 
     def feed(self, is_request: bool, data: bytes, time_ns: int) -> None:
@@ -138,7 +146,7 @@ class Http1Exchanges:
             self._waiting.clear()
         flow = self._connection.new_flow(self._side, f"HTTP/{message.version}")
         flow.method, flow.path, flow.begin_ns = message.method, message.target, message.begin_ns
-        flow.authority = message.host
+        flow.authority, flow.request_headers = message.host, message.headers
         if message.method == "CONNECT":
             flow.authority, flow.path = message.target, None
         elif message.target and message.target.startswith(("http://", "https://")):
@@ -178,7 +186,7 @@ class Http1Exchanges:
             self._answered = self._connection.new_flow(self._side, f"HTTP/{message.version}")
             self._connection.stats.joined_late += 1
         self._answered.status = message.status
-        self._answered.first_byte_ns = message.begin_ns
+        self._answered.first_byte_ns, self._answered.response_headers = message.begin_ns, message.headers
 
     def _response_end(self, message: Message) -> None:
         flow, self._answered = self._answered, None
@@ -264,14 +272,26 @@ class Http2Exchanges:
                 self._connection.stats.joined_late += 1
         if is_request:
             self._streams_bytes -= _weight(flow) if flow.begin_ns is not None else 0
-            _note_request(flow, known, time_ns)
+            _note_request(flow, known, time_ns, self._kept(fields))
             self._streams_bytes += _weight(flow)
-        elif not _note_response(flow, known, time_ns):
+        elif not _note_response(flow, known, time_ns, self._kept(fields)):
             return
         elif (length := known.get("content-length", "")).isdecimal() and len(length) < 18:
             self._lengths[stream] = int(length)
         if ends:
             self._half_end(direction, stream, time_ns)
+
+    def _kept(self, fields: HeaderBlock) -> Headers:
+        """Of the fields those that are kept; one that is not there may be one that is not known."""
+        found: dict[str, list[str]] = {}
+        is_unknown = False
+        for name, value in fields if self._connection.header_names else ():
+            is_unknown |= name == UNKNOWN
+            if name in self._connection.header_names:
+                found.setdefault(name, []).append(value)
+        if is_unknown:
+            found = {name: [UNKNOWN] for name in self._connection.header_names if name not in found} | found
+        return tuple((name, kept_value(values)) for name, values in found.items())
 
     def _data(self, direction: Direction, stream: int, size: int, ends: bool, time_ns: int) -> None:
         flow = self._streams.get(stream)
@@ -319,27 +339,30 @@ class Http2Exchanges:
 
 def _weight(flow: Flow) -> int:
     """What a flow counts for in `MAX_BYTES` while it waits for its response."""
-    return _WAITING_BYTES + len(flow.path or "") + len(flow.authority or "")
+    headers = sum(len(value) for _, value in flow.request_headers)
+    return _WAITING_BYTES + len(flow.path or "") + len(flow.authority or "") + headers
 
 
-def _note_request(flow: Flow, fields: dict[str, str], time_ns: int) -> None:
+def _note_request(flow: Flow, fields: dict[str, str], time_ns: int, headers: Headers) -> None:
     """Takes over a request's fields; its trailers say nothing that is kept."""
     if flow.begin_ns is not None:
         return
-    flow.begin_ns = time_ns
+    flow.begin_ns, flow.request_headers = time_ns, headers
     missing = UNKNOWN if UNKNOWN in fields else None
     flow.method = fields.get(":method", missing)
     flow.path = fields.get(":path", missing)
     flow.authority = fields.get(":authority", fields.get("host", missing))
 
 
-def _note_response(flow: Flow, fields: dict[str, str], time_ns: int) -> bool:
+def _note_response(flow: Flow, fields: dict[str, str], time_ns: int, headers: Headers) -> bool:
     """Takes over a response's fields, or its trailers; False: it is an interim one."""
     status = fields.get(":status", "")
     if status.isdigit():
         if status.startswith("1"):
             return False
         flow.status = int(status)
+    if flow.first_byte_ns is None:
+        flow.response_headers = headers
     flow.first_byte_ns = flow.first_byte_ns or time_ns
     if fields.get("grpc-status", "").isdigit():
         flow.grpc_status = int(fields["grpc-status"])

@@ -10,11 +10,13 @@ from msgspec import Struct
 from sowatch.model.identity import ProcessId
 from sowatch.model.literals import HttpProtocol, HttpSide
 
-__all__ = ["Chunk", "ConnectionKey", "Direction", "Flow", "FlowStats", "Peer", "Protocol", "Side"]
+__all__ = ["Chunk", "ConnectionKey", "Direction", "Flow", "FlowStats", "Headers", "Peer", "Protocol", "Side"]
 
 Side = HttpSide
 Protocol = HttpProtocol
 Direction = Literal["read", "write"]
+#: Names in lower case with their values.
+Headers = tuple[tuple[str, str], ...]
 
 
 class ConnectionKey(NamedTuple):
@@ -95,6 +97,8 @@ class FlowStats:
 class Flow(Struct, gc=False):
     """One request and its response. What is not known is None; HTTP/2 fields sent before the watch are ``<unknown>``.
 
+    Of header fields it has those that the table was given the names of.
+
     Times are in ns of CLOCK_MONOTONIC; sizes are those of the bodies, in bytes.
     """
 
@@ -115,6 +119,8 @@ class Flow(Struct, gc=False):
     peer: Peer | None = None
     local_port: int | None = None
     site: int = 0
+    request_headers: Headers = ()
+    response_headers: Headers = ()
 
     @property
     def ttfb_ns(self) -> int | None:

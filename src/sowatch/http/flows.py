@@ -7,13 +7,14 @@ hands out a `Flow` for each request. What it cannot decode is counted in `FlowSt
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from sowatch.http.exchanges import Http1Exchanges, Http2Exchanges
 from sowatch.http.flow import Chunk, ConnectionKey, Direction, Flow, FlowStats, Peer, Protocol, Side
 from sowatch.http.http1 import may_start_message, starts_message
 from sowatch.http.http2 import FRAME_HEAD_BYTES, PREFACE, begins_connection, looks_like_frames
+from sowatch.model.header_names import header_names
 from sowatch.model.identity import ProcessId
 
 __all__ = [
@@ -57,6 +58,7 @@ class _Connection:
         self.key = key
         self._table = table
         self.stats = table.stats
+        self.header_names = table.header_names
         self.peer: Peer | None = None
         self.local_port: int | None = None
         self.site = 0
@@ -228,6 +230,7 @@ class FlowTable:
         max_connections: are kept; the one that was idle longest is closed for another one.
         max_bytes: that wait for more, of all connections together; beyond it the same.
         keeps_query: paths keep what stands behind ``?``.
+        headers: names of header fields that flows keep; see `sowatch.model.header_names.header_names`.
     """
 
     def __init__(
@@ -237,8 +240,10 @@ class FlowTable:
         max_connections: int = MAX_CONNECTIONS,
         max_bytes: int = MAX_BYTES,
         keeps_query: bool = False,
+        headers: Iterable[str] = (),
     ) -> None:
         self._on_flow = on_flow
+        self.header_names = header_names(headers)
         self._max = max_connections
         self._max_bytes = max_bytes
         self._held = 0

@@ -7,13 +7,15 @@ body may never have been captured and are then only counted. Framing is that of 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import httptools
 from msgspec import Struct
+
+from sowatch.model.header_names import kept_value
 
 __all__ = ["MAX_HEAD_BYTES", "Http1Decoder", "Message", "may_start_message", "starts_message"]
 
@@ -81,6 +83,7 @@ class Message(Struct, gc=False):
         body_bytes: of the body without its framing.
         is_complete: its end was seen, and no byte of its framing was missed.
         is_lost: its framing was lost, so what is counted of its body may be too little.
+        headers: the fields that the decoder was given the names of, with their values.
     """
 
     begin_ns: int
@@ -93,6 +96,7 @@ class Message(Struct, gc=False):
     body_bytes: int = 0
     is_complete: bool = False
     is_lost: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class _Head:
@@ -126,6 +130,7 @@ class _Parsed(NamedTuple):
     is_chunked: bool
     has_coding: bool
     length: int | None
+    headers: tuple[tuple[str, str], ...]
 
 
 class Http1Decoder:
@@ -137,6 +142,7 @@ class Http1Decoder:
         on_end: called with a message once it has ended, complete or not.
         on_lost: called after the framing was lost: as many messages as nobody knows may have passed.
         method_of: for responses: the method of the request that the next response answers; None if it is not known.
+        names: of header fields that messages keep, in lower case.
 
     Whatever comes in, nothing is raised; memory is bounded by `MAX_HEAD_BYTES`. Any cut of the same bytes into calls
     gives the same messages.
@@ -150,8 +156,10 @@ class Http1Decoder:
         on_end: Callable[[Message], None],
         on_lost: Callable[[], None] = lambda: None,
         method_of: Callable[[], str | None] = lambda: None,
+        names: tuple[str, ...] = (),
     ) -> None:
         self._is_request = kind == "request"
+        self._names = names
         self._on_head = on_head
         self._on_end = on_end
         self._on_lost = on_lost
@@ -221,7 +229,7 @@ class Http1Decoder:
         if data[0] in b"\r\n" or data.find(b"\n\n", 0, end) >= 0:
             return False
         size = len(data) - end
-        parsed = _parse(data[:end] if size else data, self._is_request)
+        parsed = _parse(data[:end] if size else data, self._is_request, self._names)
         if parsed is None or parsed.has_coding:
             return False
         if self._is_request:
@@ -235,7 +243,7 @@ class Http1Decoder:
             or self._method_of() in ("HEAD", "CONNECT")
         ):
             return False
-        message = Message(time_ns, *parsed[:5])
+        message = Message(time_ns, *parsed[:5], headers=parsed.headers)
         self._on_head(message)
         message.body_bytes, message.end_ns, message.is_complete = size, time_ns, True
         self._on_end(message)
@@ -338,13 +346,14 @@ class Http1Decoder:
     def _take_head(self, head: bytes, time_ns: int) -> None:
         message = self._message
         assert message is not None
-        parsed = _parse(head, self._is_request)
+        parsed = _parse(head, self._is_request, self._names)
         if parsed is None:
             self._message = None
             self._lose(time_ns)
             return
         message.end_ns = time_ns
         message.method, message.target, message.status, message.version, message.host, *_ = parsed
+        message.headers = parsed.headers
         if self._is_request:
             self._on_head(message)
             if parsed.has_coding:
@@ -417,9 +426,28 @@ class Http1Decoder:
         self._on_lost()
 
 
-@lru_cache(maxsize=_CACHED_HEADS)
-def _parse(head: bytes, is_request: bool) -> _Parsed | None:
-    """What a whole head says; None: it is no head. Cached: clients send the same head again and again.
+def _parse(head: bytes, is_request: bool, names: tuple[str, ...]) -> _Parsed | None:
+    """What a whole head says; None: it is no head. Remembered: clients send the same head again and again.
+
+    By the hash of the head: the head itself has cookies, and is not kept. The hash is SipHash with a secret of this
+    process (PEP 456), unless somebody has fixed that: then nothing is remembered.
+    """
+    key = hash(head), len(head), is_request, names
+    if key in _PARSED:
+        return _PARSED[key]
+    parsed = _parse_anew(head, is_request, names)
+    if sys.flags.hash_randomization:
+        if len(_PARSED) >= _CACHED_HEADS:
+            _PARSED.clear()
+        _PARSED[key] = parsed
+    return parsed
+
+
+_PARSED: Final[dict[tuple[int, int, bool, tuple[str, ...]], _Parsed | None]] = {}
+
+
+def _parse_anew(head: bytes, is_request: bool, names: tuple[str, ...]) -> _Parsed | None:
+    """What a whole head says, from its bytes.
 
     llhttp knows the methods of the registry only and wants CR before each LF; what it refuses is given to it once more
     with another method and with both.
@@ -433,11 +461,14 @@ def _parse(head: bytes, is_request: bool) -> _Parsed | None:
         if not parsed.is_whole:
             continue
         fields: dict[str, str] = {}
+        kept: dict[str, list[str]] = {}
         for raw_name, raw_value in parsed.headers:
             name = raw_name.decode("latin-1").lower()
             if name in ("transfer-encoding", "content-length", "host"):
                 value = raw_value.decode("utf-8", "surrogateescape")
                 fields[name] = f"{fields[name]}, {value}" if name in fields and name != "host" else value
+            if name in names:
+                kept.setdefault(name, []).append(raw_value.decode("utf-8", "surrogateescape"))
         coding = fields.get("transfer-encoding")
         return _Parsed(
             head.lstrip(b"\r\n").partition(b" ")[0].decode("latin-1") if is_request else None,
@@ -448,6 +479,7 @@ def _parse(head: bytes, is_request: bool) -> _Parsed | None:
             coding is not None and coding.lower().rsplit(",")[-1].strip() == "chunked",
             coding is not None,
             _length_of(fields.get("content-length", "")),
+            tuple((name, kept_value(values)) for name, values in kept.items()),
         )
     return None
 

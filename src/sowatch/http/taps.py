@@ -29,9 +29,10 @@ class HttpTap:
         capture_bytes: of each call, at most `CAPTURE_BYTES`; what is longer is counted.
         linger_s: see `sowatch.uprobes.attacher.Attacher`.
         keeps_query: paths keep what stands behind ``?``; see docs/privacy.md.
+        headers: names of header fields that flows keep; see there, too.
 
     Raises:
-        UsageError: ``capture_bytes`` is out of range, or a pattern that is none.
+        UsageError: ``capture_bytes`` is out of range, a header that is never kept, or a pattern that is none.
 
     >>> with HttpTap(lambda found: print(found.flow.method, found.flow.path)):  # doctest: +SKIP
     ...     time.sleep(10)
@@ -48,6 +49,7 @@ class HttpTap:
         capture_bytes: int = CAPTURE_BYTES,
         linger_s: float = 5.0,
         keeps_query: bool = False,
+        headers: Collection[str] = (),
     ) -> None:
         self._capture = capture = Capture(
             on_flow,
@@ -57,6 +59,7 @@ class HttpTap:
             capture_bytes=capture_bytes,
             linger_s=linger_s,
             keeps_query=keeps_query,
+            headers=headers,
         )
         rules = family_rules(
             pattern,

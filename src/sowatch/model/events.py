@@ -246,6 +246,7 @@ class Http(Struct, frozen=True, gc=False):
         is_complete: its end was seen.
         peer: address and port of the other end of the socket.
         local_port: of the socket.
+        request_headers, response_headers: those that were named, in lower case; None: none was named.
     """
 
     event: ClassVar[Literal["http"]] = "http"
@@ -267,6 +268,8 @@ class Http(Struct, frozen=True, gc=False):
     is_complete: bool
     peer: tuple[str, int] | None
     local_port: int | None
+    request_headers: dict[str, str] | None = None
+    response_headers: dict[str, str] | None = None
 
 
 #: A library came or went; also for `isinstance`.
@@ -278,7 +281,8 @@ Event: TypeAlias = LibraryEvent | Http | ControlEvent
 def size_of(event: Event) -> int:
     """About how many bytes an event takes that shares nothing with another one; for bounds of queues."""
     if isinstance(event, Http):
-        return 500 + len(event.authority or "") + len(event.path or "")
+        headers = [*(event.request_headers or {}).items(), *(event.response_headers or {}).items()]
+        return 500 + len(event.authority or "") + len(event.path or "") + sum(200 + len(value) for _, value in headers)
     if not isinstance(event, LibraryEvent):
         return 200
     library = event.library

@@ -125,6 +125,8 @@ def _line(event: Event, seq: int) -> wire.EventLine:
                 local_port=event.local_port,
                 process=process_line(event.process),
                 library=None if event.library is None else library_line(event.library),
+                request_headers=UNSET if event.request_headers is None else event.request_headers,
+                response_headers=UNSET if event.response_headers is None else event.response_headers,
             )
         case Ready():
             return wire.Ready(
@@ -291,6 +293,8 @@ def _event(line: wire.EventLine) -> Event:
                 line.complete,
                 None if line.peer is None else (line.peer.address, line.peer.port),
                 line.local_port,
+                None if line.request_headers is UNSET else line.request_headers,
+                None if line.response_headers is UNSET else line.response_headers,
             )
         case wire.Ready():
             return Ready(

@@ -240,6 +240,13 @@ class Peer(Struct, frozen=True, gc=False):
     port: Natural
 
 
+Headers: TypeAlias = Annotated[
+    dict[str, str],
+    Meta(
+        description="The header fields that were named and are there, in lower case; left out where none was named. "
+        "`<unknown>`: it may have been sent before the watch."
+    ),
+]
 Milliseconds: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
@@ -267,6 +274,8 @@ class Http(Struct, frozen=True, gc=False):
     local_port: Natural | None
     process: Process
     library: Library | None
+    request_headers: Headers | UnsetType = UNSET
+    response_headers: Headers | UnsetType = UNSET
 
 
 class Mapping(Struct, frozen=True, gc=False):

@@ -111,10 +111,10 @@ class _Closed:
         return None
 
 
-def _attributes(event: Event) -> dict[str, str | int]:
+def _attributes(event: Event) -> Mapping[str, str | int | list[str]]:
     """The facts one would search for; what is not known is left out. OpenTelemetry's names where it has some."""
     if isinstance(event, Http):
-        return _known(_http_facts(event) | _process_facts(event.process))
+        return {**_known(_http_facts(event) | _process_facts(event.process)), **_header_facts(event)}
     if not isinstance(event, LibraryEvent):
         return {}
     library, process = event.library, event.process
@@ -162,6 +162,17 @@ def _http_facts(event: Http) -> dict[str, str | int | None]:
         "http.request.body.size": event.request_bytes,
         "http.response.body.size": event.response_bytes,
         "rpc.grpc.status_code": event.grpc_status,
+    }
+
+
+def _header_facts(event: Http) -> dict[str, list[str]]:
+    """Header fields that were named: lists by the conventions, of one string for all lines of a field."""
+    sides = (("request", event.request_headers), ("response", event.response_headers))
+    return {
+        f"http.{side}.header.{name}": [visible(value)]
+        for side, fields in sides
+        for name, value in (fields or {}).items()
+        if known(value) is not None
     }
 
 

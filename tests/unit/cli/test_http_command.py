@@ -17,3 +17,12 @@ def test_a_package_of_the_extra_that_is_missing_is_named_with_the_way_to_install
         f"sowatch: {package} is not installed, and HTTP cannot be decoded without it. "
         "Install it: pip install 'sowatch[http]'.\n"
     )
+
+
+@pytest.mark.parametrize("name", ["Cookie", "authorization"])
+def test_a_header_with_secrets_is_refused_before_anything_is_watched(name: str) -> None:
+    words = [sys.executable, "-m", "sowatch", "http", "--header", "accept", "--header", name]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"sowatch: the header {name.lower()} is never kept: ")
+    assert done.stderr.endswith("Leave it out; docs/privacy.md has what may be named.\n")

@@ -151,3 +151,14 @@ def test_the_durations_of_flows_are_metrics_by_their_names_in_the_conventions() 
             if metric.name == f"http.{side}.request.duration"
         }
         assert unit == "s"
+
+
+def test_headers_that_were_named_are_attributes_of_a_log() -> None:
+    record = logged(
+        request_headers={"x-request-id": "r-1", "accept": "<unknown>"}, response_headers={"server": "a\x1b"}
+    )
+    found = {one.key: one.value.array_value for one in record.attributes if ".header." in one.key}
+    assert {key: [one.string_value for one in value.values] for key, value in found.items()} == {
+        "http.request.header.x-request-id": ["r-1"],
+        "http.response.header.server": ["a\\x1b"],
+    }
