@@ -22,7 +22,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library
 
-__all__ = ["BuildIds", "Copies", "is_mapped_file"]
+__all__ = ["BuildIds", "Copies", "build_id_of", "is_mapped_file"]
 
 #: Larger files are not compared byte by byte.
 MAX_CONTENT: Final = 64 << 20
@@ -90,7 +90,7 @@ class Copies:
     def _build_ids(self, fd: int) -> BuildIds:
         ranges = () if self._row is None else ((self._row.start, self._row.end),)
         mapped = mapped_build_id(self._proc, self._pid, ranges)
-        return BuildIds(mapped, None if mapped is None else _build_id_of(fd))
+        return BuildIds(mapped, None if mapped is None else build_id_of(fd))
 
     def _layers(self, fd: int, path: str) -> bool | None:
         found = find_in_layers(self._proc, self._pid, self._library.id, path)
@@ -102,7 +102,8 @@ class Copies:
             close_fd(found.fd)
 
 
-def _build_id_of(place: int) -> str | None:
+def build_id_of(place: int) -> str | None:
+    """That of a regular file, by an O_PATH descriptor; "" if it has none, None if it cannot be read."""
     try:
         fd = reopen(place, os.O_RDONLY)
     except OSError:

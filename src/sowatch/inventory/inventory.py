@@ -17,7 +17,7 @@ from typing import Final, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
-from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness
+from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Library, Process, Ready
 from sowatch.model.identity import FileId, ProcessId
@@ -333,7 +333,8 @@ def _stale(
     for one in mapped[:MAX_MAPPINGS]:
         if is_over():
             break
-        answer = disk.staleness(one.process, one.library, one.ranges)
+        loaded_ns = seen_at(one.cause, one.time_ns)
+        answer = disk.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
         if answer.stale is not None:
             found[one.process.id, _file_key(one)] = answer
     return found

@@ -1,7 +1,8 @@
 """Is a mapped file still the one on disk? `Disk` answers with yes, no and how, or unknown and why. Read-only.
 
 A process names its libraries inside its own root, which a container controls: no link is taken out of that root, and
-nothing is opened but with O_PATH, except for what an overlay shows: `sowatch.inventory.copied_up` reads regular files.
+nothing is opened but with O_PATH, except for the build id of what has the place of a mapped file, and what an overlay
+shows: `sowatch.inventory.copied_up` reads regular files.
 Every read has a deadline, for a file system may not answer.
 docs/decisions/0026-staleness.md has the rules.
 """
@@ -9,6 +10,8 @@ docs/decisions/0026-staleness.md has the rules.
 from __future__ import annotations
 
 import os
+import stat
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -17,12 +20,13 @@ from typing import Final, NamedTuple, Self, TypeVar
 
 from msgspec import Struct
 
-from sowatch.inventory.copied_up import Copies
+from sowatch.inventory.copied_up import Copies, build_id_of
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
 from sowatch.inventory.roots import RootKey, Roots
 from sowatch.linux.descriptors import close_fd
-from sowatch.linux.mapped_file import is_on_overlay
+from sowatch.linux.file_times import FileTimes, file_times
+from sowatch.linux.mapped_file import is_on_overlay, mapped_build_id
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below, shows_real_inode
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
@@ -32,7 +36,7 @@ from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 from sowatch.model.literals import Staleness
 
-__all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness"]
+__all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness", "seen_at"]
 
 T = TypeVar("T")
 
@@ -116,6 +120,13 @@ class _Subject(Struct, frozen=True):
     row: MapRow | None
 
 
+class _Looked(NamedTuple):
+    """What was found out of a file, whoever maps it; ``times`` are those of the file if its path leads to it."""
+
+    answer: StaleAnswer
+    times: FileTimes | None = None
+
+
 class Disk:
     """What is on disk where a process would open its files, for one pass: answers are kept. A context manager.
 
@@ -133,7 +144,7 @@ class Disk:
         self._roots = Roots(self._proc)
         self._worker = TimeoutWorker("sowatch-disk", max_abandoned=MAX_HANGING)
         self._sights: dict[ProcessId, _Sight] = {}
-        self._answers: dict[tuple[object, ...], StaleAnswer] = {}
+        self._answers: dict[tuple[object, ...], _Looked] = {}
         #: The keys of answers that hold for the mappings of one process only.
         self._is_of_process: set[tuple[object, ...]] = set()
         #: Directories of a root in which a read hung, with the device of the file that was searched for.
@@ -151,7 +162,14 @@ class Disk:
         """Ends the thread that reads, unless it hangs. Safe to call again."""
         self._worker.close()
 
-    def staleness(self, process: Process, library: Library, ranges: Sequence[tuple[int, int]] = ()) -> StaleAnswer:
+    def staleness(
+        self,
+        process: Process,
+        library: Library,
+        ranges: Sequence[tuple[int, int]] = (),
+        *,
+        loaded_ns: int | None = None,
+    ) -> StaleAnswer:
         """Whether the file that a process has mapped is no longer the one its path names.
 
         The path is the one that the mapping has now, so a file that was renamed is judged under its new name. It is
@@ -161,10 +179,15 @@ class Disk:
         compared, if the file system shows that in stat(2). Where an overlay shows the same file, it is also asked
         whether that is a copy of what is mapped.
 
+        A file that its path leads to is ``modified`` if it was written to after it was mapped. Where that moment is
+        unknown it is after the process has started, and the file must be older than the process: one that was made
+        since was loaded later, and may not have changed.
+
         Args:
             process: who maps it.
             library: what is mapped.
             ranges: executable ranges of the mapping, as ``(start, end)``.
+            loaded_ns: when it was mapped, by the wall clock, if that was seen; see `seen_at`.
 
         Returns:
             `FRESH`, too, if the process has ended.
@@ -192,7 +215,10 @@ class Disk:
                 self._is_of_process.add(known)
                 known = (*known, process.id)
             self._answers[known] = answer
-        return self._answers[known]
+        looked = self._answers[known]
+        if looked.answer.stale is None and looked.times is not None:
+            return _modified(looked.times, process, loaded_ns)
+        return looked.answer
 
     def owners(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str | None]:
         """The packages that own files; see `sowatch.inventory.owners.owners`.
@@ -256,43 +282,72 @@ class Disk:
 
     # ---- a file -------------------------------------------------------------------------------
 
-    def _look_with_deadline(self, subject: _Subject, key: RootKey, copies: Copies) -> StaleAnswer:
+    def _look_with_deadline(self, subject: _Subject, key: RootKey, copies: Copies) -> _Looked:
         file_id = subject.library.id
         place = (key, os.path.dirname(subject.path), file_id.major, file_id.minor)
         if place in self._hanging:
-            return _cannot_tell(subject, _NO_ANSWER)
+            return _Looked(_cannot_tell(subject, _NO_ANSWER))
         timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
         try:
-            return self._worker.run(lambda: self._look(subject, copies), timeout_s)
+            looked = self._worker.run(lambda: self._look(subject, copies), timeout_s)
         except CallTimeout as timeout:
             if timeout.is_refused:
-                return _cannot_tell(subject, _TOO_MANY)
+                return _Looked(_cannot_tell(subject, _TOO_MANY))
             self._hanging.add(place)
-            return _cannot_tell(subject, _NO_ANSWER)
+            return _Looked(_cannot_tell(subject, _NO_ANSWER))
         except OSError as error:  # it ended just now, or openat2 is missing or refused
             if self._proc.stat(subject.pid) is Miss.GONE:
-                return FRESH
-            return _cannot_tell(subject, _reason_of(error))
+                return _Looked(FRESH)
+            return _Looked(_cannot_tell(subject, _reason_of(error)))
+        if looked.answer.stale is not Staleness.REPLACED:
+            return looked
+        # With a deadline of its own: a file system that has names, and no content, keeps nothing of the answer back.
+        is_same_build = self._run(partial(self._is_same_build, looked.answer.path, subject), None)
+        return looked._replace(answer=looked.answer._replace(is_same_build=is_same_build))
 
-    def _look(self, subject: _Subject, copies: Copies) -> StaleAnswer:
+    def _look(self, subject: _Subject, copies: Copies) -> _Looked:
         if subject.is_outside:
-            return _cannot_tell(subject, _OUTSIDE)
+            return _Looked(_cannot_tell(subject, _OUTSIDE))
         mapped = self._mapped(subject)
+        times: FileTimes | None = None
+
+        def on_same(fd: int) -> None:
+            nonlocal times
+            times = file_times(fd)
+
         with self._roots.open(subject.pid) as root_fd:
 
             def compare(path: str) -> _Found | str:
-                return _compare(root_fd, path, subject, mapped, copies)
+                return _compare(root_fd, path, subject, mapped, copies, on_same)
 
             # What looks like the kernel's mark may be the end of a name.
             if subject.is_deleted and compare(subject.path + _DELETED) is _Found.SAME:
-                return FRESH
+                return _Looked(FRESH, times)
             found = compare(subject.path)
             if found is _Found.ABSENT and not subject.is_deleted and subject.library.path != subject.path:
                 # Of nested overlays maps shows the inner path, where the event has the one that the process sees.
                 found = compare(subject.library.path)
                 if found not in (_Found.SAME, _Found.ABSENT):
                     found = _Found.ABSENT
-            return _judge(subject, found, compare)
+            return _Looked(_judge(subject, found, compare), times)
+
+    def _is_same_build(self, path: str | None, subject: _Subject) -> bool | None:
+        """Whether what has the file's place now has its build id, too."""
+        # The pages first: with a file that was copied up in an overlay, what was read of the file may be the copy's.
+        ranges = subject.ranges if subject.row is None else ((subject.row.start, subject.row.end),)
+        mapped = mapped_build_id(self._proc, subject.pid, ranges) or subject.library.build_id
+        if mapped is None:
+            return None
+        try:
+            with self._roots.open(subject.pid) as root_fd:
+                fd = open_below(root_fd, path or subject.path, os.O_PATH)
+        except OSError:
+            return None
+        try:
+            shown = build_id_of(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+        finally:
+            close_fd(fd)
+        return None if shown is None else shown == mapped
 
     def _mapped(self, subject: _Subject) -> _Mapped | None:
         thread = self._roots.thread_dir(subject.pid)
@@ -330,6 +385,34 @@ def _row_of(file_id: FileId, ranges: Sequence[tuple[int, int]], sight: _Sight) -
     return sight.files.get((file_id.major, file_id.minor, file_id.inode))
 
 
+def seen_at(cause: str | None, time_ns: int) -> int | None:
+    """When a file was mapped, as `Disk.staleness` takes it; None if the watch did not see that.
+
+    A process inherits by fork what was mapped before, and a snapshot or a repair finds what is there.
+
+    Args:
+        cause: that of the load.
+        time_ns: that of the load, in ns since the epoch.
+    """
+    return time_ns if cause in ("mmap", "exec") and time_ns else None
+
+
+def _modified(times: FileTimes, process: Process, loaded_ns: int | None) -> StaleAnswer:
+    """Of a file that its path leads to."""
+    now_ns = time.time_ns()
+    started_ns = process.start_ns + now_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    # The start may be rounded down to a tick, and the file system's clock lags behind by one.
+    after_ns = (started_ns if loaded_ns is None else loaded_ns) + TICK_NS
+    # A time to come was set by somebody: nobody knows when that was.
+    if not after_ns < times.written_ns <= now_ns:
+        return FRESH
+    if loaded_ns is None and times.born_ns is not None and times.born_ns > after_ns:
+        return FRESH
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(times.written_ns // 10**9))
+    since = "its process had started" if loaded_ns is None else "it was mapped"
+    return StaleAnswer(Staleness.MODIFIED, f"it was written to at {when}, after {since}")
+
+
 def _judge(subject: _Subject, found: _Found | str, compare: Callable[[str], _Found | str]) -> StaleAnswer:
     """From what the path leads to, to an answer."""
     name = given_up_name(subject.path)
@@ -364,8 +447,18 @@ def _cannot_tell(subject: _Subject, reason: str) -> StaleAnswer:
     return StaleAnswer(Staleness.DELETED) if subject.is_deleted else StaleAnswer(Staleness.UNKNOWN, reason)
 
 
-def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None, copies: Copies) -> _Found | str:
-    """What a path leads to below a root; a text says why that cannot be determined."""
+def _compare(
+    root_fd: int,
+    path: str,
+    subject: _Subject,
+    mapped: _Mapped | None,
+    copies: Copies,
+    on_same: Callable[[int], None],
+) -> _Found | str:
+    """What a path leads to below a root; a text says why that cannot be determined.
+
+    ``on_same`` gets a descriptor (O_PATH) of the very file.
+    """
     try:
         fd = open_below(root_fd, path, os.O_PATH)
     except (FileNotFoundError, NotADirectoryError):
@@ -375,9 +468,14 @@ def _compare(root_fd: int, path: str, subject: _Subject, mapped: _Mapped | None,
     try:
         found = _compare_inodes(fd, subject, mapped)
         # An overlay shows a copy under the inode number of what was copied, through the link of the mapping as well.
-        if found is not _Found.SAME or not is_on_overlay(fd):
+        if found is not _Found.SAME:
+            return found
+        if not is_on_overlay(fd):
+            on_same(fd)
             return found
         is_it = copies.is_mapped(fd, path)
+        if is_it:
+            on_same(fd)
     finally:
         close_fd(fd)
     if is_it is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sowatch.inventory.staleness import FRESH, Disk, StaleAnswer, Staleness
+from sowatch.inventory.staleness import FRESH, Disk, StaleAnswer, Staleness, seen_at
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library, Process
@@ -91,6 +92,66 @@ def test_a_library_that_an_upgrade_renamed_over_is_replaced(mapper: Mapper, make
     make_library("libold.so.new").rename(library)
 
     assert look(*mapped(mapper.pid, named(library))).stale is Staleness.REPLACED
+
+
+@pytest.mark.parametrize(("exports", "is_same_build"), [((), True), (("other",), False)])
+def test_whether_the_new_file_is_the_same_build_is_known_by_its_build_id(
+    mapper: Mapper, make_library: Any, exports: tuple[str, ...], is_same_build: bool
+) -> None:
+    library = make_library("libbuilt.so")
+    mapper.map(library)
+    make_library("new/libbuilt.so", exports).rename(library)
+
+    answer = look(*mapped(mapper.pid, named(library)))
+
+    assert answer == StaleAnswer(Staleness.REPLACED, is_same_build=is_same_build)
+
+
+def test_a_library_that_was_written_to_after_the_start_of_its_process_is_modified(
+    programs: Mapping[str, Path], make_library: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    library = make_library("libwritten.so")
+    data = library.read_bytes()
+    with Mapper(programs["mapper"], tmp_path) as running:
+        running.map(library)
+        reported = mapped(running.pid, named(library))
+        assert look(*reported) == FRESH
+
+        def is_modified() -> bool:
+            library.write_bytes(data)
+            return look(*reported).stale is Staleness.MODIFIED
+
+        wait_until(is_modified, what="a clock that is past the start of the process")
+        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(library.stat().st_mtime))
+        assert look(*reported).reason == f"it was written to at {written}, after its process had started"
+        os.utime(library, (time.time() + 3600,) * 2)  # by a clock that nobody knows
+        assert look(*reported) == FRESH
+
+
+def test_a_library_that_was_made_after_the_start_of_its_process_is_modified_only_if_its_load_was_seen(
+    mapper: Mapper, make_library: Any, wait_until: Any
+) -> None:
+    library = make_library("liblater.so")
+    data = library.read_bytes()
+    mapper.map(library)
+    loaded_ns = time.time_ns()
+    reported = mapped(mapper.pid, named(library))
+
+    def is_modified() -> bool:
+        library.write_bytes(data)
+        with Disk() as disk:
+            return disk.staleness(*reported, loaded_ns=loaded_ns).stale is Staleness.MODIFIED
+
+    with Disk() as disk:
+        assert disk.staleness(*reported, loaded_ns=loaded_ns) == FRESH
+    wait_until(is_modified, what="a clock that is past the load")
+    assert look(*reported) == FRESH
+
+
+@pytest.mark.parametrize("cause", ["fork", "snapshot", "repair", None])
+def test_only_a_load_that_was_seen_says_when_a_file_was_mapped(cause: str | None) -> None:
+    assert seen_at(cause, 5) is None
+    assert [seen_at("mmap", 5), seen_at("exec", 5)] == [5, 5]
 
 
 def test_a_library_replaced_by_a_file_of_another_kind_is_replaced(mapper: Mapper, make_library: Any) -> None:
@@ -271,7 +332,7 @@ def test_after_a_chroot_it_is_unknown_whether_what_lies_outside_is_stale(
     reported = mapped(there(library, tmp_path / "jail", "ctypes.CDLL(library); os.chroot(where)"), named(library))
 
     assert decoy.exists()
-    assert look(*reported) == (Staleness.UNKNOWN, "it lies outside the root directory that the process has now", None)
+    assert look(*reported)[:2] == (Staleness.UNKNOWN, "it lies outside the root directory that the process has now")
     library.unlink()
     assert look(*reported).stale is Staleness.DELETED
 
@@ -302,10 +363,8 @@ def test_a_path_that_another_mount_covers_is_unknown(there: Any, make_library: A
     def reported(row: MapRow) -> Mapped:
         return mapped(pid, lambda other: other.start == row.start)
 
-    assert look(*reported(lower)) == (
-        Staleness.UNKNOWN,
-        "its path leads to another mount: its own was covered or unmounted",
-        None,
+    assert look(*reported(lower)) == StaleAnswer(
+        Staleness.UNKNOWN, "its path leads to another mount: its own was covered or unmounted"
     )
     assert look(*reported(upper)) == FRESH
 
@@ -383,9 +442,9 @@ def test_a_rest_of_an_installer_that_was_deleted_too_is_stale_under_its_base_nam
     reported = mapped(mapper.pid, named(library))
     base = library.with_name("librest.so")
 
-    assert look(*reported) == (Staleness.DELETED, None, str(base))
+    assert look(*reported) == StaleAnswer(Staleness.DELETED, None, str(base))
     make_library("librest.so")
-    assert look(*reported) == (Staleness.REPLACED, None, str(base))
+    assert look(*reported)[:3] == (Staleness.REPLACED, None, str(base))
 
 
 def test_a_name_that_ends_like_the_kernels_mark_is_no_mark(mapper: Mapper, make_library: Any) -> None:
@@ -432,10 +491,8 @@ def test_a_file_system_that_does_not_answer_is_unknown_and_keeps_nobody_else_wai
     with SilentFileSystem(tmp_path / "mnt", make_library("libserved.so"), honest) as silent, Disk() as disk:
         assert look(*mapped(silent.pid, named(silent.path))) == FRESH
         silent.fall_silent()
-        assert disk.staleness(*mapped(silent.pid, named(silent.path))) == (
-            Staleness.UNKNOWN,
-            "its file system does not answer",
-            None,
+        assert disk.staleness(*mapped(silent.pid, named(silent.path))) == StaleAnswer(
+            Staleness.UNKNOWN, "its file system does not answer"
         )
         assert silent.asked.is_set()
         assert disk.staleness(*mapped(silent.pid, named(honest))) == FRESH
