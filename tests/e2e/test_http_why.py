@@ -200,12 +200,13 @@ NOBODY = """
 import os, sys
 import sowatch.explain, sowatch.explain.looks, sowatch.linux.tls_libraries  # nobody may not read them
 from sowatch.cli._http_why import Named, why_no_flows
+from sowatch.explain.probing import tls_line
 from sowatch.http.taps import HttpTap
 from sowatch.linux.proc import ProcFs
 pid = int(sys.argv[1])
 tap = HttpTap(print, pids=[pid])
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-print(why_no_flows(Named(ProcFs(), [pid], None, None).without_flows(tap)[pid]))
+print(why_no_flows(tls_line(Named(ProcFs(), [pid], None, None).without_flows(tap)[pid])))
 """
 
 

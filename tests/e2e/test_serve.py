@@ -313,7 +313,7 @@ def test_the_client_shows_and_orders(agent: Agent, mapper: Mapper, library: Path
     assert "is not registered" in refused.stderr
     assert debug(agent, "attach", str(mapper.pid), "--rule", "mine").returncode == 0
     assert str(library) in debug(agent, "inventory").stdout
-    assert f"pid            {mapper.pid}" in debug(agent, "explain", str(mapper.pid)).stdout
+    assert debug(agent, "explain", str(mapper.pid)).stdout.startswith(f"process    {mapper.pid} mapper, ")
     assert debug(agent, "explain", str(library), "--json").stdout.startswith('{"schema":1,"event":"explain"')
     assert debug(agent, "audit").stdout.startswith("0 differences; ")
     assert debug(agent, "blocked").stdout == "RULE  PATH  REASON\n"
@@ -333,7 +333,7 @@ def test_the_client_shows_and_orders(agent: Agent, mapper: Mapper, library: Path
         (["traced", "1"], 2, "takes nothing else"),
         (["traced", "--rule", "x"], 2, "--rule says nothing"),
         (["explain", "4194303"], 1, "no process 4194303"),
-        (["attach", "1", "--rule", "other"], 1, 'Module "other" is not enabled'),
+        (["attach", "1", "--rule", "other"], 1, "the agent has no rule 'other'. Use one of: mine."),
     ],
 )
 def test_the_client_says_what_is_wrong(agent: Agent, words: list[str], code: int, said: str) -> None:

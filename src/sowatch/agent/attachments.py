@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from msgspec import to_builtins
 from msgspec.structs import replace
 
 from sowatch.agent.actions import Actions, RuleAction
 from sowatch.agent.http_flows import HttpFlows
-from sowatch.explain import AttachmentReport, PathReport, ProbeReport, ProcessReport, attachment_dict
+from sowatch.explain import AttachmentReport, PathReport, ProbeReport, ProcessReport, attachment_line
 from sowatch.model.errors import SowatchError
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_dict
@@ -61,6 +62,7 @@ class Attachments:
             "rule": rule.name,
             "pattern": rule.pattern,
             "kind": sorted(rule.kind),
+            "kinds": sorted(rule.kind),
             "exports": sorted(rule.exports),
             "action": None if action is None else _action_dict(action),
             "files": [] if action is None else [_file_dict(name, file) for file in action.files()],
@@ -105,7 +107,7 @@ def _action_dict(action: RuleAction) -> dict[str, Any]:
 
 
 def _file_dict(rule: str, file: AttachedFile) -> dict[str, Any]:
-    return {"library": library_dict(file.library), **attachment_dict(_report(rule, file))}
+    return {"library": library_dict(file.library), **to_builtins(attachment_line(_report(rule, file)))}
 
 
 def _report(rule: str, file: AttachedFile) -> AttachmentReport:

@@ -25,7 +25,7 @@ from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.explain import PathReport, ProcessReport, to_dict
-from sowatch.explain.audit import AuditReport
+from sowatch.explain.audit import AuditReport, audit_line
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
@@ -34,7 +34,7 @@ from sowatch.model.stats import Mapped
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
 from sowatch.watcher.watcher import Watcher
 
-__all__ = ["Readiness", "WebApp", "audit_dict", "inventory_dict"]
+__all__ = ["Readiness", "WebApp", "inventory_dict"]
 
 T = TypeVar("T")
 
@@ -277,7 +277,7 @@ class WebApp:
             report = (await _shared(self._shared_audit(submit, age_s)))[1]
         except SowatchError as error:
             return _refusal(error, 503)
-        return _json(audit_dict(report))
+        return _json(audit_line(report, self._watcher.stats))
 
     def _shared_audit(
         self, submit: Callable[..., Future[tuple[float, AuditReport]]], age_s: float
@@ -330,29 +330,6 @@ def inventory_dict(mapped: Sequence[Mapped]) -> dict[str, Any]:
         "mappings": len(mapped),
         "libraries": list(libraries.values()),
         "processes": list(processes.values()),
-    }
-
-
-def audit_dict(report: AuditReport) -> dict[str, Any]:
-    """The report as the object of ``GET /audit``."""
-    return {
-        "schema": SCHEMA,
-        "event": "audit",
-        "processes": report.processes,
-        "mappings": report.mappings,
-        "unreadable": report.unreadable,
-        "unread": list(report.unread),
-        "seconds": round(report.seconds, 6),
-        "differences": [
-            {
-                "kind": one.kind,
-                "pid": one.pid,
-                "path": one.path,
-                "inode": one.inode,
-                "range": [f"{one.start:x}", f"{one.end:x}"],
-            }
-            for one in report.differences
-        ],
     }
 
 

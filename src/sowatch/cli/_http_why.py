@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sowatch.explain.probing import TlsAnswer
     from sowatch.http.taps import HttpTap
     from sowatch.linux.tls_libraries import TlsLook
+    from sowatch.model import wire_explain
     from sowatch.model.events import Process
 
 __all__ = ["Named", "why_no_flows"]
@@ -42,14 +43,14 @@ _WHY: Final = {
 }
 
 
-def why_no_flows(answer: TlsAnswer) -> str:
+def why_no_flows(answer: wire_explain.Tls) -> str:
     """One sentence, with the libraries that it is about."""
     said = _WHY[answer.state]
     if answer.reason is not None:
         said = f"{said.rstrip('.')}: {visible(answer.reason)}"
     if answer.calls:
         said += f" ({answer.calls} calls, {answer.flows} flows)"
-    return said + "".join(f" {visible(path)}" for path in answer.files[:3])
+    return said + "".join(f" {visible(path)}" for path in answer.libraries[:3])
 
 
 class Named:

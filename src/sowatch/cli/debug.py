@@ -25,7 +25,7 @@ Examples:
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from sowatch.cli._client import Agent
@@ -33,8 +33,10 @@ from sowatch.cli._options import DEFAULT_SOCKET
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser, pid
 from sowatch.cli._table import write_table
+from sowatch.cli.audit import show_answer as show_audit
+from sowatch.cli.explain import show_answer as show_explanation
 from sowatch.model.encoding import dumps
-from sowatch.model.errors import UsageError
+from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
 
 _ROUTES: Final = {
@@ -43,7 +45,6 @@ _ROUTES: Final = {
     "clear-blocked": "/debug/clear_blocked",
     "telemetry": "/debug/telemetry",
     "inventory": "/inventory",
-    "audit": "/audit",
 }
 _ORDERS: Final = ("attach", "detach")
 _WITH_TARGET: Final = (*_ORDERS, "explain")
@@ -62,15 +63,17 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     action, target = _action(args.patterns, has_rule=args.rule is not None)
     if args.rule is not None and action not in _WITH_TARGET:
         raise UsageError(f"--rule says nothing to {action}. Leave it out.")
-    agent = Agent(args.socket)
+    agent = Agent(args.socket, option="--socket")
     if action in _ORDERS:
         return _order(agent, action, _pid(target), args.rule, out, warn)
+    if action == "audit":
+        return show_audit(agent, out, as_json=args.json)
     if action == "explain":
         key = "rule" if args.rule is not None else "pid" if target.isascii() and target.isdigit() else "path"
         target = target if args.rule is None else args.rule
-        found = agent.explain(key, target)
-    else:
-        found = agent.get(_ROUTES[action])
+        show_explanation(agent, agent.explain(key, target), out, as_json=args.json)
+        return 0
+    found = agent.get(_ROUTES[action])
     if args.json or action == "telemetry":
         lines = found if action == "telemetry" and not args.json else [found]
         for line in lines:
@@ -78,11 +81,11 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     else:
         _SHOW[action](found, out)
     out.flush()
-    return 1 if action == "audit" and found["differences"] else 0
+    return 0
 
 
 def _action(words: list[str], *, has_rule: bool) -> tuple[str, str]:
-    known = [*_ROUTES, *_WITH_TARGET]
+    known = [*_ROUTES, "audit", *_WITH_TARGET]
     if not words:
         raise UsageError(f"say what: one of {', '.join(known)}. See `sowatch debug --help`.")
     action, *rest = words
@@ -107,7 +110,10 @@ def _pid(text: str) -> int:
 
 def _order(agent: Agent, action: str, target: int, rule: str | None, out: Out, warn: Callable[[str], None]) -> int:
     """Attach or detach, for one rule or for all; 1 if none of them had anything to do."""
-    rules = [rule] if rule is not None else agent.get("/readyz")["rules"]
+    known = agent.ready()["rules"]
+    if rule is not None and rule not in known:
+        raise SowatchError(f"the agent has no rule {rule!r}. Use one of: {', '.join(known)}.")
+    rules = known if rule is None else [rule]
     refusals = []
     for name in rules:
         status, text = agent.post(f"/debug/{action}-pid", {"pid": target, "type": name})
@@ -161,47 +167,9 @@ def _inventory(found: Any, out: Out) -> None:
     write_table(out, ("PROCESSES", "RULE", "BUILD ID", "PATH"), table, right=(0,))
 
 
-def _audit(found: Any, out: Out) -> None:
-    for hung in found["unread"]:
-        out.write(f"unread   {hung:>8} the kernel does not answer who reads its mappings\n")
-    for one in found["differences"]:
-        out.write(f"{one['kind']:<8} {one['pid']:>8} {'-'.join(one['range'])} {visible(one['path'])}\n")
-    out.write(
-        f"{len(found['differences'])} differences; {found['processes']} processes, {found['mappings']} mappings, "
-        f"{found['unreadable']} unreadable\n"
-    )
-
-
-def _explain(found: Any, out: Out) -> None:
-    for line in outline(found):
-        out.write(f"{line}\n")
-
-
-def outline(value: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested objects as indented lines; what is null or empty is left out."""
-    for key, one in value.items():
-        if one is None or one in ([], {}, ""):
-            continue
-        if isinstance(one, dict):
-            yield f"{indent}{key}"
-            yield from outline(one, indent + "  ")
-        elif isinstance(one, list) and isinstance(one[0], dict):
-            for item in one:
-                yield f"{indent}{key}"
-                yield from outline(item, indent + "  ")
-        elif isinstance(one, list):
-            words = ["-".join(map(str, item)) if isinstance(item, list) else str(item) for item in one]
-            yield f"{indent}{key:<14} {visible(' '.join(words))}"
-        else:
-            text = str(one).lower() if isinstance(one, bool) else str(one)
-            yield f"{indent}{key:<14} {visible(text)}"
-
-
 _SHOW: Final[dict[str, Callable[[Any, Out], None]]] = {
     "traced": _traced,
     "blocked": _blocked,
     "clear-blocked": _cleared,
     "inventory": _inventory,
-    "audit": _audit,
-    "explain": _explain,
 }

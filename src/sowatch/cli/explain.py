@@ -51,12 +51,17 @@ Examples:
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import UNSET, UnsetType
+
+from sowatch.cli._agent import add_agent, explanation_of, refuse_own_watch
+from sowatch.cli._client import Agent
 from sowatch.cli._http_why import why_no_flows
-from sowatch.cli._options import DEFAULT_SOCKET, add_format, add_kinds, add_strategy, selection_of, wants_json
+from sowatch.cli._options import add_format, add_kinds, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli.watch import warn_of_fallback
@@ -66,17 +71,8 @@ from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
 
 if TYPE_CHECKING:
-    from sowatch.explain import (
-        Blocked,
-        FileLook,
-        MappedIn,
-        MappingReport,
-        PathReport,
-        ProcessReport,
-        RuleAnswer,
-        Seen,
-        VerdictAnswer,
-    )
+    from sowatch.model import wire_explain as wire
+    from sowatch.model.wire import Library
 
 _LABEL_WIDTH: Final = 10
 _MOST_RANGES: Final = 4
@@ -160,13 +156,7 @@ def configure(parser: Parser) -> None:
         "Default: every file of the kinds asked for",
     )
     add_kinds(parser, default="library")
-    parser.add_argument(
-        "--agent",
-        nargs="?",
-        const=DEFAULT_SOCKET,
-        metavar="SOCKET",
-        help=f"ask the agent there instead, which shows what its rules have attached, too. Default: {DEFAULT_SOCKET}",
-    )
+    add_agent(parser)
     add_strategy(parser)
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
@@ -179,11 +169,17 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         raise UsageError("give one PID or PATH. See `sowatch explain --help`.")
     (target,) = args.patterns
     as_json = wants_json(args)
-    if args.agent is not None:
-        return _ask_agent(args, target, out, as_json=as_json)
+    if args.agent is None:
+        show_explanation(_examine(args, target, warn), out, as_json=as_json)
+    else:
+        _ask_agent(args, target, out, as_json=as_json)
+    return 0
+
+
+def _examine(args: Namespace, target: str, warn: Callable[[str], None]) -> wire.ProcessReport | wire.PathReport:
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
     selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
-    from sowatch.explain import ProcessReport, check_process, to_dict
+    from sowatch.explain import check_process, explanation
     from sowatch.watcher.watcher import Watcher
 
     pid = _pid(target, selection.config.proc_root)
@@ -192,27 +188,37 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     with Watcher(*selection.rules, config=selection.config) as watcher:
         if watcher.ready is not None:
             warn_of_fallback(watcher.ready, warn)
-        report = watcher.explain(target if pid is None else pid)
-    if as_json:
-        out.write(dumps(to_dict(report)) + "\n")
-    else:
-        lines = _process(report) if isinstance(report, ProcessReport) else _path(report)
-        out.write("".join(f"{line.rstrip()}\n" for line in lines))
-    out.flush()
-    return 0
+        return explanation(watcher.explain(target if pid is None else pid))
 
 
-def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> int:
+def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> None:
     if args.rule or args.kind:
         raise UsageError("--rule and --kind are for a watch of its own. Leave them out, or --agent.")
-    from sowatch.cli._client import Agent
-    from sowatch.cli.debug import outline
+    refuse_own_watch(args)
+    agent = Agent(args.agent)
+    if target.isascii() and target.isdigit():
+        show_answer(agent, agent.explain("pid", target), out, as_json=as_json)
+    else:
+        show_answer(agent, agent.explain("path", os.path.abspath(target)), out, as_json=as_json)
 
-    key = "pid" if target.isascii() and target.isdigit() else "path"
-    found = Agent(args.agent).explain(key, target)
-    out.write("".join(f"{line}\n" for line in ([dumps(found)] if as_json else outline(found))))
+
+def show_answer(agent: Agent, found: Any, out: Out, *, as_json: bool) -> None:
+    """Write an agent's explanation: for programs as it came, for people as if it were made here."""
+    show_explanation(found if as_json else explanation_of(agent, found), out, as_json=as_json)
+
+
+def show_explanation(found: wire.ProcessReport | wire.PathReport | wire.RuleReport, out: Out, *, as_json: bool) -> None:
+    """Write it for programs or for people."""
+    if as_json:
+        lines: Iterable[str] = [dumps(found)]
+    elif found.target == "process":
+        lines = _process(found)
+    elif found.target == "path":
+        lines = _path(found)
+    else:
+        lines = _rule_report(found)
+    out.write("".join(f"{line.rstrip()}\n" for line in lines))
     out.flush()
-    return 0
 
 
 def _pid(target: str, proc_root: str) -> int | None:
@@ -231,10 +237,8 @@ def _line(label: str, text: str) -> str:
     return f"{label:<{_LABEL_WIDTH}} {text}"
 
 
-def _process(report: ProcessReport) -> Iterator[str]:
-    from sowatch.model.lines import stamp
-
-    process, followed, known = report.process, report.followed, report.known
+def _process(report: wire.ProcessReport) -> Iterator[str]:
+    process, kernel, known = report.process, report.kernel, report.map
     about = [
         f"{process.pid} {visible(process.comm or '-')}",
         *([] if process.uid is None else [f"uid {process.uid}"]),
@@ -249,22 +253,22 @@ def _process(report: ProcessReport) -> Iterator[str]:
     if process.container:
         yield _line("container", visible(process.container))
     state = [report.state.replace("_", " "), f"{report.threads} thread{'s' * (report.threads != 1)}"]
-    if report.is_32bit is not None:
-        state.append("32-bit" if report.is_32bit else "64-bit")
+    if report.bits is not None:
+        state.append(f"{report.bits}-bit")
     if report.state == "running":
-        state.append("leader alive" if report.is_leader_alive else "its leader has ended, other threads go on")
+        state.append("leader alive" if report.leader_alive else "its leader has ended, other threads go on")
     yield _line("state", ", ".join(state))
-    if followed is None or not followed.activity:
-        is_settled = followed is not None
+    if kernel is None or not kernel.followed:
+        is_settled = kernel is not None
         yield _line("kernel", "does not track it" + (": it did, and nothing of it was wanted" if is_settled else ""))
     else:
-        rescan = "it needs a rescan" if followed.needs_rescan else "no rescan is needed"
-        known_ranges = f"{followed.range_count} ranges known"
-        yield _line("kernel", f"tracks it: activity generation {followed.activity}, {known_ranges}, {rescan}")
-    if known is None or report.known_since_ns is None:
+        rescan = "it needs a rescan" if kernel.dirty else "no rescan is needed"
+        known_ranges = f"{kernel.range_count} ranges known"
+        yield _line("kernel", f"tracks it: activity generation {kernel.touches}, {known_ranges}, {rescan}")
+    if known is None or known.since is None:
         yield _line("map", "does not know it")
     else:
-        yield _line("map", f"knows it since {stamp(report.known_since_ns)}, {len(known.files)} files")
+        yield _line("map", f"knows it since {known.since}, {known.files} files")
     for one in report.mappings:
         yield ""
         yield from _mapping(one)
@@ -272,43 +276,45 @@ def _process(report: ProcessReport) -> Iterator[str]:
         yield ""
     for extra in report.extra:
         what = "the map has" if extra.kind == "extra" else "the map has not"
-        yield _line("difference", f"{what} {extra.start:x}-{extra.end:x} {visible(extra.path)}")
+        yield _line("difference", f"{what} {'-'.join(extra.range)} {visible(extra.path)}")
     if report.http is not None:
         yield ""
         yield _line("http", why_no_flows(report.http))
     yield from _notes(report.notes)
 
 
-def _mapping(one: MappingReport) -> Iterator[str]:
+def _mapping(one: wire.MappingReport) -> Iterator[str]:
     library = one.library
     deleted = " (deleted)" * library.deleted
     yield f"{visible(library.path)}{deleted}"
     yield _line("  ranges", _ranges(one.ranges, one.range_count))
-    yield _line("  file", f"{library.id} {_ID_FROM[one.id_from]}; to this process: {library.kind}")
+    yield _line("  file", f"{_id(library)} {_ID_FROM[one.id_from]}; to this process: {library.kind}")
     yield _line("  seen", _seen(one.seen) if one.seen else _UNTOLD[one.untold or "not_in_map"])
     yield from _rules(one.rules, "  ")
     yield _line("  verdict", _verdict(one.verdict))
-    yield from _look(one.look, "  ", library.build_id, library.soname)
+    yield from _look(one.file, "  ", library.build_id, library.soname)
     yield from _activations(one.activations, "  ")
+    yield from _attachments(one.attachments, "  ")
     yield from _blocked(one.blocked, "  ")
     for why in one.unprobed:
         yield _line("  uprobes", f"the kernel puts {_UNPROBED[why]}")
     for difference in one.differences:
-        yield _line("  differs", f"the map has not {difference.start:x}-{difference.end:x}")
+        yield _line("  differs", f"the map has not {'-'.join(difference.range)}")
 
 
-def _path(report: PathReport) -> Iterator[str]:
+def _path(report: wire.PathReport) -> Iterator[str]:
     yield _line("path", visible(report.path))
     if report.resolved != report.path:
         yield _line("leads to", visible(report.resolved))
     yield _line("type", _type_of(report))
     for one in report.ids:
-        yield _line("file", f"{one.id} {_ID_FROM[one.id_from]}")
+        yield _line("file", f"{_id(one)} {_ID_FROM[one.id_from]}")
     yield from _rules(report.rules, "")
-    if report.file_type is not None:
+    if report.type is not None:
         yield _line("verdict", _verdict(report.verdict))
-        yield from _look(report.look, "", report.look.build_id, report.look.soname)
+        yield from _look(report.file, "", report.file.build_id or None, report.file.soname or None)
     yield from _activations(report.activations, "")
+    yield from _attachments(report.attachments, "")
     yield from _blocked(report.blocked, "")
     if report.mapped:
         yield ""
@@ -316,18 +322,55 @@ def _path(report: PathReport) -> Iterator[str]:
     yield from _notes(report.notes)
     if report.unreadable:
         yield _line("note", f"{report.unreadable} process{'es' * (report.unreadable != 1)} could not be read.")
-    if report.is_hidden:
+    if report.hidden:
         yield _line("note", "/proc hides processes of other users (hidepid), nobody knows how many.")
 
 
-def _type_of(report: PathReport) -> str:
-    if report.file_type is not None:
-        return "memory, which no directory has" if report.file_type == "memory" else report.file_type
-    is_absent = report.look.elf == "gone"
+def _rule_report(report: wire.RuleReport) -> Iterator[str]:
+    yield _line("rule", visible(report.rule))
+    if report.pattern is not None:
+        yield _line("pattern", visible(report.pattern))
+    yield _line("kinds", ", ".join(report.kind))
+    if report.exports:
+        yield _line("exports", ", ".join(map(visible, report.exports)))
+    yield from _outline(report.action or {}, "action")
+    for file in report.files:
+        yield ""
+        yield visible(file.library.path)
+        yield _line("  file", _id(file.library))
+        yield from _attachments([file], "  ", with_rule=False)
+    if report.calls:
+        yield ""
+    for call in report.calls:
+        yield _line("calls", ", ".join(f"{key} {visible(str(value))}" for key, value in call.items()))
+    for block in report.blocked:
+        yield _line("blocked", f"{visible(block.path)} for {block.seconds_left:.0f} s more: {one_line(block.reason)}")
+
+
+def _outline(value: dict[str, Any], label: str) -> Iterator[str]:
+    """Nested facts, a line each; what is null or empty is left out."""
+    for key, one in value.items():
+        if isinstance(one, dict):
+            yield from _outline(one, f"{label} {key}")
+        elif one not in (None, [], ""):
+            words = ", ".join(map(str, one)) if isinstance(one, list) else str(one).lower()
+            yield _line(label, f"{key.replace('_', ' ')} {visible(words)}")
+
+
+def _id(one: wire.FileIdentity | Library) -> str:
+    """As `sowatch.model.identity.FileId` shows it."""
+    generation = f".{one.generation}" if one.generation else ""
+    return f"{one.dev}/{one.inode}{generation}" + (f"@{one.subvol}" if one.subvol else "")
+
+
+def _type_of(report: wire.PathReport) -> str:
+    if report.type is not None:
+        return "memory, which no directory has" if report.type == "memory" else report.type
+    is_absent = report.file.elf == "gone"
     return f"{'nothing is there' if is_absent else 'cannot be determined'}: {report.error}"
 
 
-def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
+def _mapped(found: Sequence[wire.MappedIn]) -> Iterator[str]:
     rows = [
         (
             str(one.process.pid),
@@ -345,20 +388,18 @@ def _mapped(found: Sequence[MappedIn]) -> Iterator[str]:
         yield "  ".join([pid.strip().rjust(widths[0]), *rest])
 
 
-def _seen(seen: Seen) -> str:
-    from sowatch.model.lines import stamp
-
-    return f"{seen.cause} at {stamp(seen.time_ns)}"
+def _seen(seen: wire.Seen) -> str:
+    return f"{seen.cause} at {seen.time}"
 
 
-def _ranges(ranges: Sequence[tuple[int, int]], count: int | None) -> str:
-    if count is not None:
-        return f"{ranges[0][0]:x}-{ranges[0][1]:x}, and {count - 1:,} more within {ranges[1][0]:x}-{ranges[1][1]:x}"
-    shown = " ".join(f"{start:x}-{end:x}" for start, end in ranges[:_MOST_RANGES])
-    return shown + (f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else "")
+def _ranges(ranges: Sequence[Sequence[str]], count: int | UnsetType) -> str:
+    shown = ["-".join(one) for one in ranges[:_MOST_RANGES]]
+    if count is not UNSET:
+        return f"{shown[0]}, and {count - 1:,} more within {shown[1]}"
+    return " ".join(shown) + (f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else "")
 
 
-def _rules(found: Sequence[RuleAnswer], indent: str) -> Iterator[str]:
+def _rules(found: Sequence[wire.RuleAnswer], indent: str) -> Iterator[str]:
     for answer in found:
         name = visible(answer.rule)
         if answer.wants:
@@ -368,7 +409,7 @@ def _rules(found: Sequence[RuleAnswer], indent: str) -> Iterator[str]:
             yield _line(f"{indent}rule", f"{name} does not: {_WHY[answer.why or 'pattern']}{missing}")
 
 
-def _verdict(verdict: VerdictAnswer) -> str:
+def _verdict(verdict: wire.VerdictAnswer) -> str:
     if verdict.verdict == "match":
         return "match: the kernel side reports it"
     if verdict.verdict == "ignore" and not verdict.seconds_left:
@@ -380,7 +421,7 @@ def _verdict(verdict: VerdictAnswer) -> str:
     return "none: the kernel side asks when it is mapped next"
 
 
-def _look(look: FileLook, indent: str, build_id: str | None, soname: str | None) -> Iterator[str]:
+def _look(look: wire.FileLook, indent: str, build_id: str | None, soname: str | None) -> Iterator[str]:
     if look.opened_by is not None:
         yield _line(f"{indent}open", f"yes, by {look.opened_by}: {visible(look.tries[-1].path)}")
     else:
@@ -396,13 +437,30 @@ def _look(look: FileLook, indent: str, build_id: str | None, soname: str | None)
     yield _line(f"{indent}elf", ", ".join(facts))
 
 
-def _activations(found: Sequence[tuple[str, str]], indent: str) -> Iterator[str]:
-    for rule, state in found:
-        if state != "held":  # so is every file of a rule without callbacks
-            yield _line(f"{indent}active", f"{state} for rule {visible(rule)}")
+def _activations(found: Sequence[wire.Active], indent: str) -> Iterator[str]:
+    for one in found:
+        if one.state != "held":  # so is every file of a rule without callbacks
+            yield _line(f"{indent}active", f"{one.state} for rule {visible(one.rule)}")
 
 
-def _blocked(found: Sequence[Blocked], indent: str) -> Iterator[str]:
+def _attachments(
+    found: Sequence[wire.Attachment | wire.RuleFile], indent: str, *, with_rule: bool = True
+) -> Iterator[str]:
+    for one in found:
+        of_rule = f" by rule {visible(one.rule)}" * with_rule
+        users = f", {one.users} user{'s' * (one.users != 1)}" + ", lingering" * one.lingering
+        why = f": {one_line(one.reason)}" if one.reason else ""
+        yield _line(f"{indent}probes", f"{one.state}{of_rule}{users}{why}")
+        for probe in one.probes:
+            at = "" if probe.offset is None else f" at {probe.offset:#x}"
+            reason = f": {one_line(probe.reason)}" if probe.reason else ""
+            end = " (return)" * probe.is_return
+            yield _line(
+                f"{indent}probe", f"{visible(probe.symbol)}{end}{at}: {visible(probe.program)} {probe.state}{reason}"
+            )
+
+
+def _blocked(found: Sequence[wire.Blocked], indent: str) -> Iterator[str]:
     for block in found:
         left = f"{block.seconds_left:.0f} s more"
         yield _line(f"{indent}blocked", f"by rule {visible(block.rule)} for {left}: {one_line(block.reason)}")

@@ -25,6 +25,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import to_builtins
+
 from sowatch.cli._http_why import Named, why_no_flows
 from sowatch.cli._options import add_format, add_selection, add_strategy, config_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
@@ -277,18 +279,18 @@ def _show_stats(
     as_json: bool,
 ) -> None:
     """What is not known, in every output; ``without``: why processes that were named have no flows, by pid."""
+    from sowatch.explain.probing import tls_line
+
     if as_json:
         line: dict[str, Any] = {"schema": SCHEMA, "event": "http_stats", **stats}
         if without is not None:
-            from sowatch.explain.probing import tls_dict
-
-            line["without_flows"] = [{"pid": pid, **tls_dict(answer)} for pid, answer in without.items()]
+            line["without_flows"] = [{"pid": pid, **to_builtins(tls_line(answer))} for pid, answer in without.items()]
         out.write(dumps(line) + "\n")
         out.flush()
     else:
         parts = [f"{value} {name.replace('_', ' ')}" for name, value in stats.items() if value and name not in _TALLIES]
         warn(", ".join(parts) + "." if parts else "no HTTP passed a TLS library that is probed.")
         for pid, answer in (without or {}).items():
-            warn(f"flows of process {pid}: {why_no_flows(answer)}")
+            warn(f"flows of process {pid}: {why_no_flows(tls_line(answer))}")
     for failure in failures:
         warn(f"not tapped: {visible(failure.library.path)}: {visible(failure.reason)}")

@@ -8,7 +8,7 @@ and gives up on a file system that does not answer.
 from __future__ import annotations
 
 from sowatch.explain.gather import ExplainContext, check_process, explain
-from sowatch.explain.probing import AttachmentReport, ProbeReport, attachment_dict
+from sowatch.explain.probing import AttachmentReport, ProbeReport, attachment_line
 from sowatch.explain.published import Published, explain_published_file, explain_published_process
 from sowatch.explain.records import (
     Blocked,
@@ -21,6 +21,8 @@ from sowatch.explain.records import (
     Seen,
     Try,
     VerdictAnswer,
+    difference_line,
+    explanation,
     to_dict,
 )
 
@@ -39,10 +41,12 @@ __all__ = [
     "Seen",
     "Try",
     "VerdictAnswer",
-    "attachment_dict",
+    "attachment_line",
     "check_process",
+    "difference_line",
     "explain",
     "explain_published_file",
     "explain_published_process",
+    "explanation",
     "to_dict",
 ]

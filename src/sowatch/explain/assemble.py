@@ -18,17 +18,13 @@ from sowatch.explain.records import (
     Blocked,
     Candidate,
     FileLook,
-    IdSource,
     MappedIn,
     MappingReport,
-    NotReportedReason,
     PathReport,
     ProcessReport,
-    Relation,
     RuleAnswer,
     Seen,
     VerdictAnswer,
-    Why,
 )
 from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import Link, Stat
@@ -36,6 +32,7 @@ from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Kind
 from sowatch.model.rules import RuleSet
+from sowatch.model.wire_explain import IdSource, NotReportedReason, Relation, Why
 from sowatch.sources.base import Verdict
 
 __all__ = [
@@ -441,7 +438,7 @@ def path_report(
         unreadable: processes that may have it mapped, too.
         is_hidden: ``/proc`` does not show all processes.
     """
-    kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
+    kind: Kind = "other" if look.elf in ("not_elf", "not_regular") else "library"
     rule_answers = answers(rules, facts.resolved, kind, look.exports, gave_up_exports=look.gave_up_exports)
     rule = _winner(rule_answers)
     file_ids = {one.id for one in ids}

@@ -27,10 +27,13 @@ from sowatch.linux.openat import reopen
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.linux.proc_parse import MapRow, seen_path
 from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
+from sowatch.model import wire_explain, wire_reports
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
+from sowatch.model.stats import Stats
+from sowatch.model.wire import SCHEMA
 
-__all__ = ["AuditReport", "Difference", "audit"]
+__all__ = ["AuditReport", "Difference", "audit", "audit_line"]
 
 #: A difference counts if it is still the same after being read this often, this far apart.
 LOOKS: Final = 4
@@ -66,6 +69,27 @@ class AuditReport(Struct, frozen=True):
     differences: tuple[Difference, ...]
     seconds: float
     unread: tuple[int, ...] = ()
+
+
+def audit_line(report: AuditReport, stats: Stats) -> wire_reports.Audit:
+    """The object of ``sowatch audit --json`` and of ``GET /audit``; ``stats`` of the watch that was compared."""
+    return wire_reports.Audit(
+        schema=SCHEMA,
+        event="audit",
+        processes=report.processes,
+        mappings=report.mappings,
+        unreadable=report.unreadable,
+        unread=list(report.unread),
+        seconds=round(report.seconds, 6),
+        lost=stats.lost_kernel,
+        repairs=stats.repairs,
+        differences=[
+            wire_explain.Difference(one.kind, one.path, one.inode, [f"{one.start:x}", f"{one.end:x}"], one.pid)
+            for one in report.differences
+        ],
+        process_count=report.processes,
+        mapping_count=report.mappings,
+    )
 
 
 def audit(

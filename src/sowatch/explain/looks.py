@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 
 from msgspec.structs import replace
 
-from sowatch.explain.records import By, ElfState, FileLook, Range, Try
+from sowatch.explain.records import FileLook, Range, Try
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
@@ -27,6 +27,7 @@ from sowatch.linux.mapped_file import NOT_REGULAR, Place, build_id_of_copied_up,
 from sowatch.linux.openat import file_system_of, reopen
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.identity import FileId
+from sowatch.model.wire_explain import By, ElfState
 
 __all__ = ["Subject", "TimeoutWorker", "look_at", "look_at_place"]
 

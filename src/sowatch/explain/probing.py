@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
 from sowatch.linux.proc_parse import MapRow
 from sowatch.linux.tls_libraries import TlsLook
+from sowatch.model import wire_explain as wire
+from sowatch.model.wire_explain import TlsState, Unprobed
 
 __all__ = [
     "AttachmentReport",
@@ -16,15 +17,11 @@ __all__ = [
     "TlsAnswer",
     "TlsState",
     "Unprobed",
-    "attachment_dict",
+    "attachment_line",
     "tls_answer",
-    "tls_dict",
+    "tls_line",
     "unprobed",
 ]
-
-#: Why the kernel puts no uprobe into an executable mapping (valid_vma of kernel/events/uprobes.c): it is MAP_SHARED;
-#: it is writable, too; its file is of huge pages (hugetlbfs, MFD_HUGETLB).
-Unprobed: TypeAlias = Literal["shared", "writable", "hugetlb"]
 
 
 class ProbeReport(Struct, frozen=True):
@@ -55,30 +52,6 @@ class AttachmentReport(Struct, frozen=True):
     probes: tuple[ProbeReport, ...]
 
 
-#: Why a process has no HTTP flows, or that it can have some. By its files alone: ``tappable``; ``no_tls``: nothing that
-#: exports functions of OpenSSL, GnuTLS or NSS; ``unread``: they cannot be read; one of `OtherTls` in its place;
-#: ``kernel_refuses``: its mapping of the library takes no probes. By who taps: ``off``; ``not_selected``; ``refused``,
-#: for ``reason``; ``not_attached`` yet; ``no_call`` since; ``no_http`` in its calls; ``flows``.
-TlsState: TypeAlias = Literal[
-    "tappable",
-    "no_tls",
-    "unread",
-    "kernel_refuses",
-    "not_exported",
-    "go",
-    "rustls",
-    "java",
-    "static",
-    "off",
-    "not_selected",
-    "refused",
-    "not_attached",
-    "no_call",
-    "no_http",
-    "flows",
-]
-
-
 class TlsAnswer(Struct, frozen=True):
     """Why a process has no HTTP flows; ``calls`` moved bytes since it is tapped, of which ``flows`` were made."""
 
@@ -104,15 +77,9 @@ def tls_answer(look: TlsLook, unprobed_paths: Collection[str]) -> TlsAnswer:
     return TlsAnswer(look.others[0] if look.others else "no_tls")
 
 
-def tls_dict(one: TlsAnswer) -> dict[str, Any]:
+def tls_line(one: TlsAnswer) -> wire.Tls:
     """Why there are no flows, as explanations have it."""
-    return {
-        "state": one.state,
-        "reason": one.reason,
-        "libraries": list(one.files),
-        "calls": one.calls,
-        "flows": one.flows,
-    }
+    return wire.Tls(one.state, one.reason, list(one.files), one.calls, one.flows, list(one.files), one.calls, one.flows)
 
 
 def unprobed(rows: Sequence[MapRow], *, is_hugetlb: bool) -> tuple[Unprobed, ...]:
@@ -122,23 +89,10 @@ def unprobed(rows: Sequence[MapRow], *, is_hugetlb: bool) -> tuple[Unprobed, ...
     return (*found, "hugetlb") if is_hugetlb else tuple(found)
 
 
-def attachment_dict(one: AttachmentReport) -> dict[str, Any]:
+def attachment_line(one: AttachmentReport) -> wire.Attachment:
     """What a rule has attached to a file, as explanations have it."""
-    return {
-        "rule": one.rule,
-        "state": one.state,
-        "reason": one.reason,
-        "users": one.users,
-        "lingering": one.is_lingering,
-        "probes": [
-            {
-                "symbol": probe.symbol,
-                "program": probe.program,
-                "return": probe.is_return,
-                "state": probe.state,
-                "reason": probe.reason,
-                "offset": probe.offset,
-            }
-            for probe in one.probes
-        ],
-    }
+    probes = [
+        wire.Probe(probe.symbol, probe.program, probe.is_return, probe.state, probe.reason, probe.offset)
+        for probe in one.probes
+    ]
+    return wire.Attachment(one.rule, one.state, one.reason, one.users, one.is_lingering, probes)

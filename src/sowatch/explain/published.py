@@ -23,7 +23,6 @@ from sowatch.explain.records import (
     MappingReport,
     PathReport,
     ProcessReport,
-    Relation,
     RuleAnswer,
     Seen,
 )
@@ -33,6 +32,7 @@ from sowatch.model.errors import SowatchError
 from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
+from sowatch.model.wire_explain import Relation
 
 __all__ = ["Published", "explain_published_file", "explain_published_process"]
 

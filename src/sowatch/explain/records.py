@@ -1,21 +1,20 @@
-"""What an explanation is made of, and its wire form. Frozen values, no I/O.
-
-The texts of ``why``, ``untold`` and the like are fixed words, for programs; the command line has the sentences.
-"""
+"""What an explanation is made of, and its wire form. Frozen values, no I/O."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, to_builtins
 
 from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
-from sowatch.explain.probing import AttachmentReport, TlsAnswer, Unprobed, attachment_dict, tls_dict
+from sowatch.explain.probing import AttachmentReport, TlsAnswer, attachment_line, tls_line
+from sowatch.model import wire_explain as wire
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
-from sowatch.model.lines import SCHEMA, library_dict, process_dict, ranges_list, stamp
-from sowatch.model.literals import LoadCause
+from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list, stamp
+from sowatch.model.literals import Kind, LoadCause
+from sowatch.model.wire_explain import By, ElfState, IdSource, NotReportedReason, Relation, Unprobed, Why
 from sowatch.sources.base import TrackedEntry
 
 __all__ = [
@@ -30,34 +29,12 @@ __all__ = [
     "Seen",
     "Try",
     "VerdictAnswer",
+    "difference_line",
+    "explanation",
     "to_dict",
 ]
 
 Range: TypeAlias = tuple[int, int]
-
-#: Why a rule does not want a file; ``earlier_rule``: it would, but the first that does wins; ``exports_given_up``: some
-#: were not found, and the search was given up because the file contradicts itself or passes the limit of work.
-Why: TypeAlias = Literal["pattern", "kind", "exports", "exports_unknown", "exports_given_up", "earlier_rule"]
-#: Why no load of a mapping is reported: no rule wants it; the watch was narrowed down to other processes;
-#: a transient vfork child; its file's facts are still being read; it was there
-#: before a watch that was to leave that out; its exports could not be read when it was loaded;
-#: or it is not in the mapping table, though it should be.
-NotReportedReason: TypeAlias = Literal[
-    "no_rule", "not_selected", "passing", "awaiting_facts", "baseline", "unresolved", "not_in_map"
-]
-#: What a file says of itself, or why that cannot be determined.
-ElfState: TypeAlias = Literal[
-    "elf", "partial", "not_elf", "not_regular", "gone", "not_permitted", "unreadable", "no_answer", "skipped"
-]
-#: By which way a file was opened; see `Try`.
-By: TypeAlias = Literal["map_files", "root", "own_view", "layer"]
-#: Where the FileId is from: the mapping table, a verdict of the kernel side, or ``/proc`` (or stat), which
-#: shows another device on overlayfs and btrfs, and the generation only if the file can be opened.
-IdSource: TypeAlias = Literal["map", "verdict", "proc"]
-#: How a mapped file is related to a path: it is that file under that path; that file under another
-#: name; another file under that path; a deleted file that had that path; a file of which it cannot be determined.
-Relation: TypeAlias = Literal["same", "other_name", "other_file", "deleted", "unknown"]
-
 
 # ---- the report ---------------------------------------------------------------------------------
 
@@ -229,7 +206,7 @@ class PathReport(Struct, frozen=True):
     resolved: str
     file_type: str | None
     error: str | None
-    kind: str
+    kind: Kind
     ids: tuple[Candidate, ...]
     rule: str | None
     rules: tuple[RuleAnswer, ...]
@@ -253,142 +230,143 @@ class PathReport(Struct, frozen=True):
 
 
 def to_dict(report: ProcessReport | PathReport) -> dict[str, Any]:
+    """The one object of ``sowatch explain --json`` as a plain one."""
+    found: dict[str, Any] = to_builtins(explanation(report))
+    return found
+
+
+def explanation(report: ProcessReport | PathReport) -> wire.ProcessReport | wire.PathReport:
     """The one object of ``sowatch explain --json``; `sowatch.cli.explain` describes it."""
-    head = {"schema": SCHEMA, "event": "explain"}
-    return head | (_process_report(report) if isinstance(report, ProcessReport) else _path_report(report))
+    return _process_report(report) if isinstance(report, ProcessReport) else _path_report(report)
 
 
-def _process_report(report: ProcessReport) -> dict[str, Any]:
+def _process_report(report: ProcessReport) -> wire.ProcessReport:
     followed, known = report.followed, report.known
-    return {
-        "target": "process",
-        "process": process_dict(report.process),
-        "state": report.state,
-        "threads": report.threads,
-        "leader_alive": report.is_leader_alive,
-        "bits": None if report.is_32bit is None else 32 if report.is_32bit else 64,
-        "kernel": followed
-        and {
-            "followed": followed.activity > 0,
-            "touches": followed.activity,
-            "range_count": followed.range_count,
-            "ranges": ranges_list(followed.ranges),
-            "dirty": followed.needs_rescan,
-            "shares_vm": followed.shares_vm,
-        },
-        "map": known
-        and {
-            "since": None if report.known_since_ns is None else stamp(report.known_since_ns),
-            "since_ns": known.since_ns,
-            "files": len(known.files),
-            "announced": known.is_announced,
-            "awaits_reading": known.awaits_rescan,
-        },
-        "mappings": [_mapping(one) for one in report.mappings],
-        "extra": [_difference(one) for one in report.extra],
-        "withheld": report.withheld,
-        "notes": list(report.notes),
-        "http": None if report.http is None else tls_dict(report.http),
-    }
+    return wire.ProcessReport(
+        SCHEMA,
+        "explain",
+        "process",
+        process_line(report.process),
+        report.state,
+        report.threads,
+        report.is_leader_alive,
+        None if report.is_32bit is None else 32 if report.is_32bit else 64,
+        followed
+        and wire.Kernel(
+            followed.activity > 0,
+            followed.activity,
+            followed.range_count,
+            ranges_list(followed.ranges),
+            followed.needs_rescan,
+            followed.shares_vm,
+        ),
+        known
+        and wire.Map(
+            None if report.known_since_ns is None else stamp(report.known_since_ns),
+            known.since_ns,
+            len(known.files),
+            known.is_announced,
+            known.awaits_rescan,
+            len(known.files),
+        ),
+        [_mapping(one) for one in report.mappings],
+        [difference_line(one) for one in report.extra],
+        report.withheld,
+        list(report.notes),
+        None if report.http is None else tls_line(report.http),
+    )
 
 
-def _mapping(one: MappingReport) -> dict[str, Any]:
-    return {
-        "library": library_dict(one.library),
-        "id_from": one.id_from,
-        "ranges": ranges_list(one.ranges),
-        **_count(one.range_count),
-        "seen": _seen(one.seen),
-        "rule": one.rule,
-        "rules": [_rule(answer) for answer in one.rules],
-        "untold": one.untold,
-        "verdict": {"verdict": one.verdict.verdict, "seconds_left": one.verdict.seconds_left},
-        "file": _look(one.look),
-        "activations": [{"rule": rule, "state": state} for rule, state in one.activations],
-        "blocked": [_blocked(block) for block in one.blocked],
-        "differences": [_difference(difference) for difference in one.differences],
-        "unprobed": list(one.unprobed),
-        "attachments": [attachment_dict(each) for each in one.attachments],
-    }
+def _mapping(one: MappingReport) -> wire.MappingReport:
+    return wire.MappingReport(
+        library=library_line(one.library),
+        id_from=one.id_from,
+        ranges=ranges_list(one.ranges),
+        range_count=UNSET if one.range_count is None else one.range_count,
+        seen=_seen(one.seen),
+        rule=one.rule,
+        rules=[_rule(answer) for answer in one.rules],
+        untold=one.untold,
+        verdict=_verdict(one.verdict),
+        file=_look(one.look),
+        activations=[wire.Active(rule, state) for rule, state in one.activations],
+        blocked=[_blocked(block) for block in one.blocked],
+        differences=[difference_line(difference) for difference in one.differences],
+        unprobed=list(one.unprobed),
+        attachments=[attachment_line(each) for each in one.attachments],
+    )
 
 
-def _count(range_count: int | None) -> dict[str, int]:
-    return {} if range_count is None else {"range_count": range_count}
-
-
-def _path_report(report: PathReport) -> dict[str, Any]:
-    return {
-        "target": "path",
-        "path": report.path,
-        "resolved": report.resolved,
-        "type": report.file_type,
-        "error": report.error,
-        "ids": [
-            {
-                "dev": one.id.dev,
-                "inode": one.id.inode,
-                "generation": one.id.generation,
-                "subvol": one.id.subvolume,
-                "id_from": one.id_from,
-            }
+def _path_report(report: PathReport) -> wire.PathReport:
+    return wire.PathReport(
+        schema=SCHEMA,
+        event="explain",
+        target="path",
+        path=report.path,
+        resolved=report.resolved,
+        type=report.file_type,
+        error=report.error,
+        ids=[
+            wire.FileIdentity(one.id.dev, one.id.inode, one.id.generation, one.id.subvolume, one.id_from)
             for one in report.ids
         ],
-        "kind": report.kind,
-        "rule": report.rule,
-        "rules": [_rule(answer) for answer in report.rules],
-        "verdict": {"verdict": report.verdict.verdict, "seconds_left": report.verdict.seconds_left},
-        "file": _look(report.look),
-        "activations": [{"rule": rule, "state": state} for rule, state in report.activations],
-        "blocked": [_blocked(block) for block in report.blocked],
-        "attachments": [attachment_dict(each) for each in report.attachments],
-        "mapped": [
-            {
-                "process": process_dict(one.process),
-                "path": one.path,
-                "inode": one.inode,
-                "relation": one.relation,
-                "ranges": ranges_list(one.ranges),
-                **_count(one.range_count),
-                "in_map": one.in_map,
-                "seen": _seen(one.seen),
-                "unprobed": list(one.unprobed),
-            }
+        kind=report.kind,
+        rule=report.rule,
+        rules=[_rule(answer) for answer in report.rules],
+        verdict=_verdict(report.verdict),
+        file=_look(report.look, with_facts=True),
+        activations=[wire.Active(rule, state) for rule, state in report.activations],
+        blocked=[_blocked(block) for block in report.blocked],
+        attachments=[attachment_line(each) for each in report.attachments],
+        mapped=[
+            wire.MappedIn(
+                process=process_line(one.process),
+                path=one.path,
+                inode=one.inode,
+                relation=one.relation,
+                ranges=ranges_list(one.ranges),
+                range_count=UNSET if one.range_count is None else one.range_count,
+                in_map=one.in_map,
+                seen=_seen(one.seen),
+                unprobed=list(one.unprobed),
+            )
             for one in report.mapped
         ],
-        "notes": list(report.notes),
-        **({"unreadable": report.unreadable, "hidden": report.is_hidden} if report.is_open else {}),
-    }
+        notes=list(report.notes),
+        unreadable=report.unreadable if report.is_open else UNSET,
+        hidden=report.is_hidden if report.is_open else UNSET,
+    )
 
 
-def _seen(seen: Seen | None) -> dict[str, Any] | None:
-    if seen is None:
-        return None
-    return {"rule": seen.rule, "cause": seen.cause, "t_ns": seen.t_ns, "time": stamp(seen.time_ns)}
+def _seen(seen: Seen | None) -> wire.Seen | None:
+    return None if seen is None else wire.Seen(seen.rule, seen.cause, seen.t_ns, stamp(seen.time_ns))
 
 
-def _rule(answer: RuleAnswer) -> dict[str, Any]:
-    return {"rule": answer.rule, "wants": answer.wants, "why": answer.why, "missing": list(answer.missing)}
+def _rule(answer: RuleAnswer) -> wire.RuleAnswer:
+    return wire.RuleAnswer(answer.rule, answer.wants, answer.why, list(answer.missing))
 
 
-def _look(look: FileLook) -> dict[str, Any]:
-    return {
-        "opened_by": look.opened_by,
-        "tries": [{"by": one.by, "path": one.path, "error": one.error} for one in look.tries],
-        "elf": look.elf,
-        "reason": look.reason,
-        "exports": None if look.exports is None else sorted(look.exports),
-    }
+def _verdict(one: VerdictAnswer) -> wire.VerdictAnswer:
+    return wire.VerdictAnswer(one.verdict, one.seconds_left, one.verdict)
 
 
-def _blocked(block: Blocked) -> dict[str, Any]:
-    return {
-        "rule": block.rule,
-        "reason": block.reason,
-        "seconds_left": round(block.seconds_left, 3),
-        "path": block.path,
-        "since": stamp(block.time_ns),
-    }
+def _look(look: FileLook, *, with_facts: bool = False) -> wire.FileLook:
+    return wire.FileLook(
+        look.opened_by,
+        [wire.Try(one.by, one.path, one.error) for one in look.tries],
+        look.elf,
+        look.reason,
+        None if look.exports is None else sorted(look.exports),
+        look.build_id if with_facts else UNSET,
+        look.soname if with_facts else UNSET,
+    )
 
 
-def _difference(one: Difference) -> dict[str, Any]:
-    return {"kind": one.kind, "path": one.path, "inode": one.inode, "range": [f"{one.start:x}", f"{one.end:x}"]}
+def _blocked(block: Blocked) -> wire.Blocked:
+    since = stamp(block.time_ns)
+    return wire.Blocked(block.rule, block.reason, round(block.seconds_left, 3), block.path, since)
+
+
+def difference_line(one: Difference) -> wire.Difference:
+    """What the table and ``/proc`` do not agree on, of one process."""
+    return wire.Difference(one.kind, one.path, one.inode, [f"{one.start:x}", f"{one.end:x}"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+from msgspec import to_builtins
 
 from sowatch.cli._http_why import why_no_flows
-from sowatch.explain.probing import TlsAnswer, TlsState, tls_answer, tls_dict, unprobed
+from sowatch.explain.probing import TlsAnswer, tls_answer, tls_line, unprobed
 from sowatch.linux.proc_parse import parse_maps
 from sowatch.linux.tls_libraries import OtherTls, TlsFile, TlsLook
+from sowatch.model.wire_explain import TlsState
 
 
 @pytest.mark.parametrize(
@@ -67,16 +69,19 @@ def test_the_files_of_a_process_say_why_it_has_no_flows(
 @pytest.mark.parametrize("state", get_args(TlsState))
 def test_each_answer_is_a_sentence_and_an_object(state: TlsState) -> None:
     answer = TlsAnswer(state, "of\nthis", ("/lib/a\x1b.so",), calls=3, flows=1)
-    said = why_no_flows(answer)
+    said = why_no_flows(tls_line(answer))
     assert (said.startswith("none")) is (state not in ("tappable", "flows"))
     assert "of\\nthis" in said
     assert "(3 calls, 1 flows)" in said
     assert "\n" not in said
     assert "\x1b" not in said
-    assert tls_dict(answer) == {
+    assert to_builtins(tls_line(answer)) == {
         "state": state,
         "reason": "of\nthis",
         "libraries": ["/lib/a\x1b.so"],
         "calls": 3,
         "flows": 1,
+        "paths": ["/lib/a\x1b.so"],
+        "call_count": 3,
+        "flow_count": 1,
     }

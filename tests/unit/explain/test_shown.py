@@ -10,15 +10,18 @@ from msgspec.structs import replace
 
 from sowatch import cli
 from sowatch.cli import explain as command
+from sowatch.cli._agent import explanation_of
+from sowatch.cli._client import Agent
 from sowatch.engine.activation import BlockedFile, RegisteredFile
-from sowatch.explain import FileLook, Try, to_dict
+from sowatch.explain import FileLook, PathReport, ProcessReport, Try, explanation, to_dict
 from sowatch.explain.assemble import PathFacts
 from sowatch.explain.audit import Difference
 from sowatch.explain.gather import explain
 from sowatch.explain.mapped import Shown
 from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import executable_maps
-from sowatch.model.encoding import dumps
+from sowatch.model import wire_explain
+from sowatch.model.encoding import dumps, restore
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
@@ -44,8 +47,23 @@ def nasty(case: Case) -> Case:
     return case
 
 
+def shown(report: ProcessReport | PathReport) -> list[str]:
+    """As people see it; what an agent has sent is shown the same."""
+    sent = strict.loads(dumps(explanation(report)).encode())
+    lines = _lines(explanation(report))
+    assert _lines(explanation_of(Agent("/no/agent"), restore(sent))) == lines
+    return lines
+
+
+def _lines(found: wire_explain.ProcessReport | wire_explain.PathReport | wire_explain.RuleReport) -> list[str]:
+    if found.target == "process":
+        return list(command._process(found))
+    assert found.target == "path"
+    return list(command._path(found))
+
+
 def test_names_that_others_chose_are_escaped_in_the_text_of_a_process(case: Case) -> None:
-    text = "\n".join(command._process(nasty(case).report()))
+    text = "\n".join(shown(nasty(case).report()))
     assert "/tmp/lib\\x1b[31m\\n\\u202e\\xff.so" in text
     assert text.replace("\n", "").isprintable()
 
@@ -53,7 +71,7 @@ def test_names_that_others_chose_are_escaped_in_the_text_of_a_process(case: Case
 def test_names_that_others_chose_are_escaped_in_the_text_of_a_path(case: Case) -> None:
     facts = PathFacts(NASTY, f"/x{NASTY}", "regular file", None, Shown(254, 0, 100))
     report = path_of(nasty(case), facts, [mapped_in("deleted", path=NASTY, process=case.process)], case.look)
-    text = "\n".join(command._path(report))
+    text = "\n".join(shown(report))
     assert "/tmp/lib\\x1b[31m\\n\\u202e\\xff.so" in text
     assert text.replace("\n", "").isprintable()
 
@@ -64,16 +82,16 @@ def test_every_word_has_a_sentence(case: Case) -> None:
         change(one)
         for as_look in command._ELF:
             one.look = FileLook(as_look)  # type: ignore[arg-type]
-            assert list(command._process(one.report()))
+            assert shown(one.report())
     for relation in command._RELATION:
-        assert list(command._path(path_of(case, mapped=[mapped_in(relation)])))
+        assert shown(path_of(case, mapped=[mapped_in(relation)]))
     facts = replace(HERE, file_type="directory")
-    assert list(command._path(path_of(case, facts, look=FileLook("not_regular"))))
+    assert shown(path_of(case, facts, look=FileLook("not_regular")))
 
 
 def test_the_text_of_a_process_names_the_rule_the_verdict_and_the_way(case: Case) -> None:
     case.exact = {case.files[0].name.key: verdict(b"", True, None)}  # type: ignore[dict-item]
-    assert list(command._process(case.report())) == [
+    assert shown(case.report()) == [
         "process    10 nginx",
         "start      0.010000077 s after boot",
         "exe        /usr/sbin/nginx",
