@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sowatch.model.version import VERSION
+
 if TYPE_CHECKING:
     from sowatch.engine.activation import FileRegistry
     from sowatch.explain import PathReport, ProcessReport
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from sowatch.watcher.streams import awatch, watch
     from sowatch.watcher.watcher import ActiveFile, Watcher
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Activate",

@@ -120,7 +120,8 @@ def test_nobody_lists_its_own_processes(sleeper: Any) -> None:
 
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
-    (entry,) = map(json.loads, done.stdout.splitlines())
+    head, entry = map(json.loads, done.stdout.splitlines())
+    assert (head["event"], head["source"], head["strategy"]) == ("head", "watch", "procfs")
     assert entry["process"]["exe"].endswith("/sleep")
     assert entry["library"]["build_id"]
     assert entry["library"]["host_path"] == entry["library"]["path"]
@@ -313,7 +314,7 @@ def test_a_process_whose_program_has_a_path_too_long_for_proc_is_listed_without_
         check=True,
     )
 
-    (entry,) = map(json.loads, done.stdout.splitlines())
+    _, entry = map(json.loads, done.stdout.splitlines())
     assert (entry["process"]["pid"], entry["process"]["exe"]) == (process.pid, None)
 
 

@@ -338,7 +338,18 @@ def test_an_agent_of_root_gives_up_what_it_does_not_need_in_every_thread(
             assert sets == {"CapEff": mask, "CapPrm": mask, "CapBnd": mask, "CapInh": 0, "CapAmb": 0}, fields["Name"]
             assert fields["NoNewPrivs"] == "1"
         assert len(threads) > 10
-        assert agent.get("/readyz").json["outputs"] == []
+        ready = agent.get("/readyz").json
+        assert ready["outputs"] == []
+        origin = {"host.name": ready["host"], "host.id": ready["host_id"], "service.version": ready["version"]}
+        for side in (grpc_side, http_side):
+            for one in (side.logs[0].resource_logs[0], side.metrics[0].resource_metrics[0]):
+                found = {each.key: each.value.string_value for each in one.resource.attributes}
+                assert {key: value for key, value in origin.items() if value}.items() <= found.items()
+        head = json.loads((place / "events.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        assert head["event"] == "head"
+        assert {key: head[key] for key in ("host", "host_id", "boot_id", "version")} == {
+            key: ready[key] for key in ("host", "host_id", "boot_id", "version")
+        }
         assert agent.stop() == 0
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from sowatch.agent.actions import Actions
 from sowatch.agent.attachments import Attachments
@@ -33,6 +33,7 @@ from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
 from sowatch.linux.capabilities import SYS_ADMIN, drop_privileges
+from sowatch.linux.origin import origin_of
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
@@ -98,7 +99,8 @@ class Daemon:
         self._watcher = Watcher(*rules, config=settings.watch, open_source=self._open_source)
         self._flows = HttpFlows(self._watcher, self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
         self._first_flows = self._flows.prepare(settings.http)
-        self._outputs = Outputs(self._watcher, self._metrics, self._sampler)
+        self._origin = origin_of(ProcFs(settings.watch.proc_root))
+        self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
@@ -382,6 +384,7 @@ class Daemon:
                 "seconds": round(report.seconds, 3),
             }
         facts: dict[str, Any] = {
+            **asdict(self._origin),
             "strategy": ready and ready.strategy,
             "guarantee": ready and ready.guarantee,
             "limits": list(ready.limits) if ready else [],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sowatch.agent.settings import ExporterSettings, Settings, SinkSettings
+from sowatch.model.events import Origin
 from sowatch.telemetry import (
     FileSink,
     MetricRegistry,
@@ -64,9 +65,11 @@ class Outputs:
         watcher: whose events go to the sinks; before its start for those that shall have the snapshot.
         metrics: what the exporters send.
         sampler: follows both.
+        origin: where the agent runs.
     """
 
-    def __init__(self, watcher: Watcher, metrics: MetricRegistry, sampler: Sampler) -> None:
+    def __init__(self, watcher: Watcher, metrics: MetricRegistry, sampler: Sampler, origin: Origin) -> None:
+        self._origin = origin
         self._watcher = watcher
         self._metrics = metrics
         self._sampler = sampler
@@ -124,7 +127,7 @@ class Outputs:
 
     def _make(self, one: SinkSettings | ExporterSettings) -> _Output:
         if isinstance(one, SinkSettings):
-            sink = _sink(one)
+            sink = _sink(one, self._origin)
             runner = SinkRunner(sink, self._watcher.subscribe(events=one.events, limit=one.queue_events))
             return _Output(runner, sink, self._sampler.follow_sink(runner))
         exporter = self._exporter(one)
@@ -134,13 +137,19 @@ class Outputs:
     def _exporter(self, one: ExporterSettings) -> StatsdExporter | OtlpMetricsExporter:
         if one.type == "statsd":
             return StatsdExporter(self._metrics, one.address, tags=one.tags)
-        return OtlpMetricsExporter(self._metrics, one.endpoint, protocol=one.protocol)
+        return OtlpMetricsExporter(self._metrics, one.endpoint, protocol=one.protocol, resource=_resource(self._origin))
 
 
-def _sink(one: SinkSettings) -> Sink:
+def _resource(origin: Origin) -> dict[str, str]:
+    """By the OpenTelemetry conventions for resources."""
+    found = {"host.name": origin.host, "host.id": origin.host_id, "service.version": origin.version}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _sink(one: SinkSettings, origin: Origin) -> Sink:
     if one.type == "file":
         assert one.path is not None
-        return FileSink(one.path, max_bytes=one.max_bytes, max_files=one.max_files, name=one.title)
+        return FileSink(one.path, max_bytes=one.max_bytes, max_files=one.max_files, name=one.title, origin=origin)
     if one.type == "otlp":
-        return OtlpLogSink(one.endpoint, protocol=one.protocol, name=one.title)
+        return OtlpLogSink(one.endpoint, protocol=one.protocol, name=one.title, resource=_resource(origin))
     return StdoutSink(name=one.title)

@@ -4,16 +4,17 @@ With --stale only mapped files that were deleted or replaced on disk: who must r
 upgrade, with the package the file belongs to and the systemd unit or container of the process.
 It is one scan of the host without hooks, and each process is read at one moment; with --duration
 the host is watched for that time first. JSON has one object for each process and file, whatever
---by says; --by only sorts it. Where processes could not be read a last object, event "coverage",
-has their number, and --stale ends with 3: what runs on stale files may be among them. A unit of
-a user's service manager, or of a container's, is shown with the unit that runs that manager, as
-dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
+--by says; --by only sorts it. The first line, event "head", says which host that is, when it was
+scanned and how: "source":"scan" is one scan without hooks. Where processes could not be read a
+last object, event "coverage", has their number, and --stale ends with 3: what runs on stale files
+may be among them. A unit of a user's service manager, or of a container's, is shown with the unit
+that runs that manager, as dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
 
 Examples:
   sowatch list libssl                      who uses which libssl
   sowatch list --by process --pid 1234     everything one process has mapped
   sowatch list --stale                     what still runs on files that are gone
-  sowatch list --json | jq -r .library.build_id | sort | uniq -c
+  sowatch list --json | jq -r 'select(.event=="mapping").library.build_id' | sort | uniq -c
 """
 
 # Heavy modules (the watcher, rich) are imported only where they are used.
@@ -38,7 +39,7 @@ from sowatch.model import wire
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, UsageError
 from sowatch.model.escape import one_line, visible
-from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
+from sowatch.model.lines import SCHEMA, head_line, library_line, process_line, ranges_list
 from sowatch.model.literals import KINDS, ONE_SCAN
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from sowatch.inventory.coverage import Coverage
     from sowatch.inventory.staleness import Disk, StaleAnswer
     from sowatch.linux.cgroups import Unit
+    from sowatch.model.events import Ready
 
 #: The exit code where some of it takes more than this user may do; as `sowatch.model.errors.NotPermitted`.
 NOT_PERMITTED = 3
@@ -96,7 +98,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
     else:
         entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
-    _print(entries, coverage, args, out, as_json=as_json)
+    _print(_head(ready, args), entries, coverage, args, out, as_json=as_json)
     if ready.guarantee == ONE_SCAN and not as_json:
         warn("one scan: each process was read at one moment.")  # after the table: nobody may be there to read it
     open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
@@ -110,12 +112,28 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     return 0  # what could not be read is among the limits that were shown at the start
 
 
-def _print(entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool) -> None:
+def _head(ready: Ready, args: Namespace) -> wire.Head:
+    """The first line: whose mappings follow, of when, and how they were found."""
+    return replace(
+        head_line(ready.origin, ready.time_ns, 1),
+        source="watch" if ready.guarantee != ONE_SCAN or args.duration is not None else "scan",
+        strategy=ready.strategy,
+        guarantee=ready.guarantee,
+        hooks=ready.hooks,
+        limits=list(ready.limits),
+        seconds=round(ready.seconds, 6),
+    )
+
+
+def _print(
+    head: wire.Head, entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool
+) -> None:
     if as_json:
-        for seq, entry in enumerate(entries, 1):
+        out.write(dumps(head) + "\n")
+        for seq, entry in enumerate(entries, 2):
             out.write(dumps(entry.line(seq, with_owner=args.stale)) + "\n")
         if not coverage.is_complete:
-            out.write(dumps(_coverage_line(coverage, len(entries) + 1)) + "\n")
+            out.write(dumps(_coverage_line(coverage, len(entries) + 2)) + "\n")
         out.flush()
     elif args.stale:
         _stale_table(entries, out)
@@ -171,7 +189,7 @@ def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hu
 
 def _coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
     readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
-    return wire.Coverage(SCHEMA, "coverage", seq, readable)
+    return wire.Coverage(SCHEMA, "coverage", seq, readable, readable)
 
 
 class _Entry(Struct, frozen=True):

@@ -108,6 +108,7 @@ def _line(inventory: InventoryView, row: LibraryRow | ProcessRow, seq: int) -> w
             row.libraries,
             row.stale_libraries,
             row.unknown_libraries,
+            row.libraries,
         )
     return wire.LibraryRow(
         SCHEMA,

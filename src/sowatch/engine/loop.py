@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from sowatch.engine.queries import Known, KnownProcess
 from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.table import MappingTable
+from sowatch.linux.origin import origin_of
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
@@ -371,11 +371,13 @@ class Engine:
         return (f"processes that do not answer, to be read as soon as they do: {len(pids)} ({named})",)
 
     def _make_ready(self, processes: int, seconds: float) -> Event:
-        source = self._source
+        source, origin = self._source, origin_of(self._proc)
         self.ready = Ready(
             time_ns=time.time_ns(),
-            host=socket.gethostname(),
-            boot_id=self._proc.boot_id(),
+            host=origin.host,
+            host_id=origin.host_id,
+            boot_id=origin.boot_id,
+            version=origin.version,
             strategy=source.strategy,
             guarantee=source.guarantee,
             hooks=source.hooks,

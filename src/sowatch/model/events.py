@@ -30,11 +30,13 @@ __all__ = [
     "ControlEvent",
     "Deactivate",
     "Event",
+    "Head",
     "Http",
     "Library",
     "LibraryEvent",
     "Load",
     "Lost",
+    "Origin",
     "Process",
     "Ready",
     "Repaired",
@@ -180,8 +182,23 @@ class Deactivate(Struct, frozen=True, gc=False):
     time_ns: int
 
 
+class Origin(Struct, frozen=True, gc=False):
+    """Which host, which boot of it, and which sowatch.
+
+    ``host_id`` is that of machine-id(5), ``version`` that of sowatch. What could not be read is None.
+    """
+
+    host: str
+    host_id: str | None
+    boot_id: str | None
+    version: str | None
+
+
 class Ready(Struct, frozen=True, gc=False):
-    """The start-up snapshot is complete; what follows is live."""
+    """The start-up snapshot is complete; what follows is live.
+
+    ``host_id`` is that of machine-id(5), ``version`` that of sowatch.
+    """
 
     event: ClassVar[Literal["ready"]] = "ready"
 
@@ -196,6 +213,22 @@ class Ready(Struct, frozen=True, gc=False):
     processes: int
     mappings: int
     seconds: float
+    host_id: str | None = None
+    version: str | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """Where this watch runs."""
+        return Origin(self.host, self.host_id, self.boot_id, self.version)
+
+
+class Head(Struct, frozen=True, gc=False):
+    """The first line of a file of events: whose they are. No watch gives it, `sowatch.decode` does."""
+
+    event: ClassVar[Literal["head"]] = "head"
+
+    time_ns: int
+    origin: Origin
 
 
 class Lost(Struct, frozen=True, gc=False):

@@ -21,10 +21,12 @@ from sowatch.model.events import (
     Activate,
     Deactivate,
     Event,
+    Head,
     Http,
     Library,
     Load,
     Lost,
+    Origin,
     Process,
     Ready,
     Repaired,
@@ -38,6 +40,7 @@ from sowatch.model.wire import SCHEMA
 __all__ = [
     "SCHEMA",
     "decode",
+    "head_line",
     "library_dict",
     "library_line",
     "process_dict",
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 
-def to_json(event: Event, seq: int) -> str:
+def to_json(event: Event | Head, seq: int) -> str:
     """One line of ``--json``, without its newline: ASCII, control characters escaped, no lone surrogates.
 
     Args:
@@ -59,7 +62,7 @@ def to_json(event: Event, seq: int) -> str:
     return dumps(_line(event, seq))
 
 
-def to_dict(event: Event, seq: int) -> dict[str, Any]:
+def to_dict(event: Event | Head, seq: int) -> dict[str, Any]:
     """The same as the plain object that such a line holds.
 
     Names that are not UTF-8 are in it as `sowatch.model.encoding` writes them.
@@ -68,7 +71,7 @@ def to_dict(event: Event, seq: int) -> dict[str, Any]:
     return found
 
 
-def _line(event: Event, seq: int) -> wire.EventLine:
+def _line(event: Event | Head, seq: int) -> wire.EventLine:
     time = stamp(event.time_ns)
     match event:
         case Load():
@@ -141,8 +144,14 @@ def _line(event: Event, seq: int) -> wire.EventLine:
                 hooks=event.hooks,
                 limits=list(event.limits),
                 attempts=[wire.Attempt(*attempt) for attempt in event.attempts],
-                snapshot=wire.Snapshot(event.processes, event.mappings, round(event.seconds, 6)),
+                snapshot=wire.Snapshot(
+                    event.processes, event.mappings, round(event.seconds, 6), event.processes, event.mappings
+                ),
+                host_id=event.host_id,
+                version=event.version,
             )
+        case Head():
+            return head_line(event.origin, event.time_ns, seq)
         case Lost():
             return wire.Lost(SCHEMA, "lost", seq, time, event.count, event.where)
         case Repaired():
@@ -150,6 +159,20 @@ def _line(event: Event, seq: int) -> wire.EventLine:
             return wire.Repaired(SCHEMA, "repaired", seq, time, event.loads, event.unloads, seconds)
         case Stopped():
             return wire.Stopped(SCHEMA, "stopped", seq, time, event.loads, event.unloads, event.lost)
+
+
+def head_line(origin: Origin, time_ns: int, seq: int) -> wire.Head:
+    """The first line of a file of events."""
+    return wire.Head(
+        schema=SCHEMA,
+        event="head",
+        seq=seq,
+        time=stamp(time_ns),
+        host=origin.host,
+        host_id=origin.host_id,
+        boot_id=origin.boot_id,
+        version=origin.version,
+    )
 
 
 def process_line(process: Process) -> wire.Process:
@@ -226,7 +249,7 @@ _LINES: Final[dict[str, type[wire.EventLine]]] = {kind.__name__.lower(): kind fo
 _DECODERS: Final[dict[str, Callable[[str | bytes], wire.EventLine]]] = {}
 
 
-def decode(line: str | bytes) -> Event:
+def decode(line: str | bytes) -> Event | Head:
     r"""The event in one line of ``sowatch watch --json``, of ``/events`` or of a file sink.
 
     What is not on the wire is at its default: ``time_ns`` is cut to microseconds, ``changed_ns`` of a library is 0,
@@ -257,7 +280,7 @@ def _decoded(line: str | bytes, kind: str) -> wire.EventLine:
     return decoder(line)
 
 
-def _event(line: wire.EventLine) -> Event:
+def _event(line: wire.EventLine) -> Event | Head:
     time_ns = _time_ns(line.time)
     match line:
         case wire.Load():
@@ -309,7 +332,11 @@ def _event(line: wire.EventLine) -> Event:
                 line.snapshot.processes,
                 line.snapshot.mappings,
                 line.snapshot.seconds,
+                None if line.host_id is UNSET else line.host_id,
+                None if line.version is UNSET else line.version,
             )
+        case wire.Head():
+            return Head(time_ns, Origin(line.host, line.host_id, line.boot_id, line.version))
         case wire.Lost():
             return Lost(time_ns, line.count, line.where)
         case wire.Repaired():

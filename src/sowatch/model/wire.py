@@ -25,7 +25,7 @@ from sowatch.model.literals import (
     UnloadCause,
 )
 
-__all__ = ["SCHEMA", "Line"]
+__all__ = ["DEPRECATED", "SCHEMA", "Line"]
 
 SCHEMA: Final = 1
 
@@ -34,6 +34,9 @@ def _name(description: str | None = None, **limits: Any) -> Meta:
     """Of a string that others chose: bytes that are not UTF-8 stand beside it, see `sowatch.model.encoding`."""
     return Meta(description=description, extra_json_schema={"x-bytes": True}, **limits)
 
+
+#: Of a member that is kept for schema 1, as its name has another type elsewhere; its description names the other one.
+DEPRECATED: Final = {"deprecated": True}
 
 Schema: TypeAlias = Literal[1]
 Natural: TypeAlias = Annotated[int, Meta(ge=0)]
@@ -50,6 +53,11 @@ KernelTime: TypeAlias = Annotated[
     Meta(description="The kernel's CLOCK_MONOTONIC of the fact itself; null where only a scan found it."),
 ]
 Address: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
+HostId: TypeAlias = Annotated[
+    str | None,
+    Meta(description="The id of machine-id(5); null where there is none that this user may read."),
+]
+Version: TypeAlias = Annotated[str | None, Meta(description="Of sowatch.")]
 Ranges: TypeAlias = Annotated[
     list[Annotated[list[Address], Meta(min_length=2, max_length=2)]],
     Meta(description="Executable address ranges, each as first address and first address after it, in hexadecimal."),
@@ -174,9 +182,11 @@ class Attempt(Struct, frozen=True, gc=False):
 class Snapshot(Struct, frozen=True, gc=False):
     """What was mapped when the watch began."""
 
-    processes: Natural
-    mappings: Natural
+    processes: Annotated[Natural, Meta(description="Use process_count.", extra_json_schema=DEPRECATED)]
+    mappings: Annotated[Natural, Meta(description="Use mapping_count.", extra_json_schema=DEPRECATED)]
     seconds: Seconds
+    process_count: Natural | UnsetType = UNSET
+    mapping_count: Natural | UnsetType = UNSET
 
 
 class Ready(Struct, frozen=True, gc=False):
@@ -196,6 +206,48 @@ class Ready(Struct, frozen=True, gc=False):
     limits: Annotated[list[Name], Meta(description="What is not seen as events, in words.")]
     attempts: Annotated[list[Attempt], Meta(description="Every strategy that was tried, in order.")]
     snapshot: Snapshot
+    host_id: HostId | UnsetType = UNSET
+    version: Version | UnsetType = UNSET
+
+
+class AskedAgent(Struct, frozen=True, gc=False):
+    """The agent that answered."""
+
+    socket: Name
+    version: str | None
+
+
+class Head(Struct, frozen=True, gc=False, kw_only=True):
+    """The first line of `list --json`, and of each file of a file sink: whose lines follow.
+
+    What stands behind `version` is in that of `list` only.
+    """
+
+    schema: Schema
+    event: Literal["head"]
+    seq: Seq
+    time: Annotated[Time, Meta(description="Of a list: when the host was scanned, or the agent answered.")]
+    host: Name
+    host_id: HostId
+    boot_id: str | None
+    version: Version
+    source: (
+        Annotated[
+            Literal["scan", "watch", "agent"],
+            Meta(
+                description="`scan`: one scan without hooks, each process was read at one moment; `watch`: a watch "
+                "that was started for this; `agent`: an agent that watches all the time, by its own rules."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    strategy: Strategy | UnsetType = UNSET
+    guarantee: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
+    hooks: str | UnsetType | None = UNSET
+    limits: list[Name] | UnsetType = UNSET
+    seconds: Annotated[float, Meta(ge=0, description="How long the scan took.")] | UnsetType = UNSET
+    agent: AskedAgent | UnsetType = UNSET
+    rules: Annotated[list[RuleName], Meta(description="Of the agent, by name.")] | UnsetType = UNSET
 
 
 class Lost(Struct, frozen=True, gc=False):
@@ -369,12 +421,13 @@ class ProcessRow(Struct, frozen=True, gc=False):
     event: Literal["process"]
     seq: Seq
     process: Process
-    libraries: Natural
+    libraries: Annotated[Natural, Meta(description="Use library_count.", extra_json_schema=DEPRECATED)]
     stale_libraries: Natural
     unknown_libraries: (
         Annotated[int, Meta(ge=0, description="Of how many it cannot be determined whether they are stale.")]
         | UnsetType
     ) = UNSET
+    library_count: Natural | UnsetType = UNSET
 
 
 class Readable(Struct, frozen=True, gc=False):
@@ -395,10 +448,11 @@ class Coverage(Struct, frozen=True, gc=False):
     schema: Schema
     event: Literal["coverage"]
     seq: Seq
-    processes: Readable
+    processes: Annotated[Readable, Meta(description="Use readable.", extra_json_schema=DEPRECATED)]
+    readable: Readable | UnsetType = UNSET
 
 
 #: The lines that are events, and all of them. The schema has them in this order, and what is new at the end.
 WatchLine: TypeAlias = Load | Unload | Activate | Deactivate | Ready | Lost | Repaired | Stopped
-EventLine: TypeAlias = WatchLine | Http
-Line: TypeAlias = WatchLine | Mapping | LibraryRow | ProcessRow | Coverage | Http
+EventLine: TypeAlias = WatchLine | Http | Head
+Line: TypeAlias = WatchLine | Mapping | LibraryRow | ProcessRow | Coverage | Http | Head

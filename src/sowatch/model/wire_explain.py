@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from sowatch.model.literals import Kind, LoadCause
 from sowatch.model.wire import (
+    DEPRECATED,
     Address,
     KernelTime,
     Library,
@@ -116,7 +117,7 @@ class Map(Struct, frozen=True, gc=False):
 
     since: Time | None
     since_ns: int
-    files: Annotated[Natural, Meta(description="Use file_count.", extra_json_schema={"deprecated": True})]
+    files: Annotated[Natural, Meta(description="Use file_count.", extra_json_schema=DEPRECATED)]
     announced: bool
     awaits_reading: bool
     file_count: Natural | UnsetType = UNSET
@@ -143,7 +144,7 @@ class RuleAnswer(Struct, frozen=True, gc=False):
 class VerdictAnswer(Struct, frozen=True, gc=False):
     """What the kernel side does with a file when somebody maps it."""
 
-    verdict: Annotated[Literal["match", "ignore", "none", "mixed"], Meta(extra_json_schema={"deprecated": True})]
+    verdict: Annotated[Literal["match", "ignore", "none", "mixed"], Meta(extra_json_schema=DEPRECATED)]
     seconds_left: Natural | None
     answer: Literal["match", "ignore", "none", "mixed"] | UnsetType = UNSET
 
@@ -225,9 +226,9 @@ class Tls(Struct, frozen=True, gc=False):
 
     state: TlsState
     reason: Name | None
-    libraries: Annotated[list[Name], Meta(description="Use paths.", extra_json_schema={"deprecated": True})]
-    calls: Annotated[Natural, Meta(description="Use call_count.", extra_json_schema={"deprecated": True})]
-    flows: Annotated[Natural, Meta(description="Use flow_count.", extra_json_schema={"deprecated": True})]
+    libraries: Annotated[list[Name], Meta(description="Use paths.", extra_json_schema=DEPRECATED)]
+    calls: Annotated[Natural, Meta(description="Use call_count.", extra_json_schema=DEPRECATED)]
+    flows: Annotated[Natural, Meta(description="Use flow_count.", extra_json_schema=DEPRECATED)]
     paths: list[Name] | UnsetType = UNSET
     call_count: Natural | UnsetType = UNSET
     flow_count: Natural | UnsetType = UNSET
@@ -350,7 +351,7 @@ class RuleReport(Struct, frozen=True, gc=False):
     target: Literal["rule"]
     rule: RuleName
     pattern: Name | None
-    kind: Annotated[list[Kind], Meta(description="Use kinds.", extra_json_schema={"deprecated": True})]
+    kind: Annotated[list[Kind], Meta(description="Use kinds.", extra_json_schema=DEPRECATED)]
     exports: list[Name]
     action: dict[str, Any] | None
     files: list[RuleFile]

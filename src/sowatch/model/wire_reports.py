@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from sowatch.model.wire import Natural, Pid, Schema, Seconds
+from sowatch.model.wire import DEPRECATED, Natural, Pid, Schema, Seconds
 from sowatch.model.wire_explain import Difference
 
 __all__ = ["Audit"]
@@ -20,8 +20,8 @@ class Audit(Struct, frozen=True, gc=False, kw_only=True):
 
     schema: Schema
     event: Literal["audit"]
-    processes: Annotated[Natural, Meta(description="Use process_count.", extra_json_schema={"deprecated": True})]
-    mappings: Annotated[Natural, Meta(description="Use mapping_count.", extra_json_schema={"deprecated": True})]
+    processes: Annotated[Natural, Meta(description="Use process_count.", extra_json_schema=DEPRECATED)]
+    mappings: Annotated[Natural, Meta(description="Use mapping_count.", extra_json_schema=DEPRECATED)]
     unreadable: Annotated[Natural, Meta(description="Processes that are there and cannot be read.")]
     unread: Annotated[list[Pid], Meta(description="Those of them that the kernel does not answer for.")]
     seconds: Seconds

@@ -6,12 +6,13 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
 
 from sowatch.linux.openat import open_regular
 from sowatch.model.errors import ConfigError, SinkError
-from sowatch.model.events import Event
+from sowatch.model.events import Event, Head, Origin
 from sowatch.model.lines import to_json
 
 __all__ = ["FileSink"]
@@ -33,6 +34,7 @@ class FileSink:
         max_files: how many files there may be, the one being written among them.
         mode: permissions of new files.
         name: what metrics and messages call it.
+        origin: written at the head of each file, as the line `sowatch.model.events.Head`; None: no such line.
 
     Raises:
         ConfigError: the file cannot be opened, or is no regular file, or a limit is out of range.
@@ -46,6 +48,7 @@ class FileSink:
         max_files: int = 5,
         mode: int = 0o640,
         name: str = "file",
+        origin: Origin | None = None,
     ) -> None:
         if max_bytes < 0 or max_files < 1:
             raise ConfigError(
@@ -59,6 +62,9 @@ class FileSink:
         self._seq = 0
         self._fd = -1
         self._size = 0
+        self._origin = origin
+        #: How much of the file is its head, which alone does not make it full.
+        self._head_size = 0
         self._wants_reopen = threading.Event()
         try:
             self._open()
@@ -83,14 +89,20 @@ class FileSink:
                 self.close()
             if self._fd < 0:
                 self._open()
+            if self._size and not os.fstat(self._fd).st_size:  # a rotation that copies has cut it
+                self._size = self._head_size = 0
             while done < len(events):
+                if self._origin is not None and not self._size:
+                    head = to_json(Head(time.time_ns(), self._origin), self._seq).encode("ascii") + b"\n"
+                    self._append([head])
+                    self._head_size = len(head)
                 lines = self._fitting(events[done:])
                 if not lines:
                     self._rotate()
                     continue
                 done += self._append(lines)
         except _Short as short:
-            done += short.lines
+            done += short.lines  # none of a head: it is one line, which was taken back
             raise self._refusal(short.error, done) from short.error
         except OSError as error:
             raise self._refusal(error, done) from error
@@ -118,7 +130,7 @@ class FileSink:
         size = self._size
         for place, event in enumerate(events):
             line = to_json(event, self._seq + place).encode("ascii") + b"\n"
-            if self._max_bytes and size and size + len(line) > self._max_bytes:
+            if self._max_bytes and size > self._head_size and size + len(line) > self._max_bytes:
                 break
             lines.append(line)
             size += len(line)
@@ -154,7 +166,7 @@ class FileSink:
     def _rotate(self) -> None:
         if self._max_files == 1:
             os.ftruncate(self._fd, 0)
-            self._size = 0
+            self._size = self._head_size = 0
             return
         for number in range(self._max_files - 2, 0, -1):
             if os.path.lexists(f"{self._path}.{number}"):
@@ -177,7 +189,7 @@ class FileSink:
         except BaseException:
             os.close(fd)
             raise
-        self._fd, self._size = fd, size
+        self._fd, self._size, self._head_size = fd, size, 0
 
     def _prepare(self, fd: int, *, is_new: bool) -> int:
         """Makes sure that the file can be appended to; its size."""

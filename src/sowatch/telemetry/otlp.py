@@ -42,7 +42,7 @@ class Otlp:
         resource: Mapping[str, str] | None,
     ) -> None:
         try:
-            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+            from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
             from opentelemetry.sdk.util.instrumentation import InstrumentationScope
         except ImportError as error:
             raise UsageError(
@@ -59,8 +59,8 @@ class Otlp:
         #: The collector, for messages.
         self.where = endpoint or "the endpoint of OTEL_EXPORTER_OTLP_ENDPOINT"
         self.scope: Any = InstrumentationScope("sowatch")
-        # With what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say.
-        found = Resource.create(dict(resource or {}))
+        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say counts more.
+        found = Resource.create(dict(resource or {})).merge(OTELResourceDetector().detect())
         if str(found.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
             found = found.merge(Resource({SERVICE_NAME: "sowatch"}))
         self.resource: Any = found

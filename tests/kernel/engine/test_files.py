@@ -219,7 +219,7 @@ def test_after_an_upgrade_by_rename_old_and_new_are_two_files_under_one_path(
     assert (first.library.soname, second.library.soname) == ("libupgraded.so", "libnew.so")
     assert activations(ledger, first.library.id) == activations(ledger, second.library.id) == ["activate"]
     listed = subprocess.run([SOWATCH, "list", "--stale", "--json", OURS], capture_output=True, check=True)
-    stale = [json.loads(line) for line in listed.stdout.splitlines()]
+    stale = [json.loads(line) for line in listed.stdout.splitlines()[1:]]
     assert [(one["process"]["pid"], one["stale"]) for one in stale] == [(before.pid, "replaced")]
     is_right(ledger, before.pid, after.pid)
     snapshot_agrees(ledger, open_ours, before.pid, after.pid)

@@ -112,7 +112,7 @@ def listed(strategy: str) -> Answers:
     done = subprocess.run(command, capture_output=True, check=False)
     # 3: another process on this host cannot be read, which a last object says.
     assert done.returncode in (0, 3), done.stderr
-    rows = [row for row in map(json.loads, done.stdout.splitlines()) if row["event"] != "coverage"]
+    rows = [row for row in map(json.loads, done.stdout.splitlines()) if row["event"] == "mapping"]
     return {(one["process"]["pid"], Path(one["library"]["path"]).stem): one["stale"] for one in rows}
 
 

@@ -20,6 +20,8 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import LoadAttempt, NotPermitted
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
+from sowatch.model.lines import stamp
+from sowatch.model.literals import ONE_SCAN
 from support import strict
 from support.programs import Mapper
 from support.scripted import PROCESS, READY, SSL, Entry, ScriptedWatcher
@@ -41,7 +43,9 @@ class Listed:
         found = [strict.loads(line) for line in self.text.splitlines()]
         for line in found:
             VALIDATOR.validate(line)
-        return found
+        assert [line["seq"] for line in found] == list(range(1, len(found) + 1))
+        assert found[0]["event"] == "head"
+        return found[1:]
 
     def rows(self) -> list[list[str]]:
         return [line.split() for line in self.text.splitlines()]
@@ -73,7 +77,7 @@ def test_json_is_one_mapping_a_line_ordered_by_library(listed: Any) -> None:
 
     assert done.code == 0
     assert [line["event"] for line in lines] == ["mapping"] * 3
-    assert [line["seq"] for line in lines] == [1, 2, 3]
+    assert [line["seq"] for line in lines] == [2, 3, 4]
     assert [(line["library"]["path"], line["process"]["pid"]) for line in lines] == [
         ("/usr/lib/libssl.so.3", NOBODY - 1),
         ("/usr/lib/libssl.so.3", NOBODY),
@@ -120,9 +124,38 @@ def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
     )
 
 
-def test_an_empty_list_is_no_json_line_and_a_table_without_rows(listed: Any) -> None:
-    assert listed([], "--json").text == ""
+def test_an_empty_list_is_the_head_in_json_and_a_table_without_rows(listed: Any) -> None:
+    assert listed([], "--json").lines() == []
     assert listed([]).text == "PROCESSES  KIND  BUILD ID  STALE  PATH\n"
+
+
+@pytest.mark.parametrize(
+    ("guarantee", "words", "source"),
+    [(ONE_SCAN, [], "scan"), ("exact", [], "watch"), (ONE_SCAN, ["--duration", "0"], "watch")],
+)
+def test_the_head_says_which_host_that_is_and_how_and_when_it_was_scanned(
+    listed: Any, guarantee: str, words: list[str], source: str
+) -> None:
+    watcher = ScriptedWatcher(entries=[])
+    ready = replace(READY, guarantee=guarantee, host_id="0123456789abcdef0123456789abcdef", version="1.2.3")
+    watcher.start = lambda: ready  # type: ignore[method-assign]
+
+    assert strict.loads(listed(watcher, "--json", *words).text) == {
+        "schema": 1,
+        "event": "head",
+        "seq": 1,
+        "time": stamp(READY.time_ns),
+        "host": "box",
+        "host_id": "0123456789abcdef0123456789abcdef",
+        "boot_id": "5d2a",
+        "version": "1.2.3",
+        "source": source,
+        "strategy": "core",
+        "guarantee": guarantee,
+        "hooks": "syscall",
+        "limits": ["32-bit processes are watched by reads"],
+        "seconds": 0.03,
+    }
 
 
 def test_a_duration_is_waited_for_before_the_list_is_taken(listed: Any) -> None:
@@ -308,8 +341,9 @@ def test_processes_that_hang_leave_the_answer_open_and_are_counted(listed: Any) 
         {
             "schema": 1,
             "event": "coverage",
-            "seq": 1,
+            "seq": 2,
             "processes": {"read": 0, "unreadable": 2, "hidden": False},
+            "readable": {"read": 0, "unreadable": 2, "hidden": False},
         }
     ]
     assert done.warnings[0].startswith(

@@ -277,6 +277,18 @@ def test_a_real_collector_gets_counters_gauges_and_histograms(everything, protoc
     assert collector.headers[0]["x-key"] == "secret"
 
 
+def test_what_the_environment_says_of_the_resource_counts_more(registry, monkeypatch):
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=other,host.type=vm")
+    registry.counter("c").add(1)
+    with COLLECTORS["http"]() as collector:
+        exporter = OtlpMetricsExporter(registry, collector.url, resource={"host.name": "box", "host.id": "7"})
+        exporter.push()
+        exporter.close()
+
+    found = attributes(collector.metrics[0].resource_metrics[0].resource)
+    assert {"host.name": "other", "host.type": "vm", "host.id": "7", "service.name": "sowatch"}.items() <= found.items()
+
+
 @pytest.mark.parametrize("protocol", COLLECTORS)
 def test_a_collector_that_refuses_or_is_gone_is_an_error_with_its_address(registry, protocol):
     registry.counter("c").add(1)

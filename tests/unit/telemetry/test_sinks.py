@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.model.errors import ConfigError, SinkError
-from sowatch.model.events import Lost, Stopped
+from sowatch.model.events import Lost, Origin, Stopped
+from sowatch.model.lines import decode
 from sowatch.model.rules import RuleSet
 from sowatch.telemetry import FileSink, MetricRegistry, OtlpLogSink, Sampler, SinkRunner, StdoutSink
 from support import strict
@@ -281,6 +282,54 @@ def test_one_batch_may_fill_several_files(tmp_path):
         for line in lines(one)
     ]
     assert kept == list(range(20))
+
+
+ORIGIN = Origin("box", "0" * 32, "5d2a", "1.2.3")
+
+
+@pytest.mark.parametrize("max_files", [1, 100])
+def test_each_file_begins_with_where_its_events_are_from(tmp_path, schema, max_files):
+    path = tmp_path / "a"
+    sink = FileSink(path, max_bytes=2000, max_files=max_files, origin=ORIGIN)
+    assert sink.write(numbered(20)) == 20
+    sink.close()
+
+    files = sorted(tmp_path.iterdir(), key=lambda one: -int(one.suffix[1:] or 0))
+    assert len(files) > 1 or max_files == 1
+    for one in files:
+        head, *rest = [schema(line) for line in one.read_bytes().splitlines()]
+        assert (head["event"], head["host"], head["host_id"]) == ("head", "box", "0" * 32)
+        assert (head["boot_id"], head["version"]) == ("5d2a", "1.2.3")
+        assert decode(one.read_bytes().splitlines()[0]).origin == ORIGIN
+        assert {line["event"] for line in rest} == {"load"}
+        assert one.stat().st_size <= 2000
+    seqs = [line["seq"] for one in files for line in lines(one)]
+    assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
+
+
+def test_a_head_stands_in_a_file_of_another_name_and_in_one_that_was_cut_and_before_a_line_that_is_too_large(tmp_path):
+    path = tmp_path / "a"
+    sink = FileSink(path, max_bytes=10, max_files=2, origin=ORIGIN)
+    sink.write(numbered(1))
+    path.rename(tmp_path / "rotated")
+    sink.reopen()
+    sink.write(numbered(1))
+    os.truncate(path, 0)
+    sink.write(numbered(1))
+    sink.close()
+
+    for one in (tmp_path / "rotated", path):
+        assert [line["event"] for line in lines(one)] == ["head", "load"]
+
+
+def test_a_file_that_is_appended_to_gets_no_second_head(tmp_path):
+    path = tmp_path / "a"
+    for _ in range(2):
+        sink = FileSink(path, origin=ORIGIN)
+        sink.write(numbered(1))
+        sink.close()
+
+    assert [line["event"] for line in lines(path)] == ["head", "load", "load"]
 
 
 def test_with_one_file_only_it_begins_anew(tmp_path):
