@@ -434,9 +434,8 @@ def test_an_explanation_of_a_process_a_path_and_a_rule_has_the_attachments_over_
         text=True,
         check=True,
     )
-    assert re.search(
-        r"symbol +nestde\n +program.*\n(.*\n)? +return .*\n +state +failed\n +reason .*near: nested", done.stdout
-    )
+    assert done.stdout.startswith("rule       probed\n")
+    assert re.search(r"^  probe    nestde: \S+ failed: .*near: nested", done.stdout, re.MULTILINE)
     words = ["explain", str(running.pid), "--agent", agent.socket, "--json"]
     done = subprocess.run([sys.executable, "-m", "sowatch", *words], capture_output=True, text=True, check=True)
     assert attached_to(json.loads(done.stdout), path) == of_process
