@@ -116,6 +116,8 @@ class Stats:
     processes: int = 212
     libraries: int = 48
     events: int = 0
+    loads: int = 0
+    unloads: int = 0
     lost_kernel: int = 0
     lost_queue: int = 0
 

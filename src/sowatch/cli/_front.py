@@ -35,10 +35,14 @@ def front_pid() -> int | None:
     return _front
 
 
-def run_behind_front(run: Callable[[], int]) -> int:
+def run_behind_front(run: Callable[[], int], *, is_patient: bool = False) -> int:
     """What ``run`` returns, in a process of its own. Call it before there are threads.
 
     Signals that end a process are passed on, and it ends by the signal that ended the worker.
+
+    Args:
+        run: returns an exit code.
+        is_patient: a signal need not end it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored no end of a child is reported
@@ -53,7 +57,7 @@ def run_behind_front(run: Callable[[], int]) -> int:
     os.close(write_fd)
     os.close(lasts_read_fd)
     try:
-        return _wait(worker, read_fd)
+        return _wait(worker, read_fd, is_patient=is_patient)
     finally:
         os.close(read_fd)
         os.close(lasts_write_fd)
@@ -107,7 +111,7 @@ def _let_go_of_output() -> None:
         os.dup2(null, fd)
 
 
-def _wait(worker: int, read_fd: int) -> int:
+def _wait(worker: int, read_fd: int, *, is_patient: bool) -> int:
     deadline_s: float | None = None
     last = signal.SIGTERM
     while True:
@@ -123,7 +127,8 @@ def _wait(worker: int, read_fd: int) -> int:
                 return code
         elif signal.getsignal(info.si_signo) is not signal.SIG_IGN:
             last = signal.Signals(info.si_signo)
-            deadline_s = deadline_s or time.monotonic() + _OBEYED_S
+            if not is_patient:
+                deadline_s = deadline_s or time.monotonic() + _OBEYED_S
             if info.si_code != _SI_KERNEL:
                 with suppress(ProcessLookupError):
                     os.kill(worker, last)

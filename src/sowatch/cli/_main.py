@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "main"]
 #: The commands, with the first line of each one's help: `sowatch --help` imports none of them.
 COMMANDS: Final = {
     "watch": "Live feed of loads and unloads.",
+    "run": "Starts a command, and watches it and all that it starts.",
     "list": "Which process has which library mapped, now.",
     "top": "Libraries and who shares them, live, in the terminal.",
     "trace": "Count and time calls of library functions, wherever that library is or will be loaded.",
@@ -34,7 +35,7 @@ COMMANDS: Final = {
 }
 
 #: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
-_BEHIND_FRONT: Final = ("watch", "list", "top", "explain", "audit", "trace")
+_BEHIND_FRONT: Final = ("watch", "run", "list", "top", "explain", "audit", "trace")
 
 #: As a shell reports the end by SIGINT: 128 and the signal's number.
 _INTERRUPTED: Final = 130
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and _runs_behind_front(sys.argv[1:]):
         from sowatch.cli._front import run_behind_front
 
-        return run_behind_front(lambda: _run(sys.argv[1:]))
+        # A command that `run` has started says itself what a signal means to it.
+        return run_behind_front(lambda: _run(sys.argv[1:]), is_patient=sys.argv[1] == "run")
     return _run(sys.argv[1:] if argv is None else list(argv))
 
 
@@ -154,7 +156,8 @@ def _show_log_records() -> None:
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            _warn(record.getMessage())
+            error = record.exc_info[1] if record.exc_info else None
+            _warn(record.getMessage() + ("" if error is None else f": {type(error).__name__}: {error}"))
 
     logging.lastResort = Shown(logging.WARNING)
 

@@ -28,6 +28,8 @@ __all__ = [
     "add_common",
     "add_format",
     "add_kinds",
+    "add_patterns",
+    "add_proc_root",
     "add_selection",
     "add_strategy",
     "config_of",
@@ -67,6 +69,10 @@ class StatsLike(Protocol):
     @property
     def events(self) -> int: ...
     @property
+    def loads(self) -> int: ...
+    @property
+    def unloads(self) -> int: ...
+    @property
     def lost_kernel(self) -> int: ...
     @property
     def lost_queue(self) -> int: ...
@@ -102,6 +108,8 @@ class Selection(Struct, frozen=True):
     snapshot: bool
     #: What changes after the snapshot is not asked for.
     is_scan: bool = False
+    #: And all that descend from ``pids``.
+    follow: bool = False
 
     @property
     def is_selective(self) -> bool:
@@ -123,6 +131,7 @@ def open_watcher(selection: Selection) -> WatcherLike:
         *selection.rules,
         config=selection.config,
         pids=selection.pids,
+        follow=selection.follow,
         container=selection.container,
         exclude_self=selection.exclude_self,
         exclude_pids=() if front is None else (front,),
@@ -185,13 +194,7 @@ def add_common(
     """
     from sowatch.cli._parser import seconds
 
-    parser.add_argument(
-        "patterns",
-        nargs="*",
-        metavar="PATTERN",
-        help="Python regular expression, searched in the path as the process sees it; of several, any. "
-        "Default: every file of the kinds asked for",
-    )
+    add_patterns(parser)
     add_format(parser)
     add_strategy(parser)
     add_selection(parser)
@@ -202,9 +205,7 @@ def add_common(
         help="do not report what is mapped already" if has_baseline else SUPPRESS,
     )
     parser.add_argument("--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from `ready`")
-    parser.add_argument(
-        "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
-    )
+    add_proc_root(parser)
     parser.set_defaults(exclude_self=not with_own_process)
     parser.add_argument(
         "--exclude-self",
@@ -215,6 +216,24 @@ def add_common(
         parser.add_argument(
             "--include-self", dest="exclude_self", action="store_false", help="show sowatch's own process, too"
         )
+
+
+def add_patterns(parser: Parser) -> None:
+    """Add the patterns, which stand for themselves."""
+    parser.add_argument(
+        "patterns",
+        nargs="*",
+        metavar="PATTERN",
+        help="Python regular expression, searched in the path as the process sees it; of several, any. "
+        "Default: every file of the kinds asked for",
+    )
+
+
+def add_proc_root(parser: Parser) -> None:
+    """Add ``--proc-root``."""
+    parser.add_argument(
+        "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
+    )
 
 
 def add_strategy(parser: Parser) -> None:

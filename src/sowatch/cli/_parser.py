@@ -37,14 +37,20 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+        self._takes_command = False
         self.add_argument("-h", "--help", action=_Text, default=self.format_help, help="show this text and end")
 
     def add_text_option(self, *names: str, text: Callable[[], str], help: str) -> None:  # noqa: A002
         """Add an option that only shows a text."""
         self.add_argument(*names, action=_Text, default=text, help=help)
 
+    def take_command(self, metavar: str) -> None:
+        """What comes after ``--`` is a command of somebody else, in ``args.command``."""
+        self._takes_command = True
+        self.usage = f"{self.format_usage().removeprefix('usage: ').rstrip()} -- {metavar}"
+
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse, with options and patterns in any order; after ``--`` come only patterns.
+        """Parse, with options and patterns in any order; after ``--`` come only patterns, or a command.
 
         Raises:
             UsageError: a word that does not belong there.
@@ -53,6 +59,9 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         args = self.parse_intermixed_args(list(words[:end]))
         rest = list(words[end + 1 :])
+        if self._takes_command:
+            args.command = rest
+            return args
         if rest and not hasattr(args, "patterns"):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:

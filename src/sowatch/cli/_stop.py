@@ -20,7 +20,7 @@ from sowatch.cli._last_resort import LastResort
 
 __all__ = ["SIGNALS", "Stopper"]
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: A second signal ends the process at once, but only after this: one Ctrl-C may reach us twice,
 #: from the terminal and from the script that started us.
 _INSISTING_S: Final = 1.0
@@ -28,11 +28,11 @@ _LONGEST_WAIT_S: Final = 3600.0
 
 
 class Stopper:
-    """Calls ``stop`` once, on its own thread: on SIGINT, SIGTERM, or after a time.
+    """Calls ``stop`` once, on its own thread: on SIGINT, SIGTERM, SIGHUP, or after a time.
 
     A context manager for the main thread; leaving it restores the signal handlers, joins the
     thread and raises what ``stop`` raised. SIGINT is taken even where it was ignored (a shell's
-    background job), because a watch ends on it by contract.
+    background job), because a watch ends on it by contract; SIGHUP not, because that is what nohup is for.
     """
 
     def __init__(self, stop: Callable[[], None]) -> None:
@@ -47,6 +47,8 @@ class Stopper:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._on_signal)
         self._thread.start()
         return self

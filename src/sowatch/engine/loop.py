@@ -302,7 +302,8 @@ class Engine:
             self.reconciler.finish()
         except BaseException as error:
             self._failure = error
-            LOG.exception("the watch ended")
+            if not self._is_left_behind:  # else what it uses was taken away: that it ends is asked for
+                LOG.exception("the watch ended")
         finally:
             with self._jobs_lock:
                 self._refuse()

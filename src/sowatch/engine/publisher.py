@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change
+from sowatch.engine.descendants import Descendants
 from sowatch.engine.facts_queue import FactsQueue
 from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.library_cache import LibraryCache
@@ -37,15 +38,21 @@ __all__ = ["Publisher", "Selection"]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Whose events are published. ``container`` is a prefix of the container's id."""
+    """Whose events are published. ``container`` is a prefix of an id; ``descendants``, if any, stand for ``pids``."""
 
     pids: frozenset[int] = frozenset()
     container: str | None = None
     excluded_pids: frozenset[int] = frozenset()
+    descendants: Descendants | None = None
 
     def wants(self, process: Process) -> bool:
         """Whether events of a process are published."""
-        if process.pid in self.excluded_pids or (self.pids and process.pid not in self.pids):
+        if process.pid in self.excluded_pids:
+            return False
+        if self.descendants is not None:
+            if process not in self.descendants:
+                return False
+        elif self.pids and process.pid not in self.pids:
             return False
         return self.container is None or (process.container or "").startswith(self.container)
 

@@ -263,7 +263,7 @@ class Reconciler:
 
     def finish(self) -> None:
         """Takes the records that are still in the source, and publishes everything."""
-        self.drain()
+        self._take(self._drain_all())
         self._check_losses()
         if not self.is_repaired:
             self._repair()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Mapping
+from sowatch.engine.descendants import Descendants, following
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
 from sowatch.engine.owner import Owner
@@ -60,6 +61,7 @@ class Watcher:
         rules: the first that matches a file wins; without any, every shared library.
         config: limits and policy.
         pids: only these processes (pids in the initial pid namespace).
+        follow: and all that descend from them, what they fork later included.
         container: only processes of containers whose id starts with this.
         exclude_self: leave this very process out.
         exclude_pids: leave these processes out (pids in the initial pid namespace).
@@ -79,6 +81,7 @@ class Watcher:
         *rules: Rule,
         config: Config = Config(),  # noqa: B008 - frozen
         pids: Collection[int] = (),
+        follow: bool = False,
         container: str | None = None,
         exclude_self: bool = False,
         exclude_pids: Collection[int] = (),
@@ -87,6 +90,9 @@ class Watcher:
     ) -> None:
         self._config = config
         self._pids = frozenset(pids)
+        if follow and not pids:
+            raise UsageError("follow=True needs pids: whose descendants are to be watched?")
+        self._descendants = Descendants(pids, ProcFs(config.proc_root)) if follow else None
         self._container = container
         self._exclude_self = exclude_self
         self._excluded_pids = frozenset(exclude_pids)
@@ -133,12 +139,15 @@ class Watcher:
             try:
                 return self._start(source)
             except BaseException:
-                source.close()
-                self.stop()
+                if self._engine is None:
+                    source.close()
+                self.stop()  # ends the thread that uses the source before it closes it
                 raise
 
     def _start(self, source: EventSource) -> Ready:
         rules = self._publisher.in_force.rules
+        if self._descendants is not None:
+            source = following(source, self._descendants)
         engine = Engine(
             source,
             MappingTable(rules, container_id),
@@ -150,7 +159,7 @@ class Watcher:
         self._engine = engine
         engine.reconciler.detect_own_identity()
         own = {engine.reconciler.own_pid} if self._exclude_self else set()
-        self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own)
+        self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own, self._descendants)
         first = self._change_to(rules, engine)
         ready = engine.start(first)
         self._patient.start()

@@ -24,7 +24,7 @@ from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError, UsageE
 from sowatch.model.events import Library, Lost, Ready, Repaired
 from sowatch.model.literals import KINDS
 from support import strict
-from support.scripted import SSL, TIME_NS, ScriptedWatcher, event
+from support.scripted import SSL, TIME_NS, ScriptedWatcher, Stats, event
 
 VALIDATOR = jsonschema.Draft202012Validator(load_schema(strict=True))
 
@@ -145,7 +145,7 @@ def test_more_events_than_fit_into_the_pipe_all_come_through(running: Any) -> No
     assert [line["event"] for line in lines[3000:]] == ["ready", "stopped"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_feed_with_stopped_and_0(running: Any, number: signal.Signals) -> None:
     command = running(ScriptedWatcher(), "--json")
     before = signal.getsignal(number)
@@ -254,9 +254,17 @@ def test_a_loss_that_was_repaired_is_exit_code_0(running: Any) -> None:
 
 def test_a_watch_that_ends_without_stopped_is_exit_code_1(running: Any) -> None:
     watcher = ScriptedWatcher(says_stopped=False)
-    command = running(watcher, "--json", "--duration", "0")
+    command = running(watcher, "--json")
 
-    assert command.run() == 1
+    def script() -> None:
+        command.stdout.readline()
+        watcher.stop()
+
+    thread = command.meanwhile(script)
+    code = command.run()
+    thread.join()
+
+    assert code == 1
     assert command.warnings == ["the watch ended before it was stopped. The lines so far are right."]
 
 
@@ -289,12 +297,80 @@ def test_only_the_events_asked_for_are_subscribed_to(running: Any) -> None:
     assert watcher.asked_for == ("load", "unload")
 
 
-def test_all_four_events_are_the_default(running: Any) -> None:
+def test_a_watch_that_cannot_say_stopped_when_it_is_asked_to_end_has_it_all_the_same(running: Any) -> None:
+    watcher = ScriptedWatcher(says_stopped=False, stats=Stats(loads=7, unloads=5))
+    command = running(watcher, "--json", "--duration", "0")
+
+    assert command.run() == 0
+    assert command.warnings == []
+    last = command.lines()[-1]
+    assert (last["event"], last["seq"], last["loads"], last["unloads"], last["lost"]) == ("stopped", 2, 7, 5, 0)
+
+
+def test_a_watch_that_does_not_start_in_time_is_left_when_it_is_asked_to_end(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    released = threading.Event()
+
+    def hanging_start() -> Ready:
+        os.kill(os.getpid(), signal.SIGINT)
+        released.wait()
+        return watcher.ready
+
+    watcher.start = hanging_start  # type: ignore[method-assign]
+    command = running(watcher, "--json")
+    try:
+        assert command.run() == 0
+    finally:
+        released.set()
+
+    assert [line["event"] for line in command.lines()] == ["stopped"]
+    assert command.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("words", "events"),
+    [
+        ((), ("load", "unload")),
+        (("--json",), ("load", "unload", "activate", "deactivate")),
+        (("--events", "activate"), ("activate",)),
+        (("--json", "--events", "load"), ("load",)),
+    ],
+)
+def test_text_tells_each_fact_once_and_json_has_all_four_events(
+    running: Any, words: tuple[str, ...], events: tuple[str, ...]
+) -> None:
     watcher = ScriptedWatcher()
 
-    running(watcher, "--duration", "0").run()
+    running(watcher, *words, "--duration", "0").run()
 
-    assert watcher.asked_for == ("load", "unload", "activate", "deactivate")
+    assert watcher.asked_for == events
+
+
+def test_following_takes_processes_to_follow(running: Any) -> None:
+    with pytest.raises(UsageError, match="--follow needs --pid"):
+        running(ScriptedWatcher(), "--follow").run()
+    watcher = ScriptedWatcher()
+    running(watcher, "--pid", str(os.getpid()), "--follow", "--duration", "0").run()
+    assert watcher.selection.follow
+
+
+def test_sighup_ends_the_feed_unless_nohup_had_it_ignored(running: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = running(ScriptedWatcher(), "--json")
+
+        def script() -> None:
+            command.stdout.readline()
+            os.kill(os.getpid(), signal.SIGHUP)
+            command.watcher.send(event())
+            assert strict.loads(command.stdout.readline())["event"] == "load"
+            command.watcher.stop()
+
+        thread = command.meanwhile(script)
+        assert command.run() == 0
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_text_is_one_plain_line_an_event_with_names_made_visible(running: Any) -> None:
