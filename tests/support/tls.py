@@ -14,7 +14,12 @@ from typing import Any, Self
 
 from sowatch.http.taps import HttpFlow, HttpTap
 
-__all__ = ["Server", "Tap", "Tls", "find"]
+__all__ = ["WAYS_TO_PEERS", "Server", "Tap", "Tls", "find"]
+
+#: The first way is the kernel's from 6.3 on, by a tracepoint; the second serves older ones, and works on all.
+WAYS_TO_PEERS = ["descriptors"]
+if " __traceiter_sock_send_length" in Path("/proc/kallsyms").read_text(encoding="ascii"):
+    WAYS_TO_PEERS.append("sockets")
 
 #: By family the sonames whose copies a process loads by LD_LIBRARY_PATH.
 FAMILIES = {"openssl": ("libssl.so.3", "libcrypto.so.3"), "gnutls": ("libgnutls.so.30",)}
@@ -271,13 +276,13 @@ class Tls:
 
         return client, ask
 
-    def python(self, program: str = PYTHON_SERVER) -> Server:
-        """A server of the standard library, HTTP/1.1."""
+    def python(self, program: str = PYTHON_SERVER, *words: str) -> Server:
+        """A server of the standard library, HTTP/1.1, or another one; it gets the words behind its key."""
         port = free_port()
         log = self.place / f"python-{port}.log"
         with log.open("wb") as output:
             return self.serve(
-                [sys.executable, "-c", program, str(port), str(self.certificate), str(self.key)],
+                [sys.executable, "-c", program, str(port), str(self.certificate), str(self.key), *words],
                 port,
                 log,
                 stdout=output,

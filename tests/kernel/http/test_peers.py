@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sowatch.http import capture
-from support.tls import ASYNCIO_SERVER, Tap, Tls
+from support.tls import ASYNCIO_SERVER, WAYS_TO_PEERS, Tap, Tls
 
 #: Asks each server over TLS, and in between another one without TLS on the same thread, by a descriptor that is used
 #: again: what a guess by thread or by number would take for the peer.
@@ -67,13 +67,7 @@ if stage < len(ports):
 """
 
 
-#: The first way is the kernel's from 6.3 on, by a tracepoint; the second serves older ones, and works on all.
-WAYS = ["descriptors"]
-if " __traceiter_sock_send_length" in Path("/proc/kallsyms").read_text(encoding="ascii"):
-    WAYS.append("sockets")
-
-
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=WAYS_TO_PEERS)
 def tap(
     request: pytest.FixtureRequest, tmp_path: Path, spawn: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Tap]:

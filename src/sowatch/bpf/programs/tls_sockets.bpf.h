@@ -73,12 +73,13 @@ int tls_bio_write(struct pt_regs *context)
 		return 0;
 	key = key_of(call->pointer, 0);
 	connection = connection_of(&key, call->proof != PROOF_NEEDED);
-	if (!connection || connection->socket)
+	if (!connection || connection->proof != SOCKET_OF_HANDSHAKE)
 		return 0;
 	if (bpf_probe_read_user(prefix.bytes, PREFIX_BYTES, (void *)ARGUMENT2(context)) || !begins_record(&prefix))
 		return 0;
 	prefix.tgid = key.tgid;
 	value.pointer = call->pointer;
+	value.born_ns = connection->born_ns;
 	value.time_ns = bpf_ktime_get_ns();
 	bpf_map_update_elem(&encrypted, &prefix, &value, BPF_ANY);
 	encrypted_ns = value.time_ns;
@@ -93,14 +94,17 @@ struct system_call {
 };
 
 /* The socket is that of the connection from now on. One that is not connected has no other end. */
-static __always_inline int note_peer(__u64 pointer, struct sock *socket, bool is_tls)
+static __always_inline int note_peer(struct connection *connection, struct sock *socket, enum socket_proof proof)
 {
-	struct tls_connection_key key = key_of(pointer, 0);
-	struct connection *connection = connection_of(&key, is_tls);
 	__u16 family, port;
 
-	if (!connection || connection->socket == (__u64)socket)
+	if (!connection || connection->proof > proof)
 		return 0;
+	if (connection->socket == (__u64)socket) {
+		if (connection->proof < proof)
+			connection->proof = proof;
+		return 0;
+	}
 	family = BPF_CORE_READ(socket, __sk_common.skc_family);
 	port = BPF_CORE_READ(socket, __sk_common.skc_dport);
 	if (!port)
@@ -118,7 +122,28 @@ static __always_inline int note_peer(__u64 pointer, struct sock *socket, bool is
 	connection->local_port = BPF_CORE_READ(socket, __sk_common.skc_num);
 	connection->family = family;
 	connection->socket = (__u64)socket;
+	connection->proof = proof;
 	return 0;
+}
+
+/* A thread within a call uses a socket. */
+static __always_inline int note_use(const struct call *call, struct sock *socket)
+{
+	struct tls_connection_key key = key_of(call->pointer, 0);
+	struct connection *connection = connection_of(&key, call->proof != PROOF_NEEDED);
+
+	return note_peer(connection, socket, call->direction == TLS_NONE ? SOCKET_OF_HANDSHAKE : SOCKET_OF_CALL);
+}
+
+/* What a connection encrypted is sent to a socket. */
+static __always_inline int note_sent(const struct sent *sent, struct sock *socket)
+{
+	struct tls_connection_key key = key_of(sent->pointer, 0);
+	struct connection *connection = connection_of(&key, false);
+
+	if (!connection || connection->born_ns != sent->born_ns)
+		return 0;
+	return note_peer(connection, socket, SOCKET_OF_MEMORY);
 }
 
 /* The socket that a descriptor of this process stands for at this moment; 0: it is none. */
@@ -140,20 +165,17 @@ static __always_inline struct sock *socket_of(__u64 descriptor)
 	return BPF_CORE_READ(socket, sk);
 }
 
-static __always_inline int note_descriptor(__u64 pointer, __u64 descriptor, bool is_tls)
-{
-	struct sock *socket = socket_of(descriptor);
-
-	return socket ? note_peer(pointer, socket, is_tls) : 0;
-}
-
 /* read, write, recv*, send*, readv, writev: before 6.3, the descriptor that a thread uses within a call */
 SEC("tracepoint")
 int tls_uses_descriptor(struct system_call *context)
 {
 	struct call *call = call_of(bpf_get_current_pid_tgid());
+	struct sock *socket;
 
-	return call ? note_descriptor(call->pointer, context->arguments[0], call->proof != PROOF_NEEDED) : 0;
+	if (!call)
+		return 0;
+	socket = socket_of(context->arguments[0]);
+	return socket ? note_use(call, socket) : 0;
 }
 
 static __always_inline int note_sending(__u64 descriptor, const void *buffer, __u64 length)
@@ -161,6 +183,8 @@ static __always_inline int note_sending(__u64 descriptor, const void *buffer, __
 	__u64 thread = bpf_get_current_pid_tgid();
 	struct prefix prefix = {};
 	struct encrypted *found;
+	struct sent sent = {};
+	struct sock *socket;
 
 	if (length < PREFIX_BYTES || bpf_ktime_get_ns() - encrypted_ns > PREFIX_AGE_NS)
 		return 0;
@@ -170,9 +194,20 @@ static __always_inline int note_sending(__u64 descriptor, const void *buffer, __
 	found = bpf_map_lookup_elem(&encrypted, &prefix);
 	if (!found || bpf_ktime_get_ns() - found->time_ns >= PREFIX_AGE_NS)
 		return 0;
+	/* Within a call the library sends by itself, which is seen there. */
+	if (call_of(thread))
+		return 0;
+	/* Into a pipe: who sends it on is not known. */
+	socket = socket_of(descriptor);
+	if (!socket)
+		return 0;
+	sent.pointer = found->pointer;
+	sent.born_ns = found->born_ns;
 	if (!sees_sockets)
-		return note_descriptor(found->pointer, descriptor, true);
-	bpf_map_update_elem(&sending, &thread, &found->pointer, BPF_ANY);
+		return note_sent(&sent, socket);
+	/* It is compared with what the system call uses in the end: another thread may exchange the descriptor. */
+	sent.socket = (__u64)socket;
+	bpf_map_update_elem(&sending, &thread, &sent, BPF_ANY);
 	return 0;
 }
 
@@ -213,28 +248,26 @@ int tls_sends_message(struct system_call *context)
 /* The socket that a thread uses within a call is the connection's; so is the one that sends what the call encrypted. */
 static __always_inline int note_socket(struct sock *socket, int result, int flags)
 {
-	__u64 thread = bpf_get_current_pid_tgid(), *sent, pointer;
+	__u64 thread = bpf_get_current_pid_tgid();
 	struct call *call = call_of(thread);
-	bool is_tls = true;
+	struct sent *found, sent;
 
 	if (call) {
 		struct pt_regs *registers = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
 
 		/* A call that was left without a return: what the thread does above its stack is not of it. */
-		if (STACK(registers) > call->stack)
+		if (STACK(registers) > call->stack || result <= 0 || flags & MSG_PEEK)
 			return 0;
-		pointer = call->pointer;
-		is_tls = call->proof != PROOF_NEEDED;
-	} else {
-		sent = bpf_map_lookup_elem(&sending, &thread);
-		if (!sent)
-			return 0;
-		pointer = *sent;
-		bpf_map_delete_elem(&sending, &thread);
+		return note_use(call, socket);
 	}
-	if (result <= 0 || flags & MSG_PEEK)
+	found = bpf_map_lookup_elem(&sending, &thread);
+	if (!found)
 		return 0;
-	return note_peer(pointer, socket, is_tls);
+	sent = *found;
+	bpf_map_delete_elem(&sending, &thread);
+	if (result <= 0 || sent.socket != (__u64)socket)
+		return 0;
+	return note_sent(&sent, socket);
 }
 
 SEC("tp_btf/sock_send_length")

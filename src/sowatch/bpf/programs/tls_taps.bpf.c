@@ -67,6 +67,16 @@ struct span {
 	__u32 unused;
 };
 
+/*
+ * Why a socket is the connection's. A handshake calls back into the program, which may use any socket meanwhile: what is
+ * used there is believed once a call that moves data uses it, too. Over memory no call uses the connection's.
+ */
+enum socket_proof {
+	SOCKET_OF_HANDSHAKE,
+	SOCKET_OF_CALL,
+	SOCKET_OF_MEMORY, /* it was sent what the library had encrypted */
+};
+
 struct connection {
 	__u64 offsets[2]; /* by direction */
 	__u64 born_ns;
@@ -75,7 +85,7 @@ struct connection {
 	__u16 family;
 	__u16 peer_port;
 	__u16 local_port;
-	__u16 unused;
+	__u16 proof; /* enum socket_proof */
 	__u8 peer[16];
 	__u8 local[16];
 };
@@ -113,8 +123,10 @@ __u64 encrypted_ns = 0;
 /* Set when nothing more is wanted: detaching may take seconds, and what is counted has to agree with what was taken. */
 __u32 is_over = 0;
 
+/* By which object, and in which life of it: it may be gone by the time that the bytes are sent. */
 struct encrypted {
 	__u64 pointer;
+	__u64 born_ns;
 	__u64 time_ns;
 };
 
@@ -125,12 +137,18 @@ struct {
 	__type(value, struct encrypted);
 } encrypted SEC(".maps");
 
-/* Threads within a system call that sends such bytes, and of which connection they are. */
+/* Threads within a system call that sends such bytes: to which socket, and of which connection they are. */
+struct sent {
+	__u64 pointer;
+	__u64 born_ns;
+	__u64 socket;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
 	__type(key, __u64); /* pid_tgid */
-	__type(value, __u64);
+	__type(value, struct sent);
 } sending SEC(".maps");
 
 /* Up to which offset user space needs nothing: bytes of a body. */
@@ -369,7 +387,7 @@ static __always_inline void fill(struct tls_record *record, const struct tls_con
 	record->born_ns = connection->born_ns;
 	record->tgid = key->tgid;
 	record->tid = bpf_get_current_pid_tgid();
-	record->family = connection->family;
+	record->family = connection->proof == SOCKET_OF_HANDSHAKE ? 0 : connection->family;
 	record->peer_port = connection->peer_port;
 	record->local_port = connection->local_port;
 	__builtin_memcpy(record->peer, connection->peer, sizeof(record->peer));
