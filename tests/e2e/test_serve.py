@@ -24,6 +24,8 @@ from support.receivers import free_port
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
 RULES = """
+stale_interval_s = 1
+
 [[rules]]
 name = "mine"
 pattern = '/sow-[^/]*/lib[^/]*\\.so$'
@@ -126,6 +128,42 @@ def test_the_stream_begins_with_what_is_mapped_and_goes_on_live(
     ]
 
 
+def test_a_replaced_file_is_in_the_stream_the_inventory_and_the_metrics_until_its_process_ends(
+    agent: Agent, mapper: Mapper, library: Path, wait_until: Any, schema: Any
+) -> None:
+    def row() -> dict[str, Any]:
+        return next(one for one in agent.get("/inventory").json["libraries"] if one["path"] == str(library))
+
+    mapper.map(library)
+    wait_until(lambda: has(agent, library, mapper.pid))
+    assert (row()["stale"], row()["stale_processes"]) == (None, [])
+    stream = agent.events("?events=stale,renewed&rule=mine&snapshot=0")
+    shutil.copyfile(library, library.with_name("new"))
+    library.with_name("new").rename(library)
+    *_, stale = stream.until(lambda event: event["event"] == "stale")
+    assert (stale["staleness"], stale["rule"], stale["process"]["pid"]) == ("replaced", "mine", mapper.pid)
+    assert stale["library"]["path"] == str(library)
+    assert (row()["stale"], row()["stale_processes"]) == ("replaced", row()["processes"])
+    inventory = agent.get("/inventory").json
+    (place,) = row()["stale_processes"]
+    assert inventory["processes"][place]["stale_libraries"] == 1
+    assert inventory["staleness"]["complete"] is True
+    assert inventory["staleness"]["compared"] is not None
+    assert stale_processes(agent) >= 1
+    assert "overflow" not in agent.get("/metrics").text
+    mapper.close()
+    *_, renewed = stream.until(lambda event: event["event"] == "renewed" and event["process"] == stale["process"])
+    assert (renewed["cause"], renewed["library"]["path"]) == ("unmapped", str(library))
+    stream.close()
+    schema(stale)
+    schema(renewed)
+
+
+def stale_processes(agent: Agent) -> float:
+    rows = [line for line in agent.get("/metrics").text.splitlines() if line.startswith("sowatch_stale_processes{")]
+    return sum(float(line.rpartition(" ")[2]) for line in rows)
+
+
 def test_a_client_that_comes_back_goes_on_after_the_last_event_it_had(
     agent: Agent, mapper: Mapper, library: Path
 ) -> None:
@@ -184,6 +222,7 @@ def test_an_audit_finds_no_difference_and_is_counted(agent: Agent) -> None:
         ("/explain?path=/nothing/here%ff%0a", 404, "/nothing/here"),
         ("/events?events=nonsense", 400, "unknown event 'nonsense'"),
         ("/events?snapshot=maybe", 400, "neither 0 nor 1"),
+        ("/events?rule=nosuch", 400, "there is no rule 'nosuch'. Use one of: mine."),
     ],
 )
 def test_a_wrong_question_gets_a_reason(agent: Agent, path: str, status: int, said: str) -> None:

@@ -25,12 +25,15 @@ from sowatch.model.events import (
     Load,
     Process,
     Ready,
+    Renewed,
+    Stale,
     Stopped,
     Unload,
 )
 from sowatch.model.identity import FileId
+from sowatch.model.literals import Staleness
 
-__all__ = ["HTTP", "PROCESS", "READY", "SSL", "Entry", "ScriptedWatcher", "event"]
+__all__ = ["HTTP", "PROCESS", "READY", "RENEWED", "SSL", "STALE", "Entry", "ScriptedWatcher", "event"]
 
 TIME_NS = 1_700_000_000_123_456_789
 
@@ -52,6 +55,8 @@ SSL = Library(
     build_id="00ff" * 10,
     soname="libssl.so.3",
 )
+STALE = Stale("ssl", SSL, PROCESS, Staleness.REPLACED, None, TIME_NS)
+RENEWED = Renewed("ssl", SSL, PROCESS, "unmapped", TIME_NS)
 HTTP = Http(
     time_ns=TIME_NS,
     process=PROCESS,

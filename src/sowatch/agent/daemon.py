@@ -29,6 +29,7 @@ from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
 from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 from sowatch.agent.settings import Settings
+from sowatch.agent.stale_feed import StaleFeed
 from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
@@ -58,7 +59,17 @@ _HANGS_S: Final = 20.0
 _LOGGED_DIFFERENCES: Final = 5
 #: What takes effect without a restart.
 _LIVE: Final = frozenset(
-    {"rules", "http", "sinks", "exporters", "audit_interval_s", "log_level", "log_format", "allowed_hosts"}
+    {
+        "rules",
+        "http",
+        "sinks",
+        "exporters",
+        "audit_interval_s",
+        "stale_interval_s",
+        "log_level",
+        "log_format",
+        "allowed_hosts",
+    }
 )
 
 
@@ -100,6 +111,8 @@ class Daemon:
         self._flows = HttpFlows(self._watcher, self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
         self._first_flows = self._flows.prepare(settings.http)
         self._origin = origin_of(ProcFs(settings.watch.proc_root))
+        proc = ProcFs(settings.watch.proc_root)
+        self._stale = StaleFeed(self._watcher, self._metrics, proc, settings.stale_interval_s)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._allowed_hosts: set[str] = set()
@@ -202,7 +215,7 @@ class Daemon:
     def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
         cut_off = self._metrics.counter(names.CLIENTS_CUT_OFF.name)
         stack.callback(self._metrics.add_source(lambda: cut_off.add(hub.clients_cut_off - cut_off.get())))
-        inventory = Inventory(self._watcher, proc=ProcFs(self._settings.watch.proc_root))
+        inventory = Inventory(self._watcher, stale=self._stale.watch)
         attachments = Attachments(self._actions, self._flows, self._watcher)
         pages = routes(inventory, self._actions.tally.sums)
         app = WebApp(
@@ -214,6 +227,7 @@ class Daemon:
             pages,
             self._shows_flows_over_tcp,
             self._flows.endpoints,
+            self._stale.watch,
         )
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]
@@ -229,6 +243,7 @@ class Daemon:
         stack.callback(self._watcher.stop)
         # The streams of pages end with the inventory.
         stack.enter_context(inventory)
+        stack.enter_context(self._stale)
         self._http.start()
 
     def _shows_flows_over_tcp(self) -> bool:
@@ -326,6 +341,7 @@ class Daemon:
         self._allow_hosts(new)
         self._audit_interval_s = new.audit_interval_s
         self._audit_now.set()
+        self._stale.watch.interval_s = new.stale_interval_s
         # What needs a restart is compared with what is in force the next time, too.
         self._settings = replace(new, **{name: getattr(old, name) for name in self._needs_restart})
         self._loaded_ns = time.time_ns()

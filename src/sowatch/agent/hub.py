@@ -19,7 +19,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from sowatch.engine.subscription import Subscription
-from sowatch.model.events import Activate, Event, Http, LibraryEvent, Load, Lost, Ready, Unload, size_of
+from sowatch.model.events import Activate, AddedEvent, Event, Http, LibraryEvent, Load, Lost, Ready, Unload, size_of
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.lines import to_json
 from sowatch.model.literals import STREAM_KINDS
@@ -71,7 +71,7 @@ class Client:
         """Whether the event is for it."""
         if isinstance(event, Http):
             return "http" in self._events
-        if not isinstance(event, LibraryEvent):
+        if not isinstance(event, LibraryEvent | AddedEvent):
             return True
         return event.event in self._events and self._rule in (None, event.rule)
 

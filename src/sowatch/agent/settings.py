@@ -255,6 +255,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         listen: HOST:PORT of the loopback interface for what only reads. Default: no TCP.
         allowed_hosts: further names of this host that requests over TCP may use.
         audit_interval_s: seconds between two comparisons of the map with /proc; 0: none.
+        stale_interval_s: seconds between two comparisons of mapped files with the disk; 0: only while the page is
+            open.
         log_level: debug, info, warning or error.
         log_format: logfmt or json.
         reload: take over changes of the file as they happen; without, SIGHUP does.
@@ -272,6 +274,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     listen: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     audit_interval_s: float = 300.0
+    stale_interval_s: float = 10.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["logfmt", "json"] = "logfmt"
     reload: bool = True
@@ -286,8 +289,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.socket or "\0" in self.socket:
             raise ConfigError("socket", f"{self.socket!r} is no path. Give one, such as /run/sowatch/sowatch.sock.")
-        if self.audit_interval_s != 0:
-            _in_range("audit_interval_s", self.audit_interval_s, 1, 86_400)
+        for key in ("audit_interval_s", "stale_interval_s"):
+            if (value := getattr(self, key)) != 0:
+                _in_range(key, value, 1, 86_400, or_zero="for none")
         try:
             RuleSet([one.make() for one in self.rules])
         except SowatchError as error:
@@ -539,6 +543,7 @@ def _missing_module(*modules: str) -> str | None:
     return next((one for one in modules if importlib.util.find_spec(one) is None), None)
 
 
-def _in_range(key: str, value: float, low: float, high: float) -> None:
+def _in_range(key: str, value: float, low: float, high: float, *, or_zero: str | None = None) -> None:
     if not low <= value <= high:
-        raise ConfigError(key, f"{value} is out of range. Use a number from {low} to {high}.")
+        also = "" if or_zero is None else f", or 0 {or_zero}"
+        raise ConfigError(key, f"{value} is out of range. Use a number from {low} to {high}{also}.")

@@ -26,6 +26,8 @@ from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.explain import PathReport, ProcessReport, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
+from sowatch.inventory.stale_watch import StaleWatch, file_key
+from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
@@ -85,6 +87,7 @@ class WebApp:
         pages: further routes that only read, such as those of the page at ``/``.
         shows_flows_over_tcp: whether every local user may see single HTTP flows; asked for each stream.
         http: what ``/http`` answers, with single flows or without; None: `[http]` is off. Any thread.
+        stale: what compares mapped files with the disk, for ``/inventory``.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class WebApp:
         pages: Sequence[BaseRoute] = (),
         shows_flows_over_tcp: Callable[[], bool] = lambda: False,
         http: Callable[[bool], dict[str, Any] | None] = lambda _: None,
+        stale: StaleWatch | None = None,
     ) -> None:
         self._watcher = watcher
         self._hub = hub
@@ -105,6 +109,7 @@ class WebApp:
         self._pages = tuple(pages)
         self._shows_flows_over_tcp = shows_flows_over_tcp
         self._http = http
+        self._stale = stale
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
@@ -189,7 +194,7 @@ class WebApp:
 
     async def _inventory(self, _: Request) -> Response:
         def make() -> bytes:
-            return _encode(inventory_dict(self._watcher.snapshot()))
+            return _encode(inventory_dict(self._watcher.snapshot(), self._stale))
 
         return Response(await self._in_thread(make), media_type="application/json", headers=_NOT_TO_KEEP)
 
@@ -199,7 +204,7 @@ class WebApp:
         if listed is None or _is_old(listed, _INVENTORY_AGE_S):
 
             def make() -> tuple[float, bytes]:
-                found = _encode(inventory_dict(self._watcher.snapshot()))
+                found = _encode(inventory_dict(self._watcher.snapshot(), self._stale))
                 return time.monotonic(), found
 
             listed = self._listed = self._modest.submit(make)
@@ -221,6 +226,7 @@ class WebApp:
         try:
             events = _kinds(query.get("events", "")) or default
             wants_snapshot = _flag("snapshot", query.get("snapshot", "1"))
+            self._check_rule(query.get("rule"))
             client = self._hub.join(
                 events=events,
                 rule=query.get("rule"),
@@ -236,6 +242,11 @@ class WebApp:
             self._hub.leave(client)
             return Response(media_type="text/event-stream", headers=_NOT_TO_KEEP)
         return StreamingResponse(self._hub.stream(client), media_type="text/event-stream", headers=_NOT_TO_KEEP)
+
+    def _check_rule(self, name: str | None) -> None:
+        known = [rule.name for rule in self._watcher.rules]
+        if name is not None and name not in known:
+            raise UsageError(f"there is no rule {name!r}. Use one of: {', '.join(known)}.")
 
     async def _explain(self, request: Request) -> Response:
         def explain(target: _Target) -> ProcessReport | PathReport:
@@ -306,28 +317,47 @@ def _is_old(answer: Future[tuple[float, T]], age_s: float) -> bool:
     )
 
 
-def inventory_dict(mapped: Sequence[Mapped]) -> dict[str, Any]:
+def inventory_dict(mapped: Sequence[Mapped], stale: StaleWatch | None = None) -> dict[str, Any]:
     """The map as the object of ``GET /inventory``: each process and each library once.
 
     ``libraries[].processes`` are places in ``processes``, whose own ``libraries`` count how many they have.
+    ``libraries[].stale_processes`` are those of them for which the file is not the one on disk, ``unknown_processes``
+    those of which that cannot be determined; ``stale`` and ``stale_reason`` are of the worst of them, as in `top`.
+    ``staleness`` says when that was ``compared``, null: not yet.
     """
+    answers = {} if stale is None else stale.answers
+    worst: dict[Any, StaleAnswer] = {}
     processes: dict[Any, dict[str, Any]] = {}
     places: dict[Any, int] = {}
     libraries: dict[Any, dict[str, Any]] = {}
     for one in mapped:
         if one.process.id not in places:
             places[one.process.id] = len(places)
-            processes[one.process.id] = {**process_dict(one.process), "libraries": 0}
+            processes[one.process.id] = {**process_dict(one.process), "libraries": 0, "stale_libraries": 0}
         key = (one.rule, one.library.id, one.library.path, one.library.kind, one.library.deleted)
         if key not in libraries:
-            libraries[key] = {"rule": one.rule, **library_dict(one.library), "processes": []}
+            of_library: dict[str, Any] = {"processes": [], "stale_processes": [], "unknown_processes": []}
+            libraries[key] = {"rule": one.rule, **library_dict(one.library), "stale": None, **of_library}
         libraries[key]["processes"].append(places[one.process.id])
         processes[one.process.id]["libraries"] += 1
+        answer = answers.get((one.process.id, file_key(one)))
+        if answer is None:
+            continue
+        is_stale = answer.stale is not Staleness.UNKNOWN
+        libraries[key]["stale_processes" if is_stale else "unknown_processes"].append(places[one.process.id])
+        processes[one.process.id]["stale_libraries"] += is_stale
+        worst[key] = max(worst.get(key, answer), answer, key=badness)
+    for key, answer in worst.items():
+        libraries[key] |= {"stale": answer.stale, "stale_reason": answer.reason}
     return {
         "schema": SCHEMA,
         "event": "inventory",
         "time": stamp(time.time_ns()),
         "mappings": len(mapped),
+        "staleness": {
+            "compared": None if stale is None or stale.compared_ns is None else stamp(stale.compared_ns),
+            "complete": stale is not None and stale.is_complete,
+        },
         "libraries": list(libraries.values()),
         "processes": list(processes.values()),
     }

@@ -26,7 +26,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
-from sowatch.model.events import Event, Http, Load, Ready, Stopped
+from sowatch.model.events import AddedEvent, Event, Load, Ready, Stopped
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
 from sowatch.sources.base import EventSource, Verdicts
@@ -157,7 +157,7 @@ class Engine:
         answer: Future[T] = self.request(lambda answer: answer.set_result(question()), synced=synced)
         return answer.result()
 
-    def publish(self, events: Sequence[Http]) -> Future[None]:
+    def publish(self, events: Sequence[AddedEvent]) -> Future[None]:
         """Has events from elsewhere published among those of the engine, in their order; done once they are.
 
         Raises:

@@ -17,7 +17,18 @@ from msgspec.structs import replace
 from sowatch.engine.backlog import Backlog
 from sowatch.engine.owner import Owner
 from sowatch.engine.published_map import Loads
-from sowatch.model.events import Activate, Deactivate, Event, Http, LibraryEvent, Load, Lost, Repaired, Unload, size_of
+from sowatch.model.events import (
+    Activate,
+    AddedEvent,
+    Deactivate,
+    Event,
+    LibraryEvent,
+    Load,
+    Lost,
+    Repaired,
+    Unload,
+    size_of,
+)
 from sowatch.model.identity import FileId
 
 __all__ = ["Subscription"]
@@ -144,8 +155,8 @@ class Subscription:
         if isinstance(event, LibraryEvent):
             if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
                 return
-        elif isinstance(event, Http):
-            if "http" not in self._events:
+        elif isinstance(event, AddedEvent):
+            if event.event not in self._events:
                 return
         elif not self._control:
             return

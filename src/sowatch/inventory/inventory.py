@@ -7,53 +7,30 @@ storm of loads costs it nothing while nobody asks, and no more than one view a t
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
-from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
+from sowatch.inventory.stale_watch import FileKey, HasSnapshot, StaleWatch, file_key
+from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Library, Process, Ready
-from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.identity import ProcessId
+from sowatch.model.stats import Mapped
 
 __all__ = ["HISTORY_S", "Inventory", "InventoryView", "LibraryRow", "ProcessRow", "RateSample", "Watched"]
-
-LOG = logging.getLogger("sowatch")
 
 #: How much of the past is kept, one entry a second.
 HISTORY_S: Final = 600
 #: Mappings that are put together; a host that has more reports the rest as a number.
 MAX_MAPPINGS: Final = 200_000
-#: How often the disk is compared with what is mapped, while somebody asks, and how much of the time at most.
-_DISK_EVERY_S: Final = 10.0
-_DISK_SHARE: Final = 0.1
-#: Nobody has asked for this long: the disk is not read.
-_UNWATCHED_S: Final = 30.0
 
 K = TypeVar("K")
-
-
-class MappedLike(Protocol):
-    """One entry of `sowatch.watcher.watcher.Watcher.snapshot`."""
-
-    @property
-    def process(self) -> Process: ...
-    @property
-    def library(self) -> Library: ...
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]: ...
-    @property
-    def range_count(self) -> int | None: ...
-    @property
-    def cause(self) -> str | None: ...
-    @property
-    def time_ns(self) -> int: ...
 
 
 class StatsLike(Protocol):
@@ -69,11 +46,8 @@ class StatsLike(Protocol):
     def lost_queue(self) -> int: ...
 
 
-class Watched(Protocol):
+class Watched(HasSnapshot, Protocol):
     """What is asked of a `sowatch.watcher.watcher.Watcher`."""
-
-    def snapshot(self, *, with_ranges: bool = True) -> Sequence[MappedLike]:
-        """The published map; ``with_ranges`` as they are now."""
 
     @property
     def stats(self) -> StatsLike:
@@ -146,10 +120,6 @@ class InventoryView(Struct, frozen=True):
     left_out: int
 
 
-#: What distinguishes one row of libraries from another.
-_FileKey = tuple[FileId, str]
-
-
 class _Numbers(dict[K, int]):
     """Numbers for keys, given once and forgotten with the key."""
 
@@ -170,46 +140,49 @@ class _Numbers(dict[K, int]):
 class Inventory:
     """Puts together what a watcher knows. A context manager; every method from any thread.
 
-    Runs two threads from `start` to `close`: one counts loads each second, the other compares mapped
-    files with the disk while somebody asks.
+    A thread counts loads each second, from `start` to `close`. Mapped files are compared with the disk while somebody
+    asks.
 
     Args:
         watcher: whose map is shown; not owned.
         proc: the host's ``/proc``. Default: ``/proc``.
         sample_s: the distance between two entries of `history`.
+        stale: what compares, not owned. Default: one of its own.
     """
 
-    def __init__(self, watcher: Watched, *, proc: ProcFs | None = None, sample_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        watcher: Watched,
+        *,
+        proc: ProcFs | None = None,
+        sample_s: float = 1.0,
+        stale: StaleWatch | None = None,
+    ) -> None:
         self.watcher = watcher
-        self._proc = proc or ProcFs()
+        self._own_stale = StaleWatch(watcher, proc=proc) if stale is None else None
+        self._stale_watch = stale or self._own_stale or StaleWatch(watcher, proc=proc)
         self._sample_s = sample_s
         self._lock = threading.Lock()
-        self._files: _Numbers[_FileKey] = _Numbers()
+        self._files: _Numbers[FileKey] = _Numbers()
         self._processes: _Numbers[ProcessId] = _Numbers()
-        self._first: dict[_FileKey, tuple[int, bool]] = {}
+        self._first: dict[FileKey, tuple[int, bool]] = {}
         self._history: deque[RateSample] = deque(maxlen=int(HISTORY_S / sample_s))
-        #: Replaced as a whole.
-        self._stale: dict[tuple[ProcessId, _FileKey], StaleAnswer] = {}
-        self._looked_s = float("-inf")
-        self._looked = threading.Event()
         self._closing = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._count, name="sowatch-history", daemon=True),
-            threading.Thread(target=self._keep_comparing, name="sowatch-stale", daemon=True),
-        ]
+        self._thread = threading.Thread(target=self._count, name="sowatch-history", daemon=True)
 
     def start(self) -> None:
         """Starts counting."""
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
+        if self._own_stale is not None:
+            self._own_stale.start()
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Ends both threads, waiting at most that long for each. Safe to call again."""
+        """Ends its threads, waiting at most that long for each. Safe to call again."""
         self._closing.set()
-        self._looked.set()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout_s)
+        if self._own_stale is not None:
+            self._own_stale.close(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def __enter__(self) -> Self:
         self.start()
@@ -231,8 +204,7 @@ class Inventory:
 
     def look(self) -> InventoryView:
         """The map as published now. Takes some 3 ms for a thousand mappings."""
-        self._looked_s = time.monotonic()
-        self._looked.set()
+        self._stale_watch.ask()
         with self._lock:
             return self._look(self.watcher.snapshot(with_ranges=False))
 
@@ -241,20 +213,19 @@ class Inventory:
 
         For one answer only. What lies on a file system that does not answer is ``unknown``.
         """
-        with Disk(self._proc) as disk:
-            self._stale = _stale(self.watcher.snapshot(), disk, self._closing.is_set)
+        self._stale_watch.compare()
 
-    def _look(self, mapped: Sequence[MappedLike]) -> InventoryView:
+    def _look(self, mapped: Sequence[Mapped]) -> InventoryView:
         shown = mapped[:MAX_MAPPINGS]
-        files: dict[_FileKey, list[MappedLike]] = {}
-        processes: dict[ProcessId, list[MappedLike]] = {}
+        files: dict[FileKey, list[Mapped]] = {}
+        processes: dict[ProcessId, list[Mapped]] = {}
         for one in shown:
-            files.setdefault(_file_key(one), []).append(one)
+            files.setdefault(file_key(one), []).append(one)
             processes.setdefault(one.process.id, []).append(one)
         self._files.keep(files)
         self._processes.keep(processes)
         self._first = {key: self._first.get(key) or _first(group) for key, group in files.items()}
-        stale = self._stale
+        stale = self._stale_watch.answers
         libraries = (self._library(key, group, stale) for key, group in files.items())
         holders = (self._process(group, stale) for group in processes.values())
         return InventoryView(
@@ -265,11 +236,11 @@ class Inventory:
         )
 
     def _library(
-        self, key: _FileKey, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], StaleAnswer]
+        self, key: FileKey, group: list[Mapped], stale: Mapping[tuple[ProcessId, FileKey], StaleAnswer]
     ) -> LibraryRow:
         since_ns, is_older = self._first[key]
         answers = [answer for one in group if (answer := stale.get((one.process.id, key)))] if stale else []
-        worst = max(answers, key=_badness, default=None)
+        worst = max(answers, key=badness, default=None)
         return LibraryRow(
             number=self._files[key],
             library=group[0].library,
@@ -281,11 +252,11 @@ class Inventory:
             stale_reason=None if worst is None else worst.reason,
         )
 
-    def _process(self, group: list[MappedLike], stale: dict[tuple[ProcessId, _FileKey], StaleAnswer]) -> ProcessRow:
+    def _process(self, group: list[Mapped], stale: Mapping[tuple[ProcessId, FileKey], StaleAnswer]) -> ProcessRow:
         # Of one that was gone before it could be read, the kernel's record says less.
         process = next((one.process for one in group if one.process.exe is not None), group[-1].process)
         since_ns, is_older = _first(group)
-        answers = [stale.get((process.id, _file_key(one))) for one in group] if stale else []
+        answers = [stale.get((process.id, file_key(one))) for one in group] if stale else []
         stale_count = sum(answer is not None for answer in answers)
         unknown_count = sum(answer is not None and answer.stale is Staleness.UNKNOWN for answer in answers)
         return ProcessRow(
@@ -312,43 +283,7 @@ class Inventory:
         stats = self.watcher.stats
         return stats.loads, stats.unloads, stats.lost_kernel + stats.lost_queue
 
-    def _keep_comparing(self) -> None:
-        while not self._closing.is_set():
-            if time.monotonic() - self._looked_s > _UNWATCHED_S:
-                self._looked.clear()
-                self._looked.wait()
-                continue
-            begun_s = time.monotonic()
-            try:
-                self.compare()
-            except Exception:
-                LOG.exception("the files on disk could not be compared with those that are mapped")
-            self._closing.wait(max(_DISK_EVERY_S, (time.monotonic() - begun_s) / _DISK_SHARE))
 
-
-def _stale(
-    mapped: Sequence[MappedLike], disk: Disk, is_over: Callable[[], bool]
-) -> dict[tuple[ProcessId, _FileKey], StaleAnswer]:
-    found = {}
-    for one in mapped[:MAX_MAPPINGS]:
-        if is_over():
-            break
-        loaded_ns = seen_at(one.cause, one.time_ns)
-        answer = disk.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
-        if answer.stale is not None:
-            found[one.process.id, _file_key(one)] = answer
-    return found
-
-
-def _badness(answer: StaleAnswer) -> int:
-    order = (Staleness.UNKNOWN, Staleness.MODIFIED, Staleness.DELETED, Staleness.REPLACED)
-    return order.index(answer.stale or Staleness.UNKNOWN)
-
-
-def _file_key(one: MappedLike) -> _FileKey:
-    return one.library.id, one.library.path
-
-
-def _first(group: Sequence[MappedLike]) -> tuple[int, bool]:
+def _first(group: Sequence[Mapped]) -> tuple[int, bool]:
     first = min(group, key=lambda one: one.time_ns)
     return first.time_ns, first.cause == "snapshot"

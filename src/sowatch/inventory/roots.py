@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from sowatch.linux.descriptors import close_fd
+from sowatch.linux.openat import open_below
 from sowatch.linux.proc import Miss, ProcFs
 
-__all__ = ["RootKey", "Roots", "own_root_key"]
+__all__ = ["DirectoryState", "RootKey", "Roots", "own_root_key"]
 
 #: What distinguishes one root from another: its mount namespace, and the device and inode of the root.
 RootKey = tuple[str, int, int]
+
+
+class DirectoryState(NamedTuple):
+    """What is another one as soon as a name in a directory leads elsewhere, or the path to another directory.
+
+    Of a directory that cannot be read ``inode`` is its errno, negative, and all else 0.
+    """
+
+    device: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
 
 
 class Roots:
@@ -47,6 +61,15 @@ class Roots:
                 self._keys[pid] = None
         return self._keys[pid]
 
+    def directories(self, key: RootKey, pids: Sequence[int], paths: Sequence[str]) -> dict[str, DirectoryState] | None:
+        """The states of directories, as the first of these processes sees them that has the root; None if none has."""
+        for pid in pids:
+            with suppress(OSError):
+                if self.key(pid) == key:
+                    with self.open(pid) as root_fd:
+                        return {path: _state_of(root_fd, path) for path in paths}
+        return None
+
     @contextmanager
     def open(self, pid: int) -> Iterator[int]:
         """A descriptor (O_PATH) of the root directory.
@@ -59,6 +82,18 @@ class Roots:
             yield fd
         finally:
             close_fd(fd)
+
+
+def _state_of(root_fd: int, path: str) -> DirectoryState:
+    try:
+        fd = open_below(root_fd, path, os.O_PATH)
+    except OSError as error:
+        return DirectoryState(0, -(error.errno or 0), 0, 0)
+    try:
+        found = os.fstat(fd)
+    finally:
+        close_fd(fd)
+    return DirectoryState(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _root_key_of(process_dir: str) -> RootKey:

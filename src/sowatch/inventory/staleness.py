@@ -21,9 +21,10 @@ from typing import Final, NamedTuple, Self, TypeVar
 from msgspec import Struct
 
 from sowatch.inventory.copied_up import Copies, build_id_of
+from sowatch.inventory.disk_calls import LOOK_TIMEOUT_S, DiskCalls
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
-from sowatch.inventory.roots import RootKey, Roots
+from sowatch.inventory.roots import DirectoryState, RootKey, Roots
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.file_times import FileTimes, file_times
 from sowatch.linux.mapped_file import is_on_overlay, mapped_build_id
@@ -31,21 +32,25 @@ from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below, shows_real_inode
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.proc_parse import MapRow, seen_path
-from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
+from sowatch.linux.timeout_worker import CallTimeout
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 from sowatch.model.literals import Staleness
 
-__all__ = ["FRESH", "NOT_PERMITTED", "Disk", "StaleAnswer", "Staleness", "seen_at"]
+__all__ = [
+    "FRESH",
+    "NOT_PERMITTED",
+    "Disk",
+    "StaleAnswer",
+    "Staleness",
+    "badness",
+    "seen_at",
+]
 
 T = TypeVar("T")
 
-#: A read that takes longer hangs. The more do already, the sooner the next one is given up.
-LOOK_TIMEOUT_S: Final = 1.0
-LEAST_TIMEOUT_S: Final = 0.05
 #: Package databases are large, and may lie on a slow disk.
 OWNERS_TIMEOUT_S: Final = 60.0
-MAX_HANGING: Final = 64
 _DELETED: Final = " (deleted)"
 
 
@@ -64,6 +69,13 @@ class StaleAnswer(NamedTuple):
 
 
 FRESH: Final = StaleAnswer(None)
+
+
+def badness(answer: StaleAnswer) -> int:
+    """The worst of several answers has the highest."""
+    order = (Staleness.UNKNOWN, Staleness.MODIFIED, Staleness.DELETED, Staleness.REPLACED)
+    return order.index(answer.stale or Staleness.UNKNOWN)
+
 
 _NO_ANSWER: Final = "its file system does not answer"
 _TOO_MANY: Final = "too many file systems do not answer"
@@ -130,6 +142,8 @@ class _Looked(NamedTuple):
 class Disk:
     """What is on disk where a process would open its files, for one pass: answers are kept. A context manager.
 
+    For a further pass `begin_pass` forgets them, but not what does not answer.
+
     Processes that share root and mount namespace share the answers. One thread uses it.
 
     Args:
@@ -142,13 +156,11 @@ class Disk:
     def __init__(self, proc: ProcFs | None = None) -> None:
         self._proc = proc or ProcFs()
         self._roots = Roots(self._proc)
-        self._worker = TimeoutWorker("sowatch-disk", max_abandoned=MAX_HANGING)
+        self._calls = DiskCalls("sowatch-disk")
         self._sights: dict[ProcessId, _Sight] = {}
         self._answers: dict[tuple[object, ...], _Looked] = {}
         #: The keys of answers that hold for the mappings of one process only.
         self._is_of_process: set[tuple[object, ...]] = set()
-        #: Directories of a root in which a read hung, with the device of the file that was searched for.
-        self._hanging: set[tuple[RootKey, str, int, int]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +172,43 @@ class Disk:
 
     def close(self) -> None:
         """Ends the thread that reads, unless it hangs. Safe to call again."""
-        self._worker.close()
+        self._calls.close()
+
+    def begin_pass(self) -> None:
+        """Forgets what was found, as all of it may have changed."""
+        self._roots = Roots(self._proc)
+        self._sights.clear()
+        self._answers.clear()
+        self._is_of_process.clear()
+
+    def has_ended(self, process: Process) -> bool:
+        """Whether a process is there no more, asked anew."""
+        found = self._proc.stat(process.pid)
+        return found is Miss.GONE or (not isinstance(found, Miss) and found.start_ticks != process.start_ns // TICK_NS)
+
+    def root_of(self, pid: int) -> RootKey | None:
+        """What distinguishes the root of a process from others; None if it has ended or may not be read."""
+        return self._calls.run(partial(self._roots.key, pid), None, place=("root", pid))
+
+    def directories(self, root: RootKey, pids: Sequence[int], paths: Sequence[str]) -> dict[str, DirectoryState | None]:
+        """The states of directories; None of one that does not answer, or if no process has that root any more.
+
+        Args:
+            root: as `root_of` gave it.
+            pids: of processes that had it.
+            paths: as these see them.
+        """
+        found: dict[str, DirectoryState | None] = dict.fromkeys(paths)
+        asked = [path for path in paths if not self._calls.hangs((root, path))]
+        abandoned = self._calls.hanging
+        together = self._calls.run(partial(self._roots.directories, root, pids, asked), None)
+        if together is not None:
+            return found | together
+        if self._calls.hanging > abandoned:  # one of them hangs
+            for path in asked:
+                alone = self._calls.run(partial(self._roots.directories, root, pids, [path]), None, place=(root, path))
+                found |= alone or {}
+        return found
 
     def staleness(
         self,
@@ -230,27 +278,19 @@ class Disk:
         found: dict[tuple[int, str], str | None] = dict.fromkeys(asked)
         by_root: dict[RootKey | None, list[tuple[int, str]]] = {}
         for pid, path in asked:
-            by_root.setdefault(self._run(partial(self._roots.key, pid), None), []).append((pid, path))
+            by_root.setdefault(self._calls.run(partial(self._roots.key, pid), None), []).append((pid, path))
         for group in by_root.values():
             # A database on a file system that hangs keeps nobody else from being answered.
-            timeout_s = LOOK_TIMEOUT_S if self._worker.abandoned else OWNERS_TIMEOUT_S
-            found |= self._run(partial(owners, self._roots, group), dict.fromkeys(group), timeout_s)
+            timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else OWNERS_TIMEOUT_S
+            found |= self._calls.run(partial(owners, self._roots, group), dict.fromkeys(group), timeout_s)
         return found
-
-    def _run(self, call: Callable[[], T], otherwise: T, timeout_s: float | None = None) -> T:
-        """What the call returns, within the deadline."""
-        if timeout_s is None:
-            timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
-        try:
-            return self._worker.run(call, timeout_s)
-        except CallTimeout:
-            return otherwise
 
     def _sight(self, process: Process) -> _Sight:
         sight = self._sights.get(process.id)
         if sight is None:
             hangs = _Sight(trouble=_NO_ANSWER)
-            sight = self._sights[process.id] = self._run(partial(self._look_at_process, process), hangs)
+            look = partial(self._look_at_process, process)
+            sight = self._sights[process.id] = self._calls.run(look, hangs, place=("process", process.id))
         return sight
 
     def _look_at_process(self, process: Process) -> _Sight:
@@ -285,16 +325,12 @@ class Disk:
     def _look_with_deadline(self, subject: _Subject, key: RootKey, copies: Copies) -> _Looked:
         file_id = subject.library.id
         place = (key, os.path.dirname(subject.path), file_id.major, file_id.minor)
-        if place in self._hanging:
+        if self._calls.hangs(place) or self._calls.hangs(place[:2]):
             return _Looked(_cannot_tell(subject, _NO_ANSWER))
-        timeout_s = max(LEAST_TIMEOUT_S, LOOK_TIMEOUT_S / (1 + self._worker.abandoned))
         try:
-            looked = self._worker.run(lambda: self._look(subject, copies), timeout_s)
+            looked = self._calls.run_in_time(lambda: self._look(subject, copies), place)
         except CallTimeout as timeout:
-            if timeout.is_refused:
-                return _Looked(_cannot_tell(subject, _TOO_MANY))
-            self._hanging.add(place)
-            return _Looked(_cannot_tell(subject, _NO_ANSWER))
+            return _Looked(_cannot_tell(subject, _TOO_MANY if timeout.is_refused else _NO_ANSWER))
         except OSError as error:  # it ended just now, or openat2 is missing or refused
             if self._proc.stat(subject.pid) is Miss.GONE:
                 return _Looked(FRESH)
@@ -302,7 +338,7 @@ class Disk:
         if looked.answer.stale is not Staleness.REPLACED:
             return looked
         # With a deadline of its own: a file system that has names, and no content, keeps nothing of the answer back.
-        is_same_build = self._run(partial(self._is_same_build, looked.answer.path, subject), None)
+        is_same_build = self._calls.run(partial(self._is_same_build, looked.answer.path, subject), None, place=place)
         return looked._replace(answer=looked.answer._replace(is_same_build=is_same_build))
 
     def _look(self, subject: _Subject, copies: Copies) -> _Looked:

@@ -1,7 +1,8 @@
 """Events, and the records in them: frozen values. Their wire form is made by `sowatch.model.lines`.
 
-An event is one of `Load`, `Unload`, `Activate`, `Deactivate` (together `LibraryEvent`), `Http`, `Ready`, `Lost`,
-`Repaired` and `Stopped`. Its ``event`` names its kind, and by it a type checker knows which one it is.
+An event is one of `Load`, `Unload`, `Activate`, `Deactivate` (together `LibraryEvent`), `Http`, `Stale`,
+`Renewed` (together `AddedEvent`), `Ready`, `Lost`, `Repaired` and `Stopped`. Its ``event`` names its kind, and by it
+a type checker knows which one it is.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from sowatch.model.literals import (
     Kind,
     LoadCause,
     LossPlace,
+    RenewedCause,
+    Staleness,
     Strategy,
     UnloadCause,
 )
 
 __all__ = [
     "Activate",
+    "AddedEvent",
     "ControlEvent",
     "Deactivate",
     "Event",
@@ -39,7 +43,9 @@ __all__ = [
     "Origin",
     "Process",
     "Ready",
+    "Renewed",
     "Repaired",
+    "Stale",
     "Stopped",
     "Unload",
     "size_of",
@@ -305,10 +311,50 @@ class Http(Struct, frozen=True, gc=False):
     response_headers: dict[str, str] | None = None
 
 
+class Stale(Struct, frozen=True, gc=False):
+    """The file that a process has mapped is no longer the one on disk: the process has to be restarted for the new one.
+
+    Attributes:
+        rule: the name of the rule that wanted the file.
+        library: the file.
+        process: who has it mapped.
+        staleness: ``replaced`` or ``deleted``.
+        reason: where the name of the file decided.
+        time_ns: the wall clock when that was noticed, ns since the epoch.
+    """
+
+    event: ClassVar[Literal["stale"]] = "stale"
+
+    rule: str
+    library: Library
+    process: Process
+    staleness: Staleness
+    reason: str | None
+    time_ns: int
+
+
+class Renewed(Struct, frozen=True, gc=False):
+    """A process no longer has a stale file mapped. Attributes as of `Stale`.
+
+    ``cause`` is ``unmapped`` (the process ended, or has the file no more) or ``restored`` (the file is back under its
+    name).
+    """
+
+    event: ClassVar[Literal["renewed"]] = "renewed"
+
+    rule: str
+    library: Library
+    process: Process
+    cause: RenewedCause
+    time_ns: int
+
+
 #: A library came or went; also for `isinstance`.
 LibraryEvent: TypeAlias = Load | Unload | Activate | Deactivate
+#: What others than the engine find out, and have published among the rest; also for `isinstance`.
+AddedEvent: TypeAlias = Http | Stale | Renewed
 ControlEvent: TypeAlias = Ready | Lost | Repaired | Stopped
-Event: TypeAlias = LibraryEvent | Http | ControlEvent
+Event: TypeAlias = LibraryEvent | AddedEvent | ControlEvent
 
 
 def size_of(event: Event) -> int:
@@ -316,7 +362,8 @@ def size_of(event: Event) -> int:
     if isinstance(event, Http):
         headers = [*(event.request_headers or {}).items(), *(event.response_headers or {}).items()]
         return 500 + len(event.authority or "") + len(event.path or "") + sum(200 + len(value) for _, value in headers)
-    if not isinstance(event, LibraryEvent):
+    if not isinstance(event, LibraryEvent | Stale | Renewed):
         return 200
     library = event.library
-    return 200 + 128 * len(event.ranges) + len(library.path) + len(library.host_path or "")
+    ranges = event.ranges if isinstance(event, LibraryEvent) else ()
+    return 200 + 128 * len(ranges) + len(library.path) + len(library.host_path or "")

@@ -29,7 +29,9 @@ from sowatch.model.events import (
     Origin,
     Process,
     Ready,
+    Renewed,
     Repaired,
+    Stale,
     Stopped,
     Unload,
 )
@@ -131,6 +133,8 @@ def _line(event: Event | Head, seq: int) -> wire.EventLine:
                 request_headers=UNSET if event.request_headers is None else event.request_headers,
                 response_headers=UNSET if event.response_headers is None else event.response_headers,
             )
+        case Stale() | Renewed():
+            return _staleness_line(event, seq, time)
         case Ready():
             return wire.Ready(
                 schema=SCHEMA,
@@ -173,6 +177,13 @@ def head_line(origin: Origin, time_ns: int, seq: int) -> wire.Head:
         boot_id=origin.boot_id,
         version=origin.version,
     )
+
+
+def _staleness_line(event: Stale | Renewed, seq: int, time: str) -> wire.Stale | wire.Renewed:
+    process, library = process_line(event.process), library_line(event.library)
+    if isinstance(event, Renewed):
+        return wire.Renewed(SCHEMA, "renewed", seq, time, event.cause, event.rule, process, library)
+    return wire.Stale(SCHEMA, "stale", seq, time, event.staleness, event.reason, event.rule, process, library)
 
 
 def process_line(process: Process) -> wire.Process:
@@ -319,6 +330,8 @@ def _event(line: wire.EventLine) -> Event | Head:
                 None if line.request_headers is UNSET else line.request_headers,
                 None if line.response_headers is UNSET else line.response_headers,
             )
+        case wire.Stale() | wire.Renewed():
+            return _staleness_event(line, time_ns)
         case wire.Ready():
             return Ready(
                 time_ns,
@@ -343,6 +356,13 @@ def _event(line: wire.EventLine) -> Event | Head:
             return Repaired(time_ns, line.loads, line.unloads, line.seconds)
         case wire.Stopped():
             return Stopped(time_ns, line.loads, line.unloads, line.lost)
+
+
+def _staleness_event(line: wire.Stale | wire.Renewed, time_ns: int) -> Stale | Renewed:
+    process, library = _process_of(line.process), _library_of(line.library)
+    if isinstance(line, wire.Renewed):
+        return Renewed(line.rule, library, process, line.cause, time_ns)
+    return Stale(line.rule, library, process, line.staleness, line.reason, time_ns)
 
 
 def _process_of(line: wire.Process) -> Process:

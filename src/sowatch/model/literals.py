@@ -24,6 +24,7 @@ __all__ = [
     "LossPlace",
     "ProcessCause",
     "ProcessKind",
+    "RenewedCause",
     "Staleness",
     "Strategy",
     "StrategySetting",
@@ -39,9 +40,10 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 EventKind: TypeAlias = Literal["load", "unload", "activate", "deactivate"]
 EVENT_KINDS: Final[tuple[EventKind, ...]] = get_args(EventKind)
 
-#: What readers of the agent's streams can choose among; flows come where the agent is configured for them.
-StreamKind: TypeAlias = Literal[EventKind, "http"]
-STREAM_KINDS: Final[tuple[StreamKind, ...]] = (*EVENT_KINDS, "http")
+#: What readers of the agent's streams can choose among; flows come where the agent is configured for them, ``stale``
+#: and ``renewed`` from its comparison with the disk.
+StreamKind: TypeAlias = Literal[EventKind, "http", "stale", "renewed"]
+STREAM_KINDS: Final[tuple[StreamKind, ...]] = (*EVENT_KINDS, "http", "stale", "renewed")
 
 #: Of an HTTP flow.
 HttpSide: TypeAlias = Literal["client", "server"]
@@ -84,6 +86,9 @@ class Staleness(StrEnum):
     MODIFIED = "modified"
     UNKNOWN = "unknown"
 
+
+#: Why a process has no stale file any more: it unmapped the file or ended, or the file is back under its name.
+RenewedCause: TypeAlias = Literal["unmapped", "restored"]
 
 #: What happened to a process, and how that was found out.
 ProcessKind: TypeAlias = Literal["exec", "fork", "exit"]

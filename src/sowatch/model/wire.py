@@ -20,6 +20,7 @@ from sowatch.model.literals import (
     Kind,
     LoadCause,
     LossPlace,
+    RenewedCause,
     Staleness,
     Strategy,
     UnloadCause,
@@ -452,7 +453,39 @@ class Coverage(Struct, frozen=True, gc=False):
     readable: Readable | UnsetType = UNSET
 
 
+class Stale(Struct, frozen=True, gc=False):
+    """Of the agent: the file that the process has mapped is no longer the one on disk."""
+
+    schema: Schema
+    event: Literal["stale"]
+    seq: Seq
+    time: Time
+    staleness: Staleness
+    reason: Annotated[str | None, Meta(description="Where the name of the file decided.")]
+    rule: RuleName
+    process: Process
+    library: Library
+
+
+class Renewed(Struct, frozen=True, gc=False):
+    """Of the agent: the process no longer has that stale file mapped."""
+
+    schema: Schema
+    event: Literal["renewed"]
+    seq: Seq
+    time: Time
+    cause: Annotated[
+        RenewedCause,
+        Meta(
+            description="`unmapped`: the process ended, or has the file no more; `restored`: it is back under its name."
+        ),
+    ]
+    rule: RuleName
+    process: Process
+    library: Library
+
+
 #: The lines that are events, and all of them. The schema has them in this order, and what is new at the end.
 WatchLine: TypeAlias = Load | Unload | Activate | Deactivate | Ready | Lost | Repaired | Stopped
-EventLine: TypeAlias = WatchLine | Http | Head
-Line: TypeAlias = WatchLine | Mapping | LibraryRow | ProcessRow | Coverage | Http | Head
+EventLine: TypeAlias = WatchLine | Http | Stale | Renewed | Head
+Line: TypeAlias = WatchLine | Mapping | LibraryRow | ProcessRow | Coverage | Http | Stale | Renewed | Head

@@ -95,6 +95,26 @@ AUDIT_TIME: Final = _define(
     "gauge", "audit.timestamp_seconds", "When the agent's last comparison ended, in seconds since the epoch."
 )
 
+STALE_PROCESSES: Final = _define(
+    "gauge",
+    "stale.processes",
+    "Processes that have a file mapped which is no longer the one on disk. By is unit, container, host (in neither of "
+    "both) or other (of all beyond the 50 names with the most), name the unit or the container's id.",
+    "by",
+    "name",
+)
+STALE_UNKNOWN: Final = _define(
+    "gauge",
+    "stale.unknown_mappings",
+    "Mapped files of which it cannot be determined whether they are the ones on disk.",
+)
+STALE_SECONDS: Final = _define(
+    "gauge", "stale.duration_seconds", "Time that the last comparison of mapped files with the disk took."
+)
+STALE_TIME: Final = _define(
+    "gauge", "stale.timestamp_seconds", "When that comparison ended, in seconds since the epoch."
+)
+
 CALLBACK_SECONDS: Final = _define(
     "histogram", "callback.duration_seconds", "Time that callbacks of rules took.", "rule", "callback"
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
-from sowatch.model.events import Event, Http, LibraryEvent, Process
+from sowatch.model.events import Event, Http, LibraryEvent, Process, Renewed, Stale
 from sowatch.model.lines import to_json
 from sowatch.telemetry.http_names import host_and_port, known, method_name
 from sowatch.telemetry.otlp import Otlp, Protocol
@@ -115,12 +115,13 @@ def _attributes(event: Event) -> Mapping[str, str | int | list[str]]:
     """The facts one would search for; what is not known is left out. OpenTelemetry's names where it has some."""
     if isinstance(event, Http):
         return {**_known(_http_facts(event) | _process_facts(event.process)), **_header_facts(event)}
-    if not isinstance(event, LibraryEvent):
+    if not isinstance(event, LibraryEvent | Stale | Renewed):
         return {}
     library, process = event.library, event.process
     facts: dict[str, str | int | None] = {
         "sowatch.rule": event.rule,
-        "sowatch.cause": event.cause,
+        "sowatch.cause": None if isinstance(event, Stale) else event.cause,
+        "sowatch.staleness": event.staleness if isinstance(event, Stale) else None,
         "file.path": library.path,
         "sowatch.library.kind": library.kind,
         "sowatch.library.build_id": library.build_id,

@@ -31,7 +31,7 @@ from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
-from sowatch.model.events import Http, LibraryEvent, Ready
+from sowatch.model.events import AddedEvent, LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS
@@ -240,8 +240,8 @@ class Watcher:
         """A queue of events from now on; subscribe before `start` to get the snapshot too.
 
         Args:
-            events: which of ``load``, ``unload``, ``activate``, ``deactivate``, and ``http``, which is for what
-                `publish` is given.
+            events: which of ``load``, ``unload``, ``activate``, ``deactivate``; ``http``, ``stale`` and
+                ``renewed`` are for what `publish` is given.
             control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
             limit: events that may wait in it before some are lost; default ``config.queue_events``. So many
                 as take ``config.queue_bytes``, if that is fewer.
@@ -258,8 +258,10 @@ class Watcher:
             events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
         )
 
-    def publish(self, events: Sequence[Http]) -> Future[None]:
-        """Sends flows to every subscription that asked for them, among the other events; any thread, at once.
+    def publish(self, events: Sequence[AddedEvent]) -> Future[None]:
+        """Sends what others found out to every subscription that asked for it, among the other events.
+
+        From any thread, at once.
 
         Returns:
             What is done once they are in the queues.

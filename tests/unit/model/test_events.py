@@ -11,23 +11,32 @@ from msgspec.structs import replace
 from sowatch.model.events import ControlEvent, Event, Library, LibraryEvent, Lost, Repaired, Stopped
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import EVENT_KINDS
-from support.scripted import HTTP, PROCESS, READY, SSL, event
+from support.scripted import HTTP, PROCESS, READY, RENEWED, SSL, STALE, event
 
 LIBRARY_EVENTS: list[LibraryEvent] = [event(kind) for kind in EVENT_KINDS]
 CONTROL_EVENTS: list[ControlEvent] = [READY, Lost(1, 2, "queue"), Repaired(1, 0, 0, 0.1), Stopped(1, 2, 3, 0)]
 
 
 def test_every_kind_of_event_has_a_type_of_its_own() -> None:
-    made = [*LIBRARY_EVENTS, HTTP, *CONTROL_EVENTS]
+    made = [*LIBRARY_EVENTS, HTTP, STALE, RENEWED, *CONTROL_EVENTS]
 
     assert [type(one) for one in made] == list(get_args(Event))
-    assert [one.event for one in made] == [*EVENT_KINDS, "http", "ready", "lost", "repaired", "stopped"]
+    assert [one.event for one in made] == [
+        *EVENT_KINDS,
+        "http",
+        "stale",
+        "renewed",
+        "ready",
+        "lost",
+        "repaired",
+        "stopped",
+    ]
     assert [type(one).__name__.lower() for one in made] == [one.event for one in made]
 
 
 def test_a_library_event_is_told_from_a_control_event_as_ever() -> None:
     assert all(isinstance(one, LibraryEvent) for one in LIBRARY_EVENTS)
-    assert not any(isinstance(one, LibraryEvent) for one in [HTTP, *CONTROL_EVENTS])
+    assert not any(isinstance(one, LibraryEvent) for one in [HTTP, STALE, RENEWED, *CONTROL_EVENTS])
 
 
 @pytest.mark.parametrize("one", LIBRARY_EVENTS, ids=lambda one: one.event)

@@ -32,7 +32,7 @@ from sowatch.model.events import (
 )
 from sowatch.model.identity import FileId
 from sowatch.model.lines import decode, to_dict, to_json
-from support.scripted import READY, SSL, TIME_NS, event
+from support.scripted import HTTP, READY, RENEWED, SSL, STALE, TIME_NS, event
 
 STRICT = jsonschema.Draft202012Validator(load_schema(strict=True))
 OPEN = jsonschema.Draft202012Validator(load_schema())
@@ -42,6 +42,9 @@ EVENTS: dict[str, Event] = {
     "unload": event("unload", "exit"),
     "activate": event("activate"),
     "deactivate": event("deactivate"),
+    "http": HTTP,
+    "stale": STALE,
+    "renewed": RENEWED,
     "ready": READY,
     "lost": Lost(TIME_NS, count=12, where="kernel"),
     "repaired": Repaired(TIME_NS, loads=3, unloads=1, seconds=0.01),
@@ -51,7 +54,9 @@ EVENTS: dict[str, Event] = {
 # Names as hostile processes choose them: control characters, and bytes that are not UTF-8 as surrogates.
 names = st.text(
     st.one_of(
-        st.characters(), st.characters(max_codepoint=0x1F), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)
+        st.characters(exclude_categories=["Cs"]),
+        st.characters(max_codepoint=0x1F),
+        st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF),
     ),
     max_size=40,
 )
