@@ -64,6 +64,8 @@ class Feed:
         subscription = self._watcher.subscribe(events=events)
         self._is_begun = True
         threading.Thread(target=self._start, name="sowatch-start", daemon=True).start()
+        if self._is_asked_to_stop:
+            self.stop()  # it was before there was anything to stop
         try:
             seq = 0
             is_ending = False

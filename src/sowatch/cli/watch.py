@@ -81,17 +81,16 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     selection = replace(selection_of(args), follow=args.follow)
     watcher = open_watcher(selection)
 
+    def on_ready(_: object) -> None:
+        if args.duration is not None:
+            stopper.stop_after(args.duration)
+
     def stop() -> None:
         out.finish_within(_LAST_WORDS_S)
         feed.stop()
 
+    feed = Feed(watcher, out, warn, on_ready)
     with Stopper(stop) as stopper:
-
-        def on_ready(_: object) -> None:
-            if args.duration is not None:
-                stopper.stop_after(args.duration)
-
-        feed = Feed(watcher, out, warn, on_ready)
         try:
             view = JsonView(out) if as_json else _view_for_people(out, selection, watcher)
             feed.show(view, events_of(args, as_json=as_json))

@@ -307,6 +307,30 @@ def test_a_watch_that_cannot_say_stopped_when_it_is_asked_to_end_has_it_all_the_
     assert (last["event"], last["seq"], last["loads"], last["unloads"], last["lost"]) == ("stopped", 2, 7, 5, 0)
 
 
+def test_a_signal_before_the_watcher_starts_is_not_forgotten(running: Any) -> None:
+    watcher = ScriptedWatcher()
+    subscribe = watcher.subscribe
+    signalled = threading.Event()
+    original = watch.Stopper._on_signal
+
+    def late_subscribe(**options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signalled.is_set()
+        return subscribe(**options)
+
+    def on_signal(self: Any, *args: Any) -> None:
+        original(self, *args)
+        self._thread.join()
+        signalled.set()
+
+    watcher.subscribe = late_subscribe  # type: ignore[method-assign]
+    command = running(watcher, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.Stopper, "_on_signal", on_signal)
+        assert command.run() == 0
+    assert [line["event"] for line in command.lines()][-1] == "stopped"
+
+
 def test_a_watch_that_does_not_start_in_time_is_left_when_it_is_asked_to_end(running: Any) -> None:
     watcher = ScriptedWatcher()
     released = threading.Event()
@@ -531,10 +555,10 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
         (
             ["wach"],
-            "unknown command 'wach'. Did you mean watch? Use one of: watch, list, top, trace, http, audit, explain, ",
+            "unknown command 'wach'. Did you mean watch? Use one of: watch, run, list, top, trace, http, audit, explain, ",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        ([], "no command given. Use one of: watch, list, top, trace, http, audit, explain, serve, debug, doctor"),
+        ([], "no command given. Use one of: watch, run, list, top, trace, http, audit, explain, serve, debug, doctor"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(
