@@ -154,21 +154,14 @@ class HttpFlows:
         running = self.running
         if running is None:
             return None
-        stats = running.capture.attacher.stats
-        return {
-            "running": not running.has_failed,
-            "files": stats.files,
-            "sees_sockets": running.capture.sees_sockets,
-            "not_tapped": [{"path": path, "reason": reason} for _, path, reason in running.files.not_attached],
-            **running.figures(),
-        }
+        return {**_state(running), **running.figures()}
 
     def endpoints(self, with_flows: bool) -> dict[str, Any] | None:
         """What ``/http`` answers; None: it is off."""
         running, meter = self.running, self._meter
         if running is None or meter is None:
             return None
-        return {**meter.endpoints(with_flows=with_flows), "stats": running.figures()}
+        return {**meter.endpoints(with_flows=with_flows), **_state(running), "stats": running.figures()}
 
     def _end(self, *, keeps_meter: bool) -> None:
         running, self.running = self.running, None
@@ -180,3 +173,13 @@ class HttpFlows:
         if self._meter is not None and not keeps_meter:
             self._meter.close()
             self._meter = None
+
+
+def _state(running: Running) -> dict[str, Any]:
+    """Whether the capture goes on, and what it is attached to."""
+    return {
+        "running": not running.has_failed,
+        "files": running.capture.attacher.stats.files,
+        "sees_sockets": running.capture.sees_sockets,
+        "not_tapped": [{"path": path, "reason": reason} for _, path, reason in running.files.not_attached],
+    }

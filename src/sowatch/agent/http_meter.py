@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sowatch.http.capture import HttpFlow
 from sowatch.http.flows import Flow, Side
-from sowatch.http.summary import OTHER, Summary, is_error, reduced_path
+from sowatch.http.summary import OTHER, EndpointKey, Summary, is_error, reduced_path
 from sowatch.model.events import Http
 from sowatch.model.lines import to_dict
 from sowatch.telemetry import MetricRegistry, names
@@ -81,7 +81,7 @@ class HttpMeter:
         #: Of each side, by tags.
         self._series: dict[Side, dict[_Tags, _Series]] = {"client": {}, "server": {}}
         self._summary = Summary(max_endpoints, by_status=False)
-        self._recent: deque[tuple[int, Http]] = deque(maxlen=_RECENT)
+        self._recent: deque[tuple[int, Http, EndpointKey]] = deque(maxlen=_RECENT)
         self._flows = 0
         self.max_endpoints = max_endpoints
 
@@ -90,8 +90,7 @@ class HttpMeter:
         flow = found.flow
         with self._lock:
             self._flows += 1
-            self._summary.add(flow)
-            self._recent.append((self._flows, event))
+            self._recent.append((self._flows, event, self._summary.add(flow)))
             if flow.duration_ns is not None:
                 series = self._series_of(flow, found.process.container)
                 series.used_s = time.monotonic()
@@ -119,7 +118,8 @@ class HttpMeter:
     def endpoints(self, *, with_flows: bool) -> dict[str, Any]:
         """The endpoints with most flows, and the last flows if single ones may be shown (else None).
 
-        Flows are as in their events, with the number of each as ``seq``; percentiles are those of durations.
+        Flows are as in their events, with the number of each as ``seq``, and the `endpoint` that it was counted under;
+        percentiles are those of durations.
         """
         with self._lock:
             most = sorted(self._summary.endpoints.items(), key=lambda item: -item[1].flows)[:_SHOWN]
@@ -138,7 +138,7 @@ class HttpMeter:
                     }
                     for key, one in most
                 ],
-                "flows": [to_dict(event, number) for number, event in self._recent] if with_flows else None,
+                "flows": [_flow(*one) for one in self._recent] if with_flows else None,
             }
 
     def _series_of(self, flow: Flow, container: str | None) -> _Series:
@@ -155,6 +155,11 @@ class HttpMeter:
             histogram = self._metrics.histogram(definition.name, *tags, bounds=BOUNDS_S)
             found = side[tags] = _Series(histogram, time.monotonic())
         return found
+
+
+def _flow(number: int, event: Http, key: EndpointKey) -> dict[str, Any]:
+    endpoint = {"method": key.method, "authority": key.authority, "path": key.path}
+    return to_dict(event, number) | {"endpoint": endpoint}
 
 
 def _ms(value_s: float | None) -> float | None:

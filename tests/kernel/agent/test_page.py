@@ -149,7 +149,7 @@ def test_what_is_stale_is_marked_and_can_be_chosen(
     library("fresh").rename(replaced)
     page = visit(open_ledger(own()))
     page.page.wait_for_selector(".badge >> text=deleted")
-    page.page.check("#only-stale")
+    page.page.check("#only")
     page.wait_for_paths(str(gone), str(replaced))
     page.search("replaced")
     page.wait_for_paths(str(replaced))
@@ -267,7 +267,7 @@ def test_everything_can_be_reached_with_the_keyboard(
         seen.add(page.page.evaluate("document.activeElement.id || document.activeElement.textContent"))
         if str(new) in seen:
             break
-    assert {"show-libraries", "show-processes", "search", "only-stale", "target", "Path", str(new)} <= seen
+    assert {"show-libraries", "show-processes", "search", "only", "target", "Path", str(new)} <= seen
     keyboard.press("Enter")
     assert "Who has it (1)" in page.details()
     keyboard.press("Escape")
@@ -376,7 +376,7 @@ def test_calls_that_a_rule_counts_are_shown_by_library_and_function(
     page = closing.enter_context(Visit(browser, f"http://127.0.0.1:{port}/", deadline(20)))
     page.search(str(counted))
     page.wait_for_paths(str(counted))
-    cell = page.page.locator("#table tbody tr[data-number] td").nth(2)
+    cell = page.page.locator("#table tbody tr[data-row] td").nth(2)
     while not cell.text_content():  # until it is attached
         caller.call("nested")
     caller.call("nested", times=1500)  # which calls plain

@@ -115,6 +115,9 @@ def test_a_flow_without_a_duration_is_shown_and_in_no_histogram(metrics: MetricR
     shown = meter.endpoints(with_flows=True)
     assert shown["flows_seen"] == 1
     assert [one["seq"] for one in shown["flows"]] == [1]
+    assert [one["endpoint"] for one in shown["flows"]] == [
+        {"method": "GET", "authority": "shop.example", "path": "/users/*"}
+    ]
     assert [(one["path"], one["flows"], one["p50_ms"]) for one in shown["endpoints"]] == [("/users/*", 1, None)]
     assert meter.endpoints(with_flows=False)["flows"] is None
 

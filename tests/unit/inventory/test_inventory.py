@@ -201,6 +201,19 @@ def test_a_frame_is_ascii_on_one_line_whatever_is_in_the_names() -> None:
     fed(Map([mapped(library=replace(SSL, path=path))]), script)
 
 
+def test_a_process_has_the_name_of_its_user_and_its_unit() -> None:
+    cgroup = "/system.slice/nginx.service/workers"
+
+    async def script(feed: Feed) -> None:
+        await feed._look()
+        _, _, data = reported((await feed.next(0))[1])
+        assert [(row["user"], row["unit"]) for row in data["processes"]] == [("root", "nginx.service"), (None, None)]
+
+    host = replace(CURL, uid=0, cgroup=cgroup)
+    in_container = replace(NGINX, uid=0, container="c" * 64, cgroup=f"/system.slice/docker-{'c' * 64}.scope")
+    fed(Map([mapped(process=host), mapped(process=in_container)]), script)
+
+
 def test_clients_are_let_go_when_the_inventory_is_closed() -> None:
     async def run() -> None:
         inventory = Inventory(Map())

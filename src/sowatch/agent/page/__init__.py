@@ -1,7 +1,7 @@
 """The inventory page: one self-contained page, and the feed of changes behind it.
 
 `routes` is all that the agent needs: the page at ``/``, its files and ``/page/updates``. Everything is read-only. The
-page also asks the agent's ``/explain`` for why something is, or is not, covered.
+page also asks the agent's ``/explain`` for why something is, or is not, covered, and ``/http`` for endpoints.
 
 The files in ``assets`` are sent as they are: no build step, nothing from elsewhere, no script in the HTML.
 """
@@ -38,15 +38,14 @@ HEADERS: Final = {
 MAX_STREAMS: Final = 256
 
 _TYPES: Final = {"css": "text/css", "html": "text/html", "js": "text/javascript"}
+_SCRIPTS: Final = (
+    *("address", "charts", "details", "feed", "http", "page"),
+    *("patch", "search", "table", "text", "views"),
+)
 _FILES: Final = {
     "/": "index.html",
     "/page/page.css": "page.css",
-    "/page/charts.js": "charts.js",
-    "/page/details.js": "details.js",
-    "/page/feed.js": "feed.js",
-    "/page/page.js": "page.js",
-    "/page/table.js": "table.js",
-    "/page/text.js": "text.js",
+    **{f"/page/{name}.js": f"{name}.js" for name in _SCRIPTS},
 }
 
 

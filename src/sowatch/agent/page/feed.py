@@ -19,6 +19,8 @@ from starlette.types import Send
 
 from sowatch.agent.call_tally import SymbolCalls
 from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, RateSample
+from sowatch.linux.cgroups import unit_of
+from sowatch.linux.users import user_name
 from sowatch.model.encoding import dumps
 from sowatch.model.identity import FileId
 from sowatch.model.lines import library_dict, process_dict
@@ -235,8 +237,11 @@ def _library(row: LibraryRow) -> dict[str, Any]:
 
 
 def _process(row: ProcessRow) -> dict[str, Any]:
-    return process_dict(row.process) | {
+    process, unit = row.process, unit_of(row.process.cgroup)
+    return process_dict(process) | {
         "number": row.number,
+        "user": user_name(process),
+        "unit": None if unit is None else unit.name,
         "libraries": row.libraries,
         "stale_libraries": row.stale_libraries,
         "unknown_libraries": row.unknown_libraries,

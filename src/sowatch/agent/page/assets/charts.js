@@ -1,6 +1,7 @@
 // Two charts, drawn as SVG elements: loads over time, and the libraries that most processes share.
 
 import { lasting, visible } from "./text.js";
+import { baseName } from "./views.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 
@@ -54,18 +55,18 @@ export function drawRates(place, seconds) {
 }
 
 /** The biggest sharers; each bar is a link to its library. */
-export function drawSharers(place, libraries) {
+export function drawSharers(place, libraries, links) {
   const biggest = libraries.toSorted((a, b) => b.holders.length - a.holders.length || a.number - b.number).slice(0, 8);
   const [width, step, left] = [600, 21, 230];
   const most = Math.max(1, ...biggest.map((row) => row.holders.length));
   const bars = biggest.map((row, at) => {
     const size = (row.holders.length / most) * (width - left - 50);
-    const shown = visible(row.path.slice(row.path.lastIndexOf("/") + 1));
+    const shown = baseName(row.path);
     const short = shown.length > 30 ? `${shown.slice(0, 29)}…` : shown;
     const middle = at * step + step / 2 + 4;
     const bar = svg(
       "a",
-      { href: `#library=${row.number}` },
+      { href: links.library(row) },
       svg("title", {}, visible(row.path)),
       svg("text", { x: left - 6, y: middle, "text-anchor": "end", direction: "ltr" }, short),
       svg("rect", { class: row.stale ? "stale" : "bar", x: left, y: at * step + 3, width: size.toFixed(1), height: step - 6 }),

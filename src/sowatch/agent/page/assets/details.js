@@ -1,6 +1,8 @@
 // One library, one process, or the agent's answer to "why": in a dialog, kept up to date while it is open.
 
+import { address, encoded } from "./address.js";
 import { element, lasting, name, orDash, shortId, restored, since, stamp } from "./text.js";
+import { userOf } from "./views.js";
 
 const WHY = {
   pattern: "its pattern is not found in the path",
@@ -41,24 +43,48 @@ const UNPROBED = {
   hugetlb: "none, as its file is of huge pages",
 };
 
-const facts = (pairs) =>
+/** Pairs of a title and what stands behind it. */
+export const facts = (pairs) =>
   element("dl", { class: "facts" }, ...pairs.flatMap(([title, value]) => [element("dt", {}, title), element("dd", {}, value)]));
 
-function list(head, rows) {
-  const cells = (row) => element("tr", {}, ...row.map((cell) => element("td", {}, cell)));
+/** Rows of a list that are shown at first, and with each press of its button. */
+const ROWS = 500;
+/** How many are shown by now, by list. */
+const shown = new Map();
+
+/** Forgets which lists were made longer. */
+export const forgetLists = () => shown.clear();
+
+/** A table of `rows`, each as the cells that `cellsOf` makes of it; the first `ROWS`, and a button that adds as many. */
+export function list(head, rows, cellsOf = (row) => row) {
+  const id = head.join();
+  const made = (row) => element("tr", {}, ...cellsOf(row).map((cell) => element("td", {}, cell)));
   const heads = element("tr", {}, ...head.map((title) => element("th", { scope: "col" }, title)));
-  return element("div", { class: "scroller" }, element("table", {}, element("thead", {}, heads), element("tbody", {}, ...rows.map(cells))));
+  const body = element("tbody", {}, ...rows.slice(0, shown.get(id) ?? ROWS).map(made));
+  const more = element("button", { type: "button" });
+  const scroller = element("div", { class: "scroller", tabindex: "0" }, element("table", {}, element("thead", {}, heads), body), more);
+  const count = () => {
+    more.textContent = `${rows.length - body.rows.length} more`;
+    more.hidden = body.rows.length >= rows.length;
+  };
+  more.addEventListener("click", () => {
+    const has = body.rows.length;
+    shown.set(id, has + ROWS);
+    body.append(...rows.slice(has, has + ROWS).map(made));
+    body.rows[has].querySelector("a")?.focus();
+    count();
+  });
+  count();
+  return scroller;
 }
 
 const whence = (row) => (row.older ? "before the watch" : `${stamp(row.since_ms)}, for ${lasting(Date.now() - row.since_ms)}`);
-const link = (hash, text) => element("a", { href: hash }, name(text));
+const link = (href, text) => element("a", { href }, name(text));
 
-/** Who has a library. */
-export function libraryFacts(row, inventory) {
-  const same = [...inventory.libraries.values()].filter(
-    (other) => other !== row && ["dev", "inode", "generation", "subvol"].every((key) => other[key] === row[key]),
-  );
-  const holders = row.holders.map((number) => inventory.processes.get(number)).filter(Boolean);
+/** Who has a library. `others`: rows of the same path or build id. */
+export function libraryFacts(row, others, inventory, links) {
+  const isSame = (other) => ["dev", "inode", "generation", "subvol"].every((key) => other[key] === row[key]);
+  const users = row.holders.map((number) => inventory.processes.get(number)).filter(Boolean);
   return [
     facts([
       ["path", name(row.path)],
@@ -68,22 +94,38 @@ export function libraryFacts(row, inventory) {
       ["file", `device ${row.dev}, inode ${row.inode}, generation ${orDash(row.generation)}`],
       ["on disk", onDisk(row)],
       ["mapped since", whence(row)],
-      ...same.map((other) => ["also as", link(`#library=${other.number}`, other.path)]),
+      ...[...inventory.libraries.values()].filter((other) => other !== row && isSame(other)).map((other) => ["also as", link(links.library(other), other.path)]),
+      ...others.filter((other) => !isSame(other)).map((other) => [relation(other, row), link(links.library(other), other.path)]),
     ]),
     ...callsTable(inventory.calls.get(row.number) ?? []),
-    element("h3", {}, `Who has it (${holders.length})`),
-    list(
-      ["PID", "name", "container", "user", "program"],
-      holders.slice(0, 500).map((one) => [
-        element("a", { href: `#process=${one.number}` }, String(one.pid)),
-        name(one.comm),
-        shortId(one.container),
-        orDash(one.uid),
-        name(one.exe),
-      ]),
-    ),
-    holders.length > 500 ? element("p", {}, `and ${holders.length - 500} more`) : null,
+    element("h3", {}, `Who has it (${users.length})`),
+    list(["PID", "name", "user", "unit", "container", "program"], users, (one) => [
+      processLink(one, links),
+      name(one.comm),
+      name(userOf(one)),
+      name(one.unit),
+      shortId(one.container),
+      name(one.exe),
+    ]),
   ];
+}
+
+const relation = (other, row) => (other.build_id === row.build_id && row.build_id ? "same build" : "same path");
+const processLink = (one, links) => element("a", { href: links.process(one) }, String(one.pid));
+
+/** What stands for a row that is no longer there, or never was: others that may be meant. */
+export function missing(what, others, links) {
+  if (!others.length) return [element("p", {}, "Nothing of this name is there now.")];
+  const title = what === "library" ? "Mapped now, of the same path or build id" : "The process that has this PID now";
+  const rows = others.map((one) => element("li", {}, what === "library" ? link(links.library(one), one.path) : link(links.process(one), `${one.pid} ${one.comm ?? ""}`)));
+  return [element("h3", {}, title), element("ul", {}, ...rows)];
+}
+
+/** Which of several is meant by a name. */
+export function choices(found) {
+  const shownAs = (row) => (row.pid === undefined ? `${row.path}, in ${row.holders.length === 1 ? "1 process" : `${row.holders.length} processes`}` : `process ${row.pid} ${row.comm}`);
+  const rows = found.map(({ target, row }) => element("li", {}, link(address("why", target), shownAs(row))));
+  return [element("p", {}, "Several have this name. Which one?"), element("ul", {}, ...rows)];
 }
 
 /** Calls of its functions by all processes, where a rule counts them. */
@@ -92,10 +134,12 @@ function callsTable(rows) {
   const sorted = [...rows].sort(([, a], [, b]) => b - a);
   return [
     element("h3", {}, `Calls that a rule counts (${rows.length} functions)`),
-    list(
-      ["function", "calls", "half of them within", "99 % within"],
-      sorted.slice(0, 200).map(([symbol, calls, p50, p99]) => [name(symbol), calls.toLocaleString("en"), duration(p50), duration(p99)]),
-    ),
+    list(["function", "calls", "half of them within", "99 % within"], sorted, ([symbol, calls, p50, p99]) => [
+      name(symbol),
+      calls.toLocaleString("en"),
+      duration(p50),
+      duration(p99),
+    ]),
   ];
 }
 
@@ -107,7 +151,7 @@ function duration(ns) {
 }
 
 /** What a process has. */
-export function processFacts(row, inventory) {
+export function processFacts(row, inventory, links) {
   const libraries = [...inventory.libraries.values()].filter((one) => one.holders.includes(row.number));
   libraries.sort((a, b) => (a.path < b.path ? -1 : 1));
   return [
@@ -115,22 +159,28 @@ export function processFacts(row, inventory) {
       ["PID", row.ns_pid && row.ns_pid !== row.pid ? `${row.pid}, in its own namespace ${row.ns_pid}` : String(row.pid)],
       ["name", name(row.comm)],
       ["program", name(row.exe)],
-      ["user", orDash(row.uid)],
+      ["user", name(userOf(row))],
+      ["unit", name(row.unit)],
       ["container", orDash(row.container)],
       ["cgroup", name(row.cgroup)],
       ["seen since", whence(row)],
     ]),
     element("h3", {}, `What it has mapped (${libraries.length})`),
-    list(
-      ["path", "build id", "stale", "since"],
-      libraries.map((one) => [link(`#library=${one.number}`, one.path), shortId(one.build_id), orDash(one.stale), since(one)]),
-    ),
+    list(["path", "build id", "stale", "since"], libraries, (one) => [
+      link(links.library(one), one.path),
+      shortId(one.build_id),
+      orDash(one.stale),
+      since(one),
+    ]),
   ];
 }
 
+/** Whether a text can be a build id: linkers write 8, 16, 20 or 32 bytes. */
+export const isBuildId = (text) => /^[0-9a-f]{16,64}$/i.test(text);
+
 /** Asks the agent; the answer, or an `Error` with words for people. */
 export async function ask(target) {
-  const parameter = /^\d+$/.test(target) ? "pid" : "path";
+  const parameter = /^\d+$/.test(target) ? "pid" : isBuildId(target) ? "build_id" : "path";
   let answer;
   try {
     answer = await fetch(`/explain?${parameter}=${encoded(target)}`, { headers: { Accept: "application/json" } });
@@ -146,16 +196,6 @@ export async function ask(target) {
   if (!answer.ok) throw new Error(report?.error ?? `The agent says ${answer.status}.`);
   return report;
 }
-
-/** Percent-encoded bytes; surrogate escapes become the bytes they stand for. */
-const encoded = (text) =>
-  [...text]
-    .map((char) => {
-      const code = char.codePointAt(0);
-      if (code >= 0xdc80 && code <= 0xdcff) return `%${(code - 0xdc00).toString(16).toUpperCase()}`;
-      return encodeURIComponent(char.isWellFormed() ? char : "\ufffd");
-    })
-    .join("");
 
 /** An explanation of a whole process or path. */
 export function explanation(report) {
@@ -216,10 +256,12 @@ function aboutPath(report) {
       ...report.notes.map((note) => ["note", NOTES[note] ?? note]),
     ]),
     element("h3", {}, `Who has it (${report.mapped.length})`),
-    list(
-      ["PID", "name", "how", "in the map"],
-      report.mapped.map((one) => [String(one.process.pid), name(one.process.comm), one.relation.replace("_", " "), one.in_map ? "yes" : "no"]),
-    ),
+    list(["PID", "name", "how", "in the map"], report.mapped, (one) => [
+      String(one.process.pid),
+      name(one.process.comm),
+      one.relation.replace("_", " "),
+      one.in_map ? "yes" : "no",
+    ]),
   ];
 }
 

@@ -6,8 +6,9 @@ const SILENCE_MS = 10_000; // the agent sends something every second
 const FIRST_PAUSE_MS = 500;
 const LAST_PAUSE_MS = 10_000;
 
-/** The latest of all that was sent. */
+/** The latest of all that was sent; `version` grows with each change. */
 export class Inventory {
+  version = 0;
   libraries = new Map();
   processes = new Map();
   seconds = [];
@@ -15,6 +16,7 @@ export class Inventory {
   calls = new Map(); // by number of the library: [symbol, calls, p50 in ns, p99 in ns], each
 
   replace(report) {
+    this.version += 1;
     this.libraries = new Map(report.libraries.map((row) => [row.number, row]));
     this.processes = new Map(report.processes.map((row) => [row.number, row]));
     this.seconds = report.seconds;
@@ -23,6 +25,7 @@ export class Inventory {
   }
 
   change(report) {
+    this.version += 1;
     for (const row of report.libraries) this.libraries.set(row.number, row);
     for (const row of report.processes) this.processes.set(row.number, row);
     for (const number of report.gone_libraries) this.libraries.delete(number);

@@ -1,53 +1,40 @@
 // Puts the page together: events go into tables and charts, what is chosen stands in the address.
 
+import { address, parsed } from "./address.js";
 import { drawRates, drawSharers } from "./charts.js";
-import { ask, explanation, explanationOf, libraryFacts, processFacts } from "./details.js";
+import { ask, choices, explanation, explanationOf, facts, forgetLists, isBuildId, libraryFacts, list, missing, processFacts } from "./details.js";
 import { follow } from "./feed.js";
+import { aboutHttp, endpointFacts, flowsTable, HttpTab, titleOf, VIEW } from "./http.js";
+import { patch, whilePressed } from "./patch.js";
+import { matches, wordsOf } from "./search.js";
 import { Table } from "./table.js";
-import { element, name, orDash, shortId, since, visible } from "./text.js";
+import { element, name, orDash, visible } from "./text.js";
+import { baseName, Links, meanings, views } from "./views.js";
 
 const at = (id) => document.getElementById(id);
-const link = (hash, text) => element("a", { href: hash, title: visible(String(text)) }, name(text));
-const badge = (text) => (text ? element("span", { class: "badge" }, text) : "");
 
-const VIEWS = {
-  libraries: {
-    order: "holders",
-    isDown: true,
-    // All that a search covers; names are searched as they are shown, too.
-    words: (row) => [row.path, visible(row.path), row.build_id, row.soname, ...row.containers],
-    isStale: (row) => row.stale !== null,
-    columns: [
-      { key: "path", title: "Path", className: "wide", cell: (row) => link(`#library=${row.number}`, row.path), order: (row) => row.path },
-      { key: "holders", title: "Processes", className: "number", descends: true, cell: (row) => String(row.holders.length), order: (row) => row.holders.length },
-      { key: "calls", title: "Calls", className: "number less", descends: true, cell: (row) => inventory.callsOf(row.number)?.toLocaleString("en") ?? "", order: (row) => inventory.callsOf(row.number) ?? -1 },
-      { key: "containers", title: "Containers", className: "number less", descends: true, cell: (row) => String(row.containers.length), order: (row) => row.containers.length },
-      { key: "stale", title: "Stale", className: "short", descends: true, cell: (row) => badge(row.stale), order: (row) => row.stale ?? "" },
-      { key: "since", title: "Since", className: "short less", cell: (row) => since(row), order: (row) => -row.since_ms },
-      { key: "build_id", title: "Build id", className: "id least", cell: (row) => element("span", { title: orDash(row.build_id) }, shortId(row.build_id)), order: (row) => row.build_id ?? "" },
-    ],
-  },
-  processes: {
-    order: "libraries",
-    isDown: true,
-    words: (row) => [String(row.pid), row.comm, row.exe, row.exe && visible(row.exe), row.container, row.cgroup],
-    isStale: (row) => row.stale_libraries > 0,
-    columns: [
-      { key: "pid", title: "PID", className: "number", cell: (row) => link(`#process=${row.number}`, row.pid), order: (row) => row.pid },
-      { key: "comm", title: "Name", className: "short", cell: (row) => name(row.comm), order: (row) => row.comm ?? "" },
-      { key: "libraries", title: "Libraries", className: "number", descends: true, cell: (row) => String(row.libraries), order: (row) => row.libraries },
-      { key: "stale", title: "Stale", className: "number", descends: true, cell: (row) => badge(row.stale_libraries ? String(row.stale_libraries) : ""), order: (row) => row.stale_libraries },
-      { key: "container", title: "Container", className: "id less", cell: (row) => shortId(row.container), order: (row) => row.container ?? "" },
-      { key: "since", title: "Since", className: "short less", cell: (row) => since(row), order: (row) => -row.since_ms },
-      { key: "exe", title: "Program", className: "wide least", cell: (row) => name(row.exe), order: (row) => row.exe ?? "" },
-    ],
-  },
-};
+/** What the dialog shows; all else in the address is a view. */
+const DETAILS = ["library", "process", "endpoint", "flows", "why"];
 
 let inventory = null;
+let links = null;
 let view = "";
 let table = null;
+/** The addresses that the dialog was made for, and that the agent was asked about. */
+let drawn = "";
 let asked = "";
+let hits = new Map();
+let words = [];
+
+const http = new HttpTab(() => {
+  showAboutHttp();
+  if (view === "http") showRows();
+  if (at("details").open) showDetails();
+});
+const VIEWS = {
+  ...views({ library: (row) => links.library(row), process: (row) => links.process(row) }, { hits: (row) => hits.get(row) ?? [], words: () => words, calls: (row) => inventory.callsOf(row.number) }),
+  http: VIEW,
+};
 
 const total = (title, value, className) => element("div", { class: className }, element("dt", {}, title), element("dd", {}, String(value)));
 
@@ -66,81 +53,146 @@ function showTotals() {
   );
 }
 
+const rowsOf = () => (view === "http" ? http.rows() : [...(inventory?.[view].values() ?? [])]);
+
 function showRows() {
-  const { words, isStale } = VIEWS[view];
-  const wanted = at("search").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-  const onlyStale = at("only-stale").checked;
-  const rows = [...inventory[view].values()].filter((row) => {
-    if (onlyStale && !isStale(row)) return false;
-    if (!wanted.length) return true;
-    const text = words(row).filter(Boolean).join("\n").toLowerCase();
-    return wanted.every((word) => text.includes(word));
+  const { fields, only } = VIEWS[view];
+  const rows = rowsOf();
+  const isNarrowed = at("only").checked;
+  words = wordsOf(at("search").value);
+  hits = new Map();
+  const found = rows.filter((row) => {
+    if (isNarrowed && !only.holds(row)) return false;
+    const hit = matches(fields(row), words);
+    if (hit?.length) hits.set(row, hit);
+    return hit !== null;
   });
-  at("found").textContent = `${rows.length} of ${inventory[view].size}`;
-  table.show(rows);
+  at("found").textContent = `${found.length} of ${rows.length}`;
+  at("table").classList.toggle("searched", hits.size > 0);
+  table.show(found);
+}
+
+function showAboutHttp() {
+  at("about").hidden = view !== "http";
+  if (view === "http") patch(at("about"), aboutHttp(http));
 }
 
 function showView(wanted) {
   if (view !== wanted) {
     view = wanted;
-    table = new Table(at("table"), VIEWS[view].columns, { label: view, order: VIEWS[view].order, isDown: VIEWS[view].isDown });
+    const { columns, order, isDown, only, placeholder } = VIEWS[view];
+    table = new Table(at("table"), columns, { label: view, order, isDown, keyOf: (row) => row.key ?? row.number });
+    at("only-title").textContent = only.title;
+    at("search").placeholder = placeholder;
+    at("charts").hidden = view === "http";
     for (const each of Object.keys(VIEWS)) {
       if (each === view) at(`show-${each}`).setAttribute("aria-current", "page");
       else at(`show-${each}`).removeAttribute("aria-current");
     }
+    showAboutHttp();
+    http.show(view === "http");
   }
-  if (inventory) showRows();
+  showRows();
 }
 
-// What the address says is shown: #libraries, #processes, #library=7, #process=7, #why=1234.
+// ---- the address: #libraries&search=ssl, #library=/usr/lib/x.so&build_id=…, #process=7&start=…, #why=1234 ------------
+
+const viewAddress = () => address(view, null, { search: at("search").value.trim(), only: at("only").checked ? "1" : null });
+const VIEW_OF = { process: "processes", endpoint: "http", flows: "http" };
+
 function showAddress() {
-  const [what, value] = splitHash();
-  if (what in VIEWS || !view) showView(what in VIEWS ? what : what === "process" ? "processes" : "libraries");
+  const { what, more } = parsed(location.hash);
+  if (what in VIEWS && more.has("search")) at("search").value = visible(more.get("search"));
+  if (what in VIEWS && more.has("only")) at("only").checked = true;
+  if (what in VIEWS || !view) showView(what in VIEWS ? what : (VIEW_OF[what] ?? "libraries"));
   const dialog = at("details");
-  if (["library", "process", "why"].includes(what) && value) {
-    showDetails(what, value);
+  if (DETAILS.includes(what)) {
+    showDetails();
     if (!dialog.open) dialog.showModal();
   } else if (dialog.open) {
     dialog.close();
   }
 }
 
-function splitHash() {
-  const hash = location.hash.slice(1);
-  const cut = hash.indexOf("=");
-  return cut < 0 ? [hash, ""] : [hash.slice(0, cut), hash.slice(cut + 1)];
+/** What is searched goes into the address, and not into the history of the browser. */
+function search() {
+  if (view in VIEWS && !at("details").open) history.replaceState(null, "", viewAddress());
+  showRows();
 }
 
-function showDetails(what, value) {
-  if (what === "why") {
-    if (asked !== location.hash) showWhy(decodeURIComponent(value));
-    return;
-  }
-  const row = inventory?.[what === "library" ? "libraries" : "processes"].get(Number(value));
+// ---- the dialog -----------------------------------------------------------------------------------------------------
+
+const isHeld = whilePressed(at("details"), () => showDetails());
+
+function showDetails() {
+  if (isHeld()) return;
+  const wanted = parsed(location.hash);
   const isNew = asked !== location.hash;
-  if (isNew) at("details-body").replaceChildren(element("div", { id: "facts" }), element("div", { id: "explained" }));
+  if (drawn !== location.hash) {
+    drawn = location.hash;
+    at("details-body").replaceChildren(element("div", { id: "facts" }), element("div", { id: "explained" }));
+    at("details").scrollTop = 0;
+    forgetLists();
+  }
+  if (wanted.what === "why") showWhy(wanted.value, isNew);
+  else if (wanted.what === "endpoint" || wanted.what === "flows") showHttp(wanted);
+  else if (inventory) showRow(wanted, isNew);
+}
+
+const setTitle = (...nodes) => patch(at("details-title"), nodes.map((node) => (typeof node === "string" ? document.createTextNode(node) : node)));
+
+function showRow(wanted, isNew) {
+  const isLibrary = wanted.what === "library";
+  const { row, others } = links.find(wanted);
   if (!row) {
-    at("details-title").textContent = what === "library" ? "This library is mapped by nobody now" : "This process has ended";
+    setTitle(isLibrary ? "This library is mapped by nobody now" : "This process has ended");
+    patch(at("facts"), missing(wanted.what, others, links));
     return;
   }
-  at("details-title").replaceChildren(name(what === "library" ? row.path.slice(row.path.lastIndexOf("/") + 1) : `${row.pid} ${row.comm ?? ""}`));
-  const shown = what === "library" ? libraryFacts(row, inventory) : processFacts(row, inventory);
-  at("facts").replaceChildren(...shown.filter(Boolean));
+  setTitle(name(isLibrary ? row.path.slice(row.path.lastIndexOf("/") + 1) : `${row.pid} ${row.comm ?? ""}`));
+  patch(at("facts"), isLibrary ? libraryFacts(row, others, inventory, links) : processFacts(row, inventory, links));
   if (!isNew) return;
   asked = location.hash;
-  const pid = what === "process" ? row.pid : inventory.processes.get(row.holders[0])?.pid;
-  const explain = (report) => (what === "process" ? explanation(report) : explanationOf(report, row));
-  if (pid !== undefined) answer(at("explained"), String(pid), what === "library" ? `Why process ${pid} is covered with it` : "Why, file by file", explain);
+  const pid = isLibrary ? inventory.processes.get(row.holders[0])?.pid : row.pid;
+  const explain = (report) => (isLibrary ? explanationOf(report, row) : explanation(report));
+  if (pid !== undefined) answer(String(pid), isLibrary ? `Why process ${pid} is covered with it` : "Why, file by file", explain);
 }
 
-function showWhy(target) {
+function showHttp(wanted) {
+  const row = wanted.what === "endpoint" ? http.row(wanted) : null;
+  const parts = { facts, list, processLink: flowProcess };
+  setTitle(wanted.what === "flows" ? "The last flows" : name(row ? titleOf(row) : wanted.value));
+  if (!http.report) patch(at("facts"), aboutHttp(http));
+  else if (wanted.what === "flows") patch(at("facts"), flowsTable(http.report.flows, parts));
+  else if (row) patch(at("facts"), endpointFacts(row, http.report, parts));
+  else patch(at("facts"), [element("p", {}, "No flow of this endpoint was counted since [http] was turned on, or others have more.")]);
+}
+
+function flowProcess(process) {
+  const shown = name(`${process.comm ?? ""} ${process.pid}`);
+  return links ? element("a", { href: links.process(process) }, shown) : shown;
+}
+
+function showWhy(target, isNew) {
+  if (!isNew) return;
+  setTitle(name(target));
+  // A name is looked up in what is mapped, which has to be there first.
+  const isName = !/^(\d+$|\/)/.test(target) && !isBuildId(target);
+  if (isName && !inventory) return;
   asked = location.hash;
-  at("details-title").replaceChildren(name(target));
-  at("details-body").replaceChildren(element("div", { id: "explained" }));
-  answer(at("explained"), target, "", explanation);
+  const found = isName ? meanings(target, inventory) : [{ target }];
+  if (found.length === 1) {
+    answer(found[0].target, isName ? baseName(found[0].target) : "", explanation);
+  } else if (found.length) {
+    patch(at("explained"), choices(found));
+  } else {
+    const words = "No library that is mapped and no process has this name. Of a file that nobody has mapped, give the whole path.";
+    patch(at("explained"), [element("p", { class: "warning", role: "alert" }, words)]);
+  }
 }
 
-async function answer(place, target, title, explain) {
+async function answer(target, title, explain) {
+  const place = at("explained");
   place.replaceChildren(element("p", { role: "status" }, "asking the agent …"));
   let parts;
   try {
@@ -164,9 +216,9 @@ function redraw() {
   isDue = false;
   showTotals();
   drawRates(at("rates"), inventory.seconds);
-  drawSharers(at("sharers"), [...inventory.libraries.values()]);
-  showRows();
-  if (at("details").open) showDetails(...splitHash());
+  drawSharers(at("sharers"), [...inventory.libraries.values()], links);
+  if (view !== "http") showRows();
+  if (at("details").open) showDetails();
 }
 
 follow({
@@ -174,6 +226,7 @@ follow({
   changed(latest) {
     const isFirst = inventory === null;
     inventory = latest;
+    links ??= new Links(inventory);
     showState("live");
     if (isFirst) showAddress();
     // A page in the background draws nothing until it is shown.
@@ -182,17 +235,55 @@ follow({
   },
 });
 
+// ---- the keyboard ---------------------------------------------------------------------------------------------------
+
+/** Keys that go through the rows, by how far. */
+const STEPS = { ArrowDown: () => 1, ArrowUp: () => -1, PageDown: () => table.page, PageUp: () => -table.page, Home: () => -Infinity, End: () => Infinity };
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.defaultPrevented) return;
+  const { key, target } = event;
+  const isTyped = target.matches("input:not([type=checkbox])");
+  const isSearch = target === at("search");
+  if (at("details").open) {
+    if (!isTyped && (key === "ArrowDown" || key === "ArrowUp") && goInDialog(key === "ArrowDown" ? 1 : -1)) event.preventDefault();
+  } else if (key === "/" && !isTyped) {
+    event.preventDefault();
+    at("search").select();
+  } else if (key in STEPS && (key.startsWith("Arrow") ? !isTyped || isSearch : at("table").contains(target))) {
+    event.preventDefault();
+    table.move(STEPS[key]());
+  } else if (key === "Escape") {
+    event.preventDefault();
+    if (at("search").value) {
+      at("search").value = "";
+      search();
+    } else if (isTyped && !table.focus()) {
+      target.blur();
+    }
+  }
+});
+
+/** To the next or the previous of what can be chosen in the dialog. */
+function goInDialog(step) {
+  const all = [...at("details").querySelectorAll("a, button:not([hidden]), summary")];
+  const next = all[all.indexOf(document.activeElement) + step];
+  next?.focus();
+  return Boolean(next);
+}
+
 addEventListener("hashchange", showAddress);
-at("search").addEventListener("input", () => inventory && showRows());
-at("only-stale").addEventListener("change", () => inventory && showRows());
+at("search").addEventListener("input", search);
+at("only").addEventListener("change", search);
 at("close").addEventListener("click", () => at("details").close());
 at("details").addEventListener("close", () => {
-  asked = "";
-  if (!(splitHash()[0] in VIEWS)) location.hash = view;
+  asked = drawn = "";
+  if (!(parsed(location.hash).what in VIEWS)) location.hash = viewAddress();
+  table.focus();
 });
 at("why").addEventListener("submit", (event) => {
   event.preventDefault();
   const target = at("target").value.trim();
-  if (target) location.hash = `why=${encodeURIComponent(target)}`;
+  if (target) location.hash = address("why", target);
 });
 showAddress();

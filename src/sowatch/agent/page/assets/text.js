@@ -34,8 +34,10 @@ export function restored(_key, value) {
   return value;
 }
 
-function fromBytes(base64) {
-  const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+const fromBytes = (base64) => textOf(Uint8Array.from(atob(base64), (char) => char.charCodeAt(0)));
+
+/** Bytes as text; each that is not UTF-8 as a lone surrogate, U+DC80 to U+DCFF. */
+export function textOf(bytes) {
   let text = "";
   for (let at = 0; at < bytes.length; ) {
     const first = bytes[at];
