@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -357,7 +358,16 @@ class Tap:
         self.tls = tls
         self.flows: list[HttpFlow] = []
         pattern = f"^{re.escape(str(place or tls.libraries))}/"
-        self.tap = HttpTap(self.flows.append, pattern=pattern, keeps_query=True, **options)
+        self.tap = HttpTap(self._take, pattern=pattern, keeps_query=True, **options)
+        #: A path whose flow holds up the thread of the tap, when that is the case, and until when.
+        self.held_by: str | None = None
+        self.is_held, self.goes_on = threading.Event(), threading.Event()
+
+    def _take(self, found: HttpFlow) -> None:
+        self.flows.append(found)
+        if found.flow.path is not None and found.flow.path == self.held_by:
+            self.is_held.set()
+            self.goes_on.wait(60)
 
     def __enter__(self) -> Self:
         self.tap.start()

@@ -30,6 +30,19 @@ for port in ports:
     connection.close()
 """
 
+#: Its socket has the descriptor that many take for "none".
+BY_DESCRIPTOR_0 = """
+import os, socket, ssl, sys
+plain = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+os.dup2(plain.fileno(), 0)
+plain.close()
+context = ssl.create_default_context(cafile=sys.argv[1])
+with context.wrap_socket(socket.socket(fileno=0), server_hostname="localhost") as tls:
+    assert tls.fileno() == 0
+    tls.sendall(b"GET /0 HTTP/1.1\\r\\n\\r\\n")
+    while not tls.recv(65536).endswith(b"0123456789"): pass
+"""
+
 #: Asks one server over memory BIOs and becomes itself by exec for the next; all objects stand where they stood before.
 OVER_EXEC = """
 import ctypes, os, socket, ssl, sys
@@ -95,6 +108,14 @@ def test_peers_are_those_of_the_call_and_not_of_the_thread(tap: Tap) -> None:
         port = [flow.peer and flow.peer.port if side == "client" else flow.local_port for flow in found]
         assert port == [int((flow.path or "").strip("/")) for flow in found]
         assert all(flow.peer is not None and flow.peer.address == "127.0.0.1" for flow in found)
+
+
+def test_a_socket_with_descriptor_0_is_a_peer_like_any(tap: Tap) -> None:
+    """ECapture #596, #642: 0 stood for a descriptor that is not known."""
+    server = tap.tls.python()
+    tap.tls.run(sys.executable, "-c", BY_DESCRIPTOR_0, str(tap.tls.certificate), str(server.port))
+    (found,) = tap.wait_for("client", 1)
+    assert (found.flow.path, found.flow.peer and found.flow.peer.port) == ("/0", server.port)
 
 
 def test_an_object_at_the_same_address_after_exec_is_another_connection(tap: Tap) -> None:
