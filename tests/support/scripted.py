@@ -114,6 +114,8 @@ class Entry(Struct, frozen=True):
     rule: str = "all"
     ranges: tuple[tuple[int, int], ...] = ((0x1000, 0x2000),)
     range_count: int | None = None
+    cause: str | None = "snapshot"
+    time_ns: int = TIME_NS
 
 
 @dataclass

@@ -35,6 +35,7 @@ __all__ = [
     "config_of",
     "kinds_of",
     "open_watcher",
+    "output_format",
     "selection_of",
     "wants_json",
 ]
@@ -57,6 +58,10 @@ class MappedLike(Protocol):
     def ranges(self) -> tuple[tuple[int, int], ...]: ...
     @property
     def range_count(self) -> int | None: ...
+    @property
+    def cause(self) -> str | None: ...
+    @property
+    def time_ns(self) -> int: ...
 
 
 class StatsLike(Protocol):
@@ -140,13 +145,14 @@ def open_watcher(selection: Selection) -> WatcherLike:
     )
 
 
-def add_format(parser: Parser) -> None:
+def add_format(parser: Parser, formats: Sequence[str] = FORMATS) -> None:
     """Add ``--json`` and ``--format``."""
+    others = [one for one in formats if one not in ("text", "table")]
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--format",
         metavar="FORMAT",
-        help="json, or for people text or table, which mean the same. Default: text, also into a pipe",
+        help=f"{', '.join(others)}, or for people text or table, which mean the same. Default: text, also into a pipe",
     )
 
 
@@ -182,7 +188,12 @@ def add_selection(parser: Parser) -> None:
 
 
 def add_common(
-    parser: Parser, *, default_kind: str = "library", with_own_process: bool = True, has_baseline: bool = False
+    parser: Parser,
+    *,
+    default_kind: str = "library",
+    with_own_process: bool = True,
+    has_baseline: bool = False,
+    formats: Sequence[str] = FORMATS,
 ) -> None:
     """Add what ``watch``, ``list``, ``top`` and ``audit`` have in common.
 
@@ -191,11 +202,12 @@ def add_common(
         default_kind: what ``--kind`` is without being given, in words.
         with_own_process: sowatch's own process is shown unless ``--exclude-self``; else only with ``--include-self``.
         has_baseline: it makes sense not to report what is mapped already.
+        formats: what ``--format`` takes.
     """
     from sowatch.cli._parser import seconds
 
     add_patterns(parser)
-    add_format(parser)
+    add_format(parser, formats)
     add_strategy(parser)
     add_selection(parser)
     add_kinds(parser, default=default_kind)
@@ -252,18 +264,29 @@ def add_strategy(parser: Parser) -> None:
     )
 
 
+def output_format(args: Namespace, formats: Sequence[str] = FORMATS) -> str:
+    """How to print: ``text`` unless something else was asked for; ``table`` is the same.
+
+    Raises:
+        UsageError: an unknown format, or two that contradict each other.
+    """
+    chosen: str | None = args.format
+    if chosen is not None and chosen not in formats:
+        raise UsageError(f"unknown format {chosen!r}. Use one of: {', '.join(formats)}.")
+    if args.json and chosen not in (None, "json"):
+        raise UsageError(f"--json and --format {chosen} contradict each other. Give one of them.")
+    if args.json:
+        return "json"
+    return "text" if chosen in (None, "table") else chosen
+
+
 def wants_json(args: Namespace) -> bool:
     """Whether to print JSON, which has to be asked for.
 
     Raises:
         UsageError: an unknown format, or two that contradict each other.
     """
-    chosen: str | None = args.format
-    if chosen is not None and chosen not in FORMATS:
-        raise UsageError(f"unknown format {chosen!r}. Use one of: {', '.join(FORMATS)}.")
-    if args.json and chosen not in (None, "json"):
-        raise UsageError(f"--json and --format {chosen} contradict each other. Give one of them.")
-    return bool(args.json) or chosen == "json"
+    return output_format(args) == "json"
 
 
 def config_of(args: Namespace) -> Config:

@@ -10,13 +10,20 @@ from collections.abc import Collection, Sequence
 
 from sowatch.cli._out import Out
 
-__all__ = ["write_table"]
+__all__ = ["aligned", "write_table"]
 
 _GAP = "  "
 
 
 def write_table(
-    out: Out, head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = (), warning: int = -1
+    out: Out,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    warning: int = -1,
+    below: tuple[str, Sequence[Sequence[str]]] | None = None,
+    has_head: bool = True,
 ) -> None:
     """Write aligned columns and flush.
 
@@ -26,37 +33,46 @@ def write_table(
         rows: the cells; each row as long as ``head``.
         right: columns whose cells are aligned at their right end.
         warning: a column whose cells, other than ``-``, stand out in colour.
+        below: a line for below the head, and for each row the lines below it.
+        has_head: write the head, too.
     """
-    widths = [max(_width(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    texts = aligned([head, *rows], right=right)
+    heads = [texts[0], *([below[0]] if below is not None else [])] if has_head else []
+    lines = [[text, *(below[1][at] if below is not None else ())] for at, text in enumerate(texts[1:])]
+    if not out.is_terminal:
+        out.write("".join(f"{line}\n" for line in (*heads, *(line for group in lines for line in group))))
+        out.flush()
+        return
+    from rich.text import Text
 
-    def cells(row: Sequence[str]) -> list[str]:
-        padded = []
+    from sowatch.cli._live import terminal_console
+
+    shown = [Text(line, "bold") for line in heads]
+    start = sum(max(_width(row[column]) for row in (head, *rows)) + len(_GAP) for column in range(warning))
+    for row, group in zip(rows, lines, strict=True):
+        line = Text(group[0])
+        if warning >= 0 and row[warning] != "-":
+            line.stylize("bold yellow", start, start + len(row[warning]))
+        shown += [line, *map(Text, group[1:])]
+    if shown:
+        terminal_console(out).print(Text("\n").join(shown))
+        out.flush()
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
+    """The rows as lines with aligned columns; the last column is not filled up."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
         for column, cell in enumerate(row):
             space = " " * (widths[column] - _width(cell))
             if column in right:
-                padded.append(space + cell)
+                cells.append(space + cell)
             else:
-                padded.append(cell if column == len(row) - 1 else cell + space)
-        return padded
-
-    if out.is_terminal:
-        from rich.text import Text
-
-        from sowatch.cli._live import terminal_console
-
-        lines = [Text(_GAP.join(cells(head)), "bold")]
-        for row in rows:
-            parts = cells(row)
-            line = Text(_GAP.join(parts))
-            if warning >= 0 and row[warning] != "-":
-                start = sum(len(part) + len(_GAP) for part in parts[:warning])
-                line.stylize("bold yellow", start, start + len(parts[warning]))
-            lines.append(line)
-        terminal_console(out).print(Text("\n").join(lines))
-    else:
-        for row in (head, *rows):
-            out.write(_GAP.join(cells(row)) + "\n")
-    out.flush()
+                cells.append(cell if column == len(row) - 1 else cell + space)
+        lines.append(_GAP.join(cells))
+    return lines
 
 
 def _width(text: str) -> int:

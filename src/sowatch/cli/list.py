@@ -1,19 +1,37 @@
 """Which process has which library mapped, now.
 
-With --stale only mapped files that were deleted or replaced on disk: who must restart after an
-upgrade, with the package the file belongs to and the systemd unit or container of the process.
+Without a PATTERN there is a row for each file, with how many processes and containers have it; with one,
+who they are stands below it. --by shows the same by process, unit or container. -o chooses columns: there is a
+row then for each combination of what they say, and processes, containers and files are counted in it.
 It is one scan of the host without hooks, and each process is read at one moment; with --duration
 the host is watched for that time first. JSON has one object for each process and file, whatever
 --by says; --by only sorts it. The first line, event "head", says which host that is, when it was
 scanned and how: "source":"scan" is one scan without hooks. Where processes could not be read a
-last object, event "coverage", has their number, and --stale ends with 3: what runs on stale files
-may be among them. A unit of a user's service manager, or of a container's, is shown with the unit
-that runs that manager, as dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid.
+last object, event "coverage", has their number. A unit of a user's service manager is shown with the unit
+that runs that manager, as dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid. The
+unit of a process in a container is one inside that container.
+
+With --stale only mapped files that are not the ones on disk any more: who must restart after an upgrade.
+  deleted   the path leads to nothing any more
+  replaced  it leads to another file; "an identical build" if that has the same build id
+  modified  the file was written to after its process had started (or was seen to map it)
+  unknown   that cannot be determined; the reason stands beside it
+There is a row for each unit or container, with the command that restarts it (what to do where there is
+none in parentheses), and below it its processes with their files and the packages that own these.
+--plan prints only the commands, for a shell of root. --check says by its exit code whether there is
+something, and prints nothing if there is not.
+
+Exit codes: 0 done; 1 no process is in a container that --container names; 2 wrong usage; 3 not permitted,
+and with --stale that processes could not be read: what runs on stale files may be among them. With --check:
+0 nothing is stale; 1 something is; 3 nothing that is known, but not all could be read or determined.
 
 Examples:
   sowatch list libssl                      who uses which libssl
   sowatch list --by process --pid 1234     everything one process has mapped
-  sowatch list --stale                     what still runs on files that are gone
+  sowatch list libssl --comm '!nginx' --user www-data,root
+  sowatch list --match-build-ids bad.txt -o build_id,path,processes
+  sowatch list --stale                     what has to be restarted
+  sowatch list --stale --plan | less       by which commands
   sowatch list --json | jq -r 'select(.event=="mapping").library.build_id' | sort | uniq -c
 """
 
@@ -23,60 +41,117 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
-from sowatch.cli._options import MappedLike, OpenWatcher, add_common, open_watcher, selection_of, wants_json
+from sowatch.cli._list_filters import EXCLUDED, add_filters, filters_of, with_exports
+from sowatch.cli._options import OpenWatcher, add_common, open_watcher, output_format, selection_of
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
-from sowatch.cli._table import write_table
 from sowatch.cli.watch import warn_of_fallback
+from sowatch.linux.containers import container_id
 from sowatch.linux.pid_namespaces import why_not_whole_host
 from sowatch.linux.proc import ProcFs
 from sowatch.model import wire
 from sowatch.model.encoding import dumps
-from sowatch.model.errors import PidNamespaceError, UsageError
-from sowatch.model.escape import one_line, visible
-from sowatch.model.lines import SCHEMA, head_line, library_line, process_line, ranges_list
+from sowatch.model.errors import PidNamespaceError, SowatchError, UsageError
+from sowatch.model.lines import SCHEMA, head_line
 from sowatch.model.literals import KINDS, ONE_SCAN
 
 if TYPE_CHECKING:
+    from sowatch.cli._list_entries import ListEntry
+    from sowatch.cli._list_filters import Filters
     from sowatch.cli._options import Selection, WatcherLike
     from sowatch.inventory.coverage import Coverage
-    from sowatch.inventory.staleness import Disk, StaleAnswer
-    from sowatch.linux.cgroups import Unit
     from sowatch.model.events import Ready
 
 #: The exit code where some of it takes more than this user may do; as `sowatch.model.errors.NotPermitted`.
 NOT_PERMITTED = 3
+#: Of --check: something is stale.
+FOUND = 1
 #: Strategies that find files in /proc, and so only those of processes that it may be asked about.
 _READ_FROM_PROC = ("prebuilt", "procfs")
 _REMEDY = "To read all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
-_ORDERS = ("library", "process")
-_ID_LENGTH = 12
+_FORMATS = ("json", "csv", "table", "text")
+_ORDERS = ("process", "unit", "container", "library")
+#: What an upgrade replaces, and a restart brings.
+_STALE_KINDS = tuple(kind for kind in KINDS if kind != "other")
+
+#: The columns by --by, where nobody chose any. By library, and of stale files by unit and container, for CSV only.
+_COLUMNS = {
+    "library": ("processes", "containers", "kind", "build_id", "stale", "path"),
+    "process": ("pid", "comm", "container", "kind", "stale", "path"),
+    "unit": ("unit", "container", "processes", "files"),
+    "container": ("container", "processes", "files"),
+}
+_STALE_COLUMNS = {
+    "library": ("processes", "containers", "kind", "stale", "package", "path"),
+    "process": ("pid", "comm", "stale", "package", "unit", "container", "path"),
+    "unit": ("unit", "container", "restart", "pid", "comm", "stale", "package", "path"),
+    "container": ("container", "unit", "restart", "pid", "comm", "stale", "package", "path"),
+}
+
+
+class _Shape(NamedTuple):
+    """How the answer is shown; ``columns`` are those that somebody chose."""
+
+    format: str
+    by: str
+    columns: list[str] | None
+    has_head: bool
+    is_stale: bool
+    is_plan: bool
+    #: Below each file, who has it.
+    has_who: bool
 
 
 def configure(parser: Parser) -> None:
     """Add the command's options."""
-    add_common(parser, default_kind="library; with --stale all", with_own_process=False)
-    parser.add_argument(
-        "--by", default="library", metavar="WHAT", help="library or process: how the table is grouped. Default: library"
+    add_common(
+        parser,
+        default_kind=f"library; with --stale {', '.join(_STALE_KINDS)}",
+        with_own_process=False,
+        formats=_FORMATS,
     )
-    parser.add_argument("--stale", action="store_true", help="only files that were deleted or replaced on disk")
+    parser.add_argument(
+        "--by",
+        metavar="WHAT",
+        help=f"{', '.join(_ORDERS)}: how the table is grouped. Default: library; with --stale unit, and container "
+        "where a process is in one",
+    )
+    parser.add_argument("--stale", action="store_true", help="only files that are not the ones on disk any more")
+    parser.add_argument(
+        "--check", action="store_true", help="with --stale: exit code 0 nothing, 1 something, 3 not all could be read"
+    )
+    parser.add_argument("--plan", action="store_true", help="with --stale: only the commands that restart")
+    parser.add_argument(
+        "-o",
+        "--columns",
+        action="append",
+        metavar="COLUMNS",
+        help="the columns, with commas; `-o help` lists them",
+    )
+    parser.add_argument("--no-headers", action="store_true", help="no names of columns above them")
+    add_filters(parser)
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
     """Take one snapshot and print it; returns the exit code."""
-    if args.by not in _ORDERS:
-        raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
-    if args.no_snapshot:
-        raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
-    as_json = wants_json(args)
-    selection = selection_of(args, default_kinds=KINDS if args.stale else ("library",))
-    from sowatch.inventory.staleness import Disk
+    shape = _shape_of(args)
+    if shape.columns == ["help"]:
+        from sowatch.cli._list_columns import COLUMNS
 
+        out.write("".join(f"{name}\n" for name in COLUMNS))
+        out.flush()
+        return 0
+    filters = filters_of(args)
+    selection = selection_of(args, default_kinds=_STALE_KINDS if args.stale else ("library",))
+    selection = replace(selection, rules=with_exports(selection.rules, args.exports))
+    from sowatch.cli._list_entries import ListEntry, with_packages
+    from sowatch.inventory.staleness import Disk, seen_at
+
+    proc = ProcFs(selection.config.proc_root)
     watcher = open_watcher(replace(selection, is_scan=args.duration is None))
     try:
         ready = watcher.start()
@@ -84,32 +159,83 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
             warn_of_fallback(ready, warn)
         if args.duration is not None:
             watcher.wait(args.duration)
-        disk = Disk(ProcFs(selection.config.proc_root))
-        entries = [_Entry(one, disk.staleness(one.process, one.library, one.ranges)) for one in watcher.snapshot()]
+        disk = Disk(proc)
+        mapped = [one for one in watcher.snapshot() if not one.rule.startswith(EXCLUDED)]
+        if not mapped and selection.container is not None:
+            _check_container(selection.container, proc)
+        entries = [
+            ListEntry(
+                one, disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
+            )
+            for one in mapped
+            if filters.take(one.process, one.library)
+        ]
         hung = _hung(watcher, selection)
     finally:
         watcher.stop()
-    elsewhere = why_not_whole_host(ProcFs(selection.config.proc_root)) if args.stale else None
+    elsewhere = why_not_whole_host(proc) if args.stale else None
     if args.stale:
-        entries = _with_owners([entry for entry in entries if entry.answer.stale], disk)
+        entries = with_packages([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
-    coverage = _coverage(selection, ready.strategy, entries, hung)
-    if args.by == "process":
-        entries.sort(key=lambda entry: (entry.mapped.process.id, entry.mapped.library.path, entry.mapped.library.id))
-    else:
-        entries.sort(key=lambda entry: (entry.mapped.library.path, entry.mapped.library.id, entry.mapped.process.id))
-    _print(_head(ready, args), entries, coverage, args, out, as_json=as_json)
-    if ready.guarantee == ONE_SCAN and not as_json:
-        warn("one scan: each process was read at one moment.")  # after the table: nobody may be there to read it
+    coverage = _coverage(selection, filters, ready.strategy, entries, hung)
     open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
     if hung:
         open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")
     if elsewhere:
         open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
+    if not (args.check and not entries):
+        _print(_head(ready, args), _sorted(entries, shape.by), coverage, shape, out)
+        if ready.guarantee == ONE_SCAN and shape.format == "text" and not args.check and not args.plan:
+            warn("one scan: each process was read at one moment.")  # after the table: nobody may be there to read it
     if args.stale:
-        _conclude(entries, open_ends, warn, as_json=as_json)
-        return NOT_PERMITTED if open_ends else 0
+        return _conclude(entries, open_ends, warn, is_quiet=shape.format != "text" or args.check, is_check=args.check)
     return 0  # what could not be read is among the limits that were shown at the start
+
+
+def _shape_of(args: Namespace) -> _Shape:
+    """How it is to be shown.
+
+    Raises:
+        UsageError: options that contradict each other, or an unknown word.
+    """
+    if args.by is not None and args.by not in _ORDERS:
+        raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
+    if args.no_snapshot:
+        raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
+    for name in ("check", "plan"):
+        if getattr(args, name) and not args.stale:
+            raise UsageError(f"--{name} is about stale files. Write `sowatch list --stale --{name}`.")
+    shown = output_format(args, _FORMATS)
+    columns = None
+    if args.columns is not None:
+        from sowatch.cli._list_columns import columns_of
+
+        columns = columns_of(args.columns)
+    if shown == "json" and (columns is not None or args.no_headers):
+        raise UsageError("JSON has every field, and no headers. Leave out -o and --no-headers, or use --format csv.")
+    if args.plan and (shown != "text" or columns is not None):
+        raise UsageError("--plan is lines for a shell. Leave it out: JSON and the column `restart` have the commands.")
+    return _Shape(
+        format=shown,
+        by=args.by or ("unit" if args.stale else "library"),
+        columns=columns,
+        has_head=not args.no_headers,
+        is_stale=args.stale,
+        is_plan=args.plan,
+        has_who=any(args.patterns) or bool(args.exports or args.build_id or args.match_build_ids),
+    )
+
+
+def _sorted(entries: Sequence[ListEntry], by: str) -> list[ListEntry]:
+    def order(entry: ListEntry) -> tuple[object, ...]:
+        by_process = (entry.process.id, entry.library.path, entry.library.id)
+        if by == "library":
+            return entry.library.path, entry.library.id, entry.process.id
+        if by == "unit":
+            return entry.target.label, *by_process
+        return (entry.process.container or "", *by_process) if by == "container" else by_process
+
+    return sorted(entries, key=order)
 
 
 def _head(ready: Ready, args: Namespace) -> wire.Head:
@@ -125,28 +251,47 @@ def _head(ready: Ready, args: Namespace) -> wire.Head:
     )
 
 
-def _print(
-    head: wire.Head, entries: Sequence[_Entry], coverage: Coverage, args: Namespace, out: Out, *, as_json: bool
-) -> None:
-    if as_json:
+def _print(head: wire.Head, entries: Sequence[ListEntry], coverage: Coverage, shape: _Shape, out: Out) -> None:
+    if shape.format == "json":
         out.write(dumps(head) + "\n")
         for seq, entry in enumerate(entries, 2):
-            out.write(dumps(entry.line(seq, with_owner=args.stale)) + "\n")
+            out.write(dumps(entry.line(seq, with_owner=shape.is_stale)) + "\n")
         if not coverage.is_complete:
             out.write(dumps(_coverage_line(coverage, len(entries) + 2)) + "\n")
         out.flush()
-    elif args.stale:
-        _stale_table(entries, out)
-    elif args.by == "process":
-        _process_table(entries, out)
+        return
+    from sowatch.cli._list_columns import write_columns, write_csv
+
+    columns = shape.columns or (_STALE_COLUMNS if shape.is_stale else _COLUMNS)[shape.by]
+    if shape.is_plan:
+        from sowatch.inventory.restarts import plan, restart_groups
+
+        out.write("".join(f"{line}\n" for line in plan(restart_groups(entry.stale_file for entry in entries))))
+        out.flush()
+    elif shape.format == "csv":
+        write_csv(out, entries, columns, has_head=shape.has_head)
+    elif shape.columns is None and shape.by == "library":
+        from sowatch.cli._list_views import library_table
+
+        has_who = shape.has_who or shape.is_stale
+        library_table(out, entries, has_who=has_who, has_package=shape.is_stale, has_head=shape.has_head)
+    elif shape.columns is None and shape.is_stale and shape.by in ("unit", "container"):
+        from sowatch.cli._list_views import restart_table
+
+        restart_table(out, entries, by_container=shape.by == "container", has_head=shape.has_head)
     else:
-        _library_table(entries, out)
+        write_columns(out, entries, columns, has_head=shape.has_head, is_for_people=shape.columns is None)
 
 
 def _conclude(
-    entries: Sequence[_Entry], open_ends: Sequence[str], warn: Callable[[str], None], *, as_json: bool
-) -> None:
-    """Says that nothing is stale, if so, and what that leaves open."""
+    entries: Sequence[ListEntry],
+    open_ends: Sequence[str],
+    warn: Callable[[str], None],
+    *,
+    is_quiet: bool,
+    is_check: bool,
+) -> int:
+    """Says that nothing is stale, if so, and what that leaves open; returns the exit code."""
     unknown = sum(entry.answer.stale == "unknown" for entry in entries)
     text = ""
     if unknown == len(entries):
@@ -156,10 +301,13 @@ def _conclude(
             text += f", as far as it can be determined: of {unknown} mapped file{'s' * (unknown != 1)} it cannot"
     if open_ends:
         warn(f"{text}, but {open_ends[0]}" if text else open_ends[0])
-    elif text and not as_json:
+    elif text and not is_quiet:
         warn(f"{text}.")
     for open_end in open_ends[1:]:
         warn(open_end)
+    if is_check and unknown < len(entries):
+        return FOUND
+    return NOT_PERMITTED if open_ends or (is_check and unknown) else 0
 
 
 def _hung(watcher: WatcherLike, selection: Selection) -> frozenset[int]:
@@ -168,21 +316,39 @@ def _hung(watcher: WatcherLike, selection: Selection) -> frozenset[int]:
     return hung & selection.pids if selection.pids else hung
 
 
-def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hung: frozenset[int]) -> Coverage:
+def _check_container(prefix: str, proc: ProcFs) -> None:
+    """Refuses a container that there is not.
+
+    Raises:
+        SowatchError: no process is in one whose id begins so.
+    """
+    if not any((container_id(proc.cgroup(pid) or "") or "").startswith(prefix) for pid in proc.pids()):
+        raise SowatchError(
+            f"there is no container whose id begins with {prefix!r} in which a process runs. "
+            "`sowatch list --by container` shows them."
+        )
+
+
+def _coverage(
+    selection: Selection, filters: Filters, strategy: str, entries: Sequence[ListEntry], hung: frozenset[int]
+) -> Coverage:
     """How many of the processes that were asked for could be read."""
     from sowatch.inventory.coverage import Coverage, coverage_of
     from sowatch.inventory.staleness import NOT_PERMITTED as REASON
-    from sowatch.linux.containers import container_id
 
     if strategy not in _READ_FROM_PROC:
         # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
-        closed = {entry.mapped.process.pid for entry in entries if entry.answer.reason == REASON} | hung
-        return Coverage(len({entry.mapped.process.pid for entry in entries} - closed), len(closed), is_hidden=False)
+        closed = {entry.process.pid for entry in entries if entry.answer.reason == REASON} | hung
+        return Coverage(len({entry.process.pid for entry in entries} - closed), len(closed), is_hidden=False)
     proc, container = ProcFs(selection.config.proc_root), selection.container
 
     def is_wanted(pid: int) -> bool:
-        cgroup = proc.cgroup(pid)
-        return container is None or not cgroup or (container_id(cgroup) or "").startswith(container)
+        process = proc.process(pid, container_of=container_id)
+        if process is None:
+            return True
+        if container is not None and process.cgroup and not (process.container or "").startswith(container):
+            return False
+        return filters.take_process(process, is_readable=False)
 
     return coverage_of(proc, selection.pids, is_wanted)
 
@@ -190,111 +356,3 @@ def _coverage(selection: Selection, strategy: str, entries: Sequence[_Entry], hu
 def _coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
     readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
     return wire.Coverage(SCHEMA, "coverage", seq, readable, readable)
-
-
-class _Entry(Struct, frozen=True):
-    """One process and file; package and unit are looked up for ``--stale`` only."""
-
-    mapped: MappedLike
-    answer: StaleAnswer
-    package: str | None = None
-    unit: Unit | None = None
-
-    @property
-    def path(self) -> str:
-        """The name under which the file is stale, or else its own."""
-        return self.answer.path or self.mapped.library.path
-
-    def line(self, seq: int, *, with_owner: bool) -> wire.Mapping:
-        mapped, answer, unit = self.mapped, self.answer, self.unit
-        return wire.Mapping(
-            SCHEMA,
-            "mapping",
-            seq,
-            mapped.rule,
-            process_line(mapped.process),
-            library_line(mapped.library),
-            ranges_list(mapped.ranges),
-            answer.stale,
-            answer.reason,
-            answer.path or UNSET,
-            UNSET if mapped.range_count is None else mapped.range_count,
-            package=self.package if with_owner else UNSET,
-            unit=(unit and unit.name) if with_owner else UNSET,
-            unit_manager=(unit and unit.manager) if with_owner else UNSET,
-            unit_uid=(unit and unit.uid) if with_owner else UNSET,
-        )
-
-
-def _with_owners(entries: Sequence[_Entry], disk: Disk) -> list[_Entry]:
-    from sowatch.linux.cgroups import unit_of
-
-    owners = disk.owners((entry.mapped.process.pid, entry.path) for entry in entries)
-    return [
-        _Entry(
-            entry.mapped,
-            entry.answer,
-            owners[entry.mapped.process.pid, entry.path],
-            unit_of(entry.mapped.process.cgroup),
-        )
-        for entry in entries
-    ]
-
-
-def _library_table(entries: Sequence[_Entry], out: Out) -> None:
-    counts: dict[Any, int] = {}
-    for entry in entries:
-        library = entry.mapped.library
-        key = (library.path, library.id, library.build_id, library.kind, entry.answer.stale)
-        counts[key] = counts.get(key, 0) + 1
-    rows = [
-        (str(count), kind, _short(build_id), _word(stale), visible(path))
-        for (path, _, build_id, kind, stale), count in counts.items()
-    ]
-    write_table(out, ("PROCESSES", "KIND", "BUILD ID", "STALE", "PATH"), rows, right=(0,), warning=3)
-
-
-def _process_table(entries: Sequence[_Entry], out: Out) -> None:
-    rows = [
-        (
-            str(entry.mapped.process.pid),
-            _word(entry.mapped.process.comm),
-            _short(entry.mapped.process.container),
-            entry.mapped.library.kind,
-            _word(entry.answer.stale),
-            visible(entry.mapped.library.path),
-        )
-        for entry in entries
-    ]
-    write_table(out, ("PID", "COMM", "CONTAINER", "KIND", "STALE", "PATH"), rows, right=(0,), warning=4)
-
-
-def _stale_table(entries: Sequence[_Entry], out: Out) -> None:
-    rows = [
-        (
-            str(entry.mapped.process.pid),
-            _word(entry.mapped.process.comm),
-            _word(entry.answer.stale),
-            _word(entry.package),
-            _unit(entry.unit),
-            _short(entry.mapped.process.container),
-            visible(entry.path) + (f" ({one_line(entry.answer.reason)})" if entry.answer.reason else ""),
-        )
-        for entry in entries
-    ]
-    write_table(out, ("PID", "COMM", "STALE", "PACKAGE", "UNIT", "CONTAINER", "PATH"), rows, right=(0,), warning=2)
-
-
-def _unit(unit: Unit | None) -> str:
-    """The unit as systemctl takes it, with its backslashes, and whose it is if not the system's."""
-    if unit is None:
-        return "-"
-    return one_line(unit.name if unit.manager is None else f"{unit.name} ({unit.manager})")
-
-
-def _word(text: str | None) -> str:
-    return "-" if not text else visible(text)
-
-
-def _short(text: str | None) -> str:
-    return _word(text if text is None else text[:_ID_LENGTH])

@@ -400,6 +400,29 @@ class Mapping(Struct, frozen=True, gc=False):
         ]
         | UnsetType
     ) = UNSET
+    same_build: (
+        Annotated[
+            bool,
+            Meta(
+                description="Only where `stale` is `replaced` and it is known: the file on disk has the same build id."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    restart: (
+        Annotated[
+            Name | None,
+            Meta(
+                description="With --stale: the command, for a shell of root, that restarts the unit or container of "
+                "the process; null where there is none."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    restart_advice: (
+        Annotated[Name | None, Meta(description="With --stale: what to do where there is no such command, else null.")]
+        | UnsetType
+    ) = UNSET
 
 
 class LibraryRow(Struct, frozen=True, gc=False):

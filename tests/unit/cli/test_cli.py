@@ -546,7 +546,7 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["watch", "--pid", "1,x"], "'x' is not a process id"),
         (["watch", "--kind", "library,plugin"], "unknown kind 'plugin'"),
         (["help", "wach"], "unknown command 'wach'. Did you mean watch?"),
-        (["list", "--by", "colour"], "unknown --by 'colour'. Use one of: library, process."),
+        (["list", "--by", "colour"], "unknown --by 'colour'. Use one of: process, unit, container, library."),
         (["list", "--no-snapshot"], "--no-snapshot leaves `sowatch list` nothing to show"),
         (["list", "--events", "load"], "unrecognized arguments: --events"),
         (["doctor", "--strategy", "magic"], "unknown strategy 'magic'"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
 from sowatch.cli._schema import load_schema
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import LoadAttempt, NotPermitted
+from sowatch.model.errors import LoadAttempt, NotPermitted, PatternError, SowatchError, UsageError
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import stamp
@@ -102,16 +105,39 @@ def test_the_table_by_library_counts_the_processes_of_each_file(listed: Any) -> 
     done = listed([Entry(CURL, ZLIB), Entry(NGINX), Entry(CURL)])
 
     assert done.text == (
-        "PROCESSES  KIND     BUILD ID      STALE  PATH\n"
-        "        2  library  00ff00ff00ff  -      /usr/lib/libssl.so.3\n"
-        "        1  library  -             -      /usr/lib/libz.so.1\n"
+        "PROCESSES  CONTAINERS  KIND     BUILD ID      STALE  PATH\n"
+        "        2           1  library  00ff00ff00ff  -      /usr/lib/libssl.so.3\n"
+        "        1           0  library  -             -      /usr/lib/libz.so.1\n"
     )
 
 
 def test_two_files_of_one_path_are_two_rows(listed: Any) -> None:
     other = replace(SSL, id=FileId(254, 0, 5))
+    third = replace(SSL, id=FileId(254, 1, 5))
+    found = listed([Entry(NGINX), Entry(CURL, other), Entry(replace(CURL, pid=7), third)], "--format", "table")
 
-    assert len(listed([Entry(NGINX), Entry(CURL, other)], "--format", "table").rows()) == 3
+    assert [line.partition("/usr")[2] for line in found.text.splitlines()[1:]] == [
+        "/lib/libssl.so.3 (device 254:0, inode 5)",
+        "/lib/libssl.so.3 (in 3f2a9c8b1d0e)",
+        "/lib/libssl.so.3 (device 254:1, inode 5)",
+    ]
+
+
+def test_with_a_pattern_who_has_a_file_stands_below_it(listed: Any) -> None:
+    worker = replace(NGINX, pid=7)
+    root = Process(8, 1, comm="sshd", uid=0, cgroup="/system.slice/ssh.service")
+
+    done = listed([Entry(NGINX), Entry(root), Entry(worker), Entry(root, ZLIB)], "lib")
+
+    assert done.text == (
+        "PROCESSES  CONTAINERS  KIND     BUILD ID      STALE  PATH\n"
+        "  COMM   USER      UNIT OR CONTAINER  PIDS\n"
+        "        3           1  library  00ff00ff00ff  -      /usr/lib/libssl.so.3\n"
+        "  nginx  www-data  nginx.service      7,4194303\n"
+        "  sshd   root      ssh.service        8\n"
+        "        1           0  library  -             -      /usr/lib/libz.so.1\n"
+        "  sshd   root      ssh.service        8\n"
+    )
 
 
 def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
@@ -126,7 +152,7 @@ def test_the_table_by_process_has_a_row_for_each_mapping(listed: Any) -> None:
 
 def test_an_empty_list_is_the_head_in_json_and_a_table_without_rows(listed: Any) -> None:
     assert listed([], "--json").lines() == []
-    assert listed([]).text == "PROCESSES  KIND  BUILD ID  STALE  PATH\n"
+    assert listed([]).text == "PROCESSES  CONTAINERS  KIND  BUILD ID  STALE  PATH\n"
 
 
 @pytest.mark.parametrize(
@@ -242,14 +268,181 @@ def test_the_whole_list_says_what_is_stale_too(listed: Any, mapper: Mapper, make
     assert set(found.values()) == {None}
 
 
-def test_the_table_of_stale_files_names_process_package_and_unit(
+def test_stale_files_stand_below_the_unit_and_the_command_that_restarts_it(
+    listed: Any, mapper: Mapper, make_library: Any
+) -> None:
+    gone, replaced = make_library("libgone.so"), make_library("libreplaced.so")
+    mapper.map(gone)
+    mapper.map(replaced)
+    gone.unlink()
+    make_library("new/libreplaced.so").rename(replaced)
+
+    done = listed(entries_of(mapper.pid), "--stale")
+
+    pid = str(mapper.pid)
+    assert done.text == (
+        "UNIT OR CONTAINER  PROCESSES  RESTART\n"
+        f"  {'PID':>{len(pid)}}  COMM    STALE     PACKAGE  PATH\n"
+        "old.service                1  systemctl restart old.service\n"
+        f"  {pid}  mapper  deleted   -        {gone}\n"
+        f"  {pid}  mapper  replaced  -        {replaced} (an identical build)\n"
+    )
+    assert done.code == 0
+
+
+def test_a_plan_is_the_commands_and_a_check_is_an_exit_code(listed: Any, mapper: Mapper, make_library: Any) -> None:
+    gone = make_library("libgone.so")
+    mapper.map(gone)
+    entries = entries_of(mapper.pid)
+    quiet = listed(entries, "--stale", "--check")
+    gone.unlink()
+
+    assert (quiet.code, quiet.text, quiet.warnings[1:]) == (0, "", [])
+    found = listed(entries, "--stale", "--check")
+    assert (found.code, found.text) == (1, listed(entries, "--stale").text)
+    planned = listed(entries, "--stale", "--plan", "--check")
+    assert (planned.code, planned.text) == (1, "systemctl restart old.service\n")
+    (line,) = listed(entries, "--stale", "--json").lines()
+    assert (line["restart"], line["restart_advice"]) == ("systemctl restart old.service", None)
+
+
+def test_a_check_that_could_not_read_all_is_neither_nothing_nor_something(listed: Any) -> None:
+    watcher = ScriptedWatcher(entries=[Entry(NGINX)])
+    watcher.unread = {7: 1.5}  # type: ignore[attr-defined]
+    ours = ProcFs().stat(os.getpid())
+    assert ours
+    unknown = Entry(Process(os.getpid(), ours.start_ns), Library("/no/such/file.so", FileId(254, 0, 1)))
+
+    assert listed(watcher, "--stale", "--check").code == 3
+    assert listed([unknown], "--stale", "--check").code == 3
+
+
+@pytest.mark.parametrize("words", [["--check"], ["--plan"], ["--stale", "--plan", "--json"], ["--json", "-o", "pid"]])
+def test_options_that_contradict_each_other_are_refused_with_what_to_do(listed: Any, words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"Write|Leave"):
+        listed([], *words)
+
+
+# --- filters, columns, CSV ----------------------------------------------------------------------
+
+SSHD = Process(8, 1, comm="sshd", exe="/usr/sbin/sshd", uid=0, cgroup="/system.slice/system-ssh.slice/ssh@1.service")
+
+
+@pytest.mark.parametrize(
+    ("words", "pids"),
+    [
+        (["--comm", "ssh"], [8]),
+        (["--comm", "!ssh"], [NOBODY]),
+        (["--comm", "ssh,nginx"], [8, NOBODY]),
+        (["--comm", "ssh", "--comm", "^nginx$"], [8, NOBODY]),
+        (["--comm", "!ssh,!nginx"], []),
+        (["--comm", "[n,s]{1,2}(g|s)"], [8, NOBODY]),
+        (["--unit", "ssh"], [8]),
+        (["--unit", "!nginx.service"], [8]),
+        (["--user", "root"], [8]),
+        (["--user", "33"], [NOBODY]),
+        (["--user", "!root"], [NOBODY]),
+        (["--exe", "sbin/nginx$"], [NOBODY]),
+        (["--cgroup", "/system-ssh"], [8]),
+        (["--build-id", "00FF00"], [8, NOBODY]),
+        (["--build-id", "!00ff"], []),
+        (["--comm", "nginx", "--user", "root"], []),
+    ],
+)
+def test_filters_choose_processes_and_files(listed: Any, words: list[str], pids: list[int]) -> None:
+    done = listed([Entry(NGINX), Entry(SSHD)], *words, "--json")
+
+    assert sorted(line["process"]["pid"] for line in done.lines()) == sorted(pids)
+
+
+def test_files_are_chosen_by_a_file_of_build_ids(listed: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_text(f"# CVE-2026-1\n\n{'00FF' * 10} libssl3\nabcdef\n")
+    entries = [Entry(NGINX), Entry(NGINX, ZLIB)]
+
+    done = listed(entries, "--match-build-ids", str(bad), "-o", "path,processes", "--no-headers")
+
+    assert done.rows() == [["/usr/lib/libssl.so.3", "1"]]
+    bad.write_text("libssl3\n")
+    with pytest.raises(UsageError, match=r"line 1: 'libssl3' is no build id"):
+        listed(entries, "--match-build-ids", str(bad))
+
+
+def test_what_exports_a_symbol_is_left_to_rules_and_what_is_left_out_to_rules_before_them(listed: Any) -> None:
+    watcher = ScriptedWatcher(
+        entries=[Entry(NGINX), Entry(SSHD, rule="left out: SSL_write ssl"), Entry(CURL, rule="ssl")]
+    )
+
+    done = listed(watcher, "ssl", "--exports", "SSL_read,!SSL_write", "--json")
+
+    assert [line["process"]["pid"] for line in done.lines()] == [CURL.pid, NOBODY]
+    assert [(rule.name, rule.pattern, set(rule.exports)) for rule in watcher.selection.rules] == [
+        ("left out: SSL_write ssl", "ssl", {"SSL_write"}),
+        ("ssl", "ssl", {"SSL_read"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        (["--comm", "("], PatternError, "bad pattern '('"),
+        (["--comm", "a,,b"], UsageError, "'a,,b' has an empty word in it"),
+        (["--user", "nosuchuser"], SowatchError, "there is no user 'nosuchuser' on this host. Give the uid."),
+        (["--build-id", "xyz"], UsageError, "'xyz' is no build id"),
+        (["--match-build-ids", "/no/such"], SowatchError, "cannot read '/no/such': No such file or directory."),
+        (["-o", "pids"], UsageError, "unknown column 'pids'. Did you mean pid?"),
+        (["--by", "host"], UsageError, "unknown --by 'host'"),
+    ],
+)
+def test_a_filter_or_column_that_cannot_be_is_refused(
+    listed: Any, words: list[str], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        listed([], *words)
+
+
+def test_a_container_that_there_is_not_is_an_error(listed: Any) -> None:
+    with pytest.raises(SowatchError, match=r"no container whose id begins with 'nosuch' .*--by container") as error:
+        listed([], "--container", "nosuch")
+    assert error.value.exit_code == 1
+
+
+def test_there_is_a_row_for_each_combination_of_the_chosen_columns(listed: Any) -> None:
+    entries = [Entry(NGINX), Entry(replace(NGINX, pid=7)), Entry(NGINX, ZLIB), Entry(SSHD)]
+
+    assert listed(entries, "-o", "comm,files", "-o", "processes,containers").text == (
+        "COMM   FILES  PROCESSES  CONTAINERS\n"
+        "nginx      2          2           1\n"
+        "sshd       1          1           0\n"
+    )
+    assert listed(entries, "--by", "unit").text == (
+        "UNIT           CONTAINER     PROCESSES  FILES\n"
+        "nginx.service  3f2a9c8b1d0e          2      2\n"
+        "ssh@1.service  -                     1      1\n"
+    )
+
+
+def test_csv_has_names_of_columns_and_quotes_what_needs_it(listed: Any) -> None:
+    odd = replace(ZLIB, path='/opt/a,"b"\n.so')
+
+    text = listed([Entry(SSHD, odd), Entry(NGINX)], "--format", "csv", "--by", "process").text
+
+    assert text == (
+        "pid,comm,container,kind,stale,path\n"
+        '8,sshd,,library,,"/opt/a,""b""\\n.so"\n'
+        f"{NOBODY},nginx,3f2a9c8b1d0e4455,library,,/usr/lib/libssl.so.3\n"
+    )
+    assert next(csv.DictReader(io.StringIO(text)))["path"] == '/opt/a,"b"\\n.so'
+
+
+def test_the_table_of_stale_files_by_process_names_package_and_unit(
     listed: Any, mapper: Mapper, make_library: Any
 ) -> None:
     gone = make_library("libgone.so")
     mapper.map(gone)
     gone.unlink()
 
-    rows = listed(entries_of(mapper.pid), "--stale", "--format", "table").rows()
+    rows = listed(entries_of(mapper.pid), "--stale", "--by", "process").rows()
 
     assert rows == [
         ["PID", "COMM", "STALE", "PACKAGE", "UNIT", "CONTAINER", "PATH"],
@@ -289,7 +482,7 @@ def test_a_unit_of_another_manager_is_shown_with_it_and_no_backslash_is_doubled(
     gone.unlink()
     entries = [replace(one, process=replace(one.process, cgroup=cgroup)) for one in entries_of(mapper.pid)]
 
-    _, row = listed(entries, "--stale", "--format", "table").text.splitlines()
+    _, row = listed(entries, "--stale", "--by", "process").text.splitlines()
     (line,) = listed(entries, "--stale", "--json").lines()
 
     assert f"  {shown}  " in row
@@ -324,7 +517,7 @@ def test_a_host_without_stale_files_is_told_so_on_stderr(listed: Any) -> None:
     done = listed([Entry(NGINX)], "--stale", "--format", "table")
 
     assert done.warnings == ["nothing runs on deleted or replaced files."]
-    assert len(done.rows()) == 1
+    assert len(done.rows()) == 2
 
 
 # --- what could not be read ---------------------------------------------------------------------

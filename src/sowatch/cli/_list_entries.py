@@ -1,0 +1,90 @@
+"""A line of ``list``: one process and one file that it has mapped, with what is known of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, Struct
+from msgspec.structs import replace
+
+from sowatch.cli._options import MappedLike
+from sowatch.inventory.restarts import RestartTarget, StaleFile, restart_target
+from sowatch.inventory.staleness import StaleAnswer
+from sowatch.linux.cgroups import Unit, unit_of
+from sowatch.model import wire
+from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
+
+if TYPE_CHECKING:
+    from sowatch.inventory.staleness import Disk
+    from sowatch.model.events import Library, Process
+
+__all__ = ["ListEntry", "with_packages"]
+
+
+class ListEntry(Struct, frozen=True):
+    """One process and file; the package is looked up for ``--stale`` only."""
+
+    mapped: MappedLike
+    answer: StaleAnswer
+    package: str | None = None
+
+    @property
+    def process(self) -> Process:
+        """Who has it mapped."""
+        return self.mapped.process
+
+    @property
+    def library(self) -> Library:
+        """What is mapped."""
+        return self.mapped.library
+
+    @property
+    def path(self) -> str:
+        """The name under which the file is stale, or else its own."""
+        return self.answer.path or self.library.path
+
+    @property
+    def unit(self) -> Unit | None:
+        """The systemd unit of the process; of a container one inside it."""
+        return unit_of(self.process.cgroup)
+
+    @property
+    def target(self) -> RestartTarget:
+        """What is restarted for the sake of the process."""
+        return restart_target(self.process.cgroup)
+
+    @property
+    def stale_file(self) -> StaleFile:
+        """For `sowatch.inventory.restarts`."""
+        return StaleFile(self.process, self.library, self.answer, self.package)
+
+    def line(self, seq: int, *, with_owner: bool) -> wire.Mapping:
+        """As JSON has it; ``with_owner``: with package, unit and how that is restarted."""
+        mapped, answer, unit, target = self.mapped, self.answer, self.unit, self.target
+        return wire.Mapping(
+            SCHEMA,
+            "mapping",
+            seq,
+            mapped.rule,
+            process_line(mapped.process),
+            library_line(mapped.library),
+            ranges_list(mapped.ranges),
+            answer.stale,
+            answer.reason,
+            answer.path or UNSET,
+            UNSET if mapped.range_count is None else mapped.range_count,
+            package=self.package if with_owner else UNSET,
+            unit=(unit and unit.name) if with_owner else UNSET,
+            unit_manager=(unit and unit.manager) if with_owner else UNSET,
+            unit_uid=(unit and unit.uid) if with_owner else UNSET,
+            same_build=UNSET if answer.is_same_build is None else answer.is_same_build,
+            restart=target.command if with_owner else UNSET,
+            restart_advice=target.advice if with_owner else UNSET,
+        )
+
+
+def with_packages(entries: Sequence[ListEntry], disk: Disk) -> list[ListEntry]:
+    """The entries with the packages that own their files."""
+    owners = disk.owners((entry.process.pid, entry.path) for entry in entries)
+    return [replace(entry, package=owners[entry.process.pid, entry.path]) for entry in entries]
