@@ -52,8 +52,9 @@ def read(name):
         assert function("SSL_peek", c_int, c_void_p, c_void_p, c_int)(ssl, buffer, 5) == 5
         length = function(name, c_int, c_void_p, c_void_p, c_int)(ssl, buffer, len(buffer))
     else:
-        assert function("SSL_peek_ex", c_int, c_void_p, c_void_p, c_size_t, c_void_p)(ssl, buffer, 5, byref(moved)) == 1
-        assert function(name, c_int, c_void_p, c_void_p, c_size_t, c_void_p)(ssl, buffer, len(buffer), byref(moved)) == 1
+        types = c_void_p, c_void_p, c_size_t, c_void_p
+        assert function("SSL_peek_ex", c_int, *types)(ssl, buffer, 5, byref(moved)) == 1
+        assert function(name, c_int, *types)(ssl, buffer, len(buffer), byref(moved)) == 1
         length = moved.value
     return buffer.raw[:length]
 run(write, read)
@@ -177,7 +178,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, module_spawn: Any, wait_until
             tls.add(path)
     tls.add(library("libnss3.so"))
     tls.add(library("libnspr4.so"))
-    more = sorted(tls.libraries.glob("libssl-*")) + [tls.libraries / "libnss3.so", tls.libraries / "libnspr4.so"]
+    more = [*tls.libraries.glob("libssl-*"), tls.libraries / "libnss3.so", tls.libraries / "libnspr4.so"]
     server = tls.python()
     tls.hold(*more)
     with Tap(tls) as tap:
