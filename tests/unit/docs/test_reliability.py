@@ -7,6 +7,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[2]
 PAGE = TESTS.parent / "docs" / "reliability.md"
+HTTP_PAGE = TESTS.parent / "docs" / "http.md"
 WRITTEN_FOR_IT = (
     "test_decoys.py",
     "test_files.py",
@@ -26,7 +27,20 @@ def named() -> set[str]:
 
 def test_every_test_that_is_named_exists() -> None:
     there = set().union(*(names_in(path) for path in TESTS.rglob("test_*.py")))
-    assert named() - there == set()
+    assert (named() | set(http_faults().values())) - there == set()
+
+
+def http_faults() -> dict[str, str]:
+    """By fault of others the test that would find it here."""
+    section = HTTP_PAGE.read_text(encoding="utf-8").partition("## Faults of others\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    return {fault.strip(): test.strip(" `") for _, fault, test in rows}
+
+
+def test_each_fault_of_other_tools_that_read_tls_has_a_test_of_its_own() -> None:
+    faults = http_faults()
+    assert len(faults) == 39
+    assert len(set(faults.values())) == 39
 
 
 def test_no_test_that_was_written_for_the_page_is_missing() -> None:

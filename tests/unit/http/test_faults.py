@@ -217,6 +217,45 @@ def test_answers_out_of_order_change_no_field() -> None:
     assert both.matched() == [("/path-5", 205, True), ("/path-1", 201, True), ("/path-3", 203, True)]
 
 
+def test_each_connection_and_direction_has_a_table_of_its_own() -> None:
+    """ECapture #744: the table of one connection was split over workers, and mixed with those of others."""
+    tap = Tap()
+    keys = [KEY._replace(pointer=number) for number in range(4)]
+    tables = {key: (hpack.Encoder(), hpack.Encoder()) for key in keys}
+    for key in keys:
+        tap.call("write", PREFACE + frame(4, 0, 0), key=key)
+    for stream in (1, 3, 5):
+        for key, (requests, responses) in tables.items():
+            path = f"/{key.pointer}/{stream - stream % 4}"  # the third is sent by its index
+            block = requests.encode([(":method", "GET"), (":path", path), ("x-id", path)])
+            tap.call("write", frame(HEADERS, END_HEADERS | END_STREAM, stream, block), key=key)
+            block = responses.encode([(":status", str(201 + key.pointer)), ("x-id", "answer" + path)])
+            tap.call("read", frame(HEADERS, END_HEADERS | END_STREAM, stream, block), key=key)
+    assert matched(tap) == [
+        (f"/{number}/{part}", 201 + number, True) for part in (0, 0, 4) for number in range(4)
+    ]  # fmt: skip
+    assert tap.table.stats.unknown_fields == 0
+
+
+@pytest.mark.parametrize("captured", [16_383, 16_384, 16_385, 20_000])
+def test_frames_behind_what_was_captured_of_a_call_are_found_again(captured: int) -> None:
+    """ECapture #740: calls were cut, and the rest of the connection could not be read."""
+    both = Http2()
+    both.ask(1, "/1")
+    both.answer(1, 200, 0)
+    body = frame(DATA, 0, 1, b"x" * 16_384) + frame(DATA, END_STREAM, 1, b"y" * 16_384)
+    both.tap.call("read", body, captured=captured)
+    both.ask(3, "/2")
+    both.answer(3, 204)
+    both.tap.table.close(99)
+    cut, after = sorted(both.tap.flows, key=lambda one: one.path or "")
+    assert (after.path, after.status, after.is_complete) == ("/2", 204, True)
+    # Where the head of the second frame is there, the rest is known to be body.
+    is_whole = captured >= 16_384 + 18
+    assert (cut.path, cut.is_complete, cut.response_bytes == 2 * 16_384) == ("/1", is_whole, is_whole)
+    assert both.tap.table.stats.gaps == (not is_whole)
+
+
 def test_what_comes_after_a_reset_is_no_flow_of_its_own() -> None:
     both = Http2()
     both.ask(1, "/cancelled")
