@@ -162,7 +162,7 @@ def test_what_needs_a_restart_is_named_and_everything_else_takes_effect(new_agen
     agent = new_agent(rule("a")).start()
     replace(agent.config_path, f'listen = "127.0.0.1:{free_port()}"\n[watch]\nring_bytes = 4096\n{rule("b")}')
     wait_until(lambda: rules(agent) == ["b"])
-    wait_until(lambda: agent.get("/readyz").json["config"]["needs_restart"] == ["listen", "watch"])
+    wait_until(lambda: agent.get("/readyz").json["config"]["needs_restart"] == ["listen", "watch.ring_bytes"])
     replace(agent.config_path, rule("c"))
     wait_until(lambda: agent.get("/readyz").json["config"]["needs_restart"] == [])
 
@@ -365,3 +365,42 @@ def test_a_file_sink_is_opened_by_the_user_that_is_left(new_agent: NewAgent, pla
     assert f"{other}" in agent.log
     assert "Permission denied" in agent.log
     assert other.stat().st_size == 0
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_collector_that_never_answers_does_not_keep_the_agent_from_ending(new_agent: NewAgent, protocol: str) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        where = f'endpoint = "http://127.0.0.1:{silent.getsockname()[1]}"\nprotocol = "{protocol}"\n'
+        agent = new_agent(
+            f'[[sinks]]\ntype = "otlp"\n{where}'
+            f'[[sinks]]\ntype = "stdout"\n'
+            f'[[exporters]]\ntype = "otlp"\ninterval_s = 1\n{where}'
+        ).start()
+        silent.settimeout(20)
+        for _ in range(2):  # the sink and the exporter have called
+            stack.enter_context(silent.accept()[0])
+        states = {one["name"]: one for one in agent.get("/readyz").json["output_states"] if one["kind"] == "sink"}
+        assert states["stdout"]["up"] is True
+        assert (states["otlp"]["type"], states["otlp"]["events"]) == ("otlp", 0)
+        # Exit status 1 is that of the last resort, which ends what hangs.
+        assert agent.stop() == 0, agent.log
+        assert "something hangs" not in agent.log
+
+
+def test_readyz_shows_each_output_with_its_state(new_agent: NewAgent, wait_until: Any) -> None:
+    port = free_port()
+    agent = new_agent(
+        f'[[sinks]]\ntype = "otlp"\nname = "gone"\nendpoint = "http://127.0.0.1:{port}"\n'
+        '[[exporters]]\ntype = "statsd"\n'
+    ).start()
+
+    def states() -> dict[str, Any]:
+        return {one["name"]: one for one in agent.get("/readyz").json["output_states"]}
+
+    wait_until(lambda: states()["gone"]["up"] is False)
+    wait_until(lambda: states()["statsd"]["pushes"] + states()["statsd"]["errors"] > 0)
+    assert (states()["gone"]["kind"], states()["gone"]["type"], states()["gone"]["events"]) == ("sink", "otlp", 0)
+    assert str(port) in states()["gone"]["error"]
+    assert states()["statsd"]["kind"] == "exporter"
+    assert len(agent.get("/readyz").json["outputs"]) >= 1

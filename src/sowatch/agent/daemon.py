@@ -28,7 +28,7 @@ from sowatch.agent.outputs import Outputs
 from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
 from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
-from sowatch.agent.settings import Settings
+from sowatch.agent.settings import Settings, changed_keys
 from sowatch.agent.stale_feed import StaleFeed
 from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.explain.audit import AuditReport
@@ -321,7 +321,8 @@ class Daemon:
     def _take_over(self, new: Settings) -> None:
         old = self._settings
         changed = [name for name in Settings.__struct_fields__ if getattr(old, name) != getattr(new, name)]
-        self._needs_restart = tuple(name for name in changed if name not in _LIVE)
+        kept = [name for name in changed if name not in _LIVE]
+        self._needs_restart = tuple(key for name in kept for key in changed_keys(name, old, new))
         actions = self._actions.prepare(new.rules)
         flows = self._flows.prepare(new.http)
         try:
@@ -343,7 +344,7 @@ class Daemon:
         self._audit_now.set()
         self._stale.watch.interval_s = new.stale_interval_s
         # What needs a restart is compared with what is in force the next time, too.
-        self._settings = replace(new, **{name: getattr(old, name) for name in self._needs_restart})
+        self._settings = replace(new, **{name: getattr(old, name) for name in kept})
         self._loaded_ns = time.time_ns()
         LOG.info("took over the configuration", extra={"facts": {"changed": ",".join(changed) or "-"}})
         if self._needs_restart:
@@ -420,6 +421,7 @@ class Daemon:
             "attachments": self._actions.summary(),
             "http": self._flows.summary(),
             "outputs": self._outputs.problems(),
+            "output_states": self._outputs.state(),
         }
         return Readiness(tuple(problems), facts)
 

@@ -5,8 +5,11 @@ Used by the main thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
 
 from sowatch.agent.settings import ExporterSettings, Settings, SinkSettings
 from sowatch.model.events import Origin
@@ -26,12 +29,15 @@ from sowatch.watcher.watcher import Watcher
 
 __all__ = ["Outputs"]
 
+LOG = logging.getLogger("sowatch.agent")
 
-class _Runs(Protocol):
-    """A `SinkRunner` or a `Pusher`."""
-
-    def start(self) -> None: ...
-    def close(self) -> None: ...
+#: An output that takes what waits gets this long at the end; one that takes nothing, so long, and one that took nothing
+#: before, so long: the end of an agent whose collector is dead is not to take two seconds.
+_DELIVER_S: Final = 2.0
+_STALL_S: Final = 0.7
+_DOWN_S: Final = 0.3
+#: All of them are ended at the same time; what hangs then is left behind.
+_GRACE_S: Final = 0.5
 
 
 class _Closes(Protocol):
@@ -43,14 +49,30 @@ class _Closes(Protocol):
 class _Output:
     """One that runs or is going to, with what ends the following of its figures."""
 
-    def __init__(self, runner: _Runs, device: _Closes, unfollow: Callable[[], None]) -> None:
+    def __init__(self, kind: str, runner: SinkRunner | Pusher, device: _Closes, unfollow: Callable[[], None]) -> None:
+        self._type = kind
         self.runner = runner
         self._device = device
         self._unfollow = unfollow
 
     def close(self) -> None:
-        self.runner.close()
+        if isinstance(self.runner, SinkRunner):
+            self.runner.close(_DELIVER_S, stall_s=_STALL_S if self.runner.stats.is_up else _DOWN_S)
+        else:
+            self.runner.close(_STALL_S if self.runner.last_error is None else _DOWN_S)
         self._unfollow()
+
+    def facts(self) -> dict[str, Any]:
+        """For ``/readyz``."""
+        runner = self.runner
+        if isinstance(runner, SinkRunner):
+            stats = runner.stats
+            up: dict[str, Any] = {"up": stats.is_up, "error": stats.last_error}
+            figures = {"events": stats.events, "lost": stats.lost, "waiting": stats.waiting, "errors": stats.errors}
+            return {"name": runner.name, "kind": "sink", "type": self._type, **up, **figures}
+        up = {"up": runner.last_error is None, "error": runner.last_error}
+        figures = {"pushes": runner.pushes, "errors": runner.errors}
+        return {"name": runner.name, "kind": "exporter", "type": self._type, **up, **figures}
 
     def discard(self) -> None:
         """It was never started, so nobody else closes what it writes to."""
@@ -94,8 +116,7 @@ class Outputs:
             raise
 
         def apply() -> None:
-            for one in gone:
-                self._running.pop(one).close()
+            _close([self._running.pop(one) for one in gone])
             for one, output in made.items():
                 output.runner.start()
                 self._running[one] = output
@@ -119,25 +140,43 @@ class Outputs:
                 found.append(f"exporter {runner.name}: {runner.last_error}")
         return found
 
+    def state(self) -> list[dict[str, Any]]:
+        """Each output with its figures, and whether it is up; any thread."""
+        return [output.facts() for output in list(self._running.values())]
+
     def close(self) -> None:
-        """Delivers what waits, for a few seconds at most, and ends all. Safe to call again."""
-        for output in self._running.values():
-            output.close()
+        """Delivers what waits and ends all, within two seconds, whatever hangs. Safe to call again."""
+        _close(self._running.values())
         self._running.clear()
 
     def _make(self, one: SinkSettings | ExporterSettings) -> _Output:
         if isinstance(one, SinkSettings):
             sink = _sink(one, self._origin)
             runner = SinkRunner(sink, self._watcher.subscribe(events=one.events, limit=one.queue_events))
-            return _Output(runner, sink, self._sampler.follow_sink(runner))
+            return _Output(one.type, runner, sink, self._sampler.follow_sink(runner))
         exporter = self._exporter(one)
         pusher = Pusher(exporter, interval_s=one.interval_s)
-        return _Output(pusher, exporter, self._sampler.follow_exporter(pusher))
+        return _Output(one.type, pusher, exporter, self._sampler.follow_exporter(pusher))
 
     def _exporter(self, one: ExporterSettings) -> StatsdExporter | OtlpMetricsExporter:
         if one.type == "statsd":
             return StatsdExporter(self._metrics, one.address, tags=one.tags)
         return OtlpMetricsExporter(self._metrics, one.endpoint, protocol=one.protocol, resource=_resource(self._origin))
+
+
+def _close(outputs: Iterable[_Output]) -> None:
+    """All at the same time: one whose server does not answer takes nothing of the time of the others.
+
+    Each on a thread of its own, which is left behind if it hangs: what a library does to close a connection may wait.
+    """
+    end_s = time.monotonic() + _DELIVER_S + _GRACE_S
+    threads = [threading.Thread(target=output.close, name="sowatch-output-end", daemon=True) for output in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end_s - time.monotonic()))
+    if left := sum(thread.is_alive() for thread in threads):
+        LOG.warning("%d outputs did not end in time and were left behind", left)
 
 
 def _resource(origin: Origin) -> dict[str, str]:

@@ -36,6 +36,7 @@ __all__ = [
     "RuleSettings",
     "Settings",
     "SinkSettings",
+    "changed_keys",
     "load_settings",
 ]
 
@@ -306,6 +307,14 @@ class Settings(Struct, frozen=True, kw_only=True):
         for title in titles:
             if titles.count(title) > 1:
                 raise ConfigError("sinks", f"two sinks are named {title!r}. Give each its own name.")
+
+
+def changed_keys(name: str, old: Settings, new: Settings) -> list[str]:
+    """The keys of a setting that are not the same in both, of a table each with its name: ``watch.ring_bytes``."""
+    before, after = getattr(old, name), getattr(new, name)
+    if not isinstance(before, Struct):
+        return [name]
+    return [f"{name}.{one.name}" for one in fields(before) if getattr(before, one.name) != getattr(after, one.name)]
 
 
 #: What `load_settings` adds to the defaults of a table.

@@ -124,21 +124,34 @@ class SinkRunner:
         """See `Sink.reopen`."""
         self._sink.reopen()
 
-    def close(self, timeout_s: float = 2.0) -> None:
+    def close(self, timeout_s: float = 2.0, *, stall_s: float | None = None) -> None:
         """Delivers what waits for up to ``timeout_s``, counts the rest as lost, ends the thread.
 
-        Returns after about that time even if the sink is stuck. Safe to call again, from any thread.
+        Returns after about that time even if the sink is stuck, or after ``stall_s`` in which it took nothing. Safe to
+        call again, from any thread.
         """
         self._deadline_s = min(self._deadline_s, time.monotonic() + timeout_s)
         self._closing.set()
         self._subscription.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._await_delivery(stall_s or timeout_s)
             self._thread.join(max(0.0, self._deadline_s - time.monotonic()) + _GRACE_S)
             if self._thread.is_alive():
                 self._sink.interrupt()
                 self._thread.join(_GRACE_S)
             if self._thread.is_alive():
                 LOG.warning("the sink %s is stuck and was abandoned; it missed %d events", self.name, self.stats.lost)
+
+    def _await_delivery(self, stall_s: float) -> None:
+        """Until the thread has ended, or the time is up; once the sink has taken nothing for so long it is up."""
+        seen, since_s = self._events, time.monotonic()
+        while self._thread.is_alive() and (now_s := time.monotonic()) < self._deadline_s:
+            if self._events != seen:
+                seen, since_s = self._events, now_s
+            elif now_s - since_s >= stall_s:
+                self._deadline_s = now_s
+                return
+            self._thread.join(min(_CLOSING_PAUSE_S, self._deadline_s - now_s))
 
     @property
     def stats(self) -> SinkStats:

@@ -94,6 +94,8 @@ def test_texts_of_the_environment_become_what_the_setting_is(tmp_path: Path) -> 
         ("audit_interval_s = true\n", 1, "True is not a number"),
         ("audit_interval_s = -1\n", 1, "out of range"),
         ("audit_interval_s = nan\n", 1, "out of range"),
+        ("audit_interval_s = 0.5\n", 1, "Use a number from 1 to 86400, or 0 for none."),
+        ("stale_interval_s = 0.5\n", 1, "Use a number from 1 to 86400, or 0 for none."),
         ('reload = "yes"\n', 1, "'yes' is not true or false"),
         ('log_level = "loud"\n', 1, "none of debug, info"),
         ('allowed_hosts = "a"\n', 1, "no list"),

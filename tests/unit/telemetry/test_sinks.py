@@ -176,6 +176,25 @@ def test_closing_delivers_what_waits(feed):
     assert sink.is_closed
 
 
+def test_closing_gives_up_a_sink_that_takes_nothing_and_waits_for_one_that_does(feed, wait_until):
+    class Dead(Memory):
+        def write(self, events):
+            raise SinkError("it is dead")
+
+    class Slow(Memory):
+        def write(self, events):
+            return super().write(events[:100])
+
+    dead, slow = SinkRunner(Dead(), feed.subscribe()), SinkRunner(Slow(), feed.subscribe())
+    feed.send(*numbered(700))
+    for runner in (dead, slow):
+        runner.start()
+    dead.close(timeout_s=1_000, stall_s=0.1)
+    slow.close(timeout_s=1_000, stall_s=60)
+    assert (dead.stats.events, dead.stats.lost) == (0, 700)
+    assert (slow.stats.events, slow.stats.lost) == (700, 0)
+
+
 def test_closing_a_sink_that_is_stuck_returns_and_counts_what_it_did_not_take(feed, wait_until):
     entered, release = threading.Event(), threading.Event()
 
