@@ -209,6 +209,18 @@ def test_wrong_settings_end_the_command_with_the_place_of_the_fault(place: Path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the settings are right\n", "")
 
 
+def test_what_check_refuses_serve_refuses_in_the_same_words(place: Path) -> None:
+    path = place / "config.toml"
+    path.write_text("[[sinks]]\ntype = 'file'\npath = '/no/such/directory/x'\n", encoding="utf-8")
+    words = [sys.executable, "-m", "sowatch", "serve", "--config", str(path), "--socket", str(place / "s.sock")]
+    checked, served = (
+        subprocess.run([*words, *more], capture_output=True, text=True, check=False) for more in (["--check"], [])
+    )
+    assert (checked.returncode, served.returncode) == (2, 2)
+    assert "sinks[1].path: cannot write '/no/such/directory/x'" in checked.stderr
+    assert checked.stderr == served.stderr
+
+
 def test_systemd_is_told_of_readiness_reloads_life_and_the_end(
     new_agent: NewAgent, place: Path, wait_until: Any
 ) -> None:

@@ -28,7 +28,7 @@ from sowatch.agent.bounds import App, BoundedProtocol, FramingCheck
 from sowatch.agent.limits import client_of
 from sowatch.model.errors import ConfigError, SowatchError
 
-__all__ = ["HttpThread", "UnixSocket", "bind_tcp", "parse_listen"]
+__all__ = ["HttpThread", "UnixSocket", "bind_tcp", "check_socket", "parse_listen"]
 
 LOG = logging.getLogger("sowatch.agent")
 
@@ -62,10 +62,7 @@ class UnixSocket:
 
     def __init__(self, path: str, *, owner: str | None = None, group: str | None = None) -> None:
         self.path = path
-        uid = -1 if owner is None else _id_of("socket_owner", owner, lambda name: pwd.getpwnam(name).pw_uid)
-        gid = -1 if group is None else _id_of("socket_group", group, lambda name: grp.getgrnam(name).gr_gid)
-        if len(os.fsencode(path)) > 107:
-            raise ConfigError("socket", f"{path!r} is longer than the 107 bytes of a socket's name. Use a shorter one.")
+        uid, gid = _ids_of(path, owner, group)
         self._lock_fd = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -81,11 +78,7 @@ class UnixSocket:
             self.socket.listen(BACKLOG)
         except OSError as error:
             self._give_up()
-            raise ConfigError(
-                "socket",
-                f"cannot listen on {path!r}: {error.strerror or error}. "
-                "Give a path in a directory that exists and that this user may write to.",
-            ) from error
+            raise _no_place(path, error.strerror or str(error)) from error
         except BaseException:
             self._give_up()
             raise
@@ -121,7 +114,7 @@ class UnixSocket:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode):
-            raise ConfigError("socket", f"{self.path!r} exists and is no socket. Give another path, or remove it.")
+            raise _no_socket(self.path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as caller:
             caller.settimeout(1.0)
             try:
@@ -139,6 +132,44 @@ class UnixSocket:
         return SowatchError(
             f"a server is listening on {self.path!r} already. End it, or give another path with --socket."
         )
+
+
+def check_socket(path: str, owner: str | None, group: str | None) -> None:
+    """Whether a `UnixSocket` could be made there if no agent has it; makes nothing.
+
+    Raises:
+        ConfigError: the path cannot be used, or there is no such user or group.
+    """
+    _ids_of(path, owner, group)
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise _no_socket(path)
+    parent = os.path.dirname(os.path.abspath(path))
+    # The last directory is made.
+    place = parent if os.path.lexists(parent) else os.path.dirname(parent)
+    if not os.path.isdir(place):
+        raise _no_place(path, os.strerror(errno.ENOENT if not os.path.lexists(place) else errno.ENOTDIR))
+    if os.geteuid() == 0 and not os.access(place, os.W_OK | os.X_OK):
+        raise _no_place(path, os.strerror(errno.EACCES))
+
+
+def _ids_of(path: str, owner: str | None, group: str | None) -> tuple[int, int]:
+    """Numbers of the owner and the group of a socket, -1 for who we are."""
+    uid = -1 if owner is None else _id_of("socket_owner", owner, lambda name: pwd.getpwnam(name).pw_uid)
+    gid = -1 if group is None else _id_of("socket_group", group, lambda name: grp.getgrnam(name).gr_gid)
+    if len(os.fsencode(path)) > 107:
+        raise ConfigError("socket", f"{path!r} is longer than the 107 bytes of a socket's name. Use a shorter one.")
+    return uid, gid
+
+
+def _no_place(path: str, why: str) -> ConfigError:
+    return ConfigError(
+        "socket",
+        f"cannot listen on {path!r}: {why}. Give a path in a directory that exists and that this user may write to.",
+    )
+
+
+def _no_socket(path: str) -> ConfigError:
+    return ConfigError("socket", f"{path!r} exists and is no socket. Give another path, or remove it.")
 
 
 def _hand_over(path: str, uid: int, gid: int, mode: int) -> int:

@@ -53,6 +53,7 @@ _OTHER_VARIABLES: Final = re.compile(
     r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|(MATRIX|MODEL|SERVICE|PORT)_\w+|PORT)"
 )
 _SYNTAX: Final = re.compile(r"(?P<what>.*) \(at (line (?P<line>\d+), column \d+|end of document)\)", re.DOTALL)
+_OTLP_KEYS: Final = ("endpoint", "protocol")
 _SCALARS: Final = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -151,6 +152,7 @@ class SinkSettings(Struct, frozen=True, kw_only=True):
     events: tuple[StreamKind, ...] = STREAM_KINDS
 
     def __post_init__(self) -> None:
+        _refuse_keys_of_others(self, self.type, {"file": ("path", "max_bytes", "max_files"), "otlp": _OTLP_KEYS})
         if self.type == "file" and not self.path:
             raise ConfigError("path", 'a file sink needs one. Give path = "/var/log/sowatch/events.jsonl".')
         _in_range("queue_events", self.queue_events, 1, 1 << 24)
@@ -181,6 +183,7 @@ class ExporterSettings(Struct, frozen=True, kw_only=True):
     interval_s: float = 10.0
 
     def __post_init__(self) -> None:
+        _refuse_keys_of_others(self, self.type, {"statsd": ("address", "tags"), "otlp": _OTLP_KEYS})
         _in_range("interval_s", self.interval_s, 0.1, 86_400)
 
 
@@ -545,6 +548,17 @@ def _check_probe(key: str, symbol: str, program: str) -> None:
         Probe(symbol, program)
     except SowatchError as error:
         raise ConfigError(key, str(error)) from error
+
+
+def _refuse_keys_of_others(one: Struct, kind: str, keys: Mapping[str, Sequence[str]]) -> None:
+    """A key that only another type of sink or exporter has says something that would not be done."""
+    defaults = {known.name: known.default for known in fields(one)}
+    for owner, names in keys.items():
+        for name in names:
+            if owner != kind and getattr(one, name) != defaults[name]:
+                raise ConfigError(
+                    name, f"type {kind!r} has none, only {owner!r} does. Take it away, or correct the type."
+                )
 
 
 def _missing_module(*modules: str) -> str | None:

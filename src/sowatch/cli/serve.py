@@ -50,16 +50,18 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:  # no
         return load_settings(args.config, environment=os.environ, flags=flags)
 
     settings = load()
-    if args.check:
-        out.write("the settings are right\n")
-        out.flush()
-        return 0
     try:
         from sowatch.agent.daemon import Daemon
+        from sowatch.agent.preflight import check_settings
     except ImportError as error:
         raise UsageError(
             f"{error.name} is not installed, and the agent needs it. Install it: pip install 'sowatch[agent]'."
         ) from error
+    check_settings(settings)
+    if args.check:
+        out.write("the settings are right\n")
+        out.flush()
+        return 0
     # Not called off: what hangs may do so to the very end, in an exit handler of the interpreter.
     last = LastResort()
     return Daemon(settings, load, args.config or DEFAULT_PATH, version=__version__, on_stopping=last.arm).run()

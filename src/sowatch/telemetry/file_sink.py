@@ -15,10 +15,42 @@ from sowatch.model.errors import ConfigError, SinkError
 from sowatch.model.events import Event, Head, Origin
 from sowatch.model.lines import to_json
 
-__all__ = ["FileSink"]
+__all__ = ["FileSink", "check_path"]
 
 #: A disk that is full when the agent starts is waited for, as it is later.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def check_path(path: str) -> None:
+    """Whether a `FileSink` could write there; makes and opens nothing.
+
+    Raises:
+        ConfigError: it could not, and why.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+        parent = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(parent):
+            raise _refused(path, os.strerror(errno.ENOENT)) from None
+        may_write = os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise _refused(path, error.strerror) from error
+    else:
+        may_write = os.access(path, os.W_OK)
+    if not stat.S_ISREG(mode):
+        raise _refused(path, "it is not a regular file")
+    if os.geteuid() == 0 and not may_write:
+        raise _refused(path, os.strerror(errno.EACCES))
+
+
+def _refused(path: str, why: str | None) -> ConfigError:
+    return ConfigError(
+        "file sink path",
+        f"cannot write {path!r}: {why}. "
+        "Give a regular file, not a link, in a directory that exists and that this user may write to.",
+    )
 
 
 class FileSink:
@@ -70,11 +102,7 @@ class FileSink:
             self._open()
         except OSError as error:
             if error.errno not in _FULL:
-                raise ConfigError(
-                    "file sink",
-                    f"cannot write {self._path!r}: {error.strerror}. "
-                    "Give a regular file, not a link, in a directory that exists and that this user may write to.",
-                ) from error
+                raise _refused(self._path, error.strerror) from error
 
     def write(self, events: Sequence[Event]) -> int:
         """Appends all events, rotating as needed.

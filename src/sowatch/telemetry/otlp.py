@@ -6,13 +6,15 @@ most of a second to import, so they are imported when used.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from sowatch.model.errors import ConfigError, UsageError
 
-__all__ = ["Otlp", "Protocol"]
+__all__ = ["Otlp", "Protocol", "check_collector"]
 
 Protocol: TypeAlias = Literal["http", "grpc"]
 
@@ -41,17 +43,10 @@ class Otlp:
         timeout_s: float,
         resource: Mapping[str, str] | None,
     ) -> None:
-        try:
-            from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
-            from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-        except ImportError as error:
-            raise UsageError(
-                "the OpenTelemetry SDK is not installed. Install it: pip install 'sowatch[otlp]'."
-            ) from error
-        if protocol not in ("http", "grpc"):
-            raise ConfigError("otlp protocol", f"unknown protocol {protocol!r}. Use http or grpc.")
-        if endpoint is not None:
-            _check(endpoint)
+        check_collector(endpoint, protocol)
+        from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
         self._endpoint = endpoint
         self._protocol = protocol
         self._headers = dict(headers or {})
@@ -93,11 +88,48 @@ class Otlp:
         return tuple((name.lower(), value) for name, value in self._headers.items()) or None
 
 
-def _check(endpoint: str) -> None:
+def check_collector(endpoint: str | None, protocol: Protocol, signal: Literal["logs", "metrics"] | None = None) -> None:
+    """Whether a collector can be written to as far as the settings and the environment say; asks nobody.
+
+    Args:
+        endpoint: as of `Otlp`.
+        protocol: as of `Otlp`.
+        signal: what is sent: it may have a variable of its own for the endpoint.
+
+    Raises:
+        UsageError: the OpenTelemetry SDK is not installed.
+        ConfigError: an unknown protocol, or an endpoint that is no URL.
+    """
+    packages = ("opentelemetry.sdk", f"opentelemetry.exporter.otlp.proto.{'grpc' if protocol == 'grpc' else 'http'}")
+    if not all(map(_is_installed, packages)):
+        raise UsageError("the OpenTelemetry SDK is not installed. Install it: pip install 'sowatch[otlp]'.")
+    if protocol not in ("http", "grpc"):
+        raise ConfigError("otlp protocol", f"unknown protocol {protocol!r}. Use http or grpc.")
+    if endpoint is not None:
+        _check(endpoint)
+        return
+    own = "" if signal is None else f"_{signal.upper()}"
+    for variable in dict.fromkeys((f"OTEL_EXPORTER_OTLP{own}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")):
+        if text := os.environ.get(variable):
+            # gRPC takes HOST:PORT, too.
+            _check(text if protocol == "http" or "://" in text else f"http://{text}", variable)
+            return
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def _check(endpoint: str, source: str | None = None) -> None:
     try:
         parts = urlsplit(endpoint)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         is_url = False
     if not is_url:
-        raise ConfigError("otlp endpoint", f"{endpoint!r} is no URL. Use http://HOST:4318 or https://HOST:4318.")
+        raise ConfigError(
+            "otlp endpoint", f"{endpoint!r} is no URL. Use http://HOST:4318 or https://HOST:4318.", source=source
+        )

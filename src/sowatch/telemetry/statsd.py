@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.telemetry.metrics import Counter, Gauge, Histogram, Metric, MetricRegistry
 
-__all__ = ["StatsdExporter"]
+__all__ = ["StatsdExporter", "parse_address"]
 
 #: What fits into one packet of an Ethernet, headers taken off; unix sockets have no such limit.
 _UDP_BYTES: Final = 1432
@@ -57,7 +57,7 @@ class StatsdExporter:
         self._address = address
         self._prefix = prefix
         self._tags = tags
-        self._host, self._port, self._path = _parse(address)
+        self._host, self._port, self._path = parse_address(address)
         self._max_bytes = _UNIX_BYTES if self._path else _UDP_BYTES
         self._socket: socket.socket | None = None
         self._reported: dict[_Key, int | float] = {}
@@ -158,8 +158,12 @@ class StatsdExporter:
         return f"{name}:{value}|{letter}{suffix}".encode()
 
 
-def _parse(address: str) -> tuple[str, int, str]:
-    """Host, port and path of an address; only a unix socket has a path."""
+def parse_address(address: str) -> tuple[str, int, str]:
+    """Host, port and path of an address; only a unix socket has a path.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
