@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import pwd
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Final
@@ -15,8 +14,10 @@ from sowatch.cli._parser import did_you_mean
 from sowatch.cli._table import write_table
 from sowatch.inventory.restarts import StaleFile
 from sowatch.linux.cgroups import Unit
+from sowatch.linux.wall_clock import started_ns
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import one_line, visible
+from sowatch.model.lines import stamp
 
 __all__ = ["COLUMNS", "columns_of", "short", "stale_text", "user_name", "word", "write_columns", "write_csv"]
 
@@ -60,10 +61,7 @@ def user_name(uid: int | None) -> str:
 
 
 def _started(entry: ListEntry) -> str:
-    to_wall_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    # Two clocks are read one after the other, which should not show.
-    seconds = (entry.process.start_ns + to_wall_ns + 5 * 10**6) // 10**9
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0, seconds)))
+    return stamp(started_ns(entry.process.start_ns))[:-8] + "Z"
 
 
 #: What stands for a column in tables for people whose columns nobody chose; no name that can be given.

@@ -4,12 +4,15 @@ Seen how and when? Which rule wants it, or why none? What does the kernel side d
 very file be opened, and what does it say of itself? Blocked why? Does the map agree with /proc?
 
 A target that is all digits is a process, anything else the path of a file (write ./123 for a file
-of that name). A watch is started, the whole host read once, the target examined, and the watch
-ended. A path may be one that only other processes see, or whose file was deleted while it is
-mapped. Ends with 1 if there is no such process, or no such path here or mapped.
+of that name). A name without a directory is searched for in all that is mapped, by base name and
+soname, unless there is such a file in the current directory; each path that has it is explained.
+A watch is started, the whole host read once, the target examined, and the watch ended. Each file
+that a process has mapped is compared with the one on disk. A path may be one that only other
+processes see, or whose file was deleted while it is mapped. Ends with 1 if there is no such
+process, or no such path here or mapped.
 
---json gives one object. Of a process:
-  schema, event "explain", target "process"; process and library as in events
+--json gives one object for each target. Of a process:
+  schema, event "explain", target "process"; process and library as in events; started, by the clock
   state running, zombie or kernel_thread; threads; leader_alive; bits 32, 64 or null
   kernel  null, or followed, touches, range_count, ranges, dirty, shares_vm
   map     null, or since, since_ns, files, announced, awaits_reading
@@ -27,6 +30,7 @@ mapped. Ends with 1 if there is no such process, or no such path here or mapped.
             skipped (there are too many files); reason
     activations: rule, state; blocked: rule, reason, seconds_left, path, since
     differences to the map: kind, path, inode, range
+    stale   as in the lines of `sowatch list`; stale_reason, same_build
     unprobed why the kernel puts no uprobes into (some of) its mappings: shared, writable, hugetlb
     attachments (an agent's answer) of rules: rule, state attached, retrying or failed, reason, users, lingering,
             probes: symbol, program, return, state, reason, offset
@@ -44,6 +48,7 @@ Examples:
   sowatch explain 1234                          everything it has mapped, and what became of it
   sowatch explain --rule libssl 1234            why is there no event of its libssl?
   sowatch explain /usr/lib/x86_64-linux-gnu/libssl.so.3
+  sowatch explain libssl.so.3                   wherever that is
   sowatch explain 1234 --agent                  as the running agent has it: its rules, and what they have attached
 """
 
@@ -117,6 +122,12 @@ _UNPROBED: Final = {
     "writable": "none in a mapping that is writable, too",
     "hugetlb": "none in a file of huge pages",
 }
+_STALE: Final = {
+    "deleted": "deleted: its path leads to nothing any more",
+    "replaced": "replaced: its path leads to another file now",
+    "modified": "modified",
+    "unknown": "it cannot be determined whether it is stale",
+}
 _ID_FROM: Final = {
     "map": "by the map",
     "verdict": "by the kernel's memory of it",
@@ -170,25 +181,36 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     (target,) = args.patterns
     as_json = wants_json(args)
     if args.agent is None:
-        show_explanation(_examine(args, target, warn), out, as_json=as_json)
+        for number, found in enumerate(_examine(args, target, warn)):
+            if number and not as_json:
+                out.write("\n")
+            show_explanation(found, out, as_json=as_json)
     else:
         _ask_agent(args, target, out, as_json=as_json)
     return 0
 
 
-def _examine(args: Namespace, target: str, warn: Callable[[str], None]) -> wire.ProcessReport | wire.PathReport:
+def _examine(args: Namespace, target: str, warn: Callable[[str], None]) -> list[wire.ProcessReport | wire.PathReport]:
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
     selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
-    from sowatch.explain import check_process, explanation
+    from sowatch.explain import ProcessReport, check_process, explanation, paths_named
+    from sowatch.inventory.explained import with_staleness
     from sowatch.watcher.watcher import Watcher
 
+    proc = ProcFs(selection.config.proc_root)
     pid = _pid(target, selection.config.proc_root)
     if pid is not None:
-        check_process(ProcFs(selection.config.proc_root), pid)
+        check_process(proc, pid)
     with Watcher(*selection.rules, config=selection.config) as watcher:
         if watcher.ready is not None:
             warn_of_fallback(watcher.ready, warn)
-        return explanation(watcher.explain(target if pid is None else pid))
+        if pid is not None:
+            report = watcher.explain(pid)
+            return [explanation(with_staleness(report, proc) if isinstance(report, ProcessReport) else report)]
+        if "/" in target or os.path.lexists(target):
+            return [explanation(watcher.explain(target))]
+        by_soname = {one.library.path for one in watcher.snapshot() if one.library.soname == target}
+        return [explanation(watcher.explain(path)) for path in paths_named(proc, target, by_soname)]
 
 
 def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> None:
@@ -246,7 +268,8 @@ def _process(report: wire.ProcessReport) -> Iterator[str]:
         *([f"pid {process.ns_pid} in its own namespace"] if process.ns_pid not in (None, process.pid) else []),
     ]
     yield _line("process", ", ".join(about))
-    yield _line("start", f"{process.start_ns / 1e9:.9f} s after boot")
+    since_boot = f"{process.start_ns / 1e9:.9f} s after boot"
+    yield _line("start", since_boot if report.started is UNSET else f"{report.started}, {since_boot}")
     yield _line("exe", visible(process.exe or "-"))
     # Not doubled: backslashes are part of the names of units, which are made to be copied from here.
     yield _line("cgroup", one_line(process.cgroup or "-"))
@@ -285,10 +308,14 @@ def _process(report: wire.ProcessReport) -> Iterator[str]:
 
 def _mapping(one: wire.MappingReport) -> Iterator[str]:
     library = one.library
-    deleted = " (deleted)" * library.deleted
-    yield f"{visible(library.path)}{deleted}"
+    stale = one.stale or ("deleted" if library.deleted and one.stale is UNSET else None)
+    yield visible(library.path) + ("" if stale in (None, "unknown") else f" ({stale})")
     yield _line("  ranges", _ranges(one.ranges, one.range_count))
     yield _line("  file", f"{_id(library)} {_ID_FROM[one.id_from]}; to this process: {library.kind}")
+    if stale is not None:
+        why = f": {one_line(one.stale_reason)}" if one.stale_reason else ""
+        same = ", by a file with the same build id" if one.same_build is True else ""
+        yield _line("  on disk", _STALE[stale] + same + why)
     yield _line("  seen", _seen(one.seen) if one.seen else _UNTOLD[one.untold or "not_in_map"])
     yield from _rules(one.rules, "  ")
     yield _line("  verdict", _verdict(one.verdict))

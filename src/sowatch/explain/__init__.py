@@ -7,7 +7,7 @@ and gives up on a file system that does not answer.
 
 from __future__ import annotations
 
-from sowatch.explain.gather import ExplainContext, check_process, explain
+from sowatch.explain.gather import ExplainContext, check_process, explain, paths_named
 from sowatch.explain.probing import AttachmentReport, ProbeReport, attachment_line
 from sowatch.explain.published import Published, explain_published_file, explain_published_process
 from sowatch.explain.records import (
@@ -48,5 +48,6 @@ __all__ = [
     "explain_published_file",
     "explain_published_process",
     "explanation",
+    "paths_named",
     "to_dict",
 ]

@@ -41,15 +41,17 @@ from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import Miss, ProcFs
-from sowatch.linux.proc_parse import MapRow, Stat, as_maps_shows
+from sowatch.linux.proc_parse import MapRow, Stat, as_maps_shows, seen_path
 from sowatch.linux.tls_libraries import look_for_tls
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.base import Verdicts
 
-__all__ = ["ExplainContext", "check_process", "explain"]
+__all__ = ["ExplainContext", "check_process", "explain", "paths_named"]
 
+#: Names that are shown where the one that was asked for is not mapped.
+_MOST_NAMES: Final = 5
 _NO_ANSWER: Final = FileLook("no_answer")
 _SKIPPED: Final = FileLook("skipped", "there are too many")
 #: A process may have 65,530 mappings, each of another file; what is not read within this time is not.
@@ -225,6 +227,35 @@ def _looks(
 
 def _differences(pid: int, context: ExplainContext) -> tuple[Difference, ...]:
     return audit(lambda: context.query(pid, lambda _: True), context.proc, context.rules, only=pid).differences
+
+
+def paths_named(proc: ProcFs, name: str, known: Collection[str] = ()) -> tuple[str, ...]:
+    """The paths, as processes see them, of files that are mapped and have a base name; sorted.
+
+    Args:
+        proc: the host's.
+        name: the base name.
+        known: paths that are wanted, too.
+
+    Raises:
+        SowatchError: there is none; names that have it as a part are shown.
+    """
+    found, near = set(known), set()
+    for pid in proc.pids():
+        rows = proc.executable_maps(pid)
+        for row in () if isinstance(rows, Miss) else rows:
+            base = os.fsdecode(os.path.basename(row.path))
+            if base == name and row.path.startswith(b"/"):
+                found.add(seen_path(os.fsdecode(row.path), _root_of(proc, pid)))
+            elif name in base:
+                near.add(base)
+    if found:
+        return tuple(sorted(found))
+    others = f"; there are {', '.join(sorted(near)[:_MOST_NAMES])}" if near else ""
+    raise SowatchError(
+        f"no process that can be read has a file named {name!r} mapped{others}. `sowatch list` shows what is mapped; "
+        f"for a file of the current directory give ./{name}."
+    )
 
 
 # ---- a path -------------------------------------------------------------------------------------

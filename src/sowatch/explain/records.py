@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from msgspec import UNSET, Struct, to_builtins
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from sowatch.engine.queries import KnownProcess
 from sowatch.explain.audit import Difference
 from sowatch.explain.probing import AttachmentReport, TlsAnswer, attachment_line, tls_line
+from sowatch.linux.wall_clock import started_ns
 from sowatch.model import wire_explain as wire
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list, stamp
-from sowatch.model.literals import Kind, LoadCause
+from sowatch.model.literals import Kind, LoadCause, Staleness
 from sowatch.model.wire_explain import By, ElfState, IdSource, NotReportedReason, Relation, Unprobed, Why
 from sowatch.sources.base import TrackedEntry
 
@@ -119,7 +120,8 @@ class MappingReport(Struct, frozen=True):
     ``activations`` are (rule, state) of the registry; ``rule`` is the one that wants the file,
     ``rules`` has all answers. ``differences`` are ranges that the mapping table has not. ``ranges`` and
     ``range_count`` are as in `sowatch.LibraryEvent`. ``unprobed``: why some of its mappings take no probes.
-    ``attachments`` are put in by what attaches, such as the agent.
+    ``attachments`` are put in by what attaches, such as the agent, and what `sowatch.inventory.staleness` answers by
+    `sowatch.inventory.explained`: ``stale`` is UNSET where it was not asked.
     """
 
     library: Library
@@ -137,6 +139,9 @@ class MappingReport(Struct, frozen=True):
     range_count: int | None = None
     unprobed: tuple[Unprobed, ...] = ()
     attachments: tuple[AttachmentReport, ...] = ()
+    stale: Staleness | UnsetType | None = UNSET
+    stale_reason: str | None = None
+    is_same_build: bool | None = None
 
 
 class ProcessReport(Struct, frozen=True):
@@ -274,6 +279,7 @@ def _process_report(report: ProcessReport) -> wire.ProcessReport:
         report.withheld,
         list(report.notes),
         None if report.http is None else tls_line(report.http),
+        stamp(started_ns(report.process.start_ns)),
     )
 
 
@@ -294,6 +300,9 @@ def _mapping(one: MappingReport) -> wire.MappingReport:
         differences=[difference_line(difference) for difference in one.differences],
         unprobed=list(one.unprobed),
         attachments=[attachment_line(each) for each in one.attachments],
+        stale=one.stale,
+        stale_reason=UNSET if one.stale is UNSET else one.stale_reason,
+        same_build=UNSET if one.is_same_build is None else one.is_same_build,
     )
 
 

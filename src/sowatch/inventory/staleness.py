@@ -33,6 +33,7 @@ from sowatch.linux.openat import open_below, shows_real_inode
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.proc_parse import MapRow, seen_path
 from sowatch.linux.timeout_worker import CallTimeout
+from sowatch.linux.wall_clock import started_ns
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 from sowatch.model.literals import Staleness
@@ -436,9 +437,8 @@ def seen_at(cause: str | None, time_ns: int) -> int | None:
 def _modified(times: FileTimes, process: Process, loaded_ns: int | None) -> StaleAnswer:
     """Of a file that its path leads to."""
     now_ns = time.time_ns()
-    started_ns = process.start_ns + now_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     # The start may be rounded down to a tick, and the file system's clock lags behind by one.
-    after_ns = (started_ns if loaded_ns is None else loaded_ns) + TICK_NS
+    after_ns = (started_ns(process.start_ns) if loaded_ns is None else loaded_ns) + TICK_NS
     # A time to come was set by somebody: nobody knows when that was.
     if not after_ns < times.written_ns <= now_ns:
         return FRESH

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from sowatch.model.literals import Kind, LoadCause
+from sowatch.model.literals import Kind, LoadCause, Staleness
 from sowatch.model.wire import (
     DEPRECATED,
     Address,
@@ -252,6 +252,9 @@ class MappingReport(Struct, frozen=True, gc=False, kw_only=True):
     differences: list[Difference]
     unprobed: list[Unprobed]
     attachments: list[Attachment]
+    stale: Annotated[Staleness | None, Meta(description="As in `mapping`.")] | UnsetType = UNSET
+    stale_reason: Annotated[str | None, Meta(description="As in `mapping`.")] | UnsetType = UNSET
+    same_build: Annotated[bool, Meta(description="As in `mapping`.")] | UnsetType = UNSET
 
 
 class ProcessReport(Struct, frozen=True, gc=False):
@@ -272,6 +275,7 @@ class ProcessReport(Struct, frozen=True, gc=False):
     withheld: Natural
     notes: list[str]
     http: Tls | None
+    started: Annotated[Time, Meta(description="The start of the process by the wall clock.")] | UnsetType = UNSET
 
 
 class FileIdentity(Struct, frozen=True, gc=False):
