@@ -266,7 +266,7 @@ def started(spawn: Any, *words: str, **options: Any) -> Any:
     pytest.fail(f"the watch ended before it was ready: {process.stderr.read()!r}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_watch_with_stopped_as_its_last_line(spawn: Any, number: signal.Signals, deadline: Any) -> None:
     process = started(spawn)
 
@@ -276,6 +276,43 @@ def test_a_signal_ends_a_watch_with_stopped_as_its_last_line(spawn: Any, number:
     assert strict.loads(stdout.splitlines()[-1])["event"] == "stopped"
     assert stderr == b""
     assert process.returncode == 0
+
+
+def worker_of(process: Any) -> int | None:
+    """The process that does the work of a command."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(found[0]) if found else None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_a_watch_has_begun_ends_it_with_stopped_too(
+    spawn: Any, wait_until: Any, number: signal.Signals, deadline: Any
+) -> None:
+    process = spawn([SOWATCH, "watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: worker_of(process), what="the worker")
+
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=deadline(20))
+
+    assert strict.loads(stdout.splitlines()[-1])["event"] == "stopped"
+    assert (stderr, process.returncode) == (b"", 0)
+
+
+def test_an_audit_that_was_interrupted_is_not_one_that_found_differences(
+    spawn: Any, wait_until: Any, deadline: Any
+) -> None:
+    process = spawn([SOWATCH, "audit", "--duration", "600"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def watches() -> bool:
+        worker = worker_of(process)
+        return any("bpf_link" in os.readlink(fd) for fd in Path(f"/proc/{worker}/fd").iterdir()) if worker else False
+
+    wait_until(watches, what="the watch")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=deadline(20))
+
+    assert (stdout, stderr) == (b"", b"sowatch: interrupted before it was done.\n")
+    assert process.returncode == 130
 
 
 def test_a_watch_whose_reader_stops_reading_still_ends_on_a_signal(spawn: Any, deadline: Any) -> None:

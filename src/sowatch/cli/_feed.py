@@ -63,9 +63,10 @@ class Feed:
         """
         subscription = self._watcher.subscribe(events=events)
         self._is_begun = True
-        threading.Thread(target=self._start, name="sowatch-start", daemon=True).start()
         if self._is_asked_to_stop:
-            self.stop()  # it was before there was anything to stop
+            self._is_left = True  # it is not to begin
+        else:
+            threading.Thread(target=self._start, name="sowatch-start", daemon=True).start()
         try:
             seq = 0
             is_ending = False
@@ -93,7 +94,7 @@ class Feed:
     def stop(self) -> None:
         """Stops the watcher; one that is still starting after `_START_ENDS_S` is left. Any thread, more than once."""
         self._is_asked_to_stop = True
-        if not self._is_begun:
+        if not self._is_begun or self._is_left:
             return
         if self._is_up.wait(_START_ENDS_S):
             self._watcher.stop()

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, NoReturn
 
-__all__ = ["front_pid", "run_behind_front"]
+__all__ = ["end_now", "front_pid", "run_behind_front"]
 
 #: siginfo_t.si_code of a signal from the terminal, which reaches the worker by itself (asm-generic/siginfo.h).
 _SI_KERNEL: Final = 0x80
@@ -28,11 +28,19 @@ _REAPED_S: Final = 1.0
 _OBEYED_S: Final = 10.0
 
 _front: int | None = None
+_write_fd = -1
 
 
 def front_pid() -> int | None:
     """The process that waits for this one; None if there is none. It is ours, and nobody wants to see it in a list."""
     return _front
+
+
+def end_now(code: int) -> NoReturn:
+    """Ends this process with an exit code, whatever its threads are at, even if one of them hangs in the kernel."""
+    if _front is not None:
+        _report(_front, _write_fd, bytes([code]))
+    os._exit(code)
 
 
 def run_behind_front(run: Callable[[], int], *, is_patient: bool = False) -> int:
@@ -65,8 +73,8 @@ def run_behind_front(run: Callable[[], int], *, is_patient: bool = False) -> int
 
 
 def _work(run: Callable[[], int], front: int, write_fd: int, lasts_fd: int, mask: Collection[int]) -> NoReturn:
-    global _front  # noqa: PLW0603 - a fact of the process
-    _front = front
+    global _front, _write_fd
+    _front, _write_fd = front, write_fd
     threading.Thread(target=_end_with_front, args=(lasts_fd,), name="sowatch-front", daemon=True).start()
     for number in _ENDING:
         # Not SIG_IGN, as nohup sets it, nor SIGINT, which Python turns into an exception.

@@ -15,6 +15,7 @@ from typing import Any, Final
 from sowatch import __version__
 from sowatch.cli._out import Out, PipeClosed, reserve_standard_fds
 from sowatch.cli._parser import Parser, TextAsked, did_you_mean
+from sowatch.cli._stop import hold_signals, obey_interrupts
 from sowatch.model.errors import SowatchError, UsageError
 
 __all__ = ["COMMANDS", "main"]
@@ -37,8 +38,12 @@ COMMANDS: Final = {
 #: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
 _BEHIND_FRONT: Final = ("watch", "run", "list", "top", "explain", "audit", "trace")
 
+#: Commands that go on until they are to end, and then have something to say.
+_STOPPED: Final = ("watch", "run", "top", "trace", "http", "serve")
+
 #: As a shell reports the end by SIGINT: 128 and the signal's number.
 _INTERRUPTED: Final = 130
+_INTERRUPTED_TEXT: Final = "interrupted before it was done."
 
 _DESCRIPTION: Final = "Which process has which shared library mapped, on the whole host and its containers, live."
 _EXIT_CODES: Final = """\
@@ -56,12 +61,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 could not do it, 2 wrong usage, 3 not permitted, 130 interrupted before it was done.
     """
-    if argv is None and _runs_behind_front(sys.argv[1:]):
+    if argv is not None:
+        return _run(argv)
+    try:
+        return _run_process(sys.argv[1:])
+    except KeyboardInterrupt:
+        return _INTERRUPTED  # before there was any work, or once more on the way out
+
+
+def _run_process(words: Sequence[str]) -> int:
+    name = words[0] if words else ""
+    if name == "watch":
+        hold_signals()
+    if _runs_behind_front(words):
         from sowatch.cli._front import run_behind_front
 
         # A command that `run` has started says itself what a signal means to it.
-        return run_behind_front(lambda: _run(sys.argv[1:]), is_patient=sys.argv[1] == "run")
-    return _run(sys.argv[1:] if argv is None else list(argv))
+        return run_behind_front(lambda: _run_until_interrupted(words), is_patient=name == "run")
+    return _run_until_interrupted(words)
+
+
+def _run_until_interrupted(words: Sequence[str]) -> int:
+    """The exit code, a second after Ctrl-C at the latest unless the command ends by a `Stopper`."""
+    if words and words[0] in _STOPPED:
+        return _run(words)
+    from sowatch.cli._front import end_now
+
+    def end() -> None:
+        _warn(_INTERRUPTED_TEXT)
+        end_now(_INTERRUPTED)
+
+    with obey_interrupts(end):
+        return _run(words)
 
 
 def _runs_behind_front(words: Sequence[str]) -> bool:
@@ -91,7 +122,7 @@ def _run(words: Sequence[str]) -> int:
         _say(str(error), error)
         return error.exit_code
     except KeyboardInterrupt as error:
-        _say("interrupted before it was done.", error)
+        _say(_INTERRUPTED_TEXT, error)
         return _INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the last one to catch it)
         _say(

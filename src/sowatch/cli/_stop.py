@@ -9,22 +9,69 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Final, Self
 
 from sowatch.cli._last_resort import LastResort
 
-__all__ = ["SIGNALS", "Stopper"]
+__all__ = ["SIGNALS", "Stopper", "hold_signals", "obey_interrupts"]
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: A second signal ends the process at once, but only after this: one Ctrl-C may reach us twice,
 #: from the terminal and from the script that started us.
 _INSISTING_S: Final = 1.0
 _LONGEST_WAIT_S: Final = 3600.0
+#: A command that answers once has ended so long after SIGINT.
+_OBEYED_S: Final = 0.6
+
+
+def hold_signals() -> None:
+    """From now on `SIGNALS` wait for a `Stopper`: what ends by them as it should has not begun yet."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+@contextmanager
+def obey_interrupts(end: Callable[[], None]) -> Iterator[None]:
+    """Calls ``end`` on another thread if the main thread is still inside a while after SIGINT.
+
+    That signal is an exception only once the main thread is back from the kernel or from a library; in a callback of
+    the interpreter it is shown and forgotten.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            show(unraisable)
+
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write_fd, False)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    is_over = threading.Event()
+
+    def wait() -> None:
+        while not is_over.is_set():
+            if signal.SIGINT in os.read(read_fd, 64) and not is_over.wait(_OBEYED_S):
+                end()
+
+    thread = threading.Thread(target=wait, name="sowatch-interrupt", daemon=True)
+    thread.start()
+    sys.unraisablehook = show_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = show
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        with suppress(BlockingIOError):
+            os.write(write_fd, b"\0")
+        thread.join()
+        os.close(read_fd)
+        os.close(write_fd)
 
 
 class Stopper:
@@ -50,6 +97,7 @@ class Stopper:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._before[number] = signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._thread.start()
         return self
 
@@ -65,6 +113,11 @@ class Stopper:
         os.close(self._write_fd)
         if self._error is not None and error is None:
             raise self._error
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._first_signal_s is not None
 
     def stop_after(self, seconds: float) -> None:
         """Stop that many seconds from now."""

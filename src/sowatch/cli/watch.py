@@ -79,7 +79,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     if args.follow and not args.pid:
         raise UsageError("--follow needs --pid. To start a command and follow it: sowatch run -- COMMAND.")
     selection = replace(selection_of(args), follow=args.follow)
-    watcher = open_watcher(selection)
+    feeds: list[Feed] = []
 
     def on_ready(_: object) -> None:
         if args.duration is not None:
@@ -87,10 +87,15 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
 
     def stop() -> None:
         out.finish_within(_LAST_WORDS_S)
-        feed.stop()
+        for feed in feeds:
+            feed.stop()
 
-    feed = Feed(watcher, out, warn, on_ready)
     with Stopper(stop) as stopper:
+        watcher = open_watcher(selection)
+        feed = Feed(watcher, out, warn, on_ready)
+        feeds.append(feed)
+        if stopper.is_asked:
+            feed.stop()
         try:
             view = JsonView(out) if as_json else _view_for_people(out, selection, watcher)
             feed.show(view, events_of(args, as_json=as_json))

@@ -555,7 +555,7 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["doctor", "--", "libssl"], "unrecognized arguments: libssl"),
         (
             ["wach"],
-            "unknown command 'wach'. Did you mean watch? Use one of: watch, run, list, top, trace, http, audit, explain, ",
+            "unknown command 'wach'. Did you mean watch? Use one of: watch, run, list, top, trace, http, audit, ",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         ([], "no command given. Use one of: watch, run, list, top, trace, http, audit, explain, serve, debug, doctor"),

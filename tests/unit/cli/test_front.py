@@ -67,3 +67,26 @@ def test_the_command_does_not_outlive_whoever_waits_for_it(spawn: Any, wait_unti
     process.kill()
 
     wait_until(lambda: not Path(f"/proc/{worker}").exists(), what="the end of the worker")
+
+
+def test_a_command_that_does_not_come_back_to_be_interrupted_is_ended(spawn: Any, deadline: Any) -> None:
+    # As in a library that holds the main thread: the exception is forgotten.
+    work = (
+        "def work():\n"
+        "    import time\n"
+        "    from sowatch.cli._front import end_now\n"
+        "    from sowatch.cli._stop import obey_interrupts\n"
+        "    with obey_interrupts(lambda: end_now(130)):\n"
+        "        print(flush=True)\n"
+        "        while True:\n"
+        "            try:\n"
+        "                time.sleep(100)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass\n"
+    )
+    process = spawn(words(work), stdout=-1)
+    assert process.stdout.readline() == b"\n"
+
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(deadline(10)) == 130
