@@ -228,6 +228,7 @@ class Daemon:
             self._shows_flows_over_tcp,
             self._flows.endpoints,
             self._stale.watch,
+            ProcFs(self._settings.watch.proc_root),
         )
         stack.callback(app.close)
         served = [(sockets[0], app.for_socket())]

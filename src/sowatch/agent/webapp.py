@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs
@@ -24,10 +24,12 @@ from sowatch.agent.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.agent.limits import ClientLimits, OneAtATime
+from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
 from sowatch.inventory.stale_watch import StaleWatch, file_key
 from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
+from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.lines import SCHEMA, library_dict, process_dict, stamp
@@ -86,6 +88,7 @@ class WebApp:
         attachments: what rules have attached, for explanations.
         pages: further routes that only read, such as those of the page at ``/``.
         shows_flows_over_tcp: whether every local user may see single HTTP flows; asked for each stream.
+        proc: the host's.
         http: what ``/http`` answers, with single flows or without; None: `[http]` is off. Any thread.
         stale: what compares mapped files with the disk, for ``/inventory``.
     """
@@ -101,7 +104,9 @@ class WebApp:
         shows_flows_over_tcp: Callable[[], bool] = lambda: False,
         http: Callable[[bool], dict[str, Any] | None] = lambda _: None,
         stale: StaleWatch | None = None,
+        proc: ProcFs | None = None,
     ) -> None:
+        self._proc = proc or ProcFs()
         self._watcher = watcher
         self._hub = hub
         self._readiness = readiness
@@ -125,6 +130,7 @@ class WebApp:
             Route("/events", self._events),
             Route("/explain", self._explain),
             Route("/inventory", self._inventory),
+            Route("/mappings", self._mappings),
             Route("/http", self._http_endpoints),
             Route("/audit", self._audit_now),
         ]
@@ -197,6 +203,24 @@ class WebApp:
             return _encode(inventory_dict(self._watcher.snapshot(), self._stale))
 
         return Response(await self._in_thread(make), media_type="application/json", headers=_NOT_TO_KEEP)
+
+    async def _mappings(self, request: Request) -> Response:
+        query = _query(request)
+        try:
+            pids = frozenset(_pid(one) for one in query.get("pid", "").split(",") if one)
+            with_owners = _flag("owners", query.get("owners", "0"))
+        except UsageError as error:
+            return _refusal(error, 400)
+        ready = self._watcher.ready
+        if ready is None or not self._watcher.is_running:
+            return _refusal(SowatchError("the watch is not running. See the agent's log."), 503)
+        lines = mapping_lines(self._watcher, ready, self._proc, pids, with_owners=with_owners)
+        return StreamingResponse(self._chunks(lines), media_type="application/x-ndjson", headers=_NOT_TO_KEEP)
+
+    async def _chunks(self, lines: Iterator[bytes]) -> AsyncIterator[bytes]:
+        """Each chunk is made on one of our threads."""
+        while chunk := await self._in_thread(lambda: next(lines, b"")):
+            yield chunk
 
     async def _shared_inventory(self, _: Request) -> Response:
         """One answer for all who ask while it is made, or within a second after."""
@@ -417,9 +441,13 @@ def _target(query: dict[str, str]) -> _Target:
             raise UsageError("the build id is none. Give its hexadecimal digits, as `readelf -n` shows them.")
         return _Target(build_id=build_id.lower())
     assert pid is not None
-    if not (pid.isascii() and pid.isdigit() and 0 < int(pid[:10]) <= 1 << 22 and len(pid) < 9):
-        raise UsageError(f"{pid!r} is not a process id. Give a number, as `ps` shows it.")
-    return _Target(pid=int(pid))
+    return _Target(pid=_pid(pid))
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) <= 1 << 22 and len(text) < 9):
+        raise UsageError(f"{text!r} is not a process id. Give a number, as `ps` shows it.")
+    return int(text)
 
 
 def _encode(found: object) -> bytes:

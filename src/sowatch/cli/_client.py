@@ -30,11 +30,12 @@ __all__ = ["ANSWER_TIMEOUT_S", "Agent", "AgentStream"]
 T = TypeVar("T")
 
 #: What an agent answers from memory; one that takes longer hangs.
-QUICK_TIMEOUT_S: Final = 10.0
+QUICK_TIMEOUT_S: Final = 5.0
 #: An audit of a large host takes seconds, and others may be waiting for their turn.
 ANSWER_TIMEOUT_S: Final = 120.0
 #: An agent sends a comment after 15 s without an event (`sowatch.agent.hub`), so after three of them it hangs.
 SILENCE_TIMEOUT_S: Final = 45.0
+_READ_BYTES: Final = 1 << 16
 #: struct ucred: pid, uid, gid (unix(7)).
 _UCRED: Final = struct.Struct("3i")
 
@@ -55,11 +56,19 @@ class _Connection(http.client.HTTPConnection):
 class AgentStream:
     """The lines of an answer that goes on. One thread reads; `close` from any."""
 
-    def __init__(self, agent: Agent, connection: _Connection, answer: http.client.HTTPResponse) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        connection: _Connection,
+        answer: http.client.HTTPResponse,
+        own_socket: socket.socket,
+        timeout_s: float,
+    ) -> None:
         self._agent = agent
         self._connection = connection
         self._answer = answer
-        self._socket = connection.sock
+        self._socket = own_socket
+        self._timeout_s = timeout_s
 
     def __iter__(self) -> Iterator[bytes]:
         """Each line, without what ends it, until the agent has ended its answer.
@@ -67,17 +76,16 @@ class AgentStream:
         Raises:
             SowatchError: the agent has ended within it, or does not send anything any more.
         """
+        rest = b""
         while True:
             try:
-                line = self._answer.readline()
+                data = self._answer.read1(_READ_BYTES)  # not readline: that takes a connection that broke for the end
             except (OSError, http.client.HTTPException, ValueError) as error:
-                self._agent.fail(error, SILENCE_TIMEOUT_S)
-            if not line:
-                # http.client takes the end of the connection within a chunk for the end of the answer.
-                if not self._answer.isclosed():
-                    self._agent.fail(http.client.IncompleteRead(b""), SILENCE_TIMEOUT_S)
+                self._agent.fail(error, self._timeout_s)
+            if not data:
                 return
-            yield line.rstrip(b"\n")
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
 
     def close(self) -> None:
         """Ends it, for its reader too. Safe to call again."""
@@ -140,16 +148,19 @@ class Agent:
         Raises:
             SowatchError: as of `get`.
         """
-        connection = _Connection(self.path, SILENCE_TIMEOUT_S)
+        timeout_s = SILENCE_TIMEOUT_S
+        connection = _Connection(self.path, timeout_s)
         try:
+            connection.connect()
+            own_socket = connection.sock
             connection.request("GET", route)
             answer = connection.getresponse()
             if answer.status == 200:
-                return AgentStream(self, connection, answer)
+                return AgentStream(self, connection, answer, own_socket, timeout_s)
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            self.fail(error, SILENCE_TIMEOUT_S)
+            self.fail(error, timeout_s)
         connection.close()
         if answer.status == 404:
             raise self.is_older(f"has no {route.partition('?')[0]}")
@@ -211,7 +222,9 @@ class Agent:
                 f"the agent on {self.path!r} has not answered for {timeout_s:.0f} s: it hangs, or was stopped. "
                 "See its log, and restart it: systemctl restart sowatch."
             ) from error
-        if isinstance(error, http.client.HTTPException | ConnectionResetError | BrokenPipeError | ValueError):
+        if isinstance(
+            error, http.client.HTTPException | ConnectionResetError | BrokenPipeError | ValueError | AttributeError
+        ):
             raise SowatchError(
                 f"the agent on {self.path!r} ended before its answer was complete. "
                 "See its log, and start it again with `sowatch serve`."

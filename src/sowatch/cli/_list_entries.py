@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from msgspec import UNSET, Struct
+from msgspec import Struct
 from msgspec.structs import replace
 
 from sowatch.cli._options import MappedLike
+from sowatch.inventory.mapping_lines import mapping_line
 from sowatch.inventory.restarts import RestartTarget, StaleFile, restart_target
 from sowatch.inventory.staleness import StaleAnswer
 from sowatch.linux.cgroups import Unit, unit_of
 from sowatch.model import wire
-from sowatch.model.lines import SCHEMA, library_line, process_line, ranges_list
 
 if TYPE_CHECKING:
+    from sowatch.cli._agent_scan import AgentDisk
     from sowatch.inventory.staleness import Disk
     from sowatch.model.events import Library, Process
 
@@ -61,30 +62,10 @@ class ListEntry(Struct, frozen=True):
 
     def line(self, seq: int, *, with_owner: bool) -> wire.Mapping:
         """As JSON has it; ``with_owner``: with package, unit and how that is restarted."""
-        mapped, answer, unit, target = self.mapped, self.answer, self.unit, self.target
-        return wire.Mapping(
-            SCHEMA,
-            "mapping",
-            seq,
-            mapped.rule,
-            process_line(mapped.process),
-            library_line(mapped.library),
-            ranges_list(mapped.ranges),
-            answer.stale,
-            answer.reason,
-            answer.path or UNSET,
-            UNSET if mapped.range_count is None else mapped.range_count,
-            package=self.package if with_owner else UNSET,
-            unit=(unit and unit.name) if with_owner else UNSET,
-            unit_manager=(unit and unit.manager) if with_owner else UNSET,
-            unit_uid=(unit and unit.uid) if with_owner else UNSET,
-            same_build=UNSET if answer.is_same_build is None else answer.is_same_build,
-            restart=target.command if with_owner else UNSET,
-            restart_advice=target.advice if with_owner else UNSET,
-        )
+        return mapping_line(self.mapped, self.answer, self.package, seq, with_owner=with_owner)
 
 
-def with_packages(entries: Sequence[ListEntry], disk: Disk) -> list[ListEntry]:
+def with_packages(entries: Sequence[ListEntry], disk: Disk | AgentDisk) -> list[ListEntry]:
     """The entries with the packages that own their files."""
     owners = disk.owners((entry.process.pid, entry.path) for entry in entries)
     return [replace(entry, package=owners[entry.process.pid, entry.path]) for entry in entries]

@@ -318,7 +318,8 @@ def selection_of(args: Namespace, *, default_kinds: Collection[str] = ("library"
     if args.container is not None and not args.container:
         raise UsageError("--container needs at least one character of the container's id.")
     config = config_of(args)
-    _check_pids(ProcFs(config.proc_root), args.pid)
+    if getattr(args, "agent", None) is None:  # an agent knows which processes there are
+        _check_pids(ProcFs(config.proc_root), args.pid)
     return Selection(
         rules=rules,
         config=config,

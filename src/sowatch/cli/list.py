@@ -6,10 +6,11 @@ row then for each combination of what they say, and processes, containers and fi
 It is one scan of the host without hooks, and each process is read at one moment; with --duration
 the host is watched for that time first. JSON has one object for each process and file, whatever
 --by says; --by only sorts it. The first line, event "head", says which host that is, when it was
-scanned and how: "source":"scan" is one scan without hooks. Where processes could not be read a
-last object, event "coverage", has their number. A unit of a user's service manager is shown with the unit
-that runs that manager, as dbus.service (user@1000.service); JSON has unit, unit_manager and unit_uid. The
-unit of a process in a container is one inside that container.
+scanned and how: "source":"scan" is one scan without hooks; with --agent it is "agent".
+Where processes could not be read a last object, event "coverage", has their number. A unit of a
+user's service manager is shown with the unit that runs that manager, as dbus.service
+(user@1000.service); JSON has unit, unit_manager and unit_uid. The unit of a process in a container
+is one inside that container.
 
 With --stale only mapped files that are not the ones on disk any more: who must restart after an upgrade.
   deleted   the path leads to nothing any more
@@ -31,6 +32,7 @@ Examples:
   sowatch list libssl --comm '!nginx' --user www-data,root
   sowatch list --match-build-ids bad.txt -o build_id,path,processes
   sowatch list --stale                     what has to be restarted
+  sowatch list --stale --agent             the same of a running agent, which needs no root
   sowatch list --stale --plan | less       by which commands
   sowatch list --json | jq -r 'select(.event=="mapping").library.build_id' | sort | uniq -c
 """
@@ -40,11 +42,13 @@ Examples:
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
+from sowatch.cli._agent import add_agent, refuse_own_watch
+from sowatch.cli._client import Agent
 from sowatch.cli._list_filters import EXCLUDED, add_filters, filters_of, with_exports
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, output_format, selection_of
 from sowatch.cli._out import Out
@@ -56,10 +60,11 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model import wire
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import PidNamespaceError, SowatchError, UsageError
-from sowatch.model.lines import SCHEMA, head_line
+from sowatch.model.lines import head_line
 from sowatch.model.literals import KINDS, ONE_SCAN
 
 if TYPE_CHECKING:
+    from sowatch.cli._agent_scan import AgentScan
     from sowatch.cli._list_entries import ListEntry
     from sowatch.cli._list_filters import Filters
     from sowatch.cli._options import Selection, WatcherLike
@@ -70,9 +75,8 @@ if TYPE_CHECKING:
 NOT_PERMITTED = 3
 #: Of --check: something is stale.
 FOUND = 1
-#: Strategies that find files in /proc, and so only those of processes that it may be asked about.
-_READ_FROM_PROC = ("prebuilt", "procfs")
 _REMEDY = "To read all of them takes CAP_SYS_PTRACE: run it as root, `sudo sowatch list --stale`."
+_AGENT_REMEDY = "Start the agent with CAP_SYS_PTRACE, as root or by its unit of systemd."
 _FORMATS = ("json", "csv", "table", "text")
 _ORDERS = ("process", "unit", "container", "library")
 #: What an upgrade replaces, and a restart brings.
@@ -120,6 +124,7 @@ def configure(parser: Parser) -> None:
         help=f"{', '.join(_ORDERS)}: how the table is grouped. Default: library; with --stale unit, and container "
         "where a process is in one",
     )
+    add_agent(parser)
     parser.add_argument("--stale", action="store_true", help="only files that are not the ones on disk any more")
     parser.add_argument(
         "--check", action="store_true", help="with --stale: exit code 0 nothing, 1 something, 3 not all could be read"
@@ -152,17 +157,18 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     from sowatch.inventory.staleness import Disk, seen_at
 
     proc = ProcFs(selection.config.proc_root)
-    watcher = open_watcher(replace(selection, is_scan=args.duration is None))
+    asked = None if args.agent is None else _agent_scan(args, selection)
+    watcher = asked or open_watcher(replace(selection, is_scan=args.duration is None))
     try:
         ready = watcher.start()
-        if ready.guarantee != ONE_SCAN:
+        if ready.guarantee != ONE_SCAN and asked is None:
             warn_of_fallback(ready, warn)
         if args.duration is not None:
             watcher.wait(args.duration)
-        disk = Disk(proc)
+        disk = Disk(proc) if asked is None else asked.disk
         mapped = [one for one in watcher.snapshot() if not one.rule.startswith(EXCLUDED)]
         if not mapped and selection.container is not None:
-            _check_container(selection.container, proc)
+            _check_container(selection.container, _containers_in(proc) if asked is None else asked.containers)
         entries = [
             ListEntry(
                 one, disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
@@ -173,23 +179,34 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         hung = _hung(watcher, selection)
     finally:
         watcher.stop()
-    elsewhere = why_not_whole_host(proc) if args.stale else None
+    elsewhere = why_not_whole_host(proc) if args.stale and asked is None else None
     if args.stale:
         entries = with_packages([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
-    coverage = _coverage(selection, filters, ready.strategy, entries, hung)
-    open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY}"]
+    coverage = _coverage(selection, filters, ready.strategy, entries, hung) if asked is None else asked.coverage
+    open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY if asked is None else _AGENT_REMEDY}"]
     if hung:
         open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")
     if elsewhere:
         open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
     if not (args.check and not entries):
-        _print(_head(ready, args), _sorted(entries, shape.by), coverage, shape, out)
-        if ready.guarantee == ONE_SCAN and shape.format == "text" and not args.check and not args.plan:
-            warn("one scan: each process was read at one moment.")  # after the table: nobody may be there to read it
+        head = _head(ready, args) if asked is None else asked.head
+        _print(head, _sorted(entries, shape.by), coverage, shape, out)
+        how = "one scan: each process was read at one moment" if ready.guarantee == ONE_SCAN else ""
+        how = how if asked is None else ready.limits[-1]
+        if how and shape.format == "text" and not args.check and not args.plan:
+            warn(f"{how}.")  # after the table: nobody may be there to read it
     if args.stale:
         return _conclude(entries, open_ends, warn, is_quiet=shape.format != "text" or args.check, is_check=args.check)
     return 0  # what could not be read is among the limits that were shown at the start
+
+
+def _agent_scan(args: Namespace, selection: Selection) -> AgentScan:
+    """The answer of a running agent, which also says what is stale."""
+    refuse_own_watch(args)
+    from sowatch.cli._agent_scan import AgentScan
+
+    return AgentScan(Agent(args.agent), selection, with_packages=args.stale)
 
 
 def _shape_of(args: Namespace) -> _Shape:
@@ -253,11 +270,13 @@ def _head(ready: Ready, args: Namespace) -> wire.Head:
 
 def _print(head: wire.Head, entries: Sequence[ListEntry], coverage: Coverage, shape: _Shape, out: Out) -> None:
     if shape.format == "json":
+        from sowatch.inventory.coverage import coverage_line
+
         out.write(dumps(head) + "\n")
         for seq, entry in enumerate(entries, 2):
             out.write(dumps(entry.line(seq, with_owner=shape.is_stale)) + "\n")
         if not coverage.is_complete:
-            out.write(dumps(_coverage_line(coverage, len(entries) + 2)) + "\n")
+            out.write(dumps(coverage_line(coverage, len(entries) + 2)) + "\n")
         out.flush()
         return
     from sowatch.cli._list_columns import write_columns, write_csv
@@ -310,19 +329,23 @@ def _conclude(
     return NOT_PERMITTED if open_ends or (is_check and unknown) else 0
 
 
-def _hung(watcher: WatcherLike, selection: Selection) -> frozenset[int]:
+def _hung(watcher: WatcherLike | AgentScan, selection: Selection) -> frozenset[int]:
     """Processes that nobody can read now: a page fault of theirs is not answered."""
     hung = frozenset(getattr(watcher, "unread", ()))
     return hung & selection.pids if selection.pids else hung
 
 
-def _check_container(prefix: str, proc: ProcFs) -> None:
+def _containers_in(proc: ProcFs) -> Iterator[str]:
+    return (found for pid in proc.pids() if (found := container_id(proc.cgroup(pid) or "")))
+
+
+def _check_container(prefix: str, containers: Iterable[str]) -> None:
     """Refuses a container that there is not.
 
     Raises:
         SowatchError: no process is in one whose id begins so.
     """
-    if not any((container_id(proc.cgroup(pid) or "") or "").startswith(prefix) for pid in proc.pids()):
+    if not any(one.startswith(prefix) for one in containers):
         raise SowatchError(
             f"there is no container whose id begins with {prefix!r} in which a process runs. "
             "`sowatch list --by container` shows them."
@@ -333,13 +356,10 @@ def _coverage(
     selection: Selection, filters: Filters, strategy: str, entries: Sequence[ListEntry], hung: frozenset[int]
 ) -> Coverage:
     """How many of the processes that were asked for could be read."""
-    from sowatch.inventory.coverage import Coverage, coverage_of
+    from sowatch.inventory.coverage import coverage_of_answers
     from sowatch.inventory.staleness import NOT_PERMITTED as REASON
 
-    if strategy not in _READ_FROM_PROC:
-        # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
-        closed = {entry.process.pid for entry in entries if entry.answer.reason == REASON} | hung
-        return Coverage(len({entry.process.pid for entry in entries} - closed), len(closed), is_hidden=False)
+    closed = {entry.process.pid for entry in entries if entry.answer.reason == REASON} | hung
     proc, container = ProcFs(selection.config.proc_root), selection.container
 
     def is_wanted(pid: int) -> bool:
@@ -350,9 +370,5 @@ def _coverage(
             return False
         return filters.take_process(process, is_readable=False)
 
-    return coverage_of(proc, selection.pids, is_wanted)
-
-
-def _coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
-    readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
-    return wire.Coverage(SCHEMA, "coverage", seq, readable, readable)
+    found = {entry.process.pid for entry in entries}
+    return coverage_of_answers(proc, strategy, found, closed, selection.pids, is_wanted)

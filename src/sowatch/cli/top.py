@@ -8,6 +8,7 @@ Examples:
   sowatch top                      everything that is mapped
   sowatch top libssl --by process  processes that have some libssl
   sowatch top --once | head        the biggest sharers
+  sowatch top --agent              the map of the running agent, without root
 """
 
 # Heavy modules (the watcher, rich) are imported only where they are used.
@@ -19,6 +20,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
 
+from sowatch.cli._agent import add_agent, refuse_own_watch
+from sowatch.cli._client import Agent
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser
@@ -33,6 +36,9 @@ from sowatch.model.errors import UsageError
 from sowatch.model.lines import SCHEMA, library_line, process_line
 
 if TYPE_CHECKING:
+    from sowatch.cli._agent_scan import AgentStale
+    from sowatch.cli._agent_watch import AgentWatch
+    from sowatch.cli._options import Selection, WatcherLike
     from sowatch.inventory.inventory import Inventory, InventoryView, LibraryRow, ProcessRow, Watched
 
 _ORDERS: Final = ("library", "process")
@@ -41,6 +47,7 @@ _ORDERS: Final = ("library", "process")
 def configure(parser: Parser) -> None:
     """Add the command's options."""
     add_common(parser, with_own_process=False)
+    add_agent(parser)
     parser.add_argument("--by", default="library", metavar="WHAT", help="library or process. Default: library")
     parser.add_argument("--once", action="store_true", help="print one table and end")
 
@@ -55,9 +62,12 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     selection = selection_of(args)
     from sowatch.inventory.inventory import Inventory
 
-    watcher = open_watcher(selection)
+    if args.agent is None:
+        watcher, stale = open_watcher(selection), None
+    else:
+        watcher, stale = _agent_watch(args, selection)
     state = State(view="libraries" if args.by == "library" else "processes")
-    inventory = Inventory(cast("Watched", watcher), proc=ProcFs(selection.config.proc_root))
+    inventory = Inventory(cast("Watched", watcher), proc=ProcFs(selection.config.proc_root), stale=stale)
     with Stopper(watcher.stop) as stopper:
         try:
             warn_of_fallback(watcher.start(), warn)
@@ -72,6 +82,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
                 stopper.stop_after(args.duration)
             with inventory:
                 show(inventory, state, out, is_over=lambda: watcher.wait(0))
+            if args.agent is not None:
+                cast("AgentWatch", watcher).check()
         except PipeClosed:
             out.discard()
         except OSError as error:
@@ -81,6 +93,16 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         finally:
             watcher.stop()
     return 0
+
+
+def _agent_watch(args: Namespace, selection: Selection) -> tuple[WatcherLike, AgentStale]:
+    """The stream of an agent in the place of a watcher, and what it says of files in that of the disk."""
+    refuse_own_watch(args)
+    from sowatch.cli._agent_scan import AgentStale
+    from sowatch.cli._agent_watch import AgentWatch
+
+    agent = Agent(args.agent)
+    return AgentWatch(agent, selection), AgentStale(agent, selection)
 
 
 def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) -> None:

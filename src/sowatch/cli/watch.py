@@ -10,6 +10,7 @@ Examples:
   sowatch watch 'libssl|libgnutls'               who uses TLS
   sowatch watch --pid 1234 --events load         what one process still loads
   sowatch watch --pid 1234 --follow              and whatever it starts
+  sowatch watch --agent                          the events of the running agent, without root
   sowatch watch --json libcuda | jq .process     for programs
 """
 
@@ -23,6 +24,8 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from sowatch.cli._agent import add_agent, refuse_own_watch
+from sowatch.cli._client import Agent
 from sowatch.cli._feed import Feed, warn_of_fallback
 from sowatch.cli._options import (
     OpenWatcher,
@@ -51,6 +54,7 @@ _TEXT_EVENTS: Final = ("load", "unload")
 def configure(parser: Parser) -> None:
     """Add the command's options."""
     add_common(parser, has_baseline=True)
+    add_agent(parser)
     add_events(parser)
     parser.add_argument("--follow", action="store_true", help="with --pid: and all that these processes start")
 
@@ -91,7 +95,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
             feed.stop()
 
     with Stopper(stop) as stopper:
-        watcher = open_watcher(selection)
+        watcher = open_watcher(selection) if args.agent is None else _agent_watch(args, selection)
         feed = Feed(watcher, out, warn, on_ready)
         feeds.append(feed)
         if stopper.is_asked:
@@ -105,6 +109,17 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         finally:
             feed.stop()
     return feed.exit_code()
+
+
+def _agent_watch(args: Namespace, selection: Selection) -> WatcherLike:
+    refuse_own_watch(args)
+    if args.follow:
+        raise UsageError(
+            "--follow is for a watch of its own: an agent does not follow processes. Leave it out, or --agent."
+        )
+    from sowatch.cli._agent_watch import AgentWatch
+
+    return AgentWatch(Agent(args.agent), selection)
 
 
 def _view_for_people(out: Out, selection: Selection, watcher: WatcherLike) -> View:

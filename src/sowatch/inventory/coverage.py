@@ -10,8 +10,9 @@ from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
+from sowatch.model import wire
 
-__all__ = ["Coverage", "coverage_of"]
+__all__ = ["Coverage", "coverage_line", "coverage_of", "coverage_of_answers"]
 
 _TIMEOUT_S: Final = 0.5
 _LEAST_TIMEOUT_S: Final = 0.05
@@ -36,6 +37,40 @@ class Coverage(NamedTuple):
         if self.is_hidden:
             parts.append("/proc hides processes of other users (hidepid), nobody knows how many")
         return "; ".join(parts) or "every process could be read"
+
+
+#: Strategies that find files in /proc, and so only those of processes that it may be asked about.
+_READ_FROM_PROC: Final = ("prebuilt", "procfs")
+
+
+def coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
+    """The last line of a list that leaves processes out."""
+    readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
+    return wire.Coverage(wire.SCHEMA, "coverage", seq, readable, readable)
+
+
+def coverage_of_answers(
+    proc: ProcFs,
+    strategy: str,
+    found: Collection[int],
+    closed: Collection[int],
+    pids: Collection[int] = (),
+    is_wanted: Callable[[int], bool] = lambda _: True,
+) -> Coverage:
+    """How many of the processes that were asked for could be read, for the sake of what they have mapped.
+
+    Args:
+        proc: the host's.
+        strategy: by which the mappings were found.
+        found: processes of which mappings are known.
+        closed: those that could not be read for more, such as whether their files are stale.
+        pids: only these were asked for; empty: all.
+        is_wanted: asked of those that cannot be read, whether they count.
+    """
+    if strategy not in _READ_FROM_PROC:
+        # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
+        return Coverage(len({*found} - {*closed}), len(closed), is_hidden=False)
+    return coverage_of(proc, pids, is_wanted)
 
 
 def coverage_of(

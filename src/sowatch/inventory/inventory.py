@@ -46,6 +46,20 @@ class StatsLike(Protocol):
     def lost_queue(self) -> int: ...
 
 
+class StaleSource(Protocol):
+    """What is asked of a `StaleWatch`."""
+
+    @property
+    def answers(self) -> Mapping[tuple[ProcessId, FileKey], StaleAnswer]:
+        """For each process and file that is stale or unknown."""
+
+    def ask(self) -> None:
+        """Somebody wants the answers; returns at once."""
+
+    def compare(self) -> None:
+        """One pass, now and in this thread."""
+
+
 class Watched(HasSnapshot, Protocol):
     """What is asked of a `sowatch.watcher.watcher.Watcher`."""
 
@@ -156,7 +170,7 @@ class Inventory:
         *,
         proc: ProcFs | None = None,
         sample_s: float = 1.0,
-        stale: StaleWatch | None = None,
+        stale: StaleSource | None = None,
     ) -> None:
         self.watcher = watcher
         self._own_stale = StaleWatch(watcher, proc=proc) if stale is None else None

@@ -9,7 +9,7 @@ import calendar
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, cast, get_args
+from typing import Any, Final, TypeVar, cast, get_args
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -42,13 +42,18 @@ from sowatch.model.wire import SCHEMA
 __all__ = [
     "SCHEMA",
     "decode",
+    "decode_as",
     "head_line",
     "library_dict",
+    "library_from",
     "library_line",
     "process_dict",
+    "process_from",
     "process_line",
+    "ranges_from",
     "ranges_list",
     "stamp",
+    "time_ns_from",
     "to_dict",
     "to_json",
 ]
@@ -257,7 +262,8 @@ class _Head(Struct):
 
 _DECODE_HEAD: Final = msgspec.json.Decoder(_Head).decode
 _LINES: Final[dict[str, type[wire.EventLine]]] = {kind.__name__.lower(): kind for kind in get_args(wire.EventLine)}
-_DECODERS: Final[dict[str, Callable[[str | bytes], wire.EventLine]]] = {}
+_DECODERS: Final[dict[type[Struct], Callable[[str | bytes], Any]]] = {}
+_T = TypeVar("_T", bound=Struct)
 
 
 def decode(line: str | bytes) -> Event | Head:
@@ -277,42 +283,49 @@ def decode(line: str | bytes) -> Event | Head:
         kind = _DECODE_HEAD(line).event
         if kind not in _LINES:
             raise DecodeError(f"a line of the kind {kind!r} is no event")
-        return _event(_decoded(line, kind))
+        return _event(decode_as(line, _LINES[kind]))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise DecodeError(str(error)) from error
 
 
-def _decoded(line: str | bytes, kind: str) -> wire.EventLine:
+def decode_as(line: str | bytes, kind: type[_T]) -> _T:
+    """A line of schema 1 as it stands on the wire, where its type is known.
+
+    Raises:
+        msgspec.MsgspecError: it is none.
+        ValueError: it is no JSON, or its bytes are no base64.
+    """
     if (b'_bytes":' if isinstance(line, bytes) else '_bytes":') in line:  # type: ignore[operator]
-        return msgspec.convert(restore(json.loads(line)), _LINES[kind])
+        return msgspec.convert(restore(json.loads(line)), kind)
     decoder = _DECODERS.get(kind)
     if decoder is None:
-        decoder = _DECODERS[kind] = msgspec.json.Decoder(_LINES[kind]).decode
-    return decoder(line)
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind).decode
+    found: _T = decoder(line)
+    return found
 
 
 def _event(line: wire.EventLine) -> Event | Head:
-    time_ns = _time_ns(line.time)
+    time_ns = time_ns_from(line.time)
     match line:
         case wire.Load():
-            where = tuple((int(start, 16), int(end, 16)) for start, end in line.ranges)
+            where = ranges_from(line.ranges)
             count = None if line.range_count is UNSET else line.range_count
-            process, library = _process_of(line.process), _library_of(line.library)
+            process, library = process_from(line.process), library_from(line.library)
             return Load(line.rule, library, process, line.cause, line.t_ns, time_ns, where, count)
         case wire.Unload():
-            process, library = _process_of(line.process), _library_of(line.library)
+            process, library = process_from(line.process), library_from(line.library)
             return Unload(line.rule, library, process, line.cause, line.t_ns, time_ns)
         case wire.Activate():
             cause = None if line.cause is UNSET else line.cause
-            return Activate(line.rule, _library_of(line.library), _process_of(line.process), cause, None, time_ns)
+            return Activate(line.rule, library_from(line.library), process_from(line.process), cause, None, time_ns)
         case wire.Deactivate():
             why = None if line.cause is UNSET else line.cause
-            return Deactivate(line.rule, _library_of(line.library), why, None, time_ns)
+            return Deactivate(line.rule, library_from(line.library), why, None, time_ns)
         case wire.Http():
             return Http(
                 time_ns,
-                _process_of(line.process),
-                None if line.library is None else _library_of(line.library),
+                process_from(line.process),
+                None if line.library is None else library_from(line.library),
                 line.side,
                 line.protocol,
                 line.method,
@@ -359,13 +372,14 @@ def _event(line: wire.EventLine) -> Event | Head:
 
 
 def _staleness_event(line: wire.Stale | wire.Renewed, time_ns: int) -> Stale | Renewed:
-    process, library = _process_of(line.process), _library_of(line.library)
+    process, library = process_from(line.process), library_from(line.library)
     if isinstance(line, wire.Renewed):
         return Renewed(line.rule, library, process, line.cause, time_ns)
     return Stale(line.rule, library, process, line.staleness, line.reason, time_ns)
 
 
-def _process_of(line: wire.Process) -> Process:
+def process_from(line: wire.Process) -> Process:
+    """The process of a line that was read."""
     return Process(
         line.pid,
         line.start_ns,
@@ -379,7 +393,8 @@ def _process_of(line: wire.Process) -> Process:
     )
 
 
-def _library_of(line: wire.Library) -> Library:
+def library_from(line: wire.Library) -> Library:
+    """The library of a line that was read."""
     major, minor = line.dev.split(":")
     return Library(
         line.path,
@@ -393,6 +408,12 @@ def _library_of(line: wire.Library) -> Library:
     )
 
 
-def _time_ns(text: str) -> int:
+def ranges_from(found: Sequence[Sequence[str]]) -> tuple[tuple[int, int], ...]:
+    """Address ranges of pairs of hexadecimal strings."""
+    return tuple((int(start, 16), int(end, 16)) for start, end in found)
+
+
+def time_ns_from(text: str) -> int:
+    """Wall-clock time in ns since the epoch of what `stamp` has written."""
     moment = datetime.fromisoformat(text)
     return (calendar.timegm(moment.utctimetuple()) * 1_000_000 + moment.microsecond) * 1_000

@@ -1,0 +1,82 @@
+"""``GET /mappings``: the lines of ``sowatch list --json``, made by the agent, with its rights.
+
+So who may use the socket learns what is stale, and of which package, without any right to read processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from msgspec.structs import replace
+
+from sowatch.inventory.coverage import coverage_line, coverage_of_answers
+from sowatch.inventory.mapping_lines import mapping_line
+from sowatch.inventory.staleness import NOT_PERMITTED, Disk, seen_at
+from sowatch.linux.proc import ProcFs
+from sowatch.model import wire
+from sowatch.model.encoding import dumps
+from sowatch.model.events import Ready
+from sowatch.model.lines import head_line
+from sowatch.watcher.watcher import Watcher
+
+__all__ = ["mapping_lines"]
+
+#: Lines that are sent together.
+_CHUNK_LINES: Final = 200
+
+
+def mapping_lines(
+    watcher: Watcher, ready: Ready, proc: ProcFs, pids: Collection[int], *, with_owners: bool
+) -> Iterator[bytes]:
+    """The answer, some lines at a time: `head`, `mapping` s, and `coverage` where processes could not be read.
+
+    Args:
+        watcher: whose map is shown.
+        ready: what it reported.
+        proc: the host's.
+        pids: only these processes; empty: all.
+        with_owners: the package of what is stale, and how that is restarted, too, which takes longer.
+    """
+    begun_s = time.monotonic()
+    found = [one for one in watcher.snapshot() if not pids or one.process.pid in pids]
+    hung = {pid for pid in watcher.unread if not pids or pid in pids}
+    head = replace(
+        head_line(ready.origin, time.time_ns(), 1),
+        source="agent",
+        strategy=ready.strategy,
+        guarantee=ready.guarantee,
+        hooks=ready.hooks,
+        limits=list(ready.limits),
+        rules=[rule.name for rule in watcher.rules],
+    )
+    closed: set[int] = set()
+    lines: list[wire.Head | wire.Mapping | wire.Coverage] = []
+    with Disk(proc) as disk:
+        answers = [
+            disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
+            for one in found
+        ]
+        pairs = zip(found, answers, strict=True)
+        stale = [(one.process.pid, answer.path or one.library.path) for one, answer in pairs if answer.stale]
+        owners = disk.owners(stale) if with_owners else {}
+    lines.append(replace(head, seconds=round(time.monotonic() - begun_s, 6)))
+    for seq, (one, answer) in enumerate(zip(found, answers, strict=True), 2):
+        if answer.reason == NOT_PERMITTED:
+            closed.add(one.process.pid)
+        is_owned = with_owners and answer.stale is not None
+        package = owners.get((one.process.pid, answer.path or one.library.path)) if is_owned else None
+        lines.append(mapping_line(one, answer, package, seq, with_owner=is_owned))
+        if len(lines) >= _CHUNK_LINES:
+            yield _text(lines)
+            lines.clear()
+    read = {one.process.pid for one in found}
+    coverage = coverage_of_answers(proc, ready.strategy, read, closed | hung, pids)
+    if not coverage.is_complete:
+        lines.append(coverage_line(coverage, len(found) + 2))
+    yield _text(lines)
+
+
+def _text(lines: Collection[wire.Head | wire.Mapping | wire.Coverage]) -> bytes:
+    return "".join(f"{dumps(line)}\n" for line in lines).encode("ascii")
