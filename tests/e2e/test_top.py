@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def test_the_size_is_that_of_the_terminal_whatever_was_exported(open_top: Any, m
     top = open_top(100, 12)
     lines = top.wait_for(has("libraries 0 of 0"), "the empty table")
     assert len(lines) == 12
-    assert has("q end")(lines) or has("sort")(lines)
+    assert lines[11].startswith("q quit")
 
 
 def test_keys_change_the_view_the_order_and_the_filter(open_top: Any, mapper: Mapper, make_library: Any) -> None:
@@ -102,21 +104,116 @@ def test_keys_change_the_view_the_order_and_the_filter(open_top: Any, mapper: Ma
     assert top.wait_for_end() == 0
 
 
-def test_arrows_move_through_more_rows_than_there_is_room_for(open_top: Any, mapper: Mapper, make_library: Any) -> None:
+def test_the_cursor_moves_through_more_rows_than_there_is_room_for(
+    open_top: Any, mapper: Mapper, make_library: Any
+) -> None:
     original = make_library("lib00.so")
     mapper.map(original)
     for number in range(1, 30):
         mapper.map(shutil.copy(original, original.with_name(f"lib{number:02d}.so")))
     top = open_top(100, 14)
     top.wait_for(has("libraries 30 of 30"), "all of them")
+
+    def is_on(name: str) -> Callable[[list[str]], bool]:
+        return lambda _: any(f"/{name}.so" in line for line in top.reversed_lines())
+
     top.press("S")
     top.wait_for(lambda lines: has("lib00.so")(lines) and not has("lib10.so")(lines), "the first ten")
+    top.wait_for(is_on("lib00"), "the cursor on the first")
     top.press("\x1b[B\x1bOB")
-    top.wait_for(lambda lines: has("lib11.so")(lines) and not has("lib01.so")(lines), "two further down")
-    top.press("\x1b[F")
-    top.wait_for(lambda lines: has("lib29.so")(lines) and not has("lib19.so")(lines), "the last ten")
+    top.wait_for(is_on("lib02"), "the cursor two further down")
+    assert has("lib00.so")(top.lines())
+    top.press("\x1b[6~")
+    top.wait_for(lambda lines: is_on("lib12")(lines) and not has("lib02.so")(lines), "a page further")
+    top.press("\x1b[A")
+    top.wait_for(is_on("lib11"), "one up")
+    top.press("r")
+    top.wait_for(lambda lines: is_on("lib11")(lines) and has("PATH▼")(lines), "the cursor where its row is now")
+    top.press("r\x1b[F")
+    top.wait_for(lambda lines: is_on("lib29")(lines) and not has("lib19.so")(lines), "the last ten")
     top.press("\x1b[H")
-    top.wait_for(has("lib00.so"), "the first ones")
+    top.wait_for(is_on("lib00"), "the first ones")
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_enter_shows_who_has_a_library_and_what_a_process_has_and_escape_goes_back(
+    open_top: Any, mapper: Mapper, make_library: Any, programs: Any, tmp_path: Path, columns: int
+) -> None:
+    mine, shared = make_library("libmine.so"), make_library("libshared.so")
+    mapper.map(mine)
+    mapper.map(shared)
+    with Mapper(programs["mapper"], tmp_path) as other:
+        other.map(shared)
+        top = open_top(columns)
+        lines = top.wait_for(has("libraries 2 of 2"), "both")
+        assert [line.split()[-1].rpartition("/")[2] for line in lines[3:5]] == ["libshared.so", "libmine.so"]
+        assert lines[-1].startswith("q quit  Enter who has it  / filter")
+        top.press("\r")
+        lines = top.wait_for(has("processes with libshared.so: 2"), "who has it")
+        assert lines[-1].startswith("q quit  Escape back  Enter what it has  / filter")
+        assert {int(line.split()[0]) for line in lines[3:5]} == {mapper.pid, other.pid}
+        top.press(f"/{mapper.pid}\r")
+        top.wait_for(has("processes with libshared.so: 1"), "the one that the filter leaves")
+        top.press("\r")
+        lines = top.wait_for(has(f"libraries of mapper {mapper.pid}: 2"), "what it has")
+        assert has("libmine.so")(lines)
+        top.press("\x1b")
+        top.wait_for(has("processes with libshared.so: 1"), "the processes again")
+        top.press("\x1b")
+        top.wait_for(has("processes with libshared.so: 2"), "them without the filter")
+        top.press("\x1b")
+        top.wait_for(has("libraries 2 of 2"), "the beginning")
+
+
+def test_the_filter_finds_libraries_by_the_processes_that_have_them_and_the_other_way_round(
+    open_top: Any, mapper: Mapper, make_library: Any, programs: Any, tmp_path: Path
+) -> None:
+    mapper.map(make_library("libmine.so"))
+    with Mapper(programs["mapper"], tmp_path) as other:
+        other.map(make_library("libother.so"))
+        top = open_top(80)
+        top.wait_for(has("libraries 2 of 2"), "both")
+        top.press(f"/{other.pid}\r")
+        assert has("libother.so")(top.wait_for(has("libraries 1 of 2"), "what that process has"))
+        top.press("\x1bp/libmine\r")
+        assert has(str(mapper.pid))(top.wait_for(has("processes 1 of 2"), "who has that library"))
+
+
+def test_on_80_columns_the_base_name_and_the_key_that_ends_are_shown(
+    open_top: Any, mapper: Mapper, make_library: Any
+) -> None:
+    name = "_ssl.cpython-311-x86_64-linux-gnu.so"
+    mapper.map(make_library(f"{'deep/' * 20}{name}"))
+    lines = open_top(80, 24).wait_for(has("libraries 1 of 1"), "it")
+    assert any(line.endswith(f"/{name}") for line in lines)
+    assert lines[-1].startswith("q quit")
+    assert max(map(len, lines)) <= 80
+
+
+def test_since_is_that_of_the_process_not_of_the_watch(make_library: Any, tmp_path: Path) -> None:
+    ctypes.CDLL(str(make_library("libsince.so")))  # this process is older than the watch
+    begun_s = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / 100
+    for view, column in (("process", 3), ("library", 3)):
+        before_s = time.clock_gettime(time.CLOCK_BOOTTIME) - begun_s
+        line = command("--once", "--by", view, re.escape(str(tmp_path)))
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        after_s = time.clock_gettime(time.CLOCK_BOOTTIME) - begun_s
+        (row,) = [line.split() for line in done.stdout.splitlines()[1:]]
+        number, unit = int(row[column][:-1]), row[column][-1]
+        size = {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+        assert int(before_s) // size <= number <= int(after_s) // size
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_table(
+    mapper: Mapper, make_library: Any, tmp_path: Path, deadline: Any
+) -> None:
+    mapper.map(make_library("libseen.so"))
+    line = command(re.escape(str(tmp_path)))
+    with Terminal(line, columns=200, rows=20, timeout_s=deadline(60), term="dumb") as top:
+        assert top.wait_for_end() == 0
+        head, row = top.wait_for(has("libseen.so"), "the library")[:2]
+    assert (head.split()[0], row.split()[0], row.split()[-1]) == ("PROCESSES", "1", str(tmp_path / "libseen.so"))
+    assert b"\x1b" not in top.written
 
 
 def test_a_terminal_that_is_resized_is_filled_and_never_overfull(
@@ -132,7 +229,7 @@ def test_a_terminal_that_is_resized_is_filled_and_never_overfull(
         top.resize(columns, rows)
         top.wait_for(has("sow"), "the beginning")
     top.resize(200, 50)
-    top.wait_for(lambda lines: has("BUILD ID")(lines) and lines[49].startswith("tab"), "everything again")
+    top.wait_for(lambda lines: has("BUILD ID")(lines) and lines[49].startswith("q quit"), "everything again")
 
 
 def test_hostile_names_do_not_steer_the_terminal(

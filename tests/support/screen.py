@@ -22,7 +22,9 @@ __all__ = ["Terminal"]
 class Terminal:
     """Runs a command in a pseudo terminal that emulates a VT100; a context manager that ends it."""
 
-    def __init__(self, command: Sequence[str | Path], *, columns: int, rows: int, timeout_s: float) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], *, columns: int, rows: int, timeout_s: float, term: str = "xterm-256color"
+    ) -> None:
         self._timeout_s = timeout_s
         self._ours, self._theirs = pty.openpty()
         self._screen = pyte.Screen(columns, rows)
@@ -37,7 +39,7 @@ class Terminal:
             stdout=self._theirs,
             stderr=self._theirs,
             # setsid, so that the terminal is the command's own and Ctrl-C would reach it.
-            env=os.environ | {"TERM": "xterm-256color"},
+            env=os.environ | {"TERM": term},
         )
 
     def __enter__(self) -> Self:
@@ -62,6 +64,11 @@ class Terminal:
     def lines(self) -> list[str]:
         """What the screen shows now."""
         return [line.rstrip() for line in self._screen.display]
+
+    def reversed_lines(self) -> list[str]:
+        """The lines whose characters are shown in reverse."""
+        buffer = self._screen.buffer
+        return [line for number, line in enumerate(self.lines()) if buffer[number][0].reverse]
 
     def wait_for(self, is_there: Callable[[list[str]], object], what: str) -> list[str]:
         """Waits until the lines of the screen are as wanted, and returns them."""

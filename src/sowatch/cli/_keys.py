@@ -8,6 +8,7 @@ import select
 import termios
 import time
 import tty
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -64,7 +65,8 @@ class Keys:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._before is not None:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+            with suppress(termios.error):  # it has gone
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
             self._before = None
 
     def get(self, timeout_s: float) -> str | None:

@@ -6,6 +6,7 @@ complains at exit when the reader went away.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -111,6 +112,8 @@ class Out:
             except BrokenPipeError as error:
                 raise PipeClosed from error
             except OSError as error:
+                if self.is_terminal and error.errno == errno.EIO:
+                    raise PipeClosed from error  # the terminal has gone
                 raise SowatchError(
                     f"cannot write to standard output: {error.strerror}. Give it somewhere that takes the data."
                 ) from error

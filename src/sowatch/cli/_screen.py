@@ -16,7 +16,7 @@ from rich.text import Text
 from sowatch.cli._keys import Keys
 from sowatch.cli._live import terminal_console
 from sowatch.cli._out import Out, PipeClosed
-from sowatch.cli._top import VIEWS, Column, State, press, rows_of
+from sowatch.cli._top import VIEWS, Column, State, press, rows_of, title_of
 from sowatch.model.escape import visible
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ _TICK_S: Final = 0.25
 #: Between two reads the map, at least; they take a tenth of the time at most.
 _LOOK_S: Final = 1.0
 _GAP: Final = "  "
-#: A path that has less space than this makes other columns go.
-_LEAST_PATH: Final = 24
+#: A path that has less space than this makes other columns go: few names of files are longer.
+_LEAST_PATH: Final = 40
 #: Lines that are not rows: two of the header, the head of the table, the keys.
 _OTHER_LINES: Final = 4
 _SPARKS: Final = " ▁▂▃▄▅▆▇█"
@@ -63,8 +63,10 @@ def show(inventory: Inventory, state: State, out: Out, *, is_over: Callable[[], 
             except (EOFError, OSError) as error:
                 raise PipeClosed from error
             while key is not None:
-                if not press(state, key, max(1, console.size.height - _OTHER_LINES)):
+                room = max(1, console.size.height - _OTHER_LINES)
+                if not press(state, key, room):
                     return
+                state.settle([row.number for row in rows_of(view, state)], room)  # for the next key
                 key = keys.get(0)
 
 
@@ -72,11 +74,11 @@ def _screen(inventory: Inventory, view: InventoryView, state: State, console: Co
     width, height = console.size
     rows = rows_of(view, state)
     room = max(1, height - _OTHER_LINES)
-    state.first = max(0, min(state.first, len(rows) - room))
+    state.settle([row.number for row in rows], room)
     shown = rows[state.first : state.first + room]
     columns = _columns(state, width)
     lines = [*_header(inventory, view, state, len(rows), width), _head(columns, state, width)]
-    lines += [_row(row, columns, width) for row in shown]
+    lines += [_row(row, columns, width, is_selected=row.number == state.selected) for row in shown]
     lines += [Text()] * (room - len(shown))
     lines.append(_keys(state, width))
     # What does not fit a very low terminal goes from the end.
@@ -105,8 +107,8 @@ def _header(inventory: Inventory, view: InventoryView, state: State, found: int,
         first.append(f"  {view.left_out} mappings not shown", "bold yellow")
     sparks = _sparks([second.loads for second in history], max(0, min(60, width - 50)))
     second = Text.assemble(
-        (state.view, "bold"),
-        f" {found} of {count}  ",
+        (title_of(view, state), "bold"),
+        f" {found} of {count}  " if state.of is None else f": {found}  ",
         (f"{last:.0f}", "bold"),
         " loads/s ",
         (sparks, "green"),
@@ -146,13 +148,14 @@ def _head(columns: Sequence[tuple[Column, int, bool]], state: State, width: int)
     return _cut(line, width)
 
 
-def _row(row: Any, columns: Sequence[tuple[Column, int, bool]], width: int) -> Text:
-    line = Text()
+def _row(row: Any, columns: Sequence[tuple[Column, int, bool]], width: int, *, is_selected: bool) -> Text:
+    line = Text(style="reverse" if is_selected else "")
     for column, size, _ in columns:
         text = column.text(row)
         is_warning = column.title == "STALE" and text not in ("-", "0")
         line.append(_fit(text, size, is_right=column.is_number), "bold yellow" if is_warning else "")
         line.append(_GAP)
+    line.append(" " * max(0, width - line.cell_len))
     return _cut(line, width)
 
 
@@ -170,11 +173,27 @@ def _fit(text: str, size: int, *, is_right: bool) -> str:
 
 
 def _keys(state: State, width: int) -> Text:
-    if state.typing or state.filter:
-        cursor = "█" if state.typing else "  (/ changes, Escape drops it)"
-        return _cut(Text.assemble(("filter: ", "bold"), visible(state.filter), cursor), width)
-    keys = "tab libraries/processes  s sort  r turn around  / filter  arrows, page keys move  q quit"
-    return _cut(Text(keys, "dim"), width)
+    if state.typing:
+        return _cut(Text.assemble(("filter: ", "bold"), visible(state.filter), "█"), width)
+    if state.filter:
+        return _cut(Text.assemble(("filter: ", "bold"), visible(state.filter), "  (/ changes, Escape drops it)"), width)
+    is_library = state.view == "libraries"
+    keys = [
+        "q quit",
+        "Escape back" if state.of is not None else "",
+        "Enter who has it" if is_library else "Enter what it has",
+        "/ filter",
+        "tab processes" if is_library else "tab libraries",
+        "s sort",
+        "r reverse",
+        "arrows, page keys move",
+    ]
+    text = ""
+    for key in filter(None, keys):
+        if len(text) + len(key) > width:
+            break
+        text += key + _GAP
+    return _cut(Text(text.rstrip(), "dim"), width)
 
 
 def _cut(line: Text, width: int) -> Text:

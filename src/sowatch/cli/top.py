@@ -1,8 +1,11 @@
 """Libraries and who shares them, live, in the terminal.
 
-Keys: tab changes between libraries and processes, arrows and page keys move, s and S choose the column
-to sort by, r turns the order around, / filters (Enter keeps, Escape drops it), q ends.
-Where stdout is no terminal, one table is printed, as with --once; --json prints the same as objects.
+Arrows and page keys move the cursor; Enter shows who has the library, or what the process has, Escape
+goes back. tab changes between libraries and processes, s and S choose the column to sort by, r turns
+the order around, / filters libraries and processes (Enter keeps, Escape drops it), q ends. SINCE is how
+long the process has been running; of a library, the oldest one that has it, or since it was loaded.
+Where stdout is no terminal, or one that cannot move its cursor (TERM=dumb), one table is printed, as
+with --once; --json prints the same as objects.
 
 Examples:
   sowatch top                      everything that is mapped
@@ -16,6 +19,7 @@ Examples:
 from __future__ import annotations
 
 import errno
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
@@ -71,7 +75,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     with Stopper(watcher.stop) as stopper:
         try:
             warn_of_fallback(watcher.start(), warn)
-            if as_json or args.once or not out.is_terminal:
+            if as_json or args.once or not _is_screen(out):
                 if args.duration is not None:
                     watcher.wait(args.duration)
                 _print_once(inventory, state, out, as_json=as_json)
@@ -103,6 +107,11 @@ def _agent_watch(args: Namespace, selection: Selection) -> tuple[WatcherLike, Ag
 
     agent = Agent(args.agent)
     return AgentWatch(agent, selection), AgentStale(agent, selection)
+
+
+def _is_screen(out: Out) -> bool:
+    """Whether a table can be drawn over the one before."""
+    return out.is_terminal and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def _print_once(inventory: Inventory, state: State, out: Out, *, as_json: bool) -> None:

@@ -89,6 +89,7 @@ class LibraryRow(Struct, frozen=True):
         stale_reason: see `StaleAnswer`.
         since_ns: wall clock, in ns since the epoch, of the first load since the row exists.
         is_older: it was mapped already when the watch began, at ``since_ns``.
+        oldest_start_ns: when the oldest of the processes that have it began, in ns since boot.
     """
 
     number: int
@@ -99,6 +100,7 @@ class LibraryRow(Struct, frozen=True):
     since_ns: int
     is_older: bool
     stale_reason: str | None = None
+    oldest_start_ns: int = 0
 
 
 class ProcessRow(Struct, frozen=True):
@@ -264,6 +266,7 @@ class Inventory:
             since_ns=since_ns,
             is_older=is_older,
             stale_reason=None if worst is None else worst.reason,
+            oldest_start_ns=min(one.process.start_ns for one in group),
         )
 
     def _process(self, group: list[Mapped], stale: Mapping[tuple[ProcessId, FileKey], StaleAnswer]) -> ProcessRow:
