@@ -22,6 +22,11 @@ class Block(NamedTuple):
         return f"{self.page}:{self.line}"
 
 
+def prelude_of(block: Block) -> str:
+    """The imports that a Python example has left out, as another one beside it has them."""
+    return "" if "import" in block.text.split("def ")[0] else "from sowatch import Rule, Watcher\n"
+
+
 def blocks() -> Iterator[Block]:
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.header_names import header_names
-from sowatch.model.literals import STREAM_KINDS, StreamKind
+from sowatch.model.literals import STREAM_KINDS, Kind, StreamKind
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.uprobes.probes import Probe
 
@@ -92,7 +92,7 @@ class RuleSettings(Struct, frozen=True, kw_only=True):
 
     name: str | None = None
     pattern: str | None = None
-    kind: tuple[str, ...] = ("library",)
+    kind: tuple[Kind, ...] = ("library",)
     exports: tuple[str, ...] = ()
     count: tuple[str, ...] = ()
     latency: bool = True

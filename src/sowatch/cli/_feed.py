@@ -11,6 +11,7 @@ from sowatch.cli._options import WatcherLike
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._views import View
 from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
+from sowatch.model.literals import EventKind
 
 __all__ = ["Feed", "warn_of_fallback"]
 
@@ -54,7 +55,7 @@ class Feed:
         self._is_stopped = False
         self._unrepaired = 0
 
-    def show(self, view: View, events: Collection[str]) -> None:
+    def show(self, view: View, events: Collection[EventKind]) -> None:
         """Shows events until `Stopped`: each at once, and as many together as are waiting.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from msgspec import Struct
 
@@ -17,6 +17,7 @@ from sowatch.model.rules import Rule, RuleSet
 if TYPE_CHECKING:
     from sowatch.cli._parser import Parser
     from sowatch.model.events import Event, Library, Process, Ready
+    from sowatch.model.literals import Kind, StreamKind
 
 __all__ = [
     "DEFAULT_SOCKET",
@@ -39,6 +40,9 @@ __all__ = [
     "selection_of",
     "wants_json",
 ]
+
+#: What `--kind` is by default.
+_LIBRARY: Final[tuple[Kind, ...]] = ("library",)
 
 FORMATS = ("json", "table", "text")
 #: Of the agent, unless another is named.
@@ -96,7 +100,7 @@ class WatcherLike(Protocol):
     def start(self) -> Ready: ...
     def stop(self) -> None: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
-    def subscribe(self, *, events: Collection[str], control: bool = True) -> SubscriptionLike: ...
+    def subscribe(self, *, events: Collection[StreamKind], control: bool = True) -> SubscriptionLike: ...
     def snapshot(self) -> Sequence[MappedLike]: ...
     @property
     def stats(self) -> StatsLike: ...
@@ -166,10 +170,10 @@ def add_kinds(parser: Parser, *, default: str) -> None:
     )
 
 
-def kinds_of(args: Namespace, *, default: Collection[str] = ("library",)) -> Collection[str]:
+def kinds_of(args: Namespace, *, default: Collection[Kind] = _LIBRARY) -> Collection[Kind]:
     """The kinds of ``--kind``; a wrong one is left for `Rule` to refuse."""
     given = [one.strip() for word in args.kind or () for one in word.split(",")]
-    return KINDS if "all" in given else given or default
+    return KINDS if "all" in given else cast("list[Kind]", given) or default
 
 
 def add_selection(parser: Parser) -> None:
@@ -298,7 +302,7 @@ def config_of(args: Namespace) -> Config:
     return Config(strategy=args.strategy, hooks=args.hooks, proc_root=args.proc_root)
 
 
-def selection_of(args: Namespace, *, default_kinds: Collection[str] = ("library",)) -> Selection:
+def selection_of(args: Namespace, *, default_kinds: Collection[Kind] = _LIBRARY) -> Selection:
     """What to watch.
 
     Args:

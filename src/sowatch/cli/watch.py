@@ -41,7 +41,7 @@ from sowatch.cli._parser import Parser, event_list
 from sowatch.cli._stop import Stopper
 from sowatch.cli._views import JsonView, TextView, View
 from sowatch.model.errors import UsageError
-from sowatch.model.literals import EVENT_KINDS
+from sowatch.model.literals import EVENT_KINDS, EventKind
 
 __all__ = ["add_events", "configure", "events_of", "run", "warn_of_fallback"]
 
@@ -70,7 +70,7 @@ def add_events(parser: Parser) -> None:
     )
 
 
-def events_of(args: Namespace, *, as_json: bool) -> tuple[str, ...]:
+def events_of(args: Namespace, *, as_json: bool) -> tuple[EventKind, ...]:
     """Which events to show."""
     if args.events is not None:
         return tuple(args.events)

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sowatch.engine.activation import FileRegistry
+from sowatch.engine.failure_log import FailureLog
 from sowatch.engine.file_inspector import open_mapped
 from sowatch.engine.subscribers import Subscribers
 from sowatch.engine.subscription import Subscription
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import ProcessGone, SowatchError
+from sowatch.model.errors import EnvironmentFault, ProcessGone, SowatchError
 from sowatch.model.events import Activate, Deactivate, Event, Library, Load, Unload
 from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
@@ -115,7 +116,10 @@ class RuleWorker:
         self._active: dict[FileId, ActiveFile] = {}
         #: The files whose next activate event may be a retry: one of each waits at most.
         self._retried: set[FileId] = set()
+        #: Callbacks that raised, of every kind.
         self.errors = 0
+        self._failure: BaseException | None = None
+        self._failures = FailureLog(LOG)
         self.timings = RuleTimings([name for name in CALLBACKS if getattr(rule, name) is not None])
         #: CLOCK_MONOTONIC; what the snapshot found has waited for the watch, not for its callback.
         self.live_since_ns = sys.maxsize
@@ -167,9 +171,9 @@ class RuleWorker:
         for event in self._subscription:
             try:
                 self._take(event)
-            except BaseException:  # a SystemExit would end the thread in silence
-                self.errors += 1
-                LOG.exception("a callback of rule %r raised", self._rule.name)
+            except BaseException as error:  # noqa: BLE001 - a SystemExit would end the thread in silence
+                if error is not self._failure:
+                    self._note_failure("a callback", error)
 
     def _take(self, event: Event) -> None:
         match event:
@@ -230,8 +234,18 @@ class RuleWorker:
         begun_s = time.monotonic()
         try:
             callback(argument)
+        except EnvironmentFault:  # no failure: it says that the file is not to blame for one
+            raise
+        except BaseException as error:
+            self._note_failure(name, error)
+            raise
         finally:
             self.timings.callbacks[name].observe(time.monotonic() - begun_s)
+
+    def _note_failure(self, name: str, error: BaseException) -> None:
+        self._failure = error
+        self.errors += 1
+        self._failures.note(f"{name} of rule {self._rule.name!r}", error)
 
     def _note_delay(self, name: str, event: Load | Activate) -> None:
         if event.t_ns is not None and event.t_ns > self.live_since_ns and event.cause != "repair":

@@ -23,6 +23,7 @@ from sowatch.linux.tls_libraries import FAMILIES, NSS_CIPHERS
 from sowatch.model.errors import BpfError, SowatchError, UsageError
 from sowatch.model.events import Http, Library, Load, Process, Unload
 from sowatch.model.identity import ProcessId
+from sowatch.model.literals import Kind
 from sowatch.model.rules import Rule
 from sowatch.uprobes.attacher import Attacher
 from sowatch.uprobes.probes import Probe
@@ -413,7 +414,7 @@ def family_rules(pattern: str | None, *, prefix: str = "", **callbacks: Callable
         prefix: of their names.
         callbacks: of each, as `sowatch.Rule` takes them.
     """
-    kinds = ("library", "executable")
+    kinds: tuple[Kind, ...] = ("library", "executable")
     return [
         Rule(pattern, name=prefix + name, kind=kinds, exports=exports, **callbacks)
         for name, exports in FAMILIES.items()

@@ -7,16 +7,17 @@ remembers the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from sowatch.model.errors import PatternError, UsageError
-from sowatch.model.literals import KINDS
+from sowatch.model.literals import KINDS, Kind
 
 if TYPE_CHECKING:
+    from sowatch.engine.workers import ActiveFile
     from sowatch.model.events import Load, Unload
 
 __all__ = ["Decision", "Rule", "RuleSet"]
@@ -56,12 +57,12 @@ class Rule:
 
     pattern: str | None
     name: str
-    kind: frozenset[str]
+    kind: frozenset[Kind]
     exports: frozenset[str]
-    on_load: Callable[[Load], Any] | None
-    on_unload: Callable[[Unload], Any] | None
-    on_activate: Callable[[Any], Any] | None
-    on_deactivate: Callable[[Any], Any] | None
+    on_load: Callable[[Load], object] | None
+    on_unload: Callable[[Unload], object] | None
+    on_activate: Callable[[ActiveFile], object] | None
+    on_deactivate: Callable[[ActiveFile], object] | None
     _search: Callable[[str], Any] | None = field(repr=False)
 
     def __init__(
@@ -69,17 +70,17 @@ class Rule:
         pattern: str | None = None,
         *,
         name: str | None = None,
-        kind: str | Iterable[str] = "library",
+        kind: Kind | Iterable[Kind] = "library",
         exports: Iterable[str] = (),
-        on_load: Callable[[Load], Any] | None = None,
-        on_unload: Callable[[Unload], Any] | None = None,
-        on_activate: Callable[[Any], Any] | None = None,
-        on_deactivate: Callable[[Any], Any] | None = None,
+        on_load: Callable[[Load], object] | None = None,
+        on_unload: Callable[[Unload], object] | None = None,
+        on_activate: Callable[[ActiveFile], object] | None = None,
+        on_deactivate: Callable[[ActiveFile], object] | None = None,
     ) -> None:
-        kinds = frozenset([kind] if isinstance(kind, str) else kind)
-        for one in sorted(kinds):
-            if one not in KINDS:
-                raise UsageError(f"unknown kind {one!r}. Use one of: {', '.join(KINDS)}.")
+        kinds: frozenset[Kind] = frozenset([kind]) if isinstance(kind, str) else frozenset(kind)
+        for given in sorted(kinds):
+            if given not in KINDS:
+                raise UsageError(f"unknown kind {given!r}. Use one of: {', '.join(KINDS)}.")
         if not kinds:
             raise UsageError(f"a rule needs at least one kind. Use one of: {', '.join(KINDS)}.")
         if isinstance(exports, str):
@@ -164,7 +165,7 @@ class RuleSet:
             if names.count(name) > 1:
                 raise UsageError(f"two rules are named {name!r}. Give each rule its own name=.")
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Rule]:
         return iter(self._rules)
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from sowatch.model.config import Config
 from sowatch.model.errors import EnvironmentFault, SowatchError, UsageError
 from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.literals import Kind
 from sowatch.model.rules import Rule
 from sowatch.uprobes.address_book import AddressBook, Frame, process_key
 from sowatch.uprobes.call_format import CallFormat, parse_function
@@ -173,7 +174,7 @@ class Trace:
         is_timed: bool = True,
         has_stacks: bool = False,
         linger_s: float = 5.0,
-        kinds: Iterable[str] = ("library", "executable"),
+        kinds: Iterable[Kind] = ("library", "executable"),
     ) -> None:
         by_counter: dict[Target, list[str]] = defaultdict(list)
         for target in dict.fromkeys(targets):
@@ -214,7 +215,7 @@ class Trace:
             container=container,
         )
 
-    def _rules(self, targets: Collection[Target], kinds: Iterable[str]) -> list[Rule]:
+    def _rules(self, targets: Collection[Target], kinds: Iterable[Kind]) -> list[Rule]:
         """One rule for all targets: of several rules only the first that matches a file hears of it."""
         patterns = [target.pattern for target in targets]
         for pattern in patterns:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Mapping
@@ -34,7 +34,7 @@ from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import AddedEvent, LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS
+from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS, StreamKind
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
@@ -235,7 +235,7 @@ class Watcher:
         return self._stopped.wait(timeout_s)
 
     def subscribe(
-        self, *, events: Collection[str] = EVENT_KINDS, control: bool = True, limit: int | None = None
+        self, *, events: Collection[StreamKind] = EVENT_KINDS, control: bool = True, limit: int | None = None
     ) -> Subscription:
         """A queue of events from now on; subscribe before `start` to get the snapshot too.
 
@@ -323,6 +323,10 @@ class Watcher:
             self._audit_differences = len(report.differences)
         return report
 
+    @overload
+    def explain(self, target: int) -> ProcessReport: ...
+    @overload
+    def explain(self, target: str | os.PathLike[str]) -> PathReport: ...
     def explain(self, target: int | str | os.PathLike[str]) -> ProcessReport | PathReport:
         """The decision trail of one process or one file: what was seen of it, and why no more.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.callers import Caller
-from support.doc_blocks import Block, blocks
+from support.doc_blocks import Block, blocks, prelude_of
 from support.programs import build, compile_bpf
 from support.tls import Tls, find
 
@@ -36,11 +36,10 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=str)
 def test_an_example_runs_and_shows_the_process_that_has_the_library(block: Block, spawn: Any, deadline: Any) -> None:
-    prelude = "" if "import" in block.text.split("def ")[0] else "from sowatch import Rule, Watcher\n"
     user = spawn([sys.executable, "-c", USER_OF_LIBSSL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert user.stdout.readline() == "ready\n"
     example = spawn(
-        [sys.executable, "-u", "-W", "error", "-c", prelude + block.text],
+        [sys.executable, "-u", "-W", "error", "-c", prelude_of(block) + block.text],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
