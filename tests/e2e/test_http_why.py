@@ -152,6 +152,33 @@ def test_explain_without_an_agent_says_what_the_files_of_a_process_say(tls: Tls)
     assert line in done.stdout.splitlines()
 
 
+AS_NOBODY = """
+import encodings.ascii, encodings.latin_1, importlib, os, pkgutil, sys
+import sowatch
+from sowatch.cli import main
+for package in ("cli", "engine", "explain", "linux", "model", "sources", "watcher"):  # nobody may not read them
+    for one in pkgutil.iter_modules(importlib.import_module(f"sowatch.{package}").__path__):
+        importlib.import_module(f"sowatch.{package}.{one.name}")
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(main(["explain", *sys.argv[1:]]))
+"""
+
+
+def test_explain_says_why_it_does_not_know_of_flows(tls: Tls) -> None:
+    child = idle(tls, sys.executable, "-c", NO_CALL)
+    for words, in_text in ((["--json"], False), (["--format", "text"], True)):
+        command = [sys.executable, "-c", AS_NOBODY, str(child.pid), "--strategy", "procfs", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        if in_text:
+            line = "http       none that is known: what it has mapped cannot be read: not permitted. Run it as root."
+            assert line in done.stdout.splitlines(), done.stderr
+        else:
+            found = json.loads(done.stdout)["http"]
+            assert (found["state"], found["reason"]) == ("unread", "not permitted. Run it as root.")
+    kernel_thread = explained(2)
+    assert (kernel_thread["state"], kernel_thread["reason"]) == ("no_tls", None)
+
+
 def test_the_agent_says_why_a_process_has_no_flows(tls: Tls, new_agent: NewAgent, wait_until: Any) -> None:
     section = f"[http]\nenabled = true\nlibraries = '^{re.escape(str(tls.libraries))}/'\n"
     agent = new_agent("").start()
@@ -215,4 +242,4 @@ def test_a_process_that_may_not_be_read_is_not_said_to_have_no_tls_library(tls: 
     done = subprocess.run(
         [sys.executable, "-c", NOBODY, str(child.pid)], check=True, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == "none that is known: what it has mapped cannot be read. Run it as root.\n"
+    assert done.stdout == "none that is known: what it has mapped cannot be read: not permitted. Run it as root.\n"

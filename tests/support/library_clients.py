@@ -2,8 +2,8 @@
 
 Their words: the path of the library (of NSS anything: it is found by LD_LIBRARY_PATH), the port of a server of
 `support.tls` on this machine, then pairs of functions: by the first the request ``/FIRST/SECOND`` is written, by the
-second its answer is read. Instead of a pair: ``pause -`` prints an empty line and waits for one, ``fork -`` goes on in a
-child.
+second its answer is read. Instead of a pair: ``pause -`` prints an empty line and waits for one, ``fork -`` goes on in
+a child.
 """
 
 from __future__ import annotations

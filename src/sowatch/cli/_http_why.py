@@ -26,7 +26,7 @@ _WHY: Final = {
     "tappable": "it can have flows: `sowatch http --pid` shows its requests.",
     "no_tls": "none: nothing that it has mapped exports the functions of OpenSSL, GnuTLS or NSS; "
     "HTTP without TLS is not seen.",
-    "unread": "none that is known: what it has mapped cannot be read. Run it as root.",
+    "unread": "none that is known: what it has mapped cannot be read.",
     "kernel_refuses": "none: the kernel puts no probes into its mapping of the TLS library.",
     "not_exported": "none: OpenSSL is linked into its program, which does not export it.",
     "go": "none: it is a Go program, which brings a TLS of its own.",
@@ -91,7 +91,7 @@ class Named:
         found: dict[int, TlsAnswer] = {}
         for pid, process in self._processes.items():
             activity = tap.activity(process.id)
-            answer = last.get(pid) or self._first.get(pid) or TlsAnswer("unread")
+            answer = _latest(last.get(pid), self._first.get(pid))
             if activity is not None and activity.flows:
                 continue
             if activity is not None and (activity.calls or answer.state == "tappable"):
@@ -117,22 +117,33 @@ class Named:
     def _answers(self) -> Iterator[tuple[int, TlsAnswer]]:
         """What the files of those say that are still there, and whose file systems answer."""
         from sowatch.explain.looks import TimeoutWorker
+        from sowatch.explain.probing import unread_answer
 
         with TimeoutWorker() as worker:
             for pid, process in self._processes.items():
                 answer = worker.run(partial(self._answer, pid))
                 now = self._proc.process(pid)
-                if answer is not None and now is not None and now.id == process.id:
-                    yield pid, answer
+                if now is not None and now.id == process.id:
+                    yield pid, unread_answer(None) if answer is None else answer
 
-    def _answer(self, pid: int) -> TlsAnswer | None:
-        from sowatch.explain.probing import tls_answer, unprobed
+    def _answer(self, pid: int) -> TlsAnswer:
+        from sowatch.explain.probing import tls_answer, unprobed, unread_answer
         from sowatch.linux.tls_libraries import look_for_tls
 
         look: TlsLook | Miss = look_for_tls(self._proc, pid)
         rows = self._proc.executable_maps(pid)
-        if isinstance(look, Miss) or isinstance(rows, Miss):
-            return None
+        if isinstance(look, Miss):
+            return unread_answer(look)
+        if isinstance(rows, Miss):
+            return unread_answer(rows)
         # Below another root they are longer than what the process sees.
         refused = [os.fsdecode(row.path) for row in rows if unprobed([row], is_hugetlb=False)]
         return tls_answer(look, {one.path for one in look.files if any(path.endswith(one.path) for path in refused)})
+
+
+def _latest(last: TlsAnswer | None, first: TlsAnswer | None) -> TlsAnswer:
+    """What was known of a process that may have ended since, or may be read no more."""
+    from sowatch.explain.probing import unread_answer
+
+    known = [one for one in (last, first) if one is not None]
+    return next((one for one in known if one.state != "unread"), known[0] if known else unread_answer(Miss.GONE))

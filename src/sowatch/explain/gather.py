@@ -33,7 +33,7 @@ from sowatch.explain.assemble import (
 from sowatch.explain.audit import Difference, audit
 from sowatch.explain.looks import Subject, TimeoutWorker, look_at, look_at_place
 from sowatch.explain.mapped import FilesByAddress, Group, Shown, group_rows
-from sowatch.explain.probing import tls_answer, unprobed
+from sowatch.explain.probing import tls_answer, unprobed, unread_answer
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.descriptors import close_fd
@@ -135,7 +135,7 @@ def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -
     )
     tls = None if is_unread else worker.run(partial(look_for_tls, context.proc, pid))
     if tls is None or isinstance(tls, Miss):
-        return report
+        return replace(report, http=unread_answer(tls))
     unprobed_paths = {one.library.path for one in report.mappings if one.unprobed}
     return replace(report, http=tls_answer(tls, unprobed_paths))
 

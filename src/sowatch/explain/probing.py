@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from msgspec import Struct
 
+from sowatch.linux.proc import Miss
 from sowatch.linux.proc_parse import MapRow
 from sowatch.linux.tls_libraries import TlsLook
 from sowatch.model import wire_explain as wire
@@ -21,6 +23,7 @@ __all__ = [
     "tls_answer",
     "tls_line",
     "unprobed",
+    "unread_answer",
 ]
 
 
@@ -60,6 +63,20 @@ class TlsAnswer(Struct, frozen=True):
     files: tuple[str, ...] = ()
     calls: int = 0
     flows: int = 0
+
+
+_UNREAD: Final = {
+    Miss.GONE: "it has ended. Take another one.",
+    Miss.DENIED: "not permitted. Run it as root.",
+    Miss.HUNG: "the kernel or a file system does not answer. Try it again later.",
+}
+
+
+def unread_answer(why: Miss | None) -> TlsAnswer:
+    """What is known of a process whose mappings were not read; None: nobody answered in time."""
+    if why is Miss.ABSENT:
+        return TlsAnswer("no_tls")  # a kernel thread or a zombie has none
+    return TlsAnswer("unread", _UNREAD[Miss.HUNG if why is None else why])
 
 
 def tls_answer(look: TlsLook, unprobed_paths: Collection[str]) -> TlsAnswer:
