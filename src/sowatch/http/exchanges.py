@@ -78,6 +78,8 @@ class Http1Exchanges:
 
     def skippable(self, is_request: bool) -> int:
         """How many of the next bytes of a direction are body for certain."""
+        if not is_request and self._may_answer_head:
+            return 0
         return (self.request if is_request else self.response).skippable
 
     def shut(self, is_request: bool, time_ns: int) -> None:
@@ -110,6 +112,12 @@ class Http1Exchanges:
         """How many requests wait for their responses."""
         return len(self._waiting)
 
+    @property
+    def _may_answer_head(self) -> bool:
+        """Whether nobody knows what the response under way answers, and no body has come so far."""
+        flow = self._answered
+        return flow is not None and flow.begin_ns is None and not self.response.has_begun_body
+
     def _method(self) -> str | None:
         first = self._waiting[0] if self._waiting else None
         return first[0].method if first is not None else None
@@ -140,6 +148,9 @@ class Http1Exchanges:
         self._waiting.append(None)
 
     def _request(self, message: Message) -> None:
+        if self._may_answer_head:
+            # A client that asks again has all of the response. (Of one that pipelines a body follows, and is a gap.)
+            self.response.end_without_body(message.begin_ns)
         if self._answered is None and len(self._waiting) == 1 and self._waiting[0] is None:
             # A client that asks again while nothing is under way has got what was lost. (Only one that pipelines
             # may have more to come.)

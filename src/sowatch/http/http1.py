@@ -266,6 +266,16 @@ class Http1Decoder:
         self._buffer.clear()
         self._state = _HEAD
 
+    @property
+    def has_begun_body(self) -> bool:
+        """Whether bytes after the head of the message under way have come."""
+        return bool(self._buffer) or (self._message is not None and self._message.body_bytes > 0)
+
+    def end_without_body(self, time_ns: int) -> None:
+        """The message under way has no body, whatever its head says: it answers HEAD."""
+        if self._message is not None and self._state in (_LENGTH, _CHUNK_SIZE, _UNTIL_CLOSE):
+            self._finish(time_ns, is_complete=False)
+
     def open_tunnel(self) -> None:
         """The other direction says that what follows is no HTTP/1."""
         self._state = _TUNNEL

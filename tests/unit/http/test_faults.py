@@ -118,6 +118,34 @@ def test_a_response_before_the_request_has_ended() -> None:
     assert [(one.path, one.status) for one in tap.flows] == [("/up", 413), ("/2", 200)]
 
 
+@pytest.mark.parametrize(
+    "length",
+    [b"Content-Length: 0", *(b"Content-Length: %d" % (41 * n) for n in (1, 3, 5_000)), b"Transfer-Encoding: chunked"],
+)
+def test_a_response_to_head_that_was_joined_late_takes_no_later_response_for_its_body(length: bytes) -> None:
+    """Its head has the length that the body would have; 41 bytes are one of the responses that follow."""
+    tap = Tap()
+    tap.call("read", b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % length)
+    for number in range(8):
+        tap.call("write", REQUEST % number)
+        until = tap.call("read", b"HTTP/1.1 %d OK\r\nContent-Length: 3\r\n\r\nabc" % (300 + number))
+        assert until == 0
+    assert matched(tap) == [(None, 200, False), *((f"/{number}", 300 + number, True) for number in range(8))]
+
+
+def test_a_body_that_was_joined_late_is_passed_over_and_what_was_sent_ahead_is_not_matched_with_it() -> None:
+    tap = Tap()
+    tap.call("read", b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n")
+    tap.call("write", REQUEST % 1)  # before the body of the response that is under way
+    tap.call("read", b"b" * 20)
+    tap.call("read", RESPONSE % (0, b""))
+    tap.call("write", REQUEST % 2)
+    tap.call("read", RESPONSE % (0, b""))
+    assert matched(tap)[-1] == ("/2", 200, True)
+    assert ("/1", 200, True) not in matched(tap)
+    assert tap.table.stats.resyncs == 1
+
+
 def test_trailers_of_chunks_belong_to_the_message() -> None:
     tap = Tap()
     tap.call("write", REQUEST % 1 + REQUEST % 2)
