@@ -193,7 +193,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
 def _examine(args: Namespace, target: str, warn: Callable[[str], None]) -> list[wire.ProcessReport | wire.PathReport]:
     words = vars(args) | {"patterns": args.rule, "pid": [], "container": None}
     selection = selection_of(Namespace(**words, no_snapshot=False, exclude_self=False))
-    from sowatch.explain import ProcessReport, check_process, explanation, paths_named
+    from sowatch.explain import check_process, explanation, paths_named
     from sowatch.inventory.explained import with_staleness
     from sowatch.watcher.watcher import Watcher
 
@@ -205,8 +205,7 @@ def _examine(args: Namespace, target: str, warn: Callable[[str], None]) -> list[
         if watcher.ready is not None:
             warn_of_fallback(watcher.ready, warn)
         if pid is not None:
-            report = watcher.explain(pid)
-            return [explanation(with_staleness(report, proc) if isinstance(report, ProcessReport) else report)]
+            return [explanation(with_staleness(watcher.explain(pid), proc))]
         if "/" in target or os.path.lexists(target):
             return [explanation(watcher.explain(target))]
         by_soname = {one.library.path for one in watcher.snapshot() if one.library.soname == target}
