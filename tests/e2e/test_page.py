@@ -29,6 +29,17 @@ SMALL = {"width": 400, "height": 800}
 LONG = "_elementtree_x.cpython-311-x86_64-linux-gnu-1.so"
 DEEP = "site-packages/a-directory-with-a-rather-long-name/and-another-one-within-it/_vendor/native"
 
+#: Whether all of a base name can be seen: nothing of it is cut off, and it lies within the table.
+_IS_WHOLE = """name => {
+    const found = [...document.querySelectorAll('#table a')].find(one => one.textContent.endsWith('/' + name));
+    if (!found) return false;
+    const base = found.querySelector('.base'), box = base.getBoundingClientRect();
+    const row = found.closest('td').getBoundingClientRect();
+    const isWithin = box.left >= row.left && box.right <= row.right + 0.5 && box.bottom <= row.bottom + 0.5;
+    const isCut = base.scrollWidth > base.clientWidth || base.scrollHeight > base.clientHeight + 1;
+    return box.width > 0 && isWithin && !isCut;
+}"""
+
 Open = Callable[..., Visit]
 
 
@@ -46,7 +57,7 @@ class Host:
     maps: Path
 
     def config(self, more: str = "") -> str:
-        rule = f"[[rules]]\nname = 'mine'\npattern = '^{re.escape(str(self.maps))}/'\n"
+        rule = f"stale_interval_s = 1\n[[rules]]\nname = 'mine'\npattern = '^{re.escape(str(self.maps))}/'\n"
         return f"{rule}[http]\nenabled = true\nlibraries = '^{re.escape(str(self.tls.libraries))}/'\n{more}"
 
     def reload(self, config: str) -> None:
@@ -150,7 +161,7 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
     for side, errors in (("server", ""), ("client", "1")):
         assert found[side, f"{here}/users/*"][1:6] == ["GET", side, "2", "", ""]
         assert found[side, f"{here}/missing"][3:6] == ["1", errors, ""]
-        assert all(re.fullmatch(r"\d+\.\d ms", cell) for cell in found[side, f"{here}/users/*"][6:])
+        assert all(re.fullmatch(r"\d+ µs|\d+\.\d ms", cell) for cell in found[side, f"{here}/users/*"][6:])
     wait_until(lambda: figures(page)["flows"] == host.agent.get("/http").json["flows_seen"] > 6, 20, "all flows")
     stats, shown = host.agent.get("/http").json["stats"], figures(page)
     assert shown["joined late"] == stats["joined_late"] >= 1
@@ -186,6 +197,7 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
     other.page.wait_for_function("location.hash === '#http'")
     assert len(endpoints(other)) == len(host.agent.get("/http").json["endpoints"])
     assert other.page.evaluate("document.documentElement.scrollWidth") <= SMALL["width"]
+    assert other.page.evaluate(_IS_WHOLE, "users/*")
 
 
 def test_single_flows_are_on_the_page_where_the_configuration_says_so(host: Host, visit: Open) -> None:
@@ -228,17 +240,6 @@ def build_id_of(host: Host, path: Path) -> str:
 
 # ---- libraries and processes ---------------------------------------------------------------------
 
-#: Whether all of a base name can be seen: nothing of it is cut off, and it lies within the table.
-_IS_WHOLE = """name => {
-    const found = [...document.querySelectorAll('#table a')].find(one => one.textContent.endsWith('/' + name));
-    if (!found) return false;
-    const base = found.querySelector('.base'), box = base.getBoundingClientRect();
-    const row = found.closest('td').getBoundingClientRect();
-    const isWithin = box.left >= row.left && box.right <= row.right + 0.5 && box.bottom <= row.bottom + 0.5;
-    const isCut = base.scrollWidth > base.clientWidth || base.scrollHeight > base.clientHeight + 1;
-    return box.width > 0 && isWithin && !isCut;
-}"""
-
 
 @pytest.mark.parametrize("viewport", [SMALL, LARGE], ids=["400px", "1400px"])
 def test_the_base_name_of_a_library_is_shown_whole_however_deep_it_lies(
@@ -264,8 +265,10 @@ def test_links_name_a_library_by_path_and_build_id_and_a_process_by_pid_and_star
     link = page.page.evaluate("location.hash")
     assert re.fullmatch(rf"#library={re.escape(str(path))}&build_id=[0-9a-f]{{40}}", link)
     build_id = link.rpartition("=")[2]
-    for address in (link, f"#library={path}", f"#library&build_id={build_id}"):
-        other = visit(address, SMALL)
+    other = visit(link, SMALL)
+    assert str(mapper.pid) in other.details()
+    for address in (f"#library={path}", f"#library&build_id={build_id}"):
+        other.page.goto(f"http://127.0.0.1:{host.port}/{address}")
         assert str(mapper.pid) in other.details()
     # The same build in another file of this path: its rows would have the same link.
     shutil.copyfile(path, path.with_suffix(".new"))
@@ -279,8 +282,9 @@ def test_links_name_a_library_by_path_and_build_id_and_a_process_by_pid_and_star
         assert len({*links, link}) == 3
         pids = []
         for each in links:
-            details = visit(each).details()
-            assert "same build" in details
+            page.page.goto(f"http://127.0.0.1:{host.port}/{each}")
+            page.page.wait_for_selector("#details dt >> text=same build")
+            details = page.details()
             pids.append([one for one in (mapper.pid, second.pid) if re.search(rf"^{one}\b", details, re.MULTILINE)])
         assert sorted(pids) == sorted([[mapper.pid], [second.pid]])
         process = visit(f"#process={second.pid}")
@@ -315,11 +319,38 @@ def test_a_search_says_by_what_it_found_a_row_and_processes_have_users(
     assert large.page.locator("#search").input_value() == "mapper"
 
 
+def test_the_history_of_stale_files_has_when_one_was_replaced_and_when_its_process_ended(
+    host: Host, visit: Open, library: Callable[[str], Path], programs: Any, tmp_path: Path
+) -> None:
+    path = library("libold.so")
+    page = visit("#stale", SMALL)
+    page.page.wait_for_selector("#about >> text=Nothing is stale now")
+    with Mapper(programs["mapper"], tmp_path) as mapper:
+        mapper.map(path)
+        row = "#table tr:has-text('libold.so')"
+        other = visit("#libraries&search=libold")
+        other.wait_for_link(str(path))
+        library("libnew.so").rename(path)
+        page.page.wait_for_selector(f"{row} .badge >> text=replaced")
+        page.page.wait_for_selector("#about >> text=Stale now: 1 file in 1 process.")
+        other.page.wait_for_selector(".badge >> text=replaced")
+        page.page.check("#only")
+        page.page.click(f"{row} a >> nth=0")
+        page.page.wait_for_selector("#details dd >> text=replaced since it was mapped")
+        page.page.keyboard.press("Escape")
+        page.page.wait_for_function("location.hash === '#stale&only=1'")
+    page.page.wait_for_selector(row, state="detached")
+    page.page.uncheck("#only")
+    page.page.wait_for_selector(f"{row} >> text=was replaced")
+    large = visit("#stale&search=libold")
+    large.page.wait_for_selector(f"{row} >> text=the process ended or has it no more")
+
+
 def test_the_keyboard_goes_through_all_rows_and_back(
     host: Host, visit: Open, mapper: Mapper, library: Callable[[str], Path]
 ) -> None:
     first = library("libkey-000.so")
-    copies = (host.maps / f"libkey-{number:03d}.so" for number in range(1, 120))
+    copies = (host.maps / f"libkey-{number:03d}.so" for number in range(1, 60))
     paths = [first, *(shutil.copyfile(first, copy) for copy in copies)]
     for path in paths:
         mapper.map(path)
@@ -328,10 +359,10 @@ def test_the_keyboard_goes_through_all_rows_and_back(
     keyboard = page.page.keyboard
     keyboard.press("/")
     keyboard.type("libkey")
-    page.page.wait_for_selector("text=120 of")
+    page.page.wait_for_selector("text=60 of")
     page.page.wait_for_function("location.hash === '#libraries&search=libkey'")
     seen = set()
-    for _ in range(120):
+    for _ in range(60):
         keyboard.press("ArrowDown")
         seen.add(page.page.evaluate("document.activeElement.textContent"))
     assert seen == {str(path) for path in paths}
@@ -349,7 +380,7 @@ def test_the_keyboard_goes_through_all_rows_and_back(
     assert page.page.evaluate("document.activeElement.textContent") == top
     keyboard.press("End")
     keyboard.press("ArrowDown")
-    assert page.page.evaluate("document.activeElement.closest('tr').getAttribute('aria-rowindex')") == "121"
+    assert page.page.evaluate("document.activeElement.closest('tr').getAttribute('aria-rowindex')") == "61"
     keyboard.press("Escape")
     page.page.wait_for_function("location.hash === '#libraries'")
     assert page.page.locator("#search").input_value() == ""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
 from sowatch.inventory.roots import DirectoryState, RootKey
+from sowatch.inventory.stale_history import StaleHistory
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId, ProcessId
@@ -91,6 +92,7 @@ class StaleWatch:
 
     Attributes:
         answers: for each process and file that is stale or unknown; replaced as a whole.
+        history: what was stale from when to when.
         compared_ns: the wall clock at the end of the last pass, in ns since the epoch; None before the first.
         seconds: how long the last pass took.
         is_complete: whether the last pass has compared all that was due.
@@ -113,6 +115,7 @@ class StaleWatch:
         self._states: dict[tuple[RootKey, str], DirectoryState | None] = {}
         self._stale: dict[_Key, tuple[Mapped, StaleAnswer]] = {}
         self.answers: Mapping[_Key, StaleAnswer] = {}
+        self.history = StaleHistory()
         self.compared_ns: int | None = None
         self.seconds = 0.0
         self.is_complete = False
@@ -176,7 +179,9 @@ class StaleWatch:
             looked = self._look_at(due, mapped, begun_s)
             changes = self._take(mapped, looked)
             self.is_complete = len(looked) == len(due)
-            self.compared_ns = time.time_ns()
+            now_ns, is_first = time.time_ns(), self.compared_ns is None
+            self.history.add(changes, now_ns, is_first=is_first)
+            self.compared_ns = now_ns
             self.seconds = time.monotonic() - begun_s
         if changes and self._on_change is not None:
             self._on_change(changes)

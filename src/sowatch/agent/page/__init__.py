@@ -1,13 +1,15 @@
 """The inventory page: one self-contained page, and the feed of changes behind it.
 
-`routes` is all that the agent needs: the page at ``/``, its files and ``/page/updates``. Everything is read-only. The
-page also asks the agent's ``/explain`` for why something is, or is not, covered, and ``/http`` for endpoints.
+`routes` is all that the agent needs: the page at ``/``, its files, ``/page/updates`` and ``/page/stale``. Everything is
+read-only. The page also asks the agent's ``/explain`` for why something is, or is not, covered, and ``/http`` for
+endpoints.
 
 The files in ``assets`` are sent as they are: no build step, nothing from elsewhere, no script in the HTML.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Final
@@ -17,7 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sowatch.agent.page.feed import CallSums, Feed, FeedResponse
+from sowatch.agent.page.spells import history_dict
 from sowatch.inventory.inventory import Inventory
+from sowatch.model.encoding import dumps
 
 __all__ = ["HEADERS", "MAX_STREAMS", "routes"]
 
@@ -40,7 +44,7 @@ MAX_STREAMS: Final = 256
 _TYPES: Final = {"css": "text/css", "html": "text/html", "js": "text/javascript"}
 _SCRIPTS: Final = (
     *("address", "charts", "details", "feed", "http", "page"),
-    *("patch", "search", "table", "text", "views"),
+    *("patch", "polled", "search", "stale", "table", "text", "views"),
 )
 _FILES: Final = {
     "/": "index.html",
@@ -50,7 +54,7 @@ _FILES: Final = {
 
 
 def routes(inventory: Inventory, calls: CallSums = dict) -> list[Route]:
-    """Routes for the agent's application: ``/``, ``/page/FILE`` and ``/page/updates``.
+    """Routes for the agent's application: ``/``, ``/page/FILE``, ``/page/updates`` and ``/page/stale``.
 
     Args:
         inventory: started by the caller, and closed by it before the server ends: streams end with it.
@@ -64,8 +68,17 @@ def routes(inventory: Inventory, calls: CallSums = dict) -> list[Route]:
             return JSONResponse({"error": error}, status_code=503, headers=HEADERS | {"Retry-After": "10"})
         return FeedResponse(feed, headers=HEADERS)
 
+    async def stale(_: Request) -> Response:
+        inventory.stale.ask()
+        body = await asyncio.to_thread(lambda: dumps(history_dict(inventory.stale)).encode("ascii"))
+        return Response(body, media_type="application/json", headers=HEADERS)
+
     files = [Route(path, _file(name), methods=["GET"]) for path, name in _FILES.items()]
-    return [*files, Route("/page/updates", updates, methods=["GET"])]
+    return [
+        *files,
+        Route("/page/updates", updates, methods=["GET"]),
+        Route("/page/stale", stale, methods=["GET"]),
+    ]
 
 
 def _file(name: str) -> Callable[[Request], Awaitable[Response]]:

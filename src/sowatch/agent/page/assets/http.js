@@ -1,9 +1,9 @@
 // HTTP flows inside TLS: the endpoints as the agent has them at `/http`, and what of them is not known.
 
 import { address } from "./address.js";
-import { element, name, orDash, restored, visible } from "./text.js";
-
-const EVERY_MS = 2000;
+import { Polled, stateOf } from "./polled.js";
+import { element, name, orDash, visible } from "./text.js";
+import { cutNodes } from "./views.js";
 
 /** What is counted beside the flows: title, what it means, and how it follows from the agent's figures. */
 const UNKNOWN = [
@@ -24,42 +24,10 @@ const LOST = [
   ["stream", "flows that are counted and were not published, because too many waited", (stats) => stats.unpublished],
 ];
 
-/** Asks the agent for its endpoints while the tab is shown. `changed()` comes after each answer. */
-export class HttpTab {
-  #changed;
-  #timer = 0;
-  #isShown = false;
-  /** What the agent answered last: undefined before that, null if it captures no HTTP. */
-  report;
-  error = "";
-
+/** The agent's endpoints, while the tab is shown; `report` is null if it captures no HTTP. */
+export class HttpTab extends Polled {
   constructor(changed) {
-    this.#changed = changed;
-    document.addEventListener("visibilitychange", () => this.#isShown && !document.hidden && this.show(true));
-  }
-
-  /** Whether the tab is shown: only then is the agent asked. */
-  show(isShown) {
-    this.#isShown = isShown;
-    clearTimeout(this.#timer);
-    if (isShown) this.#ask();
-  }
-
-  async #ask() {
-    const timer = (this.#timer = setTimeout(() => {}, 0));
-    try {
-      const answer = await fetch("/http", { headers: { Accept: "application/json" } });
-      if (answer.status === 404) throw new Error("This agent does not report HTTP flows.");
-      if (!answer.ok) throw new Error(`The agent answers with ${answer.status}; it is asked again.`);
-      this.report = JSON.parse(await answer.text(), restored);
-      this.error = "";
-    } catch (error) {
-      this.error = error instanceof TypeError ? "The agent does not answer; it is asked again." : error.message;
-    }
-    // Another question may be under way by now, or the tab no longer shown.
-    if (!this.#isShown || timer !== this.#timer) return;
-    this.#changed();
-    if (!document.hidden) this.#timer = setTimeout(() => this.#ask(), EVERY_MS);
+    super("/http", "This agent does not report HTTP flows.", changed);
   }
 
   /** The endpoints, each with a `key` that it keeps. */
@@ -78,7 +46,10 @@ const addressOf = (row) => address("endpoint", row.path, { side: row.side, metho
 /** One line that names an endpoint. */
 export const titleOf = (row) => `${row.method ?? "any method"} ${row.authority ?? ""}${row.path}`;
 const percentile = (value) => (value === null ? "–" : milliseconds(value));
-const milliseconds = (value) => (value < 1000 ? `${value.toFixed(1)} ms` : `${(value / 1000).toFixed(2)} s`);
+function milliseconds(value) {
+  if (value < 1) return `${Math.round(1000 * value)} µs`;
+  return value < 1000 ? `${value.toFixed(1)} ms` : `${(value / 1000).toFixed(2)} s`;
+}
 const badge = (count) => (count ? element("span", { class: "badge" }, count.toLocaleString("en")) : "");
 const number = (key, title, cell, className = "number") => ({ key, title, className, descends: true, cell, order: (row) => row[key] });
 
@@ -86,13 +57,14 @@ const number = (key, title, cell, className = "number") => ({ key, title, classN
 export const VIEW = {
   order: "flows",
   isDown: true,
+  placeholder: "host, path, method, side",
   only: { title: "only with errors", holds: (row) => row.errors > 0 },
   fields: (row) => [
     ["endpoint", titleOf(row)],
     ["side", row.side],
   ],
   columns: [
-    { key: "path", title: "Endpoint", className: "wide", cell: (row) => element("a", { href: addressOf(row), title: visible(titleOf(row)) }, name(`${row.authority ?? ""}${row.path}`)), order: (row) => `${row.authority ?? ""}${row.path}` },
+    { key: "path", title: "Endpoint", className: "wide", cell: (row) => element("a", { href: addressOf(row), title: visible(titleOf(row)), "aria-label": visible(`${row.authority ?? ""}${row.path}`) }, cutNodes(visible(row.authority ?? "") + visible(row.path), visible(row.authority ?? "").length)), order: (row) => `${row.authority ?? ""}${row.path}` },
     { key: "method", title: "Method", className: "method", cell: (row) => orDash(row.method), order: (row) => row.method },
     { key: "side", title: "Side", className: "side less", cell: (row) => row.side, order: (row) => row.side },
     number("flows", "Flows", (row) => row.flows.toLocaleString("en")),
@@ -112,8 +84,8 @@ const TURN_ON = [
 
 /** What stands above the table: the state in words, and each figure of what is not known. */
 export function aboutHttp({ report, error }) {
-  if (error) return [element("p", { class: "warning", role: "alert" }, visible(error))];
-  if (report === undefined) return [element("p", { role: "status" }, "asking the agent …")];
+  const waiting = stateOf({ report, error });
+  if (waiting) return waiting;
   if (report === null) return TURN_ON.map((one) => one.cloneNode(true));
   return [
     ...(report.running ? [] : [element("p", { class: "warning", role: "alert" }, "The capture has ended by itself: the agent's log has the reason. Restart the agent, or change [http].")]),

@@ -7,6 +7,7 @@ import { follow } from "./feed.js";
 import { aboutHttp, endpointFacts, flowsTable, HttpTab, titleOf, VIEW } from "./http.js";
 import { patch, whilePressed } from "./patch.js";
 import { matches, wordsOf } from "./search.js";
+import { aboutStale, StaleTab, staleView } from "./stale.js";
 import { Table } from "./table.js";
 import { element, name, orDash, visible } from "./text.js";
 import { baseName, Links, meanings, views } from "./views.js";
@@ -26,15 +27,24 @@ let asked = "";
 let hits = new Map();
 let words = [];
 
-const http = new HttpTab(() => {
-  showAboutHttp();
-  if (view === "http") showRows();
-  if (at("details").open) showDetails();
-});
+// What is asked for while its tab is shown, and what stands above the table there.
+const http = new HttpTab(renewTab);
+const TABS = { http: { source: http, about: aboutHttp }, stale: { source: new StaleTab(renewTab), about: aboutStale } };
+
+// Rows may be asked for before the agent has sent what is mapped.
+const linked = { library: (row) => links?.library(row) ?? "#", process: (row) => links?.process(row) ?? "#" };
+const searched = { hits: (row) => hits.get(row) ?? [], words: () => words };
 const VIEWS = {
-  ...views({ library: (row) => links.library(row), process: (row) => links.process(row) }, { hits: (row) => hits.get(row) ?? [], words: () => words, calls: (row) => inventory.callsOf(row.number) }),
+  ...views(linked, { ...searched, calls: (row) => inventory.callsOf(row.number) }),
+  stale: staleView(linked, searched),
   http: VIEW,
 };
+
+function renewTab() {
+  showAbout();
+  if (view in TABS) showRows();
+  if (at("details").open) showDetails();
+}
 
 const total = (title, value, className) => element("div", { class: className }, element("dt", {}, title), element("dd", {}, String(value)));
 
@@ -53,7 +63,7 @@ function showTotals() {
   );
 }
 
-const rowsOf = () => (view === "http" ? http.rows() : [...(inventory?.[view].values() ?? [])]);
+const rowsOf = () => TABS[view]?.source.rows() ?? [...(inventory?.[view].values() ?? [])];
 
 function showRows() {
   const { fields, only } = VIEWS[view];
@@ -72,9 +82,9 @@ function showRows() {
   table.show(found);
 }
 
-function showAboutHttp() {
-  at("about").hidden = view !== "http";
-  if (view === "http") patch(at("about"), aboutHttp(http));
+function showAbout() {
+  at("about").hidden = !(view in TABS);
+  if (view in TABS) patch(at("about"), TABS[view].about(TABS[view].source));
 }
 
 function showView(wanted) {
@@ -84,13 +94,13 @@ function showView(wanted) {
     table = new Table(at("table"), columns, { label: view, order, isDown, keyOf: (row) => row.key ?? row.number });
     at("only-title").textContent = only.title;
     at("search").placeholder = placeholder;
-    at("charts").hidden = view === "http";
+    at("charts").hidden = view in TABS;
     for (const each of Object.keys(VIEWS)) {
       if (each === view) at(`show-${each}`).setAttribute("aria-current", "page");
       else at(`show-${each}`).removeAttribute("aria-current");
     }
-    showAboutHttp();
-    http.show(view === "http");
+    showAbout();
+    for (const [each, { source }] of Object.entries(TABS)) source.show(each === view);
   }
   showRows();
 }
@@ -168,10 +178,7 @@ function showHttp(wanted) {
   else patch(at("facts"), [element("p", {}, "No flow of this endpoint was counted since [http] was turned on, or others have more.")]);
 }
 
-function flowProcess(process) {
-  const shown = name(`${process.comm ?? ""} ${process.pid}`);
-  return links ? element("a", { href: links.process(process) }, shown) : shown;
-}
+const flowProcess = (process) => element("a", { href: linked.process(process) }, name(`${process.comm ?? ""} ${process.pid}`));
 
 function showWhy(target, isNew) {
   if (!isNew) return;
@@ -217,7 +224,7 @@ function redraw() {
   showTotals();
   drawRates(at("rates"), inventory.seconds);
   drawSharers(at("sharers"), [...inventory.libraries.values()], links);
-  if (view !== "http") showRows();
+  if (!(view in TABS)) showRows();
   if (at("details").open) showDetails();
 }
 

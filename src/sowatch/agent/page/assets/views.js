@@ -17,7 +17,11 @@ export const baseName = (path) => visible(path.slice(path.lastIndexOf("/") + 1))
 /** A path, of which a page that has no space for all shows the base name. */
 export function pathNodes(path, words = []) {
   const text = visible(path);
-  const base = text.lastIndexOf("/") + 1;
+  return cutNodes(text, text.lastIndexOf("/") + 1, words);
+}
+
+/** `text`, visible already, of which a small page shows what stands from `base` on. */
+export function cutNodes(text, base, words = []) {
   const isLong = text.length - base > BEGIN + END;
   const [cut, tail] = isLong ? [base + BEGIN, text.length - END] : [text.length, text.length];
   const part = (className, from, to) => (from < to ? [element("span", { class: className }, ...marked(text, words, from, to))] : []);
