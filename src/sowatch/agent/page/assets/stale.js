@@ -38,7 +38,7 @@ export const staleView = (links, { hits, words }) => ({
   ],
   columns: [
     { key: "path", title: "Path", className: "wide", cell: (row) => [element("a", { href: links.library(row), title: visible(row.path), "aria-label": visible(row.path) }, pathNodes(row.path, words())), ...hitNodes(hits(row), words())], order: (row) => row.path },
-    { key: "process", title: "Process", className: "short", cell: (row) => element("a", { href: links.process(row) }, name(`${row.comm ?? ""} ${row.pid}`)), order: (row) => row.comm },
+    { key: "process", title: "Process", className: "short", cell: (row) => element("a", { href: links.process(row) }, name(`${row.pid} ${row.comm ?? ""}`)), order: (row) => row.pid },
     { key: "stale", title: "Stale", className: "short", cell: (row) => (row.until_ms === null ? element("span", { class: "badge", title: orDash(row.reason) }, row.stale) : element("span", {}, `was ${row.stale}`)), order: (row) => row.stale },
     { key: "since", title: "Noticed", className: "time less", descends: true, cell: (row) => stamp(row.since_ms), order: (row) => row.since_ms },
     { key: "lasted", title: "For", className: "short less", descends: true, cell: lasted, order: (row) => (row.until_ms ?? Date.now()) - row.since_ms },
