@@ -217,7 +217,7 @@ class Daemon:
         stack.callback(self._metrics.add_source(lambda: cut_off.add(hub.clients_cut_off - cut_off.get())))
         inventory = Inventory(self._watcher, stale=self._stale.watch)
         attachments = Attachments(self._actions, self._flows, self._watcher)
-        pages = routes(inventory, self._actions.tally.sums)
+        pages = routes(inventory, self._actions.tally.sums, self._stale.watch)
         app = WebApp(
             self._watcher,
             self._metrics,

@@ -218,11 +218,6 @@ class Inventory:
         """The last `HISTORY_S` seconds, oldest first."""
         return list(self._history)
 
-    @property
-    def stale(self) -> StaleWatch:
-        """What compares mapped files with the disk."""
-        return self._stale_watch
-
     def look(self) -> InventoryView:
         """The map as published now. Takes some 3 ms for a thousand mappings."""
         self._stale_watch.ask()

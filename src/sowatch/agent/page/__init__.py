@@ -21,6 +21,7 @@ from starlette.routing import Route
 from sowatch.agent.page.feed import CallSums, Feed, FeedResponse
 from sowatch.agent.page.spells import history_dict
 from sowatch.inventory.inventory import Inventory
+from sowatch.inventory.stale_watch import StaleWatch
 from sowatch.model.encoding import dumps
 
 __all__ = ["HEADERS", "MAX_STREAMS", "routes"]
@@ -53,12 +54,13 @@ _FILES: Final = {
 }
 
 
-def routes(inventory: Inventory, calls: CallSums = dict) -> list[Route]:
+def routes(inventory: Inventory, calls: CallSums = dict, stale: StaleWatch | None = None) -> list[Route]:
     """Routes for the agent's application: ``/``, ``/page/FILE``, ``/page/updates`` and ``/page/stale``.
 
     Args:
         inventory: started by the caller, and closed by it before the server ends: streams end with it.
         calls: what rules have counted, by file.
+        stale: has the history of stale files; None: there is no ``/page/stale``.
     """
     feed = Feed(inventory, calls)
 
@@ -68,17 +70,18 @@ def routes(inventory: Inventory, calls: CallSums = dict) -> list[Route]:
             return JSONResponse({"error": error}, status_code=503, headers=HEADERS | {"Retry-After": "10"})
         return FeedResponse(feed, headers=HEADERS)
 
-    async def stale(_: Request) -> Response:
-        inventory.stale.ask()
-        body = await asyncio.to_thread(lambda: dumps(history_dict(inventory.stale)).encode("ascii"))
+    files = [Route(path, _file(name), methods=["GET"]) for path, name in _FILES.items()]
+    made = [*files, Route("/page/updates", updates, methods=["GET"])]
+    return made if stale is None else [*made, Route("/page/stale", _history(stale), methods=["GET"])]
+
+
+def _history(stale: StaleWatch) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(_: Request) -> Response:
+        stale.ask()
+        body = await asyncio.to_thread(lambda: dumps(history_dict(stale)).encode("ascii"))
         return Response(body, media_type="application/json", headers=HEADERS)
 
-    files = [Route(path, _file(name), methods=["GET"]) for path, name in _FILES.items()]
-    return [
-        *files,
-        Route("/page/updates", updates, methods=["GET"]),
-        Route("/page/stale", stale, methods=["GET"]),
-    ]
+    return answer
 
 
 def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
