@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from sowatch.cli._list_columns import short, stale_text, user_name, word
 from sowatch.cli._list_entries import ListEntry
 from sowatch.cli._out import Out
-from sowatch.cli._table import aligned, write_table
+from sowatch.cli._table import Below, write_table
 from sowatch.inventory.restarts import RestartGroup, RestartTarget, StaleFile, restart_groups
 from sowatch.model.escape import one_line
 
 __all__ = ["library_table", "restart_table"]
-
-_INDENT: Final = "  "
 
 
 def library_table(out: Out, entries: Iterable[ListEntry], *, has_who: bool, has_package: bool, has_head: bool) -> None:
@@ -68,9 +66,8 @@ def _places(groups: Sequence[Sequence[ListEntry]]) -> list[str]:
     return found
 
 
-def _who(groups: Iterable[Sequence[ListEntry]]) -> tuple[str, list[list[str]]]:
-    """The head of the rows below, and those of each row."""
-    head = ("COMM", "USER", "UNIT OR CONTAINER", "PIDS")
+def _who(groups: Iterable[Sequence[ListEntry]]) -> Below:
+    """The rows below each row."""
     tables = []
     for group in groups:
         alike: dict[tuple[str, str, str], list[int]] = {}
@@ -79,7 +76,7 @@ def _who(groups: Iterable[Sequence[ListEntry]]) -> tuple[str, list[list[str]]]:
             where = "-" if entry.target.kind == "process" else one_line(entry.target.label)
             alike.setdefault((word(process.comm), user_name(process.uid), where), []).append(process.pid)
         tables.append([(*who, ",".join(map(str, sorted(set(pids))))) for who, pids in alike.items()])
-    return _below(head, tables)
+    return Below(("COMM", "USER", "UNIT OR CONTAINER", "PIDS"), tables)
 
 
 def restart_table(out: Out, entries: Iterable[ListEntry], *, by_container: bool, has_head: bool) -> None:
@@ -96,7 +93,7 @@ def restart_table(out: Out, entries: Iterable[ListEntry], *, by_container: bool,
     ]
     head = ("CONTAINER" if by_container else "UNIT OR CONTAINER", "PROCESSES", "RESTART")
     tables = [[_file_row(one) for group in below for one in group.files] for _, below in shown]
-    files = _below(("PID", "COMM", "STALE", "PACKAGE", "PATH"), tables, right=(0,))
+    files = Below(("PID", "COMM", "STALE", "PACKAGE", "PATH"), tables, right=(0,))
     write_table(out, head, rows, right=(1,), below=files, has_head=has_head)
 
 
@@ -123,14 +120,3 @@ def _restart(groups: Sequence[RestartGroup]) -> str:
 def _file_row(one: StaleFile) -> tuple[str, ...]:
     stale = one.answer.stale or "-"
     return str(one.process.pid), word(one.process.comm), stale, word(one.package), stale_text(one)
-
-
-def _below(
-    head: Sequence[str], tables: Sequence[Sequence[Sequence[str]]], *, right: Sequence[int] = ()
-) -> tuple[str, list[list[str]]]:
-    lines = [f"{_INDENT}{line}" for line in aligned([head, *(row for table in tables for row in table)], right=right)]
-    found, at = [], 1
-    for table in tables:
-        found.append(lines[at : at + len(table)])
-        at += len(table)
-    return lines[0], found
