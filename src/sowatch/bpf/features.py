@@ -14,9 +14,11 @@ from sowatch.bpf.binding import PROGRAMS, BpfObject, Tracefs, libbpf_version, pr
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LibbpfMissing, TracefsNotMounted
 
-__all__ = ["Answer", "Probe", "run_probes"]
+__all__ = ["UNTRIED", "Answer", "Probe", "run_probes"]
 
 Answer = Literal["yes", "no", "unknown"]
+#: The detail of what is not known because it could not be tried.
+UNTRIED: Final = "this user may not try it, or the kernel gave no clear answer"
 
 # linux/bpf.h
 _MAP_RINGBUF: Final = 27
@@ -28,12 +30,13 @@ _HELPER_LOOP: Final = 181
 
 
 class Probe(NamedTuple):
-    """One question put to the kernel. ``needed_for`` says what is lost without it."""
+    """One question put to the kernel. ``needed_for`` says what is lost without it, ``feature`` of what."""
 
     name: str
     answer: Answer
     detail: str
     needed_for: str
+    feature: Literal["watching", "probing"] = "watching"
 
 
 def run_probes(config: Config) -> list[Probe]:
@@ -90,7 +93,7 @@ def _ask(name: str, needed_for: str, ask: Callable[[], bool | None]) -> Probe:
     return Probe(
         name,
         _answer(value),
-        "" if value is not None else "this user may not try it, or the kernel gave no clear answer",
+        "" if value is not None else UNTRIED,
         needed_for,
     )
 

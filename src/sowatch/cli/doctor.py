@@ -10,10 +10,13 @@ Exit codes: 0 something can watch; 3 only permission is missing; 1 otherwise.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from textwrap import wrap
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import Struct
 from msgspec.structs import asdict
@@ -29,6 +32,8 @@ from sowatch.model.errors import LoadAttempt, NotPermitted, SowatchError
 from sowatch.model.escape import visible
 from sowatch.model.lines import SCHEMA
 
+#: Behind whatever could not be tried.
+_MAY_NOT_LOAD: Final = "this user may not load BPF programs (CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN), so not tried"
 _LOOKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
 
 
@@ -43,6 +48,8 @@ class _Probe(Protocol):
     def detail(self) -> str: ...
     @property
     def needed_for(self) -> str: ...
+    @property
+    def feature(self) -> str: ...
 
 
 class _Plan(Protocol):
@@ -204,46 +211,87 @@ def _examine(config: Config, host: Host, examiner: Callable[[], Examiner]) -> _R
 
 # --- for people ---------------------------------------------------------------------------------
 
-#: (heading or name, value, look of the value); a heading has no value.
-_Row = tuple[str, str | None, str]
+#: Of a pipe; a terminal has its own, up to the second.
+_WIDTH: Final = 80
+_MOST_WIDTH: Final = 120
+_LEAST_WIDTH: Final = 40
+#: What each feature is, and which commands use it.
+_FEATURES: Final = {
+    "watching": "watching uses no uprobes: watch, run, list, top, audit, explain, serve",
+    "probing": "probing functions uses uprobes: trace, http, rules of serve that count or attach",
+}
+
+
+class _Row(NamedTuple):
+    """A name and its value with its look; without a value a heading, without a name a paragraph."""
+
+    name: str
+    value: str | None = None
+    look: str = ""
 
 
 def _write(report: _Report, out: Out) -> None:
-    rows = [*_host_rows(report), *_probe_rows(report), *_decision_rows(report), *_risk_rows(report)]
-    width = max(len(name) for name, value, _ in rows if value is not None)
+    sections = [
+        [_Row("this machine"), *_machine_rows(report)],
+        [_Row("this user"), *_user_rows(report)],
+        [_Row(_FEATURES["watching"]), *_decision_rows(report), *_probe_rows(report, "watching")],
+        [_Row(_FEATURES["probing"]), *_probe_rows(report, "probing"), *_risk_rows(report, "probing")],
+    ]
     if out.is_terminal:
         from rich.text import Text
 
         from sowatch.cli._live import terminal_console
 
-        text = Text()
-        for name, value, look in rows:
-            if value is None:
-                text.append(f"{name}\n", "bold")
-            else:
-                text.append(f"  {name:<{width}} ").append(f"{value}\n", look)
-        terminal_console(out).print(text, end="")
+        console, text = terminal_console(out), Text()
+        for line, start, look in _lines(sections, max(_LEAST_WIDTH, min(console.width, _MOST_WIDTH))):
+            text.append(line[:start]).append(f"{line[start:]}\n", look)
+        console.print(text, end="")
     else:
-        for name, value, _ in rows:
-            out.write(f"{name}\n" if value is None else f"  {name:<{width}} {value}\n")
+        for line, _, _ in _lines(sections, _WIDTH):
+            out.write(f"{line}\n")
     out.flush()
 
 
-def _host_rows(report: _Report) -> list[_Row]:
+def _lines(sections: Sequence[Sequence[_Row]], width: int) -> Iterator[tuple[str, int, str]]:
+    """Lines no wider than ``width``; of each where its value begins, and the look of that."""
+    for rows in sections:
+        names = max((len(name) for name, value, _ in rows if value is not None), default=0)
+        for name, value, look in rows:
+            start = 0 if value is None else 4 if not name else names + 3
+            lead = "" if value is None else f"  {name:<{names}} " if name else " " * 4
+            for line in wrap(name if value is None else value, width - start, break_on_hyphens=False) or [""]:
+                yield lead + line, start, "bold" if value is None else look
+                lead = " " * start
+
+
+def _machine_rows(report: _Report) -> list[_Row]:
+    host = report.host
+    rows = [
+        ("kernel", visible(f"{host.release} {host.machine}"), ""),
+        ("BTF of the kernel", host.btf or "no", "" if host.btf else "yellow"),
+        ("libbpf", report.libbpf or "missing", "" if report.libbpf else "red"),
+        ("tracefs", _tracefs(report), ""),
+        ("lockdown", host.lockdown or "unknown (no securityfs)", ""),
+        ("LSMs", "unknown (no securityfs)" if host.lsms is None else visible(" ".join(host.lsms)), ""),
+        ("unprivileged BPF", _unprivileged(host.unprivileged_bpf_disabled), ""),
+    ]
+    return [_Row(*row) for row in rows]
+
+
+def _tracefs(report: _Report) -> str:
+    if report.host.tracefs is not None:
+        return visible(report.host.tracefs)
+    # Who may mount gets a mount of its own, which nobody else sees.
+    is_read = any(probe.name.startswith("tracefs") and probe.answer == "yes" for probe in report.probes)
+    return "not mounted, and need not be: sowatch reads it by a mount of its own" if is_read else "not mounted"
+
+
+def _user_rows(report: _Report) -> list[_Row]:
     host = report.host
     held = host.capabilities
     capabilities = "unknown" if held is None else " ".join(held) or "none"
     memlock = "unlimited" if host.memlock_bytes is None else f"{host.memlock_bytes} bytes"
-    return [
-        ("this machine", None, ""),
-        ("kernel", visible(f"{host.release} {host.machine}"), ""),
-        ("BTF of the kernel", host.btf or "no", "" if host.btf else "yellow"),
-        ("libbpf", report.libbpf or "missing", "" if report.libbpf else "red"),
-        ("tracefs", "not mounted where we see it" if host.tracefs is None else visible(host.tracefs), ""),
-        ("lockdown", host.lockdown or "unknown (no securityfs)", ""),
-        ("LSMs", "unknown (no securityfs)" if host.lsms is None else visible(" ".join(host.lsms)), ""),
-        ("unprivileged BPF", _unprivileged(host.unprivileged_bpf_disabled), ""),
-        ("this user", None, ""),
+    rows = [
         ("user", f"{host.uid}" if host.user is None else f"{visible(host.user)} ({host.uid})", ""),
         ("capabilities", capabilities, ""),
         ("may load programs", *_answer(host.may_load)),
@@ -252,6 +300,7 @@ def _host_rows(report: _Report) -> list[_Row]:
         ("seccomp", host.seccomp or "unknown", ""),
         ("locked memory limit", memlock, ""),
     ]
+    return [_Row(*row) for row in rows]
 
 
 def _unprivileged(value: int | None) -> str:
@@ -264,32 +313,63 @@ def _answer(value: bool | None) -> tuple[str, str]:
     return word, _LOOKS[word]
 
 
-def _probe_rows(report: _Report) -> list[_Row]:
-    rows: list[_Row] = [("probes", None, "")]
-    for probe in report.probes:
-        detail = f": {visible(probe.detail)}" if probe.detail else ""
-        rows.append(
-            (visible(probe.name), f"{probe.answer:<7} for {probe.needed_for}{detail}", _LOOKS.get(probe.answer, ""))
-        )
-    if not report.probes:
-        rows.append(("none", "could be run", "red"))
+def _probe_rows(report: _Report, feature: str) -> list[_Row]:
+    probes = [_judged(probe, report.host) for probe in report.probes if probe.feature == feature]
+    rows = []
+    for first, *others in _by_reason(probes):
+        answer, look = first.answer, _LOOKS.get(first.answer, "")
+        if others:
+            names = "; ".join(visible(probe.name) for probe in (first, *others))
+            rows.append(_Row(answer, f"{visible(first.detail)}: {names}", look))
+        else:
+            why = f": {visible(first.detail)}" if first.detail else ""
+            rows.append(_Row(visible(first.name), f"{answer:<7} for {first.needed_for}{why}", look))
+    if not probes and feature == "watching":
+        rows.append(_Row("probes", "none could be run", "red"))
     return rows
 
 
+class _Judged(NamedTuple):
+    """A probe, its answer and its reason once it is known what this user may do."""
+
+    name: str
+    answer: str
+    detail: str
+    needed_for: str
+
+
+def _judged(probe: _Probe, host: Host) -> _Judged:
+    from sowatch.bpf.features import UNTRIED
+
+    is_refused = probe.detail == UNTRIED or probe.detail.endswith(os.strerror(errno.EPERM))
+    if probe.answer != "yes" and is_refused and host.may_load is False:
+        return _Judged(probe.name, "unknown", _MAY_NOT_LOAD, probe.needed_for)
+    return _Judged(probe.name, probe.answer, probe.detail, probe.needed_for)
+
+
+def _by_reason(probes: Sequence[_Judged]) -> list[list[_Judged]]:
+    """Probes together of which one reason is behind the answers; others and a ``yes`` are alone."""
+    groups: dict[object, list[_Judged]] = {}
+    for probe in probes:
+        key = probe.name if probe.answer == "yes" or not probe.detail else (probe.answer, probe.detail)
+        groups.setdefault(key, []).append(probe)
+    return list(groups.values())
+
+
 def _decision_rows(report: _Report) -> list[_Row]:
-    rows: list[_Row] = [("decision", None, "")]
     plan = report.plan
+    rows = []
     if plan is not None and plan.strategy:
         hooks = "" if plan.hooks is None else f", {plan.hooks} hooks"
-        rows.append(("strategy", f"{plan.strategy} ({plan.guarantee}{hooks})", "bold green"))
+        rows.append(_Row("strategy", f"{plan.strategy} ({plan.guarantee}{hooks})", "bold green"))
     else:
-        rows.append(("strategy", "none", "bold red"))
-    rows += [("limit", visible(limit), "") for limit in (plan.limits if plan is not None else ())]
+        rows.append(_Row("strategy", "none", "bold red"))
+    rows += [_Row("limit", visible(limit)) for limit in (plan.limits if plan is not None else ())]
     for attempt in plan.attempts if plan is not None else ():
         word = "works" if attempt.ok else visible(attempt.error or "does not work")
-        rows.append((f"tried {attempt.strategy}", word, "green" if attempt.ok else "yellow"))
+        rows.append(_Row(f"tried {attempt.strategy}", word, "green" if attempt.ok else "yellow"))
     if report.remedy:
-        rows.append(("next step", visible(report.remedy), ""))
+        rows.append(_Row("next step", visible(report.remedy)))
     return rows
 
 
@@ -297,20 +377,19 @@ def _number(release: tuple[int, int]) -> str:
     return ".".join(map(str, release))
 
 
-def _risk_rows(report: _Report) -> list[_Row]:
-    rows: list[_Row] = [("risks reported by others, not seen here", None, "")]
+def _risk_rows(report: _Report, feature: str) -> list[_Row]:
+    rows = [_Row("  reported by others of this, not seen here:")]
     for risk in KNOWN_RISKS:
+        if risk.feature != feature:
+            continue
         here = risk_here(risk, report.host)
         since = "" if risk.first_release is None else f"kernels from {_number(risk.first_release)}"
         if risk.fixed_release is not None:
             since += f" until {_number(risk.fixed_release)}"
-        where = (
-            " ".join(
-                part for part in (since, risk.machine or "", "with preemption" if risk.only_preemptible else "") if part
-            )
-            or "any kernel"
-        )
+        parts = (since, risk.machine or "", "with preemption" if risk.only_preemptible else "")
+        where = " ".join(filter(None, parts)) or "any kernel"
         like = {True: "like this one", False: "not this one", None: "perhaps this one"}[here]
-        rows.append((risk.name, f"{where} ({like}); {risk.concerns}", "yellow" if here else "dim"))
-        rows.append(("", f"{risk.text} [{', '.join(risk.sources)}]", "dim"))
-    return rows
+        rows.append(_Row(risk.name, f"{where} ({like})", "yellow" if here else "dim"))
+        rows.append(_Row("", risk.text, "dim"))
+        rows.append(_Row("", ", ".join(risk.sources), "dim"))
+    return rows if len(rows) > 1 else []

@@ -11,7 +11,7 @@ import pwd
 import re
 import resource
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from msgspec import Struct
 
@@ -146,7 +146,7 @@ class Risk(Struct, frozen=True):
 
     ``first_release`` is the first kernel it is reported for, ``fixed_release`` the first that has an answer to it (a
     stable kernel before may have it, too), ``machine`` the only architecture,
-    ``concerns`` the commands that use what it is about.
+    ``concerns`` the commands that use what it is about, ``feature`` what doctor shows it with.
     """
 
     name: str
@@ -157,6 +157,7 @@ class Risk(Struct, frozen=True):
     fixed_release: tuple[int, int] | None = None
     machine: str | None = None
     only_preemptible: bool = False
+    feature: Literal["watching", "probing"] = "probing"
 
 
 KNOWN_RISKS: Final[Sequence[Risk]] = (

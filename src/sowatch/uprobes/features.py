@@ -8,7 +8,7 @@ import os
 from typing import Final
 
 from sowatch.bpf.binding import PROGRAMS
-from sowatch.bpf.features import Answer, Probe
+from sowatch.bpf.features import UNTRIED, Answer, Probe
 from sowatch.bpf.probe_object import ProbeObject, has_attach_cookie, has_uprobe_multi, may_return_probe_kill
 from sowatch.linux.capabilities import SYS_ADMIN, effective_capabilities, without
 from sowatch.model.errors import BpfError
@@ -95,7 +95,7 @@ def run_probes() -> list[Probe]:
     ]
     detail = {
         True: "perf-event uprobes ask for CAP_SYS_ADMIN here (CVE-2025-38466); uprobe.multi does not",
-        None: "this user may not try it",
+        None: UNTRIED,
     }.get(needs_admin, "")
     without_admin = None if needs_admin is None else not needs_admin
     needed_for = "trace and an agent without CAP_SYS_ADMIN" + ("; not used, as uprobe.multi is there" if multi else "")
@@ -104,8 +104,7 @@ def run_probes() -> list[Probe]:
     seccomp = (
         "a filter that does not know uretprobe(2) ends the process (6.11 until 6.14): return instructions are probed"
     )
-    return [
-        *found,
+    found += [
         Probe("perf-event uprobes with CAP_PERFMON", _answer(without_admin), detail, needed_for),
         Probe(
             "return probes below seccomp filters",
@@ -114,6 +113,7 @@ def run_probes() -> list[Probe]:
             "times of calls in sandboxed processes by the kernel's return probes",
         ),
     ]
+    return [one._replace(feature="probing") for one in found]
 
 
 def _answer(value: bool | None) -> Answer:
@@ -121,4 +121,4 @@ def _answer(value: bool | None) -> Answer:
 
 
 def _untried(value: bool | None) -> str:
-    return "" if value is not None else "this user may not try it, or the kernel gave no clear answer"
+    return "" if value is not None else UNTRIED

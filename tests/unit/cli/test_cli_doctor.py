@@ -14,6 +14,7 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sowatch.bpf.features import UNTRIED
 from sowatch.cli import doctor
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
@@ -29,6 +30,7 @@ class Probe:
     answer: str
     detail: str = ""
     needed_for: str = "core"
+    feature: str = "watching"
 
 
 class Plan(Struct, frozen=True):
@@ -219,6 +221,81 @@ def test_a_decision_that_ends_with_not_permitted_is_exit_code_3(examined: Any) -
     error = NotPermitted("cannot load BPF programs", "CAP_BPF is missing", "Run it as root.")
 
     assert examined(Kernel(error=error))[0] == 3
+
+
+def section(text: str, heading: str) -> list[str]:
+    """The lines below a heading, up to the next one."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(heading)) + 1
+    rest = [number for number in range(first, len(lines)) if not lines[number].startswith(" ")]
+    return lines[first : min(rest, default=len(lines))]
+
+
+def test_text_is_wrapped_at_80_columns_below_its_column(examined: Any) -> None:
+    long = " ".join(f"reason{number}" for number in range(30))
+    _, text, _ = examined(Kernel(probes=[Probe("ring buffer", "no", long), Probe("a", "yes")]))
+
+    assert max(map(len, text.splitlines())) <= 80
+    lines = section(text, "watching uses no uprobes")
+    first = next(number for number, line in enumerate(lines) if "ring buffer" in line)
+    start = lines[first].index("no      for core:")
+    assert lines[first + 1].startswith(" " * start + "reason")
+    assert re.findall(r"reason\d+", text) == long.split()
+
+
+def test_risks_stand_below_the_feature_that_they_belong_to(examined: Any) -> None:
+    _, text, _ = examined(Kernel(probes=[Probe("map", "yes"), Probe("uprobes", "yes", feature="probing")]))
+
+    watching = "\n".join(section(text, "watching uses no uprobes"))
+    probing = "\n".join(section(text, "probing functions uses uprobes"))
+    assert "map" in watching
+    assert "uprobes" in probing
+    for risk in KNOWN_RISKS:
+        assert risk.name in probing
+        assert risk.name not in watching
+
+
+def test_one_reason_behind_several_probes_is_given_once(examined: Any) -> None:
+    refused = "loading: Operation not permitted"
+    probes = [Probe(name, "no", refused) for name in ("first", "second")]
+    _, text, _ = examined(Kernel(probes=[*probes, Probe("third", "no", "other"), Probe("fourth", "yes", refused)]))
+
+    joined = " ".join(" ".join(section(text, "watching uses no uprobes")).split())
+    assert f"no {refused}: first; second" in joined
+    assert "third no for core: other" in joined
+    assert f"fourth yes for core: {refused}" in joined
+
+
+def test_what_could_not_be_tried_for_want_of_a_capability_is_unknown_not_missing(
+    examined: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = replace(read_host(ProcFs()), capabilities=())
+    monkeypatch.setattr(doctor, "read_host", lambda _: host)
+    probes = [Probe("first", "no", "loading: Operation not permitted"), Probe("second", "unknown", UNTRIED)]
+    _, text, _ = examined(Kernel(probes=probes))
+
+    joined = " ".join(" ".join(section(text, "watching uses no uprobes")).split())
+    assert "unknown this user may not load BPF programs" in joined
+    assert "not tried: first; second" in joined
+
+
+@pytest.mark.parametrize(
+    ("mounted", "answer", "said"),
+    [
+        ("/sys/kernel/tracing", "yes", "/sys/kernel/tracing"),
+        (None, "yes", "not mounted, and need not be: sowatch reads it by a mount of its own"),
+        (None, "unknown", "not mounted"),
+    ],
+)
+def test_tracefs_is_not_said_to_be_missing_where_it_is_read(
+    examined: Any, monkeypatch: pytest.MonkeyPatch, mounted: str | None, answer: str, said: str
+) -> None:
+    host = replace(read_host(ProcFs()), tracefs=mounted)
+    monkeypatch.setattr(doctor, "read_host", lambda _: host)
+    _, text, _ = examined(Kernel(probes=[Probe("tracefs with system call tracepoints", answer, "why")]))
+
+    joined = " ".join(" ".join(section(text, "this machine")).split())
+    assert f" tracefs {said} lockdown " in joined
 
 
 # --- risks --------------------------------------------------------------------------------------
