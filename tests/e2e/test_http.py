@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +19,7 @@ from typing import Any
 import pytest
 
 from support import http_table
-from support.tls import ASYNCIO_SERVER, LIBRARIES, NODE_CLIENT, PYTHON_SERVER, Server, Tap, Tls, find
+from support.tls import ASYNCIO_SERVER, LIBRARIES, NODE_CLIENT, PYTHON_SERVER, Server, Tap, Tls, find, free_port
 
 PATHS = ("/one", "/two?q=1", "/missing", "/four")
 
@@ -490,6 +493,56 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     assert lines[-1]["event"] == "http_stats"
     assert {one["side"] for one in lines[:-1]} <= {"server"}
     assert not any("?" in one["path"] for one in lines[:-1])
+
+
+def test_the_session_of_the_readme_as_it_is_typed(tmp_path: Path, spawn: Any, wait_until: Any) -> None:
+    """From an empty environment, in each shell of the machine; the directory and the port are the test's."""
+    place, port = tmp_path / "shop", free_port()
+    root = Path(__file__).resolve().parents[2]
+    session = (root / "README.md").read_text(encoding="utf-8").partition("## HTTP inside TLS")[2].partition("## How")[0]
+    typed = [line[2:] for line in session.splitlines() if line.startswith("$ ")]
+    (pattern,) = re.findall(r"sowatch http '(.*)'", typed[0])
+    shown = re.findall(r"^[0-9:]+ (server|client) +\S+ +(\d+) +\S+ (\S+) +(\S+)", session, flags=re.MULTILINE)
+    assert len(shown) == 8
+
+    def moved(text: str) -> str:
+        return text.replace("/tmp/shop", str(place)).replace("8443", str(port))
+
+    shop = spawn([root / "scripts" / "shop", place, str(port)], stdout=subprocess.PIPE, text=True)
+    assert "Ctrl-C ends it" in shop.stdout.readline()
+
+    def is_open() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(is_open, what="the shop is open")
+    watched = [sys.executable, "-m", "sowatch", "http", moved(pattern)]
+    command = spawn(watched, stdout=subprocess.PIPE, bufsize=0)  # what is read is no more than is shown
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    for shell in filter(shutil.which, ("dash", "bash", "zsh")):
+        lines: list[str] = []
+        while len(lines) < len(shown):  # until the library is attached
+            script = moved("\n".join(typed[1:]))
+            done = subprocess.run([shell, "-c", script], env=environment, capture_output=True, check=False, timeout=60)
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            lines = flow_lines(command, len(shown))
+        found = re.findall(
+            r"^[0-9:]+ (server|client) +\S+ +(\d+) +\S+ (\S+) +(\S+)", "".join(lines), flags=re.MULTILINE
+        )
+        assert Counter(found) == Counter((*one[:3], moved(one[3])) for one in shown), shell
+    shop.send_signal(signal.SIGTERM)
+    assert shop.wait(timeout=20) == 0
+    assert not place.exists()
+
+
+def flow_lines(command: Any, number: int) -> list[str]:
+    """Up to so many lines of a command, as long as they come."""
+    found: list[str] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(command.stdout, selectors.EVENT_READ)
+        while len(found) < number and selector.select(3):
+            found.append(command.stdout.readline().decode())
+    return found
 
 
 def test_a_summary_for_people(tls: Tls) -> None:
