@@ -249,6 +249,39 @@ def test_peers_of_connections_over_memory_are_those_that_the_bytes_go_to(tls: Tl
     assert ports == authorities
 
 
+#: Rounds of requests to each of some servers at once, on one thread, each over a connection of its own that is freed.
+NODE_AT_ONCE = """
+const https = require("https"), fs = require("fs"), [, ca, rounds, ...ports] = process.argv;
+const agent = new https.Agent({keepAlive: false, ca: fs.readFileSync(ca), maxCachedSessions: 0});
+const ask = (port, round) => new Promise((resolve) =>
+  https.get(`https://127.0.0.1:${port}/${port}/${round}`, {agent}, (response) => {
+    response.resume(); response.on("end", resolve);
+  }));
+(async () => {
+  for (let round = 0; round < Number(rounds); round++) await Promise.all(ports.map((port) => ask(port, round)));
+})();
+"""
+
+
+def test_connections_of_node_that_go_on_at_once_have_each_its_own_peer(tls: Tls, tap: Tap) -> None:
+    """OBI #2998: TLSWrap of node encrypts into memory; objects are freed, and their addresses come again."""
+    files = tls.hold_node()
+    servers = [tls.python() for _ in range(3)]
+    tap.wait_attached(files)
+    words = (str(tls.node_binary()), "-e", NODE_AT_ONCE, str(tls.certificate), "8", *(str(one.port) for one in servers))
+    tls.run(*words)
+    found = [one.flow for one in tap.wait_for("client", 24)]
+    assert len(found) == 24
+    assert Counter(one.path for one in found) == Counter(
+        f"/{one.port}/{round_}" for one in servers for round_ in range(8)
+    )
+    known = [one for one in found if one.peer]
+    assert all(one.path and one.peer and one.path.startswith(f"/{one.peer.port}/") for one in known)
+    # The first flow without a peer shows that there are memory BIOs; those under way then may have none, either.
+    assert len(known) >= 24 - 6
+    assert len({one.key.pointer for one in found}) < 24, "no address was used again, so nothing was tested"
+
+
 def test_sizes_are_those_of_the_bodies_however_large(tls: Tls, tap: Tap) -> None:
     server = tls.nginx()
     tap.wait_attached()

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from sowatch.explain.probing import tls_answer
 from sowatch.http.taps import HttpFlow
+from sowatch.linux.proc import ProcFs
+from sowatch.linux.tls_libraries import TlsLook, look_for_tls
 from support import http_table
 from support import https_programs as programs
 from support.tls import LIBRARIES, Server, Tap, Tls, find, free_port, library
@@ -300,6 +303,26 @@ def test_grpc_has_its_method_and_the_status_of_its_trailers(bench: Bench) -> Non
         assert [(one.flow.request_bytes, one.flow.response_bytes) for one in found] == [(10, 15), (10, 0)]
         assert found[0].library is not None
         http_table.passed(found[0].library.path, side, "grpclib", "HTTP/2")
+
+
+def test_a_client_of_grpcio_has_no_flows_and_its_server_has(bench: Bench, spawn: Any) -> None:
+    """Its BoringSSL is within one of its own files, and stripped: `sowatch explain` says so."""
+    server = bench.python[programs.GRPC_SERVER]
+    client = spawn(
+        [sys.executable, "-c", programs.GRPCIO_CLIENT, str(server.port), str(bench.tls.certificate)],
+        env=bench.tls.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert client.stdout.readline() == b"\n"
+    (found,) = bench.flows("server", server, 1)
+    assert (found.flow.path, found.flow.status, found.flow.grpc_status) == ("/demo.Demo/Hello", 200, 0)
+    assert (found.flow.request_bytes, found.flow.response_bytes) == (10, 15)
+    assert bench.tap.of("client") == []
+    look = look_for_tls(ProcFs(), client.pid)
+    assert isinstance(look, TlsLook)
+    assert [one for one in look.files if "cygrpc" in one.path] == []
+    assert tls_answer(look, ()).state == "no_tls"
 
 
 def test_a_websocket_ends_the_flow(bench: Bench) -> None:

@@ -11,6 +11,7 @@ __all__ = [
     "AIOHTTP_CLIENT",
     "AIOHTTP_SERVER",
     "CONNECT_PROXY",
+    "GRPCIO_CLIENT",
     "GRPC_CLIENT",
     "GRPC_SERVER",
     "HYPERCORN_SERVER",
@@ -237,7 +238,7 @@ import asyncio, ssl, sys
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.encoding.base import CodecBase
 class Bytes(CodecBase):
-    __content_subtype__ = "raw"
+    __content_subtype__ = "proto"
     def encode(self, message, message_type): return message
     def decode(self, data, message_type): return data
 """
@@ -271,6 +272,18 @@ async def main():
 asyncio.run(main())
 """
 )
+
+#: Of grpcio, whose BoringSSL is stripped: a port and a certificate; waits at the end.
+GRPCIO_CLIENT = """
+import grpc, sys
+from pathlib import Path
+port, certificate = sys.argv[1:]
+credentials = grpc.ssl_channel_credentials(Path(certificate).read_bytes())
+with grpc.secure_channel(f"127.0.0.1:{port}", credentials) as channel:
+    assert channel.unary_unary("/demo.Demo/Hello")(b"hello", timeout=30) == b"0123456789"
+    print(flush=True)
+    sys.stdin.readline()
+"""
 
 GRPC_CLIENT = (
     _GRPC
