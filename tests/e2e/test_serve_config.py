@@ -124,7 +124,7 @@ def test_a_hangup_reads_the_file_where_it_is_not_watched(new_agent: NewAgent, wa
         ("[[rules]]\npattern = '('\n", ["config.toml:2", "rules[1].pattern", "bad pattern"]),
         ("log_level = 'info'\nnonsense = 1\n", ["config.toml:2", "nonsense", "no such key"]),
         ("audit_interval_s = 'often'\n", ["config.toml:1", "audit_interval_s", "is not a number"]),
-        ("[[rules]\n", ["config.toml:1", "no TOML"]),
+        ("[[rules]\n", ["config.toml:1", "not valid TOML"]),
         ("[[sinks]]\ntype = 'file'\npath = '/nothing/here'\n", ["file sink", "No such file or directory"]),
     ],
 )

@@ -425,7 +425,7 @@ class _Reader:
             line = int(said["line"]) if said and said["line"] else self._text.count("\n") + 1
             what = (said["what"] if said else str(error)).lower()
             raise ConfigError(
-                "config", f"it is no TOML: {what}. Correct the line.", source=f"{self.name}:{line}"
+                "config", f"this is not valid TOML: {what}. Correct the line.", source=f"{self.name}:{line}"
             ) from error
 
     def line_of(self, path: Sequence[str | int]) -> int | None:

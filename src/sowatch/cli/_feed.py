@@ -12,6 +12,7 @@ from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._views import View
 from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.model.literals import EventKind
+from sowatch.model.plural import counted
 
 __all__ = ["Feed", "warn_of_fallback"]
 
@@ -108,7 +109,8 @@ class Feed:
             self._warn("the watch ended before it was stopped. The lines so far are right.")
             return 1
         if self._unrepaired:
-            self._warn(f"{self._unrepaired} events were lost and not made good before the end.")
+            were = "was" if self._unrepaired == 1 else "were"
+            self._warn(f"{counted(self._unrepaired, 'event')} {were} lost and not made good before the end.")
             return 1
         return 0
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from sowatch.linux.containers import container_id
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.escape import visible
+from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
     from sowatch.explain.probing import TlsAnswer
@@ -49,7 +50,7 @@ def why_no_flows(answer: wire_explain.Tls) -> str:
     if answer.reason is not None:
         said = f"{said.rstrip('.')}: {visible(answer.reason)}"
     if answer.calls:
-        said += f" ({answer.calls} calls, {answer.flows} flows)"
+        said += f" ({counted(answer.calls, 'call')}, {counted(answer.flows, 'flow')})"
     return said + "".join(f" {visible(path)}" for path in answer.libraries[:3])
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from sowatch.model.escape import visible
 from sowatch.model.events import Event, Library, LibraryEvent, Lost, Process, Ready, Repaired, Stopped
+from sowatch.model.plural import counted
 
 __all__ = ["Pieces", "pieces_of", "plain"]
 
@@ -77,17 +78,13 @@ def _library(library: Library) -> Pieces:
 
 def _control(event: Event) -> tuple[str, str]:
     if isinstance(event, Ready):
-        found = f"{_count(event.processes, 'process', 'processes')}, {_count(event.mappings, 'mapping')}"
+        found = f"{counted(event.processes, 'process', 'processes')}, {counted(event.mappings, 'mapping')}"
         hooks = "" if event.hooks is None else f", {event.hooks} hooks"
         return f"ready: {found}; strategy {event.strategy} ({event.guarantee}{hooks})", "ready"
     if isinstance(event, Lost):
-        return f"lost: {_count(event.count, 'event')} in the {event.where}; scanning again", "warn"
+        return f"lost: {counted(event.count, 'event')} in the {event.where}; scanning again", "warn"
     if isinstance(event, Repaired):
-        missed = f"{_count(event.loads, 'load')} and {_count(event.unloads, 'unload')}"
+        missed = f"{counted(event.loads, 'load')} and {counted(event.unloads, 'unload')}"
         return f"repaired in {event.seconds:.3f} s: {missed} had been missed", "ready"
     assert isinstance(event, Stopped)  # `watch` asks for no flows
-    return f"stopped: {_count(event.loads, 'load')}, {_count(event.unloads, 'unload')}, {event.lost} lost", "ready"
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+    return f"stopped: {counted(event.loads, 'load')}, {counted(event.unloads, 'unload')}, {event.lost} lost", "ready"

@@ -146,9 +146,9 @@ class LiveView:
         lost = stats.lost_kernel + stats.lost_queue
         return Text.assemble(
             (f"{stats.processes}", "bold"),
-            " processes  ",
+            " process  " if stats.processes == 1 else " processes  ",
             (f"{stats.libraries}", "bold"),
-            " libraries  ",
+            " library  " if stats.libraries == 1 else " libraries  ",
             (f"{self._rate:.1f}", "bold"),
             " events/s  ",
             (f"{lost}", _LOOKS["warn"] if lost else "bold"),

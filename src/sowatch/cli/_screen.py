@@ -18,6 +18,7 @@ from sowatch.cli._live import terminal_console
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._top import VIEWS, Column, State, press, rows_of, title_of
 from sowatch.model.escape import visible
+from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,17 +95,14 @@ def _header(inventory: Inventory, view: InventoryView, state: State, found: int,
     first = Text.assemble(
         ("sowatch ", "bold"),
         "" if ready is None else f"{visible(ready.host)}  {ready.strategy}, {ready.guarantee}  ",
-        (f"{len(view.libraries)}", "bold"),
-        " libraries  ",
-        (f"{len(view.processes)}", "bold"),
-        " processes  ",
-        (f"{view.mappings}", "bold"),
-        " mappings  ",
+        *_bold(len(view.libraries), "library", "libraries"),
+        *_bold(len(view.processes), "process", "processes"),
+        *_bold(view.mappings, "mapping"),
         (f"{lost}", "bold yellow" if lost else "bold"),
         " lost" if watcher.is_repaired else " lost, being repaired",
     )
     if view.left_out:
-        first.append(f"  {view.left_out} mappings not shown", "bold yellow")
+        first.append(f"  {counted(view.left_out, 'mapping')} not shown", "bold yellow")
     sparks = _sparks([second.loads for second in history], max(0, min(60, width - 50)))
     second = Text.assemble(
         (title_of(view, state), "bold"),
@@ -114,6 +112,11 @@ def _header(inventory: Inventory, view: InventoryView, state: State, found: int,
         (sparks, "green"),
     )
     return [_cut(first, width), _cut(second, width)]
+
+
+def _bold(number: int, one: str, many: str | None = None) -> tuple[tuple[str, str], str]:
+    figure, word = counted(number, one, many).split()
+    return (figure, "bold"), f" {word}  "
 
 
 def _sparks(values: Sequence[float], size: int) -> str:

@@ -12,6 +12,7 @@ from sowatch.cli._table import write_table
 from sowatch.model.encoding import dumps
 from sowatch.model.escape import visible
 from sowatch.model.lines import SCHEMA, library_line, process_line, stamp
+from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
     from sowatch.uprobes.address_book import Frame
@@ -277,7 +278,7 @@ class Table:
         write_table(self._out, head, table, right=range(len(head) - len(self._head())))
         self._write_stacks(trace)
         losses = [
-            f"{trace.lost} calls lost",
+            f"{counted(trace.lost, 'call')} lost",
             *([f"{trace.records_lost} of them not shown one by one"] if trace.records_lost else []),
             *([f"{trace.stacks_lost} without callers"] if trace.stacks_lost else []),
         ]
@@ -292,7 +293,7 @@ class Table:
 
     def _write_stacks(self, trace: Trace) -> None:
         for stack in trace.stacks(self._stacks) if self._stacks else ():
-            self._out.write(f"{stack.calls} calls of {visible(stack.symbol)} by\n")
+            self._out.write(f"{counted(stack.calls, 'call')} of {visible(stack.symbol)} by\n")
             for frame in stack.frames:
                 self._out.write(f"    {frame_text(frame)}\n")
             if not stack.frames:

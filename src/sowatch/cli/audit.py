@@ -31,6 +31,7 @@ from sowatch.model import wire_explain, wire_reports
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
+from sowatch.model.plural import counted
 
 DEFAULT_S = 1.0
 
@@ -100,12 +101,14 @@ def show_audit(report: wire_reports.Audit, out: Out, *, as_json: bool) -> int:
             out.write(f"unread   {pid:>8} the kernel does not answer who reads its mappings\n")
         for one in report.differences:
             out.write(f"{one.kind:<8} {one.pid:>8} {'-'.join(one.range)} {visible(one.path)}\n")
-        losses = [
-            f"{number} {what}"
-            for number, what in ((report.lost, "lost"), (report.repairs, "repairs"))
-            if number is not UNSET
+        losses = [] if report.lost is UNSET else [f"{report.lost} lost"]
+        losses += [] if report.repairs is UNSET else [counted(report.repairs, "repair")]
+        counts = [
+            counted(report.processes, "process", "processes"),
+            counted(report.mappings, "mapping"),
+            f"{report.unreadable} unreadable",
         ]
-        counts = [f"{report.processes} processes", f"{report.mappings} mappings", f"{report.unreadable} unreadable"]
-        out.write(f"{len(report.differences)} differences; {', '.join([*counts, *losses])}\n")
+        differences = counted(len(report.differences), "difference")
+        out.write(f"{differences}; {', '.join([*counts, *losses])}\n")
     out.flush()
     return 1 if report.differences else 0

@@ -38,6 +38,7 @@ from sowatch.cli.explain import show_answer as show_explanation
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
+from sowatch.model.plural import counted
 
 _ROUTES: Final = {
     "traced": "/debug/traced_programs",
@@ -155,7 +156,7 @@ def _blocked(found: Any, out: Out) -> None:
 
 
 def _cleared(found: Any, out: Out) -> None:
-    out.write(f"{found['cleared']} files are not blocked any more\n")
+    out.write(f"{counted(found['cleared'], 'file')} {'is' if found['cleared'] == 1 else 'are'} not blocked any more\n")
 
 
 def _inventory(found: Any, out: Out) -> None:

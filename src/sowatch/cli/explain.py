@@ -74,6 +74,7 @@ from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.escape import one_line, visible
+from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
     from sowatch.model import wire_explain as wire
@@ -285,12 +286,12 @@ def _process(report: wire.ProcessReport) -> Iterator[str]:
         yield _line("kernel", "does not track it" + (": it did, and nothing of it was wanted" if is_settled else ""))
     else:
         rescan = "it needs a rescan" if kernel.dirty else "no rescan is needed"
-        known_ranges = f"{kernel.range_count} ranges known"
+        known_ranges = f"{counted(kernel.range_count, 'range')} known"
         yield _line("kernel", f"tracks it: activity generation {kernel.touches}, {known_ranges}, {rescan}")
     if known is None or known.since is None:
         yield _line("map", "does not know it")
     else:
-        yield _line("map", f"knows it since {known.since}, {known.files} files")
+        yield _line("map", f"knows it since {known.since}, {counted(known.files, 'file')}")
     for one in report.mappings:
         yield ""
         yield from _mapping(one)

@@ -14,6 +14,7 @@ from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
 from sowatch.model.events import Event, Http, LibraryEvent, Process, Renewed, Stale
 from sowatch.model.lines import to_json
+from sowatch.model.plural import counted
 from sowatch.telemetry.http_names import host_and_port, known, method_name
 from sowatch.telemetry.otlp import Otlp, Protocol
 
@@ -60,7 +61,8 @@ class OtlpLogSink:
 
         records = [self._record(event, self._seq + place) for place, event in enumerate(events)]
         refusal = SinkError(
-            f"the collector at {self._otlp.where} did not take {len(events)} events; see whether it listens there"
+            f"the collector at {self._otlp.where} did not take {counted(len(events), 'event')}; "
+            "see whether it listens there"
         )
         try:
             result = self._exporter.export(records)

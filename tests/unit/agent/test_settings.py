@@ -113,10 +113,10 @@ def test_texts_of_the_environment_become_what_the_setting_is(tmp_path: Path) -> 
         ("[[sinks]]\ntype = 'file'\npath = 'x'\n[[sinks]]\ntype = 'file'\npath = 'y'\n", 1, "two sinks"),
         ("[[exporters]]\ntype = 'statsd'\ninterval_s = 0\n", 3, "exporters[1].interval_s"),
         ('a = """\nlog_level = 3\n"""\nlog_level = 4\n', 3, "a"),
-        ("log_level = \n", 1, "no TOML"),
-        ("socket = '/x'\n[watch\n", 2, "no TOML"),
-        ("socket = '/x'\nsocket = '/y'\n", 2, "no TOML"),
-        ("a = " + "[" * 5000 + "\n", 2, "no TOML"),
+        ("log_level = \n", 1, "not valid TOML"),
+        ("socket = '/x'\n[watch\n", 2, "not valid TOML"),
+        ("socket = '/x'\nsocket = '/y'\n", 2, "not valid TOML"),
+        ("a = " + "[" * 5000 + "\n", 2, "not valid TOML"),
     ],
 )
 def test_an_error_names_file_line_and_key(text: str, line: int, said: str, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_each_answer_is_a_sentence_and_an_object(state: TlsState) -> None:
     said = why_no_flows(tls_line(answer))
     assert (said.startswith("none")) is (state not in ("tappable", "flows"))
     assert "of\\nthis" in said
-    assert "(3 calls, 1 flows)" in said
+    assert "(3 calls, 1 flow)" in said
     assert "\n" not in said
     assert "\x1b" not in said
     assert to_builtins(tls_line(answer)) == {

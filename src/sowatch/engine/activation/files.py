@@ -40,6 +40,7 @@ from sowatch.model.errors import (
 )
 from sowatch.model.events import Library
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.plural import counted
 
 __all__ = ["FileRegistry"]
 
@@ -246,8 +247,8 @@ class FileRegistry:
             if self._holdings.entries:
                 errors += (
                     RegistryError(
-                        f"{len(self._holdings.entries)} files are still busy in callbacks. "
-                        "Each is deactivated as soon as its callback returns."
+                        f"{counted(len(self._holdings.entries), 'file')} still busy in callbacks: "
+                        "each is deactivated as soon as its callback returns."
                     ),
                 )
             return errors
