@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -531,6 +532,52 @@ def test_redis_behind_tls_is_no_http_and_counted(bench: Bench) -> None:
     bench.tls.wait_until(
         lambda: bench.tap.tap.stats()["undecoded"] >= before["undecoded"] + 2, what="connections that show no HTTP"
     )
+    assert bench.tap.flows == []
+
+
+def test_postgres_behind_tls_is_no_http_and_counted(bench: Bench, spawn: Any) -> None:
+    """Its TLS begins in the middle of a connection, and what looks like a request is a value."""
+    (programs_of_postgres, *_) = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    data, port = bench.tls.place / "postgres", free_port()
+    # It refuses to run as root: in a user namespace it is somebody else, to whom the test's files belong.
+    other = [find("unshare"), "--user", "--map-user=1000", "--map-group=1000"]
+    bench.run(*other, str(programs_of_postgres / "initdb"), "-D", str(data), "-A", "trust", "-U", "ours", "--no-sync")
+    settings = {
+        "ssl": "on",
+        "ssl_cert_file": str(bench.tls.certificate),
+        "ssl_key_file": str(bench.tls.key),
+        "listen_addresses": "127.0.0.1",
+        "port": str(port),
+        "unix_socket_directories": "",
+        "fsync": "off",
+    }
+    words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    process = spawn(
+        [*other, programs_of_postgres / "postgres", "-D", data, *words],
+        env=bench.tls.environment,
+        stderr=subprocess.DEVNULL,
+    )
+    ask = [
+        *(
+            str(programs_of_postgres / "psql"),
+            "-X",
+            "-At",
+            f"host=127.0.0.1 port={port} user=ours dbname=postgres sslmode=require",
+        ),
+        *("-c", "select ssl from pg_stat_ssl where pid = pg_backend_pid()", "-c", "select 'GET / HTTP/1.1'"),
+    ]
+
+    def answers() -> bool:
+        assert process.poll() is None
+        return bench.tls.run(*ask, check=False).stdout == b"t\nGET / HTTP/1.1\n"
+
+    before = bench.tap.tap.stats()
+    bench.tls.wait_until(answers, what="postgres answers over TLS")
+    bench.tls.wait_until(
+        lambda: bench.tap.tap.stats()["undecoded"] >= before["undecoded"] + 2, what="connections that show no HTTP"
+    )
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
     assert bench.tap.flows == []
 
 
