@@ -12,10 +12,10 @@ export const wordsOf = (text) => text.trim().toLowerCase().split(/\s+/).filter(B
  * The answer is `[title, text]` of the fields without which a word would be missing, the first field left out.
  */
 export function matches(fields, words) {
-  const texts = fields.filter(([, text]) => text).map(([title, text]) => [title, text, text.toLowerCase(), visible(text).toLowerCase()]);
   const hits = new Map();
+  const has = (text, word) => text && (text.toLowerCase().includes(word) || visible(text).toLowerCase().includes(word));
   for (const word of words) {
-    const found = texts.find(([, , plain, shown]) => plain.includes(word) || shown.includes(word));
+    const found = fields.find(([, text]) => has(text, word));
     if (!found) return null;
     if (found[0] !== fields[0][0]) hits.set(found[0], found[1]);
   }
