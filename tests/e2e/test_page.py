@@ -178,6 +178,7 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
         "lost: ring": stats["lost"],
         "lost: unreadable": stats["unreadable"],
         "lost: connections": stats["no_room"],
+        "lost: ends": stats["lost_ends"],
         "lost: table": stats["dropped"],
         "lost: stream": stats["unpublished"],
     }

@@ -101,7 +101,7 @@ def test_flows_are_events_in_sinks_and_streams_and_metrics_by_route(
     assert counter(agent, "flows") == 6
     for name in ("incomplete", "undecoded", "truncated", "joined_late", "unknown_peers", "resyncs", "unknown_fields"):
         assert counter(agent, name) == 0, name
-    for where in ("ring", "unreadable", "connections", "table", "stream"):
+    for where in ("ring", "unreadable", "connections", "ends", "table", "stream"):
         assert counter(agent, "lost", where=where) == 0, where
     text = agent.get("/metrics").text
     by_name = next(

@@ -214,8 +214,9 @@ HTTP_LOST: Final = _define(
     "counter",
     "http.lost",
     "What is in no flow, by where: ring, unreadable and connections are calls that the programs could not send, read "
-    "or keep apart; table is connections and requests given up for want of space; stream is flows that are counted and "
-    "were not published, because too many waited.",
+    "or keep apart; ends is ends of connections that they could not send, whose last flow waits for the process's end; "
+    "table is connections and requests given up for want of space; stream is flows that are counted and were not "
+    "published, because too many waited.",
     "where",
 )
 #: By the key of `sowatch.agent.http_flows.HttpFlows.figures` the place.
@@ -223,6 +224,7 @@ HTTP_LOST_PLACES: Final = {
     "lost": "ring",
     "unreadable": "unreadable",
     "no_room": "connections",
+    "lost_ends": "ends",
     "dropped": "table",
     "unpublished": "stream",
 }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from importlib import resources
 from typing import Any
 
 import pytest
 
 from sowatch.agent.http_meter import BOUNDS_S, HttpMeter
 from sowatch.http.capture import HttpFlow
+from sowatch.http.flow import FlowStats
 from sowatch.http.flows import ConnectionKey, Flow
+from sowatch.http.records import COUNTERS
 from sowatch.model.events import Process
 from sowatch.model.identity import ProcessId
-from sowatch.telemetry import MetricRegistry
+from sowatch.telemetry import MetricRegistry, names
 from sowatch.telemetry.metrics import Histogram
 
 SERVER, CLIENT = "http.server.request.duration_seconds", "http.client.request.duration_seconds"
@@ -135,3 +140,13 @@ def test_series_that_are_idle_go_and_give_room_and_all_go_at_the_end(metrics: Me
     assert [one.labels["http.route"] for one in series(metrics)] == ["/more"]
     meter.close()
     assert series(metrics) == []
+
+
+def test_every_figure_of_what_is_not_known_is_a_metric_and_on_the_page() -> None:
+    known = {"calls", "passed", "spared", "flows"}
+    figures = ({one.name for one in fields(FlowStats)} | set(COUNTERS) | {"unpublished"}) - known
+    renamed = {"gaps": "truncated"}  # as `Running.figures` does
+    wanted = {renamed.get(one, one) for one in figures}
+    script = resources.files("sowatch.agent.page").joinpath("assets", "http.js").read_text(encoding="utf-8")
+    assert set(re.findall(r"stats\.(\w+)", script)) == wanted
+    assert (set(names.HTTP) | set(names.HTTP_LOST_PLACES)) - {"flows"} == wanted

@@ -20,6 +20,7 @@ const LOST = [
   ["ring", "calls that the programs could not send", (stats) => stats.lost],
   ["unreadable", "calls whose bytes could not be read", (stats) => stats.unreadable],
   ["connections", "calls of connections that were too many for the programs", (stats) => stats.no_room],
+  ["ends", "ends of connections that the programs could not send: their last flow waits for the end of the process", (stats) => stats.lost_ends],
   ["table", "connections and requests given up for want of space", (stats) => stats.dropped],
   ["stream", "flows that are counted and were not published, because too many waited", (stats) => stats.unpublished],
 ];
