@@ -27,6 +27,7 @@ from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
+from sowatch.inventory.explained import with_staleness
 from sowatch.inventory.stale_watch import StaleWatch, file_key
 from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
 from sowatch.linux.proc import ProcFs
@@ -277,7 +278,8 @@ class WebApp:
             wanted = target.path if target.pid is None else target.pid
             if wanted is None:
                 return self._watcher.explain_published(build_id=target.build_id)
-            return self._watcher.explain(wanted)
+            report = self._watcher.explain(wanted)
+            return with_staleness(report, self._proc) if isinstance(report, ProcessReport) else report
 
         return await self._answer_why(request, explain, self._in_thread)
 
