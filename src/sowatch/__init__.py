@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sowatch.engine.activation import FileRegistry
     from sowatch.explain import PathReport, ProcessReport
     from sowatch.explain.audit import AuditReport, Difference
+    from sowatch.inventory.facts import MappedFacts, facts_of
     from sowatch.model.config import Config
     from sowatch.model.errors import EnvironmentFault, LoadAttempt, SowatchError
     from sowatch.model.events import (
@@ -44,16 +45,20 @@ if TYPE_CHECKING:
         Lost,
         Process,
         Ready,
+        Renewed,
         Repaired,
+        Stale,
         Stopped,
         Unload,
     )
     from sowatch.model.identity import FileId, ProcessId
-    from sowatch.model.lines import decode
+    from sowatch.model.lines import decode, to_json
+    from sowatch.model.literals import Staleness
     from sowatch.model.rules import Rule
     from sowatch.model.stats import Mapped, Stats
     from sowatch.watcher.monitor import ProcessMonitor, process_monitor
     from sowatch.watcher.streams import awatch, watch
+    from sowatch.watcher.subscription import Subscription
     from sowatch.watcher.watcher import ActiveFile, Watcher
 
 __version__ = VERSION
@@ -75,22 +80,29 @@ __all__ = [
     "LoadAttempt",
     "Lost",
     "Mapped",
+    "MappedFacts",
     "PathReport",
     "Process",
     "ProcessId",
     "ProcessMonitor",
     "ProcessReport",
     "Ready",
+    "Renewed",
     "Repaired",
     "Rule",
     "SowatchError",
+    "Stale",
+    "Staleness",
     "Stats",
     "Stopped",
+    "Subscription",
     "Unload",
     "Watcher",
     "awatch",
     "decode",
+    "facts_of",
     "process_monitor",
+    "to_json",
     "watch",
 ]
 
@@ -110,15 +122,20 @@ _MODULES = {
         "Lost",
         "Process",
         "Ready",
+        "Renewed",
         "Repaired",
+        "Stale",
         "Stopped",
         "Unload",
     ),
+    "inventory.facts": ("MappedFacts", "facts_of"),
     "model.identity": ("FileId", "ProcessId"),
-    "model.lines": ("decode",),
+    "model.lines": ("decode", "to_json"),
+    "model.literals": ("Staleness",),
     "model.rules": ("Rule",),
     "watcher.monitor": ("ProcessMonitor", "process_monitor"),
     "watcher.streams": ("awatch", "watch"),
+    "watcher.subscription": ("Subscription",),
     "model.stats": ("Mapped", "Stats"),
     "watcher.watcher": ("ActiveFile", "Watcher"),
 }

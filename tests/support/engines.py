@@ -11,7 +11,7 @@ from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.loop import Engine
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.engine.table import MappingTable
 from sowatch.linux.wake import Wake
 from sowatch.model.config import NO_GUARD, Config
@@ -124,7 +124,9 @@ class Watch:
     def __init__(self, *, silent: bool = False) -> None:
         self.source = Source()
         self.publisher = Publisher(RULES, FileRegistry(is_alive=lambda _: True), Selection(), proc_root="/proc")
-        self.reader: Subscription = self.publisher.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20)
+        self.reader: SubscriberQueue = self.publisher.subscribers.subscribe(
+            control=True, limit=100, limit_bytes=1 << 20
+        )
         table = MappingTable(RULES)
         config = Config(max_records_s=NO_GUARD)
         self.engine = Engine(

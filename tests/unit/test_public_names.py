@@ -27,22 +27,29 @@ NAMES = [
     "LoadAttempt",
     "Lost",
     "Mapped",
+    "MappedFacts",
     "PathReport",
     "Process",
     "ProcessId",
     "ProcessMonitor",
     "ProcessReport",
     "Ready",
+    "Renewed",
     "Repaired",
     "Rule",
     "SowatchError",
+    "Stale",
+    "Staleness",
     "Stats",
     "Stopped",
+    "Subscription",
     "Unload",
     "Watcher",
     "awatch",
     "decode",
+    "facts_of",
     "process_monitor",
+    "to_json",
     "watch",
 ]
 
@@ -75,3 +82,22 @@ def test_each_public_method_of_an_exported_class_is_documented(name: str) -> Non
     ]
 
     assert bare == []
+
+
+def test_a_subscription_has_the_methods_of_its_reader_only() -> None:
+    public = [name for name in dir(sowatch.Subscription) if not name.startswith("_")]
+    assert public == ["call_on_event", "close", "get", "has_ended", "lost", "waiting", "waiting_bytes"]
+
+
+def test_what_is_printed_says_what_it_is() -> None:
+    def attach(_: object) -> None: ...
+
+    watcher = sowatch.Watcher(sowatch.Rule("libssl", name="tls", exports=("SSL_read",), on_activate=attach))
+    assert repr(watcher) == "<Watcher not started: tls>"
+    assert repr(watcher.subscribe()) == "<Subscription open: 0 waiting, 0 lost>"
+    assert repr(sowatch.Rule("libz")) == "Rule('libz')"
+    assert repr(next(iter(watcher.rules))).startswith(
+        "Rule('libssl', name='tls', exports=('SSL_read',), on_activate=test_what_is_printed"
+    )
+    library = sowatch.Library("/usr/lib/libz.so.1", sowatch.FileId(8, 1, 7))
+    assert repr(sowatch.ActiveFile(library, -1)) == "<ActiveFile '/usr/lib/libz.so.1' closed>"

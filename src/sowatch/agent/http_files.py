@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 
 from sowatch.agent.settings import HTTP_PREFIX
-from sowatch.engine.subscription import Subscription
 from sowatch.engine.workers import ActiveFile, open_active
 from sowatch.http.capture import Capture
 from sowatch.linux.elf_file import ElfError
@@ -25,6 +24,7 @@ from sowatch.linux.tls_libraries import FAMILIES
 from sowatch.model.errors import EnvironmentFault, SowatchError
 from sowatch.model.events import Event, Load, Process, Unload
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.watcher.subscription import Subscription
 from sowatch.watcher.watcher import Watcher
 
 __all__ = ["TlsFiles"]

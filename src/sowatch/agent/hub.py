@@ -18,11 +18,11 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from sowatch.engine.subscription import Subscription
 from sowatch.model.events import Activate, AddedEvent, Event, Http, LibraryEvent, Load, Lost, Ready, Unload, size_of
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.lines import to_json
 from sowatch.model.literals import STREAM_KINDS
+from sowatch.watcher.subscription import Subscription
 
 __all__ = ["Client", "EventHub", "HubIsFull"]
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection
 
 from sowatch.engine.published_map import Loads, PublishedMap
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.model.events import Event
 from sowatch.model.literals import EVENT_KINDS
 
@@ -27,7 +27,7 @@ class Subscribers:
     def __init__(self, published: PublishedMap) -> None:
         self._published = published
         self._lock = threading.Lock()
-        self._subscriptions: tuple[Subscription, ...] = ()
+        self._subscriptions: tuple[SubscriberQueue, ...] = ()
         self.events = 0
         self.lost_in_queues = 0
 
@@ -39,20 +39,20 @@ class Subscribers:
         limit: int,
         limit_bytes: int,
         rule: str | None = None,
-    ) -> Subscription:
+    ) -> SubscriberQueue:
         """A new reader, from the next event on."""
-        subscription = Subscription(
+        subscription = SubscriberQueue(
             self, events=events, control=control, limit=limit, limit_bytes=limit_bytes, rule=rule
         )
         self.add(subscription)
         return subscription
 
-    def add(self, subscription: Subscription) -> None:
+    def add(self, subscription: SubscriberQueue) -> None:
         """Offers to this reader from the next event on."""
         with self._lock:
             self._subscriptions = (*self._subscriptions, subscription)
 
-    def unsubscribe(self, subscription: Subscription) -> None:
+    def unsubscribe(self, subscription: SubscriberQueue) -> None:
         """No further offers to this reader."""
         with self._lock:
             self._subscriptions = tuple(one for one in self._subscriptions if one is not subscription)

@@ -1,4 +1,4 @@
-"""What a reader holds: `Subscription`, a bounded queue of events that knows how to catch up.
+"""What a reader holds: `SubscriberQueue`, a bounded queue of events that knows how to catch up.
 
 The engine's thread offers, any one thread reads.
 """
@@ -31,7 +31,7 @@ from sowatch.model.events import (
 )
 from sowatch.model.identity import FileId
 
-__all__ = ["Subscription"]
+__all__ = ["SubscriberQueue"]
 
 
 class Origin(Protocol):
@@ -42,11 +42,11 @@ class Origin(Protocol):
     def held_copy(self) -> Loads:
         """The published map."""
 
-    def unsubscribe(self, subscription: Subscription) -> None:
+    def unsubscribe(self, subscription: SubscriberQueue) -> None:
         """No further offers."""
 
 
-class Subscription:
+class SubscriberQueue:
     """One reader's queue of events. Iterate over it, or `get`; a context manager.
 
     A reader that falls behind by more than the limits loses events; when it has caught up it gets

@@ -16,7 +16,7 @@ from sowatch.engine.activation import FileRegistry
 from sowatch.engine.failure_log import FailureLog
 from sowatch.engine.file_inspector import open_mapped
 from sowatch.engine.subscribers import Subscribers
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import EnvironmentFault, ProcessGone, SowatchError
@@ -45,6 +45,9 @@ class ActiveFile:
     def __init__(self, library: Library, fd: int) -> None:
         self.library = library
         self._fd = fd
+
+    def __repr__(self) -> str:
+        return f"<ActiveFile {self.library.path!r} {f'fd {self._fd}' if self.is_open else 'closed'}>"
 
     @property
     def is_open(self) -> bool:
@@ -103,7 +106,7 @@ class RuleWorker:
     def __init__(
         self,
         rule: Rule,
-        subscription: Subscription,
+        subscription: SubscriberQueue,
         registry: FileRegistry,
         proc: ProcFs,
         after: RuleWorker | None = None,

@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-def to_json(event: Event | Head, seq: int) -> str:
+def to_json(event: Event | Head, seq: int = 0) -> str:
     """One line of ``--json``, without its newline: ASCII, control characters escaped, no lone surrogates.
 
     Args:

@@ -30,7 +30,7 @@ class Decision(Enum):
     NEEDS_EXPORTS = "a rule asks for exported symbols, which are not known yet"
 
 
-@dataclass(frozen=True, eq=False, init=False, slots=True)
+@dataclass(frozen=True, eq=False, init=False, repr=False, slots=True)
 class Rule:
     r"""One kind of file you want to hear of, and what to do when it comes and goes.
 
@@ -108,6 +108,19 @@ class Rule:
         put(self, "on_activate", on_activate)
         put(self, "on_deactivate", on_deactivate)
         put(self, "_search", _compile(pattern).search if pattern else None)
+
+    def __repr__(self) -> str:
+        said: list[str] = [] if self.pattern is None else [repr(self.pattern)]
+        if self.name != (self.pattern or "all"):
+            said.append(f"name={self.name!r}")
+        if self.kind != {"library"}:
+            said.append(f"kind={tuple(sorted(self.kind))!r}")
+        if self.exports:
+            said.append(f"exports={tuple(sorted(self.exports))!r}")
+        names = ("on_load", "on_unload", "on_activate", "on_deactivate")
+        callbacks = {name: callback for name in names if (callback := getattr(self, name)) is not None}
+        said += [f"{name}={getattr(one, '__qualname__', None) or repr(one)}" for name, one in callbacks.items()]
+        return f"Rule({', '.join(said)})"
 
     @property
     def has_callbacks(self) -> bool:

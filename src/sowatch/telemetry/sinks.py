@@ -15,9 +15,9 @@ from typing import Final, Protocol, Self
 
 from msgspec import Struct
 
-from sowatch.engine.subscription import Subscription
 from sowatch.model.errors import SinkError
 from sowatch.model.events import Event
+from sowatch.watcher.subscription import Subscription
 
 __all__ = ["Sink", "SinkRunner", "SinkStats"]
 

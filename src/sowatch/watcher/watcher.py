@@ -24,7 +24,7 @@ from sowatch.engine.loop import Engine
 from sowatch.engine.owner import Owner
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.engine.table import MappingTable
 from sowatch.engine.workers import ActiveFile, RuleWorker
 from sowatch.linux.containers import container_id
@@ -40,6 +40,7 @@ from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
+from sowatch.watcher.subscription import Subscription
 
 # `explain` is imported where it is used: most watches never are explained.
 if TYPE_CHECKING:
@@ -121,6 +122,14 @@ class Watcher:
         self._own: Subscription | None = None
         self._owner = Owner()
 
+    def __repr__(self) -> str:
+        rules = ", ".join(rule.name for rule in self._publisher.in_force.rules)
+        if not self._is_started:
+            return f"<Watcher not started: {rules}>"
+        state = "running" if self.is_running else "stopped"
+        processes, _, mappings = self._publisher.published.counts()
+        return f"<Watcher {state}: {rules}; {mappings} mappings of {processes} processes>"
+
     def start(self) -> Ready:
         """Loads, attaches, takes the snapshot. Returns what the ``ready`` event says.
 
@@ -171,7 +180,7 @@ class Watcher:
         config, subscribers = self._config, self._publisher.subscribers
 
         def new_worker(rule: Rule, after: RuleWorker | None) -> RuleWorker:
-            subscription = Subscription(
+            subscription = SubscriberQueue(
                 subscribers,
                 events=EVENT_KINDS,
                 control=False,
@@ -254,8 +263,10 @@ class Watcher:
             if one not in STREAM_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(STREAM_KINDS)}.")
         config = self._config
-        return self._publisher.subscribers.subscribe(
-            events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
+        return Subscription(
+            self._publisher.subscribers.subscribe(
+                events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
+            )
         )
 
     def publish(self, events: Sequence[AddedEvent]) -> Future[None]:

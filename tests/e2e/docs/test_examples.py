@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import re
 import signal
 import subprocess
@@ -15,13 +18,15 @@ import pytest
 from support.callers import Caller
 from support.doc_blocks import Block, blocks, prelude_of
 from support.programs import build, compile_bpf
+from support.receivers import free_port
 from support.tls import Tls, find
 
 #: Opens libssl by the module, says so, and ends when its standard input does.
 USER_OF_LIBSSL = "import ssl, sys; print('ready', flush=True); sys.stdin.read()"
-SPECIAL = ("sowatch.uprobes", "sowatch.http")
+SPECIAL = ("sowatch.uprobes", "sowatch.http", "starlette")
 EXAMPLES = [block for block in blocks() if block.language == "python" and not any(one in block.text for one in SPECIAL)]
 FLOWS = [block for block in blocks() if block.language == "python" and "sowatch.http" in block.text]
+(APPLICATION,) = [block for block in blocks() if block.language == "python" and "starlette" in block.text]
 PROBES = [block for block in blocks() if block.language == "python" and "sowatch.uprobes" in block.text]
 
 
@@ -53,6 +58,26 @@ def test_an_example_runs_and_shows_the_process_that_has_the_library(block: Block
     else:
         _, errors = example.communicate(timeout=deadline(30))
         assert (example.returncode, errors) == (0, "")
+
+
+def test_the_application_of_the_docs_answers_with_what_is_mapped(spawn: Any, wait_until: Any, deadline: Any) -> None:
+    user = spawn([sys.executable, "-c", USER_OF_LIBSSL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert user.stdout.readline() == "ready\n"
+    port = free_port()
+    serving = f"\nimport uvicorn\nuvicorn.run(app, port={port}, log_level='warning')\n"
+    server = spawn([sys.executable, "-W", "error", "-c", APPLICATION.text + serving])
+
+    def libraries() -> list[str]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=deadline(20))
+        with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+            connection.request("GET", "/libraries")
+            found: list[str] = json.loads(connection.getresponse().read())
+            return found
+        return []
+
+    wait_until(lambda: any("libssl" in path for path in libraries()))
+    server.send_signal(signal.SIGTERM)
+    server.wait(deadline(20))
 
 
 @pytest.mark.parametrize("block", PROBES, ids=str)

@@ -20,7 +20,7 @@ from sowatch.agent.notify import Notifier
 from sowatch.agent.reload import directories_of
 from sowatch.agent.servers import UnixSocket, parse_listen
 from sowatch.engine.published_map import Loads
-from sowatch.engine.subscription import Subscription, difference
+from sowatch.engine.subscription import SubscriberQueue, difference
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
 from sowatch.model.identity import FileId
@@ -149,7 +149,7 @@ class Origin:
     def held_copy(self) -> Loads:
         return {}
 
-    def unsubscribe(self, subscription: Subscription) -> None:
+    def unsubscribe(self, subscription: SubscriberQueue) -> None:
         pass
 
 
@@ -165,7 +165,7 @@ class ExplainContext:
     """A hub that is fed by hand."""
 
     def __init__(self) -> None:
-        self.subscription = Subscription(
+        self.subscription = SubscriberQueue(
             Origin(), events=("load", "unload"), control=True, limit=10**6, limit_bytes=1 << 30
         )
         self.hub = EventHub(self.subscription)

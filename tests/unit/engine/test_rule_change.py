@@ -13,7 +13,7 @@ from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.file_inspector import FileFacts
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.engine.workers import RuleWorker
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Process
@@ -53,7 +53,7 @@ class Bench:
         )
 
     def worker(self, rule: Rule, after: RuleWorker | None) -> RuleWorker:
-        subscription = Subscription(
+        subscription = SubscriberQueue(
             self.publisher.subscribers,
             events=EVENT_KINDS,
             control=False,

@@ -1,4 +1,4 @@
-"""Subscription: what a reader gets and in which order, what it loses and how it learns of that, and how it ends."""
+"""SubscriberQueue: what a reader gets and in which order, what it loses and how it learns of that, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from sowatch.engine.published_map import PublishedMap
 from sowatch.engine.subscribers import Subscribers
-from sowatch.engine.subscription import Subscription, difference
+from sowatch.engine.subscription import SubscriberQueue, difference
 from sowatch.model.events import (
     Activate,
     Deactivate,
@@ -88,7 +88,7 @@ def short(event: Event) -> str:
     return " ".join(map(str, parts))
 
 
-def read(reader: Subscription, most: int = 1000) -> list[str]:
+def read(reader: SubscriberQueue, most: int = 1000) -> list[str]:
     found: list[str] = []
     while len(found) < most and (event := reader.get(0)) is not None:
         found.append(short(event))
@@ -262,7 +262,7 @@ def test_a_second_loss_counts_what_it_lost_itself(host: Host) -> None:
     assert reader.lost == 3
 
 
-def fill(host: Host, **options: object) -> Subscription:
+def fill(host: Host, **options: object) -> SubscriberQueue:
     """A reader of a queue for three that is full and whose next event is its first loss."""
     reader = host.reader(3, **options)  # type: ignore[arg-type]
     host.load(10)

@@ -21,7 +21,7 @@ import pytest
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.published_map import PublishedMap
 from sowatch.engine.subscribers import Subscribers
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.engine.workers import ActiveFile, RuleWorker
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import EnvironmentFault, SowatchError
@@ -44,7 +44,7 @@ class Watch:
         self.workers: list[RuleWorker] = []
 
     def start(self, rule: Rule, after: RuleWorker | None = None, *, limit: int = 100) -> RuleWorker:
-        subscription = Subscription(
+        subscription = SubscriberQueue(
             self.subscribers, events=EVENT_KINDS, control=True, limit=limit, limit_bytes=1 << 20, rule=rule.name
         )
         self.workers.append(RuleWorker(rule, subscription, self.registry, ProcFs(), after))

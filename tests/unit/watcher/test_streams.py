@@ -14,7 +14,7 @@ import pytest
 
 from sowatch.engine.published_map import PublishedMap
 from sowatch.engine.subscribers import Subscribers
-from sowatch.engine.subscription import Subscription
+from sowatch.engine.subscription import SubscriberQueue
 from sowatch.model.events import LibraryEvent, Stopped
 from sowatch.model.rules import Rule
 from sowatch.watcher import streams
@@ -38,7 +38,7 @@ class FakeWatcher:
     def __init__(self, *rules: Rule, **options: Any) -> None:
         self.rules, self.options = rules, options
         self.subscribers = Subscribers(PublishedMap())
-        self.subscription: Subscription | None = None
+        self.subscription: SubscriberQueue | None = None
         self.asked_for: tuple[Collection[str], bool] | None = None
         self.steps: list[str] = []
         self.readers_at_stop = 0
@@ -46,7 +46,7 @@ class FakeWatcher:
         self.is_started, self.is_stopped = threading.Event(), threading.Event()
         self.made.append(self)
 
-    def subscribe(self, *, events: Collection[str], control: bool) -> Subscription:
+    def subscribe(self, *, events: Collection[str], control: bool) -> SubscriberQueue:
         self.steps.append("subscribe")
         self.asked_for = events, control
         self.subscription = self.subscribers.subscribe(events=events, control=control, limit=100, limit_bytes=1 << 20)
@@ -213,9 +213,9 @@ def test_watch_that_can_be_stopped_waits_on_while_nothing_comes(fake: type[FakeW
             is_read.release()
 
     polls = threading.Semaphore(0)
-    get = Subscription.get
+    get = SubscriberQueue.get
 
-    def counted(self: Subscription, timeout_s: float | None = None) -> Any:
+    def counted(self: SubscriberQueue, timeout_s: float | None = None) -> Any:
         assert timeout_s == 0.1  # so long it takes to see the stop
         found = get(self, 0)
         if found is None:
@@ -223,7 +223,7 @@ def test_watch_that_can_be_stopped_waits_on_while_nothing_comes(fake: type[FakeW
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subscription, "get", counted)
+        patch.setattr(SubscriberQueue, "get", counted)
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
         for _ in range(3):
