@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from sowatch.http.capture import TAPS
+from support.hostile import compile_c
 from support.library_clients import CLIENTS
 from support.tls import LIBRARIES, Server, Tap, Tls, library
 
@@ -88,3 +90,64 @@ def test_arguments_and_results_of_each_function_are_taken_as_its_header_has_them
     ]
     assert shown == expected
     assert all(one.peer and one.peer.port == server.port for one in found)
+
+
+#: As AWS-LC and LibreSSL do, which no package has: the _ex forms call the others, and here those call OpenSSL's.
+NESTED = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+
+int SSL_read(void *ssl, void *buffer, int size)
+{
+	return ((int (*)(void *, void *, int))dlsym(RTLD_NEXT, "SSL_read"))(ssl, buffer, size);
+}
+
+int SSL_write(void *ssl, const void *buffer, int size)
+{
+	return ((int (*)(void *, const void *, int))dlsym(RTLD_NEXT, "SSL_write"))(ssl, buffer, size);
+}
+
+int SSL_read_ex(void *ssl, void *buffer, size_t size, size_t *moved)
+{
+	int result = SSL_read(ssl, buffer, (int)size);
+
+	*moved = result > 0 ? result : 0;
+	return result > 0;
+}
+
+int SSL_write_ex(void *ssl, const void *buffer, size_t size, size_t *moved)
+{
+	int result = SSL_write(ssl, buffer, (int)size);
+
+	*moved = result > 0 ? result : 0;
+	return result > 0;
+}
+"""
+
+
+def test_of_calls_within_calls_only_the_outermost_counts(made: tuple[Tap, Server], spawn: Any) -> None:
+    tap, server = made
+    flags = ("-shared", "-fPIC", "-Wl,--no-as-needed", f"-L{tap.tls.libraries}", "-l:libssl.so.3", "-l:libcrypto.so.3")
+    path = compile_c(NESTED, tap.tls.libraries / "libssl-nested.so", *flags)
+    names = ("SSL_write_ex", "SSL_read_ex", "SSL_write", "SSL_read")
+    files = tap.tap.attached.files
+    client = spawn(
+        [sys.executable, "-c", CLIENTS["openssl"], str(path), str(server.port), "pause", "-", *names],
+        env=tap.tls.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert client.stdout.readline() == b"\n"
+    tap.wait_attached(files + 1)
+    del tap.flows[:]
+    before = tap.tap.stats()
+    client.stdin.close()
+    assert client.wait(timeout=60) == 0
+    found = tap.wait_for("client", 2)
+    assert [(one.flow.path, one.flow.status, one.flow.response_bytes) for one in found] == [
+        ("/SSL_write_ex/SSL_read_ex", 200, 10),
+        ("/SSL_write/SSL_read", 200, 10),
+    ]
+    assert {one.library and one.library.path for one in found} == {str(path)}
+    assert tap.tap.stats()["resyncs"] == before["resyncs"]
