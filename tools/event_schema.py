@@ -15,7 +15,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from sowatch.model import wire
+from sowatch.model import wire, wire_explain, wire_reports, wire_trace
 
 FILE: Final = Path(__file__).resolve().parents[1] / "src" / "sowatch" / "model" / "event.schema.json"
 
@@ -28,6 +28,16 @@ _SHARED: Final = {
     "range_count": wire.RangeCount,
     "rule": wire.RuleName,
 }
+#: What is no line of `sowatch.model.wire`.
+ANSWERS: Final = (
+    wire_reports.Audit,
+    wire_explain.ProcessReport,
+    wire_explain.PathReport,
+    wire_explain.RuleReport,
+    wire_reports.Doctor,
+    wire_reports.Inventory,
+    *get_args(wire_trace.TraceLine),
+)
 #: In a type: bytes that are not UTF-8 stand beside this string.
 _MARK: Final = "x-bytes"
 
@@ -48,7 +58,7 @@ _BYTES: Final = {
 
 def event_schema() -> dict[str, Any]:
     """The schema (draft 2020-12) of one line of schema 1."""
-    lines = get_args(wire.Line)
+    lines = (*get_args(wire.Line), *ANSWERS)
     _, components = msgspec.json.schema_components(lines, ref_template="#/$defs/{name}")
     shared = {name: _plain(msgspec.json.schema(type_)) for name, type_ in _SHARED.items()}
     structs = {
@@ -56,12 +66,13 @@ def event_schema() -> dict[str, Any]:
         for name, node in components.items()
         if "properties" in node
     }
-    kinds = {structs[name]["properties"]["event"]["const"]: name for name in (_snake(one.__name__) for one in lines)}
+    kinds = {name: structs[name]["properties"] for name in (_snake(one.__name__) for one in lines)}
     for node in shared.values():
         _take_marks(node)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "One line of `sowatch watch --json` or `sowatch list --json`, schema 1",
+        "$id": "urn:sowatch:schema:1",
+        "title": "One line of what a command of sowatch prints with --json, schema 1",
         "description": "Fields are only ever added, so readers must ignore those they do not know. A string that is "
         "not UTF-8 has each such byte as \\xff (a backslash, x and two hexadecimal digits), and a member beside it, "
         "named with _bytes at its end, that holds the exact bytes in base64. That member is there only where it is "
@@ -70,15 +81,21 @@ def event_schema() -> dict[str, Any]:
         "required": ["schema", "event", "seq"],
         "properties": {
             "schema": {"const": wire.SCHEMA},
-            "event": {"enum": list(kinds)},
+            "event": {"enum": list(dict.fromkeys(one["event"]["const"] for one in kinds.values()))},
             "seq": {"$ref": "#/$defs/seq"},
         },
-        "allOf": [
-            {"if": {"properties": {"event": {"const": kind}}}, "then": {"$ref": f"#/$defs/{name}"}}
-            for kind, name in kinds.items()
-        ],
+        "allOf": [{"if": _condition(one), "then": {"$ref": f"#/$defs/{name}"}} for name, one in kinds.items()],
         "$defs": {**shared, **structs, **_BYTES},
     }
+
+
+def _condition(properties: dict[str, Any]) -> dict[str, Any]:
+    """What tells a kind of line from the others: its event, and of explanations what they are about."""
+    event = properties["event"]["const"]
+    if event != "explain":
+        return {"properties": {"event": {"const": event}}}
+    target = {"const": properties["target"]["const"]}
+    return {"properties": {"event": {"const": event}, "target": target}, "required": ["target"]}
 
 
 def _with_enums(node: Any, components: dict[str, Any]) -> Any:
@@ -121,7 +138,7 @@ def _struct(node: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for key, member in node.pop("properties").items():
         properties[key] = {"$ref": f"#/$defs/{key}"} if shared.get(key) == member else member
-        beside = "bytes_list" if member.get("type") == "array" else "bytes"
+        beside = "bytes_list" if "array" in member.get("type", ()) else "bytes"
         if _take_marks(member):
             properties[f"{key}_bytes"] = {"$ref": f"#/$defs/{beside}"}
     return {**node, "required": node.pop("required"), "properties": properties}

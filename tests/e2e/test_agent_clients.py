@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from sowatch.cli._schema import load_schema
 from support.agent import Agent, NewAgent, short_directory
+from support.printed import printed
 from support.programs import Mapper
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
@@ -105,7 +107,7 @@ def test_the_lines_of_a_list_are_the_same_and_its_head_says_who_answered(
     assert (own_head["event"], own_head["source"], own_head["guarantee"]) == ("head", "scan", "one scan")
     assert (head["event"], head["source"], head["guarantee"]) == ("head", "agent", "exact")
     assert head["agent"] == {"socket": str(agent.socket), "version": own_head["version"]}
-    assert head["rules"] == ["mine"]
+    assert head["rule_names"] == ["mine"]
     assert {key: head[key] for key in ("host", "host_id", "boot_id", "version")} == {
         key: own_head[key] for key in ("host", "host_id", "boot_id", "version")
     }
@@ -300,3 +302,38 @@ def test_clients_load_nothing_of_the_kernel_side(agent: Agent) -> None:
     parts = ("bpf", "sources", "engine", "explain", "watcher", "uprobes", "http", "agent")
     heavy = [f"sowatch.{part}" for part in parts] + ["_cffi_backend", "cffi", "asyncio", "starlette", "rich"]
     assert [one for one in modules if one in heavy] == []
+
+
+def test_every_command_prints_what_the_schema_has(agent: Agent, mapped: Path, mapper: Mapper) -> None:
+    """Those of the agent, which print the same types; `doctor`, `trace` and `http` have tests of their own."""
+    by_socket, pid = ("--socket", os.fspath(agent.socket)), str(mapper.pid)
+    ask = ("--json", "--agent", os.fspath(agent.socket))
+    asked: list[tuple[set[str], tuple[str, ...]]] = [
+        ({"head", "mapping"}, ("list", mapped.name, *ask)),
+        ({"head"}, ("list", "--stale", mapped.name, *ask)),
+        ({"activate", "load", "ready", "deactivate", "stopped"}, ("watch", mapped.name, "--duration", "0", *ask)),
+        ({"library"}, ("top", mapped.name, *ask)),
+        ({"process"}, ("top", mapped.name, "--by", "process", *ask)),
+        ({"audit"}, ("audit", *ask)),
+        ({"explain"}, ("explain", pid, *ask)),
+        ({"explain"}, ("explain", os.fspath(mapped), *ask)),
+        ({"audit"}, ("debug", "audit", "--json", *by_socket)),
+        ({"inventory"}, ("debug", "inventory", "--json", *by_socket)),
+        ({"explain"}, ("debug", "explain", "--rule", "mine", "--json", *by_socket)),
+    ]
+    for events, words in asked:
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+        lines = [printed(line) for line in done.stdout.splitlines()]
+        assert {one["event"] for one in lines} == events, words
+        assert [one["seq"] for one in lines] == list(range(1, len(lines) + 1))
+
+
+def test_the_schema_is_printed_whole_and_of_one_command() -> None:
+    whole, of_list = (json.loads(run("schema", *words).stdout) for words in ([], ["list"]))
+    assert whole["$id"] == "urn:sowatch:schema:1"
+    assert whole == load_schema()
+    assert of_list["properties"]["event"]["enum"] == ["head", "mapping", "coverage"]
+    unknown = run("schema", "lst")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no schema has the name 'lst'. Did you mean" in unknown.stderr

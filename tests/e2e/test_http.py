@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import selectors
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from support import http_table
+from support.printed import printed
 from support.tls import ASYNCIO_SERVER, LIBRARIES, NODE_CLIENT, PYTHON_SERVER, Server, Tap, Tls, find, free_port
 
 PATHS = ("/one", "/two?q=1", "/missing", "/four")
@@ -510,8 +510,7 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
             selector.register(command.stdout, selectors.EVENT_READ)
             while not selector.select(0.3):
                 curl(tls, server, "--http1.1")
-        found: dict[str, Any] = json.loads(command.stdout.readline())
-        return found
+        return printed(command.stdout.readline())
 
     line = first()
     assert line["event"] == "http"
@@ -522,7 +521,7 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     command.send_signal(signal.SIGINT)
     rest, errors = command.communicate(timeout=30)
     assert (command.returncode, errors) == (0, "")
-    lines = [json.loads(one) for one in rest.splitlines()]
+    lines = [printed(one) for one in rest.splitlines()]
     assert lines[-1]["event"] == "http_stats"
     assert {one["side"] for one in lines[:-1]} <= {"server"}
     assert not any("?" in one["path"] for one in lines[:-1])

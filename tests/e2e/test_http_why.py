@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from support.agent import NewAgent
+from support.printed import printed
 from support.tls import LIBRARIES, Server, Tls, find
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
@@ -87,7 +88,7 @@ def test_each_process_that_was_named_and_has_no_flows_is_named_with_the_reason(t
     assert command.returncode == 0, errors
     library = str(tls.libraries / "libssl.so.3")
     if as_json:
-        stats = json.loads(output.splitlines()[-1])
+        stats = printed(output.splitlines()[-1])
         assert stats["event"] == "http_stats"
         found = {one["pid"]: (one["state"], one["libraries"], one["flows"]) for one in stats["without_flows"]}
         assert found == {

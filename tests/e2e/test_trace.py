@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from support.callers import Caller
+from support.printed import printed
 from support.programs import build
 
 TraceLines = Callable[..., list[dict[str, Any]]]
@@ -30,7 +30,7 @@ class Tracing:
 
     def until(self, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         for line in self.process.stdout:
-            found: dict[str, Any] = json.loads(line)
+            found = printed(line)
             if is_there(found):
                 return found
         raise AssertionError(f"the trace ended: {self.process.stderr.read()}")
@@ -40,7 +40,7 @@ class Tracing:
         # Not communicate(): what `until` has read ahead is in the stream's buffer.
         rest, errors = self.process.stdout.read(), self.process.stderr.read()
         assert (self.process.wait(timeout=60), errors) == (0, "")
-        return [json.loads(line) for line in rest.splitlines()]
+        return [printed(line) for line in rest.splitlines()]
 
 
 def call_until_seen(tracing: Tracing, caller: Caller, symbol: str) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def test_the_functions_of_what_is_mapped_are_listed_by_stem(spawn: Any, programs
     Caller(spawn, programs["caller"], path)
     command = [sys.executable, "-m", "sowatch", "trace", "--list", "libsowatchlist", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = {line["symbol"]: line for line in map(json.loads, done.stdout.splitlines())}
+    found = {line["symbol"]: line for line in map(printed, done.stdout.splitlines())}
     assert {"plain", "hidden"} <= set(found)
     assert found["plain"]["library"]["path"] == str(path)
 

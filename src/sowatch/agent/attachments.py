@@ -55,6 +55,7 @@ class Attachments:
             raise SowatchError(f"there is no rule {name!r}. Use one of: {known}.")
         now_s = time.monotonic()
         action = self._action(name)
+        calls = [] if action is None or action.counter is None else self._calls(action)
         return {
             "schema": SCHEMA,
             "event": "explain",
@@ -66,7 +67,9 @@ class Attachments:
             "exports": sorted(rule.exports),
             "action": None if action is None else _action_dict(action),
             "files": [] if action is None else [_file_dict(name, file) for file in action.files()],
-            "calls": [] if action is None or action.counter is None else self._calls(action),
+            "calls": calls,
+            "functions": calls,
+            "seq": 1,
             "blocked": [
                 {"path": one.sample_path, "reason": one.reason, "seconds_left": round(one.expires_s - now_s, 3)}
                 for one in self._watcher.registry.blocked()

@@ -49,7 +49,7 @@ def mapping_lines(
         guarantee=ready.guarantee,
         hooks=ready.hooks,
         limits=list(ready.limits),
-        rules=[rule.name for rule in watcher.rules],
+        rule_names=[rule.name for rule in watcher.rules],
     )
     closed: set[int] = set()
     lines: list[wire.Head | wire.Mapping | wire.Coverage] = []

@@ -359,13 +359,22 @@ def inventory_dict(mapped: Sequence[Mapped], stale: StaleWatch | None = None) ->
     for one in mapped:
         if one.process.id not in places:
             places[one.process.id] = len(places)
-            processes[one.process.id] = {**process_dict(one.process), "libraries": 0, "stale_libraries": 0}
+            processes[one.process.id] = {
+                **process_dict(one.process),
+                "libraries": 0,
+                "library_count": 0,
+                "stale_libraries": 0,
+            }
         key = (one.rule, one.library.id, one.library.path, one.library.kind, one.library.deleted)
         if key not in libraries:
-            of_library: dict[str, Any] = {"processes": [], "stale_processes": [], "unknown_processes": []}
+            of_library: dict[str, Any] = {
+                name: [] for name in ("processes", "process_indexes", "stale_processes", "unknown_processes")
+            }
             libraries[key] = {"rule": one.rule, **library_dict(one.library), "stale": None, **of_library}
-        libraries[key]["processes"].append(places[one.process.id])
-        processes[one.process.id]["libraries"] += 1
+        for name in ("processes", "process_indexes"):
+            libraries[key][name].append(places[one.process.id])
+        for name in ("libraries", "library_count"):
+            processes[one.process.id][name] += 1
         answer = answers.get((one.process.id, file_key(one)))
         if answer is None:
             continue
@@ -375,15 +384,19 @@ def inventory_dict(mapped: Sequence[Mapped], stale: StaleWatch | None = None) ->
         worst[key] = max(worst.get(key, answer), answer, key=badness)
     for key, answer in worst.items():
         libraries[key] |= {"stale": answer.stale, "stale_reason": answer.reason}
+    compared = {
+        "compared": None if stale is None or stale.compared_ns is None else stamp(stale.compared_ns),
+        "complete": stale is not None and stale.is_complete,
+    }
     return {
         "schema": SCHEMA,
         "event": "inventory",
+        "seq": 1,
         "time": stamp(time.time_ns()),
         "mappings": len(mapped),
-        "staleness": {
-            "compared": None if stale is None or stale.compared_ns is None else stamp(stale.compared_ns),
-            "complete": stale is not None and stale.is_complete,
-        },
+        "mapping_count": len(mapped),
+        "staleness": compared,
+        "comparison": compared,
         "libraries": list(libraries.values()),
         "processes": list(processes.values()),
     }

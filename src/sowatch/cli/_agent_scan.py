@@ -74,7 +74,7 @@ class Filter:
 
 def ready_from(head: wire.Head, agent: Agent) -> Ready:
     """The agent's `Ready`, as far as its answer has it; the limits say who answered."""
-    rules = ", ".join(head.rules or ())
+    rules = ", ".join(head.rule_names or ())
     limits = head.limits or []
     return Ready(
         time_ns=time_ns_from(head.time),

@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "explain": "Why a process or a file is, or is not, covered.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
     "debug": "Queries or commands a running agent, over its unix socket.",
+    "schema": "The JSON Schema of what --json prints.",
     "doctor": "What this kernel and this user can do, which strategy is used and why, known kernel risks.",
 }
 

@@ -10,7 +10,7 @@ __all__ = ["load_schema"]
 
 
 def load_schema(*, strict: bool = False) -> dict[str, Any]:
-    """The schema (draft 2020-12) of one line of ``--json`` of ``sowatch watch``, ``list`` and ``top``.
+    """The schema (draft 2020-12) of one line of ``--json``, of every command.
 
     Args:
         strict: refuse fields the schema does not name. The file itself allows them, because

@@ -61,6 +61,7 @@ class Json:
         #: Libraries and processes as text, for calls: there are many of few.
         self._texts: dict[Any, str] = {}
         self.has_calls = False
+        self._seq = 0
 
     def calls(self, taken: Sequence[TracedCall]) -> None:
         """Each call."""
@@ -121,10 +122,12 @@ class Json:
             process = self._texts[one.process] = dumps({"process": process_line(one.process)})[1:-1]
         rest = dumps(_call_values(call))[1:]
         head = f'"schema":{SCHEMA},"event":"call","time":"{stamp(call.t_ns + to_wall_ns)}"'
-        return f"{{{head},{found},{process},{rest}"
+        self._seq += 1
+        return f'{{{head},"seq":{self._seq},{found},{process},{rest}'
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._out.write(dumps(line) + "\n")
+        self._seq += 1
+        self._out.write(dumps({**line, "seq": self._seq}) + "\n")
 
 
 def _call_values(call: Call) -> dict[str, Any]:

@@ -148,6 +148,10 @@ class _Report(Struct, frozen=True):
 
     def to_dict(self) -> dict[str, Any]:
         plan = self.plan
+        features = [
+            {"name": one.name, "answer": one.answer, "detail": one.detail, "needed_for": one.needed_for}
+            for one in self.probes
+        ]
         return {
             "schema": SCHEMA,
             "event": "doctor",
@@ -159,10 +163,9 @@ class _Report(Struct, frozen=True):
                 "may_load_programs": self.host.may_load,
                 "libbpf": self.libbpf,
             },
-            "probes": [
-                {"name": one.name, "answer": one.answer, "detail": one.detail, "needed_for": one.needed_for}
-                for one in self.probes
-            ],
+            "probes": features,
+            "features": features,
+            "seq": 1,
             "decision": {
                 "strategy": plan.strategy if plan is not None else None,
                 "hooks": plan.hooks if plan is not None else None,
@@ -179,6 +182,7 @@ class _Report(Struct, frozen=True):
                     "text": risk.text,
                     "concerns": risk.concerns,
                     "sources": list(risk.sources),
+                    "evidence": "reported",
                 }
                 for risk in KNOWN_RISKS
             ],

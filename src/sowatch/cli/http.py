@@ -141,7 +141,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
             if summary is not None:
                 _show_summary(summary, out, args.top, as_json=as_json)
             without = None if named is None else named.without_flows(tap)
-            _show_stats(stats, failures, without, out, warn, as_json=as_json)
+            lines = show.lines if summary is None else len(summary.endpoints)
+            _show_stats(stats, failures, without, out, warn, seq=lines + 1 if as_json else None)
         except PipeClosed:
             out.discard()
         finally:
@@ -204,13 +205,13 @@ class _Lines:
         self._as_json = as_json
         #: Between the clock of the kernel's stamps and the one of the wall.
         self._offset_ns = time.time_ns() - time.monotonic_ns()
-        self._seq = 0
+        self.lines = 0
 
     def write(self, found: HttpFlow) -> None:
         if self._as_json:
-            self._seq += 1
+            self.lines += 1
             event = found.event(self._offset_ns, has_headers=self._has_headers)
-            self._out.write(to_json(event, self._seq) + "\n")
+            self._out.write(to_json(event, self.lines) + "\n")
         else:
             self._out.write(_line(found, self._offset_ns) + "\n")
 
@@ -239,8 +240,9 @@ def _line(found: HttpFlow, offset_ns: int) -> str:
 def _show_summary(summary: Summary, out: Out, top: int, *, as_json: bool) -> None:
     rows = sorted(summary.endpoints.items(), key=lambda item: -item[1].flows)
     if as_json:
-        for key, endpoint in rows:
-            line = {"schema": SCHEMA, "event": "http_endpoint", **key._asdict(), "flows": endpoint.flows}
+        for seq, (key, endpoint) in enumerate(rows, 1):
+            line = {"schema": SCHEMA, "event": "http_endpoint", "seq": seq, **key._asdict(), "flows": endpoint.flows}
+            line["flow_count"] = endpoint.flows
             line["incomplete"] = endpoint.incomplete
             line["request_bytes"], line["response_bytes"] = endpoint.request_bytes, endpoint.response_bytes
             for share in _PERCENTILES:
@@ -276,13 +278,16 @@ def _show_stats(
     out: Out,
     warn: Callable[[str], None],
     *,
-    as_json: bool,
+    seq: int | None,
 ) -> None:
-    """What is not known, in every output; ``without``: why processes that were named have no flows, by pid."""
+    """What is not known, in every output.
+
+    ``without``: why processes that were named have no flows, by pid; ``seq`` of the line in JSON, None for text.
+    """
     from sowatch.explain.probing import tls_line
 
-    if as_json:
-        line: dict[str, Any] = {"schema": SCHEMA, "event": "http_stats", **stats}
+    if seq is not None:
+        line: dict[str, Any] = {"schema": SCHEMA, "event": "http_stats", "seq": seq, "counters": stats, **stats}
         if without is not None:
             line["without_flows"] = [{"pid": pid, **to_builtins(tls_line(answer))} for pid, answer in without.items()]
         out.write(dumps(line) + "\n")

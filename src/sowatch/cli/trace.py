@@ -254,9 +254,10 @@ def _identity(fd: int) -> FileId:
 
 
 def _write_functions(out: Out, library: Library, functions: Sequence[Symbol], *, as_json: bool) -> None:
-    for one in functions:
+    for seq, one in enumerate(functions, 1):
         if as_json:
-            line = {"schema": SCHEMA, "event": "function", "symbol": one.name, "offset": one.offset, "size": one.size}
+            line = {"schema": SCHEMA, "event": "function", "seq": seq, "symbol": one.name, "offset": one.offset}
+            line["size"] = one.size
             out.write(dumps({**line, "library": library_line(library)}) + "\n")
         else:
             out.write(f"{visible(one.name)}\n")

@@ -89,6 +89,8 @@ def audit_line(report: AuditReport, stats: Stats) -> wire_reports.Audit:
         ],
         process_count=report.processes,
         mapping_count=report.mappings,
+        unread_pids=list(report.unread),
+        seq=1,
     )
 
 

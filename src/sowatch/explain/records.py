@@ -280,6 +280,7 @@ def _process_report(report: ProcessReport) -> wire.ProcessReport:
         list(report.notes),
         None if report.http is None else tls_line(report.http),
         stamp(started_ns(report.process.start_ns)),
+        1,
     )
 
 
@@ -344,6 +345,7 @@ def _path_report(report: PathReport) -> wire.PathReport:
         notes=list(report.notes),
         unreadable=report.unreadable if report.is_open else UNSET,
         hidden=report.is_hidden if report.is_open else UNSET,
+        seq=1,
     )
 
 

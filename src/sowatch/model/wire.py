@@ -248,7 +248,7 @@ class Head(Struct, frozen=True, gc=False, kw_only=True):
     limits: list[Name] | UnsetType = UNSET
     seconds: Annotated[float, Meta(ge=0, description="How long the scan took.")] | UnsetType = UNSET
     agent: AskedAgent | UnsetType = UNSET
-    rules: Annotated[list[RuleName], Meta(description="Of the agent, by name.")] | UnsetType = UNSET
+    rule_names: Annotated[list[RuleName], Meta(description="The rules of the agent.")] | UnsetType = UNSET
 
 
 class Lost(Struct, frozen=True, gc=False):
@@ -260,6 +260,7 @@ class Lost(Struct, frozen=True, gc=False):
     time: Time
     count: Annotated[int, Meta(ge=1)]
     where: LossPlace
+    what: Annotated[str, Meta(description="Of `trace`: calls, records or stacks.")] | UnsetType = UNSET
 
 
 class Repaired(Struct, frozen=True, gc=False):

@@ -23,6 +23,7 @@ from sowatch.model.wire import (
     Ranges,
     RuleName,
     Schema,
+    Seq,
     Time,
 )
 
@@ -144,7 +145,9 @@ class RuleAnswer(Struct, frozen=True, gc=False):
 class VerdictAnswer(Struct, frozen=True, gc=False):
     """What the kernel side does with a file when somebody maps it."""
 
-    verdict: Annotated[Literal["match", "ignore", "none", "mixed"], Meta(extra_json_schema=DEPRECATED)]
+    verdict: Annotated[
+        Literal["match", "ignore", "none", "mixed"], Meta(description="Use answer.", extra_json_schema=DEPRECATED)
+    ]
     seconds_left: Natural | None
     answer: Literal["match", "ignore", "none", "mixed"] | UnsetType = UNSET
 
@@ -276,6 +279,7 @@ class ProcessReport(Struct, frozen=True, gc=False):
     notes: list[str]
     http: Tls | None
     started: Annotated[Time, Meta(description="The start of the process by the wall clock.")] | UnsetType = UNSET
+    seq: Seq | UnsetType = UNSET
 
 
 class FileIdentity(Struct, frozen=True, gc=False):
@@ -325,6 +329,7 @@ class PathReport(Struct, frozen=True, gc=False, kw_only=True):
     notes: list[str]
     unreadable: Natural | UnsetType = UNSET
     hidden: bool | UnsetType = UNSET
+    seq: Seq | UnsetType = UNSET
 
 
 class RuleFile(Struct, frozen=True, gc=False):
@@ -359,6 +364,8 @@ class RuleReport(Struct, frozen=True, gc=False):
     exports: list[Name]
     action: dict[str, Any] | None
     files: list[RuleFile]
-    calls: list[dict[str, Any]]
+    calls: Annotated[list[dict[str, Any]], Meta(description="Use functions.", extra_json_schema=DEPRECATED)]
     blocked: list[RuleBlocked]
     kinds: list[Kind] | UnsetType = UNSET
+    functions: Annotated[list[dict[str, Any]], Meta(description="Those whose calls it counts.")] | UnsetType = UNSET
+    seq: Seq | UnsetType = UNSET

@@ -22,6 +22,7 @@ from sowatch.linux.host import KNOWN_RISKS, Host, Risk, capability_names, read_h
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import LibbpfMissing, LoadAttempt, NotPermitted
 from support import strict
+from support.printed import VALIDATOR
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,12 @@ def test_programs_are_loaded_with_bpf_and_perfmon_or_sys_admin(
 def test_json_is_one_object_with_facts_probes_decision_and_risks(examined: Any) -> None:
     code, text, warnings = examined(Kernel(), "--json")
     report = strict.loads(text)
+    VALIDATOR.validate(report)
 
     assert code == 0
     assert warnings == []
     assert text.count("\n") == 1
+    assert report["features"] == report["probes"]
     assert (report["schema"], report["event"]) == (1, "doctor")
     assert report["facts"]["release"] == platform.release()
     assert report["facts"]["libbpf"] == "1.1"

@@ -28,6 +28,7 @@ from sowatch.model.identity import FileId
 from sowatch.model.rules import Rule, RuleSet
 from support import strict
 from support.explained import HERE, NOTES, NOW_NS, UNTOLD, Case, known_file, mapped_in, path_of, row, verdict
+from support.printed import VALIDATOR
 from support.records import File
 
 # ---- how it is shown ----------------------------------------------------------------------------
@@ -51,6 +52,7 @@ def nasty(case: Case) -> Case:
 def shown(report: ProcessReport | PathReport) -> list[str]:
     """As people see it; what an agent has sent is shown the same."""
     sent = strict.loads(dumps(explanation(report)).encode())
+    VALIDATOR.validate(sent)
     lines = _lines(explanation(report))
     assert _lines(explanation_of(Agent("/no/agent"), restore(sent))) == lines
     return lines
@@ -118,7 +120,7 @@ def test_the_object_of_a_process_has_every_part(case: Case) -> None:
     found = strict.loads(dumps(to_dict(nasty(case).report())))
     assert list(found) == [
         *("schema", "event", "target", "process", "state", "threads", "leader_alive", "bits"),
-        *("kernel", "map", "mappings", "extra", "withheld", "notes", "http", "started"),
+        *("kernel", "map", "mappings", "extra", "withheld", "notes", "http", "started", "seq"),
     ]
     assert (found["schema"], found["event"], found["target"], found["bits"]) == (1, "explain", "process", 64)
     assert found["kernel"] == {
@@ -152,7 +154,7 @@ def test_the_object_of_a_path_has_every_part(case: Case) -> None:
     found = strict.loads(dumps(to_dict(path_of(case, mapped=[mapped_in("same")]))))
     assert list(found) == [
         *("schema", "event", "target", "path", "resolved", "type", "error", "ids", "kind", "rule", "rules"),
-        *("verdict", "file", "activations", "blocked", "attachments", "mapped", "notes"),
+        *("verdict", "file", "activations", "blocked", "attachments", "mapped", "notes", "seq"),
     ]
     assert found["ids"] == [{"dev": "254:0", "inode": 100, "generation": 1, "subvol": 0, "id_from": "map"}]
     assert found["mapped"][0]["relation"] == "same"

@@ -141,7 +141,7 @@ def faults(validator: jsonschema.Draft202012Validator, line: Any) -> list[str]:
 
 
 #: Words of a schema that refuse no line.
-NOT_DEMANDED = ("description", "title", "deprecated", "$defs")
+NOT_DEMANDED = ("$id", "description", "title", "deprecated", "$defs")
 
 
 def meaning(node: Any, defs: dict[str, Any]) -> Any:
