@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any, Final, cast
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import ProcessRecord, Record, RecordType
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.events import Process
@@ -120,7 +121,7 @@ class _FollowingSource:
         self._descendants.note(records)
         return records
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         self._descendants.find()  # at the start, and after a loss
         scans, records = self._source.scan_all()
         self._descendants.note(records)

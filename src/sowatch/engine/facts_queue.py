@@ -70,7 +70,7 @@ class _Waiting:
         self.is_only_held = is_only_held
         self.size_bytes = bytes_of(change)
         self.after: _Waiting | None = None
-        self.followers: dict[int, None] = {}
+        self.followers: dict[int, None] | None = None
         self.is_published = False
 
 
@@ -191,7 +191,7 @@ class FactsQueue:
         for queue in self._queues.values():
             for waiting in queue.items:
                 waiting.inspection = inspect(waiting.change)
-                waiting.followers.clear()
+                waiting.followers = None
         for waiting in self._held or ():
             waiting.inspection = inspect(waiting.change)
         self._heads.clear()
@@ -223,6 +223,8 @@ class FactsQueue:
         while queue.items:
             first = queue.items[0]
             if first.after is not None and not first.after.is_published:
+                if first.after.followers is None:
+                    first.after.followers = {}
                 first.after.followers[pid] = None
                 return
             if first.inspection.facts is None and now_s < first.deadline_s:
@@ -240,7 +242,7 @@ class FactsQueue:
         first.is_published = True
         if self._loads.get(first.change.name.file_id) is first:
             del self._loads[first.change.name.file_id]
-        self._ready.extend(first.followers)
+        self._ready.extend(first.followers or ())
 
     def _pass_fences(self) -> None:
         while self._fences and not self._fences[0].open:
@@ -260,6 +262,7 @@ class FactsQueue:
                 continue
             first = queue.items[0]
             if first.after is not None and not first.after.is_published:
+                assert first.after.followers is not None
                 del first.after.followers[pid]
             else:
                 self._heads[first.inspection].remove(pid)

@@ -111,9 +111,9 @@ class Inspection:
 
     __slots__ = ("asked_s", "facts")
 
-    def __init__(self, asked_s: float) -> None:
+    def __init__(self, asked_s: float, facts: FileFacts | None = None) -> None:
         self.asked_s = asked_s
-        self.facts: FileFacts | None = None
+        self.facts = facts
 
 
 class _Request(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, MapRecord, ProcessRecord, RangeRecord, Record, RecordType
 from sowatch.engine.address_space import AddressSpace, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
@@ -21,12 +23,12 @@ RETURN_NS: Final = 1_000_000
 def merge(
     table: MappingTable,
     scans: Iterable[ProcessScan],
-    records: Sequence[Record],
+    records: Sequence[Record] | RecordLog,
     causes: Causes,
     *,
     own_causes: dict[int, Causes] | None = None,
     is_start: bool = False,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[Effects], None] = lambda _: None,
 ) -> Effects:
     """Takes over scans and the records that came while they were made, in the right order.
 
@@ -38,14 +40,17 @@ def merge(
     Args:
         table: is changed.
         scans: at most one a process.
-        records: a list, in ring order, drained after the last scan ended.
+        records: in ring order, drained until after the last scan ended.
         causes: what the findings are called.
         own_causes: and for some tgids otherwise.
         is_start: nothing was known before, so older records report nothing new.
-        between: called after each `SLICE` of work. It may apply records of processes that are neither scanned nor share
-            an address space with one that is, nor were forked by one since.
+        between: called after each `SLICE` of work with the effects so far, whose changes it may take away. It may apply
+            records of processes that are neither scanned nor share an address space with one that is, nor were forked
+            by one since.
     """
-    return _Merge(table, list(scans), causes, own_causes or {}, is_start=is_start, between=between).run(records)
+    return _Merge(table, list(scans), causes, own_causes or {}, is_start=is_start, between=between).run(
+        RecordLog([records])
+    )
 
 
 class _Merge:
@@ -59,7 +64,7 @@ class _Merge:
         own_causes: dict[int, Causes],
         *,
         is_start: bool,
-        between: Callable[[], None],
+        between: Callable[[Effects], None],
     ) -> None:
         self._table = table
         self._scans = scans
@@ -69,17 +74,19 @@ class _Merge:
         self._causes = causes
         self._own_causes = own_causes
         self._is_start = is_start
-        self._between = between
-        self._effects = Effects()
+        self._effects = effects = Effects()
+        self._between = lambda: between(effects)
         #: Who was scanned, by address space; and where each scan belongs among the records.
         self._by_mm: dict[int, ProcessState] = {}
-        self._places: dict[int, Record | None] = {}
+        self._places: dict[int, int | None] = {}
 
-    def run(self, records: Sequence[Record]) -> Effects:
+    def run(self, records: RecordLog) -> Effects:
         table, waiting, again, effects = self._table, self._waiting, self._again, self._effects
         ends = {(scan.tgid, scan.start_ns): scan.end_ns for scan in waiting.values()}
         later = {} if self._is_start else _since_scan(waiting, records)
-        for record in in_slices(records, self._between):
+        last_type: dict[int, int] = {}
+        for position, record in in_slices(records.numbered(), self._between):
+            last_type[record.tgid] = record.type
             scan = waiting.get(record.tgid)
             if scan is not None and scan.start_ns == record.start_ns:
                 is_inside = scan.begin_ns <= record.t_ns <= scan.end_ns
@@ -90,7 +97,7 @@ class _Merge:
                 elif self._is_start and record.t_ns <= scan.end_ns:
                     self._learn_only(record)
                     continue
-                elif record.t_ns >= scan.begin_ns and self._is_next(scan, record, later):
+                elif record.t_ns >= scan.begin_ns and self._is_next(scan, record, position, records, later):
                     self._take(waiting.pop(record.tgid))
                 elif scan.intro is not None and record.type == RecordType.MAP and self._is_new(record):
                     table.learn(scan.intro, effects)  # the kernel introduces nobody twice
@@ -103,7 +110,7 @@ class _Merge:
                 self._learn_after_exec(scan, record)
         for scan in waiting.values():
             self._take(scan)
-        self._note_open(records)
+        self._note_open(last_type)
         return table.finish(effects)
 
     def _learn_after_exec(self, scan: ProcessScan, record: Record) -> None:
@@ -118,16 +125,18 @@ class _Merge:
         causes = self._own_causes.get(scan.tgid, self._causes)
         self._table.take_scan(scan, causes, self._by_mm, self._effects, self._between)
 
-    def _is_next(self, scan: ProcessScan, record: Record, later: dict[int, list[Record]]) -> bool:
+    def _is_next(
+        self, scan: ProcessScan, record: Record, position: int, records: RecordLog, later: dict[int, array[int]]
+    ) -> bool:
         """Whether the scan is to be taken over before this record."""
         if self._is_start:
             return record.t_ns > scan.end_ns
-        if record is later[record.tgid][0]:
-            self._places[record.tgid] = self._place(scan, later[record.tgid])
-        return record is self._places[record.tgid]
+        if position == later[record.tgid][0]:
+            self._places[record.tgid] = self._place(scan, records.at(later[record.tgid]))
+        return position == self._places[record.tgid]
 
-    def _place(self, scan: ProcessScan, records: Sequence[Record]) -> Record | None:
-        """Which of the records since it began a scan is to be taken over before; None: after all.
+    def _place(self, scan: ProcessScan, records: Iterable[tuple[int, Record]]) -> int | None:
+        """The position of the record since its beginning that a scan is to be taken over before; None: after all.
 
         Where the table, as the records change it, equals what was found. If it does nowhere: before the
         first that came after the scan.
@@ -137,11 +146,11 @@ class _Merge:
         space = known.space if known is not None else AddressSpace()
         ranges = space.snapshot(table.found(scan, table.file_of, self._between), with_images=table.rules.wants_images)
         first_after = None
-        for record in records:
+        for position, record in records:
             if ranges.is_same:
-                return record
+                return position
             if record.t_ns > scan.end_ns:
-                first_after = first_after or record
+                first_after = position if first_after is None else first_after
                 # What needs a rescan has to come after a scan, to be scanned again.
                 if record.t_ns > scan.end_ns + RETURN_NS or record.flags & FLAG_NEEDS_RESCAN:
                     return first_after
@@ -171,14 +180,13 @@ class _Merge:
         elif isinstance(record, MapRecord):
             self._table.see(record, self._effects)
 
-    def _note_open(self, records: Sequence[Record]) -> None:
-        """What the scans have left open."""
+    def _note_open(self, last_type: dict[int, int]) -> None:
+        """What the scans have left open; ``last_type`` is that of the last record of each tgid."""
         table, effects = self._table, self._effects
         for scan in self._scans:
             known = table.get(scan.tgid)
             if scan.has_untracked_sharers and known is not None and len(known.space.sharers) == 1:
                 effects.has_untracked_sharers = True
-        last_type = {record.tgid: record.type for record in records}
         for pid in self._again:
             if (known := table.get(pid)) is not None:
                 known.space.needs_rescan = True
@@ -186,11 +194,11 @@ class _Merge:
                 table.mark(pid, LIVE if self._is_start else self._own_causes.get(pid, self._causes), effects)
 
 
-def _since_scan(waiting: dict[int, ProcessScan], records: Iterable[Record]) -> dict[int, list[Record]]:
-    """By tgid, the records from the beginning of its scan on."""
-    found: dict[int, list[Record]] = {}
-    for record in records:
+def _since_scan(waiting: dict[int, ProcessScan], records: RecordLog) -> dict[int, array[int]]:
+    """By tgid, the positions of the records from the beginning of its scan on."""
+    found: dict[int, array[int]] = {}
+    for position, record in records.numbered():
         scan = waiting.get(record.tgid)
         if scan is not None and scan.start_ns == record.start_ns and record.t_ns >= scan.begin_ns:
-            found.setdefault(record.tgid, []).append(record)
+            found.setdefault(record.tgid, array("Q")).append(position)
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from msgspec.structs import replace
 
@@ -57,6 +57,11 @@ class Selection:
         return self.container is None or (process.container or "").startswith(self.container)
 
 
+#: Of what nothing is read of, and the inspection that need not be made.
+NO_FACTS: Final = FileFacts()
+NOTHING_TO_READ: Final = Inspection(0.0, NO_FACTS)
+
+
 class Publisher:
     """Turns changes into events and hands them to every subscription.
 
@@ -96,6 +101,7 @@ class Publisher:
         )
         #: What was taken away by hand, until it is mapped anew or asked for by hand or by new rules.
         self._detached: set[tuple[ProcessId, FileId]] = set()
+        self._repaired = [0, 0]
         self.loads = 0
         self.unloads = 0
         self.unresolved = 0
@@ -112,9 +118,16 @@ class Publisher:
         return bool(self._waiting)
 
     def publish(self, changes: list[Change]) -> None:
-        """Takes changes of the mapping table, in order. An unload of what was not published becomes no event."""
+        """Takes changes of the mapping table, in order. An unload of what was not published becomes no event.
+
+        What has waited and need not any more is published before.
+        """
         waiting = self._waiting
+        if waiting:
+            self.flush(time.monotonic())
         for change in changes:
+            if change.cause == "repair":
+                self._repaired[change.is_load] += 1
             if not self.selection.wants(change.process):
                 continue
             if self._detached:
@@ -126,6 +139,11 @@ class Publisher:
                     continue
             waiting.put(change, self._inspect(change))
         self.subscribers.hand_over()
+
+    def take_repaired(self) -> tuple[int, int]:
+        """How many loads and unloads were taken since the last call that a repair has found."""
+        (unloads, loads), self._repaired = self._repaired, [0, 0]
+        return loads, unloads
 
     def rescan_for(self, changes: list[Change], *, only_held: bool = False) -> None:
         """Takes loads of what is mapped already: each is published unless it was, under the rule that wants it now.
@@ -225,16 +243,16 @@ class Publisher:
 
     def _facts(self, change: Change) -> FileFacts | None:
         if not change.is_load or not change.name.is_regular:
-            return FileFacts()  # an unload has its load's
+            return NO_FACTS  # an unload has its load's
         assert self.in_force.inspector is not None
         return self.in_force.inspector.known(change.name)
 
     def _inspect(self, change: Change) -> Inspection:
         facts = self._facts(change)
+        if facts is NO_FACTS:
+            return NOTHING_TO_READ
         if facts is not None:
-            done = Inspection(0.0)
-            done.facts = facts
-            return done
+            return Inspection(0.0, facts)
         assert self.in_force.inspector is not None
         is_own_view = change.name.view == self.own_view_id
         return self.in_force.inspector.inspect(change, is_own_view=is_own_view, now_s=time.monotonic())
@@ -242,7 +260,7 @@ class Publisher:
     def _publish(self, change: Change, facts: FileFacts | None, is_only_held: bool) -> None:
         """Publishes what has waited."""
         if not is_only_held or self.published.get(change.process.id, change.name.file_id) is not None:
-            self._emit(change, facts or self._facts(change) or FileFacts())
+            self._emit(change, facts or self._facts(change) or NO_FACTS)
 
     def _emit(self, change: Change, facts: FileFacts) -> None:
         if change.is_load:

@@ -7,17 +7,19 @@ another thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import chain
 from typing import Final
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, Mapping, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.merge import merge
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
-from sowatch.engine.rescan_schedule import RescanSchedule
+from sowatch.engine.rescan_schedule import RepairSchedule, RescanSchedule
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
 from sowatch.engine.table import MappingTable
@@ -29,7 +31,7 @@ from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
-from sowatch.sources.base import EventSource, ProcessScan, Report
+from sowatch.sources.base import EventSource, ProcessScan, Report, base_report
 from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Reconciler"]
@@ -38,9 +40,6 @@ __all__ = ["Reconciler"]
 MANY_RESCANS: Final = 64
 #: So long after its last scan the pace of a process is forgotten.
 PACE_MEMORY_S: Final = 10
-#: A repair during which more was lost is repeated after this, then after twice that, up to the second.
-FIRST_REPAIR_S: Final = 0.1
-SLOWEST_REPAIR_S: Final = 5.0
 #: After a full scan triggered by shared address spaces, wait so many times the CPU time it took.
 SHARERS_REST: Final = 20
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
@@ -49,6 +48,8 @@ SLACK_NS: Final = 1_000_000
 VFORK_PATIENCE_NS: Final = 500_000_000
 #: A query waits no longer than this in a flood of records.
 SETTLING_S: Final = 0.5
+#: So many changes of a merge are published before it is over.
+MANY_CHANGES: Final = 4096
 #: How often changes that wait for a file's inspection are tried again.
 FACTS_TURN_S: Final = 0.02
 #: A system call that was under way when the rules changed has mapped its file after this.
@@ -93,11 +94,10 @@ class Reconciler:
         self._proc = ProcFs(config.proc_root)
         self._guard = AdaptiveRateLimit(source.record_limit, config.max_records_s)
         self._silent = silent_baseline
-        self._base = _base_report(rules)
+        self._base = base_report(rules)
         self._schedule = RescanSchedule()
         self._schedule.held = source.unread
-        self._repair_at: float | None = None
-        self._repair_wait_s = FIRST_REPAIR_S
+        self._repairs = RepairSchedule()
         self._sharers_at = 0.0
         self._ttl_s = config.ignore_ttl_s
         self._names_at = time.monotonic() + self._ttl_s
@@ -149,9 +149,7 @@ class Reconciler:
         """
         begun = time.monotonic()
         self._report(Report.PROCESSES | Report.RANGES)
-        early = self._source.drain()
-        scans, meanwhile = self._scan_all()
-        records = [*early, *meanwhile, *self._drain_all()]
+        scans, records = self._scan_all_with_records()
         self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True))
         self._mark_unread(SNAPSHOT)
         self._report(Report.NOTHING)
@@ -183,7 +181,7 @@ class Reconciler:
         times = [next_tick, *self._schedule.times()]
         if self._publisher.is_waiting:
             times.append(time.monotonic() + FACTS_TURN_S)
-        times += [when for when in (self._repair_at, self._rules_again_at) if when is not None]
+        times += [when for when in (self._repairs.at, self._rules_again_at) if when is not None]
         if self._needs_full_scan:
             times.append(self._sharers_at)
         return min(times)
@@ -199,7 +197,8 @@ class Reconciler:
                 self._table.await_rescan(pid)
         if self._table.needs_rescan or self._schedule.due or self._throttled:
             self._reread()
-        self._repair_if_due()
+        if self._repairs.is_due:
+            self._repair()
         if self._rules_again_at is not None and now >= self._rules_again_at:
             self._rules_again_at = None
             self._read_for_rules()
@@ -214,8 +213,8 @@ class Reconciler:
         waiting = self._source.drain()
         self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
         self._take(waiting)
-        if not self.is_repaired and self._repair_at is None and not (self._throttled or self._newly_throttled):
-            self._repair_at = time.monotonic()  # no record has named the throttled process for a second
+        if not self.is_repaired and not (self._throttled or self._newly_throttled):
+            self._repairs.ask()  # no record has named the throttled process for a second
         self._check_losses()
         if not self.is_repaired:
             self._note_throttled()
@@ -249,7 +248,8 @@ class Reconciler:
         if self._source.polls is not None:
             self._source.polls.ask()
         self._check_losses()
-        self._repair_if_due()
+        if self._repairs.is_due:
+            self._repair()
         for _ in range(10):
             self.drain()
             if self._needs_full_scan and time.monotonic() >= self._sharers_at:
@@ -263,21 +263,19 @@ class Reconciler:
 
     def finish(self) -> None:
         """Takes the records that are still in the source, and publishes everything."""
-        self._take(self._drain_all())
+        for batch in self._drain_all():
+            self._take(batch)
         self._check_losses()
         if not self.is_repaired:
             self._repair()
         self._publisher.flush_all()
 
-    def _drain_all(self) -> list[Record]:
-        # No longer than needed: in a flood the ring is never empty.
-        until_ns = time.monotonic_ns() + SLACK_NS
-        records: list[Record] = []
+    def _drain_all(self) -> Iterator[list[Record]]:
+        until_ns = time.monotonic_ns() + SLACK_NS  # in a flood the ring is never empty
         while more := self._source.drain():
-            records += more
+            yield more
             if more[-1].t_ns > until_ns:
                 break
-        return records
 
     def _note(self, effects: Effects) -> None:
         """Takes what the table asks for; `_flush` carries it out."""
@@ -294,14 +292,20 @@ class Reconciler:
             wanted, ignored = effects.answers()
             self._source.answer(wanted, is_wanted=True)
             self._source.answer(ignored, is_wanted=False)
-        changes = effects.changes
         for pid, start_ns, activity in dict.fromkeys(effects.untrack):
             if self._table.is_idle(pid) and self._source.untrack(pid, start_ns, activity):
-                changes += self._table.untracked(pid, start_ns).changes
-        return changes
+                effects.changes += self._table.untracked(pid, start_ns).changes
+        return effects.changes
 
     def _flush(self) -> None:
         if changes := self._carry_out():
+            self._publisher.publish(changes)
+
+    def _publish_many(self, causes: Causes, effects: Effects) -> None:
+        """Publishes the changes of a merge that is under way if they are many: any user decides how many they are."""
+        if len(effects.changes) >= MANY_CHANGES and causes is not RULES:
+            self._effects.changes += effects.changes
+            effects.changes, changes, self._effects.changes = [], self._effects.changes, []
             self._publisher.publish(changes)
 
     # ---- other rules --------------------------------------------------------------------------
@@ -316,7 +320,7 @@ class Reconciler:
         self._flush()
         self._publisher.change_rules(change)
         self._table.set_rules(change.rules)
-        self._base = _base_report(change.rules)
+        self._base = base_report(change.rules)
         # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
@@ -376,14 +380,20 @@ class Reconciler:
         self._report(Report.RANGES | Report.SCANS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
         take_others = partial(concerned.take_others, self._source.drain, self._apply_others)
+
+        def between(effects: Effects) -> None:
+            self._publish_many(LIVE, effects)
+            take_others()
+
         scans, records = self._read(due, take_others)
         missing = due.keys() - {scan.tgid for scan in scans}
         # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
-        self._apply_others(concerned.keep_back([*records, *self._drain_all()]))
+        for batch in chain(records.batches(), self._drain_all()):
+            self._apply_others(concerned.keep_back(batch))
         self._report(Report.NOTHING)
         self.rereads += len(due)
-        self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=take_others))
+        self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=between))
         self._note(self._table.apply(*concerned.take()))
         for pid in gone:
             self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
@@ -403,7 +413,7 @@ class Reconciler:
         start_ns = self._table.start_of(pid)
         return start_ns is not None and has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
 
-    def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], list[Record]]:
+    def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], RecordLog]:
         if len(due) > MANY_RESCANS or not self._can_read_one:
             begun_s = self._cpu_s()
             scans, meanwhile = self._scan_all()
@@ -411,7 +421,7 @@ class Reconciler:
                 self._schedule.few_until = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
             for pid in due.keys() & set(self._source.unread):
                 self._table.await_rescan(pid, due[pid])
-            return [scan for scan in scans if scan.tgid in due], list(meanwhile)
+            return [scan for scan in scans if scan.tgid in due], meanwhile
         found = []
         for pid, causes in due.items():
             begun_s = self._cpu_s()
@@ -424,17 +434,22 @@ class Reconciler:
                 self._schedule.rest(pid, 2 * (self._cpu_s() - begun_s))
                 if scan is not None:
                     found.append(scan)
-        return found, []
+        return found, RecordLog()
 
-    def _scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def _scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         """The scans of all processes that can be read, and the records drained meanwhile."""
         self._has_scanned_all = False
         try:
             found = self._source.scan_all()
         except ScanTimeout:
-            return [], []
+            return [], RecordLog()
         self._has_scanned_all = True
         return found
+
+    def _scan_all_with_records(self) -> tuple[list[ProcessScan], RecordLog]:
+        early = self._source.drain()
+        scans, meanwhile = self._scan_all()
+        return scans, RecordLog(chain((early, meanwhile), self._drain_all()))
 
     def _mark_unread(self, causes: Causes) -> None:
         """Marks processes whose scan hangs: they are rescanned as soon as they can be read."""
@@ -451,12 +466,10 @@ class Reconciler:
     def _read_everything(self, causes: Causes) -> set[int]:
         """Merges a full scan and the records that came meanwhile; returns the tgids that were scanned."""
         self._report(Report.PROCESSES | Report.RANGES | Report.SCANS)
-        early = self._source.drain()
-        scans, meanwhile = self._scan_all()
-        records = [*early, *meanwhile, *self._drain_all()]
+        scans, records = self._scan_all_with_records()
         self._report(Report.NOTHING)
         self._table.begin_rescans(scan.tgid for scan in scans)
-        self._note(merge(self._table, scans, records, causes))
+        self._note(merge(self._table, scans, records, causes, between=partial(self._publish_many, causes)))
         self._mark_unread(causes)
         return {scan.tgid for scan in scans}
 
@@ -512,20 +525,19 @@ class Reconciler:
         unresolved = self.losses.unresolved - before.unresolved
         if others := sum(self.losses) - sum(before) - throttled - unresolved:
             self._lose(others)
-            if self._repair_at is None:
-                self._repair_at = time.monotonic()
+            self._repairs.ask()
         if unresolved:
             self._lose(unresolved)
             self._make_up_for_unresolved()
 
     def _make_up_for_unresolved(self) -> None:
         """Repairs mappings whose file could not be identified: their processes need a rescan already."""
-        if self._repair_at is not None or self._throttled:
+        if self._repairs.at is not None or self._throttled:
             return
         begun = time.monotonic()
         self._schedule.expedite(self._table.needs_rescan)
         self._reread()
-        self._has_repaired((), time.monotonic() - begun)
+        self._has_repaired(time.monotonic() - begun)
 
     def _lose(self, count: int) -> None:
         self.lost += count
@@ -556,45 +568,33 @@ class Reconciler:
         self._throttled = {
             pid for pid in self._throttled if pid in owed and pid not in was_read and pid not in self._source.unread
         }
-        if self._throttled or self._repair_at is not None:
+        if self._throttled or self._repairs.at is not None:
             return
-        found = [change for change in self._effects.changes if change.cause == "repair"]
-        self._has_repaired(found, time.monotonic() - self._throttled_since)
+        self._has_repaired(time.monotonic() - self._throttled_since)
 
-    def _has_repaired(self, found: Collection[Change], seconds: float) -> None:
-        loads = sum(change.is_load for change in found)
+    def _has_repaired(self, seconds: float) -> None:
         self._flush()
+        loads, unloads = self._publisher.take_repaired()
         self.repairs += 1
         self.is_repaired = True
-        self._publisher.announce(lambda: Repaired(time.time_ns(), loads, len(found) - loads, seconds))
-
-    def _repair_if_due(self) -> None:
-        if self._repair_at is not None and time.monotonic() >= self._repair_at:
-            self._repair()
+        self._publisher.announce(lambda: Repaired(time.time_ns(), loads, unloads, seconds))
 
     def _repair(self) -> None:
         """Merges a full scan; repeated later if more was lost meanwhile."""
         begun = time.monotonic()
         self._check_losses()
-        self._repair_at = None
+        self._repairs.at = None
         before = self.losses
         since_ns = time.monotonic_ns()
         self._forget_vanished(self._read_everything(REPAIR), since_ns)
-        found = [change for change in self._effects.changes if change.cause == "repair"]
         after = self._source.losses()
         # What is dropped of a process that floods is repaired by rescans of that process.
         stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)
         if stood_still and self._has_scanned_all:
-            self._repair_wait_s = FIRST_REPAIR_S
+            self._repairs.end(is_repaired=True)
             self._throttled.clear()
-            self._has_repaired(found, time.monotonic() - begun)
+            self._has_repaired(time.monotonic() - begun)
             return
         self._flush()
         self._check_losses()
-        self._repair_at = time.monotonic() + self._repair_wait_s
-        self._repair_wait_s = min(SLOWEST_REPAIR_S, 2 * self._repair_wait_s)
-
-
-def _base_report(rules: RuleSet) -> Report:
-    """What is reported all the time."""
-    return Report.IMAGES if rules.wants_images else Report.NOTHING
+        self._repairs.end(is_repaired=False)

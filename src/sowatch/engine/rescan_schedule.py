@@ -1,14 +1,15 @@
-"""`RescanSchedule`: when each process that needs a rescan is scanned."""
+"""`RescanSchedule`: when each process that needs a rescan is scanned; `RepairSchedule`: when a loss is repaired."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Container, Iterable, Mapping
 from math import inf
 from typing import Final
 
 from sowatch.engine.effects import Causes
 
-__all__ = ["RescanSchedule"]
+__all__ = ["RepairSchedule", "RescanSchedule"]
 
 #: A process that needs a rescan again at once is read at most this often in the long run.
 SLOWEST_REREAD_S: Final = 0.25
@@ -25,6 +26,36 @@ FAR_S: Final = 0.1
 #: A 32-bit process is read this long after its exec, then after twice that, up to the second.
 FIRST_COMPAT_S: Final = 0.002
 SLOWEST_COMPAT_S: Final = 1.0
+#: A repair during which more was lost is repeated after this, then after twice that, up to the second.
+FIRST_REPAIR_S: Final = 0.1
+SLOWEST_REPAIR_S: Final = 5.0
+
+
+class RepairSchedule:
+    """When losses are repaired: at once, or more and more rarely if more is lost during each repair.
+
+    Attributes:
+        at: when the next repair is due, in seconds of CLOCK_MONOTONIC; None: no loss asks for one.
+    """
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self._wait_s = FIRST_REPAIR_S
+
+    @property
+    def is_due(self) -> bool:
+        """Whether one is to be made now."""
+        return self.at is not None and time.monotonic() >= self.at
+
+    def ask(self) -> None:
+        """Something was lost."""
+        if self.at is None:
+            self.at = time.monotonic()
+
+    def end(self, *, is_repaired: bool) -> None:
+        """A repair was made; it was in vain if more was lost meanwhile."""
+        self.at = None if is_repaired else time.monotonic() + self._wait_s
+        self._wait_s = FIRST_REPAIR_S if is_repaired else min(SLOWEST_REPAIR_S, 2 * self._wait_s)
 
 
 class RescanSchedule:

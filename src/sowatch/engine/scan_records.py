@@ -6,9 +6,10 @@ that: a process decides how long its scan takes, and others are not to be report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import ProcessRecord, Record, RecordType
 
 __all__ = ["ScanRecords"]
@@ -29,27 +30,27 @@ class ScanRecords:
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = set(pids)
-        self._waiting: list[Record] = []
+        self._waiting = RecordLog()
 
     def take_others(self, drain: Callable[[], list[Record]], apply: Callable[[list[Record]], None]) -> None:
         """Drains while the scan or its merge is under way, and applies what does not concern it."""
         if len(self._waiting) < MAX_WAITING:
             apply(self.keep_back(drain()))
 
-    def keep_back(self, records: Iterable[Record]) -> list[Record]:
+    def keep_back(self, records: Sequence[Record]) -> list[Record]:
         """Keeps those that concern the scan; gives the others, in order."""
-        pids, others = self._pids, []
-        for record in records:
-            if record.tgid in pids:
-                self._waiting.append(record)
-            elif record.type == RecordType.FORK and isinstance(record, ProcessRecord) and record.parent_tgid in pids:
-                pids.add(record.tgid)
-                self._waiting.append(record)
-            else:
-                others.append(record)
-        return others
+        return self._waiting.take_from(records, self._concerns)
 
-    def take(self) -> list[Record]:
+    def _concerns(self, record: Record) -> bool:
+        pids = self._pids
+        if record.tgid in pids:
+            return True
+        if record.type == RecordType.FORK and isinstance(record, ProcessRecord) and record.parent_tgid in pids:
+            pids.add(record.tgid)
+            return True
+        return False
+
+    def take(self) -> RecordLog:
         """Those that were kept since the last call, in order."""
-        taken, self._waiting = self._waiting, []
+        taken, self._waiting = self._waiting, RecordLog()
         return taken

@@ -10,10 +10,12 @@ from enum import IntFlag
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import Record
 from sowatch.model.errors import LoadAttempt
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Hooks, Strategy
+from sowatch.model.rules import RuleSet
 from sowatch.model.stats import Losses
 from sowatch.sources.scan_rows import ProcessScan
 from sowatch.sources.unread import UnreadProcesses
@@ -28,6 +30,7 @@ __all__ = [
     "TrackedEntry",
     "Verdict",
     "Verdicts",
+    "base_report",
 ]
 
 
@@ -41,6 +44,11 @@ class Report(IntFlag):
     SCANS = 8
     INTROS = 16
     FENCE = 32
+
+
+def base_report(rules: RuleSet) -> Report:
+    """What is reported all the time."""
+    return Report.IMAGES if rules.wants_images else Report.NOTHING
 
 
 class TrackedEntry(NamedTuple):
@@ -150,7 +158,7 @@ class EventSource(Protocol):
     def drain(self) -> list[Record]:
         """What happened since the last call, in the order of the ring."""
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         """The mappings of every process that is not ``unread`` then, and the records drained meanwhile.
 
         Raises:

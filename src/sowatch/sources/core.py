@@ -14,12 +14,12 @@ from typing import Final, Self
 
 from sowatch.bpf.binding import PROGRAMS, BpfMap, BpfObject, Variable, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, NoHooks, Trampolines
+from sowatch.bpf.record_log import Drained, RecordLog
 from sowatch.bpf.records import (
     MapRecord,
     Record,
     RecordType,
     file_and_view_of,
-    parse,
 )
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import NO_GUARD, Config
@@ -186,13 +186,14 @@ class BpfSource:
         return self._ring_fd
 
     def drain(self) -> list[Record]:
-        return self._note_places(parse(self._object.drain()))
-
-    def _note_places(self, records: list[Record]) -> list[Record]:
-        """The same records; verdicts on them will be about the places that they name."""
-        return list(self._noting_places(records))
+        records = Drained(self._object.drain())
+        for record in records:
+            if record.type == RecordType.MAP:
+                self._note_place(record)  # type: ignore[arg-type]
+        return records
 
     def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The same records; verdicts on them will be about the places that they name."""
         for record in records:
             if record.type == RecordType.MAP:
                 self._note_place(record)  # type: ignore[arg-type]
@@ -203,8 +204,8 @@ class BpfSource:
             self._places.clear()  # an answer without a place is asked for again
         self._places[record.key] = record.place
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
-        meanwhile: list[Record] = []
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+        meanwhile = RecordLog()
 
         grouping = Grouping()
 

@@ -17,6 +17,7 @@ from errno import EXDEV
 from typing import Final, NamedTuple
 
 from sowatch.bpf.binding import PROGRAMS
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import (
     FLAG_IMAGE,
     MapRecord,
@@ -123,9 +124,9 @@ class OldKernelSource(BpfSource):
 
     # ---- scans --------------------------------------------------------------------------------
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         scans: list[ProcessScan] = []
-        meanwhile: list[Record] = []
+        meanwhile = RecordLog()
         known: dict[Hashable, _Answer] = {}
         pool = RowPool()
         self._reading_tgid.value = 0
@@ -138,7 +139,7 @@ class OldKernelSource(BpfSource):
                     continue
                 if scan is not None:
                     scans.append(scan)
-            meanwhile += self.drain()
+            meanwhile.extend(self.drain())
         return scans, meanwhile
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import (
     FLAG_ASK,
     FLAG_DELETED,
@@ -210,14 +211,14 @@ class ProcfsSource:
                 LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
             records, pool = self._poll_all(), RowPool()
             scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
         # What the first poll found new is in the scans.
-        return [one for one in scans if one is not None], [] if is_first else records
+        return [one for one in scans if one is not None], RecordLog(() if is_first else [records])
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         del meanwhile  # a drain may read processes itself, so it cannot come within a scan

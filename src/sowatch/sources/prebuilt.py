@@ -17,6 +17,7 @@ from typing import Final
 
 from sowatch.bpf.binding import PROGRAMS, BpfObject, Tracefs
 from sowatch.bpf.hooks import HAS_COMPAT_HOOKS, OPTIONAL_CALLS
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import (
     FLAG_COMPAT,
     FLAG_IMAGE,
@@ -361,9 +362,9 @@ class PrebuiltSource:
 
     # ---- scans --------------------------------------------------------------------------------
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
         scans: list[ProcessScan] = []
-        meanwhile: list[Record] = []
+        meanwhile = RecordLog()
         self._reader.pool = RowPool()
         try:
             for place, pid in enumerate(self._reader.proc.pids()):
@@ -376,7 +377,7 @@ class PrebuiltSource:
                 if scan is not None:
                     scans.append(scan)
                 if place % DRAIN_EVERY == 0:
-                    meanwhile += self.drain()
+                    meanwhile.extend(self.drain())
         finally:
             self._reader.pool = None
         return scans, meanwhile

@@ -19,8 +19,8 @@ def test_records_of_a_scanned_process_and_of_its_children_are_keep_back_in_order
     fork = ONE.fork(CHILD, t=2)
     records = [ONE.map(SSL, t=1), fork, OTHER.map(SSL, t=3), CHILD.map(SSL, t=4), OTHER.exit(t=5)]
     assert concerned.keep_back(records) == [records[2], records[4]]
-    assert concerned.take() == [records[0], fork, records[3]]
-    assert concerned.take() == []
+    assert list(concerned.take()) == [records[0], fork, records[3]]
+    assert list(concerned.take()) == []
 
 
 def test_beyond_the_limit_nothing_is_drained_before_the_merge():
@@ -54,9 +54,25 @@ def test_what_others_do_is_applied_between_the_slices_of_a_merge():
         [scan(ONE, 10, 20, *rows)],
         [],
         LIVE,
-        between=lambda: concerned.take_others(lambda: came.pop(0) if came else [], apply),
+        between=lambda _: concerned.take_others(lambda: came.pop(0) if came else [], apply),
     )
     assert seen == [(OTHER.pid, SSL.inode), (OTHER.pid, 7)]
     assert len(effects.changes) == 600
     assert {change.process.pid for change in effects.changes} == {ONE.pid}
     assert scan_rows.SLICE * 2 <= 600
+
+
+def test_the_changes_of_a_merge_may_be_taken_away_before_it_is_over():
+    table = MappingTable(RuleSet(()))
+    rows = [ONE.map(SSL.but(path=f"/usr/lib/lib{n}.so", inode=1000 + n), BASE + n * 2 * PAGE) for n in range(600)]
+    taken = []
+
+    def take(effects):
+        taken.append(effects.changes)
+        effects.changes = []
+
+    records = [OTHER.map(SSL, BASE + n * 2 * PAGE, t=30 + n) for n in range(600)]
+    rest = merge(table, [scan(ONE, 10, 20, *rows)], records, LIVE, between=take)
+    found = [(one.process.pid, one.name.file_id.inode) for changes in [*taken, rest.changes] for one in changes]
+    assert sorted(found) == [*((ONE.pid, row.file_id.inode) for row in rows), (OTHER.pid, SSL.inode)]
+    assert any(taken)

@@ -134,6 +134,8 @@ class EngineOwner(Owner):
 
     clock = time.monotonic_ns
     table_type = MappingTable
+    #: Of the ``/proc`` that it stands for: there is none.
+    root = "/nonexistent"
 
     def __init__(self, kernel):
         super().__init__(kernel)
