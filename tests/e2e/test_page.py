@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,12 +20,29 @@ from support.agent import Agent, NewAgent, short_directory
 from support.pages import Visit, chromium
 from support.programs import Mapper, compile_library
 from support.receivers import free_port
-from support.tls import LIBRARIES, Server, Tls, find
+from support.tls import ASYNCIO_SERVER, LIBRARIES, SERVE_BY_ASYNCIO, Server, Tls, find
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="BPF programs need root")
 
 LARGE = {"width": 1400, "height": 900}
 SMALL = {"width": 400, "height": 800}
+#: TLS that is not HTTP: a server and a client.
+ECHO_SERVER = f"""
+import asyncio, ssl, sys
+async def serve(reader, writer):
+    while data := await reader.read(100):
+        writer.write(data)
+        await writer.drain()
+{SERVE_BY_ASYNCIO}
+"""
+ECHO_CLIENT = """
+import socket, ssl, sys
+context = ssl.create_default_context()
+with context.wrap_socket(socket.create_connection(("127.0.0.1", int(sys.argv[1]))), server_hostname="127.0.0.1") as tls:
+    for _ in range(3):
+        tls.sendall(b"\\0\\1\\2" * 30)
+        assert tls.recv(100)
+"""
 #: Of a real extension module, and the longest that has no letter left out on a small screen.
 LONG = "_elementtree_x.cpython-311-x86_64-linux-gnu-1.so"
 DEEP = "site-packages/a-directory-with-a-rather-long-name/and-another-one-within-it/_vendor/native"
@@ -51,6 +69,8 @@ class Host:
     port: int
     tls: Tls
     nginx: Server
+    memory: Server
+    echo: Server
     python: Server
     ask: Callable[[str], None]
     place: Path
@@ -83,13 +103,13 @@ def host(tmp_path_factory: pytest.TempPathFactory, module_spawn: Any, deadline: 
     """Its server and client have a connection before the agent starts: that one is joined in the middle."""
     tls = Tls(tmp_path_factory.mktemp("tls"), module_spawn, deadline.wait_until)
     tls.hold()
-    nginx, server = tls.nginx(), tls.python()
+    nginx, server, memory, echo = tls.nginx(), tls.python(), tls.python(ASYNCIO_SERVER), tls.python(ECHO_SERVER)
     _, ask = tls.keep_alive(server)
     ask("/before")
     with short_directory() as place:
         port = free_port()
         agent = Agent(subprocess.Popen, deadline.wait_until, place, "", ["--listen", f"127.0.0.1:{port}"])
-        made = Host(agent, port, tls, nginx, server, ask, place, tmp_path_factory.mktemp("maps"))
+        made = Host(agent, port, tls, nginx, memory, echo, server, ask, place, tmp_path_factory.mktemp("maps"))
         agent.config_path.write_text(made.config(), encoding="utf-8")
         agent.start()
         deadline.wait_until(made.is_tapped, 20, "tapped")
@@ -154,6 +174,11 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
     host.ask("/late")  # its request was being read when the probes came
     urls = [f"https://127.0.0.1:{host.nginx.port}{path}" for path in ("/users/1", "/users/2?secret=1", "/missing")]
     host.tls.run(find("curl"), "-sS", "-o", "/dev/null", "--cacert", str(host.tls.certificate), *urls)
+    # Over memory no socket is seen in a call, and of the first flow it is not known yet; TLS need not be HTTP.
+    host.tls.run(
+        find("curl"), "-sS", "--cacert", str(host.tls.certificate), f"https://127.0.0.1:{host.memory.port}/memory"
+    )
+    host.tls.run(sys.executable, "-c", ECHO_CLIENT, str(host.echo.port))
     here = f"127.0.0.1:{host.nginx.port}"
     page.page.wait_for_selector(f"#table >> text={here}/missing >> nth=1")
     wait_until(lambda: len(endpoints(page)) >= 5, 20, "all endpoints")
@@ -162,10 +187,12 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
         assert found[side, f"{here}/users/*"][1:6] == ["GET", side, "2", "", ""]
         assert found[side, f"{here}/missing"][3:6] == ["1", errors, ""]
         assert all(re.fullmatch(r"\d+ µs|\d+\.\d ms", cell) for cell in found[side, f"{here}/users/*"][6:])
-    wait_until(lambda: figures(page)["flows"] == host.agent.get("/http").json["flows_seen"] > 6, 20, "all flows")
+    wait_until(lambda: figures(page)["flows"] == host.agent.get("/http").json["flows_seen"] > 8, 20, "all flows")
+    wait_until(lambda: figures(page)["undecoded"] >= 1, 20, "what is not HTTP")
     stats, shown = host.agent.get("/http").json["stats"], figures(page)
     assert shown["joined late"] == stats["joined_late"] >= 1
     assert shown["incomplete"] == stats["incomplete"] >= 1
+    assert shown["unknown peers"] == stats["unknown_peers"] >= 1
     assert shown == {
         "flows": host.agent.get("/http").json["flows_seen"],
         "incomplete": stats["incomplete"],
@@ -195,7 +222,7 @@ def test_the_http_tab_shows_endpoints_their_percentiles_and_what_is_not_known(
     other.page.wait_for_selector("#details dd >> text=server: the process answers")
     assert other.page.inner_text("#details-title") == f"GET {here}/users/*"
     other.page.keyboard.press("Escape")
-    other.page.wait_for_function("location.hash === '#http'")
+    other.page.wait_for_function("() => location.hash === '#http'")
     assert len(endpoints(other)) == len(host.agent.get("/http").json["endpoints"])
     assert other.page.evaluate("document.documentElement.scrollWidth") <= SMALL["width"]
     assert other.page.evaluate(_IS_WHOLE, "users/*")
@@ -215,6 +242,7 @@ def test_single_flows_are_on_the_page_where_the_configuration_says_so(host: Host
     assert row[1] == "200"
     assert re.fullmatch(r"127\.0\.0\.1:\d+", row[5])
     assert row[6:] == ["0 / 10", "yes"]
+    assert "unknown" in page.page.locator("#details tbody tr:has-text('/memory') td:nth-child(6)").all_inner_texts()
     page.page.keyboard.press("Escape")
     page.search("one/")
     page.page.locator("#table tbody a").first.click()
@@ -339,7 +367,7 @@ def test_the_history_of_stale_files_has_when_one_was_replaced_and_when_its_proce
         page.page.click(f"{row} a >> nth=0")
         page.page.wait_for_selector("#details dd >> text=replaced since it was mapped")
         page.page.keyboard.press("Escape")
-        page.page.wait_for_function("location.hash === '#stale&only=1'")
+        page.page.wait_for_function("() => location.hash === '#stale&only=1'")
     page.page.wait_for_selector(row, state="detached")
     page.page.uncheck("#only")
     page.page.wait_for_selector(f"{row} >> text=was replaced")
@@ -361,7 +389,7 @@ def test_the_keyboard_goes_through_all_rows_and_back(
     keyboard.press("/")
     keyboard.type("libkey")
     page.page.wait_for_selector("text=60 of")
-    page.page.wait_for_function("location.hash === '#libraries&search=libkey'")
+    page.page.wait_for_function("() => location.hash === '#libraries&search=libkey'")
     seen = set()
     for _ in range(60):
         keyboard.press("ArrowDown")
@@ -383,7 +411,7 @@ def test_the_keyboard_goes_through_all_rows_and_back(
     keyboard.press("ArrowDown")
     assert page.page.evaluate("document.activeElement.closest('tr').getAttribute('aria-rowindex')") == "61"
     keyboard.press("Escape")
-    page.page.wait_for_function("location.hash === '#libraries'")
+    page.page.wait_for_function("() => location.hash === '#libraries'")
     assert page.page.locator("#search").input_value() == ""
 
 
