@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from support.agent import Agent, NewAgent, short_directory
+from support.cgroups import Cgroups
 from support.pages import Visit, chromium
 from support.programs import Mapper, compile_library
 from support.receivers import free_port
@@ -327,9 +328,17 @@ def test_links_name_a_library_by_path_and_build_id_and_a_process_by_pid_and_star
     gone.page.wait_for_selector("#details >> text=This library is mapped by nobody now")
 
 
-def test_a_search_says_by_what_it_found_a_row_and_processes_have_users(
-    host: Host, visit: Open, mapper: Mapper, library: Callable[[str], Path]
+@pytest.fixture
+def cgroups(tmp_path: Path, wait_until: Any) -> Iterator[Cgroups]:
+    made = Cgroups(tmp_path / "cgroups")
+    yield made
+    made.close(wait_until)
+
+
+def test_a_search_says_by_what_it_found_a_row_and_processes_have_users_and_units(
+    host: Host, visit: Open, cgroups: Cgroups, mapper: Mapper, library: Callable[[str], Path]
 ) -> None:
+    cgroups.put(mapper.pid, "sowatch-page.slice/shop.service")
     path = library("libnamed.so")
     mapper.map(path)
     page = visit("", SMALL)
@@ -343,8 +352,11 @@ def test_a_search_says_by_what_it_found_a_row_and_processes_have_users(
     page.page.click("#show-processes")
     page.search("mapper (0)")
     page.page.wait_for_selector(".hit:visible:has-text('user: root (0)')")
+    page.search("shop.service")
+    page.page.wait_for_selector(".hit:visible:has-text('unit: shop.service')")
     large = visit("#processes&search=mapper")
     large.page.wait_for_selector("#table td >> text=root")
+    large.page.wait_for_selector("#table td.unit >> text=shop.service")
     assert large.page.locator("#search").input_value() == "mapper"
 
 
