@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from sowatch.bpf.binding import PROGRAMS, Tracefs
 from sowatch.bpf.probe_object import ProbeObject, Ring, set_probe_constants
+from sowatch.engine.failure_log import FailureLog
 from sowatch.http.flows import Chunk, Flow, FlowTable
 from sowatch.http.records import COUNTERS, decode, spare_key
 from sowatch.linux.tls_libraries import FAMILIES, NSS_CIPHERS
@@ -163,6 +164,7 @@ class Capture:
         if not 64 <= capture_bytes <= CAPTURE_BYTES:
             raise UsageError(f"capture_bytes is {capture_bytes}. Give 64 to {CAPTURE_BYTES}.")
         self._on_flow = on_flow
+        self._failures = FailureLog(LOG)
         self._on_failure = on_failure
         self._on_drained = on_drained
         self.is_filtered = is_filtered
@@ -386,9 +388,9 @@ class Capture:
         known = process or Process(pid=flow.key.process.pid, start_ns=flow.key.process.start_ns)
         try:
             self._on_flow(HttpFlow(flow, known, library))
-        except Exception:
+        except Exception as error:  # noqa: BLE001 - counted and logged; the next flow comes all the same
             self.callback_failures += 1
-            LOG.exception("the callback for flows failed")
+            self._failures.note("the callback for flows", error)
 
 
 _SOCKET_PROGRAMS: Final = ("tls_socket_sent", "tls_socket_received")

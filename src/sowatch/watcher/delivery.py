@@ -10,18 +10,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from sowatch.engine.backlog import Backlog
+from sowatch.engine.failure_log import FailureLog
 from sowatch.model.literals import ProcessKind
 from sowatch.model.process_events import ProcessCallback, ProcessEvent
 
 __all__ = ["Counts", "Delivery", "Subscribers", "Subscription"]
 
 _log = logging.getLogger("sowatch.processes")
-
-#: Tracebacks written for one subscription: one that fails always would fill the log.
-_LOGGED_ERRORS: Final = 10
 
 
 class Counts:
@@ -47,13 +44,12 @@ class Counts:
 class Subscription:
     """A callback for one kind of event, until it is ended."""
 
-    __slots__ = ("callback", "errors", "is_active", "kind")
+    __slots__ = ("callback", "is_active", "kind")
 
     def __init__(self, kind: ProcessKind, callback: ProcessCallback) -> None:
         self.kind = kind
         self.callback = callback
         self.is_active = True
-        self.errors = 0
 
 
 class Subscribers:
@@ -101,6 +97,7 @@ class Delivery:
         self._backlog = Backlog(limit, limit_bytes)
         self._counts = counts
         self._on_room = on_room
+        self._failures = FailureLog(_log)
         self._changed = threading.Condition(threading.Lock())
         # Who gets an event is decided when it is queued: a subscriber that comes later was given
         # the processes as they are then, and must not see older news after that.
@@ -199,9 +196,6 @@ class Delivery:
         self._counts.add("callbacks")
         try:
             subscription.callback(event)
-        except BaseException:  # noqa: BLE001 - a SystemExit here would end the thread in silence
+        except BaseException as error:  # noqa: BLE001 - a SystemExit here would end the thread in silence
             self._counts.add("callback_errors")
-            subscription.errors += 1
-            if subscription.errors <= _LOGGED_ERRORS:
-                last = "; further errors of it are only counted" if subscription.errors == _LOGGED_ERRORS else ""
-                _log.exception("a callback failed for the %s of process %d%s", event.kind, event.process.pid, last)
+            self._failures.note(f"the callback for {event.kind} events", error)
