@@ -234,6 +234,16 @@ def test_an_explanation_by_an_agent_and_by_its_debugger_reads_as_one_of_a_watch(
         )
 
 
+def test_a_file_is_explained_by_its_base_name(agent: Agent, mapped: Path, mapper: Mapper) -> None:
+    by_name = run("explain", mapped.name, "--agent", agent.socket)
+    assert by_name.returncode == 0, by_name.stderr
+    assert by_name.stdout.startswith(f"path       {mapped}\n")
+    assert f"{mapper.pid}  mapper  this file" in by_name.stdout
+    nobody = run("explain", "libsowatch-none.so", "--agent", agent.socket)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert "has a file named 'libsowatch-none.so' mapped" in nobody.stderr
+
+
 def _moments(text: str) -> str:
     """Without what differs from one moment to the next: seconds that are left, and microseconds of another clock."""
     return re.sub(r"since \S+", "since then", re.sub(r"\d+ s more", "N s more", text))

@@ -29,6 +29,7 @@ def traced_files(registry: FileRegistry) -> list[dict[str, Any]] | None:
     return [
         {
             "ProgramType": file.rule,
+            "Rule": file.rule,
             "FilePath": file.library.path,
             "PIDs": sorted(process.pid for process in file.processes),
             "State": file.state,
@@ -45,7 +46,7 @@ def blocked_files(registry: FileRegistry) -> list[dict[str, Any]] | None:
     for one in registry.blocked():
         entry = {"Dev": one.id.dev, "Inode": one.id.inode, "SamplePath": one.sample_path, "Reason": one.reason}
         by_rule.setdefault(one.rule, []).append(entry)
-    return [{"ProgramType": rule, "PathIdentifiers": files} for rule, files in by_rule.items()] or None
+    return [{"ProgramType": rule, "Rule": rule, "PathIdentifiers": files} for rule, files in by_rule.items()] or None
 
 
 class Debugger:

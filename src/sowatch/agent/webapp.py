@@ -25,7 +25,7 @@ from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
 from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
-from sowatch.explain import PathReport, ProcessReport, to_dict
+from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
 from sowatch.inventory.explained import with_staleness
 from sowatch.inventory.stale_watch import StaleWatch, file_key
@@ -132,6 +132,7 @@ class WebApp:
             Route("/explain", self._explain),
             Route("/inventory", self._inventory),
             Route("/mappings", self._mappings),
+            Route("/paths", self._paths),
             Route("/http", self._http_endpoints),
             Route("/audit", self._audit_now),
         ]
@@ -282,6 +283,21 @@ class WebApp:
             return with_staleness(report, self._proc) if isinstance(report, ProcessReport) else report
 
         return await self._answer_why(request, explain, self._in_thread)
+
+    async def _paths(self, request: Request) -> Response:
+        """The files that are mapped under a base name, or have it as their soname."""
+        name = _query(request).get("name", "")
+        if not name or "/" in name or "\0" in name:
+            return _refusal(UsageError("give the base name of a file: /paths?name=libssl.so.3."), 400)
+
+        def look() -> tuple[str, ...]:
+            by_soname = {one.library.path for one in self._watcher.snapshot() if one.library.soname == name}
+            return paths_named(self._proc, name, by_soname)
+
+        try:
+            return _json({"paths": list(await self._in_thread(look))})
+        except SowatchError as error:
+            return _refusal(error, 404)
 
     async def _explain_published(self, request: Request) -> Response:
         def explain(target: _Target) -> ProcessReport | PathReport:

@@ -142,6 +142,11 @@ class Agent:
         """The explanation of what is named by ``key``: pid, path or rule. Raises as `get`."""
         return self.get(f"/explain?{key}={quote(target.encode('utf-8', 'surrogateescape'))}")
 
+    def paths_named(self, name: str) -> list[str]:
+        """The files that are mapped under a base name. Raises as `get`."""
+        found = self.get(f"/paths?name={quote(name.encode('utf-8', 'surrogateescape'))}")
+        return self.read_as(lambda: [str(path) for path in found["paths"]])
+
     def open(self, route: str) -> AgentStream:
         """An answer that goes on.
 

@@ -62,6 +62,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, explanation_of, refuse_own_watch
 from sowatch.cli._client import Agent
@@ -185,7 +186,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
         for number, found in enumerate(_examine(args, target, warn)):
             if number and not as_json:
                 out.write("\n")
-            show_explanation(found, out, as_json=as_json)
+            show_explanation(replace(found, seq=number + 1), out, as_json=as_json)
     else:
         _ask_agent(args, target, out, as_json=as_json)
     return 0
@@ -220,8 +221,12 @@ def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> None
     agent = Agent(args.agent)
     if target.isascii() and target.isdigit():
         show_answer(agent, agent.explain("pid", target), out, as_json=as_json)
-    else:
-        show_answer(agent, agent.explain("path", os.path.abspath(target)), out, as_json=as_json)
+        return
+    is_path = "/" in target or os.path.lexists(target)
+    for number, path in enumerate([os.path.abspath(target)] if is_path else agent.paths_named(target)):
+        if number and not as_json:
+            out.write("\n")
+        show_answer(agent, agent.explain("path", path) | {"seq": number + 1}, out, as_json=as_json)
 
 
 def show_answer(agent: Agent, found: Any, out: Out, *, as_json: bool) -> None:
