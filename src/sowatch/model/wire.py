@@ -382,14 +382,18 @@ class Mapping(Struct, frozen=True, gc=False):
         | UnsetType
     ) = UNSET
     unit: (
-        Annotated[Name | None, Meta(description="With --stale: the systemd unit the process runs in.")] | UnsetType
+        Annotated[
+            Name | None,
+            Meta(description="With --stale: the systemd unit the process runs in; of a container one inside it."),
+        ]
+        | UnsetType
     ) = UNSET
     unit_manager: (
         Annotated[
             Name | None,
             Meta(
                 description="With --stale: the unit that runs the service manager which has that unit, such as "
-                "user@1000.service; null for the system's own manager."
+                "user@1000.service; null for the system's own manager, and for that of a container."
             ),
         ]
         | UnsetType
