@@ -225,7 +225,7 @@ def test_nobody_sees_by_an_agent_who_shares_a_library(agent: Agent, mapped: Path
 def test_an_audit_by_an_agent_and_by_its_debugger_is_one_line_of_the_same_words(agent: Agent, mapped: Path) -> None:
     asked = run("audit", "--agent", agent.socket)
     debugged = run("debug", "audit", "--socket", agent.socket)
-    line = r"0 differences; \d+ processes, \d+ mappings, \d+ unreadable, \d+ lost, \d+ repairs\n"
+    line = r"0 differences; \d+ processes?, \d+ mappings?, \d+ unreadable, \d+ lost, \d+ repairs?\n"
 
     for done in (asked, debugged):
         assert (done.returncode, done.stderr) == (0, "")
