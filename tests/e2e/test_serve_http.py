@@ -49,7 +49,8 @@ def curl(tls: Tls, server: Server, *paths: str) -> None:
 
 
 def flows(path: Path, side: str = "server") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # the last may be half written
     return [one for one in lines if one["event"] == "http" and one["side"] == side]
 
 

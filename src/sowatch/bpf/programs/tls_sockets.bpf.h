@@ -136,14 +136,14 @@ static __always_inline int note_use(const struct call *call, struct sock *socket
 }
 
 /* What a connection encrypted is sent to a socket. */
-static __always_inline int note_sent(const struct sent *sent, struct sock *socket)
+static __always_inline int note_sent(const struct sent *sent, struct sock *socket, enum socket_proof proof)
 {
 	struct tls_connection_key key = key_of(sent->pointer, 0);
 	struct connection *connection = connection_of(&key, false);
 
 	if (!connection || connection->born_ns != sent->born_ns)
 		return 0;
-	return note_peer(connection, socket, SOCKET_OF_MEMORY);
+	return note_peer(connection, socket, proof);
 }
 
 /* The socket that a descriptor of this process stands for at this moment; 0: it is none. */
@@ -194,17 +194,17 @@ static __always_inline int note_sending(__u64 descriptor, const void *buffer, __
 	found = bpf_map_lookup_elem(&encrypted, &prefix);
 	if (!found || bpf_ktime_get_ns() - found->time_ns >= PREFIX_AGE_NS)
 		return 0;
-	/* Within a call the library sends by itself, which is seen there. */
-	if (call_of(thread))
-		return 0;
 	/* Into a pipe: who sends it on is not known. */
 	socket = socket_of(descriptor);
 	if (!socket)
 		return 0;
 	sent.pointer = found->pointer;
 	sent.born_ns = found->born_ns;
+	/* Within a call the library sends by itself: the handshake, mostly. */
+	if (call_of(thread))
+		return note_sent(&sent, socket, SOCKET_OF_CALL);
 	if (!sees_sockets)
-		return note_sent(&sent, socket);
+		return note_sent(&sent, socket, SOCKET_OF_MEMORY);
 	/* It is compared with what the system call uses in the end: another thread may exchange the descriptor. */
 	sent.socket = (__u64)socket;
 	bpf_map_update_elem(&sending, &thread, &sent, BPF_ANY);
@@ -267,7 +267,7 @@ static __always_inline int note_socket(struct sock *socket, int result, int flag
 	bpf_map_delete_elem(&sending, &thread);
 	if (result <= 0 || sent.socket != (__u64)socket)
 		return 0;
-	return note_sent(&sent, socket);
+	return note_sent(&sent, socket, SOCKET_OF_MEMORY);
 }
 
 SEC("tp_btf/sock_send_length")
