@@ -336,8 +336,8 @@ class Stale(Struct, frozen=True, gc=False):
 class Renewed(Struct, frozen=True, gc=False):
     """A process no longer has a stale file mapped. Attributes as of `Stale`.
 
-    ``cause`` is ``unmapped`` (the process ended, or has the file no more) or ``restored`` (the file is back under its
-    name).
+    ``cause`` is ``unmapped`` (the process ended, or has the file no more, or no rule wants it any more) or ``restored``
+    (the file is back under its name).
     """
 
     event: ClassVar[Literal["renewed"]] = "renewed"

@@ -87,7 +87,8 @@ class Staleness(StrEnum):
     UNKNOWN = "unknown"
 
 
-#: Why a process has no stale file any more: it unmapped the file or ended, or the file is back under its name.
+#: Why a process has no stale file any more: it unmapped the file or ended, or no rule wants the file any
+#: more; or the file is back under its name.
 RenewedCause: TypeAlias = Literal["unmapped", "restored"]
 
 #: What happened to a process, and how that was found out.

@@ -505,7 +505,8 @@ class Renewed(Struct, frozen=True, gc=False):
     cause: Annotated[
         RenewedCause,
         Meta(
-            description="`unmapped`: the process ended, or has the file no more; `restored`: it is back under its name."
+            description="`unmapped`: the process ended, or has the file no more, or no rule wants it any more; "
+            "`restored`: it is back under its name."
         ),
     ]
     rule: RuleName
