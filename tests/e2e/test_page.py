@@ -69,6 +69,7 @@ class Host:
     agent: Agent
     port: int
     tls: Tls
+    held: int
     nginx: Server
     memory: Server
     echo: Server
@@ -103,14 +104,14 @@ def browser() -> Iterator[Any]:
 def host(tmp_path_factory: pytest.TempPathFactory, module_spawn: Any, deadline: Any) -> Iterator[Host]:
     """Its server and client have a connection before the agent starts: that one is joined in the middle."""
     tls = Tls(tmp_path_factory.mktemp("tls"), module_spawn, deadline.wait_until)
-    tls.hold()
+    held = tls.hold()
     nginx, server, memory, echo = tls.nginx(), tls.python(), tls.python(ASYNCIO_SERVER), tls.python(ECHO_SERVER)
     _, ask = tls.keep_alive(server)
     ask("/before")
     with short_directory() as place:
         port = free_port()
         agent = Agent(subprocess.Popen, deadline.wait_until, place, "", ["--listen", f"127.0.0.1:{port}"])
-        made = Host(agent, port, tls, nginx, memory, echo, server, ask, place, tmp_path_factory.mktemp("maps"))
+        made = Host(agent, port, tls, held, nginx, memory, echo, server, ask, place, tmp_path_factory.mktemp("maps"))
         agent.config_path.write_text(made.config(), encoding="utf-8")
         agent.start()
         deadline.wait_until(made.is_tapped, 20, "tapped")
@@ -248,6 +249,10 @@ def test_single_flows_are_on_the_page_where_the_configuration_says_so(host: Host
     page.search("one/")
     page.page.locator("#table tbody a").first.click()
     page.page.wait_for_selector("#details h3 >> text=Last flows (1)")
+    for pid, expected in ((host.python.process.pid, "it has some (calls: "), (host.held, "none yet: its TLS library")):
+        why = visit(f"#why={pid}")
+        why.page.wait_for_selector(f"#explained dd >> text={expected}")
+        why.page.context.close()
     host.reload(host.config())
     page.page.wait_for_selector("#details >> text=Set flows_over_tcp = true")
 

@@ -235,14 +235,18 @@ class Tls:
         """Copies another library to the others."""
         return Path(shutil.copyfile(path, self.libraries / path.name))
 
-    def hold(self, *more: Path) -> None:
-        """Keeps every library mapped, and more of them, so that it is attached before a short process has it."""
+    def hold(self, *more: Path) -> int:
+        """Keeps every library mapped, and more of them, so that it is attached before a short process has it.
+
+        Gives the pid of who does, and never calls them.
+        """
         program = "import ctypes, sys\nfor path in sys.argv[1:]: ctypes.CDLL(path)\nprint(flush=True)\nsys.stdin.read()"
         paths = [*(str(self.libraries / sonames[0]) for sonames in FAMILIES.values()), *map(str, more)]
         process = self.spawn(
             [sys.executable, "-c", program, *paths], env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         process.stdout.readline()
+        return int(process.pid)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         """Runs a client to its end."""

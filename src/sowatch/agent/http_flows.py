@@ -140,10 +140,11 @@ class HttpFlows:
 
     def explained(self, report: ProcessReport) -> ProcessReport:
         """The report with what became of the process's flows, where its files say that it can have some."""
-        http = report.http
-        if http is None or http.state != "tappable":
+        http, running = report.http, self.running
+        if http is None:
+            return report if running is None else _explained_published(report, running)
+        if http.state != "tappable":
             return report
-        running = self.running
         if running is None:
             return replace(report, http=replace(http, state="off"))
         files = {one.library.id for one in report.mappings if one.library.path in http.files}
@@ -173,6 +174,16 @@ class HttpFlows:
         if self._meter is not None and not keeps_meter:
             self._meter.close()
             self._meter = None
+
+
+def _explained_published(report: ProcessReport, running: Running) -> ProcessReport:
+    """The same where nothing was read for the asker: by what the capture is attached to, or could not be."""
+    known = {one.library.id for one in running.capture.attacher.files()}
+    known |= {file for file, _, _ in running.files.not_attached}
+    files = {one.library.id: one.library.path for one in report.mappings if one.library.id in known}
+    if not files:
+        return report
+    return replace(report, http=replace(running.why(report.process, files), files=tuple(files.values())))
 
 
 def _state(running: Running) -> dict[str, Any]:

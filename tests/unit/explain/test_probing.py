@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
 from typing import get_args
 
 import pytest
@@ -85,3 +87,9 @@ def test_each_answer_is_a_sentence_and_an_object(state: TlsState) -> None:
         "call_count": 3,
         "flow_count": 1,
     }
+
+
+def test_the_page_has_words_for_each_answer() -> None:
+    script = resources.files("sowatch.agent.page").joinpath("assets", "details.js").read_text(encoding="utf-8")
+    words = script.partition("const FLOWS = {")[2].partition("};")[0]
+    assert set(re.findall(r"^  (\w+):", words, re.MULTILINE)) == set(get_args(TlsState))

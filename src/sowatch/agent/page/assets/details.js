@@ -1,7 +1,7 @@
 // One library, one process, or the agent's answer to "why": in a dialog, kept up to date while it is open.
 
 import { address, encoded } from "./address.js";
-import { element, lasting, name, orDash, shortId, restored, since, stamp } from "./text.js";
+import { element, lasting, name, orDash, shortId, restored, since, stamp, visible } from "./text.js";
 import { userOf } from "./views.js";
 
 const WHY = {
@@ -35,6 +35,25 @@ const NOTES = {
   unread: "the kernel does not answer who reads its mappings: what is known may be old",
   unrepaired: "records were lost and the mapping table is not repaired yet",
   published_only: "only what this watch reports is shown here; `sowatch debug explain`, on the host, shows the rest",
+};
+
+const FLOWS = {
+  tappable: "it can have some",
+  no_tls: "none: it has no library of OpenSSL, GnuTLS or NSS; HTTP without TLS is not seen",
+  unread: "not known: what it has mapped cannot be read",
+  kernel_refuses: "none: the kernel puts no probes into its mapping of the TLS library",
+  not_exported: "none: OpenSSL is linked into its program, which does not export it",
+  go: "none: it is a Go program, which brings a TLS of its own",
+  rustls: "none: rustls is linked into its program, and has no functions that could be probed",
+  java: "none: it is a Java machine, which brings a TLS of its own",
+  static: "none: its program is static and has no symbols",
+  off: "none: [http] of the agent is off",
+  not_selected: "none: [http] of the agent selects other processes",
+  refused: "none: its TLS library could not be tapped",
+  not_attached: "none yet: its TLS library is not attached",
+  no_call: "none yet: its TLS library is attached, and it has not read or written by it since",
+  no_http: "none: it has read or written by its TLS library, and that was no HTTP so far",
+  flows: "it has some",
 };
 
 const UNPROBED = {
@@ -217,11 +236,17 @@ function aboutProcess(report) {
       ["name", name(report.process.comm)],
       ["in the map", report.map ? `yes, with ${report.map.files} files${report.map.awaits_reading ? ", to be read again" : ""}` : "no"],
       ...report.notes.map((note) => ["note", NOTES[note] ?? note]),
+      ...(report.http ? [["HTTP flows", flowsOf(report.http)]] : []),
       ...(report.withheld ? [["not shown", `${report.withheld} files that no rule wants`]] : []),
       ...report.extra.map((one) => ["in the map, but not mapped", name(one.path)]),
     ]),
     ...report.mappings.flatMap((one) => [element("h3", {}, name(one.library.path)), facts(aboutMapping(one))]),
   ];
+}
+
+function flowsOf({ state, reason, calls, flows }) {
+  const counts = calls ? ` (calls: ${calls.toLocaleString("en")}, flows: ${flows.toLocaleString("en")})` : "";
+  return `${FLOWS[state] ?? orDash(state)}${reason ? `: ${visible(reason)}` : ""}${counts}`;
 }
 
 function aboutMapping(one) {
