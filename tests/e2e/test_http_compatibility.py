@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sowatch.explain.probing import tls_answer
+from sowatch.http.capture import Activity
 from sowatch.http.taps import HttpFlow
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.tls_libraries import TlsLook, look_for_tls
@@ -307,7 +308,7 @@ def test_grpc_has_its_method_and_the_status_of_its_trailers(bench: Bench) -> Non
 
 
 def test_a_client_of_grpcio_has_no_flows_and_its_server_has(bench: Bench, spawn: Any) -> None:
-    """Its BoringSSL is within one of its own files, and stripped: `sowatch explain` says so."""
+    """Its BoringSSL is within one of its own files, and stripped; libssl, which Python loads, too, is not called."""
     server = bench.python[programs.GRPC_SERVER]
     client = spawn(
         [sys.executable, "-c", programs.GRPCIO_CLIENT, str(server.port), str(bench.tls.certificate)],
@@ -323,7 +324,10 @@ def test_a_client_of_grpcio_has_no_flows_and_its_server_has(bench: Bench, spawn:
     look = look_for_tls(ProcFs(), client.pid)
     assert isinstance(look, TlsLook)
     assert [one for one in look.files if "cygrpc" in one.path] == []
-    assert tls_answer(look, ()).state == "no_tls"
+    assert tls_answer(look, ()).files in ((), (str(bench.tls.libraries / "libssl.so.3"),))
+    process = ProcFs().process(client.pid)
+    assert process is not None
+    assert (bench.tap.tap.activity(process.id) or Activity()).calls == 0
 
 
 def test_a_websocket_ends_the_flow(bench: Bench) -> None:
