@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher, awatch, watch
+from sowatch.bpf.records import Record
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, UsageError
 from sowatch.model.events import LibraryEvent
@@ -162,6 +163,36 @@ def test_nothing_is_left_after_stop(start: Start, library: NewLibrary, deadline:
         # At once: the kernel may take its time with the hooks, but has no program on them any more.
         assert not links & bpfsys.all_ids()
     assert leaks.settle(before, deadline(10)) == []
+
+
+class Interrupted(BpfSource):
+    """The real source; Ctrl-C comes while it scans, and who closes it meanwhile is waited for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.is_closed = threading.Event()
+
+    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        self.is_closed.wait(0.5)
+        return super().scan_all()
+
+    def close(self) -> None:
+        self.is_closed.set()
+        super().close()
+
+
+def test_a_start_that_is_interrupted_ends_its_thread_before_what_that_uses(caplog: pytest.LogCaptureFixture) -> None:
+    opened: list[Interrupted] = []
+
+    def open_source(config: Config) -> Interrupted:
+        opened.append(Interrupted(config))
+        return opened[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        Watcher(open_source=open_source).start()
+    assert opened[0].is_closed.is_set()
+    assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == []
 
 
 class Failing(BpfSource):

@@ -355,6 +355,32 @@ def test_a_query_has_the_files_of_one_process_or_of_all(watch: Watch) -> None:
     assert watch.engine.query(12).processes == {}
 
 
+def test_a_thread_that_was_left_fails_in_silence_as_what_it_uses_has_ended(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, deadline: Any
+) -> None:
+    monkeypatch.setattr(loop, "STOP_S", 0.0)
+    watch.engine.start(FIRST)
+    is_stuck, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        if not is_stuck.is_set():
+            is_stuck.set()
+            goes_on.wait(deadline(60))
+
+    watch.source.on_drain = hang
+    watch.source.send()
+    assert is_stuck.wait(deadline(10))
+    watch.engine.stop()
+    watch.publisher._registry.clear(timeout_s=0)  # as `Watcher.stop` does then
+    watch.source.put(CURL.intro(t=30), CURL.map(SSL.but(inode=777), t=31))
+    goes_on.set()
+
+    assert watch.source.is_closed.wait(deadline(10))
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == [
+        "the draining thread has not ended within 0 s; it is left to itself"
+    ]
+
+
 def test_what_a_query_has_does_not_change_afterwards(watch: Watch) -> None:
     watch.engine.start(FIRST)
     watch.source.send(CURL.intro(t=30), CURL.map(SSL, t=31))
