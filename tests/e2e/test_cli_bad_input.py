@@ -278,6 +278,17 @@ def test_a_signal_ends_a_watch_with_stopped_as_its_last_line(spawn: Any, number:
     assert process.returncode == 0
 
 
+def test_sigint_ends_a_watch_in_the_background_of_a_script(spawn: Any, deadline: Any) -> None:
+    # There the shell has it ignored.
+    process = started(spawn, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=deadline(20))
+
+    assert strict.loads(stdout.splitlines()[-1])["event"] == "stopped"
+    assert process.returncode == 0
+
+
 def worker_of(process: Any) -> int | None:
     """The process that does the work of a command."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

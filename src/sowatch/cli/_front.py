@@ -133,13 +133,14 @@ def _wait(worker: int, read_fd: int, *, is_patient: bool) -> int:
             code = _code_of(worker, read_fd)
             if code is not None:
                 return code
-        elif signal.getsignal(info.si_signo) is not signal.SIG_IGN:
-            last = signal.Signals(info.si_signo)
-            if not is_patient:
+        else:
+            # One that is ignored, as SIGINT is by the background jobs of a script, may mean something to the worker.
+            if not is_patient and signal.getsignal(info.si_signo) is not signal.SIG_IGN:
+                last = signal.Signals(info.si_signo)
                 deadline_s = deadline_s or time.monotonic() + _OBEYED_S
             if info.si_code != _SI_KERNEL:
                 with suppress(ProcessLookupError):
-                    os.kill(worker, last)
+                    os.kill(worker, info.si_signo)
 
 
 def _code_of(worker: int, read_fd: int) -> int | None:
