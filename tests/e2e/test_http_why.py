@@ -137,16 +137,11 @@ def explained(pid: int, *words: str) -> dict[str, Any]:
 
 def test_explain_without_an_agent_says_what_the_files_of_a_process_say(tls: Tls) -> None:
     no_tls = idle(tls, sys.executable, "-c", NOTHING)
-    assert explained(no_tls.pid) == {"state": "no_tls", "reason": None, "libraries": [], "calls": 0, "flows": 0}
+    nothing = {"reason": None, "calls": 0, "flows": 0, "call_count": 0, "flow_count": 0}
+    assert explained(no_tls.pid) == {"state": "no_tls", "libraries": [], "paths": [], **nothing}
     no_call = idle(tls, sys.executable, "-c", NO_CALL)
     library = str(tls.libraries / "libssl.so.3")
-    assert explained(no_call.pid) == {
-        "state": "tappable",
-        "reason": None,
-        "libraries": [library],
-        "calls": 0,
-        "flows": 0,
-    }
+    assert explained(no_call.pid) == {"state": "tappable", "libraries": [library], "paths": [library], **nothing}
     command = [sys.executable, "-m", "sowatch", "explain", "--format", "text", str(no_call.pid)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     line = f"http       it can have flows: `sowatch http --pid` shows its requests. {library}"
