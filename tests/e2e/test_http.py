@@ -196,7 +196,7 @@ def test_each_request_once_on_both_sides_as_the_server_has_it(
         assert all(one.flow.is_complete for one in found)
         assert {one.flow.authority for one in found} == {f"127.0.0.1:{server.port}"}
         assert all(one.library is not None and one.library.path.startswith(str(tls.libraries)) for one in found)
-        # Over memory BIOs (asyncio) the first flow shows that there are any; what is sent later is then compared. Apache
+        # Over memory BIOs (asyncio) the first flow shows that there are any; what is sent later is compared. Apache
         # has the first request in a buffer after the handshake, and sends when the call is over.
         name = (ask if side == "client" else serve).__name__
         uses_memory = "asyncio" in name or name in ("node", "node_client", "apache")
