@@ -258,6 +258,17 @@ def _moments(text: str) -> str:
     return re.sub(r"since \S+", "since then", re.sub(r"\d+ s more", "N s more", text))
 
 
+def test_the_debugger_has_the_columns_of_a_list_and_the_rule(agent: Agent, mapped: Path) -> None:
+    shown = run("debug", "inventory", "--socket", agent.socket).stdout.splitlines()
+    listed = run("list", "--agent", agent.socket).stdout.splitlines()
+
+    (ours,) = [line.split() for line in shown if line.endswith(str(mapped))]
+    (same,) = [line.split() for line in listed if line.endswith(str(mapped))]
+    assert [word for word in shown[0].split() if word != "RULE"] == listed[0].split()
+    assert ours.pop(-2) == "mine"
+    assert ours == same
+
+
 # ---- how they fail -------------------------------------------------------------------------------
 
 

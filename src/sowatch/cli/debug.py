@@ -160,12 +160,22 @@ def _cleared(found: Any, out: Out) -> None:
 
 
 def _inventory(found: Any, out: Out) -> None:
-    rows = sorted(
-        (visible(one["path"]), str(len(one["processes"])), visible(one["rule"]), (one["build_id"] or "-")[:12])
-        for one in found["libraries"]
-    )
-    table = [(count, rule, build_id, path) for path, count, rule, build_id in rows]
-    write_table(out, ("PROCESSES", "RULE", "BUILD ID", "PATH"), table, right=(0,))
+    """As `sowatch list` has it, with the rule that wants each file."""
+    processes = found["processes"]
+    rows = [
+        (
+            str(len(one["processes"])),
+            str(len({processes[at]["container"] for at in one["processes"]} - {None})),
+            one["kind"],
+            (one["build_id"] or "-")[:12],
+            one.get("stale") or "-",
+            visible(one["rule"]),
+            visible(one["path"]),
+        )
+        for one in sorted(found["libraries"], key=lambda one: (one["path"], one["dev"], one["inode"]))
+    ]
+    head = ("PROCESSES", "CONTAINERS", "KIND", "BUILD ID", "STALE", "RULE", "PATH")
+    write_table(out, head, rows, right=(0, 1), warning=4)
 
 
 _SHOW: Final[dict[str, Callable[[Any, Out], None]]] = {
