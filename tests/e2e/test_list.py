@@ -26,6 +26,8 @@ from support.kernel import TAG
 from support.programs import Mapper, compile_library
 from support.screen import Terminal
 
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes cgroups")
+
 HEX = os.urandom(32).hex()
 ID = HEX[:12]
 #: Units that no service manager has; the last one is of a user's manager, as its path says.

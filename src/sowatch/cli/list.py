@@ -1,30 +1,36 @@
 """Which process has which library mapped, now.
 
-Without a PATTERN there is a row for each file, with how many processes and containers have it; with one,
-who they are stands below it. --by shows the same by process, unit or container. -o chooses columns: there is a
-row then for each combination of what they say, and processes, containers and files are counted in it.
-It is one scan of the host without hooks, and each process is read at one moment; with --duration
-the host is watched for that time first. JSON has one object for each process and file, whatever
---by says; --by only sorts it. The first line, event "head", says which host that is, when it was
-scanned and how: "source":"scan" is one scan without hooks; with --agent it is "agent".
-Where processes could not be read a last object, event "coverage", has their number. A unit of a
-user's service manager is shown with the unit that runs that manager, as dbus.service
-(user@1000.service); JSON has unit, unit_manager and unit_uid. The unit of a process in a container
-is one inside that container.
+Without a PATTERN there is a row for each file, with how many processes and
+containers have it; with one, who they are stands below it. --by shows the same by
+process, unit or container. -o chooses columns: there is a row then for each
+combination of what they say, and processes, containers and files are counted in it.
+A unit of a user's service manager is shown with the unit that runs that manager, as
+dbus.service (user@1000.service). The unit of a process in a container is one inside
+that container.
 
-With --stale only mapped files that are not the ones on disk any more: who must restart after an upgrade.
+It is one scan of the host without hooks, and each process is read at one moment;
+with --duration the host is watched for that time first. JSON has one object for each
+process and file, whatever --by says; --by only sorts it. The first line, event
+"head", says which host that is, when it was scanned and how: "source":"scan" is one
+scan without hooks; with --agent it is "agent". Where processes could not be read a
+last object, event "coverage", has their number.
+
+With --stale only mapped files that are not the ones on disk any more: who must
+restart after an upgrade.
   deleted   the path leads to nothing any more
   replaced  it leads to another file; "an identical build" if that has the same build id
-  modified  the file was written to after its process had started (or was seen to map it)
+  modified  the file was written to after its process had started, or was seen to map it
   unknown   that cannot be determined; the reason stands beside it
-There is a row for each unit or container, with the command that restarts it (what to do where there is
-none in parentheses), and below it its processes with their files and the packages that own these.
---plan prints only the commands, for a shell of root. --check says by its exit code whether there is
-something, and prints nothing if there is not.
+There is a row for each unit or container, with the command that restarts it, or in
+parentheses what to do where there is none; below it are its processes with their
+files, and the packages that own these. --plan prints only the commands, for a shell
+of root. --check says by its exit code whether there is something, and prints nothing
+if there is not.
 
-Exit codes: 0 done; 1 no process is in a container that --container names; 2 wrong usage; 3 not permitted,
-and with --stale that processes could not be read: what runs on stale files may be among them. With --check:
-0 nothing is stale; 1 something is; 3 nothing that is known, but not all could be read or determined.
+Exit codes: 0 done; 1 no process is in a container that --container names; 2 wrong
+usage; 3 not permitted, and with --stale that processes could not be read: what runs
+on stale files may be among them. With --check: 0 nothing is stale; 1 something is;
+3 nothing that is known, but not all could be read or determined.
 
 Examples:
   sowatch list libssl                      who uses which libssl
