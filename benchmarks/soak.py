@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from benchmarks.common import Figure, machine, table
 
-from sowatch import LibraryEvent, Rule, Watcher
-from sowatch.engine.subscription import Subscription
+from sowatch import LibraryEvent, Rule, Subscription, Watcher
 from sowatch.explain.audit import AuditReport
 from sowatch.model.identity import FileId
 from sowatch.model.literals import KINDS
