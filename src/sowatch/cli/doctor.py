@@ -222,7 +222,7 @@ _LEAST_WIDTH: Final = 40
 #: What each feature is, and which commands use it.
 _FEATURES: Final = {
     "watching": "watching uses no uprobes: watch, run, list, top, audit, explain, serve",
-    "probing": "probing functions uses uprobes: trace, http, rules of serve that count or attach",
+    "probing": "probing uses uprobes: trace, http, rules of serve that count or attach",
 }
 
 

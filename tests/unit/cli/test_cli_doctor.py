@@ -250,7 +250,7 @@ def test_risks_stand_below_the_feature_that_they_belong_to(examined: Any) -> Non
     _, text, _ = examined(Kernel(probes=[Probe("map", "yes"), Probe("uprobes", "yes", feature="probing")]))
 
     watching = "\n".join(section(text, "watching uses no uprobes"))
-    probing = "\n".join(section(text, "probing functions uses uprobes"))
+    probing = "\n".join(section(text, "probing uses uprobes"))
     assert "map" in watching
     assert "uprobes" in probing
     for risk in KNOWN_RISKS:
