@@ -59,9 +59,9 @@ class Filter:
             raise UsageError("an agent does not say what files export. Leave that out, or --agent.")
         for pid in sorted(selection.pids):
             agent.explain("pid", str(pid))  # is there such a process, and no thread?
-        if selection.exclude_self:
-            own = (os.getpid(), front_pid(), agent.peer_pid())
-            self._own = frozenset(pid for pid in own if pid is not None)
+        # An agent that is not in our pid namespace has other numbers for us, which may be those of others.
+        if selection.exclude_self and (theirs := agent.peer_pid()) is not None:
+            self._own = frozenset(pid for pid in (os.getpid(), front_pid(), theirs) if pid is not None)
 
     def wants(self, process: Process, library: Library) -> bool:
         """Whether it is asked for that this process has this file."""

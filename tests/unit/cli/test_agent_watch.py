@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,16 @@ def test_a_selection_narrows_down_the_stream(watching: Watching) -> None:
     assert [one.process.pid for one in watching(stream([LOAD, SECOND, READY], HANG), selection=pids).snapshot()] == [
         SECOND.process.pid
     ]
+
+
+@pytest.mark.parametrize(("peer", "shown"), [(4_000_000, 1), (None, 2)])
+def test_this_process_is_left_out_unless_the_agent_has_other_numbers_for_it(
+    watching: Watching, monkeypatch: pytest.MonkeyPatch, peer: int | None, shown: int
+) -> None:
+    monkeypatch.setattr(Agent, "peer_pid", lambda _: peer)
+    ours = replace(LOAD, process=replace(PROCESS, pid=os.getpid()))
+    watch = watching(stream([ours, SECOND, READY], HANG), selection=replace(SELECTION, exclude_self=True))
+    assert len(watch.snapshot()) == shown
 
 
 def test_an_agent_cannot_be_asked_for_what_files_export(watching: Watching) -> None:
