@@ -497,10 +497,23 @@ with ssl.create_default_context().wrap_socket(plain, server_hostname="127.0.0.1"
     assert [one.flow.path for one in tap.flows if one.flow.is_complete] == []
 
 
+NAMED = ("--header", "User-Agent", "--header", "server", "--header", "x-request-id")
+
+
 def test_the_command_as_it_is_typed(tls: Tls) -> None:
     server = tls.nginx()
     command = tls.spawn(
-        [sys.executable, "-m", "sowatch", "http", "--json", "--pid", str(server.process.pid), f"^{tls.libraries}/"],
+        [
+            sys.executable,
+            "-m",
+            "sowatch",
+            "http",
+            "--json",
+            "--pid",
+            str(server.process.pid),
+            *NAMED,
+            f"^{tls.libraries}/",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -518,6 +531,9 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     assert (line["side"], line["protocol"], line["scheme"]) == ("server", "HTTP/1.1", "https")
     assert line["path"] in {path.partition("?")[0] for path in PATHS}
     assert line["process"]["pid"] == server.process.pid
+    assert line["request_headers"]["user-agent"].startswith("curl/")
+    assert line["response_headers"]["server"].startswith("nginx/")
+    assert {*line["request_headers"], *line["response_headers"]} == {"user-agent", "server"}
     assert line["peer"]["address"] == "127.0.0.1"
     command.send_signal(signal.SIGINT)
     rest, errors = command.communicate(timeout=30)
