@@ -34,6 +34,7 @@ class WatchOptions(TypedDict, total=False):
 
     config: Config
     pids: Collection[int]
+    follow: bool
     container: str | None
     exclude_self: bool
     exclude_pids: Collection[int]
@@ -77,8 +78,8 @@ def watch(
         stop: ends the iteration; checked ten times a second.
         events: which of ``load``, ``unload``, ``activate``, ``deactivate``.
         control: also `Ready`, `Lost`, `Repaired` and `Stopped`: who counts what is there learns of a gap by them.
-        options: as for `Watcher`: ``config``, ``pids``, ``container``, ``exclude_self``, ``exclude_pids``,
-            ``snapshot``.
+        options: as for `Watcher`: ``config``, ``pids``, ``follow``, ``container``, ``exclude_self``,
+            ``exclude_pids``, ``snapshot``.
 
     Raises:
         SowatchError: at the first step, before anything is attached; see `Watcher.start`.
