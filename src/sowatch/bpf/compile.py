@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import platform
 import shutil
 import signal
 import stat
@@ -253,9 +252,9 @@ def compile_programs(config: Config, names: Sequence[str]) -> Iterator[list[str]
     Raises:
         CompileError: no compiler, it failed or hung, or the cache cannot be used.
     """
-    architecture = ARCHITECTURES.get(platform.machine())
+    architecture = ARCHITECTURES.get(os.uname().machine)
     if architecture is None:
-        raise CompileError(f"no BPF register layout is known for {platform.machine()}", "Use another strategy.")
+        raise CompileError(f"no BPF register layout is known for {os.uname().machine}", "Use another strategy.")
     compiler = find_compiler()
     flags = (f"-D__TARGET_ARCH_{architecture}", *FLAGS, *_includes())
     with Cache(config.runtime_compiler_output_dir) as cache, ExitStack() as stack:
@@ -276,7 +275,7 @@ def compile_programs(config: Config, names: Sequence[str]) -> Iterator[list[str]
 
 def cache_key(*parts: str) -> str:
     """What a result is kept under: it changes with the parts and with the running kernel."""
-    kernel = platform.uname()
+    kernel = os.uname()
     text = "\0".join((kernel.release, kernel.version, kernel.machine, *parts))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

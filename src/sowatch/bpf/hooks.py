@@ -6,7 +6,7 @@ docs/decisions/0009-trampolines.md says why there are two.
 
 from __future__ import annotations
 
-import platform
+import os
 from typing import ClassVar, Final, Protocol
 
 from sowatch.bpf.binding import BpfObject, Tracefs
@@ -34,7 +34,7 @@ COMPAT_FUNCTIONS: Final = {
 }
 #: In kernels that were built with x32.
 X32_FUNCTION: Final = "__x64_compat_sys_execve"
-HAS_COMPAT_HOOKS: Final = platform.machine() == "x86_64"
+HAS_COMPAT_HOOKS: Final = os.uname().machine == "x86_64"
 ENOENT: Final = 2
 
 
@@ -81,7 +81,7 @@ class Trampolines(HookSet):
     def __init__(self, bpf: BpfObject) -> None:
         self._bpf = bpf
         self._calls: list[str] = []
-        prefix = FUNCTION_PREFIX.get(platform.machine(), "")
+        prefix = FUNCTION_PREFIX.get(os.uname().machine, "")
         for call in CALLS:
             if bpf.has_function(prefix + call):
                 self._calls.append(call)

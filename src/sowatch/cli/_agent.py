@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import convert
 
-from sowatch.cli._client import Agent
 from sowatch.cli._options import DEFAULT_SOCKET
 from sowatch.cli._parser import Parser
 from sowatch.model import wire_explain
 from sowatch.model.errors import UsageError
+
+if TYPE_CHECKING:
+    from sowatch.cli._client import Agent
 
 __all__ = ["add_agent", "explanation_of", "refuse_own_watch"]
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, convert
 from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
-from sowatch.cli._client import Agent
 from sowatch.cli._options import add_common, selection_of, wants_json
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
@@ -32,6 +32,9 @@ from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
 from sowatch.model.plural import counted
+
+if TYPE_CHECKING:
+    from sowatch.cli._client import Agent
 
 DEFAULT_S = 1.0
 
@@ -76,6 +79,8 @@ def _ask_agent(args: Namespace, out: Out, *, as_json: bool) -> int:
         return one.pid in (args.pid or (one.pid,)) and (
             not patterns or any(pattern.search(one.path) for pattern in patterns)
         )
+
+    from sowatch.cli._client import Agent
 
     return show_answer(Agent(args.agent), out, is_asked_for, as_json=as_json)
 

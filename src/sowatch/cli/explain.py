@@ -65,7 +65,6 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, explanation_of, refuse_own_watch
-from sowatch.cli._client import Agent
 from sowatch.cli._http_why import why_no_flows
 from sowatch.cli._options import add_format, add_kinds, add_strategy, selection_of, wants_json
 from sowatch.cli._out import Out
@@ -78,6 +77,7 @@ from sowatch.model.escape import one_line, visible
 from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
+    from sowatch.cli._client import Agent
     from sowatch.model import wire_explain as wire
     from sowatch.model.wire import Library
 
@@ -218,6 +218,8 @@ def _ask_agent(args: Namespace, target: str, out: Out, *, as_json: bool) -> None
     if args.rule or args.kind:
         raise UsageError("--rule and --kind are for a watch of its own. Leave them out, or --agent.")
     refuse_own_watch(args)
+    from sowatch.cli._client import Agent
+
     agent = Agent(args.agent)
     if target.isascii() and target.isdigit():
         show_answer(agent, agent.explain("pid", target), out, as_json=as_json)

@@ -54,7 +54,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
-from sowatch.cli._client import Agent
 from sowatch.cli._list_filters import EXCLUDED, add_filters, filters_of, with_exports
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, output_format, selection_of
 from sowatch.cli._out import Out
@@ -211,6 +210,7 @@ def _agent_scan(args: Namespace, selection: Selection) -> AgentScan:
     """The answer of a running agent, which also says what is stale."""
     refuse_own_watch(args)
     from sowatch.cli._agent_scan import AgentScan
+    from sowatch.cli._client import Agent
 
     return AgentScan(Agent(args.agent), selection, with_packages=args.stale)
 

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
-from sowatch.cli._client import Agent
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, selection_of, wants_json
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser
@@ -104,6 +103,7 @@ def _agent_watch(args: Namespace, selection: Selection) -> tuple[WatcherLike, Ag
     refuse_own_watch(args)
     from sowatch.cli._agent_scan import AgentStale
     from sowatch.cli._agent_watch import AgentWatch
+    from sowatch.cli._client import Agent
 
     agent = Agent(args.agent)
     return AgentWatch(agent, selection), AgentStale(agent, selection)

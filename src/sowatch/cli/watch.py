@@ -25,7 +25,6 @@ from typing import Final
 from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
-from sowatch.cli._client import Agent
 from sowatch.cli._feed import Feed, warn_of_fallback
 from sowatch.cli._options import (
     OpenWatcher,
@@ -118,6 +117,7 @@ def _agent_watch(args: Namespace, selection: Selection) -> WatcherLike:
             "--follow is for a watch of its own: an agent does not follow processes. Leave it out, or --agent."
         )
     from sowatch.cli._agent_watch import AgentWatch
+    from sowatch.cli._client import Agent
 
     return AgentWatch(Agent(args.agent), selection)
 

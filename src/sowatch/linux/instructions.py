@@ -6,7 +6,7 @@ instruction is a word.
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -41,7 +41,7 @@ def return_offsets(code: bytes, machine: str = "") -> list[int]:
 
     Args:
         code: all of the function.
-        machine: as ``platform.machine()`` has it, which is the default.
+        machine: as ``os.uname().machine`` has it, which is the default.
 
     Raises:
         CodeError: it can be left in another way than by those: by a jump to another function, or perhaps by an
@@ -51,7 +51,7 @@ def return_offsets(code: bytes, machine: str = "") -> list[int]:
     [6]
     """
     found = []
-    for step in _exits(code, machine or platform.machine()):
+    for step in _exits(code, machine or os.uname().machine):
         if step.kind == "return":
             found.append(step.offset)
         elif step.kind == "indirect":
@@ -71,7 +71,7 @@ def begins_instruction(code: bytes, offset: int, machine: str = "") -> bool:
     >>> begins_instruction(bytes.fromhex("5589e5c3"), 2, "x86_64"), begins_instruction(b"\0" * 8, 4, "aarch64")
     (False, True)
     """
-    machine = machine or platform.machine()
+    machine = machine or os.uname().machine
     if machine == "aarch64":
         return offset % 4 == 0
     from iced_x86 import Decoder
@@ -88,7 +88,7 @@ def why_not_probed(code: bytes, machine: str = "") -> str | None:
     >>> why_not_probed(bytes.fromhex("f00fb10f"), "x86_64")
     'the kernel does not probe an instruction with prefix 0xf0'
     """
-    if (machine or platform.machine()) == "x86_64":
+    if (machine or os.uname().machine) == "x86_64":
         for byte in code[:14]:
             if byte in _BAD_PREFIXES:
                 return f"the kernel does not probe an instruction with prefix {byte:#x}"

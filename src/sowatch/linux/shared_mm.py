@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
+import os
 from typing import Final
 
 __all__ = ["shares_mm"]
@@ -19,7 +19,7 @@ def shares_mm(pid: int, other: int) -> bool:
 
     Needs the right to trace both, and takes none of the locks that a reader of ``/proc/PID/maps`` waits for.
     """
-    number = _NUMBERS.get(platform.machine())
+    number = _NUMBERS.get(os.uname().machine)
     return number is not None and _libc().syscall(number, pid, other, _KCMP_VM, 0, 0) == 0
 
 

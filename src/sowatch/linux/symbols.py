@@ -15,7 +15,6 @@ import fnmatch
 import hashlib
 import itertools
 import os
-import platform
 import re
 import struct
 import threading
@@ -100,10 +99,10 @@ def native_machine_error(fd: int) -> str | None:
     elf = open_elf(fd, _LIMITS)
     if elf is None:
         return "it is no ELF file"
-    wanted = _MACHINES.get(platform.machine())
+    wanted = _MACHINES.get(os.uname().machine)
     if wanted is None or (elf.machine, elf.bits, elf.data) != (wanted, 64, 1):
         kind = _MACHINE_NAMES.get(elf.machine, f"machine {elf.machine}")
-        return f"it is for {kind}, and this machine is {platform.machine()}"
+        return f"it is for {kind}, and this machine is {os.uname().machine}"
     return None
 
 
