@@ -16,6 +16,9 @@ import pytest
 from support import strict
 from support.screen import Terminal
 
+#: Of floods of others, as every watch has it.
+LOSS = re.compile(r"[\d:.]{12} (lost|repaired)")
+
 SOWATCH = Path(sysconfig.get_path("scripts")) / "sowatch"
 
 
@@ -76,9 +79,9 @@ def test_the_exit_status_is_that_of_the_command_as_a_shell_has_it(
 
     assert done.returncode == code
     assert done.stdout == ""
-    assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == bool(said)
-    assert [line[13:].partition(":")[0] for line in lines.read_text().splitlines()] == ["ready", "stopped"]
+    assert said in done.stderr
+    written = [line for line in lines.read_text().splitlines() if not LOSS.match(line)]
+    assert [line[13:].partition(":")[0] for line in written] == ["ready", "stopped"]
 
 
 def test_lines_of_sowatch_and_of_the_command_come_as_they_are_written(
@@ -89,16 +92,13 @@ def test_lines_of_sowatch_and_of_the_command_come_as_they_are_written(
     done = subprocess.run(words, input="of stdin\n", capture_output=True, text=True, timeout=deadline(60), check=False)
 
     assert done.returncode == 0
-    assert done.stderr == "done\n"
-    shown = [re.sub(r"^[\d:.]{12} (?:([+-] \w+) +\d+)?", r"\1", line) for line in done.stdout.splitlines()]
+    assert "done\n" in done.stderr
+    written = [line for line in done.stdout.splitlines() if not LOSS.match(line)]
+    shown = [re.sub(r"^[\d:.]{12} (?:([+-] \w+) +\d+)?", r"\1", line) for line in written]
     shown = [re.sub(" +", " ", line) for line in shown]
     assert shown[0].startswith("ready: ")
-    assert shown[1:] == [
-        "of stdin",
-        f"+ mmap cat {library}",
-        f"- exit cat {library}",
-        "stopped: 1 load, 1 unload, 0 lost",
-    ]
+    assert shown[1:-1] == ["of stdin", f"+ mmap cat {library}", f"- exit cat {library}"]
+    assert shown[-1].startswith("stopped: 1 load, 1 unload, ")
 
 
 def test_a_command_that_cannot_be_watched_is_not_run(tmp_path: Path, deadline: Any) -> None:
