@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from msgspec import Struct
 
 from sowatch.linux.cgroups import unit_of
-from sowatch.model.errors import PatternError, SowatchError, UsageError
-from sowatch.model.rules import Rule
+from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.rules import Rule, compile_pattern
 
 if TYPE_CHECKING:
     from sowatch.cli._parser import Parser
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EXCLUDED", "Filters", "add_filters", "filters_of", "with_exports"]
 
+#: A uid has 32 bits.
+_UID_DIGITS: Final = 10
 #: Begins the names of rules that want what is left out.
 EXCLUDED: Final = "left out: "
 _BUILD_ID: Final = re.compile("[0-9a-f]{2,}")
@@ -152,15 +154,12 @@ def _split(words: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _search(word: str) -> Callable[[str], bool]:
-    try:
-        pattern = re.compile(word)
-    except re.error as error:
-        raise PatternError(word, error.msg, error.pos) from error
+    pattern = compile_pattern(word)
     return lambda value: pattern.search(value) is not None
 
 
 def _is_user(word: str) -> Callable[[str], bool]:
-    if word.isascii() and word.isdigit():
+    if word.isascii() and word.isdigit() and len(word) <= _UID_DIGITS:
         uid = int(word)
     else:
         try:

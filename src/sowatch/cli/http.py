@@ -39,6 +39,7 @@ from sowatch.model.encoding import dumps
 from sowatch.model.errors import UsageError
 from sowatch.model.escape import visible
 from sowatch.model.lines import SCHEMA, to_json
+from sowatch.model.rules import compile_pattern
 
 if TYPE_CHECKING:
     from sowatch.explain.probing import TlsAnswer
@@ -162,10 +163,7 @@ def _filter_of(args: Namespace) -> Callable[[HttpFlow], bool]:
     for one in statuses:
         if not _STATUS.fullmatch(one):
             raise UsageError(f"{one!r} is no status. Write one (404) or a class (5xx).")
-    try:
-        path = None if args.path is None else re.compile(args.path)
-    except re.error as error:
-        raise UsageError(f"bad expression {args.path!r} at position {error.pos}: {error.msg}. Correct it.") from None
+    path = None if args.path is None else compile_pattern(args.path)
     if args.top < 1:
         raise UsageError("--top is at least 1.")
 

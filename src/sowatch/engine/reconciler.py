@@ -75,7 +75,7 @@ class Reconciler:
         is_repaired: whether all of them are repaired; ``repairs`` counts how often that was done.
         records: how many `drain` took, without those that came during a scan.
         rereads: rescans of single processes.
-        own_pid: ours, as the source counts.
+        own_pid: ours, as the source counts; 0 where its processes do not include us.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class Reconciler:
         self._guard = AdaptiveRateLimit(source.record_limit, config.max_records_s)
         self._silent = silent_baseline
         self._base = base_report(rules)
-        self._schedule = RescanSchedule()
-        self._schedule.held = source.unread
+        self._schedule = RescanSchedule(source.unread)
         self._repairs = RepairSchedule()
         self._sharers_at = 0.0
         self._ttl_s = config.ignore_ttl_s
@@ -114,7 +113,6 @@ class Reconciler:
         self._throttled_since = 0.0
         #: Processes that a repair could not scan although they exist: in vfork or within their exit.
         self._unscanned: set[int] = set()
-        #: Ours, as the source counts; 0 where its processes do not include us.
         self.own_pid = own_pid(self._proc) or 0
         self.losses = Losses()
         self.lost = 0
@@ -541,6 +539,8 @@ class Reconciler:
 
     def _lose(self, count: int) -> None:
         self.lost += count
+        if self.is_repaired:
+            self._publisher.take_repaired()  # what was found before is not this loss's
         self.is_repaired = False
         self._publisher.announce(lambda: Lost(time.time_ns(), count, "kernel"))
 

@@ -62,9 +62,12 @@ class RescanSchedule:
     """When each process that needs a rescan is scanned: at once, or more and more rarely if it needs one all the time.
 
     Times are seconds of CLOCK_MONOTONIC.
+
+    Args:
+        held: processes that must not be read now, though they need a rescan.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Container[int] = ()) -> None:
         #: When processes that wait for a scan get it.
         self.due: dict[int, float] = {}
         #: Of 32-bit processes: when the next scan is, and how long after it the one that follows.
@@ -73,8 +76,7 @@ class RescanSchedule:
         self._pace: dict[int, tuple[float, float]] = {}
         #: No full scan takes the place of many single ones before this.
         self.few_until = 0.0
-        #: Processes that must not be read now, though they need a rescan.
-        self.held: Container[int] = ()
+        self.held = held
 
     def times(self) -> Iterable[float]:
         """When something is due."""

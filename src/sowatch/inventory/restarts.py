@@ -34,6 +34,11 @@ _CONTAINER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 _SESSION: Final = re.compile(r"session-([a-z]?[0-9]+)\.scope")
 #: What a runtime runs beside a container, for that one only.
 _HELPER: Final = re.compile(r"(?:^|/)(libpod|crio)-conmon-([0-9a-f]{64})\.scope(?=/|$)")
+#: Services below which a runtime of root's puts containers. Below any other that is delegated, its user makes any path.
+_RUNTIME_SERVICES: Final = re.compile(
+    r"(?:containerd|docker|cri-docker|crio|kubelet|podman|k3s|k3s-agent|k0s(?:controller|worker)|rke2-(?:server|agent)"
+    r"|snap\.(?:docker|microk8s)\..+)\.service"
+)
 #: Units whose end is that of login sessions, or of what they talk to.
 _ENDS_SESSIONS: Final = re.compile(
     r"(?:dbus|dbus-broker|systemd-logind|display-manager|gdm3?|lightdm|sddm|lxdm|xdm|(?:serial-|console-)?getty@.*"
@@ -254,9 +259,14 @@ def _restart(containers: Sequence[_Container], before: str) -> list[str] | None:
 
 
 def _reach(containers: Sequence[_Container], before: str) -> list[str] | None:
-    """The words before a command that is to run inside the containers; ``before`` is the path up to the first one."""
+    """The words before a command that is to run inside the containers; None if they are not known.
+
+    ``before`` is the path up to the first one. Whoever has made it decides whose containers they are.
+    """
     units = units_in(before)
     uid = user_of_manager(units[0]) if units else None
+    if uid is None and not all(_RUNTIME_SERVICES.fullmatch(one) for one in units if one.endswith(".service")):
+        return None
     # The runtime of a user without privileges answers only within that user's service manager.
     words = [] if uid is None else ["systemd-run", "--user", f"--machine={uid}@", "--wait"]
     for tool, name in containers:

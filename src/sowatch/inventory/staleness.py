@@ -378,12 +378,12 @@ class Disk:
         try:
             with self._roots.open(subject.pid) as root_fd:
                 fd = open_below(root_fd, path or subject.path, os.O_PATH)
-        except OSError:
+            try:
+                shown = build_id_of(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+            finally:
+                close_fd(fd)
+        except OSError:  # a FUSE server may answer with any error, at any step
             return None
-        try:
-            shown = build_id_of(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
-        finally:
-            close_fd(fd)
         return None if shown is None else shown == mapped
 
     def _mapped(self, subject: _Subject) -> _Mapped | None:

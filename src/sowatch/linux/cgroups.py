@@ -101,7 +101,7 @@ def unit_of(cgroup: str | None) -> Unit | None:
     >>> unit_of("/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:" + "0" * 64)
     """
     units = units_in(cgroup)
-    if not units:
+    if not units or _lies_in_runtime_scope(cgroup):
         return None
     manager = units[-2] if len(units) > 1 else None
     return Unit(units[-1], manager, None if manager is None else user_of_manager(manager))
@@ -110,20 +110,31 @@ def unit_of(cgroup: str | None) -> Unit | None:
 def units_in(cgroup: str | None) -> list[str]:
     """The systemd units of a cgroup path, each inside the one before it; of a container only those inside it.
 
+    They end at the scope of a runtime. Below its own manager, or a service with ``Delegate=``, a user makes any path:
+    what stands there never takes the place of what stands before it.
+
     >>> units_in("/user.slice/user-1000.slice/user@1000.service/app.slice/dbus.service")
     ['user@1000.service', 'dbus.service']
     """
-    path = (cgroup or "").removesuffix(" (deleted)")
-    containers = containers_in(path)
     found: list[str] = []
-    for component in path[containers[-1].end if containers else 0 :].split("/"):
-        # systemd puts "_" before a name that the kernel could take for a control file.
-        name = component.removeprefix("_")
+    for name in _names_in(cgroup):
         if _RUNTIME_SCOPE.fullmatch(name):
-            found.clear()
-        elif name.endswith(_UNIT_SUFFIXES) and not name.startswith("."):
+            break
+        if name.endswith(_UNIT_SUFFIXES) and not name.startswith("."):
             found.append(name)
     return found
+
+
+def _names_in(cgroup: str | None) -> list[str]:
+    """The components of a path; of a container's, those inside it."""
+    path = (cgroup or "").removesuffix(" (deleted)")
+    containers = containers_in(path)
+    # systemd puts "_" before a name that the kernel could take for a control file.
+    return [one.removeprefix("_") for one in path[containers[-1].end if containers else 0 :].split("/")]
+
+
+def _lies_in_runtime_scope(cgroup: str | None) -> bool:
+    return any(_RUNTIME_SCOPE.fullmatch(name) for name in _names_in(cgroup))
 
 
 def user_of_manager(unit: str) -> int | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sowatch.engine.workers import ActiveFile
     from sowatch.model.events import Load, Unload
 
-__all__ = ["Decision", "Rule", "RuleSet"]
+__all__ = ["Decision", "Rule", "RuleSet", "compile_pattern"]
 
 
 class Decision(Enum):
@@ -107,7 +107,7 @@ class Rule:
         put(self, "on_unload", on_unload)
         put(self, "on_activate", on_activate)
         put(self, "on_deactivate", on_deactivate)
-        put(self, "_search", _compile(pattern).search if pattern else None)
+        put(self, "_search", compile_pattern(pattern).search if pattern else None)
 
     def __repr__(self) -> str:
         said: list[str] = [] if self.pattern is None else [repr(self.pattern)]
@@ -149,7 +149,12 @@ def _check_callback(name: str, callback: object) -> None:
         )
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression that a user has written.
+
+    Raises:
+        PatternError: it is none, or too large.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:

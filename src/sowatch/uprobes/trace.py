@@ -18,11 +18,11 @@ from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
-from sowatch.model.errors import EnvironmentFault, SowatchError, UsageError
+from sowatch.model.errors import EnvironmentFault, PatternError, SowatchError, UsageError
 from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Kind
-from sowatch.model.rules import Rule
+from sowatch.model.rules import Rule, compile_pattern
 from sowatch.uprobes.address_book import AddressBook, Frame, process_key
 from sowatch.uprobes.call_format import CallFormat, parse_function
 from sowatch.uprobes.call_records import Call
@@ -133,8 +133,8 @@ def _parted(text: str) -> tuple[str, str]:
 
 def _is_expression(text: str) -> bool:
     try:
-        re.compile(text)
-    except re.error:
+        compile_pattern(text)
+    except PatternError:
         return False
     return True
 

@@ -386,6 +386,9 @@ def test_what_exports_a_symbol_is_left_to_rules_and_what_is_left_out_to_rules_be
     ("words", "error", "text"),
     [
         (["--comm", "("], PatternError, "bad pattern '('"),
+        (["--comm", "a{99999999999}"], PatternError, "too large or too deeply nested"),
+        (["--unit", "(" * 500 + ")" * 500], PatternError, "too large or too deeply nested"),
+        (["--user", "1" * 5000], SowatchError, "on this host. Give the uid."),
         (["--comm", "a,,b"], UsageError, "'a,,b' has an empty word in it"),
         (["--user", "nosuchuser"], SowatchError, "there is no user 'nosuchuser' on this host. Give the uid."),
         (["--build-id", "xyz"], UsageError, "'xyz' is no build id"),

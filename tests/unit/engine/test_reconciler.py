@@ -17,6 +17,7 @@ from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
 from sowatch.engine.table import MappingTable
 from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.events import Lost, Repaired
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
@@ -119,6 +120,21 @@ def test_who_it_was_may_be_said_after_the_loss_was_counted(reconciler, source, r
     turn(reconciler)
     assert reported() == ["repaired"]
     assert set(source.read) == {FLOODER.pid}
+
+
+def test_a_repair_counts_what_was_found_since_the_loss_and_not_before(reconciler, source, publisher):
+    subscription = publisher.subscribers.subscribe(control=True, limit=100, limit_bytes=1 << 20)
+    publisher._repaired = [3, 1000]  # of a process that hung and can be read now
+    source.records, source.lost = [throttled()], Losses(throttled=5)
+    turn(reconciler)
+    reconciler.tick()
+    publisher._repaired = [1, 2]
+    turn(reconciler)
+    publisher.subscribers.hand_over()
+    assert isinstance(subscription.get(0), Lost)
+    repaired = subscription.get(0)
+    assert isinstance(repaired, Repaired)
+    assert (repaired.loads, repaired.unloads) == (2, 1)
 
 
 def test_if_nobody_says_who_it_was_all_are_read(reconciler, source, reported):

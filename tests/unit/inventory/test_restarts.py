@@ -325,3 +325,37 @@ def test_a_plan_is_commands_and_comments_that_a_shell_takes() -> None:
         r"systemctl restart a\x2db.service",
         f"docker restart {ID}",
     ]
+
+
+@pytest.mark.parametrize(
+    "delegated", [USER + "/app.slice", "/system.slice/ci.service", "/system.slice/ci.service/a.scope"]
+)
+@pytest.mark.parametrize("scope", ["", f"/x-{HEX}.scope"])
+@pytest.mark.parametrize(
+    "below",
+    [
+        "ssh.service",
+        "systemd-reboot.service",
+        "init.scope",
+        f"docker-{OTHER}.scope",
+        f"docker/{OTHER}",
+        f"docker-{OTHER}.scope/system.slice/ssh.service",
+        f"libpod-conmon-{OTHER}.scope",
+        "machine-web.scope/payload",
+    ],
+)
+def test_whoever_makes_paths_below_what_is_delegated_to_him_reaches_nothing_of_roots(
+    delegated: str, scope: str, below: str
+) -> None:
+    target = restart_target(f"{delegated}{scope}/{below}")
+    if target.command is None:
+        assert target.advice
+    elif delegated.startswith("/system.slice"):
+        assert target.command == "systemctl restart ci.service"
+    else:
+        assert target.command.startswith(("systemctl --user --machine=1000@ ", "systemd-run --user --machine=1000@ "))
+
+
+@pytest.mark.parametrize("service", ["containerd", "docker", "k3s", "k3s-agent", "rke2-server", "crio"])
+def test_a_container_below_the_service_of_its_runtime_is_restarted(service: str) -> None:
+    assert restart_target(f"/system.slice/{service}.service/docker/{OTHER}").command == f"docker restart {OTHER_ID}"
