@@ -12,6 +12,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from sowatch.inventory.coverage import coverage_line, coverage_of_answers
+from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.mapping_lines import mapping_line
 from sowatch.inventory.staleness import NOT_PERMITTED, Disk, seen_at
 from sowatch.linux.proc import ProcFs
@@ -28,7 +29,7 @@ _CHUNK_LINES: Final = 200
 
 
 def mapping_lines(
-    watcher: Watcher, ready: Ready, proc: ProcFs, pids: Collection[int], *, with_owners: bool
+    watcher: Watcher, ready: Ready, proc: ProcFs, pids: Collection[int], hanging: HangingCalls, *, with_owners: bool
 ) -> Iterator[bytes]:
     """The answer, some lines at a time: `head`, `mapping` s, and `coverage` where processes could not be read.
 
@@ -37,6 +38,7 @@ def mapping_lines(
         ready: what it reported.
         proc: the host's.
         pids: only these processes; empty: all.
+        hanging: what does not answer, from one request to the next.
         with_owners: the package of what is stale, and how that is restarted, too, which takes longer.
     """
     begun_s = time.monotonic()
@@ -53,7 +55,7 @@ def mapping_lines(
     )
     closed: set[int] = set()
     lines: list[wire.Head | wire.Mapping | wire.Coverage] = []
-    with Disk(proc) as disk:
+    with Disk(proc, hanging) as disk:
         answers = [
             disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
             for one in found
@@ -72,7 +74,7 @@ def mapping_lines(
             yield _text(lines)
             lines.clear()
     read = {one.process.pid for one in found}
-    coverage = coverage_of_answers(proc, ready.strategy, read, closed | hung, pids)
+    coverage = coverage_of_answers(proc, ready.strategy, read, closed | hung, pids, hanging=hanging)
     if not coverage.is_complete:
         lines.append(coverage_line(coverage, len(found) + 2))
     yield _text(lines)

@@ -27,6 +27,7 @@ from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
+from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.explained import with_staleness
 from sowatch.inventory.stale_watch import StaleWatch, file_key
 from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
@@ -116,6 +117,8 @@ class WebApp:
         self._shows_flows_over_tcp = shows_flows_over_tcp
         self._http = http
         self._stale = stale
+        #: No request reads what another, or the comparison, waits for in vain.
+        self._hanging = HangingCalls() if stale is None else stale.hanging
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
         self._debugger = Debugger(watcher, metrics)
         self._threads = ThreadPoolExecutor(_THREADS, "sowatch-http")
@@ -216,7 +219,7 @@ class WebApp:
         ready = self._watcher.ready
         if ready is None or not self._watcher.is_running:
             return _refusal(SowatchError("the watch is not running. See the agent's log."), 503)
-        lines = mapping_lines(self._watcher, ready, self._proc, pids, with_owners=with_owners)
+        lines = mapping_lines(self._watcher, ready, self._proc, pids, self._hanging, with_owners=with_owners)
         return StreamingResponse(self._chunks(lines), media_type="application/x-ndjson", headers=_NOT_TO_KEEP)
 
     async def _chunks(self, lines: Iterator[bytes]) -> AsyncIterator[bytes]:
@@ -280,7 +283,7 @@ class WebApp:
             if wanted is None:
                 return self._watcher.explain_published(build_id=target.build_id)
             report = self._watcher.explain(wanted)
-            return with_staleness(report, self._proc) if isinstance(report, ProcessReport) else report
+            return with_staleness(report, self._proc, self._hanging) if isinstance(report, ProcessReport) else report
 
         return await self._answer_why(request, explain, self._in_thread)
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Final, NamedTuple
 
+from sowatch.inventory.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
-from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model import wire
 
 __all__ = ["Coverage", "coverage_line", "coverage_of", "coverage_of_answers"]
 
 _TIMEOUT_S: Final = 0.5
 _LEAST_TIMEOUT_S: Final = 0.05
+#: A process that does not answer may not be read.
+_NOT_IN_TIME: Final[bool | None] = False
 
 
 class Coverage(NamedTuple):
@@ -56,6 +58,7 @@ def coverage_of_answers(
     closed: Collection[int],
     pids: Collection[int] = (),
     is_wanted: Callable[[int], bool] = lambda _: True,
+    hanging: HangingCalls | None = None,
 ) -> Coverage:
     """How many of the processes that were asked for could be read, for the sake of what they have mapped.
 
@@ -66,15 +69,19 @@ def coverage_of_answers(
         closed: those that could not be read for more, such as whether their files are stale.
         pids: only these were asked for; empty: all.
         is_wanted: asked of those that cannot be read, whether they count.
+        hanging: what does not answer, from one call to the next.
     """
     if strategy not in _READ_FROM_PROC:
         # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
         return Coverage(len({*found} - {*closed}), len(closed), is_hidden=False)
-    return coverage_of(proc, pids, is_wanted)
+    return coverage_of(proc, pids, is_wanted, hanging)
 
 
 def coverage_of(
-    proc: ProcFs, pids: Collection[int] = (), is_wanted: Callable[[int], bool] = lambda _: True
+    proc: ProcFs,
+    pids: Collection[int] = (),
+    is_wanted: Callable[[int], bool] = lambda _: True,
+    hanging: HangingCalls | None = None,
 ) -> Coverage:
     """Counts the processes whose mappings this user may read, and those it may not.
 
@@ -82,22 +89,23 @@ def coverage_of(
         proc: the host's.
         pids: only these; default: all.
         is_wanted: asked of those that cannot be read, whether they count.
+        hanging: what does not answer, from one call to the next.
     """
-    worker = TimeoutWorker("sowatch-coverage")
+    calls = DiskCalls("sowatch-coverage", hanging)
     read = unreadable = 0
     try:
         for pid in pids or proc.pids():
             try:
-                timeout_s = max(_LEAST_TIMEOUT_S, _TIMEOUT_S / (1 + worker.abandoned))
-                may_read = worker.run(partial(_may_read, proc, pid), timeout_s)
-            except (CallTimeout, ProcReadError):
+                timeout_s = max(_LEAST_TIMEOUT_S, _TIMEOUT_S / (1 + calls.hanging))
+                may_read = calls.run(partial(_may_read, proc, pid), _NOT_IN_TIME, timeout_s, place=("maps", pid))
+            except ProcReadError:
                 may_read = False
             if may_read:
                 read += 1
             elif may_read is not None and is_wanted(pid):
                 unreadable += 1
     finally:
-        worker.close()
+        calls.close()
     return Coverage(read, unreadable, hides_processes(proc))
 
 

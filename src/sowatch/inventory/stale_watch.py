@@ -16,6 +16,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
+from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.roots import DirectoryState, RootKey
 from sowatch.inventory.stale_history import StaleHistory
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
@@ -96,6 +97,7 @@ class StaleWatch:
         compared_ns: the wall clock at the end of the last pass, in ns since the epoch; None before the first.
         seconds: how long the last pass took.
         is_complete: whether the last pass has compared all that was due.
+        hanging: what does not answer; other disks may share it.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class StaleWatch:
         on_change: Callable[[Sequence[StaleChange]], None] | None = None,
     ) -> None:
         self._watcher = watcher
-        self._disk = Disk(proc)
+        self.hanging = HangingCalls()
+        self._disk = Disk(proc, self.hanging)
         self._on_change = on_change
         self._interval_s = interval_s
         self._comparing = threading.Lock()

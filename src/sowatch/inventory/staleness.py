@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 from msgspec import Struct
 
 from sowatch.inventory.copied_up import Copies, build_id_of
-from sowatch.inventory.disk_calls import LOOK_TIMEOUT_S, DiskCalls
+from sowatch.inventory.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
 from sowatch.inventory.roots import DirectoryState, RootKey, Roots
@@ -149,15 +149,16 @@ class Disk:
 
     Args:
         proc: the proc file system to read. Default: ``/proc``.
+        hanging: what does not answer, shared with other disks in any thread. Default: its own.
 
     Raises:
         ProcRootError: ``/proc`` is not mounted.
     """
 
-    def __init__(self, proc: ProcFs | None = None) -> None:
+    def __init__(self, proc: ProcFs | None = None, hanging: HangingCalls | None = None) -> None:
         self._proc = proc or ProcFs()
         self._roots = Roots(self._proc)
-        self._calls = DiskCalls("sowatch-disk")
+        self._calls = DiskCalls("sowatch-disk", hanging)
         self._sights: dict[ProcessId, _Sight] = {}
         self._answers: dict[tuple[object, ...], _Looked] = {}
         #: The keys of answers that hold for the mappings of one process only.
@@ -279,11 +280,12 @@ class Disk:
         found: dict[tuple[int, str], str | None] = dict.fromkeys(asked)
         by_root: dict[RootKey | None, list[tuple[int, str]]] = {}
         for pid, path in asked:
-            by_root.setdefault(self._calls.run(partial(self._roots.key, pid), None), []).append((pid, path))
-        for group in by_root.values():
+            by_root.setdefault(self.root_of(pid), []).append((pid, path))
+        for root, group in by_root.items():
             # A database on a file system that hangs keeps nobody else from being answered.
             timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else OWNERS_TIMEOUT_S
-            found |= self._calls.run(partial(owners, self._roots, group), dict.fromkeys(group), timeout_s)
+            look = partial(owners, self._roots, group)
+            found |= self._calls.run(look, dict.fromkeys(group), timeout_s, place=("owners", root))
         return found
 
     def _sight(self, process: Process) -> _Sight:
