@@ -70,14 +70,15 @@ class StaleChange(NamedTuple):
 
 
 class _Seen:
-    """A process: its root, and when each of its files was compared (CLOCK_MONOTONIC)."""
+    """A process: its root, when each of its files was compared (CLOCK_MONOTONIC), and those that changed since."""
 
-    __slots__ = ("compared_s", "root", "rooted_s")
+    __slots__ = ("compared_s", "pending", "root", "rooted_s")
 
     def __init__(self) -> None:
         self.root: RootKey | None = None
         self.rooted_s = float("-inf")
         self.compared_s: dict[FileKey, float] = {}
+        self.pending: set[FileKey] = set()
 
 
 class StaleWatch:
@@ -203,6 +204,7 @@ class StaleWatch:
         for process, seen in self._seen.items():
             kept = files[process]
             seen.compared_s = {file: seen.compared_s[file] for file in kept if file in seen.compared_s}
+            seen.pending.intersection_update(kept)
             if self._closing.is_set():
                 return []
             if now_s - seen.rooted_s >= LOOK_EVERY_S:
@@ -212,9 +214,9 @@ class StaleWatch:
         for process, seen in self._seen.items():
             for file in files[process]:
                 if (seen.root, os.path.dirname(file[1])) in changed:
-                    seen.compared_s.pop(file, None)
+                    seen.pending.add(file)  # at its old age: one that changes all the time is not always the oldest
                 compared_s = seen.compared_s.get(file, float("-inf"))
-                if now_s - compared_s >= LOOK_EVERY_S:
+                if file in seen.pending or now_s - compared_s >= LOOK_EVERY_S:
                     due.append((compared_s, (process, file)))
         due.sort(key=lambda one: one[0])
         return [key for _, key in due]
@@ -260,7 +262,9 @@ class StaleWatch:
             one = mapped[key]
             loaded_ns = seen_at(one.cause, one.time_ns)
             looked[key] = self._disk.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
-            self._seen[key[0]].compared_s[key[1]] = now_s
+            seen = self._seen[key[0]]
+            seen.compared_s[key[1]] = now_s
+            seen.pending.discard(key[1])
         return looked
 
     def _take(self, mapped: Mapping[_Key, Mapped], looked: Mapping[_Key, StaleAnswer]) -> list[StaleChange]:

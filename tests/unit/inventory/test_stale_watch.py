@@ -249,3 +249,20 @@ def test_another_interval_takes_effect_at_once(wait_until: Any) -> None:
         first = watch.compared_ns
         watch.interval_s = 1
         wait_until(lambda: watch.compared_ns != first)
+
+
+def test_files_in_a_directory_that_keeps_changing_do_not_keep_others_from_being_looked_at(
+    mapper: Mapper, make_library: Any, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each has just been made: its directory may change again without showing it, and so counts as changed each time.
+    libraries = [make_library(f"lib{number}.so") for number in range(3)]
+    for library in libraries:
+        mapper.map(library)
+    monkeypatch.setattr(stale_watch, "MAX_LOOKS", 1)
+    monkeypatch.setattr(stale_watch, "_UNSETTLED_NS", 1 << 62)
+    watch = StaleWatch(Map(*(mapped(mapper.pid, library) for library in libraries)))
+
+    for _ in range(6):
+        watch.compare()
+    assert looks == ["lib0.so", "lib1.so", "lib2.so"] * 2
+    watch.close()
