@@ -123,6 +123,7 @@ class StaleWatch:
         self.compared_ns: int | None = None
         self.seconds = 0.0
         self.is_complete = False
+        self._logged: str | None = None
         self._asked_s = float("-inf")
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -261,11 +262,22 @@ class StaleWatch:
                 break
             one = mapped[key]
             loaded_ns = seen_at(one.cause, one.time_ns)
-            looked[key] = self._disk.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
+            try:
+                looked[key] = self._disk.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
+            except Exception as error:  # noqa: BLE001 - one file keeps no other from being compared
+                looked[key] = StaleAnswer(Staleness.UNKNOWN, self._failed(one, error))
             seen = self._seen[key[0]]
             seen.compared_s[key[1]] = now_s
             seen.pending.discard(key[1])
         return looked
+
+    def _failed(self, one: Mapped, error: Exception) -> str:
+        """The reason of the answer. It is logged where it is not the same as that of the last one that failed."""
+        reason = f"it could not be compared: {str(error) or type(error).__name__}"
+        if reason != self._logged:
+            LOG.error("%s of process %d: %s", one.library.path, one.process.pid, reason, exc_info=error)
+            self._logged = reason
+        return reason
 
     def _take(self, mapped: Mapping[_Key, Mapped], looked: Mapping[_Key, StaleAnswer]) -> list[StaleChange]:
         """Keeps what was found, and says what is new in it."""

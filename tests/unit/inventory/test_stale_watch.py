@@ -266,3 +266,30 @@ def test_files_in_a_directory_that_keeps_changing_do_not_keep_others_from_being_
         watch.compare()
     assert looks == ["lib0.so", "lib1.so", "lib2.so"] * 2
     watch.close()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_file_that_cannot_be_compared_is_unknown_and_keeps_no_other_from_being_compared(
+    mapper: Mapper, make_library: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    libraries = [make_library(f"lib{number}.so") for number in range(3)]
+    for library in libraries:
+        mapper.map(library)
+    found = [mapped(mapper.pid, library) for library in libraries]
+    libraries[2].unlink()
+    real = Disk.staleness
+
+    def staleness(disk: Disk, process: Process, library: Library, *args: Any, **options: Any) -> StaleAnswer:
+        if not library.path.endswith("lib2.so"):
+            raise OSError(5, "Input/output error")
+        return real(disk, process, library, *args, **options)
+
+    monkeypatch.setattr(Disk, "staleness", staleness)
+    watch = StaleWatch(Map(*found))
+    watch.compare()
+    assert [watch.answers[one.process.id, file_key(one)].stale for one in found] == ["unknown", "unknown", "deleted"]
+    assert watch.is_complete
+    assert [record.message for record in caplog.records] == [
+        f"{libraries[0]} of process {mapper.pid}: it could not be compared: [Errno 5] Input/output error"
+    ]
+    watch.close()
