@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeAlias
@@ -29,7 +29,7 @@ __all__ = ["FileKey", "HasSnapshot", "StaleChange", "StaleWatch", "file_key"]
 
 LOG = logging.getLogger("sowatch")
 
-#: Mappings that are compared; a host that has more leaves the rest out.
+#: Mappings that are compared; a host that has more leaves the rest out, and no pass is complete.
 MAX_MAPPINGS: Final = 200_000
 #: Files that one pass compares; what is due beyond that waits for the next ones, the oldest first.
 MAX_LOOKS: Final = 5_000
@@ -97,7 +97,7 @@ class StaleWatch:
         history: what was stale from when to when.
         compared_ns: the wall clock at the end of the last pass, in ns since the epoch; None before the first.
         seconds: how long the last pass took.
-        is_complete: whether the last pass has compared all that was due.
+        is_complete: whether the last pass has compared all that was due, and left no mapping out.
         hanging: what does not answer; other disks may share it.
     """
 
@@ -179,11 +179,11 @@ class StaleWatch:
         with self._comparing:
             begun_s = time.monotonic()
             self._disk.begin_pass()
-            mapped = {(one.process.id, file_key(one)): one for one in self._shown(with_ranges=False)}
+            mapped, is_cut = self._compared()
             due = self._due(mapped, begun_s)
             looked = self._look_at(due, mapped, begun_s)
             changes = self._take(mapped, looked)
-            self.is_complete = len(looked) == len(due)
+            self.is_complete = len(looked) == len(due) and not is_cut
             now_ns, is_first = time.time_ns(), self.compared_ns is None
             self.history.add(changes, now_ns, is_first=is_first)
             self.compared_ns = now_ns
@@ -193,8 +193,15 @@ class StaleWatch:
 
     # ---- what has to be looked at -------------------------------------------------------------
 
-    def _shown(self, *, with_ranges: bool) -> Iterable[Mapped]:
-        return islice(self._watcher.snapshot(with_ranges=with_ranges), MAX_MAPPINGS)
+    def _compared(self) -> tuple[dict[_Key, Mapped], bool]:
+        """What is compared, and whether that leaves some out: never what is stale, which would seem to be unmapped."""
+        mapped = {(one.process.id, file_key(one)): one for one in self._watcher.snapshot(with_ranges=False)}
+        if len(mapped) <= MAX_MAPPINGS:
+            return mapped, False
+        first = {key: mapped[key] for key in self._stale if key in mapped}
+        rest = ((key, one) for key, one in mapped.items() if key not in first)
+        first.update(islice(rest, max(0, MAX_MAPPINGS - len(first))))
+        return first, True
 
     def _due(self, mapped: Mapping[_Key, Mapped], now_s: float) -> list[_Key]:
         """What may have changed, the one that was looked at longest ago first."""
@@ -254,7 +261,9 @@ class StaleWatch:
             return {}
         # What is mapped where has changed since the load, and the draining thread is asked for that.
         mapped |= {
-            key: one for one in self._shown(with_ranges=True) if (key := (one.process.id, file_key(one))) in mapped
+            key: one
+            for one in self._watcher.snapshot(with_ranges=True)
+            if (key := (one.process.id, file_key(one))) in mapped
         }
         looked: dict[_Key, StaleAnswer] = {}
         for key in due[:MAX_LOOKS]:

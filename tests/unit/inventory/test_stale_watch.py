@@ -293,3 +293,26 @@ def test_a_file_that_cannot_be_compared_is_unknown_and_keeps_no_other_from_being
         f"{libraries[0]} of process {mapper.pid}: it could not be compared: [Errno 5] Input/output error"
     ]
     watch.close()
+
+
+def test_of_more_mappings_than_are_compared_stale_ones_stay_stale_and_the_pass_is_not_complete(
+    mapper: Mapper, make_library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, other = make_library("libours.so"), make_library("libother.so")
+    for path in (library, other):
+        mapper.map(path)
+    ours, others = mapped(mapper.pid, library), mapped(mapper.pid, other)
+    monkeypatch.setattr(stale_watch, "MAX_MAPPINGS", 1)
+    changes: list[StaleChange] = []
+    watched = Map(ours)
+    watch = StaleWatch(watched, on_change=changes.extend)
+    library.unlink()
+    watch.compare()
+    assert (reported(changes), watch.is_complete) == ([("deleted", "libours.so")], True)
+    watched.mapped[:] = [others, ours]
+    watch.compare()
+    assert (reported(changes)[1:], watch.is_complete, watch.stale()[0][0].library) == ([], False, ours.library)
+    watched.mapped[:] = [others]
+    watch.compare()
+    assert (reported(changes)[1:], watch.is_complete, watch.stale()) == ([("unmapped", "libours.so")], True, [])
+    watch.close()
