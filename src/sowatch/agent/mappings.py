@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from sowatch.inventory.coverage import coverage_line, coverage_of_answers
 from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.mapping_lines import mapping_line
-from sowatch.inventory.staleness import NOT_PERMITTED, Disk, seen_at
+from sowatch.inventory.staleness import NOT_PERMITTED, Disk
 from sowatch.linux.proc import ProcFs
 from sowatch.model import wire
 from sowatch.model.encoding import dumps
@@ -56,10 +56,7 @@ def mapping_lines(
     closed: set[int] = set()
     lines: list[wire.Head | wire.Mapping | wire.Coverage] = []
     with Disk(proc, hanging) as disk:
-        answers = [
-            disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
-            for one in found
-        ]
+        answers = disk.staleness_of_all(found)
         pairs = zip(found, answers, strict=True)
         stale = [(one.process.pid, answer.path or one.library.path) for one, answer in pairs if answer.stale]
         owners = disk.owners(stale) if with_owners else {}

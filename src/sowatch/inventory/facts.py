@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from sowatch.inventory.restarts import RestartTarget, restart_target
-from sowatch.inventory.staleness import Disk, StaleAnswer, seen_at
+from sowatch.inventory.staleness import Disk, StaleAnswer
 from sowatch.linux.proc import ProcFs
 from sowatch.model.stats import Mapped
 
@@ -54,10 +54,7 @@ def facts_of(
     """
     asked = list(mapped)
     with Disk(ProcFs(proc_root)) as disk:
-        answers = [
-            disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
-            for one in asked
-        ]
+        answers = disk.staleness_of_all(asked)
         wanted = [
             (one.process.pid, answer.path or one.library.path) for one, answer in zip(asked, answers, strict=True)
         ]

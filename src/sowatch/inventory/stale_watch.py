@@ -181,7 +181,10 @@ class StaleWatch:
             self._disk.begin_pass()
             mapped, is_cut = self._compared()
             due = self._due(mapped, begun_s)
-            looked = self._look_at(due, mapped, begun_s)
+            try:
+                looked = self._look_at(due, mapped, begun_s)
+            finally:
+                self._disk.forget_processes()
             changes = self._take(mapped, looked)
             self.is_complete = len(looked) == len(due) and not is_cut
             now_ns, is_first = time.time_ns(), self.compared_ns is None
@@ -266,7 +269,8 @@ class StaleWatch:
             if (key := (one.process.id, file_key(one))) in mapped
         }
         looked: dict[_Key, StaleAnswer] = {}
-        for key in due[:MAX_LOOKS]:
+        # The mappings of each process are read once.
+        for key in sorted(due[:MAX_LOOKS], key=lambda key: key[0]):
             if self._closing.is_set():
                 break
             one = mapped[key]

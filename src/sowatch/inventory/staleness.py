@@ -37,6 +37,7 @@ from sowatch.linux.wall_clock import started_ns
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import TICK_NS, FileId, ProcessId
 from sowatch.model.literals import Staleness
+from sowatch.model.stats import Mapped
 
 __all__ = [
     "FRESH",
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 #: Package databases are large, and may lie on a slow disk.
 OWNERS_TIMEOUT_S: Final = 60.0
+#: Processes whose mappings are kept: each may have a hundred thousand. Ask for one process after the other.
+MAX_SIGHTS: Final = 8
 _DELETED: Final = " (deleted)"
 
 
@@ -179,9 +182,13 @@ class Disk:
     def begin_pass(self) -> None:
         """Forgets what was found, as all of it may have changed."""
         self._roots = Roots(self._proc)
-        self._sights.clear()
+        self.forget_processes()
         self._answers.clear()
         self._is_of_process.clear()
+
+    def forget_processes(self) -> None:
+        """Frees what was read of the mappings of processes."""
+        self._sights.clear()
 
     def has_ended(self, process: Process) -> bool:
         """Whether a process is there no more, asked anew."""
@@ -270,6 +277,15 @@ class Disk:
             return _modified(looked.times, process, loaded_ns)
         return looked.answer
 
+    def staleness_of_all(self, mapped: Sequence[Mapped]) -> list[StaleAnswer]:
+        """The answer for each, in the same order; the mappings of each process are read once."""
+        found: dict[int, StaleAnswer] = {}
+        for index in sorted(range(len(mapped)), key=lambda index: mapped[index].process.id):
+            one = mapped[index]
+            loaded_ns = seen_at(one.cause, one.time_ns)
+            found[index] = self.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
+        return [found[index] for index in range(len(mapped))]
+
     def owners(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str | None]:
         """The packages that own files; see `sowatch.inventory.owners.owners`.
 
@@ -289,11 +305,14 @@ class Disk:
         return found
 
     def _sight(self, process: Process) -> _Sight:
-        sight = self._sights.get(process.id)
+        sight = self._sights.pop(process.id, None)
         if sight is None:
             hangs = _Sight(trouble=_NO_ANSWER)
             look = partial(self._look_at_process, process)
-            sight = self._sights[process.id] = self._calls.run(look, hangs, place=("process", process.id))
+            sight = self._calls.run(look, hangs, place=("process", process.id))
+            while len(self._sights) >= MAX_SIGHTS:
+                del self._sights[next(iter(self._sights))]
+        self._sights[process.id] = sight  # the one that was asked for last is the last
         return sight
 
     def _look_at_process(self, process: Process) -> _Sight:

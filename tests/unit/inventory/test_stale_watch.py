@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.inventory import stale_watch
+from sowatch.inventory import stale_watch, staleness
 from sowatch.inventory.stale_watch import StaleChange, StaleWatch, file_key
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness
 from sowatch.linux.proc import ProcFs
@@ -50,11 +50,11 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     real = Disk.staleness
 
-    def staleness(disk: Disk, process: Process, library: Library, *args: Any, **options: Any) -> StaleAnswer:
+    def answer(disk: Disk, process: Process, library: Library, *args: Any, **options: Any) -> StaleAnswer:
         found.append(os.path.basename(library.path))
         return real(disk, process, library, *args, **options)
 
-    monkeypatch.setattr(Disk, "staleness", staleness)
+    monkeypatch.setattr(Disk, "staleness", answer)
     return found
 
 
@@ -279,12 +279,12 @@ def test_a_file_that_cannot_be_compared_is_unknown_and_keeps_no_other_from_being
     libraries[2].unlink()
     real = Disk.staleness
 
-    def staleness(disk: Disk, process: Process, library: Library, *args: Any, **options: Any) -> StaleAnswer:
+    def answer(disk: Disk, process: Process, library: Library, *args: Any, **options: Any) -> StaleAnswer:
         if not library.path.endswith("lib2.so"):
             raise OSError(5, "Input/output error")
         return real(disk, process, library, *args, **options)
 
-    monkeypatch.setattr(Disk, "staleness", staleness)
+    monkeypatch.setattr(Disk, "staleness", answer)
     watch = StaleWatch(Map(*found))
     watch.compare()
     assert [watch.answers[one.process.id, file_key(one)].stale for one in found] == ["unknown", "unknown", "deleted"]
@@ -316,3 +316,39 @@ def test_of_more_mappings_than_are_compared_stale_ones_stay_stale_and_the_pass_i
     watch.compare()
     assert (reported(changes)[1:], watch.is_complete, watch.stale()) == ([("unmapped", "libours.so")], True, [])
     watch.close()
+
+
+def test_what_was_read_of_processes_is_kept_of_the_last_few_and_of_none_after_the_pass(
+    programs: Mapping[str, Path], make_library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = [make_library("libone.so"), make_library("libtwo.so")]
+    monkeypatch.setattr(staleness, "MAX_SIGHTS", 1, raising=False)
+    held: list[int] = []
+    read: list[int] = []
+    real, maps = Disk.staleness, ProcFs.executable_maps
+
+    def compared(disk: Disk, *args: Any, **options: Any) -> StaleAnswer:
+        answer = real(disk, *args, **options)
+        held.append(len(disk._sights))
+        return answer
+
+    def maps_of(proc: ProcFs, pid: int) -> Any:
+        read.append(pid)
+        return maps(proc, pid)
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    with (
+        Mapper(programs["mapper"], tmp_path / "first") as first,
+        Mapper(programs["mapper"], tmp_path / "second") as second,
+    ):
+        pids = [first.pid, second.pid]
+        for library in libraries:
+            first.map(library)
+            second.map(library)
+        watch = StaleWatch(Map(*(mapped(pid, library) for library in libraries for pid in pids)))
+        monkeypatch.setattr(Disk, "staleness", compared)
+        monkeypatch.setattr(ProcFs, "executable_maps", maps_of)
+        watch.compare()
+        watch.close()
+    assert (held, read, len(watch._disk._sights)) == ([1, 1, 1, 1], pids, 0)
