@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,11 @@ def test_an_audit_that_was_interrupted_is_not_one_that_found_differences(
 
     def watches() -> bool:
         worker = worker_of(process)
-        return any("bpf_link" in os.readlink(fd) for fd in Path(f"/proc/{worker}/fd").iterdir()) if worker else False
+        if not worker:
+            return False
+        with suppress(FileNotFoundError):  # it closes descriptors meanwhile
+            return any("bpf_link" in os.readlink(fd) for fd in Path(f"/proc/{worker}/fd").iterdir())
+        return False
 
     wait_until(watches, what="the watch")
     process.send_signal(signal.SIGINT)

@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_process(words: Sequence[str]) -> int:
+    try:
+        reserve_standard_fds()  # before anything is opened that would take their place
+    except SowatchError as error:
+        _say(str(error), error)
+        return error.exit_code
     name = words[0] if words else ""
     if name == "watch":
         hold_signals()

@@ -19,7 +19,7 @@ from sowatch.engine.subscribers import Subscribers
 from sowatch.engine.subscription import SubscriberQueue
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import ProcFs
-from sowatch.model.errors import EnvironmentFault, ProcessGone, SowatchError
+from sowatch.model.errors import EnvironmentFault, FileRefused, ProcessGone, SowatchError
 from sowatch.model.events import Activate, Deactivate, Event, Library, Load, Unload
 from sowatch.model.histogram import CALLBACKS, RuleTimings
 from sowatch.model.identity import FileId
@@ -237,7 +237,7 @@ class RuleWorker:
         begun_s = time.monotonic()
         try:
             callback(argument)
-        except EnvironmentFault:  # no failure: it says that the file is not to blame for one
+        except (EnvironmentFault, FileRefused):  # no failure of the callback
             raise
         except BaseException as error:
             self._note_failure(name, error)

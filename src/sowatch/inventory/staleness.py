@@ -459,12 +459,13 @@ def _modified(times: FileTimes, process: Process, loaded_ns: int | None) -> Stal
     """Of a file that its path leads to."""
     now_ns = time.time_ns()
     # The start may be rounded down to a tick, and the file system's clock lags behind by one.
-    after_ns = (started_ns(process.start_ns) if loaded_ns is None else loaded_ns) + TICK_NS
+    since_ns = started_ns(process.start_ns) if loaded_ns is None else loaded_ns
+    after_ns = since_ns + TICK_NS
     # A time to come was set by somebody: nobody knows when that was.
     if not after_ns < times.written_ns <= now_ns:
         return FRESH
-    if loaded_ns is None and times.born_ns is not None and times.born_ns > after_ns:
-        return FRESH
+    if loaded_ns is None and times.born_ns is not None and times.born_ns >= since_ns - TICK_NS:
+        return FRESH  # it may have been made after the start, and written before it was mapped
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(times.written_ns // 10**9))
     since = "its process had started" if loaded_ns is None else "it was mapped"
     return StaleAnswer(Staleness.MODIFIED, f"it was written to at {when}, after {since}")

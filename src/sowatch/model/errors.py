@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "DecodeError",
     "EnvironmentFault",
+    "FileRefused",
     "LibbpfMissing",
     "LoadAttempt",
     "LoadError",
@@ -238,6 +239,10 @@ class EnvironmentFault(SowatchError):
 
     A file whose activation ends with this is not blocked and may be tried again.
     """
+
+
+class FileRefused(SowatchError):
+    """Raised by a callback that says itself why it does nothing with a file, which is blocked; nothing is logged."""
 
 
 class RegistryError(SowatchError):

@@ -18,7 +18,7 @@ from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
-from sowatch.model.errors import EnvironmentFault, PatternError, SowatchError, UsageError
+from sowatch.model.errors import EnvironmentFault, FileRefused, PatternError, SowatchError, UsageError
 from sowatch.model.events import Library, Load, Process, Ready, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Kind
@@ -417,7 +417,7 @@ class Trace:
             except SowatchError as error:
                 refusal = error  # the counter says so
         if refusal is not None and not attached:
-            raise refusal
+            raise FileRefused(str(refusal)) from refusal
         with self._lock:
             self._attached[file.library.id] = attached
 

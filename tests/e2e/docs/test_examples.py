@@ -49,8 +49,8 @@ def test_an_example_runs_and_shows_the_process_that_has_the_library(block: Block
         stderr=subprocess.PIPE,
         text=True,
     )
-    first = example.stdout.readline()
-    assert "libssl" in first, example.stderr.read()
+    # Others on this host may have what the example watches, too.
+    assert any("libssl" in line for line in example.stdout), example.stderr.read()
     if block.text.startswith("for ") or "\nfor event in" in block.text:
         example.send_signal(signal.SIGINT)  # it goes on for ever
         _, errors = example.communicate(timeout=deadline(20))

@@ -16,7 +16,7 @@ from sowatch.inventory.staleness import FRESH, Disk, StaleAnswer, Staleness, see
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.events import Library, Process
-from sowatch.model.identity import FileId
+from sowatch.model.identity import TICK_NS, FileId
 from support.programs import Mapper
 from support.silent_fs import SilentFileSystem
 
@@ -112,6 +112,8 @@ def test_a_library_that_was_written_to_after_the_start_of_its_process_is_modifie
 ) -> None:
     library = make_library("libwritten.so")
     data = library.read_bytes()
+    made_ns = library.stat().st_ctime_ns
+    wait_until(lambda: time.time_ns() > made_ns + 3 * TICK_NS, what="a start that is certainly later")
     with Mapper(programs["mapper"], tmp_path) as running:
         running.map(library)
         reported = mapped(running.pid, named(library))
