@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, NoReturn, Self
 
+from sowatch.cli._front import leave_front
 from sowatch.model.errors import SowatchError
 
 __all__ = ["HeldCommand"]
@@ -131,6 +132,7 @@ class HeldCommand:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             os.close(self._release_fd)
+            leave_front()
             if os.read(hold_fd, 1):
                 os.execvp(self._words[0], self._words)  # noqa: S606 - the user's words
         except OSError as error:

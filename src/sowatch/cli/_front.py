@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, NoReturn
 
-__all__ = ["end_now", "front_pid", "run_behind_front"]
+__all__ = ["end_now", "front_pid", "leave_front", "run_behind_front"]
 
 #: siginfo_t.si_code of a signal from the terminal, which reaches the worker by itself (asm-generic/siginfo.h).
 _SI_KERNEL: Final = 0x80
@@ -41,6 +41,14 @@ def end_now(code: int) -> NoReturn:
     if _front is not None:
         _report(_front, _write_fd, bytes([code]))
     os._exit(code)
+
+
+def leave_front() -> None:
+    """For a child of this process that is not to report: only the worker has the pipe to the front then."""
+    global _front, _write_fd
+    if _front is not None:
+        os.close(_write_fd)
+        _front, _write_fd = None, -1
 
 
 def run_behind_front(run: Callable[[], int], *, is_patient: bool = False) -> int:
@@ -145,18 +153,23 @@ def _wait(worker: int, read_fd: int, *, is_patient: bool) -> int:
 
 def _code_of(worker: int, read_fd: int) -> int | None:
     """The exit code of a worker that has reported it or ended; None if it goes on. Ends by the signal that ended it."""
+    # In this order: what it has reported before its end can be read then. That nothing can be is no sign that it goes
+    # on, as a child of its own may have the other end of the pipe.
+    ended, status = os.waitpid(worker, os.WNOHANG)
     try:
         reported = os.read(read_fd, 2)
     except BlockingIOError:
-        return None  # it was stopped, or goes on
+        reported = b""
     if reported:
         end_s = time.monotonic() + _REAPED_S
-        while os.waitpid(worker, os.WNOHANG)[0] == 0 and (left_s := end_s - time.monotonic()) > 0:
+        while not ended and (left_s := end_s - time.monotonic()) > 0:
             signal.sigtimedwait([signal.SIGCHLD], left_s)
+            ended, _ = os.waitpid(worker, os.WNOHANG)
         if len(reported) == 2:
             _end_by(signal.Signals(reported[1]))
         return reported[0]
-    _, status = os.waitpid(worker, 0)
+    if not ended:
+        return None  # it was stopped, or goes on
     if os.WIFSIGNALED(status):
         _end_by(signal.Signals(os.WTERMSIG(status)))
     return os.waitstatus_to_exitcode(status)

@@ -90,3 +90,17 @@ def test_a_command_that_does_not_come_back_to_be_interrupted_is_ended(spawn: Any
     process.send_signal(signal.SIGINT)
 
     assert process.wait(deadline(10)) == 130
+
+
+def test_a_command_that_dies_is_reported_though_a_child_of_it_has_the_pipe_to_whoever_waits(
+    spawn: Any, deadline: Any
+) -> None:
+    work = (
+        "def work():\n"
+        "    if not os.fork():\n"
+        "        os._exit(len(os.read(0, 1)))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = spawn(words(work), stdin=-1)  # its end ends the child
+
+    assert process.wait(deadline(10)) == -signal.SIGKILL
