@@ -196,12 +196,12 @@ def test_a_watch_without_a_snapshot_reports_what_is_new_only(
     watch = spawn(words, stdout=subprocess.PIPE)
     assert json.loads(watch.stdout.readline())["event"] == "ready"
     child = mapper.fork()
-    found = json.loads(watch.stdout.readline())
-    assert (found["event"], found["process"]["pid"]) == ("load", child.pid)
+    found = [json.loads(watch.stdout.readline()) for _ in range(2)]
+    assert [(one["event"], one["process"]["pid"]) for one in found] == [("activate", child.pid), ("load", child.pid)]
     child.close()
-    assert json.loads(watch.stdout.readline())["event"] == "unload"
+    assert [json.loads(watch.stdout.readline())["event"] for _ in range(2)] == ["unload", "deactivate"]
     watch.terminate()
-    assert [json.loads(line)["event"] for line in watch.stdout][-1] == "stopped"
+    assert [json.loads(line)["event"] for line in watch.stdout] == ["stopped"]
 
 
 def test_nobody_sees_by_an_agent_who_shares_a_library(agent: Agent, mapped: Path, mapper: Mapper, schema: Any) -> None:

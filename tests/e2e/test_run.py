@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sysconfig
@@ -132,6 +133,33 @@ def test_a_command_goes_on_though_nobody_reads_what_it_loads(library: Path, tmp_
         running.stdin.flush()
         assert running.wait(deadline(30)) == 5
     assert mark.read_text() == "done\n"
+
+
+def test_a_command_is_not_run_if_its_lines_cannot_be_written(tmp_path: Path, deadline: Any) -> None:
+    mark = tmp_path / "was-run"
+    words = [SOWATCH, "run", "-o", "/dev/full", "--", "touch", mark]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=deadline(60), check=False)
+
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert not mark.exists()
+
+
+def test_a_command_goes_on_though_its_lines_can_be_written_no_longer(
+    library: Path, tmp_path: Path, deadline: Any
+) -> None:
+    script = f"for n in $(seq 200); do LD_PRELOAD={library} cat /dev/null; done; exit 5"
+    words = [SOWATCH, "run", "-o", tmp_path / "lines", re.escape(str(library)), "--", "sh", "-c", script]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=deadline(100),
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert done.returncode == 5
+    assert "File too large" in done.stderr
 
 
 def test_what_a_signal_means_is_up_to_the_command(spawn: Any, deadline: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Final, Self
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from sowatch.cli._client import Agent
+from sowatch.cli._client import ANSWER_TIMEOUT_S, Agent
 from sowatch.cli._front import front_pid
 from sowatch.cli._options import Selection
 from sowatch.inventory.coverage import Coverage
@@ -170,7 +170,7 @@ class AgentScan:
         self._mapped, self.disk = mapped, AgentDisk(answers, packages)
 
     def _lines(self, route: str) -> Iterator[wire.Head | wire.Mapping | wire.Coverage]:
-        stream = self.agent.open(route)
+        stream = self.agent.open(route, ANSWER_TIMEOUT_S)
         try:
             for data in stream:
                 yield self.agent.read_as(partial(_line_of, data.decode("ascii", "replace")))

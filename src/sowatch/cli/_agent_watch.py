@@ -207,7 +207,9 @@ class AgentWatch:
             self._thread.join(_END_S)
         if self._failure is None and self.ready is not None:
             now_ns = time.time_ns()
-            for (rule, _), (_, library) in self._users.items():
+            with self._lock:
+                in_use = list(self._users.items())
+            for (rule, _), (_, library) in in_use:
                 self._emit(Deactivate(rule, library, "stop", None, now_ns), is_last=True)
             stats = self._stats
             lost = stats.lost_kernel + stats.lost_queue
@@ -217,12 +219,19 @@ class AgentWatch:
 
     # ---- the thread ---------------------------------------------------------------------------
 
+    def _go_on_with(self, stream: AgentStream) -> bool:
+        """Goes on with another stream; False: `stop` has closed the one before, and knows none of this one."""
+        with self._lock:
+            self._stream = stream
+            return not self._is_stopping
+
     def _run(self) -> None:
         try:
             while self._follow() and not self._is_stopping:
                 assert self._stream is not None
                 self._stream.release()
-                self._stream = self.agent.open(_ROUTE)
+                if not self._go_on_with(self.agent.open(_ROUTE)):
+                    break
         except SowatchError as error:
             if not self._is_stopping:
                 self._fail(error)
@@ -332,10 +341,10 @@ class AgentWatch:
             if key in self._held:
                 return
             self._held[key] = load
+            if key in self._silent:
+                return
             users, _ = self._users.get(file, (0, load.library))
             self._users[file] = users + 1, load.library
-        if key in self._silent:
-            return
         if not users:
             self._emit(
                 Activate(load.rule, load.library, load.process, load.cause, load.t_ns, load.time_ns, load.ranges)
@@ -349,13 +358,13 @@ class AgentWatch:
             load = self._held.pop(key, None)
             if load is None:
                 return
+            if key in self._silent:
+                self._silent.discard(key)
+                return
             file = load.rule, load.library.id
             users, library = self._users.pop(file)
             if users > 1:
                 self._users[file] = users - 1, library
-        if key in self._silent:
-            self._silent.discard(key)
-            return
         self._stats = replace(self._stats, unloads=self._stats.unloads + 1)
         self._emit(unload)
         if users == 1:

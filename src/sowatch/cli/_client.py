@@ -147,13 +147,14 @@ class Agent:
         found = self.get(f"/paths?name={quote(name.encode('utf-8', 'surrogateescape'))}")
         return self.read_as(lambda: [str(path) for path in found["paths"]])
 
-    def open(self, route: str) -> AgentStream:
-        """An answer that goes on.
+    def open(self, route: str, timeout_s: float | None = None) -> AgentStream:
+        """An answer that goes on; without a byte for ``timeout_s``, or `SILENCE_TIMEOUT_S`, the agent hangs.
 
         Raises:
             SowatchError: as of `get`.
         """
-        timeout_s = SILENCE_TIMEOUT_S
+        if timeout_s is None:
+            timeout_s = SILENCE_TIMEOUT_S
         connection = _Connection(self.path, timeout_s)
         try:
             connection.connect()

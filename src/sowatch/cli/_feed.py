@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Final
 
 from sowatch.cli._options import WatcherLike
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._views import View
+from sowatch.model.errors import SowatchError
 from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.model.literals import EventKind
 from sowatch.model.plural import counted
@@ -123,14 +125,19 @@ class Feed:
             self._is_up.set()
 
     def _show_waiting(self, event: Event | None, seq: int, view: View, get: Callable[[float], Event | None]) -> int:
-        while event is not None and not self._is_left:
-            seq += 1
-            self._show(event, seq, view)
-            if self._is_stopped:
-                break
-            if seq % _BATCH == 0:
-                view.flush()
-            event = get(0)
+        try:
+            while event is not None and not self._is_left:
+                seq += 1
+                self._show(event, seq, view)
+                if self._is_stopped:
+                    break
+                if seq % _BATCH == 0:
+                    view.flush()
+                event = get(0)
+        except SowatchError:
+            with suppress(SowatchError, PipeClosed):
+                view.flush()  # what came before is right
+            raise
         view.flush()
         return seq
 
@@ -144,6 +151,7 @@ class Feed:
             self._is_stopped = True
         elif isinstance(event, Ready):
             warn_of_fallback(event, self._warn)
+            view.flush()  # an output that fails does so before anything is begun
             self._on_ready(event)
 
     def _stopped(self) -> Stopped:

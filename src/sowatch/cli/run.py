@@ -89,6 +89,11 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         except PipeClosed:
             lines.discard()
             command.release()  # that nobody reads what it loads is no reason for it to end
+        except SowatchError as error:
+            if command.is_held:
+                raise
+            warn(str(error))
+            lines.discard()
         finally:
             feed.stop()
         return command.wait()

@@ -82,6 +82,22 @@ def test_loads_are_told_with_activations_of_the_first_and_the_last_process(watch
     assert (watch.stats.loads, watch.stats.unloads, watch.stats.processes) == (2, 2, 0)
 
 
+def test_what_a_silent_snapshot_has_is_in_nobodys_count(watching: Watching) -> None:
+    gone = [Unload(LOAD.rule, LOAD.library, one.process, "exit", 5, TIME_NS) for one in (SECOND, LOAD)]
+    script = stream([LOAD, ZLIB, READY, replace(SECOND, cause="mmap"), *gone], HANG)
+    watch = watching(script, selection=replace(SELECTION, snapshot=False))
+
+    assert named(events(watch, 5)) == [
+        ("ready", None),
+        ("activate", "mmap"),
+        ("load", "mmap"),
+        ("unload", "exit"),
+        ("deactivate", None),
+    ]
+    watch.stop()
+    assert named(events(watch, 1)) == [("stopped", None)]
+
+
 def test_a_stream_that_was_cut_off_is_begun_anew_and_what_was_missed_is_repaired(watching: Watching) -> None:
     first = stream([LOAD, SECOND, READY, Lost(TIME_NS, 20_001, "queue")])
     watch = watching(first, stream([SECOND, ZLIB, READY], HANG))
