@@ -25,7 +25,10 @@ from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.programs import Mapper, build, make_libraries
+from support.programs import Mapper, build
+from support.programs import make_libraries as make_new_libraries
+
+from sowatch.engine.file_inspector import WRITTEN_S
 
 __all__ = [
     "HERE",
@@ -123,6 +126,13 @@ def short(value: float) -> str:
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def make_libraries(directory: Path, count: int) -> list[Path]:
+    """Small libraries that are as old as installed ones to sowatch, which reads a file again that was just written."""
+    made = make_new_libraries(directory, count)
+    time.sleep(WRITTEN_S + 0.2)
+    return made
 
 
 def tool(name: str) -> str:

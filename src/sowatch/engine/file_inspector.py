@@ -330,18 +330,21 @@ class Inspector:
         content = version.file_id, before.st_ctime_ns, before.st_size
         with self._lock:
             facts = self._read.get(content)
+        age_ns = time.time_ns() - before.st_ctime_ns
+        is_settled = True
         if facts is None:
             facts = self._parse(fd)
             after = os.fstat(fd)
             age_ns = time.time_ns() - after.st_ctime_ns
-            is_same = (after.st_ctime_ns, after.st_size) == content[1:]
-            with self._lock:
-                is_settled = is_same and age_ns > RACY_NS
-                if is_settled and facts.is_elf is not None:
-                    self._read[content] = facts
-                is_whole = facts.is_elf and not facts.is_partial and age_ns > WRITTEN_S * 1e9
-                if not is_settled or (not is_whole and age_ns < UNFINISHED_S * 1e9):
-                    self._note_unfinished(version.file_id)
+            is_settled = (after.st_ctime_ns, after.st_size) == content[1:] and age_ns > RACY_NS
+        is_whole = facts.is_elf and not facts.is_partial and age_ns > WRITTEN_S * 1e9
+        with self._lock:
+            if is_settled and facts.is_elf is not None:
+                self._read[content] = facts
+            if not is_settled or (not is_whole and age_ns < UNFINISHED_S * 1e9):
+                self._note_unfinished(version.file_id)
+            elif is_whole:
+                self._unfinished.pop(version.file_id, None)
         with self._lock:
             # A link is one process's, so the next one is read.
             if content in self._read and place != "link" and before.st_ctime_ns == version.changed_ns:

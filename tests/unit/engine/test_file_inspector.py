@@ -277,6 +277,20 @@ def test_pauses_between_rereads_double_until_a_minute_has_passed(reader: Reader,
     assert due == [0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75]
 
 
+def test_a_file_that_has_become_old_and_is_whole_is_not_read_for_each_load(
+    reader: Reader, clock: Clock, file: NAMES
+) -> None:
+    clock.file_age_s = 1.0
+    name = file()
+    reader.read(name)
+    assert reader.inspector.known(name) is None
+    clock.file_age_s = 3.0
+    reader.read(name)
+    assert reader.inspector.known(name) is not None
+    clock.now_s += 100
+    assert reader.inspector.take_recovered() == set()
+
+
 @pytest.mark.parametrize(("age_s", "is_sure"), [(0.01, False), (1.0, True)])
 def test_what_was_read_within_a_tick_of_its_change_may_be_old(
     reader: Reader, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch, age_s: float, is_sure: bool
