@@ -25,10 +25,9 @@ from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from sowatch.engine.file_inspector import WRITTEN_S
 from support.programs import Mapper, build
 from support.programs import make_libraries as make_new_libraries
-
-from sowatch.engine.file_inspector import WRITTEN_S
 
 __all__ = [
     "HERE",
