@@ -71,14 +71,18 @@ class Figure:
         return [self.what, f"{short(self.value)} {self.unit}".rstrip(), self.spread, aim, verdict]
 
 
-def main(name: str, measure: Callable[[bool, Path], list[Figure]]) -> None:
-    """Run a benchmark as a command: ``measure(is_quick, directory)`` gives the rows."""
+def main(
+    name: str,
+    measure: Callable[[bool, Path], list[Figure]],
+    show: Callable[[Sequence[Figure]], str] | None = None,
+) -> None:
+    """Run a benchmark as a command: ``measure(is_quick, directory)`` gives the rows, ``show`` the table of them."""
     parser = argparse.ArgumentParser(prog=f"benchmarks.{name}", description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, not how fast")
     is_quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory(prefix=f"sowatch-{name}-") as directory:
         figures = measure(is_quick, Path(directory))
-    report = {"name": name, "quick": is_quick, "machine": machine(), "table": table(figures)}
+    report = {"name": name, "quick": is_quick, "machine": machine(), "table": (show or table)(figures)}
     report["figures"] = [asdict(one) for one in figures]
     print(report["table"])
     RESULTS.mkdir(exist_ok=True)

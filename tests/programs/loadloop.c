@@ -5,6 +5,7 @@
  *   exec     mmap(PROT_READ|PROT_EXEC) of FILE and munmap
  *   file     mmap(PROT_READ) of FILE and munmap
  *   anon     anonymous mmap and munmap
+ *   open     open of FILE and close
  *   getppid  one getppid
  * Answers each with one JSON object; times are ns for each pair (or call), CLOCK_MONOTONIC, of
  * the least and of the middle batch. */
@@ -51,7 +52,18 @@ static void map_pairs(int fd, int prot, int flags, long count)
 	}
 }
 
-static void run(const char *mode, int fd, long count)
+static void open_and_close(const char *path, long count)
+{
+	for (long i = 0; i < count; i++) {
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0)
+			fail("open");
+		close(fd);
+	}
+}
+
+static void run(const char *mode, const char *path, int fd, long count)
 {
 	if (!strcmp(mode, "exec"))
 		map_pairs(fd, PROT_READ | PROT_EXEC, MAP_PRIVATE, count);
@@ -59,20 +71,22 @@ static void run(const char *mode, int fd, long count)
 		map_pairs(fd, PROT_READ, MAP_PRIVATE, count);
 	else if (!strcmp(mode, "anon"))
 		map_pairs(-1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, count);
+	else if (!strcmp(mode, "open"))
+		open_and_close(path, count);
 	else
 		for (long i = 0; i < count; i++)
 			syscall(SYS_getppid);
 }
 
-static void measure(const char *mode, int fd, long batches, long pairs)
+static void measure(const char *mode, const char *path, int fd, long batches, long pairs)
 {
 	double *spent = calloc(batches, sizeof(*spent));
 
-	run(mode, fd, pairs);
+	run(mode, path, fd, pairs);
 	for (long i = 0; i < batches; i++) {
 		double start = now_ns();
 
-		run(mode, fd, pairs);
+		run(mode, path, fd, pairs);
 		spent[i] = (now_ns() - start) / pairs;
 	}
 	qsort(spent, batches, sizeof(*spent), by_value);
@@ -104,11 +118,11 @@ int main(int argc, char **argv)
 			fail("sched_setaffinity");
 	}
 	while (scanf("%15s %ld %ld", mode, &batches, &pairs) == 3) {
-		if (!strstr("exec file anon getppid", mode) || batches < 1 || pairs < 1) {
+		if (!strstr("exec file anon open getppid", mode) || batches < 1 || pairs < 1) {
 			fprintf(stderr, "loadloop: not a measurement: %s %ld %ld\n", mode, batches, pairs);
 			return 2;
 		}
-		measure(mode, fd, batches, pairs);
+		measure(mode, argv[1], fd, batches, pairs);
 	}
 	return 0;
 }
