@@ -231,7 +231,7 @@ def parse(data: bytes) -> list[Record]:
             middle = text + fields[-2]
             exe = None if fields[EXE] == NO_FILE else file_id_of(fields[EXE])
             texts = data[text:middle], data[middle : middle + fields[-1]]
-            found.append(ProcessRecord._make((*fields[:EXE], exe, *fields[EXE + 1 :], *texts)))
+            found.append(_new(ProcessRecord, (*fields[:EXE], exe, *fields[EXE + 1 :], *texts)))
         elif size < RANGE.size:
             found.append(RangeRecord(*HEAD.unpack_from(data, at)))
         else:

@@ -6,8 +6,10 @@ from typing import Final, Protocol
 
 from sowatch.cli._lines import pieces_of, plain
 from sowatch.cli._out import Out
+from sowatch.model.encoding import dumps_lines
 from sowatch.model.events import Event
-from sowatch.model.lines import to_json
+from sowatch.model.lines import line_of
+from sowatch.model.wire import EventLine
 
 __all__ = ["JsonView", "TextView", "View"]
 
@@ -33,10 +35,38 @@ class JsonView:
 
     def __init__(self, out: Out) -> None:
         self._out = out
+        self._lines: list[EventLine] = []
 
     def show(self, event: Event, seq: int) -> None:
         """Keep the line for the next `flush`."""
-        self._out.write(to_json(event, seq) + "\n")
+        self._lines.append(line_of(event, seq))
+
+    def flush(self) -> None:
+        """Write the lines."""
+        if self._lines:
+            self._out.write(dumps_lines(self._lines))
+            self._lines.clear()
+        self._out.flush()
+
+    def idle(self) -> None:
+        """Nothing to draw."""
+
+    def close(self) -> None:
+        """Nothing to take away."""
+
+
+class TextView:
+    """One line of plain text an event, for pipes and files."""
+
+    tick_s = _TICK_S
+
+    def __init__(self, out: Out, *, with_rule: bool) -> None:
+        self._out = out
+        self._with_rule = with_rule
+
+    def show(self, event: Event, seq: int) -> None:  # noqa: ARG002  (people do not count lines)
+        """Keep the line for the next `flush`."""
+        self._out.write(plain(pieces_of(event, with_rule=self._with_rule)) + "\n")
 
     def flush(self) -> None:
         """Write the lines."""
@@ -47,15 +77,3 @@ class JsonView:
 
     def close(self) -> None:
         """Nothing to take away."""
-
-
-class TextView(JsonView):
-    """One line of plain text an event, for pipes and files."""
-
-    def __init__(self, out: Out, *, with_rule: bool) -> None:
-        super().__init__(out)
-        self._with_rule = with_rule
-
-    def show(self, event: Event, seq: int) -> None:  # noqa: ARG002  (people do not count lines)
-        """Keep the line for the next `flush`."""
-        self._out.write(plain(pieces_of(event, with_rule=self._with_rule)) + "\n")

@@ -43,7 +43,8 @@ MAX_GIVEN_UP: Final = 5_000
 LOADER_NAME: Final = re.compile(r"/(ld(64)?(-[^/]*)?\.so[^/]*|libc\.musl-[^/]*|ld-[0-9.]+\.so)$")
 #: Files whose facts are kept; a few hundred bytes each.
 MAX_FACTS: Final = 5_000
-
+#: Names whose facts are found without their version being made and looked up.
+MAX_AT_HAND: Final = 500
 
 #: What changed so recently may change again within the granularity of the kernel's clock for files (a tick, 10 ms at
 #: the most), and keep its change time. Linux 6.13 has finer ones for files that were read.
@@ -159,6 +160,8 @@ class Inspector:
         self._exports = exports
         self._on_done = on_done
         self._known: LRUCache[Version, FileFacts] = LRUCache(MAX_FACTS)
+        #: The same for the draining thread, by the id of the name, which stands beside it: what is mapped all the time.
+        self._at_hand: dict[int, tuple[MappedFile, FileFacts]] = {}
         self._read: LRUCache[Content, FileFacts] = LRUCache(MAX_FACTS)
         #: Files that may be being written: when to read them again, and when the pause after that ends.
         self._unfinished: dict[FileId, tuple[float, float]] = {}
@@ -217,9 +220,17 @@ class Inspector:
 
     def known(self, name: MappedFile) -> FileFacts | None:
         """The facts, if the file was read before and has not changed since."""
+        at_hand = self._at_hand.get(id(name))
+        if at_hand is not None and at_hand[0] is name:
+            return at_hand[1]
         with self._lock:
             # One that may be being written is read each time.
-            return None if name.file_id in self._unfinished else self._known.get(_version_of(name))
+            facts = None if name.file_id in self._unfinished else self._known.get(_version_of(name))
+            if facts is not None:
+                if len(self._at_hand) >= MAX_AT_HAND:
+                    self._at_hand.clear()
+                self._at_hand[id(name)] = name, facts
+            return facts
 
     def inspect(self, change: Change, *, is_own_view: bool, now_s: float) -> Inspection:
         """Asks for a read of the file of a change; one read serves all who wait for that file."""
@@ -344,16 +355,22 @@ class Inspector:
             if not is_settled or (not is_whole and age_ns < UNFINISHED_S * 1e9):
                 self._note_unfinished(version.file_id)
             elif is_whole:
-                self._unfinished.pop(version.file_id, None)
-        with self._lock:
+                self._note_finished(version.file_id)
             # A link is one process's, so the next one is read.
             if content in self._read and place != "link" and before.st_ctime_ns == version.changed_ns:
-                self._known[version] = facts
+                self._known[version] = facts._replace(place=place)
+                self._at_hand.clear()
         return facts
 
     def _note_unfinished(self, file_id: FileId) -> None:
         if file_id not in self._unfinished and len(self._unfinished) < MAX_UNFINISHED:
             self._unfinished[file_id] = time.monotonic() + FIRST_RECHECK_S, FIRST_RECHECK_S
+            self._at_hand.clear()
+
+    def _note_finished(self, file_id: FileId) -> None:
+        """Nobody writes to it any more: what was published of it meanwhile is checked once more, and that is all."""
+        if self._unfinished.pop(file_id, None) is not None:
+            self._recovered.add(file_id)
 
     def _parse(self, fd: int) -> FileFacts:
         try:

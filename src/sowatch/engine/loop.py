@@ -43,6 +43,9 @@ TICK_S: Final = 1.0
 BUSY_WAKES: Final = 10
 BUSY_WINDOW_S: Final = 0.005
 BATCH_S: Final = 0.005
+#: It lasts as long as each pause brings so many; after a pause that brought more than the other number no time is lost.
+STORM_RECORDS: Final = 8
+FLOOD_RECORDS: Final = 400
 #: `Engine.stop` waits no longer for the thread.
 STOP_S: Final = 2.0
 #: An answer waits so long for the rest after a full scan to be over.
@@ -322,14 +325,15 @@ class Engine:
     def _loop(self, poller: select.epoll) -> None:
         reconciler = self.reconciler
         next_tick = time.monotonic() + TICK_S
-        wakes, window, deferred_until = 0, 0.0, 0.0
+        wakes, window, deferred_until, is_storm = 0, 0.0, 0.0, False
         while not self._stop.is_set():
             now = time.monotonic()
             # In a storm the kernel wakes us for each record, which costs more than the record.
             wakes = wakes + 1 if now - window < BUSY_WINDOW_S else 0
             if not wakes:
                 window = now
-            elif wakes >= BUSY_WAKES:
+            is_storm = is_storm or wakes >= BUSY_WAKES
+            if is_storm:
                 wakes = 0
                 time.sleep(BATCH_S)
                 now = time.monotonic()
@@ -343,7 +347,8 @@ class Engine:
                 continue
             if any(fd == self.wake.fd for fd, _ in ready):
                 self._on_wake()
-            reconciler.drain()
+            taken = reconciler.drain()
+            is_storm = is_storm and STORM_RECORDS <= taken <= FLOOD_RECORDS
             reconciler.do_what_is_due(now)
             if self._deferred and (not reconciler.is_resting or now >= deferred_until):
                 jobs, self._deferred = self._deferred, []

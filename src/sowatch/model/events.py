@@ -359,11 +359,15 @@ Event: TypeAlias = LibraryEvent | AddedEvent | ControlEvent
 
 def size_of(event: Event) -> int:
     """About how many bytes an event takes that shares nothing with another one; for bounds of queues."""
-    if isinstance(event, Http):
+    if isinstance(event, Load):  # first what comes most
+        library, ranges = event.library, event.ranges
+    elif isinstance(event, Unload):
+        library, ranges = event.library, ()
+    elif isinstance(event, Http):
         headers = [*(event.request_headers or {}).items(), *(event.response_headers or {}).items()]
         return 500 + len(event.authority or "") + len(event.path or "") + sum(200 + len(value) for _, value in headers)
-    if not isinstance(event, LibraryEvent | Stale | Renewed):
+    elif isinstance(event, Activate | Deactivate | Stale | Renewed):
+        library, ranges = event.library, event.ranges if isinstance(event, Activate) else ()
+    else:
         return 200
-    library = event.library
-    ranges = event.ranges if isinstance(event, LibraryEvent) else ()
     return 200 + 128 * len(ranges) + len(library.path) + len(library.host_path or "")

@@ -47,6 +47,7 @@ __all__ = [
     "library_dict",
     "library_from",
     "library_line",
+    "line_of",
     "process_dict",
     "process_from",
     "process_line",
@@ -66,7 +67,7 @@ def to_json(event: Event | Head, seq: int = 0) -> str:
         event: any event.
         seq: counts the lines of one output.
     """
-    return dumps(_line(event, seq))
+    return dumps(line_of(event, seq))
 
 
 def to_dict(event: Event | Head, seq: int) -> dict[str, Any]:
@@ -74,11 +75,12 @@ def to_dict(event: Event | Head, seq: int) -> dict[str, Any]:
 
     Names that are not UTF-8 are in it as `sowatch.model.encoding` writes them.
     """
-    found: dict[str, Any] = exact(_line(event, seq))
+    found: dict[str, Any] = exact(line_of(event, seq))
     return found
 
 
-def _line(event: Event | Head, seq: int) -> wire.EventLine:
+def line_of(event: Event | Head, seq: int) -> wire.EventLine:
+    """The same as a value, to write many together: see `sowatch.model.encoding.dumps_lines`."""
     time = stamp(event.time_ns)
     match event:
         case Load():
@@ -191,8 +193,24 @@ def _staleness_line(event: Stale | Renewed, seq: int, time: str) -> wire.Stale |
     return wire.Stale(SCHEMA, "stale", seq, time, event.staleness, event.reason, event.rule, process, library)
 
 
+#: The process that was written last, and its object: an activation, a load and an unload often have the same one.
+_last_process: tuple[Process | None, wire.Process | None] = (None, None)
+#: Objects of libraries by id, beside the library itself: all processes that have a file share its `Library`.
+_libraries: Final[dict[int, tuple[Library, wire.Library]]] = {}
+_MAX_LIBRARIES: Final = 256
+
+
 def process_line(process: Process) -> wire.Process:
     """The ``process`` object of schema 1."""
+    global _last_process  # noqa: PLW0603  (one tuple, so that any thread sees a whole one)
+    known, line = _last_process
+    if known is not process or line is None:
+        line = _process_line(process)
+        _last_process = (process, line)
+    return line
+
+
+def _process_line(process: Process) -> wire.Process:
     return wire.Process(
         process.pid,
         process.ns_pid,
@@ -208,6 +226,17 @@ def process_line(process: Process) -> wire.Process:
 
 def library_line(library: Library) -> wire.Library:
     """The ``library`` object of schema 1."""
+    known = _libraries.get(id(library))
+    if known is not None and known[0] is library:
+        return known[1]
+    line = _library_line(library)
+    if len(_libraries) >= _MAX_LIBRARIES:
+        _libraries.clear()
+    _libraries[id(library)] = (library, line)
+    return line
+
+
+def _library_line(library: Library) -> wire.Library:
     file = library.id
     return wire.Library(
         library.path,

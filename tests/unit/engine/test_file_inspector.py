@@ -277,18 +277,40 @@ def test_pauses_between_rereads_double_until_a_minute_has_passed(reader: Reader,
     assert due == [0.25, 0.75, 1.75, 3.75, 7.75, 15.75, 31.75, 63.75]
 
 
-def test_a_file_that_has_become_old_and_is_whole_is_not_read_for_each_load(
+def test_a_file_that_has_not_changed_for_long_enough_is_checked_once_more_and_then_known(
     reader: Reader, clock: Clock, file: NAMES
 ) -> None:
     clock.file_age_s = 1.0
     name = file()
-    reader.read(name)
+    first = reader.read(name)
     assert reader.inspector.known(name) is None
-    clock.file_age_s = 3.0
-    reader.read(name)
-    assert reader.inspector.known(name) is not None
+    clock.file_age_s = file_inspector.WRITTEN_S + 1
+    assert reader.read(name) == first
+    assert reader.inspector.known(name) == first
+    assert reader.inspector.take_recovered() == {name.file_id}
     clock.now_s += 100
     assert reader.inspector.take_recovered() == set()
+
+
+def test_what_is_known_of_a_file_has_the_path_that_led_to_it(reader: Reader, clock: Clock, file: NAMES) -> None:
+    clock.file_age_s = 3.0
+    name = file()
+    known = (reader.read(name), reader.inspector.known(name))
+    assert [host_path("/proc", ME, name, facts) for facts in known] == [name.path, name.path]
+
+
+def test_what_is_at_hand_goes_when_the_file_is_read_anew(reader: Reader, clock: Clock, file: NAMES) -> None:
+    name, other = file(), file("other.so", content=b"\x7fELF and the rest is still to come")
+    clock.file_age_s = 3.0
+    first = reader.read(name)
+    assert reader.inspector.known(name) is reader.inspector.known(name) == first
+    # Another file with the same id of an object: the entry is of the name itself.
+    reader.inspector._at_hand[id(other)] = name, first
+    assert reader.inspector.known(other) is None
+    clock.file_age_s = 1.0
+    reader.inspector._read.clear()
+    reader.read(name)
+    assert reader.inspector.known(name) is None
 
 
 @pytest.mark.parametrize(("age_s", "is_sure"), [(0.01, False), (1.0, True)])

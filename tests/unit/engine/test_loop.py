@@ -483,19 +483,46 @@ def test_in_a_storm_of_wakes_the_thread_pauses_so_that_records_come_together(
     assert pauses == []
 
 
+@pytest.mark.parametrize(
+    ("taken", "pauses"), [(loop.STORM_RECORDS - 1, 1), (loop.STORM_RECORDS, 6), (loop.FLOOD_RECORDS + 1, 1)]
+)
+def test_a_storm_lasts_as_long_as_a_pause_brings_many_records_and_none_is_made_when_more_are_there(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, taken: int, pauses: int
+) -> None:
+    now, made = [100.0], []
+
+    class Poller:
+        def __init__(self) -> None:
+            self.left = loop.BUSY_WAKES + 6
+
+        def poll(self, _: float) -> list[object]:
+            self.left -= 1
+            if not self.left:
+                watch.engine._stop.set()
+            now[0] += 0.0001
+            return []
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=made.append))
+    monkeypatch.setattr(watch.engine, "reconciler", QuietReconciler(taken))
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert made == [loop.BATCH_S] * pauses
+
+
 class QuietReconciler:
     """One that has nothing to do, and notes when it was called."""
 
     is_resting = False
 
-    def __init__(self) -> None:
+    def __init__(self, taken: int = 0) -> None:
         self.calls: list[str] = []
+        self.taken = taken
 
     def tick(self) -> None:
         self.calls.append("tick")
 
-    def drain(self) -> None:
+    def drain(self) -> int:
         self.calls.append("drain")
+        return self.taken
 
     def do_what_is_due(self, now: float) -> None:
         del now

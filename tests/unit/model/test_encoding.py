@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sowatch
-from sowatch.model.encoding import dumps, exact, readable, restore
+from sowatch.model.encoding import dumps, dumps_lines, exact, readable, restore
 from support import strict
 
 #: Names as the kernel gives them: any bytes but NUL, in Python as surrogate escapes.
@@ -25,6 +25,11 @@ values: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.dictionaries(keys, inner, max_size=3) | st.lists(st.dictionaries(keys, inner), max_size=3),
     max_leaves=8,
 )
+
+
+@given(st.lists(st.dictionaries(keys, values), max_size=4))
+def test_many_lines_together_are_what_each_is_by_itself(values: list[dict[str, Any]]) -> None:
+    assert dumps_lines(values) == "".join(f"{dumps(value)}\n" for value in values)
 
 
 @given(st.dictionaries(keys, values))

@@ -101,7 +101,8 @@ class FileRegistry:
         self._clock = clock
         self._is_alive = is_alive or functools.partial(process_is_alive, proc=ProcFs(config.proc_root))
         # One lock for the maps; no user code, no I/O and no waiting for either below it.
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._holdings = Holdings(clock)
         self._blocklist = Blocklist(config.max_blocked, config.block_ttl_s, clock)
         self._counts: Counter[str] = Counter()
@@ -120,7 +121,7 @@ class FileRegistry:
         Raises:
             RegistryStopped: after `clear`.
         """
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 raise RegistryStopped
             entry, newcomer = self._holdings.hold(Key(rule, file.id), file, process)
@@ -136,7 +137,7 @@ class FileRegistry:
             Whether it was the last one, so that `deactivate` is due. False also if it did not
             have the file, which is counted (see `RegistryStats`), and after `clear`.
         """
-        with self._changed:
+        with self._lock:
             found = self._find(Key(rule, file_id), process)
             return found is not None and self._holdings.let_go(*found)
 
