@@ -423,6 +423,7 @@ class Daemon:
             "http": self._flows.summary(),
             "outputs": self._outputs.problems(),
             "output_states": self._outputs.state(),
+            "pod_names": None if watcher.pod_names is None else asdict(watcher.pod_names),
         }
         return Readiness(tuple(problems), facts)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["add_agent", "explanation_of", "refuse_own_watch"]
 
 #: What says how to watch, with its default: the agent watches already.
-_OF_OWN_WATCH: Final = {"strategy": "auto", "hooks": "auto", "proc_root": "/proc"}
+_OF_OWN_WATCH: Final = {"strategy": "auto", "hooks": "auto", "proc_root": "/proc", "cri_socket": None}
 _EXPLANATIONS: Final[dict[str, Any]] = {
     "process": wire_explain.ProcessReport,
     "path": wire_explain.PathReport,

@@ -62,7 +62,11 @@ def _process(process: Process | None) -> Pieces:
         return [(" " * 24, "dim")]
     comm = "?" if process.comm is None else visible(process.comm)
     pieces = [(f"{process.pid:>7} ", "dim"), (f"{comm:<15} ", "name")]
-    if process.container is not None:
+    pod = process.pod
+    if pod is not None and pod.name is not None:
+        words = [one for one in (pod.namespace, pod.name, pod.container) if one]
+        pieces.append((f"[{visible('/'.join(words))}] ", "dim"))
+    elif process.container is not None:
         pieces.append((f"[{visible(process.container)[:_ID_LENGTH]}] ", "dim"))
     return pieces
 

@@ -60,6 +60,15 @@ def user_name(uid: int | None) -> str:
         return str(uid)
 
 
+def _pod(entry: ListEntry) -> str:
+    pod = entry.process.pod
+    return "-" if pod is None else word(pod.name or pod.uid)
+
+
+def _of_pod(field: str) -> Callable[[ListEntry], str]:
+    return lambda entry: word(None if entry.process.pod is None else getattr(entry.process.pod, field))
+
+
 def _started(entry: ListEntry) -> str:
     return stamp(started_ns(entry.process.start_ns))[:-8] + "Z"
 
@@ -77,6 +86,10 @@ _CELLS: Final[dict[str, Callable[[ListEntry], str]]] = {
     "started": _started,
     "unit": lambda entry: _unit_text(entry.unit),
     "container": lambda entry: word(entry.process.container),
+    "pod": _pod,
+    "pod_uid": _of_pod("uid"),
+    "namespace": _of_pod("namespace"),
+    "container_name": _of_pod("container"),
     "cgroup": lambda entry: one_line(entry.process.cgroup or "-"),
     "restart": lambda entry: one_line(entry.target.command or "-"),
     "advice": lambda entry: one_line(entry.target.advice or "-"),
@@ -98,6 +111,7 @@ _CELLS: Final[dict[str, Callable[[ListEntry], str]]] = {
 _COUNTS: Final[dict[str, Callable[[ListEntry], object]]] = {
     "processes": lambda entry: entry.process.id,
     "containers": lambda entry: entry.process.container,
+    "pods": lambda entry: entry.process.pod and entry.process.pod.uid,
     "files": lambda entry: entry.library.id,
 }
 _NUMBERS: Final = frozenset(("pid", "uid", "inode", *_COUNTS))

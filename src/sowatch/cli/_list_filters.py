@@ -52,20 +52,28 @@ class Filters(Struct, frozen=True):
     comm: _Terms = _Terms()
     exe: _Terms = _Terms()
     cgroup: _Terms = _Terms()
+    pod: _Terms = _Terms()
+    namespace: _Terms = _Terms()
     build_id: _Terms = _Terms()
     #: Of ``--match-build-ids``; None: any.
     build_ids: frozenset[str] | None = None
 
     def take_process(self, process: Process, *, is_readable: bool = True) -> bool:
-        """Whether a process is asked for; of one that is not readable the executable is unknown, and so may be."""
+        """Whether a process is asked for; of one that is not readable executable and pod are unknown, and so may be."""
         unit = unit_of(process.cgroup)
         return (
             self.unit.take(unit and unit.name)
             and self.user.take(None if process.uid is None else str(process.uid))
             and self.comm.take(process.comm)
             and self.cgroup.take(process.cgroup)
-            and (not is_readable or self.exe.take(process.exe))
+            and (not is_readable or (self.exe.take(process.exe) and self._take_pod(process)))
         )
+
+    def _take_pod(self, process: Process) -> bool:
+        pod = process.pod
+        if pod is None:
+            return self.pod.take(None) and self.namespace.take(None)
+        return self.pod.take(pod.name or pod.uid) and self.namespace.take(pod.namespace)
 
     def take(self, process: Process, library: Library) -> bool:
         """Whether a mapping is asked for."""
@@ -88,6 +96,8 @@ def add_filters(parser: Parser) -> None:
     add("comm", "NAME", f"processes of that name; {_SEARCHED}")
     add("exe", "PATH", f"processes that run this executable; {_SEARCHED} in its path")
     add("cgroup", "PATH", f"processes in this cgroup; {_SEARCHED} in its path")
+    add("pod", "NAME", f"processes of the pod; {_SEARCHED} in its name, or in its uid where that is all that is known")
+    add("namespace", "NAME", f"processes of pods in the namespace; {_SEARCHED} in its name")
     add("build-id", "HEX", "files whose build id begins so")
     add("exports", "SYMBOL", "files that export the symbol; of several, all of them")
     group.add_argument(
@@ -111,6 +121,8 @@ def filters_of(args: Namespace) -> Filters:
         comm=_terms(args.comm, _search),
         exe=_terms(args.exe, _search),
         cgroup=_terms(args.cgroup, _search),
+        pod=_terms(args.pod, _search),
+        namespace=_terms(args.namespace, _search),
         build_id=_terms(args.build_id, _begins),
         build_ids=None if args.match_build_ids is None else _build_ids_in(args.match_build_ids),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "SubscriptionLike",
     "WatcherLike",
     "add_common",
+    "add_cri_socket",
     "add_format",
     "add_kinds",
     "add_patterns",
@@ -222,6 +223,7 @@ def add_common(
     )
     parser.add_argument("--duration", type=seconds, metavar="SECONDS", help="end after this time, counted from `ready`")
     add_proc_root(parser)
+    add_cri_socket(parser)
     parser.set_defaults(exclude_self=not with_own_process)
     parser.add_argument(
         "--exclude-self",
@@ -249,6 +251,15 @@ def add_proc_root(parser: Parser) -> None:
     """Add ``--proc-root``."""
     parser.add_argument(
         "--proc-root", default="/proc", metavar="DIR", help="where the host's proc is mounted. Default: /proc"
+    )
+
+
+def add_cri_socket(parser: Parser) -> None:
+    """Add ``--cri-socket``."""
+    parser.add_argument(
+        "--cri-socket",
+        metavar="PATH",
+        help="of the container runtime that the kubelet uses, for names of pods: /run/containerd/containerd.sock",
     )
 
 
@@ -299,7 +310,8 @@ def config_of(args: Namespace) -> Config:
     Raises:
         ConfigError: an unknown strategy, or unknown hooks.
     """
-    return Config(strategy=args.strategy, hooks=args.hooks, proc_root=args.proc_root)
+    cri_socket = getattr(args, "cri_socket", None)
+    return Config(strategy=args.strategy, hooks=args.hooks, proc_root=args.proc_root, cri_socket=cri_socket)
 
 
 def selection_of(args: Namespace, *, default_kinds: Collection[Kind] = _LIBRARY) -> Selection:

@@ -22,7 +22,8 @@ from sowatch.bpf.records import (
 )
 from sowatch.engine.range_map import Range, RangeMap, RangeSnapshot
 from sowatch.linux.cgroups import choose_cgroup
-from sowatch.model.events import Process
+from sowatch.linux.pods import pod_in
+from sowatch.model.events import Pod, Process
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import Cause, Kind
 from sowatch.model.rules import RuleSet
@@ -379,7 +380,7 @@ class ProcessState:
     def record(self) -> Process:
         """The frozen record that events carry."""
         if self._record is None:
-            comm = self.comm
+            comm, place = self.comm, pod_in(self.cgroup)
             self._record = Process(
                 pid=self.id.pid,
                 start_ns=self.id.start_ns,
@@ -390,6 +391,7 @@ class ProcessState:
                 uid=self.uid,
                 container=self.label(self.cgroup),
                 cgroup=self.cgroup,
+                pod=None if place is None else Pod(place.uid),
             )
         return self._record
 

@@ -59,19 +59,35 @@ class _Waiting:
         "inspection",
         "is_only_held",
         "is_published",
+        "lookup",
         "size_bytes",
     )
 
-    def __init__(self, change: Change, inspection: Inspection, fence: _Fence, *, is_only_held: bool) -> None:
+    def __init__(
+        self,
+        change: Change,
+        inspection: Inspection,
+        fence: _Fence,
+        *,
+        is_only_held: bool,
+        lookup: Inspection | None = None,
+    ) -> None:
         self.change = change
         self.inspection = inspection
-        self.deadline_s = inspection.asked_s + FACTS_TIMEOUT_S
+        self.lookup = lookup
+        asked_s = inspection.asked_s if lookup is None else max(inspection.asked_s, lookup.asked_s)
+        self.deadline_s = asked_s + FACTS_TIMEOUT_S
         self.fence = fence
         self.is_only_held = is_only_held
         self.size_bytes = bytes_of(change)
         self.after: _Waiting | None = None
         self.followers: dict[int, None] | None = None
         self.is_published = False
+
+    @property
+    def awaited(self) -> Inspection:
+        """What it waits for next."""
+        return self.inspection if self.lookup is None or self.lookup.facts is not None else self.lookup
 
 
 class _ProcessQueue:
@@ -123,15 +139,18 @@ class FactsQueue:
             return True
         return not change.is_load and change.name.file_id in self._loads
 
-    def put(self, change: Change, inspection: Inspection, *, is_only_held: bool = False) -> None:
+    def put(
+        self, change: Change, inspection: Inspection, *, is_only_held: bool = False, lookup: Inspection | None = None
+    ) -> None:
         """Takes a change of a process.
 
         Args:
             change: what happened.
             inspection: of its file; its facts are None until it is over.
             is_only_held: handed on when it is published.
+            lookup: of names of its process, which it waits for as well.
         """
-        waiting = _Waiting(change, inspection, self._next_fence, is_only_held=is_only_held)
+        waiting = _Waiting(change, inspection, self._next_fence, is_only_held=is_only_held, lookup=lookup)
         waiting.fence.open += 1
         self.waiting_bytes += waiting.size_bytes
         if change.is_load:
@@ -227,8 +246,8 @@ class FactsQueue:
                     first.after.followers = {}
                 first.after.followers[pid] = None
                 return
-            if first.inspection.facts is None and now_s < first.deadline_s:
-                self._heads.setdefault(first.inspection, []).append(pid)
+            if (awaited := first.awaited).facts is None and now_s < first.deadline_s:
+                self._heads.setdefault(awaited, []).append(pid)
                 return
             self._release(queue)
         del self._queues[pid]
@@ -265,9 +284,12 @@ class FactsQueue:
                 assert first.after.followers is not None
                 del first.after.followers[pid]
             else:
-                self._heads[first.inspection].remove(pid)
-                if not self._heads[first.inspection]:
-                    del self._heads[first.inspection]
+                # Facts may have come that nobody was given yet: it waits where it was put.
+                asked = (first.lookup, first.inspection)
+                (awaited,) = (one for one in asked if one is not None and pid in self._heads.get(one, ()))
+                self._heads[awaited].remove(pid)
+                if not self._heads[awaited]:
+                    del self._heads[awaited]
             while queue.items and self.waiting_bytes > enough:
                 self._release(queue)
             self._run(pid, 0.0)

@@ -261,7 +261,7 @@ class Engine:
         publisher, table = self._publisher, self._table
         taken = []
         for process in table.processes(pid):
-            number, record = process.id.pid, process.record()
+            number, record = process.id.pid, publisher.named(process.record())
             about = KnownProcess(
                 record,
                 process.seen_ns,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from msgspec.structs import replace
 
@@ -57,6 +57,19 @@ class Selection:
         return self.container is None or (process.container or "").startswith(self.container)
 
 
+class ProcessNames(Protocol):
+    """Names that processes get from elsewhere, as `sowatch.watcher.pod_names.PodNames` has them. Nothing waits."""
+
+    def named(self, process: Process) -> Process:
+        """The process with the names that are known."""
+
+    def look_up(self, process: Process) -> Inspection | None:
+        """What is over when more is known; None: nothing is worth waiting for."""
+
+    def take_finished(self) -> list[Inspection]:
+        """What is over since the last call."""
+
+
 #: Of what nothing is read of, and the inspection that need not be made.
 NO_FACTS: Final = FileFacts()
 NOTHING_TO_READ: Final = Inspection(0.0, NO_FACTS)
@@ -72,6 +85,7 @@ class Publisher:
         proc_root: for host paths.
         limit_bytes: what the changes that wait for facts of files may take; beyond it the processes that have the most
             wait no longer.
+        process_names: names for processes of loads, which wait for them as they wait for facts of files.
 
     Attributes:
         published: the load events in force.
@@ -87,7 +101,9 @@ class Publisher:
         *,
         proc_root: str,
         limit_bytes: int | None = None,
+        process_names: ProcessNames | None = None,
     ) -> None:
+        self._process_names = process_names
         self.in_force = RuleChange(rules)
         self._registry = registry
         self.selection = selection
@@ -132,12 +148,13 @@ class Publisher:
                 continue
             if self._detached:
                 self._detached.discard((change.process.id, change.name.file_id))
-            if not waiting or not waiting.holds_back(change):
+            lookup = self._look_up(change)
+            if lookup is None and (not waiting or not waiting.holds_back(change)):
                 facts = self._facts(change)
                 if facts is not None:
                     self._emit(change, facts)
                     continue
-            waiting.put(change, self._inspect(change))
+            waiting.put(change, self._inspect(change), lookup=lookup)
         self.subscribers.hand_over()
 
     def take_repaired(self) -> tuple[int, int]:
@@ -155,7 +172,8 @@ class Publisher:
         for change in changes:
             if self.selection.wants(change.process):
                 self._detached.discard((change.process.id, change.name.file_id))
-                self._waiting.put(change, self._inspect(change), is_only_held=only_held)
+                lookup = self._look_up(change)
+                self._waiting.put(change, self._inspect(change), is_only_held=only_held, lookup=lookup)
         self.subscribers.hand_over()
 
     def recheck(self, changes: list[Change], *, only_held: bool) -> None:
@@ -222,6 +240,8 @@ class Publisher:
         inspector = self.in_force.inspector
         if inspector is not None:
             done = inspector.take_finished()
+            if self._process_names is not None:
+                done += self._process_names.take_finished()
             if self._waiting:
                 inspector.relieve(time.monotonic())
                 self._waiting.advance(done, now_s)
@@ -239,7 +259,15 @@ class Publisher:
         for load in active.values():
             self.subscribers.emit(Deactivate(load.rule, load.library, "stop", None, now_ns))
 
+    def named(self, process: Process) -> Process:
+        """The process with the names that are known of it."""
+        return process if self._process_names is None else self._process_names.named(process)
+
     # ---- one change ---------------------------------------------------------------------------
+
+    def _look_up(self, change: Change) -> Inspection | None:
+        """What the names of its process wait for; an unload has its load's."""
+        return self._process_names.look_up(change.process) if self._process_names and change.is_load else None
 
     def _facts(self, change: Change) -> FileFacts | None:
         if not change.is_load or not change.name.is_regular:
@@ -294,6 +322,7 @@ class Publisher:
         if not isinstance(rule, Rule):
             self.unresolved += rules.needs_exports and facts.is_elf is None
             return
+        process = self.named(process)
         library = self._libraries.get(process.pid, name, kind, facts)
         now_ns = time.time_ns()
         where = (change.ranges, change.range_count)
@@ -312,6 +341,9 @@ class Publisher:
         load = self.published.pop(process.id, file)
         if load is None:
             return
+        if load.process.pod is not None:
+            # A pod that is gone has the name that it had.
+            process = replace(process, pod=load.process.pod)
         now_ns = time.time_ns()
         self.unloads += 1
         self.subscribers.emit(Unload(load.rule, load.library, process, cause, t_ns, now_ns))

@@ -21,6 +21,7 @@ from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.mapped_rows import is_program_of, leaves_open, resolve_rows
+from sowatch.linux.pods import pod_in
 from sowatch.linux.proc_parse import (
     DELETED,
     EXECUTABLE_ROW,
@@ -35,7 +36,7 @@ from sowatch.linux.proc_parse import (
     seen_path,
 )
 from sowatch.model.errors import ProcRootError, SowatchError
-from sowatch.model.events import Process
+from sowatch.model.events import Pod, Process
 
 __all__ = ["Miss", "ProcFs", "ProcReadError"]
 
@@ -323,6 +324,7 @@ class ProcFs:
             return known
         if not isinstance(status, Miss) and status.tgid != pid:
             return None
+        place = None if container_of is None or isinstance(cgroup, Miss) else pod_in(cgroup)
         return Process(
             pid=pid,
             start_ns=known.start_ns,
@@ -333,6 +335,7 @@ class ProcFs:
             uid=None if isinstance(status, Miss) else status.uid,
             container=None if container_of is None or isinstance(cgroup, Miss) else container_of(cgroup),
             cgroup=None if isinstance(cgroup, Miss) else cgroup,
+            pod=None if place is None else Pod(place.uid),
         )
 
     def boot_id(self) -> str | None:

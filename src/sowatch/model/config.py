@@ -52,6 +52,9 @@ class Config(Struct, frozen=True, kw_only=True):
         poll_cpu_percent: what polls may take of one CPU; beyond that they become rarer.
         block_ttl_s: seconds a file stays blocked after its activation failed.
         max_blocked: files on the blocklist (least recently used go first).
+        cri_socket: the unix socket of the container runtime that the kubelet uses, such as
+            ``/run/containerd/containerd.sock``: events then have names of pods, namespaces and containers. None: only
+            the uids of pods, which cgroups have.
     """
 
     strategy: StrategySetting = "auto"
@@ -77,6 +80,7 @@ class Config(Struct, frozen=True, kw_only=True):
     poll_cpu_percent: float = 10.0
     block_ttl_s: float = 3_600.0
     max_blocked: int = 2_000
+    cri_socket: str | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -101,6 +105,11 @@ class Config(Struct, frozen=True, kw_only=True):
         if not 0.01 <= self.poll_interval_s <= 3600:
             raise ConfigError(
                 "poll_interval_s", f"{self.poll_interval_s} is out of range. Use seconds from 0.01 to 3600."
+            )
+        if self.cri_socket is not None and (not self.cri_socket.startswith("/") or "\0" in self.cri_socket):
+            raise ConfigError(
+                "cri_socket",
+                f"{self.cri_socket!r} is no absolute path. Give one, such as /run/containerd/containerd.sock.",
             )
         for name in ("ignore_ttl_s", "block_ttl_s", "compile_timeout_s"):
             if not 0 < getattr(self, name) < 1e9:

@@ -41,6 +41,7 @@ __all__ = [
     "Load",
     "Lost",
     "Origin",
+    "Pod",
     "Process",
     "Ready",
     "Renewed",
@@ -54,13 +55,25 @@ __all__ = [
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 
 
+class Pod(Struct, frozen=True, gc=False):
+    """A pod of Kubernetes. ``uid`` is in the path of the cgroup; all else only the container runtime knows.
+
+    ``container`` is the name that the pod gives the container; None of what is in none of its containers.
+    """
+
+    uid: str
+    name: str | None = None
+    namespace: str | None = None
+    container: str | None = None
+
+
 class Process(Struct, frozen=True, gc=False):
     """A process as it was when the event happened. What could not be read is ``None``.
 
     ``pid`` is the tgid in the initial pid namespace, ``ns_pid`` in its own. ``start_ns`` is in
     ns since boot: exact from the kernel, else rounded down to the 10 ms tick. ``exe`` is the
     path of the main executable as the process sees it, ``cgroup`` the path of its cgroup below
-    the root of the hierarchy, ``container`` the id found in it.
+    the root of the hierarchy, ``container`` the id found in it, and ``pod`` the pod.
     """
 
     pid: int
@@ -72,6 +85,7 @@ class Process(Struct, frozen=True, gc=False):
     uid: int | None = None
     container: str | None = None
     cgroup: str | None = None
+    pod: Pod | None = None
 
     @property
     def id(self) -> ProcessId:

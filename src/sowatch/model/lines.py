@@ -27,6 +27,7 @@ from sowatch.model.events import (
     Load,
     Lost,
     Origin,
+    Pod,
     Process,
     Ready,
     Renewed,
@@ -211,6 +212,7 @@ def process_line(process: Process) -> wire.Process:
 
 
 def _process_line(process: Process) -> wire.Process:
+    pod = process.pod
     return wire.Process(
         process.pid,
         process.ns_pid,
@@ -221,6 +223,7 @@ def _process_line(process: Process) -> wire.Process:
         process.uid,
         process.container,
         process.cgroup,
+        UNSET if pod is None else wire.Pod(pod.uid, pod.name, pod.namespace, pod.container),
     )
 
 
@@ -409,6 +412,7 @@ def _staleness_event(line: wire.Stale | wire.Renewed, time_ns: int) -> Stale | R
 
 def process_from(line: wire.Process) -> Process:
     """The process of a line that was read."""
+    pod = line.pod
     return Process(
         line.pid,
         line.start_ns,
@@ -419,6 +423,7 @@ def process_from(line: wire.Process) -> Process:
         line.uid,
         line.container,
         line.cgroup,
+        None if pod is UNSET else Pod(pod.pod_uid, pod.name, pod.namespace, pod.container_name),
     )
 
 

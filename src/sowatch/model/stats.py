@@ -56,7 +56,8 @@ class Stats(Struct, frozen=True, gc=False):
     end, and the last one found ``audit_differences``. ``poll_interval_s`` is the time between two polls
     at ``/proc`` as it is now, None with a strategy that does not poll. ``partial`` are loads of files that contradict
     themselves or pass a limit of work, so that facts or exports may be missing. ``unread`` are processes whose mappings
-    cannot be read now; see `Watcher.unread`.
+    cannot be read now; see `Watcher.unread`. ``pod_lookups`` are questions to the container runtime for names of
+    pods, ``pod_lookup_failures`` those that it did not answer.
     """
 
     processes: int
@@ -79,3 +80,5 @@ class Stats(Struct, frozen=True, gc=False):
     poll_interval_s: float | None = None
     partial: int = 0
     unread: int = 0
+    pod_lookups: int = 0
+    pod_lookup_failures: int = 0

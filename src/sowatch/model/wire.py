@@ -76,6 +76,21 @@ RuleName: TypeAlias = Annotated[
 ]
 
 
+class Pod(Struct, frozen=True, gc=False):
+    """The pod of Kubernetes that the process runs in.
+
+    Names are null unless the socket of the container runtime is given, and it has answered.
+    """
+
+    pod_uid: Annotated[str, Meta(min_length=1)]
+    name: Name | None
+    namespace: Name | None
+    container_name: Annotated[
+        Name | None,
+        Meta(description="The name that the pod gives the container whose id is `container` of the process."),
+    ]
+
+
 class Process(Struct, frozen=True, gc=False):
     """The process as it was then. What could not be read is null."""
 
@@ -90,6 +105,7 @@ class Process(Struct, frozen=True, gc=False):
     uid: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)] | None
     container: Annotated[Name | None, Meta(description="The container's id, null outside containers.")]
     cgroup: Name | None
+    pod: Pod | UnsetType = UNSET
 
 
 class Library(Struct, frozen=True, gc=False):

@@ -88,6 +88,10 @@ PARTIAL: Final = _define(
     "missing.",
 )
 CALLBACK_ERRORS: Final = _define("counter", "watcher.callback_errors", "Exceptions that callbacks of rules raised.")
+POD_LOOKUPS: Final = _define("counter", "pods.lookups", "Questions to the container runtime for the names of pods.")
+POD_LOOKUP_FAILURES: Final = _define(
+    "counter", "pods.lookup_failures", "Of these, those that it did not answer; pods have no names until it does."
+)
 AUDITS: Final = _define("counter", "audit.runs", "Comparisons of the map with /proc that ran to their end.")
 AUDIT_DIFFERENCES: Final = _define("gauge", "audit.differences", "Differences that the last comparison found.")
 AUDIT_SECONDS: Final = _define("gauge", "audit.duration_seconds", "Time that the agent's last comparison took.")

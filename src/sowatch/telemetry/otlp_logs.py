@@ -12,7 +12,7 @@ from typing import Any
 
 from sowatch.model.errors import SinkError
 from sowatch.model.escape import visible
-from sowatch.model.events import Event, Http, LibraryEvent, Process, Renewed, Stale
+from sowatch.model.events import Event, Http, LibraryEvent, Pod, Process, Renewed, Stale
 from sowatch.model.lines import to_json
 from sowatch.model.plural import counted
 from sowatch.telemetry.http_names import host_and_port, known, method_name
@@ -135,11 +135,16 @@ def _attributes(event: Event) -> Mapping[str, str | int | list[str]]:
 
 
 def _process_facts(process: Process) -> dict[str, str | int | None]:
+    pod = process.pod or Pod("")
     return {
         "process.pid": process.pid,
         "process.command": process.comm,
         "process.executable.path": process.exe,
         "container.id": process.container,
+        "k8s.pod.uid": pod.uid or None,
+        "k8s.pod.name": pod.name,
+        "k8s.namespace.name": pod.namespace,
+        "k8s.container.name": pod.container,
     }
 
 

@@ -32,6 +32,8 @@ _COUNTERS: Final = {
     "partial": names.PARTIAL,
     "callback_errors": names.CALLBACK_ERRORS,
     "audits": names.AUDITS,
+    "pod_lookups": names.POD_LOOKUPS,
+    "pod_lookup_failures": names.POD_LOOKUP_FAILURES,
 }
 _ATTACHMENTS: Final = {**names.ATTACHMENTS, "lost": names.CALLS_LOST, "untimed": names.CALLS_UNTIMED}
 _GAUGES: Final = {

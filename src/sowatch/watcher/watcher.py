@@ -46,6 +46,7 @@ from sowatch.watcher.subscription import Subscription
 if TYPE_CHECKING:
     from sowatch.explain import ExplainContext, PathReport, ProcessReport
     from sowatch.explain.audit import AuditReport
+    from sowatch.watcher.pod_names import PodNames, PodNamesState
 
 __all__ = ["ActiveFile", "Watcher"]
 
@@ -112,12 +113,14 @@ class Watcher:
         self._audits = 0
         self._audit_differences = 0
         self._stopped = threading.Event()
+        self._pod_names = None if config.cri_socket is None else _pod_names(config.cri_socket)
         self._publisher = Publisher(
             RuleSet(rules),
             self.registry,
             Selection(self._pids, container),
             proc_root=config.proc_root,
             limit_bytes=config.queue_bytes,
+            process_names=self._pod_names,
         )
         self._own: Subscription | None = None
         self._owner = Owner()
@@ -170,6 +173,9 @@ class Watcher:
         own = {engine.reconciler.own_pid} if self._exclude_self else set()
         self._publisher.selection = Selection(self._pids, self._container, self._excluded_pids | own, self._descendants)
         first = self._change_to(rules, engine)
+        if self._pod_names is not None:
+            self._pod_names.on_done = engine.wake
+            self._pod_names.start()
         ready = engine.start(first)
         self._patient.start()
         first.workers.note_live()
@@ -212,6 +218,8 @@ class Watcher:
             if inspector is not None:
                 inspector.close(max(0.0, deadline - time.monotonic()))
             self._patient.close()
+            if self._pod_names is not None:
+                self._pod_names.close(max(0.0, deadline - time.monotonic()))
             self.registry.clear(timeout_s=max(0.0, deadline - time.monotonic()))
             self._stopped.set()
 
@@ -301,7 +309,7 @@ class Watcher:
                 now = engine.ask(engine.mappings, synced=False)
         return [
             Mapped(
-                event.process,
+                self._publisher.named(event.process),
                 event.library,
                 event.rule,
                 where.ranges,
@@ -533,7 +541,7 @@ class Watcher:
     def stats(self) -> Stats:
         """Figures so far."""
         processes, libraries, mappings = self._publisher.published.counts()
-        engine = self._engine
+        engine, pods = self._engine, self.pod_names
         return Stats(
             processes=processes,
             libraries=libraries,
@@ -555,7 +563,14 @@ class Watcher:
             poll_interval_s=None if engine is None else engine.poll_interval_s,
             partial=self._publisher.partial,
             unread=0 if engine is None else len(engine.unread),
+            pod_lookups=0 if pods is None else pods.lookups,
+            pod_lookup_failures=0 if pods is None else pods.failures,
         )
+
+    @property
+    def pod_names(self) -> PodNamesState | None:
+        """How the container runtime answers, which is asked for names of pods; None without ``config.cri_socket``."""
+        return None if self._pod_names is None else self._pod_names.state
 
     @property
     def timings(self) -> dict[str, RuleTimings]:
@@ -572,3 +587,11 @@ class Watcher:
         if self._engine is None:
             return True
         return self._engine.reconciler.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)
+
+
+def _pod_names(socket: str) -> PodNames:
+    # Imported here, as most watches have no runtime to ask.
+    from sowatch.watcher.cri import Cri
+    from sowatch.watcher.pod_names import PodNames
+
+    return PodNames(Cri(socket))

@@ -211,3 +211,43 @@ def test_what_comes_after_a_load_goes_on_when_the_queue_is_too_full_or_asks_agai
     queue.advance([], NEVER)
     assert [one[:2] for one in told].index((2, "a")) < [one[:2] for one in told].index((1, "a"))
     assert not queue
+
+
+def test_a_change_waits_for_the_names_of_its_process_and_then_for_its_file(queue, told):
+    names, file = asked(), asked()
+    queue.put(change(1, "/lib/s.so"), file, lookup=names)
+    queue.put(change(2, "/lib/b.so"), over())
+    assert told == [(2, "b", KNOWN)]
+    finish(queue, file)
+    assert told == [(2, "b", KNOWN)]
+    finish(queue, names)
+    assert told == [(2, "b", KNOWN), (1, "s", KNOWN)]
+    assert not queue
+
+
+def test_names_that_come_first_leave_the_wait_for_the_file(queue, told):
+    names, file = asked(), asked()
+    queue.put(change(1, "/lib/s.so"), file, lookup=names)
+    finish(queue, names)
+    assert told == []
+    finish(queue, file)
+    assert told == [(1, "s", KNOWN)]
+
+
+def test_names_are_waited_for_as_long_as_facts_are(queue, told):
+    queue.put(change(1, "/lib/s.so"), over(), lookup=asked(100.0))
+    queue.advance([], 100.0 + FACTS_TIMEOUT_S - 0.5)
+    assert told == []
+    queue.advance([], 100.0 + FACTS_TIMEOUT_S)
+    assert told == [(1, "s", KNOWN)]
+
+
+def test_when_too_much_waits_for_names_it_waits_no_longer(queue, told):
+    names = asked()
+    for number in range(600):
+        queue.put(change(1, f"/lib/{number}.so"), over(), lookup=names)
+    assert told
+    assert queue.waiting_bytes <= 100_000
+    finish(queue, names)
+    assert len(told) == 600
+    assert not queue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.address_space import Change, MappedFile
@@ -12,7 +13,7 @@ from sowatch.engine.facts_queue import FACTS_TIMEOUT_S
 from sowatch.engine.file_inspector import FileFacts, Inspection
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
-from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Process, Stopped, Unload
+from sowatch.model.events import Activate, Deactivate, Event, LibraryEvent, Load, Pod, Process, Stopped, Unload
 from sowatch.model.rules import Rule, RuleSet
 from support.records import File, Proc
 from support.tracking import CRYPTO, LIBC, SSL
@@ -28,6 +29,9 @@ class KnowsAll:
 
     def take_finished(self) -> list[object]:
         return []
+
+    def relieve(self, now_s: float) -> None:
+        """Nothing is read."""
 
 
 @pytest.fixture
@@ -435,3 +439,44 @@ def test_the_end_deactivates_each_file_of_each_rule_once_and_unloads_nothing() -
     assert [one.time_ns for one in found] == [7, 7]
     assert all(isinstance(one, Deactivate) for one in found)
     assert sorted(map(made._short, found)) == ["deactivate libc libc stop", "deactivate tls libssl stop"]
+
+
+class Names:
+    """Names that come when they are let."""
+
+    def __init__(self) -> None:
+        self.lookup: Inspection | None = Inspection(100.0)
+        self.pod: Pod | None = None
+
+    def look_up(self, process: Process) -> Inspection | None:
+        return self.lookup
+
+    def named(self, process: Process) -> Process:
+        return process if self.pod is None else replace(process, pod=self.pod)
+
+    def take_finished(self) -> list[Inspection]:
+        done, self.lookup = self.lookup, None
+        return [] if done is None else [done]
+
+
+def test_a_load_waits_for_the_names_of_its_pod_and_its_unload_has_them_too() -> None:
+    names = Names()
+    publisher = Publisher(
+        RULES, FileRegistry(is_alive=lambda process: True), Selection(), proc_root="/proc", process_names=names
+    )
+    publisher.in_force = RuleChange(RULES, KnowsAll())  # type: ignore[arg-type]
+    reader = publisher.subscribers.subscribe(control=False, limit=100, limit_bytes=1 << 20)
+    load, unload = (
+        one._replace(process=replace(one.process, pod=Pod("0f0e"))) for one in (change(), change(is_load=False))
+    )
+    publisher.publish([load])
+    assert reader.get(0) is None
+    names.pod = Pod("0f0e", "web-0", "shop", "nginx")
+    assert names.lookup is not None
+    names.lookup.facts = FileFacts()
+    publisher.flush(100.0)
+    # The runtime has forgotten the pod meanwhile.
+    known, names.pod = names.pod, None
+    publisher.publish([unload])
+    found = [(event.event, event.process and event.process.pod) for event in iter(lambda: reader.get(0), None)]
+    assert found == [("activate", known), ("load", known), ("unload", known), ("deactivate", None)]

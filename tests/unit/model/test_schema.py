@@ -24,6 +24,7 @@ from sowatch.model.events import (
     LibraryEvent,
     Load,
     Lost,
+    Pod,
     Process,
     Ready,
     Repaired,
@@ -74,6 +75,14 @@ processes = st.builds(
     uid=st.none() | st.integers(min_value=0, max_value=2**32 - 1),
     container=st.none() | names,
     cgroup=st.none() | names,
+    pod=st.none()
+    | st.builds(
+        Pod,
+        uid=st.text("0123456789abcdef-", min_size=1),
+        name=st.none() | names,
+        namespace=st.none() | names,
+        container=st.none() | names,
+    ),
 )
 libraries = st.builds(
     Library,

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from sowatch.agent.http_meter import HttpMeter
 from sowatch.http.capture import HttpFlow
 from sowatch.http.flows import ConnectionKey, Flow
+from sowatch.model.events import Pod
 from sowatch.model.identity import ProcessId
 from sowatch.telemetry import MetricRegistry, OtlpLogSink, OtlpMetricsExporter
 from support.receivers import http_collector
@@ -162,3 +163,18 @@ def test_headers_that_were_named_are_attributes_of_a_log() -> None:
         "http.request.header.x-request-id": ["r-1"],
         "http.response.header.server": ["a\\x1b"],
     }
+
+
+def test_a_process_in_a_pod_has_the_attributes_of_kubernetes_that_are_known() -> None:
+    def of(pod: Pod | None) -> dict[str, Any]:
+        found = values(logged(process=replace(HTTP.process, pod=pod)).attributes)
+        return {name: value for name, value in found.items() if name.startswith("k8s.")}
+
+    assert of(Pod("0f0e", "web-0", "shop", "nginx")) == {
+        "k8s.pod.uid": "0f0e",
+        "k8s.pod.name": "web-0",
+        "k8s.namespace.name": "shop",
+        "k8s.container.name": "nginx",
+    }
+    assert of(Pod("0f0e")) == {"k8s.pod.uid": "0f0e"}
+    assert of(None) == {}

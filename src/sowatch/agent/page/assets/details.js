@@ -2,7 +2,7 @@
 
 import { address, encoded } from "./address.js";
 import { element, lasting, name, orDash, shortId, restored, since, stamp, visible } from "./text.js";
-import { userOf } from "./views.js";
+import { podOf, userOf } from "./views.js";
 
 const WHY = {
   pattern: "its pattern is not found in the path",
@@ -181,6 +181,7 @@ export function processFacts(row, inventory, links) {
       ["user", name(userOf(row))],
       ["unit", name(row.unit)],
       ["container", orDash(row.container)],
+      ...(row.pod ? [["pod", name(podOf(row))]] : []),
       ["cgroup", name(row.cgroup)],
       ["seen since", whence(row)],
     ]),

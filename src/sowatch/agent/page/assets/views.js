@@ -102,8 +102,15 @@ const processFields = (row) => [
   ["user", userOf(row)],
   ["unit", row.unit],
   ["container", row.container],
+  ["pod", podOf(row)],
   ["cgroup", row.cgroup],
 ];
+
+/** Namespace, pod and container by their names, as far as they are known, or the uid of the pod; null outside pods. */
+export const podOf = (row) => {
+  if (!row.pod) return null;
+  return row.pod.name ? [row.pod.namespace, row.pod.name, row.pod.container_name].filter(Boolean).join("/") : row.pod.pod_uid;
+};
 
 /** The user's name and number; the number only where the host has no name for it. */
 export const userOf = (row) => (row.user ? `${row.user} (${row.uid})` : row.uid === null ? null : String(row.uid));
@@ -135,7 +142,7 @@ export function views(links, { hits, words, calls }) {
       isDown: true,
       fields: processFields,
       only: { title: "only stale", holds: (row) => row.stale_libraries > 0 },
-      placeholder: "name, PID, program, user, unit, container",
+      placeholder: "name, PID, program, user, unit, container, pod",
       columns: [
         { key: "pid", title: "PID", className: "number", cell: (row) => link(links.process(row), row.pid, String(row.pid)), order: (row) => row.pid },
         { key: "comm", title: "Name", className: "wide", cell: (row) => [element("bdi", { dir: "ltr", class: "name" }, ...marked(orDash(row.comm), words())), ...hitNodes(hits(row), words())], order: (row) => row.comm },
@@ -143,7 +150,7 @@ export function views(links, { hits, words, calls }) {
         { key: "stale", title: "Stale", className: "number", descends: true, cell: (row) => badge(row.stale_libraries ? String(row.stale_libraries) : ""), order: (row) => row.stale_libraries },
         { key: "user", title: "User", className: "short less", cell: (row) => name(row.user ?? row.uid), order: (row) => row.user ?? row.uid },
         { key: "unit", title: "Unit", className: "unit less", cell: (row) => element("span", { title: orDash(row.unit) }, name(row.unit)), order: (row) => row.unit },
-        { key: "container", title: "Container", className: "id least", cell: (row) => shortId(row.container), order: (row) => row.container },
+        { key: "container", title: "Container", className: "id least", cell: (row) => (row.pod?.name ? element("span", { title: visible(podOf(row)) }, name(row.pod.name)) : shortId(row.container)), order: (row) => podOf(row) ?? row.container },
         { key: "since", title: "Since", className: "short least", cell: (row) => since(row), order: (row) => -row.since_ms },
         { key: "exe", title: "Program", className: "wide least", cell: (row) => element("span", { title: orDash(row.exe) }, row.exe === null ? "–" : pathNodes(row.exe)), order: (row) => row.exe },
       ],
