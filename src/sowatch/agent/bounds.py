@@ -7,6 +7,7 @@ byte by byte, or reads nothing.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final
 
@@ -157,12 +158,14 @@ class HostCheck:
 
     They are in lower case, and looked up at each request: their owner may change them.
 
-    A web page of somebody else may let its own name point to 127.0.0.1; the browser then sends that name.
+    A web page of somebody else may let its own name point to 127.0.0.1; the browser then sends that name. An address
+    points to nothing else, so ``takes_addresses`` is for those who come by one that is not known here.
     """
 
-    def __init__(self, app: App, hosts: Collection[str]) -> None:
+    def __init__(self, app: App, hosts: Collection[str], *, takes_addresses: bool = False) -> None:
         self._app = app
         self._hosts = hosts
+        self._takes_addresses = takes_addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 421."""
@@ -176,7 +179,16 @@ class HostCheck:
 
     def _is_ours(self, scope: Scope) -> bool:
         named = [value for name, value in scope["headers"] if name == b"host"]
-        return len(named) == 1 and _host_of(named[0].decode("latin-1")) in self._hosts
+        host = _host_of(named[0].decode("latin-1")) if len(named) == 1 else ""
+        return bool(host) and (host in self._hosts or (self._takes_addresses and _is_address(host)))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_of(header: str) -> str:

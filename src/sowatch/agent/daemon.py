@@ -13,8 +13,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 from msgspec.structs import asdict, replace
 
@@ -31,6 +31,7 @@ from sowatch.agent.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 from sowatch.agent.settings import Settings, changed_keys
 from sowatch.agent.stale_feed import StaleFeed
 from sowatch.agent.webapp import Readiness, WebApp
+from sowatch.bpf.map_memory import map_bytes
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
 from sowatch.linux.capabilities import SYS_ADMIN, drop_privileges
@@ -71,6 +72,14 @@ _LIVE: Final = frozenset(
         "allowed_hosts",
     }
 )
+
+
+class _Sockets(NamedTuple):
+    """What is served: everything, what changes nothing, and metrics."""
+
+    unix: socket.socket
+    tcp: socket.socket | None
+    metrics: socket.socket | None
 
 
 class Daemon:
@@ -170,17 +179,13 @@ class Daemon:
 
     # ---- the start ----------------------------------------------------------------------------
 
-    def _bind(self, stack: contextlib.ExitStack) -> list[socket.socket]:
+    def _bind(self, stack: contextlib.ExitStack) -> _Sockets:
         settings = self._settings
-        tcp = []
-        if settings.listen is not None:
-            tcp = [bind_tcp(settings.listen)]
-            stack.callback(tcp[0].close)
-            host, port = tcp[0].getsockname()[:2]
-            LOG.info("listening", extra={"facts": {"host": host, "port": port}})
+        tcp = _listen(stack, settings.listen)
+        metrics = _listen(stack, settings.listen_metrics, is_for_metrics=True)
         unix = UnixSocket(settings.socket, owner=settings.socket_owner, group=settings.socket_group)
         stack.callback(unix.close)
-        return [unix.socket, *tcp]
+        return _Sockets(unix.socket, tcp, metrics)
 
     def _open_source(self, config: Config) -> EventSource:
         # An agent stands for its host; to have it for one pid namespace name the strategy.
@@ -212,7 +217,9 @@ class Daemon:
             raise
         return source
 
-    def _serve(self, stack: contextlib.ExitStack, sockets: Sequence[socket.socket], hub: EventHub) -> None:
+    def _serve(self, stack: contextlib.ExitStack, sockets: _Sockets, hub: EventHub) -> None:
+        map_memory = self._metrics.gauge(names.BPF_MAP_BYTES.name)
+        stack.callback(self._metrics.add_source(lambda: map_memory.set(map_bytes())))
         cut_off = self._metrics.counter(names.CLIENTS_CUT_OFF.name)
         stack.callback(self._metrics.add_source(lambda: cut_off.add(hub.clients_cut_off - cut_off.get())))
         inventory = Inventory(self._watcher, stale=self._stale.watch)
@@ -231,13 +238,14 @@ class Daemon:
             ProcFs(self._settings.watch.proc_root),
         )
         stack.callback(app.close)
-        served = [(sockets[0], app.for_socket())]
-        if len(sockets) > 1:
-            assert self._settings.listen is not None
-            host, _ = parse_listen(self._settings.listen)
-            self._own_hosts = {"localhost", host}
-            self._allow_hosts(self._settings)
-            served.append((sockets[1], app.for_tcp(self._allowed_hosts)))
+        served = [(sockets.unix, app.for_socket())]
+        if self._settings.listen is not None:
+            self._own_hosts.add(parse_listen(self._settings.listen)[0])
+        self._allow_hosts(self._settings)
+        if sockets.tcp is not None:
+            served.append((sockets.tcp, app.for_tcp(self._allowed_hosts)))
+        if sockets.metrics is not None:
+            served.append((sockets.metrics, app.for_metrics(self._allowed_hosts)))
         self._http = HttpThread(served, beside=[hub.run])
         # The watch ends first, which ends the streams of events; they get its last event.
         stack.callback(self._http.stop)
@@ -426,6 +434,17 @@ class Daemon:
             "pod_names": None if watcher.pod_names is None else asdict(watcher.pod_names),
         }
         return Readiness(tuple(problems), facts)
+
+
+def _listen(stack: contextlib.ExitStack, listen: str | None, *, is_for_metrics: bool = False) -> socket.socket | None:
+    if listen is None:
+        return None
+    made = bind_tcp(listen, is_for_metrics=is_for_metrics)
+    stack.callback(made.close)
+    host, port = made.getsockname()[:2]
+    what = "listening for metrics" if is_for_metrics else "listening"
+    LOG.info(what, extra={"facts": {"host": host, "port": port}})
+    return made
 
 
 def _raise_file_limit() -> None:

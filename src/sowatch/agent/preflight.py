@@ -34,6 +34,8 @@ def check_settings(settings: Settings) -> None:
     """
     if settings.listen is not None:
         parse_listen(settings.listen)
+    if settings.listen_metrics is not None:
+        parse_listen(settings.listen_metrics, is_for_metrics=True)
     check_socket(settings.socket, settings.socket_owner, settings.socket_group)
     ProcFs(settings.watch.proc_root)
     if settings.watch.btf_path is not None:

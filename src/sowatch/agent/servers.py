@@ -196,8 +196,8 @@ def _id_of(key: str, name: str, look_up: Callable[[str], int]) -> int:
         raise ConfigError(key, f"there is no {name!r} on this host. Give a name or a number that exists.") from error
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Address and port of ``HOST:PORT``; the address must be of the loopback interface.
+def parse_listen(text: str, *, is_for_metrics: bool = False) -> tuple[str, int]:
+    """Address and port of ``HOST:PORT``; the address must be of the loopback interface, that for metrics of any.
 
     Raises:
         ConfigError: it is not.
@@ -210,10 +210,15 @@ def parse_listen(text: str) -> tuple[str, int]:
     if host == "localhost":
         host = "127.0.0.1"
     try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
+        is_allowed = ipaddress.ip_address(host).is_loopback or is_for_metrics
     except ValueError:
-        is_loopback = False
-    if not colon or not is_loopback or not (port.isascii() and port.isdigit() and 0 <= int(port[:6]) < 1 << 16):
+        is_allowed = False
+    if not colon or not is_allowed or not (port.isascii() and port.isdigit() and 0 <= int(port[:6]) < 1 << 16):
+        if is_for_metrics:
+            raise ConfigError(
+                "listen_metrics",
+                f"{text!r} is no address with a port. Use 0.0.0.0:PORT, [::]:PORT, or the address of an interface.",
+            )
         raise ConfigError(
             "listen",
             f"{text!r} is no port of the loopback interface. Use 127.0.0.1:PORT or [::1]:PORT; "
@@ -222,13 +227,13 @@ def parse_listen(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def bind_tcp(listen: str) -> socket.socket:
-    """A listening socket on a loopback address.
+def bind_tcp(listen: str, *, is_for_metrics: bool = False) -> socket.socket:
+    """A listening socket on a loopback address, or on any for metrics.
 
     Raises:
         ConfigError: the address is none, or the port is taken or not allowed.
     """
-    host, port = parse_listen(listen)
+    host, port = parse_listen(listen, is_for_metrics=is_for_metrics)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -238,7 +243,8 @@ def bind_tcp(listen: str) -> socket.socket:
     except OSError as error:
         made.close()
         raise ConfigError(
-            "listen", f"cannot listen on {listen}: {error.strerror}. Give another port, or end who has it."
+            "listen_metrics" if is_for_metrics else "listen",
+            f"cannot listen on {listen}: {error.strerror}. Give another port, or end who has it.",
         ) from error
     return made
 

@@ -258,6 +258,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         socket_group: group that may use the socket, too. Default: none, only the owner.
         listen: HOST:PORT of the loopback interface for what only reads. Default: no TCP.
         allowed_hosts: further names of this host that requests over TCP may use.
+        listen_metrics: HOST:PORT of any interface, 0.0.0.0 for all, for /metrics, /healthz and /readyz only, which name
+            no process. Default: none.
         audit_interval_s: seconds between two comparisons of the map with /proc; 0: none.
         stale_interval_s: seconds between two comparisons of mapped files with the disk; 0: only while the page is
             open.
@@ -277,6 +279,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     socket_group: str | None = None
     listen: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    listen_metrics: str | None = None
     audit_interval_s: float = 300.0
     stale_interval_s: float = 10.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

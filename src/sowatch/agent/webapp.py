@@ -158,6 +158,19 @@ class WebApp:
         limited = ClientLimits(Starlette(routes=routes), costly=_COSTLY, streams=_STREAMS)
         return HostCheck(limited, hosts)
 
+    def for_metrics(self, hosts: Collection[str]) -> App:
+        """What Prometheus and probes ask for, from any host: metrics, whether it watches, whether it is ready.
+
+        Requests name an address, or one of ``hosts``.
+        """
+        routes = [
+            Route("/metrics", self._metrics),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz_in_short),
+        ]
+        limited = ClientLimits(Starlette(routes=routes), costly=(), streams=())
+        return HostCheck(limited, hosts, takes_addresses=True)
+
     def close(self) -> None:
         """Ends the threads that are idle; the others as soon as they are."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -190,6 +203,11 @@ class WebApp:
         found = self._readiness()
         body = {"ready": not found.problems, "problems": list(found.problems), **found.facts}
         return _json(body, 503 if found.problems else 200)
+
+    async def _readyz_in_short(self, _: Request) -> Response:
+        """Without what names processes, files and other hosts."""
+        problems = list(self._readiness().problems)
+        return _json({"ready": not problems, "problems": problems}, 503 if problems else 200)
 
     async def _metrics(self, request: Request) -> Response:
         content_type, body = self._prometheus.render(request.headers.get("accept"))

@@ -56,6 +56,13 @@ STRATEGY: Final = _define(
 )
 BUILD: Final = _define("gauge", "build.info", "1 for the version that runs.", "version")
 
+BPF_MAP_BYTES: Final = _define(
+    "gauge",
+    "bpf.map_bytes",
+    "Memory of this process's BPF maps, as the kernel counts it; since Linux 5.11 it counts towards the limit of "
+    "memory of the service or the container.",
+)
+
 HITS: Final = _define("counter", "watcher.hits", "Records that the kernel side sent.", origin="usm.so_watcher.hits")
 MATCHES: Final = _define("counter", "watcher.matches", "Loads that a rule matched.", origin="usm.so_watcher.matches")
 UNLOADS: Final = _define("counter", "watcher.unloads", "Unloads of what a rule matched.")
