@@ -2,17 +2,16 @@
 
 The binding becomes `sowatch.bpf._libbpf`. Every src/sowatch/bpf/programs/*.bpf.c becomes a .bpf.o beside
 it, and the headers that they include are copied to programs/headers, to compile them with elsewhere. An
-editable install puts all of it into the source tree, a wheel takes it from the build directory.
-Environment: CC, CLANG, LLVM_STRIP and PKG_CONFIG name other tools than the ones on PATH.
+editable install puts all of it into the source tree, a wheel takes it from the build directory. An sdist has
+the objects in prebuilt/MACHINE/: they are taken where there is no clang.
+Environment: CC, CLANG, LLVM_STRIP and PKG_CONFIG name other tools than the ones on PATH. SOWATCH_BPF_OBJECTS is
+`compile` or `prebuilt`, where it shall not depend on what is installed.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import re
 import runpy
-import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -32,13 +31,15 @@ BINDING = "sowatch.bpf._libbpf"
 #: but not in debug builds, and free-threaded builds have none.
 LIMITED_API = not (sysconfig.get_config_var("Py_GIL_DISABLED") or sysconfig.get_config_var("Py_DEBUG"))
 
-#: libbpf's names for the register layouts (bpf/bpf_tracing.h), by `uname -m`.
-ARCHITECTURES = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm64", "arm64": "arm64"}
-
 
 def binding_builder() -> dict[str, Any]:
     """The functions of _build_binding.py, run by path: the package is not installed yet."""
     return runpy.run_path(str(ROOT / BPF / "_build_binding.py"))
+
+
+def target_machine() -> str:
+    """What is built for, as `uname -m` names it; another than this one where _PYTHON_HOST_PLATFORM says so."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 class BuildBinding(build_ext):
@@ -84,59 +85,31 @@ class BuildPrograms(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        target = ARCHITECTURES.get(platform.machine())
-        if target is None:
+        builder = runpy.run_path(str(ROOT / BPF / "_build_programs.py"))
+        prebuilt = ROOT / "prebuilt" / target_machine()
+        made = Path("src" if self.editable_mode else self.build_lib or "build/lib") / PROGRAMS.relative_to("src")
+        try:
+            if self._is_prebuilt_taken(builder, prebuilt):
+                self.announce(f"taking the BPF objects of {prebuilt}", level=2)
+                builder["copy_prebuilt"](prebuilt, made)
+            else:
+                builder["compile_programs"](target_machine(), self._include_directories(), made)
+        except builder["BuildError"] as error:
+            raise SystemExit(str(error)) from error
+
+    def _is_prebuilt_taken(self, builder: dict[str, Any], prebuilt: Path) -> bool:
+        chosen = os.environ.get("SOWATCH_BPF_OBJECTS")
+        if chosen not in (None, "", "compile", "prebuilt"):
             raise SystemExit(
-                f"sowatch: no BPF register layout is known for {platform.machine()}. "
-                f"Known: {', '.join(sorted(set(ARCHITECTURES)))}."
+                f"sowatch: SOWATCH_BPF_OBJECTS is {chosen!r}. Set it to compile or prebuilt, or not at all."
             )
-        clang = self._clang()
-        includes = self._includes()
-        strip = shutil.which(os.environ.get("LLVM_STRIP", "llvm-strip"))
-        for source, made in self._pairs():
-            self.announce(f"compiling {source} to {made}", level=2)
-            made.parent.mkdir(parents=True, exist_ok=True)
-            # Compiled from its own directory with relative names, so that no path of this machine
-            # gets into the line information that BTF carries.
-            command = [clang, "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-D__TARGET_ARCH_{target}"]
-            command += ["-Wall", "-Werror", "-fdebug-compilation-dir=.", "-I.", *includes]
-            command += ["-c", source.name, "-o", str(made.resolve())]
-            if subprocess.run(command, cwd=source.parent, check=False).returncode != 0:
-                raise SystemExit(f"sowatch: clang could not compile {source}; its messages are above.")
-            self._ship_headers([*command[: command.index("-c")], "-M", source.name], source.parent, made.parent)
-            # DWARF is most of the file and nobody reads it; BTF stays (-g, not -s).
-            if strip and subprocess.run([strip, "-g", str(made)], check=False).returncode != 0:
-                raise SystemExit(f"sowatch: {strip} could not strip {made}; its message is above.")
-
-    def _ship_headers(self, command: list[str], directory: Path, target: Path) -> None:
-        """Copies the headers that a program includes from the system, for strategy runtime to compile with.
-
-        What stands in a directory for one architecture (asm/) goes where all look for it: the object is
-        for this architecture anyway.
-        """
-        said = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
-        bases = sorted(self._include_directories(), key=len, reverse=True)
-        for name in re.findall(r"/\S+\.h", said):
-            base = next((base for base in bases if name.startswith(f"{base}/")), None)
-            if base is not None:  # else one of the compiler's own
-                copy = target / "headers" / Path(name).relative_to(base)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(name, copy)
-
-    def _clang(self) -> str:
-        names = [os.environ["CLANG"]] if os.environ.get("CLANG") else ["clang"]
-        names += [f"clang-{version}" for version in range(22, 13, -1)] if names == ["clang"] else []
-        for name in names:
-            found = shutil.which(name)
-            if found:
-                return found
-        raise SystemExit(
-            f"sowatch: {names[0]} was not found, and the BPF programs need it. Install it: "
-            "apt-get install clang llvm (Debian, Ubuntu) or dnf install clang llvm (Fedora)."
-        )
-
-    def _includes(self) -> list[str]:
-        return [argument for directory in self._include_directories() for argument in ("-idirafter", directory)]
+        if chosen or not prebuilt.is_dir():
+            return chosen == "prebuilt"
+        try:
+            builder["find_clang"]()
+        except builder["BuildError"]:
+            return True
+        return False
 
     def _include_directories(self) -> list[str]:
         builder = binding_builder()
@@ -153,17 +126,13 @@ class BuildPrograms(Command):
             directories.append(f"/usr/include/{multiarch}")
         return directories
 
-    def _pairs(self) -> list[tuple[Path, Path]]:
-        base = Path("src") if self.editable_mode else Path(self.build_lib or "build/lib")
-        return [
-            (source, base / source.with_suffix(".o").relative_to("src")) for source in sorted(PROGRAMS.glob("*.bpf.c"))
-        ]
-
     def get_source_files(self) -> list[str]:
         return [str(path) for path in sorted([*PROGRAMS.glob("*.c"), *PROGRAMS.glob("*.h")])]
 
     def get_outputs(self) -> list[str]:
-        return [str(made) for _, made in self._pairs()]
+        base = Path(self.build_lib or "build/lib")
+        made = (base / source.with_suffix(".o").relative_to("src") for source in sorted(PROGRAMS.glob("*.bpf.c")))
+        return [str(path) for path in made]
 
     def get_output_mapping(self) -> dict[str, str]:
         # Nothing here is a copy of a source file.

@@ -1,7 +1,9 @@
 """What every test may rely on: markers by directory, deadlines, real processes, compiled programs, no leaks.
 
 Environment: SOWATCH_DEADLINE_SCALE multiplies every deadline (slow guests);
-SOWATCH_FORCE_KERNEL_TESTS=1 makes a skipped kernel or e2e test a failure where the kernel offers BPF.
+SOWATCH_FORCE_KERNEL_TESTS=1 makes a skipped kernel or e2e test a failure where the kernel offers BPF;
+SOWATCH_TEST_WHEEL names the wheel that must be what is tested (support.installed); SOWATCH_TEST_PROGRAMS a directory
+for compiled test programs (support.programs).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
-from support import bpfsys, leaks, strict
+from support import bpfsys, installed, leaks, strict
 from support.programs import build, compile_library
 
 T = TypeVar("T")
@@ -48,6 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     leaks.note_starters()
+    fault = installed.difference(Path(installed.WHEEL)) if installed.WHEEL else None
+    if fault is not None:
+        raise pytest.UsageError(f"the wheel is not what would be tested: {fault}")
     # A slow guest also needs longer until a test counts as stuck.
     if SCALE > 1 and config.getoption("timeout", None) is None:
         config.option.timeout = float(config.getini("timeout")) * SCALE
@@ -56,7 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     error = bpfsys.why_no_bpf()
     offer = "available" if error is None else f"not available: {error.strerror}"
-    return [f"bpf(2): {offer}; skipped kernel tests {'fail' if FORCED else 'are allowed'}; deadlines x{SCALE:g}"]
+    wheel = [f"installed from {Path(installed.WHEEL).name}, each file compared"] if installed.WHEEL else []
+    return [
+        *wheel,
+        f"bpf(2): {offer}; skipped kernel tests {'fail' if FORCED else 'are allowed'}; deadlines x{SCALE:g}",
+    ]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

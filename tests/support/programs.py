@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,9 @@ __all__ = [
 ]
 
 SOURCES = Path(__file__).resolve().parent.parent / "programs"
+#: A directory that what is compiled is kept in and taken from, by what it is made of: where one machine compiles for
+#: others without a compiler. None: no such thing.
+KEPT = os.environ.get("SOWATCH_TEST_PROGRAMS")
 
 #: Further files of a program, and what it needs from the compiler beyond the usual.
 _PARTS = {"mapper": ["mapper_threads.c"]}
@@ -45,10 +49,25 @@ def build(name: str, directory: Path, *, flags: Sequence[str] = (), output: str 
     if not program.exists():
         # Built beside and renamed: two test workers may build the same program at once.
         fresh = program.with_name(f"{output}.{os.getpid()}")
-        command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", fresh, *sources, *_FLAGS.get(name, []), *flags]
-        subprocess.run(command, check=True)
+        _compile(["-O2", "-Wall", "-Wextra", "-Werror"], fresh, sources, [*_FLAGS.get(name, []), *flags])
         fresh.rename(program)
     return program
+
+
+def _compile(words: Sequence[str], made: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> None:
+    """Compiles C into ``made``, or takes what was kept of the same words and sources."""
+    if KEPT is None:
+        subprocess.run(["cc", *words, "-o", made, *sources, *flags], check=True)
+        return
+    key = hashlib.sha256("\0".join([*words, *flags]).encode())
+    for source in [*sources, *sorted(SOURCES.glob("*.h"))]:
+        key.update(source.read_bytes())
+    kept = Path(KEPT) / key.hexdigest()
+    if not kept.exists():
+        fresh = kept.with_name(f".{kept.name}.{os.getpid()}")
+        subprocess.run(["cc", *words, "-o", fresh, *sources, *flags], check=True)
+        fresh.rename(kept)
+    shutil.copy(kept, made)
 
 
 def compile_bpf(name: str, directory: Path) -> Path:
@@ -71,7 +90,7 @@ def compile_library(made: Path, exports: Iterable[str] = ()) -> Path:
     source = made.with_name(f".{made.name}.c")
     source.write_text(functions, encoding="utf-8")
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{made.name}", "-Wl,--build-id"]
-    subprocess.run(["cc", *flags, "-o", str(made), str(source)], check=True)
+    _compile(flags, made, [source])
     source.unlink()
     return made
 

@@ -3,7 +3,7 @@
 Where things are, from the ground up; imports go downwards only, and nothing here is part of the package:
 
 kernels     the kernels, and what each must show: plain data
-cache       where kernels and images are kept, and the one error
+cache       where kernels and images are kept
 packages    kernels from Debian's mirror, unpacked
 image       the little initramfs that finds the shared root
 guest       one command in one guest

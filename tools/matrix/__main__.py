@@ -25,13 +25,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from matrix.cache import ROOT, MatrixError, cache_directory, only_one, results_directory, run
+from matrix.cache import ROOT, cache_directory, only_one, results_directory
 from matrix.guest import GuestHangs, run_guest
 from matrix.image import make_image
 from matrix.judge import Verdict, judge, judge_unfinished, step_of
 from matrix.kernels import CELLS, CI_KERNELS, CI_WITHOUT_CELLS, KERNELS, TESTS, Kernel
 from matrix.packages import Unpacked, fetch, unpacked
 from matrix.page import Run, is_news, render
+from outside import OutsideError, run
 
 PAGE: Final = ROOT / "docs/kernels.md"
 #: Each has two virtual CPUs but emulates them in one thread.
@@ -62,7 +63,7 @@ def main() -> int:
             return _start(args.kernels[0])
         with only_one(results_directory(), "Wait for it to end."):
             return _run(args.kernels, asked, is_ci=args.ci, write=args.write, time_s=args.time)
-    except MatrixError as error:
+    except OutsideError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -109,18 +110,18 @@ def _prepare(kernels: list[Kernel], *, anew: bool) -> tuple[list[Ready], bool]:
         anew: ask the mirror for newer ones; otherwise only for those that are not in the cache.
     """
     if platform.machine() != "x86_64":
-        raise MatrixError(f"guests run this machine's programs on x86-64 kernels; here is {platform.machine()}.")
+        raise OutsideError(f"guests run this machine's programs on x86-64 kernels; here is {platform.machine()}.")
     found = []
     is_complete = True
     for kernel in kernels:
         try:
             try:
                 one = fetch(kernel) if anew else unpacked(kernel)
-            except MatrixError:
+            except OutsideError:
                 if anew:
                     raise
                 one = fetch(kernel)
-        except MatrixError as error:
+        except OutsideError as error:
             print(f"{kernel.name}: not run: {error}", flush=True)
             is_complete = is_complete and kernel.may_be_absent
             continue

@@ -1,22 +1,19 @@
-"""Where kernels, images and results are kept, outside the checkout; and the one error of this tool."""
+"""Where kernels, images and results are kept, outside the checkout. Imports only ``outside``."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["ROOT", "MatrixError", "cache_directory", "only_one", "results_directory", "run"]
+from outside import OutsideError
+
+__all__ = ["ROOT", "cache_directory", "only_one", "results_directory"]
 
 #: The checkout.
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class MatrixError(Exception):
-    """Something outside the tests went wrong; the message ends with the next step."""
 
 
 def cache_directory(*parts: str) -> Path:
@@ -29,7 +26,7 @@ def cache_directory(*parts: str) -> Path:
     try:
         made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MatrixError(
+        raise OutsideError(
             f"cannot make {made}: {error.strerror}. Set SOWATCH_MATRIX_CACHE to another place."
         ) from error
     return made
@@ -45,29 +42,13 @@ def only_one(directory: Path, next_step: str) -> Iterator[None]:
     """Within it no other process has the same directory.
 
     Raises:
-        MatrixError: another has it.
+        OutsideError: another has it.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise MatrixError(f"{directory} is in use by another run. {next_step}") from error
+        raise OutsideError(f"{directory} is in use by another run. {next_step}") from error
     finally:
         os.close(fd)
-
-
-def run(command: Sequence[str | Path], *, next_step: str, directory: Path | None = None) -> str:
-    """Runs a tool of the system, in ``directory``, and returns what it printed.
-
-    Raises:
-        MatrixError: it is missing or failed; its last words and ``next_step`` are in the message.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
-    except OSError as error:
-        raise MatrixError(f"cannot run {command[0]}: {error.strerror}. {next_step}") from error
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
-        raise MatrixError(f"{command[0]} failed: {words[-1] if words else done.returncode}. {next_step}")
-    return done.stdout

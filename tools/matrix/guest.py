@@ -18,8 +18,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from matrix.cache import ROOT, MatrixError, cache_directory
+from matrix.cache import ROOT, cache_directory
 from matrix.packages import Unpacked
+from outside import OutsideError
 
 __all__ = ["GuestHangs", "is_hung", "run_guest"]
 
@@ -66,7 +67,7 @@ async def run_guest(
 
     Raises:
         GuestHangs: there was no progress; the guest is gone.
-        MatrixError: QEMU or virtiofsd is missing or did not start.
+        OutsideError: QEMU or virtiofsd is missing or did not start.
     """
     _lay_out(kernel, command, out, is_interactive=progress is None)
     qemu = _find("qemu-system-x86_64")
@@ -183,7 +184,7 @@ async def _share(socket: Path, source: Path, cached: str, log: Path) -> AsyncIte
                 # It tells nobody when it listens.
                 while not socket.exists():  # noqa: ASYNC240 - takes no time
                     if process.returncode is not None:
-                        raise MatrixError(f"virtiofsd did not start, see {log}. It needs root.")
+                        raise OutsideError(f"virtiofsd did not start, see {log}. It needs root.")
                     await asyncio.sleep(0.02)
             yield
 
@@ -202,5 +203,5 @@ async def _running(argv: Sequence[str], **streams: object) -> AsyncIterator[asyn
 def _find(program: str, *directories: str) -> str:
     found = shutil.which(program, path=os.pathsep.join([*directories, os.environ["PATH"]]))
     if found is None:
-        raise MatrixError(f"{program} is not installed. {_SETUP}")
+        raise OutsideError(f"{program} is not installed. {_SETUP}")
     return found

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from matrix.cache import MatrixError, run
 from matrix.packages import Unpacked
+from outside import OutsideError, run
 
 __all__ = ["make_image"]
 
@@ -28,7 +28,7 @@ def make_image(kernel: Unpacked, made: Path) -> None:
     """Writes the initramfs for a kernel to ``made``.
 
     Raises:
-        MatrixError: a tool is missing, or the kernel has no virtiofs.
+        OutsideError: a tool is missing, or the kernel has no virtiofs.
     """
     with tempfile.TemporaryDirectory(prefix="sowatch-image-") as name:
         tree = Path(name)
@@ -36,7 +36,7 @@ def make_image(kernel: Unpacked, made: Path) -> None:
             (tree / directory).mkdir()
         busybox = shutil.which("busybox")
         if busybox is None:
-            raise MatrixError(f"busybox is not installed. {_SETUP}")
+            raise OutsideError(f"busybox is not installed. {_SETUP}")
         shutil.copy(busybox, tree / "bin/busybox")
         shutil.copy(_INIT, tree / "init")
         for number, module in enumerate(_needed(kernel)):

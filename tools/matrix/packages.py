@@ -1,7 +1,6 @@
-"""Kernels from Debian's mirror, unpacked into the cache. May import ``cache`` and ``kernels``.
+"""Kernels from Debian's mirror, unpacked into the cache. May import ``cache``, ``kernels`` and ``outside``.
 
-apt runs with lists of its own, so that nothing of this machine's configuration or packages changes. Which
-package is the newest is asked of the mirror each time: mirrors drop what was superseded.
+Which package is the newest is asked of the mirror each time: mirrors drop what was superseded.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from matrix.cache import MatrixError, cache_directory, run
+from matrix.cache import cache_directory
 from matrix.kernels import Kernel
+from outside import OutsideError, apt_options, mirror, run
 
 __all__ = ["Unpacked", "fetch", "unpacked"]
 
@@ -21,7 +21,6 @@ __all__ = ["Unpacked", "fetch", "unpacked"]
 #: and has all that the tests need.
 _NEWEST = "linux-image-cloud-amd64"
 _PARTS = re.compile(r"^linux-(?:image|base|binary|modules)-\d\S*-cloud-amd64$", re.MULTILINE)
-_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _RETRY = "Run `scripts/matrix prepare` again, or with SOWATCH_MATRIX_MIRROR set to the URI of another Debian mirror."
 
 
@@ -47,16 +46,17 @@ def fetch(kernel: Kernel) -> Unpacked:
     """Brings the newest package of the kernel's suite into the cache, if it is not there yet.
 
     Raises:
-        MatrixError: no mirror, or the mirror has no such kernel.
+        OutsideError: no mirror, or the mirror has no such kernel.
     """
     place = cache_directory("kernels", kernel.name)
-    apt = _apt(cache_directory("apt", kernel.suite), kernel.suite)
+    sources = [f"deb {{keys}} {mirror(_RETRY)} {kernel.suite} main"]
+    apt = apt_options(cache_directory("apt", kernel.suite), sources)
     run(["apt-get", *apt, "-qq", "update"], next_step=_RETRY)
     quiet = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
     listed = run(["apt-cache", *apt, "depends", "--recurse", *quiet, _NEWEST], next_step=_RETRY)
     wanted = sorted(set(_PARTS.findall(listed)))
     if not wanted:
-        raise MatrixError(f"the mirror has no {_NEWEST} in {kernel.suite}. {_RETRY}")
+        raise OutsideError(f"the mirror has no {_NEWEST} in {kernel.suite}. {_RETRY}")
     stamp = place / "packages"
     if stamp.exists() and stamp.read_text(encoding="ascii").split() == wanted:
         return unpacked(kernel)
@@ -71,7 +71,7 @@ def fetch(kernel: Kernel) -> Unpacked:
             package.unlink()
         found = _find(fresh)
         if found is None:
-            raise MatrixError(f"{' and '.join(wanted)} hold no kernel. Debian packs it otherwise now: see {__file__}.")
+            raise OutsideError(f"{' and '.join(wanted)} hold no kernel. Debian packs it otherwise now: see {__file__}.")
         # Debian makes this file when a kernel is installed.
         run(["depmod", "-b", found.module_root, found.release], next_step="Run `scripts/setup --for matrix`.")
         (fresh / "packages").write_text("\n".join(wanted) + "\n", encoding="ascii")
@@ -86,11 +86,11 @@ def unpacked(kernel: Kernel) -> Unpacked:
     """The kernel as `fetch` left it in the cache.
 
     Raises:
-        MatrixError: it is not there.
+        OutsideError: it is not there.
     """
     found = _find(cache_directory("kernels", kernel.name))
     if found is None:
-        raise MatrixError(f"kernel {kernel.name} is not in the cache. Run `scripts/matrix prepare`.")
+        raise OutsideError(f"kernel {kernel.name} is not in the cache. Run `scripts/matrix prepare`.")
     return found
 
 
@@ -101,32 +101,3 @@ def _find(place: Path) -> Unpacked | None:
             if image.is_file():
                 return Unpacked(image, modules)
     return None
-
-
-def _apt(state: Path, suite: str) -> list[str]:
-    """Options that make apt see one suite, and keep what it knows of it in ``state``."""
-    for part in ("lists/partial", "cache/archives/partial"):
-        (state / part).mkdir(parents=True, exist_ok=True)
-    sources = state / "sources.list"
-    sources.write_text(f"deb [signed-by={_KEYS}] {_mirror()} {suite} main\n", encoding="utf-8")
-    options = {
-        "Dir::Etc::sourcelist": sources,
-        "Dir::Etc::sourceparts": "-",
-        "Dir::State::lists": state / "lists",
-        "Dir::Cache": state / "cache",
-        # Otherwise it warns that its own user cannot write to our directory.
-        "APT::Sandbox::User": "root",
-    }
-    return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-
-
-def _mirror() -> str:
-    """The mirror that apt takes Debian from already."""
-    chosen = os.environ.get("SOWATCH_MATRIX_MIRROR")
-    if chosen:
-        return chosen
-    sites = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], next_step=_RETRY)
-    for site in sites.split():
-        if site.rstrip("/").endswith("/debian"):
-            return site
-    raise MatrixError("apt here takes nothing from a Debian mirror. Set SOWATCH_MATRIX_MIRROR to the URI of one.")

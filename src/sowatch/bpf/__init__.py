@@ -7,6 +7,7 @@ probe_object  `ProbeObject`: what uprobes need; links that end one by one
 records       what the programs send, as Python tuples
 hooks         the hook sets, and which of them works here
 compile       compiles the programs on this machine, and keeps what came out
+objects       the compiled programs of this installation, by hash
 features      what this kernel and this user can do, found out by trying
 
 Nothing outside this package sees libbpf.

@@ -71,18 +71,31 @@ class _Plan(Protocol):
     def limits(self) -> Sequence[str]: ...
 
 
+class _Object(Protocol):
+    """One answer of `sowatch.bpf.objects.shipped_objects`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str | None: ...
+    @property
+    def is_as_built(self) -> bool | None: ...
+
+
 class Examiner(Struct, frozen=True):
     """Where the answers come from; tests put their own in its place."""
 
     libbpf_version: Callable[[], str]
     run_probes: Callable[[Config], Sequence[_Probe]]
     plan: Callable[[Config], _Plan]
+    objects: Callable[[], Sequence[_Object]] = tuple
 
 
 def kernel_examiner() -> Examiner:
     """The real one: asks the kernel."""
     from sowatch.bpf.binding import libbpf_version
     from sowatch.bpf.features import run_probes
+    from sowatch.bpf.objects import shipped_objects
     from sowatch.sources.select import plan
     from sowatch.uprobes import features as uprobes
 
@@ -91,7 +104,7 @@ def kernel_examiner() -> Examiner:
         # Without libbpf there is nothing to try with.
         return found if found[0].answer == "no" else [*found, *uprobes.run_probes()]
 
-    return Examiner(lambda: ".".join(map(str, libbpf_version())), probes, plan)
+    return Examiner(lambda: ".".join(map(str, libbpf_version())), probes, plan, shipped_objects)
 
 
 def configure(parser: Parser) -> None:
@@ -127,6 +140,7 @@ class _Report(Struct, frozen=True):
     probes: tuple[_Probe, ...]
     plan: _Plan | None
     error: SowatchError | None
+    objects: tuple[_Object, ...] = ()
 
     @property
     def can_watch(self) -> bool:
@@ -186,6 +200,7 @@ class _Report(Struct, frozen=True):
                 }
                 for risk in KNOWN_RISKS
             ],
+            "objects": [{"name": one.name, "sha256": one.sha256, "as_built": one.is_as_built} for one in self.objects],
         }
 
 
@@ -210,7 +225,7 @@ def _examine(config: Config, host: Host, examiner: Callable[[], Examiner]) -> _R
     except SowatchError as error:
         # The decision's own error says most, unless there was no libbpf to decide with.
         first_error = first_error or error
-    return _Report(host, version, probes, plan, first_error)
+    return _Report(host, version, probes, plan, first_error, tuple(kernel.objects()))
 
 
 # --- for people ---------------------------------------------------------------------------------
@@ -240,6 +255,7 @@ def _write(report: _Report, out: Out) -> None:
         [_Row("this user"), *_user_rows(report)],
         [_Row(_FEATURES["watching"]), *_decision_rows(report), *_probe_rows(report, "watching")],
         [_Row(_FEATURES["probing"]), *_probe_rows(report, "probing"), *_risk_rows(report, "probing")],
+        [_Row("BPF objects of this installation, SHA-256"), *_object_rows(report)],
     ]
     if out.is_terminal:
         from rich.text import Text
@@ -305,6 +321,18 @@ def _user_rows(report: _Report) -> list[_Row]:
         ("locked memory limit", memlock, ""),
     ]
     return [_Row(*row) for row in rows]
+
+
+def _object_rows(report: _Report) -> list[_Row]:
+    rows = []
+    for one in report.objects:
+        # Without the ending, which all have in common, a hash fits on one line of 80 columns.
+        rows.append(_Row(visible(one.name.removesuffix(".bpf.o")), one.sha256 or "cannot be read", ""))
+        if one.is_as_built is False:
+            rows.append(_Row("", "not what was built: install sowatch again", "red"))
+        elif one.is_as_built is None:
+            rows.append(_Row("", "the build wrote down no hash for it", "yellow"))
+    return rows or [_Row("objects", "none", "red")]
 
 
 def _unprivileged(value: int | None) -> str:

@@ -137,6 +137,16 @@ class KnownRisk(Struct, frozen=True, gc=False):
     evidence: Annotated[Literal["reported"], Meta(description="By others; not seen here.")]
 
 
+class BpfObjectFile(Struct, frozen=True, gc=False):
+    """A file with BPF programs of this installation."""
+
+    name: str
+    sha256: Annotated[str | None, Meta(description="Of the file; null: it cannot be read.")]
+    as_built: Annotated[
+        bool | None, Meta(description="Whether that is what the build wrote down; null: it wrote nothing down.")
+    ]
+
+
 class Doctor(Struct, frozen=True, gc=False):
     """The object of `doctor`."""
 
@@ -149,3 +159,4 @@ class Doctor(Struct, frozen=True, gc=False):
     risks: list[KnownRisk]
     features: list[DoctorProbe]
     seq: Seq
+    objects: list[BpfObjectFile]

@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sowatch.bpf.features import UNTRIED
+from sowatch.bpf.objects import ShippedObject
 from sowatch.cli import doctor
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
@@ -51,10 +52,14 @@ class Kernel:
     probes: Sequence[Probe] = (Probe("iter/task_vma", "yes", "loaded"),)
     plan: Plan = field(default_factory=Plan)
     error: Exception | None = None
+    objects: Sequence[ShippedObject] = ()
 
     def examiner(self) -> doctor.Examiner:
         return doctor.Examiner(
-            lambda: self._answer("1.1"), lambda _: self._answer(self.probes), lambda _: self._answer(self.plan)
+            lambda: self._answer("1.1"),
+            lambda _: self._answer(self.probes),
+            lambda _: self._answer(self.plan),
+            lambda: self.objects,
         )
 
     def _answer(self, value: Any) -> Any:
@@ -224,6 +229,41 @@ def test_a_decision_that_ends_with_not_permitted_is_exit_code_3(examined: Any) -
     error = NotPermitted("cannot load BPF programs", "CAP_BPF is missing", "Run it as root.")
 
     assert examined(Kernel(error=error))[0] == 3
+
+
+OBJECTS = (
+    ShippedObject("watch.bpf.o", "ab" * 32, True),
+    ShippedObject("watch_probe.bpf.o", "cd" * 32, False),
+    ShippedObject("probes.bpf.o", "ef" * 32, None),
+    ShippedObject("prebuilt.bpf.o", None, False),
+)
+
+
+def test_objects_are_shown_with_their_hashes_and_which_of_them_were_not_built_so(examined: Any) -> None:
+    _, text, _ = examined(Kernel(objects=OBJECTS))
+
+    assert section(text, "BPF objects") == [
+        f"  watch       {'ab' * 32}",
+        f"  watch_probe {'cd' * 32}",
+        "    not what was built: install sowatch again",
+        f"  probes      {'ef' * 32}",
+        "    the build wrote down no hash for it",
+        "  prebuilt    cannot be read",
+        "    not what was built: install sowatch again",
+    ]
+
+
+def test_json_has_the_objects_with_their_hashes(examined: Any) -> None:
+    _, text, _ = examined(Kernel(objects=OBJECTS), "--json")
+    report = strict.loads(text)
+    VALIDATOR.validate(report)
+
+    assert report["objects"] == [
+        {"name": "watch.bpf.o", "sha256": "ab" * 32, "as_built": True},
+        {"name": "watch_probe.bpf.o", "sha256": "cd" * 32, "as_built": False},
+        {"name": "probes.bpf.o", "sha256": "ef" * 32, "as_built": None},
+        {"name": "prebuilt.bpf.o", "sha256": None, "as_built": False},
+    ]
 
 
 def section(text: str, heading: str) -> list[str]:

@@ -1,0 +1,39 @@
+"""Proof that the suite runs against a wheel that was installed, byte for byte, and not against src/."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+__all__ = ["WHEEL", "difference"]
+
+#: The wheel that must be installed. None: the suite takes what is there, as in a checkout.
+WHEEL = os.environ.get("SOWATCH_TEST_WHEEL") or None
+
+
+def difference(wheel: Path) -> str | None:
+    """What the package that tests import differs in from the wheel; None: in nothing."""
+    import sowatch
+
+    imported = Path(sowatch.__file__).resolve()
+    site = Path(sysconfig.get_path("platlib")).resolve()
+    if imported != site / "sowatch" / "__init__.py":
+        return f"sowatch is imported from {imported}, not from {site}"
+    try:
+        distribution("sowatch")
+    except PackageNotFoundError:
+        return f"no distribution of sowatch is installed in {site}"
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            # pip writes its own list of files, and what stands in .data/ goes elsewhere.
+            if name.endswith(("/", ".dist-info/RECORD")) or ".data/" in name:
+                continue
+            installed = site / name
+            if not installed.is_file():
+                return f"{installed} is missing"
+            if installed.read_bytes() != archive.read(name):
+                return f"{installed} is not the file of {wheel.name}"
+    return None

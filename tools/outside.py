@@ -1,0 +1,91 @@
+"""What the tools of this directory ask of the machine: commands, and Debian's packages. Imports none of them.
+
+apt runs with lists of its own, so that nothing of this machine's configuration or packages changes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+__all__ = ["OutsideError", "apt_options", "mirror", "run"]
+
+KEYS: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+class OutsideError(Exception):
+    """A tool of the system is missing or failed; the message ends with the next step."""
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    next_step: str,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a tool of the system, in ``directory``, and returns what it printed.
+
+    Args:
+        command: and its arguments.
+        next_step: ends the message of an error.
+        directory: where it runs; None: here.
+        environment: variables beside those of this process.
+
+    Raises:
+        OutsideError: it is missing or failed; its last words and ``next_step`` are in the message.
+    """
+    variables = {**os.environ, **environment} if environment else None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory, env=variables)
+    except OSError as error:
+        raise OutsideError(f"cannot run {command[0]}: {error.strerror}. {next_step}") from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        raise OutsideError(f"{command[0]} failed: {words[-1] if words else done.returncode}. {next_step}")
+    return done.stdout
+
+
+def apt_options(state: Path, sources: Sequence[str], *, machine: str = "") -> list[str]:
+    """Options that make apt see these sources only, and keep what it knows of them in ``state``.
+
+    Args:
+        state: a directory; made if need be.
+        sources: lines of a sources.list, with ``{keys}`` where Debian's keys are named.
+        machine: Debian's name of the architecture; default: this one.
+    """
+    for part in ("lists/partial", "cache/archives/partial"):
+        (state / part).mkdir(parents=True, exist_ok=True)
+    listed = state / "sources.list"
+    listed.write_text("".join(line.format(keys=f"[signed-by={KEYS}]") + "\n" for line in sources), encoding="utf-8")
+    options: dict[str, object] = {
+        "Dir::Etc::sourcelist": listed,
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": state / "lists",
+        "Dir::Cache": state / "cache",
+        # Otherwise it warns that its own user cannot write to our directory.
+        "APT::Sandbox::User": "root",
+    }
+    if machine:
+        options["APT::Architecture"] = machine
+        options["APT::Architectures::"] = machine
+    return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+
+
+def mirror(next_step: str) -> str:
+    """The mirror that apt takes Debian from already.
+
+    Raises:
+        OutsideError: it takes nothing from one.
+    """
+    chosen = os.environ.get("SOWATCH_MATRIX_MIRROR")
+    if chosen:
+        return chosen
+    sites = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], next_step=next_step)
+    for site in sites.split():
+        if site.rstrip("/").endswith("/debian"):
+            return site
+    raise OutsideError("apt here takes nothing from a Debian mirror. Set SOWATCH_MATRIX_MIRROR to the URI of one.")
