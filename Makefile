@@ -17,8 +17,8 @@ lint: ## ruff, mypy --strict, clang-format
 test: ## every test this machine can run
 	scripts/test
 
-docs: ## the examples of README and docs, and the pages that are written from code
-	scripts/test tests/unit/docs
+docs: ## the documentation site, into build/site; every warning and wrong link fails it
+	scripts/docs
 
 schema: ## the JSON Schema of events anew, of the types in src/sowatch/model/wire.py
 	.venv/bin/python tools/event_schema.py --write

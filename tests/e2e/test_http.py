@@ -544,11 +544,11 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     assert not any("?" in one["path"] for one in lines[:-1])
 
 
-def test_the_session_of_the_readme_as_it_is_typed(tmp_path: Path, spawn: Any, wait_until: Any) -> None:
+def test_the_session_of_the_page_as_it_is_typed(tmp_path: Path, spawn: Any, wait_until: Any) -> None:
     """From an empty environment, in each shell of the machine; the directory and the port are the test's."""
     place, port = tmp_path / "shop", free_port()
     root = Path(__file__).resolve().parents[2]
-    session = (root / "README.md").read_text(encoding="utf-8").partition("## HTTP inside TLS")[2].partition("## How")[0]
+    session = (root / "docs" / "http.md").read_text(encoding="utf-8").partition("## Try it\n")[2].partition("\n## ")[0]
     typed = [line[2:] for line in session.splitlines() if line.startswith("$ ")]
     (pattern,) = re.findall(r"sowatch http '(.*)'", typed[0])
     shown = re.findall(r"^[0-9:]+ (server|client) +\S+ +(\d+) +\S+ (\S+) +(\S+)", session, flags=re.MULTILINE)

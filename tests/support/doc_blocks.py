@@ -1,4 +1,4 @@
-"""The code blocks of README.md and docs/*.md."""
+"""The code blocks of README.md, CONTRIBUTING.md and docs/."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<marker>(?:not run|run by): [^\n]*) -->\n)?^```(?P<language>[^\n`]*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Block(NamedTuple):
-    """A fenced block: the page it is on, its first line there, its language ("" for none), its text."""
+    """A fenced block: the page it is on, its first line there, its language ("" for none), its text.
+
+    ``marker`` is what a comment above it says of it: ``not run: WHY``, or ``run by: TEST``.
+    """
 
     page: str
     line: int
     language: str
     text: str
+    marker: str | None = None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -30,6 +38,8 @@ def prelude_of(block: Block) -> str:
 def blocks() -> Iterator[Block]:
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
-            line = text.count("\n", 0, found.start()) + 1
-            yield Block(str(path.relative_to(ROOT)), line, found[1], found[2])
+        for found in _BLOCK.finditer(text):
+            if found["language"].startswith("{"):  # a directive of the site
+                continue
+            line = text.count("\n", 0, found.start("language")) + 1
+            yield Block(str(path.relative_to(ROOT)), line, found["language"], found["text"], found["marker"])

@@ -28,7 +28,8 @@ class Text(NamedTuple):
 def pages() -> Iterator[Text]:
     """Line by line: README and its like, docs without the decisions, news, and what is deployed."""
     found = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")]
-    found += [*(ROOT / "docs").glob("*.md"), *(ROOT / "news").glob("*.md")]
+    found += [path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "decisions"]
+    found += (ROOT / "news").glob("*.md")
     found += [path for path in (ROOT / "deploy").rglob("*") if path.is_file()]
     for path in sorted(found):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -59,7 +59,7 @@ _HANGS_S: Final = 20.0
 #: Differences of an audit that are logged one by one.
 _LOGGED_DIFFERENCES: Final = 5
 #: What takes effect without a restart.
-_LIVE: Final = frozenset(
+LIVE_KEYS: Final = frozenset(
     {
         "rules",
         "http",
@@ -330,7 +330,7 @@ class Daemon:
     def _take_over(self, new: Settings) -> None:
         old = self._settings
         changed = [name for name in Settings.__struct_fields__ if getattr(old, name) != getattr(new, name)]
-        kept = [name for name in changed if name not in _LIVE]
+        kept = [name for name in changed if name not in LIVE_KEYS]
         self._needs_restart = tuple(key for name in kept for key in changed_keys(name, old, new))
         actions = self._actions.prepare(new.rules)
         flows = self._flows.prepare(new.http)

@@ -23,6 +23,7 @@ __all__ = [
     "LoadError",
     "NotPermitted",
     "PatternError",
+    "PidNamespaceError",
     "ProcRootError",
     "ProcessGone",
     "ProgramRefused",

@@ -121,14 +121,14 @@ class CallFormat:
 
     @property
     def entry_bytes(self) -> int:
-        """Of the record of an entry; 0: there is none."""
+        """Bytes of an entry's record; 0 if there is none."""
         if not self.arguments and self.result is not None:
             return 0
         return RECORD_BYTES + sum(_padded(one.read_bytes) for one in self.arguments if one.kind >= _STRING)
 
     @property
     def return_bytes(self) -> int:
-        """Of the record of a return; 0: there is none."""
+        """Bytes of a return's record; 0 if there is none."""
         if self.result is None:
             return 0
         return RECORD_BYTES + (_padded(self.result.read_bytes) if self.result.kind >= _STRING else 0)

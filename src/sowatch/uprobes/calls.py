@@ -222,7 +222,7 @@ class CallCounter:
 
     @property
     def records_lost(self) -> int:
-        """Calls, or their results, that are counted and were not recorded: they came faster than they were taken."""
+        """Calls, or their results, that are counted and were not recorded, as they came faster than they were taken."""
         return self._counter(_RECORDS_LOST)
 
     @property

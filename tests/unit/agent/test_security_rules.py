@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,9 @@ def test_a_program_counts_like_a_library(path: str) -> None:
     found = RuleSet([one.make() for one in settings.rules]).match(path, "executable")
     assert isinstance(found, Rule)
     assert found.name != "all"
+
+
+def test_the_rules_that_ship_are_right_as_the_command_checks_them() -> None:
+    command = [sys.executable, "-m", "sowatch", "serve", "--config", str(SHIPPED), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the settings are right\n", "")

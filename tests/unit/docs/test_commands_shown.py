@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 from importlib import import_module
+from itertools import takewhile
 
 import pytest
 
 from sowatch.cli._main import COMMANDS
 from sowatch.cli._parser import Parser
-from support.doc_blocks import blocks
+from support.doc_blocks import ROOT, Block, blocks
 
+_FOR_THE_SHELL = re.compile(r"[|&]|\d?[<>]")
 COMMAND = re.compile(r"^(?:\$ )?(?:sudo )?(?:\.venv/bin/)?sowatch (?P<words>[a-z].*)$")
 
 
 def shown() -> list[str]:
-    """What follows `sowatch` on the lines of blocks that are for a shell, up to a pipe."""
+    """What follows `sowatch` on the lines of blocks that are for a shell, up to a pipe or redirection."""
     found = []
-    for block in blocks():
+    lines = [f"sowatch {words}" for words in re.findall(r"`sowatch ([^`]+)`", (ROOT / "README.md").read_text("utf-8"))]
+    for block in [*blocks(), Block("README.md", 0, "sh", "\n".join(lines))]:
         for line in block.text.splitlines() if block.language in ("", "sh", "console") else ():
             if match := COMMAND.match(line):
                 words = shlex.split(match["words"], comments=True)
-                found.append(shlex.join(words[: words.index("|")] if "|" in words else words))
+                found.append(shlex.join(takewhile(lambda word: not _FOR_THE_SHELL.match(word), words)))
     return sorted(set(found))
 
 

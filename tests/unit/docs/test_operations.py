@@ -11,6 +11,7 @@ import pytest
 
 from sowatch.linux.capabilities import NEEDED
 from sowatch.telemetry.names import CATALOGUE, prometheus_name
+from support.doc_blocks import blocks
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -48,6 +49,20 @@ def runnable_unit(tmp_path: Path) -> Path:
 def test_systemd_finds_no_fault_in_the_unit(runnable_unit: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", runnable_unit], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_systemd
+def test_systemd_finds_no_fault_in_the_unit_with_what_older_kernels_need(runnable_unit: Path) -> None:
+    (block,) = [one for one in blocks() if one.page == "docs/operations.md" and one.language == "ini"]
+    drop_in = runnable_unit.parent / f"{runnable_unit.name}.d"
+    drop_in.mkdir()
+    (drop_in / "attach.conf").write_text(block.text, encoding="utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", runnable_unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # A line of it that systemd does not know would be reported.
+    (drop_in / "attach.conf").write_text(block.text.replace("AmbientCapabilities", "AmbientPowers"), encoding="utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", runnable_unit], capture_output=True, text=True, check=False)
+    assert "AmbientPowers" in done.stderr
 
 
 @needs_systemd

@@ -1,0 +1,95 @@
+"""Every block of code on a page is run by a test, or says why not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sowatch.agent.settings import load_settings
+from support.doc_blocks import ROOT, Block, blocks
+from support.sessions import pages
+
+#: By language which test runs a block that has no marker.
+RUN = {
+    "python": "test_examples.py",
+    "console": "test_sessions.py",
+    "sh": "test_sessions.py",
+    "toml": "test_a_configuration_that_a_page_shows_is_one",
+    "promql": "test_an_expression_that_a_page_shows_is_one",
+}
+#: Output, and what only has a form.
+SHOWN = {"text"}
+
+#: Every reason why a block is not run, with how many blocks have it.
+NOT_RUN: dict[str, int] = {
+    "a stage of .ci/run builds wheels": 1,
+    "examples of usage, which the parser of the command reads": 7,
+    "guests take minutes; .ci/run runs them": 1,
+    "needs systemd, a container engine and a login; "
+    "test_stale_files_stand_below_what_has_to_be_restarted has their cgroups": 1,
+    "the tests run from a checkout that is set up": 2,
+    "they run the tests, and this one is one of them": 1,
+    "what is found by hours of it is in the corpus, which a test replays": 1,
+}
+
+
+def test_no_fence_is_left_out() -> None:
+    for path in {block.page for block in blocks()}:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        fences = [line for line in lines if line.lstrip().startswith("```")]
+        directives = [line for line in fences if line.startswith("```{")]
+        assert len(fences) == 2 * (len([one for one in blocks() if one.page == path]) + len(directives)), path
+
+
+@pytest.mark.parametrize("block", list(blocks()), ids=str)
+def test_a_block_is_run_or_says_why_not(block: Block) -> None:
+    if block.marker is None:
+        assert block.language in RUN.keys() | SHOWN
+    elif block.marker.startswith("run by: "):
+        name = block.marker.removeprefix("run by: ")
+        assert any(f"def {name}(" in path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+
+
+def test_the_reasons_why_blocks_are_not_run_are_these() -> None:
+    reasons = (
+        block.marker.removeprefix("not run: ") for block in blocks() if block.marker and "not run" in block.marker
+    )
+    assert Counter(reasons) == NOT_RUN
+
+
+def test_every_page_with_something_to_type_is_typed() -> None:
+    assert {block.page for block in blocks() if block.language in ("console", "sh") and block.marker is None} == set(
+        pages()
+    )
+
+
+@pytest.mark.parametrize("block", [one for one in blocks() if one.language == "toml"], ids=str)
+def test_a_configuration_that_a_page_shows_is_one(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(block.text, encoding="utf-8")
+    load_settings(str(file), environment={})
+
+
+@pytest.mark.parametrize("block", [one for one in blocks() if one.language == "promql"], ids=str)
+def test_an_expression_that_a_page_shows_is_one(block: Block, tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.fail("this test needs promtool; run scripts/setup --for test")
+    expression = " ".join(block.text.split())
+    rules = tmp_path / "rules.yml"
+    rules.write_text(f"groups: [{{name: page, rules: [{{alert: Shown, expr: {expression!r}}}]}}]\n", encoding="utf-8")
+    done = subprocess.run(["promtool", "check", "rules", rules], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = set()
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        if "decisions" not in path.parts:
+            named |= set(re.findall(r"`(test_\w+)`", path.read_text(encoding="utf-8")))
+    written = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    assert named - set(re.findall(r"\bdef (test_\w+)\(", written)) == set()
