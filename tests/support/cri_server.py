@@ -21,11 +21,12 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-__all__ = ["CriServer", "labels"]
+__all__ = ["CriServer", "labels", "message_classes"]
 
-_TYPES = {"string": 9, "int64": 3, "uint32": 13, "enum": 14}
+_TYPES = {"string": 9, "int64": 3, "uint32": 13, "bool": 8}
 #: By message: by field its number and type; ``map`` is map<string, string>, ``*`` repeated.
-_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+Messages = Mapping[str, Mapping[str, tuple[int, str]]]
+_MESSAGES: Messages = {
     "PodSandboxMetadata": {
         "name": (1, "string"),
         "uid": (2, "string"),
@@ -68,32 +69,33 @@ _ENUMS = {
 }
 
 
-def _classes() -> dict[str, Any]:
+def message_classes(messages: Messages, enums: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Classes of these messages, as protoc would make them."""
     file = descriptor_pb2.FileDescriptorProto(name="api.proto", package="runtime.v1", syntax="proto3")
-    for enum, values in _ENUMS.items():
+    for enum, values in enums.items():
         made = file.enum_type.add(name=enum)
         for number, value in enumerate(values):
             made.value.add(name=value, number=number)
-    for name, fields in _MESSAGES.items():
+    for name, fields in messages.items():
         message = file.message_type.add(name=name)
         for field, (number, kind) in fields.items():
             added = message.field.add(name=field, number=number, label=1)
             if kind == "map":
-                entry = message.nested_type.add(name=f"{field.capitalize()}Entry")
+                entry = message.nested_type.add(name=f"{field.title().replace('_', '')}Entry")
                 entry.field.add(name="key", number=1, label=1, type=9)
                 entry.field.add(name="value", number=2, label=1, type=9)
                 entry.options.map_entry = True
                 added.label, added.type, added.type_name = 3, 11, f".runtime.v1.{name}.{entry.name}"
             elif kind.startswith("enum "):
                 added.type, added.type_name = 14, f".runtime.v1.{kind[5:]}"
-            elif kind in _TYPES:
-                added.type = _TYPES[kind]
+            elif (plain := kind.removeprefix("*")) in _TYPES:
+                added.label, added.type = 3 if kind.startswith("*") else 1, _TYPES[plain]
             else:
                 added.label = 3 if kind.startswith("*") else 1
                 added.type, added.type_name = 11, f".runtime.v1.{kind.removeprefix('*')}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return {one: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"runtime.v1.{one}")) for one in _MESSAGES}
+    return {one: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"runtime.v1.{one}")) for one in messages}
 
 
 def labels(uid: str, name: str, namespace: str, container: str | None = None) -> dict[str, str]:
@@ -121,7 +123,7 @@ class CriServer:
         self._read = read
         self._note = note
         self._closing = threading.Event()
-        classes = _classes()
+        classes = message_classes(_MESSAGES, _ENUMS)
         handlers = {
             "ListPodSandbox": grpc.unary_unary_rpc_method_handler(
                 self._sandboxes(classes),

@@ -34,12 +34,14 @@ class Cri:
 
     Args:
         socket: path of the socket.
+        host_root: where the host's root is, for the case that the path leads nowhere from here: a container that had
+            the socket mounted has a dead one once the runtime was started again.
 
     Raises:
         UsageError: the packages that this takes are not installed.
     """
 
-    def __init__(self, socket: str) -> None:
+    def __init__(self, socket: str, host_root: str = "/proc/1/root") -> None:
         for module in ("grpc", "google.protobuf"):
             if not _is_installed(module):
                 raise UsageError(
@@ -47,7 +49,9 @@ class Cri:
                     "Install it: pip install 'sowatch[kubernetes]'."
                 )
         self.socket = socket
+        self._places = (socket, f"{host_root}{socket}")
         self._channel: Any = None
+        self._is_closed = False
 
     def pods(self, timeout_s: float) -> dict[str, Pod]:
         """By id of each container and of each pod's sandbox, running or not: the pod. Waits that long at most.
@@ -59,7 +63,7 @@ class Cri:
 
         if self._channel is None:
             self._channel = grpc.insecure_channel(
-                f"unix:{self.socket}",
+                f"unix:{self._places[0]}",
                 options=[
                     ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
                     # Servers in Go refuse the path as an authority.
@@ -87,6 +91,9 @@ class Cri:
                     if one.id and (pod := _pod_of(one.labels)) is not None:
                         found[one.id] = pod
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not self._is_closed:
+                self._channel.close()
+                self._channel, self._places = None, self._places[::-1]
             raise SowatchError(self._refusal(error)) from error
         except ValueError as error:  # the channel is closed
             raise SowatchError(f"the container runtime on {self.socket!r} is asked no more") from error
@@ -98,6 +105,7 @@ class Cri:
 
     def close(self) -> None:
         """Ends a question that is under way. Safe to call again."""
+        self._is_closed = True
         channel = self._channel
         if channel is not None:
             channel.close()

@@ -104,13 +104,13 @@ def test_it_mounts_what_it_needs_and_no_more(plain: Rendered) -> None:
     assert writable == ["/run/sowatch"]
 
 
-def test_with_a_socket_of_the_runtime_its_directory_is_mounted() -> None:
+def test_a_socket_of_the_runtime_is_mounted_without_its_directory() -> None:
     found = rendered({"criSocket": "/run/crio/crio.sock"})
     assert found.environment["SOWATCH_WATCH_CRI_SOCKET"] == "/run/crio/crio.sock"
     (mount,) = [one for one in found.container["volumeMounts"] if one["name"] == "cri"]
-    assert (mount["mountPath"], mount["readOnly"]) == ("/run/crio", True)
+    assert (mount["mountPath"], mount["readOnly"]) == ("/run/crio/crio.sock", True)
     (volume,) = [one for one in found.pod["volumes"] if one["name"] == "cri"]
-    assert volume["hostPath"] == {"path": "/run/crio", "type": "Directory"}
+    assert volume["hostPath"] == {"path": "/run/crio/crio.sock", "type": "Socket"}
 
 
 def test_probes_ask_the_agent_and_nothing_behind_it(plain: Rendered) -> None:

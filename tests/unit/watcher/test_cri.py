@@ -80,6 +80,23 @@ def test_a_runtime_that_does_not_answer_is_given_up(runtime: Cri, answers: dict[
         runtime.pods(0.2)
 
 
+def test_a_runtime_that_was_started_again_is_found_by_the_root_of_the_host(
+    directory: Path, answers: dict[str, Any]
+) -> None:
+    dead, root = directory / "cri.sock", directory / "root"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(dead))
+    alive = Path(f"{root}{dead}")
+    alive.parent.mkdir(parents=True)
+    server = CriServer(str(alive), lambda: answers)
+    runtime = Cri(str(dead), str(root))
+    with pytest.raises(SowatchError, match=f"{dead}' did not answer: unavailable"):
+        runtime.pods(10)
+    assert runtime.pods(10).keys() == {SANDBOX, WEB}
+    runtime.close()
+    server.close()
+
+
 def test_what_it_refuses_is_said(runtime: Cri, answers: dict[str, Any]) -> None:
     answers["refuses"] = True
     with pytest.raises(SowatchError, match="unknown: the runtime is not ready"):
