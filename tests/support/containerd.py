@@ -1,4 +1,4 @@
-"""A containerd of the test's own, asked by CRI as a kubelet asks it: real images, pods and containers, without a cluster.
+"""A containerd of the test's own, asked by CRI as a kubelet asks it: real images, pods and containers, no cluster.
 
 It runs in a mount namespace of its own, where tracefs is mounted, and keeps everything in one directory. Pods use the
 host's network, as there is no CNI plugin.
@@ -345,7 +345,7 @@ def agent_config(found: Rendered, volumes: Path) -> dict[str, Any]:
 
 
 def host_python() -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
-    """This Python with sowatch for a container without either: entry point, and volumes and mounts of the host's files."""
+    """This Python with sowatch for a container without either: entry point, volumes and mounts."""
     root = Path(__file__).resolve().parents[2]
     places = {"usr": Path("/usr"), "checkout": root, "python": Path(sys.base_prefix), "venv": Path(sys.prefix)}
     kept = {name: path for name, path in places.items() if name == "usr" or not path.is_relative_to("/usr")}
