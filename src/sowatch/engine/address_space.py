@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, KeysView
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sowatch.bpf.records import (
     FLAG_DELETED,
@@ -185,6 +185,9 @@ class Removal(NamedTuple):
     is_unsure: bool
 
 
+_NOTHING: Final = Removal([], False)
+
+
 class AddressSpace:
     """An address space: the files in it, and the processes that share it (several after CLONE_VM)."""
 
@@ -244,12 +247,15 @@ class AddressSpace:
             layout.wide[file_id] = wide.with_range(start, end)
             return None, []
         nowhere = layout.ranges.add(file_id, start, end)
-        layout.widen({file_id})
+        if layout.ranges.count(file_id) > MAX_FILE_RANGES:
+            layout.widen({file_id})
         return new, [layout.entries.pop(one) for one in nowhere]
 
     def take_away(self, start: int, end: int, *, but: FileId | None = None) -> Removal:
         """Nothing is there any more, but for one file where it was."""
         layout = self._layout
+        if not layout.entries:
+            return _NOTHING
         # Where the last ranges of a file with many end is not known.
         is_unsure = any(end > wide.first[0] and file_id != but for file_id, wide in layout.wide.items())
         if next(layout.ranges.within(start, end), None) is None:

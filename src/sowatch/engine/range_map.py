@@ -82,6 +82,12 @@ class RangeMap(Generic[K]):
         Returns:
             Keys that are nowhere any more: see `MAX_TENTATIVE`.
         """
+        if not self._starts and start < end:  # as most processes have it of their first library
+            self._starts.append(start)
+            self._ends.append(end)
+            self._keys.append((key,))
+            self._counts[key] = 1
+            return []
         first, last = self._overlapped(start, end)
         pieces: list[tuple[int, int, tuple[K, ...]]] = []
         at = start

@@ -360,7 +360,7 @@ class MappingTable:
         del self._processes[pid]
         space = known.space
         space.sharers.remove(known)
-        if not any(sharer.is_announced for sharer in space.sharers):
+        if space.sharers and not any(sharer.is_announced for sharer in space.sharers):
             for sharer in space.sharers:
                 self._announce(sharer, t_ns, effects)  # it outlives the one whose space it shares
         if (space.needs_rescan or is_owed) and space.sharers:
