@@ -17,7 +17,8 @@ def main(words: list[str]) -> int:
         print("usage: python -m docsite DIRECTORY", file=sys.stderr)
         return 2
     site = Path(words[0]).resolve()
-    options = ["-b", "html", "-W", "--keep-going", "-n", "-q", "-j", "auto", "-d", str(site / ".doctrees")]
+    # -E: what was read before has no warnings any more.
+    options = ["-b", "html", "-W", "--keep-going", "-n", "-q", "-E", "-j", "auto", "-d", str(site / ".doctrees")]
     if code := build_main([*options, str(ROOT / "docs"), str(site)]):
         return code
     found = problems(site)

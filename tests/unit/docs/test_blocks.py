@@ -8,9 +8,12 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from sowatch.agent.settings import load_settings
+from support.chart import rendered
 from support.doc_blocks import ROOT, Block, blocks
 from support.sessions import pages
 
@@ -20,6 +23,7 @@ RUN = {
     "console": "test_sessions.py",
     "sh": "test_sessions.py",
     "toml": "test_a_configuration_that_a_page_shows_is_one",
+    "yaml": "test_values_that_a_page_shows_make_manifests",
     "promql": "test_an_expression_that_a_page_shows_is_one",
 }
 #: Output, and what only has a form.
@@ -27,9 +31,10 @@ SHOWN = {"text"}
 
 #: Every reason why a block is not run, with how many blocks have it.
 NOT_RUN: dict[str, int] = {
-    "a stage of .ci/run builds wheels": 1,
-    "examples of usage, which the parser of the command reads": 7,
+    "building wheels takes minutes": 1,
+    "examples of usage, which the parser of the command reads": 8,
     "guests take minutes; .ci/run runs them": 1,
+    "needs a cluster; tests render and validate the chart, and containerd runs its pod": 1,
     "needs systemd, a container engine and a login; "
     "test_stale_files_stand_below_what_has_to_be_restarted has their cgroups": 1,
     "the tests run from a checkout that is set up": 2,
@@ -72,6 +77,19 @@ def test_every_page_with_something_to_type_is_typed() -> None:
 def test_a_configuration_that_a_page_shows_is_one(block: Block, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(block.text, encoding="utf-8")
+    load_settings(str(file), environment={})
+
+
+@pytest.mark.parametrize("block", [one for one in blocks() if one.language == "yaml"], ids=str)
+def test_values_that_a_page_shows_make_manifests(block: Block, tmp_path: Path) -> None:
+    values = yaml.safe_load(block.text)
+    made = rendered(values)
+    for one in made.manifests:
+        if one["kind"] != "PodMonitor":  # not of Kubernetes itself
+            kubernetes_validate.validate(one, "1.37", strict=True)
+    assert values["image"]["repository"] in made.container["image"]
+    file = tmp_path / "config.toml"
+    file.write_text(values["config"], encoding="utf-8")
     load_settings(str(file), environment={})
 
 

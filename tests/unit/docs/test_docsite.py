@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from msgspec import Struct
 from msgspec.structs import fields
 
 import sowatch
@@ -34,6 +36,14 @@ def test_a_key_of_the_configuration_is_in_the_reference(kind: type) -> None:
         assert known[one.name]
         if one.name not in ("watch", "rules", "sinks", "exporters", "http") or kind is not Settings:
             assert f"\n`{one.name}` (" in page
+
+
+def test_every_table_of_the_configuration_is_in_the_reference() -> None:
+    hints = [get_type_hints(Settings)[one.name] for one in fields(Settings)]
+    kinds = {kind for hint in hints for kind in (hint, *get_args(hint)) if isinstance(kind, type)}
+    tables = {kind for kind in kinds if issubclass(kind, Struct)}
+    assert len(tables) > 4
+    assert tables <= {kind for kind, _, _ in configuration._TABLES}
 
 
 def test_a_key_has_its_type_its_default_and_when_a_change_takes_effect() -> None:
