@@ -84,7 +84,8 @@ class Source:
         taken, self._records = self._records, []
         return taken
 
-    def scan_all(self) -> tuple[list[Any], list[Any]]:
+    def scan_all(self, meanwhile: object = None) -> tuple[list[Any], list[Any]]:
+        del meanwhile
         if self.error is not None:
             raise self.error
         return [scan(NGINX, 10, 20, NGINX.map(SSL, t=10), NGINX.map(LIBC, 9 * PAGE, t=10), intro=True)], []

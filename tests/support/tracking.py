@@ -110,7 +110,7 @@ def story(effects: Effects) -> list[Any]:
         (one.is_load, one.cause, one.t_ns, one.process, one.kind, one.name.path, one.name.file_id, *one[6:])
         for one in effects.changes
     ]
-    flags = sorted(effects.throttled), effects.has_untracked_sharers
+    flags = sorted(effects.throttled), sorted(effects.with_untracked_sharers)
     return [changes, effects.verdicts, list(effects.rescans.items()), effects.untrack, flags]
 
 

@@ -37,13 +37,17 @@ class RecordLog:
 
     Args:
         batches: the first ones.
+
+    Attributes:
+        size_bytes: what the records take as bytes.
     """
 
-    __slots__ = ("_batches", "_length")
+    __slots__ = ("_batches", "_length", "size_bytes")
 
     def __init__(self, batches: Iterable[Sequence[Record] | RecordLog] = ()) -> None:
         self._batches: list[bytes | Sequence[Record]] = []
         self._length = 0
+        self.size_bytes = 0
         for batch in batches:
             self.extend(batch)
 
@@ -52,8 +56,13 @@ class RecordLog:
         self._length += len(batch)
         if isinstance(batch, RecordLog):
             self._batches += batch._batches  # noqa: SLF001 - of another one
+            self.size_bytes += batch.size_bytes
+        elif isinstance(batch, Drained):
+            self._batches.append(batch.data)
+            self.size_bytes += len(batch.data)
         elif batch:
-            self._batches.append(batch.data if isinstance(batch, Drained) else batch)
+            self._batches.append(batch)
+            self.size_bytes += sum(record.size for record in batch)
 
     def take_from(self, batch: Sequence[Record], is_taken: Callable[[Record], bool]) -> list[Record]:
         """Adds some records of a batch; gives the others, in order."""
@@ -70,6 +79,7 @@ class RecordLog:
             self._length += len(taken)
             if taken:
                 self._batches.append(b"".join(taken))
+                self.size_bytes += len(self._batches[-1])
         else:
             kept: list[Record] = []
             for record in batch:

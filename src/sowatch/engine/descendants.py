@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, cast
 
 from sowatch.bpf.record_log import RecordLog
@@ -121,9 +121,9 @@ class _FollowingSource:
         self._descendants.note(records)
         return records
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         self._descendants.find()  # at the start, and after a loss
-        scans, records = self._source.scan_all()
+        scans, records = self._source.scan_all(meanwhile)
         self._descendants.note(records)
         return scans, records
 

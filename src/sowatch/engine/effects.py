@@ -33,11 +33,11 @@ class Effects:
         untrack: (tgid, start_ns, activity) of processes the source tracks although nothing of theirs is
             wanted, as far as that activity generation goes.
         throttled: tgids whose changes the kernel dropped, being too many: scans make up for that loss.
-        has_untracked_sharers: a process shares its address space with one that nobody knows: only a full
-            scan finds it.
+        with_untracked_sharers: processes that may share their address space with one that nobody knows: tgid and
+            start_ns.
     """
 
-    __slots__ = ("changes", "has_untracked_sharers", "rescans", "throttled", "untrack", "verdicts")
+    __slots__ = ("changes", "rescans", "throttled", "untrack", "verdicts", "with_untracked_sharers")
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -45,7 +45,7 @@ class Effects:
         self.rescans: dict[int, Causes] = {}
         self.untrack: list[tuple[int, int, int]] = []
         self.throttled: set[int] = set()
-        self.has_untracked_sharers = False
+        self.with_untracked_sharers: dict[int, int] = {}
 
     def __iadd__(self, later: Effects) -> Self:
         """These and then others."""
@@ -54,7 +54,7 @@ class Effects:
         self.rescans.update(later.rescans)
         self.untrack += later.untrack
         self.throttled |= later.throttled
-        self.has_untracked_sharers |= later.has_untracked_sharers
+        self.with_untracked_sharers |= later.with_untracked_sharers
         return self
 
     def answers(self) -> tuple[list[Hashable], list[Hashable]]:

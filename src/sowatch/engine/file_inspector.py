@@ -8,7 +8,6 @@ regular files are read.
 from __future__ import annotations
 
 import os
-import queue
 import re
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Final, NamedTuple
 from cachetools import LRUCache
 
 from sowatch.engine.address_space import Change, MappedFile
+from sowatch.engine.fair_queue import FairQueue
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
@@ -108,13 +108,16 @@ class FileFacts(NamedTuple):
 
 
 class Inspection:
-    """A read of one file that was asked for. ``facts`` is None until it is done."""
+    """A read of one file that was asked for, by one process or by several. ``facts`` is None until it is done."""
 
-    __slots__ = ("asked_s", "facts")
+    __slots__ = ("asked_s", "asker", "facts", "has_begun")
 
-    def __init__(self, asked_s: float, facts: FileFacts | None = None) -> None:
+    def __init__(self, asked_s: float, facts: FileFacts | None = None, asker: int | None = None) -> None:
         self.asked_s = asked_s
         self.facts = facts
+        #: The process in whose queue it waits; None: it waits in those of two.
+        self.asker = asker
+        self.has_begun = False
 
 
 class _Request(NamedTuple):
@@ -166,7 +169,8 @@ class Inspector:
         #: Files that may be being written: when to read them again, and when the pause after that ends.
         self._unfinished: dict[FileId, tuple[float, float]] = {}
         self._lock = threading.Lock()
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        #: By process: one that maps ten thousand files does not keep the file of another one waiting.
+        self._requests = FairQueue[_Request | None]()
         self._under_way: dict[Version, Inspection] = {}
         self._looking: dict[threading.Thread, _Look] = {}
         #: Files that were not read, as that would hang: on which device, for which process.
@@ -196,7 +200,7 @@ class Inspector:
                 request = look.request
                 if request and request.is_own_view and not look.is_at_file and now_s - look.since_s > BUSY_S:
                     look.request = None
-                    self._requests.put(request._replace(skips_process=True))
+                    self._requests.put(request.pid, request._replace(skips_process=True))
 
     def take_recovered(self) -> set[FileId]:
         """Files to be read again: what hung is over, or they may be complete by now."""
@@ -237,18 +241,14 @@ class Inspector:
         name = change.name
         with self._lock:
             version = _version_of(name)
-            inspection = self._under_way.get(version)
+            inspection, pid = self._under_way.get(version), change.process.pid
             if inspection is None:
-                inspection = self._under_way[version] = Inspection(now_s)
-                self._requests.put(
-                    _Request(
-                        inspection,
-                        version,
-                        change.process.pid,
-                        is_own_view,
-                        change.ranges,
-                    )
-                )
+                inspection = self._under_way[version] = Inspection(now_s, asker=pid)
+            elif inspection.has_begun or inspection.asker in (pid, None):
+                return inspection
+            else:
+                inspection.asker = None
+            self._requests.put(pid, _Request(inspection, version, pid, is_own_view, change.ranges))
             return inspection
 
     def close(self, timeout_s: float = 1.0) -> None:
@@ -256,7 +256,7 @@ class Inspector:
         with self._lock:
             threads = list(self._threads)
         for _ in threads:
-            self._requests.put(None)
+            self._requests.put(None, None)
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -266,6 +266,9 @@ class Inspector:
         while (request := self._requests.get()) is not None:
             look = _Look(request)
             with self._lock:
+                if request.inspection.has_begun and not request.skips_process:
+                    continue  # for the other process that has asked for it
+                request.inspection.has_begun = True
                 # One thread for each thing that hangs is enough.
                 others = self._looking.values()
                 is_hopeless = any(one.holds_up(look.pid, look.device, look.since_s) for one in others)

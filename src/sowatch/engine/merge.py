@@ -186,7 +186,7 @@ class _Merge:
         for scan in self._scans:
             known = table.get(scan.tgid)
             if scan.has_untracked_sharers and known is not None and len(known.space.sharers) == 1:
-                effects.has_untracked_sharers = True
+                effects.with_untracked_sharers[scan.tgid] = scan.start_ns
         for pid in self._again:
             if (known := table.get(pid)) is not None:
                 known.space.needs_rescan = True

@@ -22,6 +22,7 @@ from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RepairSchedule, RescanSchedule
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
+from sowatch.engine.sharer_search import SHARERS_REST, SharerSearch
 from sowatch.engine.table import MappingTable
 from sowatch.linux.liveness import has_ended
 from sowatch.linux.pid_namespaces import own_pid
@@ -40,8 +41,6 @@ __all__ = ["Reconciler"]
 MANY_RESCANS: Final = 64
 #: So long after its last scan the pace of a process is forgotten.
 PACE_MEMORY_S: Final = 10
-#: After a full scan triggered by shared address spaces, wait so many times the CPU time it took.
-SHARERS_REST: Final = 20
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
 SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
@@ -97,7 +96,7 @@ class Reconciler:
         self._base = base_report(rules)
         self._schedule = RescanSchedule(source.unread)
         self._repairs = RepairSchedule()
-        self._sharers_at = 0.0
+        self._search = SharerSearch(source, table, self._proc)
         self._ttl_s = config.ignore_ttl_s
         self._names_at = time.monotonic() + self._ttl_s
         self._rules_again_at: float | None = None
@@ -105,7 +104,6 @@ class Reconciler:
         self._has_scanned_all = True
         #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
-        self._needs_full_scan = False
         #: Processes that were reported as throttled since their losses were last counted.
         self._newly_throttled: set[int] = set()
         #: Throttled processes whose rescan repairs their losses, and since when.
@@ -115,12 +113,9 @@ class Reconciler:
         self._unscanned: set[int] = set()
         self.own_pid = own_pid(self._proc) or 0
         self.losses = Losses()
-        self.lost = 0
-        self.throttled = 0
+        self.lost = self.throttled = 0
         self.is_repaired = True
-        self.repairs = 0
-        self.records = 0
-        self.rereads = 0
+        self.repairs = self.records = self.rereads = 0
 
     def detect_own_identity(self) -> None:
         """Finds our root, which shows what processes see the paths that we see, and our real pid."""
@@ -181,8 +176,8 @@ class Reconciler:
         if self._publisher.is_waiting:
             times.append(time.monotonic() + FACTS_TURN_S)
         times += [when for when in (self._repairs.at, self._rules_again_at) if when is not None]
-        if self._needs_full_scan:
-            times.append(self._sharers_at)
+        if self._search.is_asked:
+            times.append(self._search.at)
         return min(times)
 
     def do_what_is_due(self, now: float) -> None:
@@ -201,7 +196,7 @@ class Reconciler:
         if self._rules_again_at is not None and now >= self._rules_again_at:
             self._rules_again_at = None
             self._read_for_rules()
-        if self._needs_full_scan and now >= self._sharers_at:
+        if self._search.is_due(now):
             self._scan_for_sharers()
 
     def tick(self) -> None:
@@ -228,12 +223,12 @@ class Reconciler:
         if time.monotonic() >= self._names_at:
             # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
             self._names_at = time.monotonic() + self._ttl_s
-            self._needs_full_scan = True
+            self._search.needs_full_scan = True
 
     @property
     def is_resting(self) -> bool:
-        """Whether a full scan is due that is put off, so that scans do not take all the CPU time."""
-        return self._needs_full_scan and time.monotonic() < self._sharers_at
+        """Whether a search or full scan is put off, so that scans do not take all the CPU time."""
+        return self._search.is_resting
 
     def sync(self) -> None:
         """Drains, and scans every process that needs a rescan, and compat processes; a few times at most.
@@ -251,7 +246,7 @@ class Reconciler:
             self._repair()
         for _ in range(10):
             self.drain()
-            if self._needs_full_scan and time.monotonic() >= self._sharers_at:
+            if self._search.is_due(time.monotonic()):
                 self._scan_for_sharers()
             is_flood = len(self._table.needs_rescan) > MANY_RESCANS
             if not self._schedule.expedite(self._table.needs_rescan, begun):
@@ -278,7 +273,7 @@ class Reconciler:
 
     def _note(self, effects: Effects) -> None:
         """Takes what the table asks for; `_flush` carries it out."""
-        self._needs_full_scan |= effects.has_untracked_sharers
+        self._search.ask(effects.with_untracked_sharers)
         self._newly_throttled |= effects.throttled
         for pid in effects.throttled:
             self._schedule.slow_down(pid)
@@ -393,18 +388,17 @@ class Reconciler:
         self._report(Report.NOTHING)
         self.rereads += len(due)
         self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=between))
-        self._note(self._table.apply(*concerned.take()))
+        concerned.apply_kept(lambda kept: self._note(self._table.apply(*kept)), take_others)
         for pid in gone:
             self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
     def _apply_others(self, records: list[Record]) -> None:
-        """Applies records of processes that are not scanned now; publishes at once if no change waits before."""
+        """Applies and publishes records of processes that are not scanned now; what waits is of those that are."""
         effects = self._table.apply(*records)
-        if not self._effects.changes:
-            self._publisher.publish(effects.changes)
-            effects.changes = []
+        self._publisher.publish(effects.changes)
+        effects.changes = []
         self._note(effects)
 
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
@@ -415,12 +409,12 @@ class Reconciler:
     def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], RecordLog]:
         if len(due) > MANY_RESCANS or not self._can_read_one:
             begun_s = self._cpu_s()
-            scans, meanwhile = self._scan_all()
+            scans, records = self._scan_all(take_others)
             if self._can_read_one:
                 self._schedule.few_until = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
             for pid in due.keys() & set(self._source.unread):
                 self._table.await_rescan(pid, due[pid])
-            return [scan for scan in scans if scan.tgid in due], meanwhile
+            return [scan for scan in scans if scan.tgid in due], records
         found = []
         for pid, causes in due.items():
             begun_s = self._cpu_s()
@@ -435,11 +429,11 @@ class Reconciler:
                     found.append(scan)
         return found, RecordLog()
 
-    def _scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
-        """The scans of all processes that can be read, and the records drained meanwhile."""
+    def _scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
+        """The scans of all processes that can be read, and the records drained in the place of ``meanwhile``."""
         self._has_scanned_all = False
         try:
-            found = self._source.scan_all()
+            found = self._source.scan_all(meanwhile)
         except ScanTimeout:
             return [], RecordLog()
         self._has_scanned_all = True
@@ -473,12 +467,16 @@ class Reconciler:
         return {scan.tgid for scan in scans}
 
     def _scan_for_sharers(self) -> None:
-        """Finds the untracked sharers of each mm, by a full scan."""
+        """Scans processes together with their untracked sharers, or all if it is not known who those are."""
         begun_s = self._cpu_s()
-        self._needs_full_scan = False
-        self._read_everything(LIVE)
+        due = self._search.take(self.drain, can_find=self._can_read_one)
+        if due is None:
+            self._read_everything(LIVE)
+        elif due:
+            self._table.begin_rescans(due)
+            self._scan(dict.fromkeys(due, LIVE))
         self._flush()
-        self._sharers_at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
+        self._search.at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
 
     def _cpu_s(self) -> float:
         """CPU seconds of this thread and of the helpers that scan."""

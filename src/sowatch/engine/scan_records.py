@@ -14,8 +14,8 @@ from sowatch.bpf.records import ProcessRecord, Record, RecordType
 
 __all__ = ["ScanRecords"]
 
-#: So many records that wait for the merge are enough; whatever comes then stays where it is.
-MAX_WAITING: Final = 2_000
+#: So much may wait for the merge, as much as the ring holds; whatever comes then stays where it is.
+MAX_WAITING_BYTES: Final = 8 << 20
 
 
 class ScanRecords:
@@ -34,7 +34,7 @@ class ScanRecords:
 
     def take_others(self, drain: Callable[[], list[Record]], apply: Callable[[list[Record]], None]) -> None:
         """Drains while the scan or its merge is under way, and applies what does not concern it."""
-        if len(self._waiting) < MAX_WAITING:
+        if self._waiting.size_bytes < MAX_WAITING_BYTES:
             apply(self.keep_back(drain()))
 
     def keep_back(self, records: Sequence[Record]) -> list[Record]:
@@ -49,6 +49,13 @@ class ScanRecords:
             pids.add(record.tgid)
             return True
         return False
+
+    def apply_kept(self, apply: Callable[[Iterable[Record]], None], take_others: Callable[[], None]) -> None:
+        """Applies what was kept, in parts, and between them takes what others do; what is kept meanwhile comes last."""
+        for batch in self.take().batches():
+            apply(batch)
+            take_others()
+        apply(self.take())
 
     def take(self) -> RecordLog:
         """Those that were kept since the last call, in order."""

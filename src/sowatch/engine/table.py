@@ -257,7 +257,7 @@ class MappingTable:
         if known is not None:
             known.space.needs_rescan = True
         if tentative.flags & FLAG_SHARED_VM:
-            effects.has_untracked_sharers = True
+            effects.with_untracked_sharers[tentative.tgid] = tentative.start_ns
 
     def _process(self, record: Record, effects: Effects) -> ProcessState:
         """The process of a record, made if it is new. A pid with another start is another process."""
@@ -321,7 +321,7 @@ class MappingTable:
         if parent is None or child.was_read:
             # A child is visible to a scan a moment before its fork is reported: it was copied already.
             if record.flags & FLAG_SHARED_VM:
-                effects.has_untracked_sharers = True
+                effects.with_untracked_sharers[record.tgid] = record.start_ns
             self._note_if_idle(record.tgid, record.start_ns, record.activity, effects)
             return
         if not record.path:

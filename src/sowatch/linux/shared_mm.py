@@ -1,17 +1,22 @@
-"""`shares_mm`: whether two processes share their address space, asked without a lock of it."""
+"""Which processes share their address space, asked without the lock of it that a reader of its mappings takes."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["shares_mm"]
+from sowatch.linux.proc import Miss, ProcFs
+
+__all__ = ["find_sharers", "shares_mm"]
 
 #: kcmp(2), Linux 3.5; it may be left out of a kernel (CONFIG_KCMP).
 _NUMBERS: Final = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "loongarch64": 272}
 _KCMP_VM: Final = 1
+#: kthreadd, in the initial pid namespace: it has no address space, as a leader that has ended before its threads.
+_WITHOUT_MM: Final = 2
 
 
 def shares_mm(pid: int, other: int) -> bool:
@@ -19,8 +24,52 @@ def shares_mm(pid: int, other: int) -> bool:
 
     Needs the right to trace both, and takes none of the locks that a reader of ``/proc/PID/maps`` waits for.
     """
-    number = _NUMBERS.get(os.uname().machine)
+    number = _number()
     return number is not None and _libc().syscall(number, pid, other, _KCMP_VM, 0, 0) == 0
+
+
+def find_sharers(proc: ProcFs, pid: int, pids: Iterable[int]) -> set[int] | None:
+    """Which of these processes share the address space of one, itself left out; by kcmp(2), so some microseconds each.
+
+    Args:
+        proc: where the pids are from; of our own pid namespace.
+        pid: the one; its first thread must be there.
+        pids: the others.
+
+    Returns:
+        None if it cannot be determined: the kernel has no kcmp, or does not allow it for this one, or it has ended.
+    """
+    own, reference = proc.stat(pid), proc.stat(_WITHOUT_MM)
+    if isinstance(own, Miss) or own.is_dead or isinstance(reference, Miss) or not reference.is_kernel_thread:
+        return None
+    found = set()
+    for other in pids:
+        if other == pid:
+            continue
+        is_same = shares_mm(pid, other)
+        if not is_same and shares_mm(_WITHOUT_MM, other):
+            is_same = any(shares_mm(pid, tid) for tid in _threads(proc, other))
+        if is_same:
+            found.add(other)
+    # The right to trace is one to an address space and to a user namespace, and whoever shares the first is in the same
+    # of the second: if it is there for this one, others for which it is not do not share.
+    return found if shares_mm(pid, pid) else None
+
+
+def _threads(proc: ProcFs, pid: int) -> list[int]:
+    """Those of a process whose first thread has ended; none of a kernel thread."""
+    stat = proc.stat(pid)
+    if isinstance(stat, Miss) or stat.is_kernel_thread or stat.threads < 2:
+        return []
+    try:
+        return [int(name) for name in os.listdir(f"{proc.root}/{pid}/task")]
+    except OSError:
+        return []  # it has ended
+
+
+@functools.cache
+def _number() -> int | None:
+    return _NUMBERS.get(os.uname().machine)
 
 
 @functools.cache

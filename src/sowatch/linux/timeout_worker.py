@@ -105,7 +105,7 @@ class TimeoutWorker:
         timeout_s: float,
         *,
         progress: Callable[[], int] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
         turn_s: float = 0.05,
         on_return: Callable[[], None] | None = None,
     ) -> T:
@@ -138,7 +138,7 @@ class TimeoutWorker:
         job: _Job[T],
         timeout_s: float,
         progress: Callable[[], int] | None,
-        meanwhile: Callable[[], None] | None,
+        meanwhile: Callable[[], object] | None,
         turn_s: float,
     ) -> bool:
         """Whether the call has returned in time."""

@@ -158,8 +158,11 @@ class EventSource(Protocol):
     def drain(self) -> list[Record]:
         """What happened since the last call, in the order of the ring."""
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         """The mappings of every process that is not ``unread`` then, and the records drained meanwhile.
+
+        Args:
+            meanwhile: drains, in the place of the scan: called repeatedly during it, if the source allows a drain then.
 
         Raises:
             ScanTimeout: no process could be read.

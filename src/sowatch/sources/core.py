@@ -204,13 +204,13 @@ class BpfSource:
             self._places.clear()  # an answer without a place is asked for again
         self._places[record.key] = record.place
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
-        meanwhile = RecordLog()
-
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
+        drained = RecordLog()
+        take = meanwhile or (lambda: drained.extend(self.drain()))
         grouping = Grouping()
 
         def drain(scan: IteratorScan) -> None:
-            meanwhile.extend(self.drain())
+            take()
             if scan.unparsed_bytes > MAX_UNPARSED_BYTES:
                 grouping.add(self._noting_places(scan.rows()))
 
@@ -221,14 +221,13 @@ class BpfSource:
             try:
                 self._run_scan(scan, meanwhile=lambda: drain(scan))
                 grouping.add(self._noting_places(scan.rows()))
-                return grouping.scans(), meanwhile
+                return grouping.scans(), drained
             except ScanTimeout as timeout:
                 # Its rows stop where nobody knows. What it has cleared and introduced is read again.
                 if timeout.is_refused or not self._can_iterate_one:
                     raise
                 self.unread.forget(0)
-        scans = self._read_each(lambda: meanwhile.extend(self.drain()))
-        return scans, meanwhile
+        return self._read_each(take), drained
 
     def _read_each(self, drain: Callable[[], None]) -> list[ProcessScan]:
         """Process by process, but those that hang: the iterator over all would stop at the first of them."""

@@ -124,9 +124,10 @@ class OldKernelSource(BpfSource):
 
     # ---- scans --------------------------------------------------------------------------------
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         scans: list[ProcessScan] = []
-        meanwhile = RecordLog()
+        drained = RecordLog()
+        take = meanwhile or (lambda: drained.extend(self.drain()))
         known: dict[Hashable, _Answer] = {}
         pool = RowPool()
         self._reading_tgid.value = 0
@@ -139,8 +140,8 @@ class OldKernelSource(BpfSource):
                     continue
                 if scan is not None:
                     scans.append(scan)
-            meanwhile.extend(self.drain())
-        return scans, meanwhile
+            take()
+        return scans, drained
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         del meanwhile  # a drain may read processes itself, so it cannot come within a scan

@@ -211,7 +211,8 @@ class ProcfsSource:
                 LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
                 return []
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
+        del meanwhile  # what changed is found by the scan itself
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
             records, pool = self._poll_all(), RowPool()

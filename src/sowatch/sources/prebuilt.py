@@ -362,9 +362,10 @@ class PrebuiltSource:
 
     # ---- scans --------------------------------------------------------------------------------
 
-    def scan_all(self) -> tuple[list[ProcessScan], RecordLog]:
+    def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         scans: list[ProcessScan] = []
-        meanwhile = RecordLog()
+        drained = RecordLog()
+        take = meanwhile or (lambda: drained.extend(self.drain()))
         self._reader.pool = RowPool()
         try:
             for place, pid in enumerate(self._reader.proc.pids()):
@@ -377,10 +378,10 @@ class PrebuiltSource:
                 if scan is not None:
                     scans.append(scan)
                 if place % DRAIN_EVERY == 0:
-                    meanwhile.extend(self.drain())
+                    take()
         finally:
             self._reader.pool = None
-        return scans, meanwhile
+        return scans, drained
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         del meanwhile  # a drain may read processes itself, so it cannot come within a scan

@@ -113,7 +113,7 @@ class UnreadProcesses:
         call: Callable[[], T],
         *,
         progress: Callable[[], int] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> T:
         """What the call returns or raises; it runs on a helper thread.
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sowatch import Rule, Watcher, awatch, watch
-from sowatch.bpf.records import Record
+from sowatch.bpf.record_log import RecordLog
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, UsageError
 from sowatch.model.events import LibraryEvent
@@ -172,10 +172,10 @@ class Interrupted(BpfSource):
         super().__init__(*args)
         self.is_closed = threading.Event()
 
-    def scan_all(self) -> tuple[list[ProcessScan], list[Record]]:
+    def scan_all(self, meanwhile: Any = None) -> tuple[list[ProcessScan], RecordLog]:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         self.is_closed.wait(0.5)
-        return super().scan_all()
+        return super().scan_all(meanwhile)
 
     def close(self) -> None:
         self.is_closed.set()

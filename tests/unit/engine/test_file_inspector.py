@@ -237,6 +237,22 @@ def test_files_are_read_in_the_order_they_were_asked_for(reader: Reader, gate: G
     assert [name for name, _ in gate.calls] == ["a.so", "b.so", "c.so"]
 
 
+def test_the_file_of_one_process_does_not_wait_behind_all_files_of_another_one(
+    reader: Reader, gate: Gate, file: NAMES
+) -> None:
+    goes_on = gate.hold("first.so")
+    reader.ask(file("first.so"))
+    reader.wait_held()
+    for name in ("many1.so", "many2.so", "many3.so"):
+        reader.ask(file(name))
+    reader.ask(file("honest.so"), pid=ME + 1)
+    shared = reader.ask(file("many3.so"), pid=ME + 2)
+    goes_on.set()
+    reader.wait_done(5)
+    assert [name for name, _ in gate.calls] == ["first.so", "many1.so", "honest.so", "many3.so", "many2.so"]
+    assert reader.inspector.take_finished().count(shared) == 1
+
+
 # ---- files that are being written ---------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ class Scripted:
         self.read.append(pid)
         return scan(FLOODER, 10, 20) if pid == FLOODER.pid else None
 
-    def scan_all(self):
+    def scan_all(self, meanwhile=None):
         self.read.append("all")
         return [scan(FLOODER, 10, 20)], []
 
@@ -209,16 +209,16 @@ def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, config
 
 
 def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(reconciler, source):
-    reconciler._needs_full_scan = True
+    reconciler._search.needs_full_scan = True
     reconciler.sync()
     assert source.read == ["all"]
-    reconciler._sharers_at = time.monotonic() + 60  # as after a scan of three seconds
+    reconciler._search.at = time.monotonic() + 60  # as after a scan of three seconds
     for _ in range(5):
-        reconciler._needs_full_scan = True
+        reconciler._search.needs_full_scan = True
         reconciler.sync()
         assert reconciler.is_resting
     assert source.read == ["all"]
-    reconciler._sharers_at = 0.0
+    reconciler._search.at = 0.0
     assert not reconciler.is_resting
     reconciler.sync()
     assert source.read == ["all", "all"]
@@ -250,7 +250,7 @@ def test_a_process_that_hangs_is_not_read_again_until_it_can_be(reconciler, sour
 
 
 def test_a_loss_is_not_said_to_be_repaired_as_long_as_nobody_can_be_read(reconciler, source, reported):
-    def refuse():
+    def refuse(_):
         raise ScanTimeout(0, is_refused=True)
 
     source.scan_all, read = refuse, source.scan_all

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sowatch.engine import scan_records
 from sowatch.engine.effects import LIVE
 from sowatch.engine.merge import merge
-from sowatch.engine.scan_records import MAX_WAITING, ScanRecords
+from sowatch.engine.scan_records import ScanRecords
 from sowatch.engine.table import MappingTable
 from sowatch.model.rules import RuleSet
 from sowatch.sources import scan_rows
@@ -23,9 +24,10 @@ def test_records_of_a_scanned_process_and_of_its_children_are_keep_back_in_order
     assert list(concerned.take()) == []
 
 
-def test_beyond_the_limit_nothing_is_drained_before_the_merge():
+def test_beyond_the_limit_nothing_is_drained_before_the_merge(monkeypatch):
+    monkeypatch.setattr(scan_records, "MAX_WAITING_BYTES", 1000)
     concerned = ScanRecords([ONE.pid])
-    concerned.keep_back([ONE.map(SSL, t=1)] * MAX_WAITING)
+    concerned.keep_back([ONE.map(SSL, t=1)._replace(size=100)] * 10)
     drained = []
 
     def drain():
@@ -37,6 +39,20 @@ def test_beyond_the_limit_nothing_is_drained_before_the_merge():
     concerned.take()
     concerned.take_others(drain, lambda _: None)
     assert drained == [True]
+
+
+def test_what_was_kept_is_applied_in_parts_and_what_others_do_between_them():
+    concerned = ScanRecords([ONE.pid])
+    concerned.keep_back([ONE.map(SSL, t=1), ONE.range(0, PAGE, t=2)])
+    concerned.keep_back([ONE.exit(t=3)])
+    applied, came = [], [[OTHER.map(SSL, t=4), ONE.exit(t=5)], []]
+
+    def apply(records):
+        applied.extend(record.t_ns for record in records)
+
+    concerned.apply_kept(apply, lambda: concerned.take_others(lambda: came.pop(0), apply))
+    assert applied == [1, 2, 4, 3, 5]
+    assert list(concerned.take()) == []
 
 
 def test_what_others_do_is_applied_between_the_slices_of_a_merge():

@@ -266,9 +266,9 @@ def test_a_child_whose_exec_was_lost_and_that_has_nothing_leaves_its_parent_what
 def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(table):
     p = Proc()
     feed(table, p.map(SSL, BASE))
-    assert not table.kept.has_untracked_sharers
+    assert not table.kept.with_untracked_sharers
     feed(table, p.map(CRYPTO, BASE + 8 * PAGE, flags=FLAG_SHARED_VM))
-    assert table.kept.has_untracked_sharers
+    assert table.kept.with_untracked_sharers
     assert list(table.needs_rescan) == [10]
 
 
@@ -276,14 +276,14 @@ def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless
     first, second = Proc(10), Proc(11)
     alone = scan(first, 1, 2, first.map(SSL, BASE, t=2), space=99, flags=FLAG_SHARED_VM)
     table.merge([alone], [], LIVE)
-    assert table.kept.has_untracked_sharers
-    table.kept.has_untracked_sharers = False
+    assert table.kept.with_untracked_sharers
+    table.kept.with_untracked_sharers.clear()
     both = [
         scan(first, 4, 5, first.map(SSL, BASE, t=5), space=99, flags=FLAG_SHARED_VM),
         scan(second, 6, 7, intro=True, space=99, flags=FLAG_SHARED_VM),
     ]
     table.merge(both, [], LIVE)
-    assert not table.kept.has_untracked_sharers
+    assert not table.kept.with_untracked_sharers
 
 
 def test_the_introduction_in_a_reading_of_one_in_company_lets_nobody_settle_it(table):
