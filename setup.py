@@ -14,6 +14,7 @@ import os
 import runpy
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ BINDING = "sowatch.bpf._libbpf"
 #: The limited API gives one binary for every Python from 3.11 on. cffi's C file asks for it by itself,
 #: but not in debug builds, and free-threaded builds have none.
 LIMITED_API = not (sysconfig.get_config_var("Py_GIL_DISABLED") or sysconfig.get_config_var("Py_DEBUG"))
+
+#: Man pages and completions, as scripts/manual has written them; the sdist has them, a checkout need not.
+SHARE = Path("share")
 
 
 def binding_builder() -> dict[str, Any]:
@@ -154,7 +158,16 @@ class Wheel(bdist_wheel):
             self.py_limited_api = "cp311"
 
 
+def shared_files() -> list[tuple[str, Sequence[str]]]:
+    """The files of `SHARE` by the directory below the prefix that they go to."""
+    found = sorted(path for path in SHARE.rglob("*") if path.is_file())
+    return [
+        (str(parent), [str(path) for path in found if path.parent == parent]) for parent in {p.parent for p in found}
+    ]
+
+
 setup(
+    data_files=shared_files(),
     ext_modules=[
         Extension(
             BINDING,

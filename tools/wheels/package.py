@@ -52,7 +52,11 @@ def make_sdist(work: Path, libbpf_headers: Path) -> Path:
             programs["compile_programs"](machine, includes, tree / _PREBUILT / machine)
         except programs["BuildError"] as error:
             raise OutsideError(str(error)) from error
-    _build(["--sdist"], tree, work / "dist", {})
+    version = run([sys.executable, "-m", "setuptools_scm"], next_step=NEXT_STEP, directory=ROOT).strip()
+    manual: list[str | Path] = [sys.executable, tree / "tools/manual.py", tree / "share", version]
+    run(manual, next_step=NEXT_STEP, environment={"PYTHONPATH": str(tree / "src")})
+    # The copy has no git to take the version from; what is made of the sdist finds it there.
+    _build(["--sdist"], tree, work / "dist", {"SETUPTOOLS_SCM_PRETEND_VERSION": version})
     return next((work / "dist").glob("*.tar.gz"))
 
 

@@ -18,7 +18,7 @@ from sowatch.cli._parser import Parser, TextAsked, did_you_mean
 from sowatch.cli._stop import hold_signals, obey_interrupts
 from sowatch.model.errors import SowatchError, UsageError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "command_parser", "main", "main_parser"]
 
 #: The commands, with the first line of each one's help: `sowatch --help` imports none of them.
 COMMANDS: Final = {
@@ -146,22 +146,21 @@ def _dispatch(argv: Sequence[str], out: Out) -> int:
         argv = [*argv[1:2], "--help"]
     name, rest = argv[0], argv[1:]
     if name.startswith("-"):
-        _main_parser().parse_args([name])
+        main_parser().parse_args([name])
         raise UsageError(f"{name} needs a command before it. See `sowatch --help`.")
     if name not in COMMANDS:
         raise UsageError(
             f"unknown command {name!r}.{did_you_mean(name, COMMANDS)} Use one of: {', '.join(COMMANDS)}; "
             "or see `sowatch --help`."
         )
-    command = _command(name)
-    parser = Parser(prog=f"sowatch {name}", description=command.__doc__)
-    command.configure(parser)
+    command, parser = command_parser(name)
     args = parser.parse_words(rest)
     _show_log_records()
     return int(command.run(args, out=out, warn=_warn))
 
 
-def _main_parser() -> Parser:
+def main_parser() -> Parser:
+    """What understands the options of `sowatch` itself; its commands are only named."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = Parser(
@@ -174,8 +173,12 @@ def _main_parser() -> Parser:
     return parser
 
 
-def _command(name: str) -> Any:
-    return importlib.import_module(f"sowatch.cli.{name}")
+def command_parser(name: str) -> tuple[Any, Parser]:
+    """The module of a command, and what understands its arguments."""
+    command = importlib.import_module(f"sowatch.cli.{name}")
+    parser = Parser(prog=f"sowatch {name}", description=command.__doc__)
+    command.configure(parser)
+    return command, parser
 
 
 def _warn(message: str) -> None:

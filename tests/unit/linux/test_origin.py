@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,7 @@ def test_what_is_no_id_is_not_taken_for_one_nor_for_that_of_another_root(tmp_pat
 
 def test_the_origin_is_this_host_this_boot_and_this_package() -> None:
     found = origin_of(ProcFs())
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     assert found.host == socket.gethostname()
     assert found.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert found.version == sowatch.__version__ == project["version"]
+    assert found.version == sowatch.__version__ == version("sowatch")
