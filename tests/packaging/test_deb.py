@@ -1,0 +1,139 @@
+"""The Debian package in clean roots of the releases it is for: installed, run and purged. `scripts/deb --test`.
+
+There is no compiler in these roots, and nothing of sowatch's but the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clean_root import Root
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = os.environ.get("SOWATCH_DEB_SUITES", "bookworm trixie").split()
+#: What the package depends on, and what looks at its parts.
+PACKAGES = ["python3", "libbpf1", "libgcc-s1", "ca-certificates", "systemd", "man-db", "bash-completion", "zsh", "fish"]
+#: What dpkg and apt keep for themselves, and the index of man pages.
+THEIRS = ("/var/lib/dpkg/", "/var/lib/apt/", "/var/cache/", "/var/log/apt/", "/var/log/dpkg.log", "/tmp/", "/build")
+DEB = "/build/dist/sowatch.deb"
+
+
+def package() -> Path:
+    made = sorted((ROOT / "dist").glob("sowatch_*.deb"))
+    assert len(made) == 1, "scripts/deb makes the package"
+    return made[0]
+
+
+def open_root(suite: str) -> Root:
+    return Root(suite, PACKAGES, {DEB: package()})
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def suite(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def root(suite) -> Iterator[Root]:
+    with open_root(suite) as made:
+        made.install(DEB)
+        yield made
+
+
+def files(root: Root) -> set[str]:
+    listed = root.run(["find", "/", "-xdev", "-printf", "%y %m %u:%g %p %l\n"]).stdout.splitlines()
+    return {line for line in listed if not line.split(" ")[3].startswith(THEIRS)}
+
+
+def packages(root: Root) -> set[str]:
+    return set(root.run(["dpkg-query", "--show", "--showformat", "${Package} ${Status}\n"]).stdout.splitlines())
+
+
+def test_there_is_no_compiler_and_no_header_of_libbpf(root) -> None:
+    for name in ("cc", "gcc", "clang", "pkg-config", "pip"):
+        assert root.run(["sh", "-c", f"command -v {name}"], check=False).returncode != 0, name
+    assert root.run(["test", "-e", "/usr/include/bpf/bpf.h"], check=False).returncode != 0
+
+
+def test_the_command_shows_the_version_of_the_package(root) -> None:
+    version = root.run(["dpkg-query", "--show", "--showformat", "${Version}", "sowatch"]).stdout
+    assert root.run(["sowatch", "--version"]).stdout == f"sowatch {version.replace('~', '.', 1)}\n"
+
+
+def test_only_the_package_itself_is_installed(suite) -> None:
+    with open_root(suite) as fresh:
+        before = packages(fresh)
+        fresh.install(DEB)
+        assert packages(fresh) - before == {"sowatch install ok installed"}
+
+
+def test_doctor_finds_that_the_core_strategy_works(root) -> None:
+    report = json.loads(root.run(["sowatch", "doctor", "--json"]).stdout)
+    assert report["decision"]["strategy"] == "core"
+    assert report["decision"]["guarantee"] == "exact"
+
+
+def test_watch_reports_a_library_that_a_process_of_the_root_loads(root) -> None:
+    command = root.command(["sowatch", "watch", "--json", "--strategy", "core", "--kind", "library", "libbz2"])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
+        events = (json.loads(line) for line in watch.stdout)
+        assert next(event for event in events if event["event"] == "ready")["strategy"] == "core"
+        root.run(["python3", "-c", "import bz2"])
+        load = next(event for event in events if event["event"] == "load" and event["cause"] == "mmap")
+        watch.send_signal(signal.SIGTERM)
+        last = list(events)[-1]
+    assert load["process"]["comm"] == "python3"
+    assert "/libbz2.so.1.0" in load["library"]["path"]
+    assert last["event"] == "stopped"
+    assert watch.returncode == 0
+
+
+def test_the_agent_takes_the_configuration_that_is_installed(root) -> None:
+    assert root.run(["sowatch", "serve", "--check"]).stdout == "the settings are right\n"
+
+
+def test_http_has_what_it_needs(root) -> None:
+    command = root.command(["sowatch", "http", "--json", "--duration", "0.1"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(root) -> None:
+    done = root.run(["systemd-analyze", "verify", "sowatch.service"], check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_unit_is_neither_enabled_nor_started_by_the_installation(root) -> None:
+    assert root.run(["systemctl", "is-enabled", "sowatch"], check=False).stdout == "disabled\n"
+
+
+def test_what_a_user_has_on_pythons_path_does_not_get_into_the_command(root) -> None:
+    shadow = {"PYTHONPATH": "/tmp/shadow"}
+    root.run(["sh", "-c", "mkdir -p /tmp/shadow && echo 'raise SystemExit(9)' >/tmp/shadow/msgspec.py"])
+    assert root.run(["sowatch", "--version"], environment=shadow).returncode == 0
+
+
+def test_purge_leaves_nothing(suite) -> None:
+    with open_root(suite) as fresh:
+        fresh.run(["apt-get", "-qq", "update"])
+        before = files(fresh)
+        fresh.run(["apt-get", "-qq", "-y", "install", DEB])
+        installed = files(fresh) - before
+        fresh.run(["sowatch", "doctor"])
+        fresh.run(["sowatch", "list"])
+        # What the service makes, by hand: there is no systemd that runs.
+        fresh.run(["sh", "-c", "mkdir -p /var/log/private/sowatch && ln -s private/sowatch /var/log/sowatch"])
+        fresh.run(["apt-get", "-qq", "-y", "purge", "sowatch"])
+        left = files(fresh) - before
+        gone = before - files(fresh)
+    assert any("/usr/lib/sowatch/sowatch/bpf/programs/" in one for one in installed)
+    assert any(one.endswith(".pyc ") for one in installed), "compiled when it is installed"
+    assert (left, gone) == (set(), set())
