@@ -1,10 +1,10 @@
 """What the agent takes of a node's memory and CPU, as the kernel charges it to a pod: with the maps of its programs.
 
-``python -m benchmarks.pod [--quick]``: `sowatch serve` with the chart's defaults (every shared library of every process) in a
-memory cgroup with the chart's limit; first with 500 processes of ten libraries each beside it, then while the mixed workload
-of `benchmarks.soak` runs, too. The limit holds the process, its page cache and what the kernel keeps for it: maps, descriptors,
-page tables. Root only, and a hierarchy of version 1 or 2 with the memory controller; so it is not among what
-``benchmarks/run`` runs.
+``python -m benchmarks.pod [--quick]``: `sowatch serve` with the chart's defaults (every shared library of every
+process) in a memory cgroup with the chart's limit; first with 500 processes of ten libraries each beside it, then
+while the mixed workload of `benchmarks.soak` runs, too. The limit holds the process, its page cache and what the kernel
+keeps for it: maps, descriptors, page tables. Root only, and a hierarchy of version 1 or 2 with the memory controller;
+so it is not among what ``benchmarks/run`` runs.
 """
 
 from __future__ import annotations
