@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import helm_python as helm
@@ -192,7 +193,7 @@ def test_a_value_that_cannot_be_is_refused(values: dict[str, Any]) -> None:
         rendered(values)
 
 
-def test_the_versions_of_chart_and_package_are_one() -> None:
+def test_the_chart_is_of_the_newest_version_of_the_changelog() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'version = "{chart["appVersion"]}"' in text
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[([^]]+)\]", text, flags=re.MULTILINE)[0] == chart["appVersion"] == chart["version"]
