@@ -12,9 +12,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from sowatch.inventory.coverage import coverage_line, coverage_of_answers
-from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.mapping_lines import mapping_line
 from sowatch.inventory.staleness import NOT_PERMITTED, Disk
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import ProcFs
 from sowatch.model import wire
 from sowatch.model.encoding import dumps

@@ -27,10 +27,10 @@ from sowatch.agent.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
-from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.explained import with_staleness
 from sowatch.inventory.stale_watch import StaleWatch, file_key
 from sowatch.inventory.staleness import StaleAnswer, Staleness, badness
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import ProcFs
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError, UsageError

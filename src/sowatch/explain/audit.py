@@ -14,6 +14,7 @@ import stat
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Final, Literal
 
@@ -21,12 +22,12 @@ from msgspec import Struct
 
 from sowatch.engine.queries import Known, KnownFile, KnownProcess
 from sowatch.linux.descriptors import close_fd
+from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.openat import reopen
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.linux.proc_parse import MapRow, seen_path
-from sowatch.linux.timeout_worker import CallTimeout, TimeoutWorker
 from sowatch.model import wire_explain, wire_reports
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import RuleSet
@@ -101,6 +102,7 @@ def audit(
     unread: Callable[[], Iterable[int]] = tuple,
     *,
     only: int | None = None,
+    hanging: HangingCalls | None = None,
 ) -> AuditReport:
     """Compares all live processes.
 
@@ -110,9 +112,10 @@ def audit(
         rules: which files the table should have.
         unread: returns the processes that the watch itself could not read.
         only: just this one.
+        hanging: what does not answer, from one audit to the next.
     """
     begun = time.monotonic()
-    images = _Images(proc)
+    images = _Images(proc, hanging)
     pids = proc.pids() if only is None else [only]
     differences: set[Difference] = set()
     hung: set[int] = set()
@@ -253,14 +256,14 @@ class _Images:
     The process itself may say so of any file, so the file has to be one that the kernel can start a process with.
     """
 
-    def __init__(self, proc: ProcFs) -> None:
+    def __init__(self, proc: ProcFs, hanging: HangingCalls | None = None) -> None:
         self.proc = proc
         self._kinds: dict[tuple[int, int, int], frozenset[str] | None] = {}
-        self._worker = TimeoutWorker("sowatch-audit")
+        self._calls = DiskCalls("sowatch-audit", hanging)
 
     def close(self) -> None:
         """Ends its thread."""
-        self._worker.close()
+        self._calls.close()
 
     def tentatives(self, pid: int, rows: Iterable[MapRow]) -> dict[MapRow, str]:
         """The rows that the process says are such, and which."""
@@ -279,10 +282,8 @@ class _Images:
         """Whether the file of a row can be of that kind; also if it cannot be read."""
         file = (row.major, row.minor, row.inode)
         if file not in self._kinds:
-            try:
-                self._kinds[file] = self._worker.run(lambda: self._read(pid, row), READ_TIMEOUT_S)
-            except CallTimeout:
-                self._kinds[file] = None
+            read = partial(self._read, pid, row)
+            self._kinds[file] = self._calls.run(read, None, READ_TIMEOUT_S, place=("image", pid, file))
         kinds = self._kinds[file]
         return kinds is None or kind in kinds
 

@@ -37,6 +37,7 @@ from sowatch.explain.probing import tls_answer, unprobed, unread_answer
 from sowatch.explain.records import Candidate, FileLook, MappedIn, PathReport, ProcessReport, Seen
 from sowatch.linux.containers import container_id
 from sowatch.linux.descriptors import close_fd
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.memory_files import is_memory
@@ -77,6 +78,8 @@ class ExplainContext(Struct, frozen=True):
     is_repaired: Callable[[], bool]
     #: Whether the mapping table is from what ``/proc`` shows us, so that it lacks processes that may not be read.
     reads_proc: bool = False
+    #: What does not answer, from one question to the next; None: nobody asks again.
+    hanging: HangingCalls | None = None
 
     @property
     def exports(self) -> frozenset[str]:
@@ -91,7 +94,7 @@ def explain(target: int | str | os.PathLike[str], context: ExplainContext) -> Pr
         SowatchError: there is no such process, or no such file and nobody has one of that name mapped.
         UsageError: the id of a thread, an empty path, or one with a NUL in it.
     """
-    with TimeoutWorker() as worker:
+    with TimeoutWorker(hanging=context.hanging) as worker:
         if isinstance(target, int):
             return _explain_process(target, context, worker)
         return _explain_path(os.fspath(target), context, worker)
@@ -133,7 +136,7 @@ def _explain_process(pid: int, context: ExplainContext, worker: TimeoutWorker) -
     report = process_report(
         facts, known, memory, looks, context.rules, differences, now_ns=now_ns, monotonic_ns=monotonic_ns
     )
-    tls = None if is_unread else worker.run(partial(look_for_tls, context.proc, pid))
+    tls = None if is_unread else worker.run(partial(look_for_tls, context.proc, pid), ("tls", pid))
     if tls is None or isinstance(tls, Miss):
         return replace(report, http=unread_answer(tls))
     unprobed_paths = {one.library.path for one in report.mappings if one.unprobed}
@@ -162,7 +165,7 @@ def _resolved(proc: ProcFs, pid: int, rows: list[MapRow] | Miss, worker: Timeout
     """Rows with what their text leaves open, see `ProcFs.resolve`."""
     if isinstance(rows, Miss):
         return rows
-    return worker.run(partial(proc.resolve, pid, rows)) or rows
+    return worker.run(partial(proc.resolve, pid, rows), ("names", pid)) or rows
 
 
 def _root_of(proc: ProcFs, pid: int) -> str:
@@ -221,12 +224,14 @@ def _looks(
         if time.monotonic() > end_s:
             found[group] = _SKIPPED
         else:
-            found[group] = worker.run(partial(look_at, context.proc, subject, context.exports)) or _NO_ANSWER
+            look = partial(look_at, context.proc, subject, context.exports)
+            found[group] = worker.run(look, ("look", subject.pid, subject.file_id)) or _NO_ANSWER
     return found
 
 
 def _differences(pid: int, context: ExplainContext) -> tuple[Difference, ...]:
-    return audit(lambda: context.query(pid, lambda _: True), context.proc, context.rules, only=pid).differences
+    query = partial(context.query, pid, lambda _: True)
+    return audit(query, context.proc, context.rules, only=pid, hanging=context.hanging).differences
 
 
 def paths_named(proc: ProcFs, name: str, known: Collection[str] = ()) -> tuple[str, ...]:
@@ -265,7 +270,7 @@ def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> 
     if not path or "\0" in path:
         raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
     found: list[PathFacts] = []
-    look = worker.run(lambda: _look_at_path(path, context.exports, found.append)) or _NO_ANSWER
+    look = worker.run(lambda: _look_at_path(path, context.exports, found.append), ("path", path)) or _NO_ANSWER
     plain = os.path.abspath(path)
     facts = (
         found[0] if found else PathFacts(plain, plain, None, "the file system does not answer", None, could_look=False)
@@ -310,7 +315,8 @@ def _memory_facts(
                 file_id = FileId(row.major, row.minor, row.inode)
                 ranges = ((row.start, row.end),)
                 subject = Subject(pid, facts.path, file_id, ranges, is_own_view=False, is_deleted=True)
-                look = worker.run(partial(look_at, context.proc, subject, context.exports)) or _NO_ANSWER
+                read = partial(look_at, context.proc, subject, context.exports)
+                look = worker.run(read, ("look", pid, file_id)) or _NO_ANSWER
                 shown = Shown(row.major, row.minor, row.inode)
                 return replace(facts, file_type=MEMORY, error=None, shown=shown), look
     return facts, look
@@ -397,7 +403,7 @@ def _mapped(
             file = files.find(group)
             is_same = same_file(facts, file_ids, group, file)
             if is_same is None:
-                is_same = worker.run(partial(_is_mapped, facts, proc, pid, group))
+                is_same = worker.run(partial(_is_mapped, facts, proc, pid, group), ("mapped", pid, group.inode))
             relation = relation_of(facts, group.path, is_deleted=group.is_deleted, is_same_file=is_same)
             if relation is not None:
                 load = None if file is None else file.load

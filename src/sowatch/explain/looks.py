@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import fcntl
 import os
-import queue
 import stat
 import sys
-import threading
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar
 
 from msgspec.structs import replace
 
 from sowatch.explain.records import FileLook, Range, Try
+from sowatch.linux import disk_calls
 from sowatch.linux.descriptors import close_fd
+from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import search_exports
 from sowatch.linux.mapped_file import NOT_REGULAR, Place, build_id_of_copied_up, find_mapped, mapped_build_id
 from sowatch.linux.openat import file_system_of, reopen
 from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.timeout_worker import CallTimeout
 from sowatch.model.identity import FileId
 from sowatch.model.wire_explain import By, ElfState
 
@@ -44,12 +44,16 @@ FS_IOC_GETVERSION: Final = 0x80087601
 
 
 class TimeoutWorker:
-    """Does what may hang on a thread of its own, and leaves that behind if it does. A context manager."""
+    """Does what may hang on a thread of its own, and leaves that behind if it does. A context manager.
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    Args:
+        patience_s: how long it waits.
+        hanging: what does not answer, shared with other workers in any thread. Default: its own.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S, hanging: HangingCalls | None = None) -> None:
         self._patience_s = patience_s
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
-        self._thread: threading.Thread | None = None
+        self._calls = DiskCalls("sowatch-explain", hanging)
         self._stuck = 0
 
     def __enter__(self) -> Self:
@@ -58,47 +62,22 @@ class TimeoutWorker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(wait=True)
+        self._calls.close()
 
-    def run(self, job: Callable[[], T]) -> T | None:
-        """What the job returns or raises; None if it takes too long, or others did before."""
-        if self._stuck >= MAX_STUCK:
+    def run(self, job: Callable[[], T], place: disk_calls.Place | None = None) -> T | None:
+        """What the job returns or raises; None if it takes too long, or others did before.
+
+        Args:
+            job: what to do.
+            place: what it depends on: where a job of anybody hangs, no other is begun.
+        """
+        if self._stuck >= MAX_STUCK or (place is not None and self._calls.hangs(place)):
             return None
-        if self._jobs is None:
-            self._jobs = queue.SimpleQueue()
-            # A daemon: what hangs must not keep the process.
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="sowatch-explain", daemon=True)
-            self._thread.start()
-        answer: Future[T] = Future()
-
-        def do() -> None:
-            try:
-                answer.set_result(job())
-            except BaseException as error:  # noqa: BLE001 - it goes to the one that asked
-                answer.set_exception(error)
-
-        self._jobs.put(do)
         try:
-            return answer.result(self._patience_s)
-        except TimeoutError:
-            if answer.done():
-                return answer.result()
+            return self._calls.run_in_time(job, place, self._patience_s)
+        except CallTimeout:
             self._stuck += 1
-            self._leave(wait=False)
             return None
-
-    def _leave(self, *, wait: bool) -> None:
-        jobs, self._jobs = self._jobs, None
-        thread, self._thread = self._thread, None
-        if jobs is not None:
-            jobs.put(None)  # a thread that is stuck ends as soon as it is not any more
-        if thread is not None and wait:
-            thread.join()
-
-
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
 
 
 class Subject(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Final, NamedTuple
 
-from sowatch.inventory.disk_calls import DiskCalls, HangingCalls
+from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from sowatch.explain import ProcessReport
-from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.staleness import Disk, seen_at
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import ProcFs
 
 __all__ = ["with_staleness"]

@@ -16,10 +16,10 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
-from sowatch.inventory.disk_calls import HangingCalls
 from sowatch.inventory.roots import DirectoryState, RootKey
 from sowatch.inventory.stale_history import StaleHistory
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import RenewedCause

@@ -21,11 +21,11 @@ from typing import Final, NamedTuple, Self, TypeVar
 from msgspec import Struct
 
 from sowatch.inventory.copied_up import Copies, build_id_of
-from sowatch.inventory.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.inventory.file_names import given_up_name
 from sowatch.inventory.owners import owners
 from sowatch.inventory.roots import DirectoryState, RootKey, Roots
 from sowatch.linux.descriptors import close_fd
+from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.linux.file_times import FileTimes, file_times
 from sowatch.linux.mapped_file import is_on_overlay, mapped_build_id
 from sowatch.linux.memory_files import is_memory

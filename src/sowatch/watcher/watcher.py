@@ -28,6 +28,7 @@ from sowatch.engine.subscription import SubscriberQueue
 from sowatch.engine.table import MappingTable
 from sowatch.engine.workers import ActiveFile, RuleWorker
 from sowatch.linux.containers import container_id
+from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
@@ -110,6 +111,7 @@ class Watcher:
         self._is_started = False
         self._is_stopped = False
         self._audit_lock = threading.Lock()
+        self._hanging = HangingCalls()
         self._audits = 0
         self._audit_differences = 0
         self._stopped = threading.Event()
@@ -336,7 +338,7 @@ class Watcher:
         engine = self._running_engine()
         with self._changing_rules:  # the rules of the mapping table must not change during it
             rules = self._publisher.in_force.rules
-            report = audit(engine.query, self._asked_anew(), rules, lambda: engine.unread)
+            report = audit(engine.query, self._asked_anew(), rules, lambda: engine.unread, hanging=self._hanging)
         with self._audit_lock:
             self._audits += 1
             self._audit_differences = len(report.differences)
@@ -402,6 +404,7 @@ class Watcher:
             open_verdicts=engine.open_verdicts,
             is_repaired=lambda: engine.reconciler.is_repaired,
             reads_proc=self.ready is not None and self.ready.strategy in ("prebuilt", "procfs"),
+            hanging=self._hanging,
         )
 
     def _asked_anew(self) -> ProcFs:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sowatch.inventory import disk_calls
-from sowatch.inventory.disk_calls import DiskCalls, HangingCalls
+from sowatch.linux import disk_calls
+from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.timeout_worker import CallTimeout
 
 
