@@ -15,19 +15,19 @@ def markdown(_: str) -> str:
     """A section for each line by its ``event``, then one for each object that lines share."""
     schema = json.loads(files("sowatch.model").joinpath("event.schema.json").read_text(encoding="utf-8"))
     lines = {
-        one["if"]["properties"]["event"]["const"]: one["then"]["$ref"].rpartition("/")[2]
+        one["if"]["properties"]["event"]["const"]: _name(one["then"])
         for one in schema["allOf"]
         if "$ref" in one["then"] and "const" in one["if"]["properties"]["event"]
     }
     definitions = schema["$defs"]
     made = [escaped(schema["description"]), "## Lines"]
     for event, name in lines.items():
-        made.append(f"### Line {event}\n\n{_object(definitions[name], 'event')}")
+        made.append(f"### Line {event}\n\n{_object(definitions, name, 'event')}")
     made.append("## Objects and values in lines")
     for name, definition in definitions.items():
         if name in lines.values():
             continue
-        body = _object(definition) if "properties" in definition else _value(definition)
+        body = _object(definitions, name) if "properties" in definition else _value(definition)
         made.append(f"### Value {name}\n\n{body}")
     return "\n\n".join(made) + "\n"
 
@@ -36,8 +36,9 @@ def _value(definition: dict[str, Any]) -> str:
     return f"{escaped(definition.get('description', ''))} ({_type(definition)})"
 
 
-def _object(definition: dict[str, Any], *left_out: str) -> str:
-    """Its description, and a row for each member."""
+def _object(definitions: dict[str, Any], name: str, *left_out: str) -> str:
+    """The description of a definition, and a row for each member."""
+    definition = definitions[name]
     made = [escaped(definition.get("description", "")), ""]
     members = {
         name: member
@@ -49,7 +50,8 @@ def _object(definition: dict[str, Any], *left_out: str) -> str:
     made += ["| member | type | meaning |", "|---|---|---|"]
     needed = definition.get("required", ())
     for name, member in members.items():
-        words = [member.get("description", "")]
+        shared = definitions[_name(member)] if "$ref" in member else {}
+        words = [member.get("description") or shared.get("description", "")]
         if member.get("deprecated"):
             words.insert(0, "Deprecated.")
         if name not in needed:
@@ -60,8 +62,7 @@ def _object(definition: dict[str, Any], *left_out: str) -> str:
 
 def _type(member: dict[str, Any]) -> str:
     if "$ref" in member:
-        name = member["$ref"].rpartition("/")[2]
-        return f"[{name}](#value-{name})"
+        return f"[{_name(member)}](#value-{_name(member)})"
     if "const" in member:
         return f"`{json.dumps(member['const'])}`"
     if "enum" in member:
@@ -73,3 +74,9 @@ def _type(member: dict[str, Any]) -> str:
         return f"list of {_type(member['items'])}" if member.get("items") else "list"
     kind = member.get("type", "any")
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def _name(member: dict[str, Any]) -> str:
+    """Of the definition that a member is."""
+    name: str = member["$ref"].rpartition("/")[2]
+    return name

@@ -58,7 +58,10 @@ def test_every_line_of_the_schema_is_in_the_reference() -> None:
     for event in ("load", "unload", "ready", "lost", "stopped", "mapping", "http", "trace", "explain"):
         assert f"\n### Line {event}\n" in page
     assert "| `cause` | `exec`, `fork`, `mmap`, `repair`, `snapshot` |  |" in page
-    assert "| `process` | [process](#value-process) |" in page
+    assert (
+        "| `process` | [process](#value-process) | The process as it was then. What could not be read is null. |"
+        in page
+    )
 
 
 def test_everything_public_is_in_the_reference() -> None:

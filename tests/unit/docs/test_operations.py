@@ -37,6 +37,20 @@ def test_every_metric_to_alert_on_exists() -> None:
     assert named <= known
 
 
+def test_every_expression_to_alert_on_is_one(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.fail("this test needs promtool; run scripts/setup --for test")
+    section = PAGE.partition("## What to alert on\n")[2].partition("\n## ")[0]
+    cells = [re.split(r"(?<!\\)\|", row)[1] for row in section.splitlines() if row.startswith("| `")]
+    found = [one.replace("\\|", "|") for cell in cells for one in re.findall(r"`([^`]+)`", cell)]
+    assert len(found) > 12
+    rules = tmp_path / "rules.yml"
+    alerts = ", ".join(f"{{alert: A{number}, expr: {expression!r}}}" for number, expression in enumerate(found))
+    rules.write_text(f"groups: [{{name: page, rules: [{alerts}]}}]\n", encoding="utf-8")
+    done = subprocess.run(["promtool", "check", "rules", rules], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture
 def runnable_unit(tmp_path: Path) -> Path:
     """The unit with a command that is there, whatever is installed where."""
