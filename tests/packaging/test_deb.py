@@ -111,6 +111,57 @@ def test_systemd_finds_nothing_wrong_with_the_unit(root) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_bash_loads_the_completion_when_it_is_asked_for(root) -> None:
+    script = """
+        . /usr/share/bash-completion/bash_completion
+        _completion_loader sowatch 2>/dev/null || _comp_load sowatch
+        function_name=$(complete -p sowatch | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        COMP_WORDS=(sowatch list --st) COMP_CWORD=2
+        "$function_name" sowatch --st list
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    assert set(root.run(["bash", "-c", script]).stdout.split()) == {"--stale", "--strategy"}
+
+
+def test_fish_completes_commands_options_and_values(root) -> None:
+    def complete(line: str) -> set[str]:
+        found = root.run(["fish", "--no-config", "-c", f"complete -C {line!r}"]).stdout.splitlines()
+        return {one.split("\t")[0] for one in found}
+
+    assert complete("sowatch wa") == {"watch"}
+    assert complete("sowatch list --sta") == {"--stale"}
+    assert complete("sowatch watch --strategy p") == {"prebuilt", "procfs"}
+
+
+def test_zsh_completes_commands_and_options(root) -> None:
+    # In a terminal of its own, as zsh completes in its line editor only.
+    script = """
+        zmodload zsh/zpty
+        zpty shell zsh -f -i
+        zpty -w shell 'PS1=; autoload -Uz compinit; compinit -u; print STARTED'
+        zpty -r -m shell line '*STARTED*STARTED*'
+        zpty -w -n shell $'sowatch list --st\t\t'
+        zpty -r -m shell line '*--strategy*'
+        print -r -- "$line"
+        zpty -w -n shell $'\x15sowatch wa\t --kin\t'
+        zpty -r -m shell line '*watch --kind*'
+        print -r -- "$line"
+        zpty -d shell
+    """
+    shown = root.run(["timeout", "60", "zsh", "-f", "-c", script]).stdout
+    assert "--stale" in shown
+    assert "watch --kind" in shown
+
+
+def test_each_man_page_is_shown_and_has_no_fault(root) -> None:
+    pages = root.run(["sh", "-c", "cd /usr/share/man/man1 && ls sowatch*"]).stdout.split()
+    assert len(pages) > 10
+    for page in pages:
+        done = root.run(["man", "--warnings", "--encoding=ascii", page.removesuffix(".1.gz")])
+        assert done.stderr == ""
+        assert "SYNOPSIS" in done.stdout
+
+
 def test_the_unit_is_neither_enabled_nor_started_by_the_installation(root) -> None:
     assert root.run(["systemctl", "is-enabled", "sowatch"], check=False).stdout == "disabled\n"
 

@@ -34,6 +34,8 @@ NOT_RUN: dict[str, int] = {
     "building wheels takes minutes": 1,
     "examples of usage, which the parser of the command reads": 8,
     "guests take minutes; .ci/run runs them": 1,
+    "it installs a package; `scripts/deb --test` does so in clean roots": 1,
+    "it makes a release": 1,
     "needs a cluster; tests render and validate the chart, and containerd runs its pod": 1,
     "needs systemd, a container engine and a login; "
     "test_stale_files_stand_below_what_has_to_be_restarted has their cgroups": 1,
