@@ -128,6 +128,36 @@ def test_a_command_that_answers_once_ends_when_it_is_told_to(
     assert command.returncode == -signal.SIGTERM
 
 
+def test_run_ends_with_its_command_though_its_lines_can_be_written_no_more(
+    silent: SilentFileSystem, make_library: Any, spawn: Any, tmp_path: Path, deadline: Any
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with SilentFileSystem(other, make_library("libtaken.so")) as taken:
+        lines = f"/proc/{taken.pid}/root{taken.path}"
+        words = ["run", "-o", lines, "nothing-has-this", "--", "sh", "-c", "echo up; read x; exit 7"]
+        running = spawn([SOWATCH, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert running.stdout.readline() == b"up\n"
+        assert Path(lines).read_text()[13:].startswith("ready: ")
+        taken.fall_silent()
+        _, said = running.communicate(b"x\n", timeout=deadline(30))
+        assert taken.asked.is_set()
+    assert running.returncode == 7
+    assert b"the file system of its output does not answer" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_whose_output_cannot_be_opened_ends_when_it_is_told_to(
+    silent: SilentFileSystem, spawn: Any, deadline: Any, number: signal.Signals
+) -> None:
+    lines = f"/proc/{silent.pid}/root{silent.path}"
+    running = spawn([SOWATCH, "run", "-o", lines, "--", "true"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert silent.asked.wait(deadline(20))
+    running.send_signal(number)
+    running.communicate(timeout=deadline(15))
+    assert running.returncode == (-number if number == signal.SIGTERM else 130)
+
+
 def test_explain_ends(silent: SilentFileSystem, answer: Any) -> None:
     (report,) = answer("explain", "--json", "--rule", OURS, silent.pid)
 

@@ -25,9 +25,10 @@ _IN: Final = struct.Struct("=IIQQIIIHH")
 _OUT: Final = struct.Struct("=IiQ")
 _INIT_OUT: Final = struct.Struct("=IIIIHHIIHHI28x")
 _ATTR: Final = struct.Struct("=QQQQQQIIIIIIIIII")
-_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _STATFS = 1, 2, 3, 14, 15, 17
+_LOOKUP, _FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE, _STATFS = 1, 2, 3, 4, 14, 15, 16, 17
 _RELEASE, _FLUSH, _INIT, _OPENDIR, _RELEASEDIR, _INTERRUPT, _BATCH_FORGET = 18, 25, 26, 27, 29, 36, 42
 _ROOT, _FILE = 1, 2
+_FATTR_SIZE: Final = 1 << 3
 NAME: Final = "libsilent.so"
 
 #: Maps argv[2] from a mount namespace that has the file system on argv[3], then says so.
@@ -137,8 +138,18 @@ class SilentFileSystem:
         if opcode == _READ:
             offset, size = struct.unpack_from("=8xQI", body)
             return 0, self._content[offset : offset + size]
+        if opcode == _WRITE:
+            _, offset, size = struct.unpack_from("=QQI", body)
+            data = body[-size:]
+            self._content = self._content[:offset].ljust(offset, b"\0") + data + self._content[offset + size :]
+            return 0, struct.pack("=II", size, 0)
+        if opcode == _SETATTR:
+            valid, size = struct.unpack_from("=I12xQ", body)
+            if valid & _FATTR_SIZE:
+                self._content = self._content[:size].ljust(size, b"\0")
         answers: dict[int, Callable[[], bytes]] = {
             _GETATTR: lambda: struct.pack("=QII", 0, 0, 0) + self._attr(node),
+            _SETATTR: lambda: struct.pack("=QII", 0, 0, 0) + self._attr(node),
             _OPEN: lambda: struct.pack("=QII", 0, 0, 0),
             _OPENDIR: lambda: struct.pack("=QII", 0, 0, 0),
             _STATFS: lambda: struct.pack("=QQQQQIIII24x", 0, 0, 0, 0, 0, 4096, 255, 4096, 0),

@@ -15,7 +15,7 @@ from typing import Final, NoReturn, Self
 from sowatch.cli._front import leave_front
 from sowatch.model.errors import SowatchError
 
-__all__ = ["HeldCommand"]
+__all__ = ["CommandError", "HeldCommand"]
 
 #: siginfo_t.si_code of a signal from the terminal, which reaches the command by itself (asm-generic/siginfo.h).
 _SI_KERNEL: Final = 0x80

@@ -59,6 +59,9 @@ class Out:
     Text is collected by `write` and leaves with `flush`. A reader that stopped reading is waited
     for, but once `finish_within` was called only that long: a signal must be able to end us.
 
+    Attributes:
+        written_bytes: so far; any thread may read it.
+
     Raises:
         SowatchError: the descriptor is not open for writing.
     """
@@ -73,6 +76,7 @@ class Out:
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         self._parts: list[str] = []
+        self.written_bytes = 0
         self._deadline_s: float | None = None
 
     def write(self, text: str) -> int:
@@ -118,6 +122,7 @@ class Out:
                     f"cannot write to standard output: {error.strerror}. Give it somewhere that takes the data."
                 ) from error
             view = view[written:]
+            self.written_bytes += written
 
     def discard(self) -> None:
         """Forget what was not written yet."""
