@@ -13,14 +13,13 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from support.doc_blocks import Block, blocks
 
-__all__ = ["Interrupted", "Shell", "Step", "missing_lines", "pages", "steps", "steps_of"]
+__all__ = ["Shell", "Step", "missing_lines", "pages", "steps", "steps_of"]
 
 #: What differs from run to run and from kernel to kernel: times, numbers, addresses, directories, hook sets.
 _CHANGES: Final = re.compile(
@@ -111,38 +110,6 @@ def _words(line: str) -> set[str]:
     return set(_WORD.findall(_CHANGES.sub(" ", line)))
 
 
-class Interrupted:
-    """A command in the foreground of a terminal of its own, until Ctrl-C."""
-
-    def __init__(self, command: str, directory: Path, environment: dict[str, str]) -> None:
-        self._output = directory / f".foreground-{time.monotonic_ns()}"
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=directory,
-                env=environment,
-            )
-
-    def output(self) -> str:
-        """What it has written until now."""
-        return self._output.read_text(encoding="utf-8")
-
-    def interrupt(self, timeout_s: float) -> str:
-        """Ctrl-C; all that it has written."""
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(timeout_s)
-        return self.output()
-
-    def kill(self) -> None:
-        """The end, if it is still there."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-
 class Shell:
     """bash in a directory, where ``sudo``, ``sowatch`` and ``python`` are those of this checkout; a context manager."""
 
@@ -155,11 +122,12 @@ class Shell:
             "sowatch": f'exec {sys.executable} -m sowatch "$@"',
             "python": f'exec {sys.executable} "$@"',
             "python3": 'exec /usr/bin/python3 "$@"',
-            "sudo": 'exec "$@"',
+            # There is a program of that name in one of several packages only.
+            "sudo": '[ "$1" != kill ] || { "$@"; exit; }\nexec "$@"',
         }.items():
             (own / name).write_text(f"#!/bin/sh\n{text}\n", encoding="ascii")
             (own / name).chmod(0o755)
-        self.environment = {
+        self._environment = {
             "PATH": f"{own}:{os.environ['PATH']}",
             "HOME": str(directory),
             "LC_ALL": "C.UTF-8",
@@ -184,7 +152,7 @@ class Shell:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
-                env=self.environment,
+                env=self._environment,
                 pass_fds=(todo, done),
                 start_new_session=True,
             )
@@ -213,6 +181,7 @@ class Shell:
         assert is_over, f"{command!r} did not end; until then it wrote:\n{text}"
         return text
 
-    def start(self, command: str) -> Interrupted:
-        """A command that goes on beside the others."""
-        return Interrupted(command, self._directory, self.environment)
+    def elsewhere(self, command: str) -> list[str]:
+        """What runs a command in the same place and environment, in a terminal of its own."""
+        environment = [f"{name}={value}" for name, value in self._environment.items()]
+        return ["env", f"--chdir={self._directory}", *environment, "bash", "-c", f"exec {command}"]

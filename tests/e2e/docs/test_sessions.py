@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.doc_blocks import Block
+from support.screen import Terminal
 from support.sessions import Shell, Step, missing_lines, pages, steps, steps_of
 
 USER_OF_LIBSSL = "import ssl, sys; print('ready', flush=True); sys.stdin.read()"
+
+#: The commands of a page together.
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_there_are_pages_with_sessions() -> None:
@@ -22,9 +25,7 @@ def test_there_are_pages_with_sessions() -> None:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_each_command_of_a_page_shows_what_the_page_shows(
-    page: str, place: Path, spawn: Any, deadline: Any, wait_until: Any
-) -> None:
+def test_each_command_of_a_page_shows_what_the_page_shows(page: str, place: Path, spawn: Any, deadline: Any) -> None:
     if shutil.which("cc") is None:
         pytest.fail("this test needs a C compiler; run scripts/setup --for test")
     # Pages show what is mapped when a watch begins: by this process.
@@ -34,25 +35,21 @@ def test_each_command_of_a_page_shows_what_the_page_shows(
         todo = iter(steps(page))
         for step in todo:
             if step.is_interrupted:
-                beside(step, next(todo), shell, deadline, wait_until)
+                beside(step, next(todo), shell, deadline)
                 continue
             output = shell.type(step.typed)
             assert missing_lines(step.shown, output) == [], f"{step} wrote:\n{output}"
 
 
-def beside(first: Step, second: Step, shell: Shell, deadline: Any, wait_until: Any) -> None:
-    """Types the second command while the first one runs, and ends that when it has shown what the page shows."""
-    running = shell.start(first.typed)
-    try:
-        wait_until(lambda: "ready: " in running.output(), 20, f"{first} is ready")
+def beside(first: Step, second: Step, shell: Shell, deadline: Any) -> None:
+    """Types the second command while the first one runs in a terminal, until that shows what the page shows."""
+    command = shell.elsewhere(first.typed)
+    with Terminal(command, columns=160, rows=500, timeout_s=deadline(30)) as terminal:
+        terminal.wait_for(lambda lines: any("ready: " in line for line in lines), f"that {first} is ready")
         shell.type(second.typed)
-        end = time.monotonic() + deadline(20)
-        while missing := missing_lines(first.shown[:-1], running.output()):
-            assert time.monotonic() < end, f"{first} did not show {missing}, but:\n{running.output()}"
-            time.sleep(0.05)
-        assert missing_lines(first.shown, running.interrupt(deadline(20))) == [], first
-    finally:
-        running.kill()
+        terminal.wait_for(lambda lines: not missing_lines(first.shown, "\n".join(lines)), f"all of {first}")
+        terminal.press("\x03")
+        assert terminal.wait_for_end() == 0
 
 
 def block(language: str, text: str) -> Block:

@@ -16,6 +16,9 @@ from support.pages import chromium
 
 WIDTH = 400
 
+#: Whichever test is the first has the build of the site, which takes its time beside others.
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,7 +58,6 @@ def page(browser: Any, deadline: Any) -> Iterator[Any]:
     assert faults == []
 
 
-@pytest.mark.timeout(300)
 def test_every_page_fits_a_telephone(site: Path, page: Any) -> None:
     pages = sorted(path for path in site.rglob("*.html") if path.parent.name != "decisions")
     assert len(pages) > 30
