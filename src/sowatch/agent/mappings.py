@@ -6,19 +6,20 @@ So who may use the socket learns what is stale, and of which package, without an
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 from msgspec.structs import replace
 
-from sowatch.inventory.coverage import coverage_line, coverage_of_answers
+from sowatch.inventory.coverage import Coverage, coverage_line, coverage_of_answers
 from sowatch.inventory.mapping_lines import mapping_line
 from sowatch.inventory.staleness import NOT_PERMITTED, Disk
+from sowatch.linux.containers import container_id
 from sowatch.linux.disk_calls import HangingCalls
 from sowatch.linux.proc import ProcFs
 from sowatch.model import wire
 from sowatch.model.encoding import dumps
-from sowatch.model.events import Ready
+from sowatch.model.events import Process, Ready
 from sowatch.model.lines import head_line
 from sowatch.watcher.watcher import Watcher
 
@@ -26,6 +27,8 @@ __all__ = ["mapping_lines"]
 
 #: Lines that are sent together.
 _CHUNK_LINES: Final = 200
+#: Processes that could not be read and are named.
+_MOST_UNREADABLE: Final = 1_000
 
 
 def mapping_lines(
@@ -73,8 +76,16 @@ def mapping_lines(
     read = {one.process.pid for one in found}
     coverage = coverage_of_answers(proc, ready.strategy, read, closed | hung, pids, hanging=hanging)
     if not coverage.is_complete:
-        lines.append(coverage_line(coverage, len(found) + 2))
+        known = {one.process.pid: one.process for one in found}
+        lines.append(coverage_line(coverage, len(found) + 2, _unreadable(coverage, known, proc)))
     yield _text(lines)
+
+
+def _unreadable(coverage: Coverage, known: Mapping[int, Process], proc: ProcFs) -> list[Process]:
+    """Who could not be read, so that who asks can leave out those that his filters do."""
+    pids = coverage.unreadable_pids[:_MOST_UNREADABLE]
+    processes = (known.get(pid) or proc.process(pid, container_of=container_id) for pid in pids)
+    return [one for one in processes if one is not None]
 
 
 def _text(lines: Collection[wire.Head | wire.Mapping | wire.Coverage]) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -27,7 +27,7 @@ from sowatch.model import wire
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import Library, Process, Ready
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.lines import decode_as, time_ns_from
+from sowatch.model.lines import decode_as, process_from, time_ns_from
 from sowatch.model.stats import Mapped
 
 __all__ = ["AgentDisk", "AgentScan", "AgentStale", "Filter", "ready_from"]
@@ -63,11 +63,15 @@ class Filter:
         if selection.exclude_self and (theirs := agent.peer_pid()) is not None:
             self._own = frozenset(pid for pid in (os.getpid(), front_pid(), theirs) if pid is not None)
 
-    def wants(self, process: Process, library: Library) -> bool:
-        """Whether it is asked for that this process has this file."""
+    def wants_process(self, process: Process) -> bool:
+        """Whether it is asked for what this process has."""
         if process.pid in self._own or (self._pids and process.pid not in self._pids):
             return False
-        if self._container is not None and not (process.container or "").startswith(self._container):
+        return self._container is None or (process.container or "").startswith(self._container)
+
+    def wants(self, process: Process, library: Library) -> bool:
+        """Whether it is asked for that this process has this file."""
+        if not self.wants_process(process):
             return False
         return any(library.kind in rule.kind and rule.matches_path(library.path) for rule in self._rules)
 
@@ -111,6 +115,7 @@ class AgentScan:
         #: Of every process that the agent knows something of.
         self.containers: set[str] = set()
         self.coverage = Coverage(0, 0, is_hidden=False)
+        self._unreadable: list[Process] = []
         self._mapped: list[Mapped] = []
         self.disk = AgentDisk({}, {})
 
@@ -141,6 +146,12 @@ class AgentScan:
         """What it had mapped."""
         return self._mapped
 
+    def coverage_of(self, is_wanted: Callable[[Process], bool]) -> Coverage:
+        """How many processes could be read, without those unreadable ones that are not asked for."""
+        assert self._filter is not None
+        left_out = sum(not (self._filter.wants_process(one) and is_wanted(one)) for one in self._unreadable)
+        return self.coverage._replace(unreadable=self.coverage.unreadable - left_out)
+
     def stop(self) -> None:
         """Nothing runs."""
 
@@ -150,13 +161,16 @@ class AgentScan:
             route += "&pid=" + ",".join(map(str, sorted(self._selection.pids)))
         assert self._filter is not None
         mapped, answers, packages = [], {}, {}
-        self._head, self.coverage = None, Coverage(0, 0, is_hidden=False)
+        self._head, self.coverage, self._unreadable = None, Coverage(0, 0, is_hidden=False), []
         for line in self._lines(route):
             if isinstance(line, wire.Head):
                 self._head = replace(line, agent=wire.AskedAgent(self.agent.path, line.version))
             elif isinstance(line, wire.Coverage):
                 read = line.processes
                 self.coverage = Coverage(read.read, read.unreadable, read.hidden)
+                if line.unreadable_processes is not UNSET:
+                    self._unreadable = [process_from(one) for one in line.unreadable_processes]
+                    self.containers.update(one.container for one in self._unreadable if one.container)
             else:
                 one, answer = mapped_from(line), answer_from(line)
                 self.containers.update(filter(None, [one.process.container]))

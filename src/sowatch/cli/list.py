@@ -49,6 +49,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -188,7 +189,10 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     if args.stale:
         entries = with_packages([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
-    coverage = _coverage(selection, filters, ready.strategy, entries, hung) if asked is None else asked.coverage
+    if asked is None:
+        coverage = _coverage(selection, filters, ready.strategy, entries, hung)
+    else:
+        coverage = asked.coverage_of(partial(filters.take_process, is_readable=False))
     open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY if asked is None else _AGENT_REMEDY}"]
     if hung:
         open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")

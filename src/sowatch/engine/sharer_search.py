@@ -1,4 +1,4 @@
-"""`SharerSearch`: when it is due to look for untracked sharers of an mm, and which processes have to be scanned then.
+"""`SharerSearch`: when untracked sharers of an mm are searched, and which processes have to be scanned then.
 
 A process that nobody tracks may hold an address space of which something is wanted; who reads ``/proc/PID/maps`` looks
 the same for a moment, a scan of ours included. So most searches find nobody, and they must not cost others anything.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Final, NamedTuple
+
+from msgspec import UNSET
 
 from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.liveness import running_stat
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.model import wire
+from sowatch.model.events import Process
+from sowatch.model.lines import process_line
 
 __all__ = ["Coverage", "coverage_line", "coverage_of", "coverage_of_answers"]
 
@@ -21,11 +25,15 @@ _NOT_IN_TIME: Final[bool | None] = False
 
 
 class Coverage(NamedTuple):
-    """What could be read. Kernel threads and what has ended do not count; ``is_hidden``: there may be more."""
+    """What could be read. Kernel threads and what has ended do not count; ``is_hidden``: there may be more.
+
+    ``unreadable_pids`` are those of the unreadable processes, where it was determined who they are.
+    """
 
     read: int
     unreadable: int
     is_hidden: bool
+    unreadable_pids: tuple[int, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -45,10 +53,11 @@ class Coverage(NamedTuple):
 _READ_FROM_PROC: Final = ("prebuilt", "procfs")
 
 
-def coverage_line(coverage: Coverage, seq: int) -> wire.Coverage:
-    """The last line of a list that leaves processes out."""
+def coverage_line(coverage: Coverage, seq: int, unreadable: Iterable[Process] | None = None) -> wire.Coverage:
+    """The last line of a list that leaves processes out; with who they are if that is given."""
     readable = wire.Readable(coverage.read, coverage.unreadable, coverage.is_hidden)
-    return wire.Coverage(wire.SCHEMA, "coverage", seq, readable, readable)
+    processes = UNSET if unreadable is None else [process_line(one) for one in unreadable]
+    return wire.Coverage(wire.SCHEMA, "coverage", seq, readable, readable, processes)
 
 
 def coverage_of_answers(
@@ -73,7 +82,7 @@ def coverage_of_answers(
     """
     if strategy not in _READ_FROM_PROC:
         # The kernel side read all but those that hang. Whether their files are stale takes a read of the process.
-        return Coverage(len({*found} - {*closed}), len(closed), is_hidden=False)
+        return Coverage(len({*found} - {*closed}), len(closed), is_hidden=False, unreadable_pids=tuple(closed))
     return coverage_of(proc, pids, is_wanted, hanging)
 
 
@@ -92,7 +101,7 @@ def coverage_of(
         hanging: what does not answer, from one call to the next.
     """
     calls = DiskCalls("sowatch-coverage", hanging)
-    read = unreadable = 0
+    read, unreadable = 0, []
     try:
         for pid in pids or proc.pids():
             try:
@@ -103,10 +112,10 @@ def coverage_of(
             if may_read:
                 read += 1
             elif may_read is not None and is_wanted(pid):
-                unreadable += 1
+                unreadable.append(pid)
     finally:
         calls.close()
-    return Coverage(read, unreadable, hides_processes(proc))
+    return Coverage(read, len(unreadable), hides_processes(proc), tuple(unreadable))
 
 
 def _may_read(proc: ProcFs, pid: int) -> bool | None:

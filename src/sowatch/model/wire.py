@@ -495,6 +495,9 @@ class Coverage(Struct, frozen=True, gc=False):
     seq: Seq
     processes: Annotated[Readable, Meta(description="Use readable.", extra_json_schema=DEPRECATED)]
     readable: Readable | UnsetType = UNSET
+    unreadable_processes: Annotated[
+        list[Process] | UnsetType, Meta(description="Of the agent: who they are; the first thousand that are known.")
+    ] = UNSET
 
 
 class Stale(Struct, frozen=True, gc=False):
