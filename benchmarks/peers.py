@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import ClassVar, Final, NamedTuple, Self
 
 from benchmarks.common import Figure, build, main, make_libraries, median, pin, quantile, short, spread
-from benchmarks.hooks import OTHER_CPU, becomes_single_user, loop
+from benchmarks.hooks import OTHER_CPU, loop
 from benchmarks.storm import cpu_of, run_storm
 
 #: What the short processes, and the marker, are called; each loads one library of that name.
@@ -389,8 +389,6 @@ def measure(is_quick: bool, directory: Path) -> list[Figure]:
     taken: Taken = defaultdict(list)
     failed: dict[str, str] = {}
     for number in range(rounds):
-        if not is_quick:
-            becomes_single_user()
         turn = number % len(TOOLS)
         with loop(build("loadloop", directory), work.mapped) as run:
             alone, cpu_alone = work.calls(run), work.storm()
