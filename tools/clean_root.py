@@ -128,12 +128,15 @@ class Root:
             self._keeper = None
         shutil.rmtree(self._work, ignore_errors=True)
 
+    def in_namespace(self) -> list[str]:
+        """What stands before a command line that is to see the root at `path`."""
+        assert self._keeper is not None, "the root is not entered"
+        return ["nsenter", f"--mount=/proc/{self._keeper.pid}/ns/mnt"]
+
     def command(self, words: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
         """The command line, for this host, that runs a command in the root."""
-        assert self._keeper is not None, "the root is not entered"
         variables = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **(environment or {})}.items()]
-        namespace = f"--mount=/proc/{self._keeper.pid}/ns/mnt"
-        return ["nsenter", namespace, "chroot", str(self.path), "env", "-i", *variables, *words]
+        return [*self.in_namespace(), "chroot", str(self.path), "env", "-i", *variables, *words]
 
     def run(
         self,

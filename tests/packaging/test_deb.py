@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from clean_root import Root
+from support.booted import HOST_PROC, booted
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = os.environ.get("SOWATCH_DEB_SUITES", "bookworm trixie").split()
@@ -170,6 +171,49 @@ def test_what_a_user_has_on_pythons_path_does_not_get_into_the_command(root) -> 
     shadow = {"PYTHONPATH": "/tmp/shadow"}
     root.run(["sh", "-c", "mkdir -p /tmp/shadow && echo 'raise SystemExit(9)' >/tmp/shadow/msgspec.py"])
     assert root.run(["sowatch", "--version"], environment=shadow).returncode == 0
+
+
+def test_systemctl_starts_restarts_and_stops_the_agent_and_purge_removes_what_it_made(suite, wait_until) -> None:
+    """In a pid namespace, as a machine has one systemd: so the strategy is `prebuilt`, with the host's /proc given."""
+    with open_root(suite) as fresh, booted(fresh, wait_until) as machine:
+        assert machine.run("dpkg", "--install", DEB).returncode == 0
+        assert machine.run("systemctl", "is-active", "sowatch").stdout == "inactive\n"
+        refused = machine.run("systemctl", "start", "sowatch")
+        log = machine.run("journalctl", "--no-pager", "--unit=sowatch").stdout
+        assert refused.returncode != 0
+        assert "Run it in the host's pid namespace" in log
+
+        settings = f'[watch]\\nproc_root = "{HOST_PROC}"\\n'
+        machine.run("sh", "-c", f"printf '{settings}' >/etc/sowatch/config.toml")
+        started = machine.run("systemctl", "restart", "sowatch")
+        log = machine.run("journalctl", "--no-pager", "--unit=sowatch").stdout
+        assert started.returncode == 0, log
+        shown = machine.run("systemctl", "show", "--property=ActiveState,StatusText,NRestarts", "sowatch").stdout
+        assert "ActiveState=active\n" in shown
+        assert "StatusText=watching by prebuilt" in shown
+        assert 'msg="gave up privileges"' in log
+        listed = machine.run("sowatch", "list", "--agent", "--json")
+        assert json.loads(listed.stdout.splitlines()[0])["source"] == "agent", listed.stderr
+        assert machine.run("systemctl", "reload", "sowatch").returncode == 0
+
+        def main_pid() -> str:
+            return machine.run("systemctl", "show", "--property=MainPID", "sowatch").stdout
+
+        before = main_pid()
+        machine.run("systemctl", "enable", "sowatch")
+        # The package again, as an upgrade, with the configuration that was changed.
+        assert machine.run("dpkg", "--install", "--force-confold", DEB).returncode == 0
+        assert machine.run("systemctl", "is-active", "sowatch").stdout == "active\n"
+        assert main_pid() not in (before, "MainPID=0\n")
+
+        assert machine.run("systemctl", "stop", "sowatch").returncode == 0
+        made = ("/var/log/private/sowatch", "/var/cache/private/sowatch")
+        assert [path for path in made if machine.run("test", "-d", path).returncode] == []
+        assert machine.run("dpkg", "--purge", "sowatch").returncode == 0
+        left = machine.run(
+            "find", "/etc", "/usr", "/var", "/run", "-name", "*sowatch*", "-not", "-path", "/var/lib/dpkg/*"
+        )
+        assert left.stdout == ""
 
 
 def test_purge_leaves_nothing(suite) -> None:
