@@ -35,9 +35,10 @@ class Effects:
         throttled: tgids whose changes the kernel dropped, being too many: scans make up for that loss.
         with_untracked_sharers: processes that may share their address space with one that nobody knows: tgid and
             start_ns.
+        executed: tgids that have executed another program: they share nobody's address space any more.
     """
 
-    __slots__ = ("changes", "rescans", "throttled", "untrack", "verdicts", "with_untracked_sharers")
+    __slots__ = ("changes", "executed", "rescans", "throttled", "untrack", "verdicts", "with_untracked_sharers")
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -46,6 +47,7 @@ class Effects:
         self.untrack: list[tuple[int, int, int]] = []
         self.throttled: set[int] = set()
         self.with_untracked_sharers: dict[int, int] = {}
+        self.executed: set[int] = set()
 
     def __iadd__(self, later: Effects) -> Self:
         """These and then others."""
@@ -55,6 +57,7 @@ class Effects:
         self.untrack += later.untrack
         self.throttled |= later.throttled
         self.with_untracked_sharers |= later.with_untracked_sharers
+        self.executed |= later.executed
         return self
 
     def answers(self) -> tuple[list[Hashable], list[Hashable]]:

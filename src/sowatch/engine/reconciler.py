@@ -273,7 +273,7 @@ class Reconciler:
 
     def _note(self, effects: Effects) -> None:
         """Takes what the table asks for; `_flush` carries it out."""
-        self._search.ask(effects.with_untracked_sharers)
+        self._search.ask(effects.with_untracked_sharers, effects.executed)
         self._newly_throttled |= effects.throttled
         for pid in effects.throttled:
             self._schedule.slow_down(pid)

@@ -7,7 +7,7 @@ the same for a moment, a scan of ours included. So most searches find nobody, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from sowatch.engine.table import MappingTable
@@ -21,6 +21,8 @@ __all__ = ["SHARERS_REST", "SharerSearch"]
 
 #: After a search, or the full scan in its place, wait so many times the CPU time it took.
 SHARERS_REST: Final = 20
+#: The record of an exec comes so long after the address space is another one, at the most.
+EXEC_S: Final = 2.0
 #: More processes than this are not searched for one by one.
 MANY_SHARING: Final = 16
 
@@ -43,13 +45,26 @@ class SharerSearch:
         self._table = table
         self._proc = proc
         self._sharing: dict[int, int] = {}
+        #: What was compared last, and when: an exec may have been under way.
+        self._searched: set[int] = set()
+        self._searched_s = 0.0
         self._compared = 0
         self.needs_full_scan = False
         self.at = 0.0
 
-    def ask(self, processes: Mapping[int, int]) -> None:
-        """These processes, by tgid and start_ns, may have an untracked sharer."""
+    def ask(self, processes: Mapping[int, int], executed: Collection[int] = ()) -> None:
+        """These processes, by tgid and start_ns, may have an untracked sharer.
+
+        Args:
+            processes: those.
+            executed: these have another address space by now; who shares the one that they had is not known any more.
+        """
         self._sharing.update(processes)
+        if executed and not self.needs_full_scan:
+            was_searched = time.monotonic() < self._searched_s + EXEC_S
+            self.needs_full_scan = any(
+                pid in self._sharing or (was_searched and pid in self._searched) for pid in executed
+            )
 
     @property
     def is_asked(self) -> bool:
@@ -74,6 +89,7 @@ class SharerSearch:
         """
         sharing, self._sharing = self._sharing, {}
         is_full, self.needs_full_scan = self.needs_full_scan, False
+        self._searched, self._searched_s = set(sharing), time.monotonic()
         if is_full or not can_find or len(sharing) > MANY_SHARING:
             return None
         known = [(ProcessId(*one), self._table.sharers_of(one[0])) for one in sharing.items()]

@@ -94,7 +94,19 @@ def whatever(search: SharerSearch, mapper: Mapper) -> None:
     search.needs_full_scan = True
 
 
-@pytest.mark.parametrize("ask", [ended, other_with_its_pid, very_many, whatever])
+def executed_before(search: SharerSearch, mapper: Mapper) -> None:
+    search.ask(start_of(mapper), {mapper.pid})
+
+
+def executed_after(search: SharerSearch, mapper: Mapper) -> None:
+    search.ask(start_of(mapper))
+    assert search.take(nothing, can_find=True) == set()
+    search.ask({}, {mapper.pid + 1})
+    assert not search.is_asked
+    search.ask({}, {mapper.pid})
+
+
+@pytest.mark.parametrize("ask", [ended, other_with_its_pid, very_many, whatever, executed_before, executed_after])
 def test_all_are_to_be_scanned_where_the_sharers_cannot_be_found(
     mapper: Mapper, search: SharerSearch, ask: Callable[[SharerSearch, Mapper], None]
 ) -> None:
