@@ -142,8 +142,8 @@ def figures(taken: dict[tuple[str, str], list[float]]) -> list[Figure]:
         cost = added(name, "exec")
         rows.append(Figure(f"... added by {what}", median(cost), "ns", spread(cost)))
     cost = added("sowatch", "exec")
-    rows.append(Figure("... added by sowatch", median(cost), "ns", spread(cost), aim=300))
-    for name, aim in (("empty pair", None), ("empty", 2.5)):
+    rows.append(Figure("... added by sowatch", median(cost), "ns", spread(cost)))
+    for name, aim in (("empty pair", None), ("empty", 1.0)):
         ratios = [one / max(other, 1.0) for one, other in zip(cost, added(name, "exec"), strict=True)]
         what = "two" if name == "empty pair" else "four"
         rows.append(Figure(f"... sowatch to {what} empty programs", median(ratios), "x", spread(ratios), aim=aim))

@@ -472,15 +472,18 @@ class Kernel:
         taken, self.ring = self.ring, []
         return taken
 
-    def scan_all(self):
-        meanwhile = []
+    def scan_all(self, meanwhile=None):
+        found = []
         rows = []
         for pid in PIDS:
             self.between()
             rows += self.visit(pid)
-            meanwhile += self.drain()
+            if meanwhile is None:
+                found += self.drain()
+            else:
+                meanwhile()
         self.between()
-        return group(rows), meanwhile
+        return group(rows), found
 
     def scan_process(self, pid, meanwhile=lambda: None):
         begin_ns = self.tick_ns()
