@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sysconfig
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-__all__ = ["WHEEL", "difference"]
+__all__ = ["WHEEL", "difference", "missing_tool"]
 
 #: The wheel that must be installed. None: the suite takes what is there, as in a checkout.
 WHEEL = os.environ.get("SOWATCH_TEST_WHEEL") or None
+#: What builds programs or reads them for a comparison: a system that a wheel is installed on need not have it.
+TOOLS = frozenset({"cc", "g++", "clang", "nm", "objdump", "readelf", "prometheus", "promtool", "c++filt"})
+
+
+def missing_tool(error: BaseException | None) -> str | None:
+    """The tool whose absence ended a test, where that is what did."""
+    if WHEEL and isinstance(error, FileNotFoundError) and error.filename in TOOLS and not shutil.which(error.filename):
+        return str(error.filename)
+    return None
 
 
 def difference(wheel: Path) -> str | None:

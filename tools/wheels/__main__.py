@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -43,12 +44,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _build(machines: Sequence[str], output: Path) -> list[str]:
     """Everything into ``output``; returns what is wrong with it."""
-    _say("sources of the C libraries")
-    fetched = sources.fetch()
-    prefixes = {}
-    for machine in machines:
-        _say(f"{', '.join(f'{source.name} {source.version}' for source in fetched)} for {machine}")
-        prefixes[machine] = libraries.build_libraries(machine, fetched)
+    # Several builds at once share what is in the cache, so one makes it.
+    with (cache_directory() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _say("sources of the C libraries")
+        fetched = sources.fetch()
+        prefixes = {}
+        for machine in machines:
+            _say(f"{', '.join(f'{source.name} {source.version}' for source in fetched)} for {machine}")
+            prefixes[machine] = libraries.build_libraries(machine, fetched)
     output.mkdir(parents=True, exist_ok=True)
     faults = []
     with tempfile.TemporaryDirectory(dir=cache_directory("work")) as name:

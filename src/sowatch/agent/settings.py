@@ -50,7 +50,7 @@ _PREFIX: Final = "SOWATCH_"
 #: Variables that say something else: ours of the command line and of the tests, and what Kubernetes gives every
 #: container for a service named sowatch.
 _OTHER_VARIABLES: Final = re.compile(
-    r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|(MATRIX|MODEL|SERVICE|PORT)_\w+|PORT)"
+    r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|BPF_OBJECTS|(MATRIX|MODEL|SERVICE|PORT|TEST|WHEELS)_\w+|PORT)"
 )
 _SYNTAX: Final = re.compile(r"(?P<what>.*) \(at (line (?P<line>\d+), column \d+|end of document)\)", re.DOTALL)
 _OTLP_KEYS: Final = ("endpoint", "protocol")
