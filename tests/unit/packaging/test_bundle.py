@@ -1,13 +1,17 @@
-"""deploy/debian/unpack.py: wheels of several Pythons in one directory."""
+"""What the Debian package bundles: wheels of several Pythons unpacked into one directory, and which ones."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -65,3 +69,31 @@ def test_what_is_bundled_is_named_in_the_copyright_of_the_package() -> None:
     text = (ROOT / "deploy/debian/copyright").read_text()
     assert len(names) > 15
     assert [name for name in names if f"debian/wheels/run/{name}-*" not in text] == []
+
+
+def test_all_that_the_package_needs_is_bundled_in_a_version_that_it_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    pins = (ROOT / "deploy/debian/wheels-run.txt").read_text()
+    bundled = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, flags=re.MULTILINE))
+    wanted = [Requirement(one) for one in [*project["dependencies"], *extras["agent"], *extras["http"]]]
+    assert len(wanted) > 8
+    for one in wanted:
+        name = re.sub(r"[-_.]+", "-", one.name).lower()
+        assert name in bundled, f"{name}: run scripts/deb --pin"
+        assert one.specifier.contains(bundled[name]), f"{name}: run scripts/deb --pin"
+
+
+def test_the_tools_of_the_build_are_pinned_as_pyproject_asks_for_them() -> None:
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    pins = (ROOT / "deploy/debian/wheels-build.txt").read_text()
+    bundled = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, flags=re.MULTILINE))
+    for one in map(Requirement, requires):
+        assert one.specifier.contains(bundled[one.name]), f"{one.name}: run scripts/deb --pin"
+
+
+def test_the_pythons_of_the_package_are_those_of_its_classifiers() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    (listed,) = re.findall(r"^pythons=\((.*)\)$", (ROOT / "scripts/deb").read_text(), flags=re.MULTILINE)
+    assert listed.split() == named
