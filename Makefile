@@ -1,6 +1,6 @@
 # Short names for what the scripts do; `make help` lists them. The scripts take arguments, this does not.
 .DEFAULT_GOAL := help
-.PHONY: help setup format lint test docs schema bench matrix news
+.PHONY: help setup format lint test docs schema bench matrix news deb release
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\): ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,6 +28,12 @@ bench: ## every benchmark, with its figures
 
 matrix: ## the tests under other kernels, in guests
 	scripts/matrix
+
+deb: ## the Debian package, in dist/
+	scripts/deb
+
+release: ## what a release consists of, and what stands against one
+	scripts/release --dry-run
 
 news: ## what the next release notes say
 	.venv/bin/towncrier build --draft --version next

@@ -22,12 +22,6 @@ def options(command: str) -> list[str]:
     return [name for action in shown for name in action.option_strings if name not in ("-h", "--help")]
 
 
-def rendered(page: str) -> str:
-    command = ["man", "--local-file", "--encoding=ascii", "-"]
-    done = subprocess.run(command, input=page, capture_output=True, text=True, check=True, env={"MANWIDTH": "200"})
-    return done.stdout
-
-
 def test_each_command_has_a_page_and_the_first_one_names_them_all() -> None:
     assert list(PAGES) == ["sowatch.1", *(f"sowatch-{name}.1" for name in COMMANDS)]
     for name in COMMANDS:
