@@ -39,8 +39,9 @@ T = TypeVar("T")
 
 #: Counters are polled and answers grow old this often.
 TICK_S: Final = 1.0
-#: So many wakes within so many seconds are a storm; records of the next milliseconds then come together.
+#: So many wakes or records within so many seconds are a storm; records of the next milliseconds then come together.
 BUSY_WAKES: Final = 10
+BUSY_RECORDS: Final = 12
 BUSY_WINDOW_S: Final = 0.005
 BATCH_S: Final = 0.005
 #: It lasts as long as each pause brings so many; after a pause that brought more than the other number no time is lost.
@@ -325,16 +326,16 @@ class Engine:
     def _loop(self, poller: select.epoll) -> None:
         reconciler = self.reconciler
         next_tick = time.monotonic() + TICK_S
-        wakes, window, deferred_until, is_storm = 0, 0.0, 0.0, False
+        wakes, taken, window, deferred_until, is_storm = 0, 0, 0.0, 0.0, False
         while not self._stop.is_set():
             now = time.monotonic()
             # In a storm the kernel wakes us for each record, which costs more than the record.
             wakes = wakes + 1 if now - window < BUSY_WINDOW_S else 0
             if not wakes:
-                window = now
-            is_storm = is_storm or wakes >= BUSY_WAKES
+                window, taken = now, 0
+            is_storm = is_storm or wakes >= BUSY_WAKES or BUSY_RECORDS <= taken <= FLOOD_RECORDS
             if is_storm:
-                wakes = 0
+                wakes = taken = 0
                 time.sleep(BATCH_S)
                 now = time.monotonic()
             if now >= next_tick:
@@ -347,7 +348,7 @@ class Engine:
                 continue
             if any(fd == self.wake.fd for fd, _ in ready):
                 self._on_wake()
-            taken = reconciler.drain()
+            taken += reconciler.drain()
             is_storm = is_storm and STORM_RECORDS <= taken <= FLOOD_RECORDS
             reconciler.do_what_is_due(now)
             if self._deferred and (not reconciler.is_resting or now >= deferred_until):

@@ -502,6 +502,48 @@ def test_a_storm_lasts_as_long_as_a_pause_brings_many_records_and_none_is_made_w
             now[0] += 0.0001
             return []
 
+    class Reconciler(QuietReconciler):
+        drained = 0
+
+        def drain(self) -> int:
+            """As many as each pause brings, and none without one."""
+            brought, self.drained = (len(made) - self.drained) * taken, len(made)
+            return brought
+
+    def sleep(seconds: float) -> None:
+        made.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(watch.engine, "reconciler", Reconciler())
+    watch.engine._loop(Poller())  # type: ignore[arg-type]
+    assert made == [loop.BATCH_S] * pauses
+
+
+@pytest.mark.parametrize(
+    ("taken", "step_s", "pauses"),
+    [
+        (loop.BUSY_RECORDS // 3, 0.001, 1),
+        (loop.BUSY_RECORDS // 3, loop.BUSY_WINDOW_S, 0),
+        (loop.FLOOD_RECORDS + 1, 0.001, 0),
+    ],
+)
+def test_many_records_within_a_few_wakes_are_a_storm_too(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, taken: int, step_s: float, pauses: int
+) -> None:
+    now, made = [100.0], []
+
+    class Poller:
+        def __init__(self) -> None:
+            self.left = 4
+
+        def poll(self, _: float) -> list[object]:
+            self.left -= 1
+            if not self.left:
+                watch.engine._stop.set()
+            now[0] += step_s
+            return []
+
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=made.append))
     monkeypatch.setattr(watch.engine, "reconciler", QuietReconciler(taken))
     watch.engine._loop(Poller())  # type: ignore[arg-type]
