@@ -37,8 +37,8 @@ _MARKER: Final = re.compile(r"^<!-- generated: (?P<name>\w+) ?(?P<words>.*?) ?--
 
 
 def expanded(text: str) -> str:
-    """A page's Markdown with what its markers stand for."""
-    return _MARKER.sub(lambda found: GENERATORS[found["name"]](found["words"]), text)
+    """A page's Markdown with what its markers stand for, and links to pages of the site."""
+    return _MARKER.sub(lambda found: GENERATORS[found["name"]](found["words"]), files.linked(text))
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from inspect import cleandoc
 
 from docsite.prose import escaped, paragraphs
-from sowatch.cli._main import COMMANDS
+from sowatch.cli._main import COMMANDS, command_parser
 from sowatch.cli._parser import Parser
 
-__all__ = ["markdown", "parser_of"]
-
-
-def parser_of(name: str) -> Parser:
-    """The parser of a command, as ``sowatch NAME --help`` has it."""
-    module = import_module(f"sowatch.cli.{name}")
-    parser = Parser(prog=f"sowatch {name}", description=module.__doc__)
-    module.configure(parser)
-    return parser
+__all__ = ["markdown"]
 
 
 def markdown(_: str) -> str:
@@ -27,7 +18,7 @@ def markdown(_: str) -> str:
 
 
 def _command(name: str) -> str:
-    parser = parser_of(name)
+    _, parser = command_parser(name)
     usage = parser.format_usage().removeprefix("usage: ").rstrip()
     made = [f"## sowatch {name}", paragraphs(cleandoc(parser.description or "")), f"```text\n{usage}\n```"]
     made.append(f"```{{program}} sowatch {name}\n```")

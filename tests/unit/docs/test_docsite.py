@@ -14,7 +14,7 @@ from msgspec.structs import fields
 import sowatch
 from docsite import commands, configuration, expanded, links, prose, python, references, schema
 from sowatch.agent.settings import HttpSettings, RuleSettings, Settings, SinkSettings
-from sowatch.cli._main import COMMANDS
+from sowatch.cli._main import COMMANDS, command_parser
 from sowatch.model.config import Config
 
 
@@ -22,7 +22,7 @@ from sowatch.model.config import Config
 def test_a_command_has_its_options_in_the_reference(name: str) -> None:
     page = commands.markdown("")
     section = page.partition(f"## sowatch {name}\n")[2].partition("\n## sowatch ")[0]
-    for option, action in commands.parser_of(name)._option_string_actions.items():
+    for option, action in command_parser(name)[1]._option_string_actions.items():
         assert option in section or action.help == argparse.SUPPRESS
 
 
@@ -108,6 +108,19 @@ def test_a_name_in_a_docstring_that_leads_somewhere_exists(name: str, owner: str
 @pytest.mark.parametrize("name", ["Watchr", "Watcher.begin", "sowatch.nothing", "uprobes.Attachr"])
 def test_a_name_that_leads_nowhere_does_not(name: str) -> None:
     assert not references.exists(name, "sowatch")
+
+
+@pytest.mark.parametrize(
+    ("text", "link"),
+    [
+        ("[a](../ARCHITECTURE.md#packages)", "[a](architecture.md#packages)"),
+        ("[a](../../SECURITY.md)", "[a](../security.md)"),
+        ("[a](CONTRIBUTING.md)", "[a](contributing.md)"),
+        ("[a](../http.md)", "[a](../http.md)"),
+    ],
+)
+def test_a_link_to_a_page_of_the_root_leads_to_its_page_in_the_site(text: str, link: str) -> None:
+    assert expanded(text) == link
 
 
 @pytest.fixture
