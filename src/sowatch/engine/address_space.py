@@ -323,6 +323,7 @@ class ProcessState:
         "id",
         "interpreter_base",
         "is_announced",
+        "knows_sharers",
         "label",
         "ns_pid",
         "ppid",
@@ -349,6 +350,8 @@ class ProcessState:
         self.is_announced = True
         #: How often it has executed a program, as the kernel counts: shows a lost exec.
         self.exec_id = 0
+        #: Its address space was made by a fork that was reported, so each process that shares it was reported, too.
+        self.knows_sharers = False
         #: A scan has shown its mappings.
         self.was_read = False
         self.space = AddressSpace()

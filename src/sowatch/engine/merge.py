@@ -185,7 +185,9 @@ class _Merge:
         table, effects = self._table, self._effects
         for scan in self._scans:
             known = table.get(scan.tgid)
-            if scan.has_untracked_sharers and known is not None and len(known.space.sharers) == 1:
+            if known is None or known.knows_sharers:
+                continue
+            if scan.has_untracked_sharers and len(known.space.sharers) == 1:
                 effects.with_untracked_sharers[scan.tgid] = scan.start_ns
         for pid in self._again:
             if (known := table.get(pid)) is not None:

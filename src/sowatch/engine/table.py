@@ -257,7 +257,8 @@ class MappingTable:
         known = self.find(tentative.tgid, tentative.start_ns)
         if known is not None:
             known.space.needs_rescan = True
-        if tentative.flags & FLAG_SHARED_VM:
+        # Of a process of which every sharer is known it is somebody who reads its mappings.
+        if tentative.flags & FLAG_SHARED_VM and (known is None or not known.knows_sharers):
             effects.with_untracked_sharers[tentative.tgid] = tentative.start_ns
 
     def _process(self, record: Record, effects: Effects) -> ProcessState:
@@ -334,6 +335,7 @@ class MappingTable:
             return
         child.space.release()
         child.space = parent.space.copy()
+        child.knows_sharers = True
         child.space.sharers.append(child)
         for mapping in child.space.mappings().values():
             self._emit(child.space, True, "fork", record.t_ns, mapping, effects)
@@ -475,6 +477,7 @@ class MappingTable:
         """If its exec was lost, it shares nobody's space any more."""
         if scan.exec_id is not None and scan.exec_id != process.exec_id:
             process.exec_id = scan.exec_id
+            process.knows_sharers = False
             if len(process.space.sharers) > 1:
                 self._leave(process, effects)
 

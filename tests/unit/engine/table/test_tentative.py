@@ -272,6 +272,27 @@ def test_the_first_word_of_an_unknown_sharer_asks_for_a_reading_of_all(table):
     assert list(table.needs_rescan) == [10]
 
 
+def test_who_reads_the_mappings_of_a_child_whose_fork_was_seen_is_no_unknown_sharer(table):
+    parent, child = Proc(10), Proc(11)
+    feed(table, parent.map(SSL, BASE), parent.fork(child))
+    feed(table, child.map(CRYPTO, BASE + 8 * PAGE, flags=FLAG_SHARED_VM))
+    row = child.map(SSL, BASE, t=5)
+    table.merge([scan(child, 4, 6, row, space=99, flags=FLAG_SHARED_VM)], [], LIVE)
+    assert not table.kept.with_untracked_sharers
+    # After an exec it has another address space, which nobody saw it get.
+    feed(table, child.exec(t=7), child.map(SSL, BASE, t=8, flags=FLAG_SHARED_VM))
+    assert table.kept.with_untracked_sharers == {child.pid: child.start_ns}
+
+
+def test_after_a_lost_exec_of_such_a_child_its_sharers_are_unknown(table):
+    parent, child = Proc(10), Proc(11)
+    feed(table, parent.map(SSL, BASE), parent.fork(child))
+    child.exec()
+    table.merge([scan(child, 4, 6, child.map(SSL, BASE, t=5), space=99)], [], LIVE)
+    feed(table, child.map(CRYPTO, BASE + 8 * PAGE, t=7, flags=FLAG_SHARED_VM))
+    assert table.kept.with_untracked_sharers == {child.pid: child.start_ns}
+
+
 def test_a_reading_that_meets_an_unknown_sharer_asks_for_a_reading_of_all_unless_it_found_it(table):
     first, second = Proc(10), Proc(11)
     alone = scan(first, 1, 2, first.map(SSL, BASE, t=2), space=99, flags=FLAG_SHARED_VM)
