@@ -1,7 +1,7 @@
 """A containerd of the test's own, asked by CRI as a kubelet asks it: real images, pods and containers, no cluster.
 
-It runs in a mount namespace of its own, where tracefs is mounted, and keeps everything in one directory. Pods use the
-host's network, as there is no CNI plugin.
+It runs in a mount namespace of its own, where tracefs is mounted, and keeps everything in memory that goes with it.
+Pods use the host's network, as there is no CNI plugin.
 """
 
 from __future__ import annotations
@@ -120,6 +120,14 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "native"
 """
+#: Shims have their sockets in /run/containerd. tracefs may be mounted already.
+_BEGIN = """
+set -e
+mkdir -p "$0/root" "$0/state" /run/containerd
+for one in "$0/root" "$0/state" /run/containerd; do mount -t tmpfs tmpfs "$one"; done
+mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null || true
+exec containerd -c "$0/config.toml"
+"""
 #: Of a kubelet (pkg/securitycontext): what the default procMount hides.
 _MASKED = (
     *("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"),
@@ -194,10 +202,9 @@ class Containerd:
         self._parent, self._wait_until = parent, wait_until
         self._pods: dict[str, dict[str, Any]] = {}
         (directory / "config.toml").write_text(_CONFIG.format(at=directory), encoding="utf-8")
-        begin = 'mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null; exec containerd -c "$0"'
         with (directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", "private", "sh", "-c", begin, directory / "config.toml"],
+                ["unshare", "--mount", "--propagation", "private", "sh", "-c", _BEGIN, directory],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -233,10 +240,14 @@ class Containerd:
         """Puts an image where it would be pulled to."""
         path = self.directory / "image.tar"
         path.write_bytes(archive(name, files, entrypoint))
+        self.import_image(path)
+        path.unlink()
+
+    def import_image(self, path: Path) -> None:
+        """Takes an archive of OCI, which names its image."""
         words = ["ctr", "-a", self.socket, "-n", "k8s.io", "images", "import", path]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        path.unlink()
 
     def run_pod(self, uid: str, name: str, namespace: str, *, has_host_pids: bool = False) -> str:
         """A pod's sandbox; its id."""

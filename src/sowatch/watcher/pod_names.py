@@ -234,10 +234,9 @@ class PodNames:
                 LOG.warning("pods have no names, as %s", error)
             self._error = error
             self._retry_s = min(2 * self._retry_s, LAST_RETRY_S) or FIRST_RETRY_S
-            # They are asked for again when their next process comes.
             self._asked_for |= set(list(asked_for)[:MAX_MISSING])
-            if asked_for:
-                self._wanted.set()
+            # It is asked again, whether somebody comes or not: then the next container need not find out.
+            self._wanted.set()
 
     def _end(self, lookup: Inspection | None) -> None:
         """Those who wait for this question wait no longer, nor do those whose next one need not be asked."""
