@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import fields
 
 import sowatch
-from docsite import commands, configuration, expanded, links, prose, python, references, schema
+from docsite import commands, configuration, expanded, files, links, prose, python, references, schema
 from sowatch.agent.settings import HttpSettings, RuleSettings, Settings, SinkSettings
 from sowatch.cli._main import COMMANDS, command_parser
 from sowatch.model.config import Config
@@ -108,6 +108,13 @@ def test_a_name_in_a_docstring_that_leads_somewhere_exists(name: str, owner: str
 @pytest.mark.parametrize("name", ["Watchr", "Watcher.begin", "sowatch.nothing", "uprobes.Attachr"])
 def test_a_name_that_leads_nowhere_does_not(name: str) -> None:
     assert not references.exists(name, "sowatch")
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    docs = files.ROOT / "docs"
+    listed = set((docs / "index.md").read_text(encoding="utf-8").splitlines())
+    pages = {str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md")}
+    assert {page for page in pages - listed if not page.startswith("decisions/0")} == {"index"}
 
 
 @pytest.mark.parametrize(
