@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
@@ -38,7 +38,7 @@ from sowatch.linux.proc_parse import (
 from sowatch.model.errors import ProcRootError, SowatchError
 from sowatch.model.events import Pod, Process
 
-__all__ = ["Miss", "ProcFs", "ProcReadError"]
+__all__ = ["MapsState", "Miss", "ProcFs", "ProcReadError"]
 
 _T = TypeVar("_T")
 
@@ -58,6 +58,13 @@ class Miss(Enum):
 
     def __bool__(self) -> Literal[False]:
         return False
+
+
+class MapsState(NamedTuple):
+    """Shows that a maps file has not changed: its inode in ``/proc``, which no later process gets, and a digest."""
+
+    inode: int
+    digest: bytes
 
 
 class ProcReadError(SowatchError):
@@ -89,6 +96,18 @@ def _miss(error: OSError, path: str) -> Miss:
     raise ProcReadError(path, error.errno or errno.EIO) from error
 
 
+def _read_small(path: str) -> bytes | Miss:
+    """A file that the kernel gives in one piece, which stat and status are."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _READ_BYTES)
+        finally:
+            close_fd(fd)
+    except OSError as error:
+        return _miss(error, path)
+
+
 def _read(path: str, size: int = -1) -> bytes | Miss:
     try:
         with open(path, "rb", buffering=0) as file:
@@ -101,10 +120,19 @@ def _numbers(path: str) -> list[int]:
     return sorted(int(name) for name in os.listdir(path) if name.isdecimal())
 
 
-def _read_rows(path: str, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
-    """The rows of one maps file that match; ``ABSENT`` if it is empty."""
+def _read_rows(
+    path: str,
+    pattern: re.Pattern[bytes],
+    known: MapsState | None = None,
+    digest: Callable[[bytes], bytes] | None = None,
+    on_progress: Callable[[], None] | None = None,
+) -> tuple[list[MapRow] | Miss | None, MapsState | None]:
+    """The rows of one maps file that match, ``ABSENT`` if it is empty, None if it is as it was; and how it is now.
+
+    Without a function for the digest it has no state, nor has one that is larger than `_BATCH_BYTES`.
+    """
     rows: list[MapRow] = []
-    pieces, size, is_empty = [b"\n"], 0, True
+    pieces, size, is_first = [b"\n"], 0, True
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -112,19 +140,25 @@ def _read_rows(path: str, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
                 piece = os.read(fd, _READ_BYTES)
                 pieces.append(piece)
                 size += len(piece)
+                if on_progress is not None:
+                    on_progress()
                 if piece and size < _BATCH_BYTES:
                     continue
                 data = b"".join(pieces)
+                if is_first and not piece:
+                    if not size:
+                        return Miss.ABSENT, None
+                    state = None if digest is None else MapsState(os.fstat(fd).st_ino, digest(data))
+                    return (None if state is not None and state == known else rows_of(pattern, data)), state
                 cut = data.rfind(b"\n")
                 rows += rows_of(pattern, data[: cut + 1])
-                is_empty = is_empty and size == 0
                 if not piece:
-                    return Miss.ABSENT if is_empty else rows
-                pieces, size = [data[cut:]], 0
+                    return rows, None
+                pieces, size, is_first = [data[cut:]], 0, False
         finally:
             close_fd(fd)
     except OSError as error:
-        return _miss(error, path)
+        return _miss(error, path), None
 
 
 class ProcFs:
@@ -185,8 +219,34 @@ class ProcFs:
         return self._maps(pid, EXECUTABLE_ROW)
 
     def _maps(self, pid: int, pattern: re.Pattern[bytes]) -> list[MapRow] | Miss:
-        found = self._first(pid, lambda base: _read_rows(f"{base}/maps", pattern))
+        def ask(base: str) -> list[MapRow] | Miss:
+            rows, _ = _read_rows(f"{base}/maps", pattern)
+            assert rows is not None  # without a known state nothing is as it was
+            return rows
+
+        found = self._first(pid, ask)
         return [] if found is Miss.ABSENT else found
+
+    def new_executable_maps(
+        self, pid: int, known: MapsState | None, digest: Callable[[bytes], bytes], on_progress: Callable[[], None]
+    ) -> tuple[list[MapRow] | Miss | None, MapsState | None]:
+        """`executable_maps`, or None if the maps are what they were in a ``known`` state; and their state.
+
+        Args:
+            pid: of the process.
+            known: what an earlier call gave.
+            digest: no two texts have the same.
+            on_progress: called after each piece that was read.
+        """
+        state: MapsState | None = None
+
+        def ask(base: str) -> list[MapRow] | Miss | None:
+            nonlocal state
+            rows, state = _read_rows(f"{base}/maps", EXECUTABLE_ROW, known, digest, on_progress)
+            return rows
+
+        found = self._first(pid, ask)
+        return [] if found is Miss.ABSENT else found, state
 
     def resolve(self, pid: int, rows: Sequence[MapRow]) -> list[MapRow]:
         """Rows of a process with what their text leaves open; see `sowatch.linux.mapped_rows`.
@@ -236,7 +296,7 @@ class ProcFs:
 
     def stat(self, pid: int) -> Stat | Miss:
         """State, parent, start time and comm. Works for every user on every process."""
-        data = _read(f"{self.root}/{pid}/stat")
+        data = _read_small(f"{self.root}/{pid}/stat")
         return data if isinstance(data, Miss) else parse_stat(data) or Miss.GONE
 
     def is_image_hidden(self, pid: int) -> bool:

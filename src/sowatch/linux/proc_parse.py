@@ -196,7 +196,7 @@ def parse_stat(data: bytes) -> Stat | None:
     """
     head, _, tail = data.rpartition(b")")
     pid, _, comm = head.partition(b" (")
-    fields = tail.split()
+    fields = tail.split(None, 26)  # what follows is not used
     try:
         ppid, pgrp, session, flags, threads, start_ticks = (int(fields[at]) for at in (1, 2, 3, 6, 17, 19))
         # 0: no program; 1: we may not know where (do_task_stat without ptrace access).

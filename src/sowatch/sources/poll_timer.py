@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -32,15 +32,17 @@ class PollTimer:
     Args:
         config: both.
         what: for the log.
+        others_s: CPU seconds that other threads have spent on polls so far.
 
     Raises:
         SowatchError: there is no descriptor left.
     """
 
-    def __init__(self, config: Config, what: str) -> None:
+    def __init__(self, config: Config, what: str, others_s: Callable[[], float] = lambda: 0.0) -> None:
         self._least_s = config.poll_interval_s
         self._share = config.poll_cpu_percent / 100
         self._what = what
+        self._cpu_s: Callable[[], float] = lambda: time.thread_time() + others_s()
         self._is_asked = False
         self._has_warned = False
         #: Seconds between the beginnings of two polls, as it is now.
@@ -69,12 +71,12 @@ class PollTimer:
     @contextmanager
     def look(self, *, counts: bool = True) -> Iterator[None]:
         """Takes the time of a poll, and sets the next one. ``counts`` is false for the first, which costs most."""
-        begun, used = time.monotonic(), time.thread_time()
+        begun, used = time.monotonic(), self._cpu_s()
         try:
             yield
         finally:
             if counts:
-                self._pace(time.thread_time() - used)
+                self._pace(self._cpu_s() - used)
             self._set(begun + self.interval_s - time.monotonic())
 
     def _pace(self, cpu_s: float) -> None:

@@ -34,7 +34,7 @@ from sowatch.bpf.records import (
 from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.hidepid import hides_processes
 from sowatch.linux.pid_namespaces import why_not_whole_host
-from sowatch.linux.proc import Miss, ProcReadError
+from sowatch.linux.proc import MapsState, Miss, ProcFs, ProcReadError
 from sowatch.linux.proc_parse import MapRow, Stat, seen_path
 from sowatch.model.config import Config
 from sowatch.model.errors import LoadAttempt
@@ -43,6 +43,7 @@ from sowatch.model.literals import Hooks, Strategy
 from sowatch.model.stats import Losses
 from sowatch.sources.base import ProcessScan, TrackedEntry, Verdicts
 from sowatch.sources.named_verdicts import NamedVerdicts
+from sowatch.sources.poll_reads import PollReads, Reading, Target
 from sowatch.sources.poll_timer import PollTimer
 from sowatch.sources.proc_scan import FileName, file_id_in, listed, resolve_new
 from sowatch.sources.scan_rows import MapRows, RowPool
@@ -55,8 +56,6 @@ LOG = logging.getLogger("sowatch")
 #: A process that did not run is scanned anyway after so many polls: another that shares its mm
 #: (CLONE_VM without CLONE_THREAD) may have changed it.
 REREAD_LOOKS: Final = 60
-#: Scans of one process that executes programs all the while; then it is left for the next poll.
-TRIES: Final = 3
 #: Names of files kept; some 300 bytes each.
 MAX_FILES: Final = 65_536
 
@@ -121,6 +120,10 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], lis
     return [row for row in after if row.what not in known], gone
 
 
+#: The root directory of a process, and what is equal for two that see the same paths.
+_View = tuple[bytes, Hashable]
+
+
 @dataclass(slots=True)
 class _Process:
     """A process as the last poll found it, and what was reported of it."""
@@ -132,6 +135,10 @@ class _Process:
     cpu_ns: int | None
     #: We may not read it.
     is_denied: bool = False
+    #: How its maps were; None: they are to be parsed anew.
+    maps: MapsState | None = None
+    #: Its view of the file system.
+    view: _View = (b"/", None)
     #: See `resolve_new`.
     resolved: Mapping[MapRow, MapRow] = field(default_factory=dict)
     #: Its introduction record; None while nothing is reported of it.
@@ -180,6 +187,7 @@ class ProcfsSource:
         self.unread = UnreadProcesses()
         self._proc = self._patient = PatientProcFs(config.proc_root, self.unread)
         self._clocks = CpuClocks(self._proc)
+        self._reads = PollReads(ProcFs(config.proc_root), self._clocks, self.unread)
         self._max_verdicts = config.max_verdicts
         self._processes: dict[int, _Process] = {}
         self._files: dict[tuple[MapRow, bytes, Hashable], File] = {}
@@ -192,7 +200,7 @@ class ProcfsSource:
         self._unseen = 0
         self._looks = 0
         self._has_begun = False
-        self.polls = PollTimer(config, f"polling {config.proc_root}")
+        self.polls = PollTimer(config, f"polling {config.proc_root}", lambda: self.unread.cpu_s)
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
         self.unread.start()
@@ -215,7 +223,7 @@ class ProcfsSource:
         del meanwhile  # what changed is found by the scan itself
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
-            records, pool = self._poll_all(), RowPool()
+            records, pool = self._poll_all(is_full=True), RowPool()
             scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
         self._note_limits()
         # What the first poll found new is in the scans.
@@ -223,12 +231,15 @@ class ProcfsSource:
 
     def scan_process(self, pid: int, meanwhile: Callable[[], None] = lambda: None) -> ProcessScan | None:
         del meanwhile  # a drain may read processes itself, so it cannot come within a scan
-        found = self._look_at(pid, self._processes.get(pid))
+        known = self._processes.get(pid)
+        readings = self._reads.read([Target(pid, None if known is None else known.stat)])
+        if pid not in readings:
+            raise ScanTimeout(pid)
+        found = self._process(pid, known, readings[pid])
         if found is None or not found.rows:
             return None
-        known = self._processes.get(pid)
         if known is not None and known.is_same_program(found.stat):
-            found.rows = self._with_old_names(known.rows, found.rows)
+            self._keep_old_names(known, found)
             found.intro, found.activity = self._renewed(found, known.intro), known.activity
         self._processes[pid] = found
         return self._scan_one(found)
@@ -279,8 +290,12 @@ class ProcfsSource:
 
     # ---- polling ------------------------------------------------------------------------------
 
-    def _poll_all(self) -> list[Record]:
-        """Scans each process that may have changed, and returns records of what did."""
+    def _poll_all(self, *, is_full: bool = False) -> list[Record]:
+        """Scans each process that may have changed, and returns records of what did.
+
+        Args:
+            is_full: parses the maps of each of them, even if they are what they were.
+        """
         self._looks += 1
         records: list[Record] = []
         pids = self._proc.pids()
@@ -288,18 +303,20 @@ class ProcfsSource:
         for pid in self._processes.keys() - set(pids):
             self._emit_end(self._processes.pop(pid), RecordType.EXIT, records)
         new: list[_Process] = []
-        for pid in pids:
-            known = self._processes.get(pid)
-            if known is not None and self._did_not_run(known):
+        targets = self._targets(pids)
+        readings = self._reads.read(one._replace(maps=None) if is_full else one for one in targets)
+        for pid, _, _ in targets:
+            known, reading = self._processes.get(pid), readings.get(pid)
+            if known is not None and reading is not None and self._is_unchanged(known, reading):
                 continue
             try:
-                found = self._look_at(pid, known)
+                found = self._process(pid, known, reading)
             except ScanTimeout:
                 found = None  # as it was, until it can be read
             if found is None:
                 self._unseen += known is None and self._proc.stat(pid) is Miss.DENIED
                 if known is not None:
-                    known.cpu_ns = None
+                    known.cpu_ns = known.maps = None
             elif known is not None and known.stat.start_ticks == found.stat.start_ticks:
                 self._report_change(known, found, records)
             else:
@@ -314,62 +331,72 @@ class ProcfsSource:
             self._forget_files()
         return records
 
-    def _did_not_run(self, known: _Process) -> bool:
-        if known.cpu_ns is None or (known.pid + self._looks) % REREAD_LOOKS == 0:
+    def _targets(self, pids: Iterable[int]) -> list[Target]:
+        """The processes that may have changed since they were read."""
+        processes, looks, read_ns = self._processes, self._looks, self._clocks.read_ns
+        targets = []
+        for pid in pids:
+            known = processes.get(pid)
+            if known is None:
+                targets.append(Target(pid))
+            elif known.cpu_ns is None or read_ns(pid) != known.cpu_ns:
+                if not self._is_same_kernel_thread(known):
+                    targets.append(Target(pid, known.stat, known.maps))
+            elif (pid + looks) % REREAD_LOOKS == 0 and not known.stat.is_kernel_thread:
+                targets.append(Target(pid, known.stat, known.maps))
+        return targets
+
+    def _is_same_kernel_thread(self, known: _Process) -> bool:
+        """Whether it is one still, which has no mappings whatever it does."""
+        if not known.stat.is_kernel_thread:
             return False
-        return self._clocks.read_ns(known.pid) == known.cpu_ns
+        cpu_ns, stat = self._clocks.read_ns(known.pid), self._proc.stat(known.pid)
+        if not stat or not stat.is_kernel_thread or stat.start_ticks != known.stat.start_ticks:
+            return False
+        known.cpu_ns = cpu_ns
+        return True
 
-    def _look_at(self, pid: int, known: _Process | None) -> _Process | None:
-        """The process as it is now; None if it has ended, or every scan of it met an exec."""
-        before = None if known is None else known.stat
-        for _ in range(TRIES):
-            cpu_ns = self._clocks.read_ns(pid)
-            before = before or self._stat(pid)
-            rows = self._proc.executable_maps(pid) if before else Miss.GONE
-            after = self._stat(pid)
-            if after is None:
-                return None
-            if before and (before.start_ticks, before.image) == (after.start_ticks, after.image):
-                break
-            before = after
-        else:
+    def _is_unchanged(self, known: _Process, reading: Reading) -> bool:
+        """Whether it has mapped what it had, and sees it under the same names."""
+        if reading.rows is not None or self._view_of(known.stat) != known.view:
+            return False
+        known.cpu_ns, known.seen_ns = reading.cpu_ns, time.monotonic_ns()
+        return True
+
+    def _process(self, pid: int, known: _Process | None, reading: Reading | None) -> _Process | None:
+        """The process as it is now; None if it has ended, or every read of it met an exec, or it hangs."""
+        if reading is not None and reading.rows is None:  # it is in another view
+            reading = self._reads.read([Target(pid, reading.stat)]).get(pid)
+        if reading is None:
             return None
-        found = _Process(pid, after, (), time.monotonic_ns(), cpu_ns, is_denied=rows is Miss.DENIED)
+        stat, rows = reading.stat, reading.rows
+        found = _Process(pid, stat, (), time.monotonic_ns(), reading.cpu_ns, is_denied=rows is Miss.DENIED)
         if isinstance(rows, list) and rows:
-            if not after.image and not self._proc.is_image_hidden(pid):
+            if not stat.image and not self._proc.is_image_hidden(pid):
                 return None  # within exec, where some of the new program is mapped
-            earlier = known.resolved if known is not None and known.is_same_program(after) else {}
+            earlier = known.resolved if known is not None and known.is_same_program(stat) else {}
             found.resolved = resolve_new(self._proc, pid, rows, earlier)
-            found.rows = self._rows(after, [found.resolved.get(row, row) for row in rows])
+            found.view = self._view_of(stat)
+            found.rows = self._rows(found.view, [found.resolved.get(row, row) for row in rows])
+            found.maps = reading.maps
         return found
-
-    def _stat(self, pid: int) -> Stat | None:
-        """The stat of a process that has not ended; with the image that a live thread shows if the leader is dead."""
-        leader = self._proc.stat(pid)
-        if not leader:
-            return None
-        if not leader.is_dead:
-            return leader
-        if leader.threads < 2:
-            return leader._replace(image=())
-        tid = self._proc.live_thread(pid)
-        thread = self._proc.stat(tid) if isinstance(tid, int) else Miss.GONE
-        return leader._replace(image=thread.image) if thread else None
 
     def _base(self, stat: Stat) -> bytes:
         """The directory of a thread of the process that still has its mm."""
         tid = self._proc.live_thread(stat.pid) if stat.is_dead else stat.pid
         return f"{self._proc.root}/{tid}".encode()
 
-    def _rows(self, stat: Stat, rows: Sequence[MapRow]) -> list[Row]:
+    def _view_of(self, stat: Stat) -> _View:
         base = self._base(stat)
         try:
             root = os.readlink(base + b"/root")
-            view: Hashable = os.readlink(base + b"/ns/mnt"), root
+            return root, (os.readlink(base + b"/ns/mnt"), root)
         except OSError:
-            root, view = b"/", base  # no other process's
+            return b"/", base  # no other process's
+
+    def _rows(self, view: _View, rows: Sequence[MapRow]) -> list[Row]:
         return [
-            Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, root, view), one.unlisted)
+            Row(one.row.start, one.end, one.row.offset_bytes, self._file(one.row, *view), one.unlisted)
             for one in listed(rows)
         ]
 
@@ -402,7 +429,7 @@ class ProcfsSource:
             more, gone = compare(parent.rows, process.rows) if not is_wide else ([], [])
             is_alike = {row.what for row in parent.rows} == {row.what for row in process.rows} if is_wide else not gone
             if is_alike and (intro := self._introduction(process, RecordType.FORK, parent)):
-                process.rows = self._with_old_names(parent.rows, process.rows)
+                self._keep_old_names(parent, process)
                 process.intro, process.activity = intro, 1
                 records.append(intro)
                 rows = more
@@ -415,7 +442,7 @@ class ProcfsSource:
             self._emit_end(known, RecordType.EXIT if found.has_ended else RecordType.EXEC, records)
             self._emit_maps(found, found.rows, records)
             return
-        found.rows = self._with_old_names(known.rows, found.rows)
+        self._keep_old_names(known, found)
         found.intro, found.activity = known.intro, known.activity
         if _is_wide(known.rows) or _is_wide(found.rows):
             if {row.what for row in known.rows} != {row.what for row in found.rows}:
@@ -435,10 +462,13 @@ class ProcfsSource:
             for start, end in gone:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
 
-    def _with_old_names(self, before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-        """The rows; those that were there before have the name they had, unless its verdict is ignored."""
-        known = {row.what: row for row in before if self._verdicts.get(row.file.key) is not False}
-        return [known.get(row.what, row) for row in after]
+    def _keep_old_names(self, before: _Process, process: _Process) -> None:
+        """Rows of a process that were there before have the name they had, unless its verdict is ignored."""
+        known = {row.what: row for row in before.rows if self._verdicts.get(row.file.key) is not False}
+        rows = [known.get(row.what, row) for row in process.rows]
+        if any(row.file is not shown.file for row, shown in zip(rows, process.rows, strict=True)):
+            process.maps = None  # once that name is ignored, the maps have another one
+        process.rows = rows
 
     def _renewed(self, process: _Process, intro: ProcessRecord | None) -> ProcessRecord | None:
         """The introduction record, or a new one if the process is not what it names any more."""
@@ -509,7 +539,7 @@ class ProcfsSource:
         # than a page, say, is no reason to leave its mappings out.
         exe, root = self._proc.exe(pid), _link(base + b"/root") or b"/"
         interpreter_base = self._proc.interpreter_base(pid)
-        now = self._stat(pid)
+        now = self._reads.stat(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
         seen = seen_path(os.fsencode(exe.path), root) if exe else b""

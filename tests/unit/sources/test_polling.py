@@ -314,9 +314,9 @@ class Counting(ProcFs):
 
     __slots__ = ("read",)
 
-    def executable_maps(self, pid: int) -> Any:
+    def new_executable_maps(self, pid: int, *args: Any) -> Any:
         self.read.append(pid)
-        return super().executable_maps(pid)
+        return super().new_executable_maps(pid, *args)
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_only_a_process_that_ran_is_read(poller: Poller, start: Any, libraries: 
     poller.look()
     proc = Counting()
     proc.read = []
-    poller.source._proc = proc
+    poller.source._reads.proc = proc
     poller.source._looks = 1 - idle.pid  # not its turn to be read anyway
     busy.map(libraries[0])
     poller.look()
