@@ -171,7 +171,7 @@ setup(
     ext_modules=[
         Extension(
             BINDING,
-            sources=[str(BPF / "shim.c"), str(BPF / "shim_uprobes.c")],
+            sources=[str(BPF / "shim.c"), str(BPF / "shim_ring.c"), str(BPF / "shim_uprobes.c")],
             include_dirs=[str(BPF)],
             depends=[
                 str(BPF / "shim.h"),

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sowatch.bpf import records as wire
-from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType, ScanRecord
+from sowatch.bpf.records import MapRecord, ProcessRecord, RangeRecord, Record, RecordType, RowsRecord, ScanRecord
 from sowatch.model.identity import TICK_NS, FileId
 from sowatch.sources.scan_rows import ProcessScan, group
 
 __all__ = ["PAGE", "REGULAR", "File", "Proc", "key_of", "scan", "text_of", "to_bytes"]
 
-R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord, ScanRecord)
+R = TypeVar("R", MapRecord, ProcessRecord, RangeRecord, RowsRecord, ScanRecord)
 
 PAGE = 0x1000
 REGULAR = 0o100644
@@ -119,6 +119,18 @@ class Proc:
         """The same with FLAG_NEEDS_RESCAN: the one that turned the bit on."""
         return self.map(file, start, end, t=t, flags=flags | wire.FLAG_NEEDS_RESCAN)
 
+    def file(self, number: int, file: File, *, t: int = 0) -> MapRecord:
+        """RECORD_FILE: rows of this session name ``file`` by this number."""
+        record = self.map(file, t=t)
+        return record._replace(type=RecordType.FILE, activity=0, start=number, end=0, comm=bytes(16))
+
+    def rows(self, *rows: tuple[int, int, int, int], t: int = 0) -> RowsRecord:
+        """RECORD_ROWS: rows as (number of the file, flags, start, end)."""
+        packed = b"".join(struct.pack("=QQQII", start, end, 0, file, flags) for file, flags, start, end in rows)
+        return _sized(
+            RowsRecord(*self._head(RecordType.ROWS, t, 0), _comm(self.comm), len(rows), 0, packed)  # type: ignore[arg-type]
+        )
+
     def range(self, start: int, end: int, *, t: int = 0, flags: int = 0) -> RangeRecord:
         """RECORD_RANGE."""
         return _sized(RangeRecord(*self._head(RecordType.RANGE, t, flags), start, end))
@@ -194,6 +206,8 @@ def to_bytes(record: Record) -> bytes:
         data = head + struct.pack("=QIIII", *record[9:14])
         data += file_id_bytes(record.exe) + struct.pack("=Q", record.interpreter_base) + bytes(record.root) + bytes(32)  # type: ignore[arg-type]
         data += record.comm + struct.pack("=II", record.cgroup_bytes, record.path_bytes) + record.cgroup + record.path
+    elif isinstance(record, RowsRecord):
+        data = head + struct.pack("=16sII", record.comm, record.row_count, record.reserved) + record.rows
     else:
         data = head + struct.pack("=QQ", record.start, record.end)
     return data + bytes(-len(data) % 8)

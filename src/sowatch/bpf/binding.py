@@ -226,6 +226,10 @@ class BpfObject:
         """
         self._call("loading the BPF programs", self._lib.lib.sow_load)
 
+    def trim(self) -> None:
+        """Gives memory back that only loading and attaching needed; when both are over."""
+        self._lib.lib.sow_trim(self._open_handle("giving back memory"))
+
     def attach(self, program: str) -> None:
         """Attaches a program where its section says; it stays until `close`."""
         self._call(f"attaching {program}", self._lib.lib.sow_attach, os.fsencode(program))

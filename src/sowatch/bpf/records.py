@@ -25,11 +25,13 @@ __all__ = [
     "FLAG_SHARED_VM",
     "FLAG_THROTTLED",
     "MAX_FILE_RANGES",
+    "ROW",
     "MapRecord",
     "ProcessRecord",
     "RangeRecord",
     "Record",
     "RecordType",
+    "RowsRecord",
     "ScanRecord",
     "SeenRecord",
     "file_and_view_of",
@@ -58,6 +60,8 @@ class RecordType:
     EXIT: Final = 6
     INTRO: Final = 7
     SCAN: Final = 8
+    FILE: Final = 9
+    ROWS: Final = 10
 
 
 # enum record_flag
@@ -84,6 +88,9 @@ RANGE: Final = struct.Struct("=IHHIIQQIIQQ")
 MAP: Final = struct.Struct("=IHHIIQQII64sQQQQQ16sII")
 #: struct process_record, 168 bytes, then cgroup_bytes and path_bytes of text.
 PROCESS: Final = struct.Struct("=IHHIIQQIIQIIII24sQ16s32x16sII")
+#: struct rows_record, 64 bytes, then count times struct row, 32 bytes.
+ROWS: Final = struct.Struct("=IHHIIQQII16sII")
+ROW: Final = struct.Struct("=QQQII")
 #: struct file_id, 24 bytes, at the start of struct file_key.
 FILE_ID: Final = struct.Struct("=QQII")
 #: Which fields of MAP and PROCESS are the struct file_key and the struct file_id.
@@ -203,7 +210,29 @@ class ProcessRecord(NamedTuple):
     path: bytes
 
 
-Record = RangeRecord | MapRecord | ProcessRecord
+class RowsRecord(NamedTuple):
+    """struct rows_record: mappings of one process that a scan has met. ``rows`` are each a `ROW`.
+
+    The last two fields of a row are the number of a `RecordType.FILE` that came before, which is a `MapRecord` with
+    its number as ``start``, and flags, beside those of that.
+    """
+
+    size: int
+    type: int
+    flags: int
+    tgid: int
+    tid: int
+    start_ns: int
+    t_ns: int
+    exec_id: int
+    activity: int
+    comm: bytes
+    row_count: int
+    reserved: int
+    rows: bytes
+
+
+Record = RangeRecord | MapRecord | ProcessRecord | RowsRecord
 
 
 def who_is(record: ProcessRecord) -> tuple[object, ...]:
@@ -223,8 +252,11 @@ def parse(data: bytes) -> list[Record]:
     end = len(data)
     while at < end:
         size, kind = _SIZE_AND_TYPE.unpack_from(data, at)
-        if kind == RecordType.MAP:
+        if kind in (RecordType.MAP, RecordType.FILE):
             found.append(_map_record(data, at))
+        elif kind == RecordType.ROWS:
+            fields = ROWS.unpack_from(data, at)
+            found.append(_new(RowsRecord, (*fields, data[at + ROWS.size : at + size])))
         elif kind in (RecordType.FORK, RecordType.EXEC, RecordType.INTRO):
             fields = PROCESS.unpack_from(data, at)
             text = at + PROCESS.size

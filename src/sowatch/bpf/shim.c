@@ -6,6 +6,7 @@
 #include <bpf/libbpf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -20,8 +21,6 @@
 #error "sowatch needs libbpf 1.1 or newer"
 #endif
 
-/* The largest record: records.h's longest, with its text. */
-#define MAX_RECORD_BYTES 8192
 #define TRACEFS_MAGIC 0x74726163
 #define LOG_BYTES (1 << 20)
 
@@ -127,7 +126,7 @@ void sow_close(sow_object *self)
 		close(self->events_fd);
 	for (unsigned int i = 0; i < self->section_count; i++)
 		munmap(self->sections[i].memory, self->sections[i].bytes);
-	ring_buffer__free(self->ring);
+	sow_record_ring_free(self->ring);
 	bpf_object__close(self->object);
 	btf__free(self->kernel_btf);
 	free(self->btf_path);
@@ -160,6 +159,15 @@ int sow_has_function(sow_object *self, const char *name)
 int sow_load(sow_object *self)
 {
 	return bpf_object__load(self->object);
+}
+
+void sow_trim(sow_object *self)
+{
+	btf__free(self->kernel_btf);
+	self->kernel_btf = NULL;
+#ifdef __GLIBC__
+	malloc_trim(0);
+#endif
 }
 
 static int keep_link(sow_object *self, struct bpf_link *link)
@@ -360,45 +368,25 @@ int sow_possible_cpus(void)
 	return libbpf_num_possible_cpus();
 }
 
-static int copy_record(void *context, void *data, size_t size)
-{
-	struct sow_object *self = context;
-
-	memcpy(self->buffer + self->used, data, size);
-	self->used += size;
-	/* libbpf counts this record as consumed even if it is to stop here. */
-	return self->used + MAX_RECORD_BYTES > self->capacity ? -ENOSPC : 0;
-}
-
 int sow_ring_open(sow_object *self, const char *map)
 {
 	int fd = bpf_object__find_map_fd_by_name(self->object, map);
 
 	if (fd < 0)
 		return fd;
-	self->ring = ring_buffer__new(fd, copy_record, self, NULL);
+	self->ring = sow_record_ring_new(fd);
+	self->ring_fd = fd;
 	return self->ring ? 0 : -errno;
 }
 
 int sow_ring_fd(sow_object *self)
 {
-	return ring_buffer__epoll_fd(self->ring);
+	return self->ring_fd;
 }
 
 int sow_ring_drain(sow_object *self, void *buffer, unsigned int capacity)
 {
-	int error;
-
-	if (capacity < MAX_RECORD_BYTES)
-		return -EINVAL;
-	self->buffer = buffer;
-	self->used = 0;
-	self->capacity = capacity;
-	error = ring_buffer__consume(self->ring);
-	self->buffer = NULL;
-	if (error < 0 && error != -ENOSPC)
-		return error;
-	return self->used;
+	return sow_record_ring_drain(self->ring, buffer, capacity);
 }
 
 unsigned long long sow_skipped_runs(sow_object *self)

@@ -26,6 +26,8 @@ int sow_set_autoload(sow_object *object, const char *program, int is_loaded);
 /* Whether the kernel's BTF has a function of this name. */
 int sow_has_function(sow_object *object, const char *name);
 int sow_load(sow_object *object);
+/* After loading and attaching: gives back what only that needed, the kernel's BTF first, which is 10 MB. */
+void sow_trim(sow_object *object);
 
 /* After loading. Links live until sow_close. */
 int sow_attach(sow_object *object, const char *program);

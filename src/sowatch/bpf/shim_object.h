@@ -25,12 +25,16 @@ struct sow_object {
 		size_t bytes;
 	} sections[MAX_SECTIONS];
 	unsigned int section_count;
-	struct ring_buffer *ring;
+	struct sow_record_ring *ring;
+	int ring_fd; /* the map's, which polls readable while there is something */
 	char *btf_path;
 	struct btf *kernel_btf; /* parsed when it is first asked for */
-	char *buffer;           /* where a drain under way copies to */
-	unsigned int used, capacity;
 };
+
+/* The ring of records. NULL with errno. */
+struct sow_record_ring *sow_record_ring_new(int fd);
+void sow_record_ring_free(struct sow_record_ring *ring);
+int sow_record_ring_drain(struct sow_record_ring *ring, char *buffer, unsigned int capacity);
 
 /* A global variable's place in its data section, NULL if there is none. */
 const struct btf_var_secinfo *sow_find_variable(const struct btf *btf, const char *section, const char *name);

@@ -45,6 +45,7 @@ class MappedFile:
     """A file under one name in one view of the file system: what the kernel's verdicts are about."""
 
     __slots__ = (
+        "_entries",
         "changed_ns",
         "file_id",
         "is_deleted",
@@ -71,6 +72,14 @@ class MappedFile:
         #: The process's view of the file system: two equal ones see the same paths.
         self.view = record.view
         self.is_wanted = rules.could_match(self.path)
+        self._entries: tuple[Mapping, Mapping] | None = None
+
+    def entry(self, *, is_image: bool) -> Mapping:
+        """It without ranges, one value for every address space that has it."""
+        entries = self._entries
+        if entries is None:
+            entries = self._entries = (Mapping(self, False), Mapping(self, True))
+        return entries[is_image]
 
     @property
     def is_anonymous(self) -> bool:
@@ -99,23 +108,24 @@ class Mapping(NamedTuple):
 
 
 class Scanned:
-    """One file as a scan found it: a row of it, and its ranges, of which ``unlisted`` more have no row."""
+    """One file as a scan found it: its ranges, of which ``unlisted`` more have no row, and when the first was seen."""
 
-    __slots__ = ("has_more", "name", "ranges", "row", "unlisted")
+    __slots__ = ("has_more", "is_image", "name", "ranges", "t_ns", "unlisted")
 
-    def __init__(self, name: MappedFile, row: MapRecord) -> None:
+    def __init__(self, name: MappedFile, flags: int, t_ns: int) -> None:
         self.name = name
-        self.row = row
+        self.is_image = bool(flags & FLAG_IMAGE)
+        self.t_ns = t_ns
         self.ranges: list[Range] = []
         self.has_more = False
         self.unlisted = 0
 
-    def add(self, row: MapRecord) -> None:
+    def add(self, flags: int, start: int, end: int, unlisted: int) -> None:
         """Takes one more row of it."""
-        self.ranges.append((row.start, row.end))
-        if row.flags & FLAG_MANY:
+        self.ranges.append((start, end))
+        if flags & FLAG_MANY:
             self.has_more = True
-            self.unlisted += row.offset_bytes
+            self.unlisted += unlisted
 
     @property
     def is_wide(self) -> bool:
@@ -157,7 +167,7 @@ class _Layout:
         self.entries: dict[FileId, Mapping] = {}
         self.ranges: RangeMap[FileId] = RangeMap()
         self.wide: dict[FileId, _Wide] = {}
-        #: The same with their ranges, once asked for.
+        #: The same with their ranges, once asked for while several have it.
         self.mappings: dict[FileId, Mapping] | None = None
         self.sharers = 1
 
@@ -222,17 +232,20 @@ class AddressSpace:
         return entry.name if entry is not None and entry.name.key == record.key else None
 
     def mappings(self) -> dict[FileId, Mapping]:
-        """Its files with their ranges. Not to be changed: it is kept, and others may have it, too."""
+        """Its files with their ranges. Not to be changed: others may have it, too."""
         layout = self._layout
-        if layout.mappings is None:
-            ranges = layout.ranges.of_each()
-            layout.mappings = {
-                file_id: entry._replace(ranges=(wide.first, wide.rest), range_count=wide.number)
-                if (wide := layout.wide.get(file_id))
-                else entry._replace(ranges=tuple(ranges.get(file_id, ())))
-                for file_id, entry in layout.entries.items()
-            }
-        return layout.mappings
+        if layout.mappings is not None:
+            return layout.mappings
+        ranges = layout.ranges.of_each()
+        mappings = {
+            file_id: Mapping(entry.name, entry.is_image, (wide.first, wide.rest), wide.number)
+            if (wide := layout.wide.get(file_id))
+            else Mapping(entry.name, entry.is_image, tuple(ranges.get(file_id, ())))
+            for file_id, entry in layout.entries.items()
+        }
+        if layout.sharers > 1:  # the next fork needs it, too; of every other space it would be 200 bytes a file
+            layout.mappings = mappings
+        return mappings
 
     def add(self, name: MappedFile, start: int, end: int, *, is_image: bool) -> tuple[Mapping | None, list[Mapping]]:
         """Gives a file one more range, beside what is there; the file if it is new here, and files that are gone."""
@@ -240,7 +253,7 @@ class AddressSpace:
         layout = self._writable()
         new = None
         if file_id not in layout.entries:
-            layout.entries[file_id] = Mapping(name, is_image)
+            layout.entries[file_id] = name.entry(is_image=is_image)
             new = Mapping(name, is_image, ((start, end),))
         wide = layout.wide.get(file_id)
         if wide is not None:
@@ -275,7 +288,7 @@ class AddressSpace:
         for file_id, one in found.items():
             entry = old.entries.get(file_id)
             if entry is None:
-                entry = Mapping(one.name, bool(one.row.flags & FLAG_IMAGE))
+                entry = one.name.entry(is_image=one.is_image)
                 came.append(one)
             new.entries[file_id] = entry
             if one.is_wide:
@@ -296,7 +309,7 @@ class AddressSpace:
         """
         wide = {*self._layout.wide, *(file_id for file_id, one in found.items() if one.is_wide)}
         if not with_images:
-            wide.update(file_id for file_id, one in found.items() if one.row.flags & FLAG_IMAGE)
+            wide.update(file_id for file_id, one in found.items() if one.is_image)
             wide.update(file_id for file_id, one in self._layout.entries.items() if one.is_image)
         rows = ((start, end, file_id) for file_id, one in found.items() for start, end in one.ranges)
         return RangeSnapshot(self._layout.ranges, rows, wide)

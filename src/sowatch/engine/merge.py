@@ -8,13 +8,16 @@ from typing import Final
 
 from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, MapRecord, ProcessRecord, RangeRecord, Record, RecordType
-from sowatch.engine.address_space import AddressSpace, ProcessState
+from sowatch.engine.address_space import AddressSpace, MappedFile, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
 from sowatch.engine.table import MappingTable
 from sowatch.sources.base import ProcessScan
 from sowatch.sources.scan_rows import in_slices
 
-__all__ = ["merge"]
+__all__ = ["MANY_CHANGES", "merge"]
+
+#: So many changes of a merge are published before it is over.
+MANY_CHANGES: Final = 4096
 
 #: A call that a scan has seen is reported after it, but no later than this.
 RETURN_NS: Final = 1_000_000
@@ -44,9 +47,9 @@ def merge(
         causes: what the findings are called.
         own_causes: and for some tgids otherwise.
         is_start: nothing was known before, so older records report nothing new.
-        between: called after each `SLICE` of work with the effects so far, whose changes it may take away. It may apply
-            records of processes that are neither scanned nor share an address space with one that is, nor were forked
-            by one since.
+        between: called after each `SLICE` of work, and once there are many changes, with the effects so far, whose
+            changes it may take away. It may apply records of processes that are neither scanned nor share an address
+            space with one that is, nor were forked by one since.
     """
     return _Merge(table, list(scans), causes, own_causes or {}, is_start=is_start, between=between).run(
         RecordLog([records])
@@ -75,9 +78,10 @@ class _Merge:
         self._own_causes = own_causes
         self._is_start = is_start
         self._effects = effects = Effects()
-        self._between = lambda: between(effects)
-        #: Who was scanned, by address space; and where each scan belongs among the records.
+        self._between: Callable[[], None] = lambda: between(effects)
+        #: Who was scanned, by address space; the files that scans have; and where each scan belongs among the records.
         self._by_mm: dict[int, ProcessState] = {}
+        self._names: dict[int, MappedFile] = {}
         self._places: dict[int, int | None] = {}
 
     def run(self, records: RecordLog) -> Effects:
@@ -123,7 +127,9 @@ class _Merge:
 
     def _take(self, scan: ProcessScan) -> None:
         causes = self._own_causes.get(scan.tgid, self._causes)
-        self._table.take_scan(scan, causes, self._by_mm, self._effects, self._between)
+        self._table.take_scan(scan, causes, self._by_mm, self._names, self._effects, self._between)
+        if len(self._effects.changes) >= MANY_CHANGES:
+            self._between()
 
     def _is_next(
         self, scan: ProcessScan, record: Record, position: int, records: RecordLog, later: dict[int, array[int]]
@@ -144,7 +150,8 @@ class _Merge:
         table = self._table
         known = table.find(scan.tgid, scan.start_ns)
         space = known.space if known is not None else AddressSpace()
-        ranges = space.snapshot(table.found(scan, table.file_of, self._between), with_images=table.rules.wants_images)
+        found = table.found(scan, table.file_of, {}, self._between)
+        ranges = space.snapshot(found, with_images=table.rules.wants_images)
         first_after = None
         for position, record in records:
             if ranges.is_same:

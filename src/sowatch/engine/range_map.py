@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Hashable, Iterable, Iterator
-from typing import Final, Generic, TypeVar
+from functools import lru_cache
+from typing import Any, Final, Generic, TypeVar
 
 __all__ = ["MAX_TENTATIVE", "Coverage", "Range", "RangeMap", "RangeSnapshot"]
 
@@ -18,6 +19,12 @@ K = TypeVar("K", bound=Hashable)
 #: So many keys may be reported at one address before it was scanned. At most one of them really is there, so the
 #: one that was reported first goes: else a list of tentative ones at one address could grow without limit.
 MAX_TENTATIVE: Final = 8
+
+
+@lru_cache(8192)
+def _alone(key: Any) -> tuple[Any, ...]:
+    """A tuple of one key: the same for all ranges of a file, which many processes have."""
+    return (key,)
 
 
 class RangeMap(Generic[K]):
@@ -49,7 +56,7 @@ class RangeMap(Generic[K]):
             if not made._ends or start > made._ends[-1]:
                 made._starts.append(start)
                 made._ends.append(end)
-                made._keys.append((key,))
+                made._keys.append(_alone(key))
                 made._counts[key] = made._counts.get(key, 0) + 1
             else:
                 made.add(key, start, end)
@@ -97,13 +104,13 @@ class RangeMap(Generic[K]):
                 pieces.append((low, start, keys))
                 low = start
             if low > at:
-                pieces.append((at, low, (key,)))
+                pieces.append((at, low, _alone(key)))
             at = min(high, end)
             pieces.append((low, at, keys if key in keys else (*keys[1 - MAX_TENTATIVE :], key)))
             if high > end:
                 pieces.append((end, high, keys))
         if at < end:
-            pieces.append((at, end, (key,)))
+            pieces.append((at, end, _alone(key)))
         return self._splice(first, last, pieces)
 
     def take_away(self, start: int, end: int, *, but: K | None = None) -> list[K]:
@@ -121,7 +128,7 @@ class RangeMap(Generic[K]):
             if low < start:
                 pieces.append((low, start, keys))
             if but is not None and but in keys:
-                pieces.append((max(low, start), min(high, end), (but,)))
+                pieces.append((max(low, start), min(high, end), _alone(but)))
             if high > end:
                 pieces.append((end, high, keys))
         return self._splice(first, last, pieces)

@@ -14,9 +14,9 @@ from typing import Final
 
 from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import Record
-from sowatch.engine.address_space import Change, Mapping, ProcessState
+from sowatch.engine.address_space import Change, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
-from sowatch.engine.merge import merge
+from sowatch.engine.merge import MANY_CHANGES, merge
 from sowatch.engine.publisher import Publisher
 from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RepairSchedule, RescanSchedule
@@ -24,6 +24,7 @@ from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
 from sowatch.engine.sharer_search import SHARERS_REST, SharerSearch
 from sowatch.engine.table import MappingTable
+from sowatch.linux.heap import give_back
 from sowatch.linux.liveness import has_ended
 from sowatch.linux.pid_namespaces import own_pid
 from sowatch.linux.proc import ProcFs
@@ -47,8 +48,6 @@ SLACK_NS: Final = 1_000_000
 VFORK_PATIENCE_NS: Final = 500_000_000
 #: A query waits no longer than this in a flood of records.
 SETTLING_S: Final = 0.5
-#: So many changes of a merge are published before it is over.
-MANY_CHANGES: Final = 4096
 #: How often changes that wait for a file's inspection are tried again.
 FACTS_TURN_S: Final = 0.02
 #: A system call that was under way when the rules changed has mapped its file after this.
@@ -102,6 +101,7 @@ class Reconciler:
         self._rules_again_at: float | None = None
         self._can_read_one = True
         self._has_scanned_all = True
+        self._has_spare_memory = False  # left by a full scan
         #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
         #: Processes that were reported as throttled since their losses were last counted.
@@ -135,25 +135,26 @@ class Reconciler:
     # ---- the loop's calls ---------------------------------------------------------------------
 
     def take_snapshot(self, make_ready: Callable[[int, float], Event]) -> None:
-        """Fills the mapping table by a full scan.
-
-        Args:
-            make_ready: called with the number of processes and the seconds it took, once the changes are published.
-        """
+        """Fills the mapping table by a full scan; ``make_ready`` gets the number of processes and of seconds."""
         begun = time.monotonic()
         self._report(Report.PROCESSES | Report.RANGES)
         scans, records = self._scan_all_with_records()
-        self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True))
+        self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True, between=self._publish_found))
         self._mark_unread(SNAPSHOT)
         self._report(Report.NOTHING)
-        changes = self._carry_out()
-        found = [change for change in changes if change.cause == "snapshot"]
+        self._effects.changes = self._carry_out()
+        self._publish_found(self._effects, 0)
         seconds = time.monotonic() - begun
-        if not self._silent:
-            self._publisher.publish(found)
         self._publisher.announce(lambda: make_ready(len(scans), seconds), holds=True)
-        self._publisher.publish([change for change in changes if change.cause != "snapshot"])
+        self._flush()
         self._check_losses()
+
+    def _publish_found(self, effects: Effects, least: int = MANY_CHANGES) -> None:
+        """Publishes what the start-up snapshot has found so far, if it is much; what came since waits for `Ready`."""
+        if len(effects.changes) >= least:
+            if not self._silent:
+                self._publisher.publish([change for change in effects.changes if change.cause == SNAPSHOT.load])
+            effects.changes = [change for change in effects.changes if change.cause != SNAPSHOT.load]
 
     def _report(self, more: Report) -> None:
         """Makes the source report this beyond what it always does."""
@@ -220,6 +221,9 @@ class Reconciler:
         for pid in self._unscanned:
             self._table.await_rescan(pid, REPAIR)
         self._schedule.forget(time.monotonic() - PACE_MEMORY_S)
+        if self._has_spare_memory and not self._repairs.is_due:
+            self._has_spare_memory = False
+            give_back()
         if time.monotonic() >= self._names_at:
             # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
             self._names_at = time.monotonic() + self._ttl_s
@@ -318,7 +322,7 @@ class Reconciler:
         # In this order: what the kernel drops by a verdict of the old epoch is found by the scan.
         self._source.new_epoch()
         self._read_for_rules()
-        self._publisher.rescan_for(self._mapped(lambda _: True), only_held=self._silent)
+        self._publisher.rescan_for(self._table.loads(lambda _: True, time.monotonic_ns()), only_held=self._silent)
         self._publisher.after_all(done)
         self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
@@ -326,24 +330,16 @@ class Reconciler:
         """Scans a process, and publishes what the rule wants of it and was not published."""
         self._table.await_rescan(pid)
         self.sync()
-        found = self._mapped(lambda one: rule.matches_path(one.name.path), pid)
-        self._publisher.rescan_for(found)
+        now_ns = time.monotonic_ns()
+        self._publisher.rescan_for(self._table.loads(lambda one: rule.matches_path(one.name.path), now_ns, pid))
 
     def _look_at_recovered(self) -> None:
         """Publishes files that can be read now; their file system hung before."""
         inspector = self._publisher.in_force.inspector
         files = inspector.take_recovered() if inspector is not None else ()
         if files:
-            self._publisher.recheck(self._mapped(lambda one: one.name.file_id in files), only_held=self._silent)
-
-    def _mapped(self, is_meant: Callable[[Mapping], bool], pid: int | None = None) -> list[Change]:
-        """What is mapped now, in all processes or in one, as loads of now."""
-        now_ns = time.monotonic_ns()
-        return [
-            Change(True, RULES.load, now_ns, process.record(), process.kind_of(one), *one.where)
-            for process, one in self._table.mappings(pid)
-            if is_meant(one)
-        ]
+            found = self._table.loads(lambda one: one.name.file_id in files, time.monotonic_ns())
+            self._publisher.recheck(found, only_held=self._silent)
 
     def _read_for_rules(self) -> None:
         since_ns = time.monotonic_ns()
@@ -436,7 +432,7 @@ class Reconciler:
             found = self._source.scan_all(meanwhile)
         except ScanTimeout:
             return [], RecordLog()
-        self._has_scanned_all = True
+        self._has_scanned_all = self._has_spare_memory = True
         return found
 
     def _scan_all_with_records(self) -> tuple[list[ProcessScan], RecordLog]:

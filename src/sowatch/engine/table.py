@@ -114,6 +114,12 @@ class MappingTable:
                 for mapping in process.space.mappings().values():
                     yield process, mapping
 
+    def loads(self, is_meant: Callable[[Mapping], bool], now_ns: int, pid: int | None = None) -> list[Change]:
+        """What is mapped now, in all processes or in one, as loads of now, cause ``snapshot``."""
+        return [
+            self._change(process, True, "snapshot", now_ns, one) for process, one in self.mappings(pid) if is_meant(one)
+        ]
+
     def unannounced(self, before_ns: int) -> list[ProcessState]:
         """CLONE_VM children that have been silent since before that time."""
         return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
@@ -392,6 +398,7 @@ class MappingTable:
         scan: ProcessScan,
         causes: Causes,
         by_mm: dict[int, ProcessState],
+        names: dict[int, MappedFile],
         effects: Effects,
         between: Callable[[], None] = lambda: None,
     ) -> None:
@@ -401,6 +408,7 @@ class MappingTable:
             scan: of the process; not void.
             causes: what the findings are called.
             by_mm: processes whose scans were taken over together with this one, by address space.
+            names: files that such scans have, see `found`.
             effects: gets the difference.
             between: see `sowatch.engine.merge.merge`.
         """
@@ -410,7 +418,7 @@ class MappingTable:
         if known is not None and known.id.start_ns != scan.start_ns:
             self._forget(scan.tgid, known.id.start_ns, "repair", scan.begin_ns, effects)
             known = None
-        found = self.found(scan, lambda row: self.see(row, effects), between)
+        found = self.found(scan, lambda row: self.see(row, effects), names, between)
         if known is None and not found and not (scan.has_untracked_sharers and scan.intro):
             if scan.intro is not None:
                 # The kernel will not introduce it again unless it is untracked, which may fail.
@@ -423,7 +431,7 @@ class MappingTable:
         if scan.intro is not None:
             known.learn(scan.intro)
         elif scan.maps:
-            known.rename(scan.maps.first().comm)
+            known.rename(scan.maps.comm)
         known.was_read = True
         self._join(known, scan, causes, by_mm, effects)
         self._announce(known, scan.begin_ns, effects)
@@ -433,17 +441,29 @@ class MappingTable:
 
     @staticmethod
     def found(
-        scan: ProcessScan, file_of: Callable[[MapRecord], MappedFile], between: Callable[[], None]
+        scan: ProcessScan,
+        file_of: Callable[[MapRecord], MappedFile],
+        names: dict[int, MappedFile],
+        between: Callable[[], None],
     ) -> ScannedFiles:
-        """What a scan has of each file that is wanted."""
+        """What a scan has of each file that is wanted.
+
+        Args:
+            scan: of a process.
+            file_of: the mapped file of a record, asked once for all rows that share one.
+            names: what it has answered, by the number of the object; for as long as the records are there.
+            between: see `sowatch.engine.merge.merge`.
+        """
         found: ScannedFiles = {}
-        for row in in_slices(scan.maps, between):
-            name = file_of(row)
+        for file, flags, t_ns, start, end, unlisted in in_slices(scan.maps.rows(), between):
+            name = names.get(id(file))
+            if name is None:
+                name = names[id(file)] = file_of(file if flags == file.flags else file._replace(flags=flags))
             if name.is_wanted:
                 one = found.get(name.file_id)
                 if one is None:
-                    one = found[name.file_id] = Scanned(name, row)
-                one.add(row)
+                    one = found[name.file_id] = Scanned(name, flags, t_ns)
+                one.add(flags, start, end, unlisted)
         return found
 
     def _join(
@@ -500,4 +520,4 @@ class MappingTable:
             self._emit(space, False, causes.unload, t_ns, mapping, effects)
         mappings = space.mappings() if came else {}
         for one in came:
-            self._emit(space, True, causes.load, one.row.t_ns, mappings[one.name.file_id], effects)
+            self._emit(space, True, causes.load, one.t_ns, mappings[one.name.file_id], effects)

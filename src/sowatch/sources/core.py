@@ -181,6 +181,7 @@ class BpfSource:
         self.record_limit.set(config.max_records_s)
         limit_waiting(bpf, config)
         hooks.attach()
+        bpf.trim()
 
     def fileno(self) -> int:
         return self._ring_fd
@@ -193,9 +194,9 @@ class BpfSource:
         return records
 
     def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The same records; verdicts on them will be about the places that they name."""
+        """The same records; verdicts on the files among them will be about the places that they name."""
         for record in records:
-            if record.type == RecordType.MAP:
+            if record.type == RecordType.FILE:
                 self._note_place(record)  # type: ignore[arg-type]
             yield record
 
@@ -284,7 +285,7 @@ class BpfSource:
                 self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
         scan = IteratorScan(self._open_session, (0,))
         self._run_scan(scan, meanwhile=meanwhile)
-        return [row for row in self._noting_places(scan.rows()) if row.tgid == pid]
+        return [row for row in self._noting_places(scan.rows()) if row.tgid == pid or row.type == RecordType.FILE]
 
     def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:
         """Runs a scan on a helper thread.

@@ -49,12 +49,18 @@ int main(void)
                     .reserved = { ~0ull, ~0ull, ~0ull, ~0ull }, .comm = "main", .cgroup_bytes = 4,
                     .path_bytes = 7 };
 
+    int size = offsetof(struct rows_record, rows) + 2 * sizeof(struct row);
+    struct rows_record rows = { .head = head(RECORD_ROWS, size), .comm = "main", .count = 2, .rows = {
+        { .start = 71ull << 33, .end = 72ull << 33, .offset_bytes = 73ull << 33, .file = 74, .flags = 75 },
+        { .start = 81ull << 33, .end = 82ull << 33, .offset_bytes = 83ull << 33, .file = 84, .flags = 85 } } };
+
     fwrite(&visit, sizeof(visit), 1, stdout);
     fwrite(&range, sizeof(range), 1, stdout);
     fwrite(&map, sizeof(map), 1, stdout);
     fwrite("so\0us\0\0\0", 8, 1, stdout);
     fwrite(&process, sizeof(process), 1, stdout);
     fwrite("x.s\0exe\0us\0\0\0\0\0\0", 16, 1, stdout);
+    fwrite(&rows, size, 1, stdout);
     return 0;
 }
 """
@@ -118,13 +124,22 @@ def test_c_and_python_agree_on_a_process_record(written):
     assert written[3] == expected
 
 
+def test_c_and_python_agree_on_rows(written):
+    rows = written[4]
+    assert rows[:-1] == (128, RecordType.ROWS, *HEAD, b"main".ljust(16, b"\0"), 2, 0)
+    assert list(wire.ROW.iter_unpack(rows.rows)) == [
+        (71 << 33, 72 << 33, 73 << 33, 74, 75),
+        (81 << 33, 82 << 33, 83 << 33, 84, 85),
+    ]
+
+
 def test_c_and_python_agree_on_where_the_root_stands_in_a_key(written):
     assert written[2].key[wire.ROOT] == struct.pack("=QQ", 33, 34)
 
 
 def test_c_and_python_agree_on_the_numbers():
     text = HEADER.read_text()
-    for name in ("MAP", "RANGE", "NEEDS_RESCAN", "FORK", "EXEC", "EXIT", "INTRO", "SCAN"):
+    for name in ("MAP", "RANGE", "NEEDS_RESCAN", "FORK", "EXEC", "EXIT", "INTRO", "SCAN", "FILE", "ROWS"):
         assert f"RECORD_{name} = {getattr(RecordType, name)}," in text
     for name in ("ASK", "NEEDS_RESCAN", "DELETED", "PARTIAL", "SHARED_VM", "MPROTECT", "IMAGE", "COMPAT"):
         bit = getattr(wire, f"FLAG_{name}").bit_length() - 1
@@ -145,6 +160,8 @@ ONE_OF_EACH = [
     P.fork(Proc(4243), t=6, flags=wire.FLAG_SHARED_VM),
     P.exec(t=7, with_exe=True),
     P.exit(t=8),
+    P.file(1, File()),
+    P.rows((1, wire.FLAG_ASK, 0x7F0000001000, 0x7F0000005000), (2, 0, 0x7F0000006000, 0x7F0000007000), t=9),
 ]
 
 

@@ -6,7 +6,7 @@ import os
 import tracemalloc
 from collections.abc import Iterable
 
-from sowatch.bpf.records import FLAG_MANY, FLAG_NEEDS_RESCAN, MapRecord, Record
+from sowatch.bpf.records import FLAG_ASK, FLAG_MANY, FLAG_NEEDS_RESCAN, MapRecord, Record, parse
 from sowatch.engine.address_space import AddressSpace, MappedFile, Scanned
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.iterator_scan import IteratorScan
@@ -15,6 +15,7 @@ from support.records import PAGE, File, Proc, to_bytes
 
 FILES = [File(f"/usr/lib/{'deep/' * 10}lib{n}.so", n + 1, place=n) for n in range(5)]
 RULES = RuleSet([Rule("lib")])
+P = Proc()
 
 
 def rows_of(pid: int, count: int) -> list[MapRecord]:
@@ -94,27 +95,63 @@ def test_what_an_iterator_wrote_is_given_once_and_not_kept():
     assert (list(scan.rows()), scan.unparsed_bytes) == ([], 0)
 
 
-def test_a_scan_of_very_many_rows_takes_a_tenth_of_what_their_records_take():
+def session_of(processes: int, count: int) -> list[bytes]:
+    """What a session of the iterator writes of processes that have the same files mapped, a chunk a process."""
+    chunks = []
+    for pid in range(1, processes + 1):
+        proc = Proc(pid)
+        described = [proc.file(n, file) for n, file in enumerate(FILES, 1)] if pid == 1 else []
+        rows = [(1 + n % 5, FLAG_MANY * (n % 3 == 0), 2 * n * PAGE, (2 * n + 1) * PAGE) for n in range(count)]
+        batches = [proc.rows(*rows[at : at + 64], t=at) for at in range(0, count, 64)]
+        chunks.append(b"".join(to_bytes(record) for record in (proc.visit(), *described, *batches)))
+    return chunks
+
+
+def test_the_rows_of_a_session_are_of_the_files_that_it_has_described():
+    grouping = Grouping()
+    for chunk in session_of(3, 100):
+        grouping.add(parse(chunk))
+    for pid, scan in enumerate(grouping.scans(), 1):
+        expected = [
+            Proc(pid).map(FILES[n % 5], 2 * n * PAGE, t=n // 64 * 64, flags=FLAG_MANY * (n % 3 == 0))
+            for n in range(100)
+        ]
+        assert (scan.end_ns, len(scan.maps), scan.maps.comm) == (64, 100, expected[0].comm)
+        assert scan.maps == expected
+        assert [row[1:] for row in scan.maps.rows()] == [
+            (row.flags, row.t_ns, row.start, row.end, row.offset_bytes) for row in expected
+        ]
+
+
+def test_what_is_so_of_a_file_is_so_of_each_row_of_it():
+    gone = File("/usr/lib/gone.so", 7, is_deleted=True)
+    (scan,) = group([P.visit(), P.file(1, gone), P.rows((1, FLAG_ASK, PAGE, 2 * PAGE))])
+    assert scan.maps == [P.map(gone, flags=FLAG_ASK)]
+
+
+def test_the_next_session_numbers_its_files_anew():
+    rows = [P.file(1, FILES[0]), P.rows((1, 0, PAGE, 2 * PAGE))]
+    again = [Proc(11).file(1, FILES[1]), Proc(11).rows((1, 0, PAGE, 2 * PAGE))]
+    first, second = group([*rows, *again])
+    assert (first.maps, second.maps) == ([P.map(FILES[0])], [Proc(11).map(FILES[1])])
+
+
+def test_a_scan_of_very_many_rows_takes_little():
     processes, count = 200, 256
-    chunks = [b"".join(to_bytes(row) for row in rows_of(pid, count)) for pid in range(1, processes + 1)]
-
-    def traced(limit: int) -> int:
-        tracemalloc.start()
-        try:
-            before, _ = tracemalloc.get_traced_memory()
-            grouping = Grouping(RowPool(limit))
-            for chunk in chunks:
-                scan = IteratorScan(lambda _: -1, (0,))
-                scan._chunks.append((0, chunk))
-                grouping.add(scan.rows())
-            assert sum(len(one.maps) for one in grouping.scans()) == processes * count
-            return tracemalloc.get_traced_memory()[0] - before
-        finally:
-            tracemalloc.stop()
-
-    packed, plain = traced(0), traced(1 << 60)
-    assert plain > 500 * processes * count
-    assert packed < 100 * processes * count
+    chunks = session_of(processes, count)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        grouping = Grouping()
+        for chunk in chunks:
+            scan = IteratorScan(lambda _: -1, (0,))
+            scan._chunks.append((0, chunk))
+            grouping.add(scan.rows())
+        assert sum(len(one.maps) for one in grouping.scans()) == processes * count
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert taken < 50 * processes * count
 
 
 def test_a_scan_that_finds_nothing_new_leaves_the_ranges_shared_with_those_of_a_fork():
@@ -129,7 +166,8 @@ def test_a_scan_that_finds_nothing_new_leaves_the_ranges_shared_with_those_of_a_
         made: dict[object, Scanned] = {}
         for number in range(count):
             row = Proc().map(FILES[number % 5], 2 * number * PAGE)
-            made.setdefault(FILES[number % 5].id, Scanned(names[number % 5], row)).add(row)
+            one = made.setdefault(FILES[number % 5].id, Scanned(names[number % 5], row.flags, row.t_ns))
+            one.add(row.flags, row.start, row.end, row.offset_bytes)
         return made
 
     assert child.replace(found(200)) == ([], [])

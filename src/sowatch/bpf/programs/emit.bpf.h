@@ -238,6 +238,11 @@ static __always_inline void describe_file(enum scratch_owner owner, struct scrat
 	record->place = scratch->is_partial ? 0 : scratch->place;
 }
 
+static __always_inline bool has_lost_its_name(struct file *file)
+{
+	return !BPF_CORE_READ(opened_path(TYPED(struct file, file)).dentry, d_hash.pprev);
+}
+
 /* A file mapped executable at [start, end), with the path that the process sees. */
 static __always_inline bool send_map(enum scratch_owner owner, struct seq_file *seq, struct task_struct *task,
 				     struct process *process, struct file *file, const struct file_key *key,

@@ -25,6 +25,8 @@ enum record_type {
 	RECORD_EXIT = 6,         /* record: its last thread is gone */
 	RECORD_INTRO = 7,        /* process_record: introduction of a process, before its first map_record */
 	RECORD_SCAN = 8,         /* range_record: the reader starts on this process; start is its address space */
+	RECORD_FILE = 9,         /* map_record: a file that rows of this scan name by its start, counted from 1 */
+	RECORD_ROWS = 10,        /* rows_record: what the reader has found mapped in this process */
 };
 
 enum record_flag {
@@ -40,8 +42,8 @@ enum record_flag {
 	FLAG_COMPAT = 1 << 7,    /* a 32-bit process: its calls pass the hooks unseen */
 	FLAG_AGAIN = 1 << 8,     /* of a scan: in the middle of an exec; read it again */
 	FLAG_THROTTLED = 1 << 9, /* of a needs-rescan record: there were too many; some of it was dropped */
-	/* Of a scan's map record: before it, and perhaps after it, stand ranges of the file that are not
-	 * listed; offset_bytes says how many there are between it and the record before. */
+	/* Of a row: before it, and perhaps after it, stand ranges of the file that are not listed;
+	 * offset_bytes says how many there are between it and the row before. */
 	FLAG_MANY = 1 << 10,
 };
 
@@ -157,6 +159,26 @@ struct process_record {
 	__u32 path_bytes;
 };
 
+/* 32 bytes: one executable mapping of a file. */
+struct row {
+	__u64 start;
+	__u64 end;
+	__u64 offset_bytes;
+	__u32 file;  /* the number of a RECORD_FILE */
+	__u32 flags; /* beside those of that */
+};
+
+#define MAX_ROWS 64
+
+/* 64 bytes, then the rows. Its time is that of the newest, its activity the highest of any. */
+struct rows_record {
+	struct record head;
+	char comm[COMM_BYTES];
+	__u32 count;
+	__u32 reserved;
+	struct row rows[MAX_ROWS];
+};
+
 /* The same on every architecture: all fields have a width, and none needs padding. */
 _Static_assert(sizeof(struct file_id) == 24, "sowatch.bpf.records.FILE_ID");
 _Static_assert(sizeof(struct file_key) == 64, "sowatch.sources.core.FILE_KEY");
@@ -165,3 +187,5 @@ _Static_assert(sizeof(struct record) == 40, "sowatch.bpf.records.HEAD");
 _Static_assert(sizeof(struct range_record) == 56, "sowatch.bpf.records.RANGE");
 _Static_assert(sizeof(struct map_record) == 168, "sowatch.bpf.records.MAP");
 _Static_assert(sizeof(struct process_record) == 168, "sowatch.bpf.records.PROCESS");
+_Static_assert(sizeof(struct row) == 32, "sowatch.bpf.records.ROW");
+_Static_assert(__builtin_offsetof(struct rows_record, rows) == 64, "sowatch.bpf.records.ROWS");
