@@ -55,7 +55,6 @@ ROOTS: Final = (
     Root("noble", "Ubuntu 24.04", "3.12", "noble", site="http://archive.ubuntu.com/ubuntu", may_be_absent=True),
     Root("trixie", "Debian 13", "3.13", "trixie"),
     Root("sid", "Debian unstable", "3.14", "sid", may_be_absent=True),
-    Root("trixie-arm64", "Debian 13, arm64 (QEMU)", "3.13", "trixie", machine="aarch64"),
 )
 #: What `.ci/run` has time for: not the Python that runs the whole suite there.
 CI_ROOTS: Final = ("trixie",)
