@@ -15,5 +15,5 @@ except ImportError:
 
 __all__ = ["VERSION"]
 
-#: As in the metadata of the package; a test compares them.
+#: As in the metadata of the package.
 VERSION: Final = _BUILT
