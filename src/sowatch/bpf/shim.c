@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -147,8 +148,38 @@ int sow_set_autoload(sow_object *self, const char *name, int is_loaded)
 	return program ? bpf_program__set_autoload(program, is_loaded) : -ENOENT;
 }
 
+#define KERNEL_BTF "/sys/kernel/btf/vmlinux"
+
+/*
+ * Whether a name may stand in a BTF file: 0 if not. To search its strings takes a tenth of the time that parsing takes
+ * (5 MB, 127,000 types). The kernel's own can be mapped from 6.16 on.
+ */
+static int may_name(const char *path, const char *name)
+{
+	const struct btf_header *header;
+	char *content = MAP_FAILED;
+	struct stat info;
+	int fd = open(path, O_RDONLY | O_CLOEXEC), found = 1;
+
+	if (fd < 0)
+		return 1;
+	if (!fstat(fd, &info) && info.st_size >= (off_t)sizeof(*header))
+		content = mmap(NULL, info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+	close(fd);
+	if (content == MAP_FAILED)
+		return 1;
+	header = (const void *)content;
+	if (header->magic == BTF_MAGIC && (off_t)header->hdr_len + header->str_off + header->str_len <= info.st_size)
+		found = memmem(content + header->hdr_len + header->str_off, header->str_len, name, strlen(name) + 1) !=
+			NULL;
+	munmap(content, info.st_size);
+	return found;
+}
+
 int sow_has_function(sow_object *self, const char *name)
 {
+	if (!self->kernel_btf && !may_name(self->btf_path ?: KERNEL_BTF, name))
+		return 0;
 	if (!self->kernel_btf)
 		self->kernel_btf = self->btf_path ? btf__parse(self->btf_path, NULL) : btf__load_vmlinux_btf();
 	if (!self->kernel_btf)

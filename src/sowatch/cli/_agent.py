@@ -5,25 +5,19 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import convert
-
 from sowatch.cli._options import DEFAULT_SOCKET
 from sowatch.cli._parser import Parser
-from sowatch.model import wire_explain
 from sowatch.model.errors import UsageError
 
+# What reads an answer is imported where there is one: most watches ask no agent.
 if TYPE_CHECKING:
     from sowatch.cli._client import Agent
+    from sowatch.model import wire_explain
 
 __all__ = ["add_agent", "explanation_of", "refuse_own_watch"]
 
 #: What says how to watch, with its default: the agent watches already.
 _OF_OWN_WATCH: Final = {"strategy": "auto", "hooks": "auto", "proc_root": "/proc", "cri_socket": None}
-_EXPLANATIONS: Final[dict[str, Any]] = {
-    "process": wire_explain.ProcessReport,
-    "path": wire_explain.PathReport,
-    "rule": wire_explain.RuleReport,
-}
 
 
 def add_agent(parser: Parser) -> None:
@@ -58,7 +52,16 @@ def explanation_of(
     Raises:
         SowatchError: it is of another version.
     """
+    from msgspec import convert
+
+    from sowatch.model import wire_explain
+
+    kinds: dict[str, Any] = {
+        "process": wire_explain.ProcessReport,
+        "path": wire_explain.PathReport,
+        "rule": wire_explain.RuleReport,
+    }
     report: wire_explain.ProcessReport | wire_explain.PathReport | wire_explain.RuleReport = agent.read_as(
-        lambda: convert(found, _EXPLANATIONS[found["target"]])
+        lambda: convert(found, kinds[found["target"]])
     )
     return report

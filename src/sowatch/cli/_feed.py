@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sowatch.cli._options import WatcherLike
 from sowatch.cli._out import Out, PipeClosed
-from sowatch.cli._views import View
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
 from sowatch.model.literals import EventKind
 from sowatch.model.plural import counted
+
+if TYPE_CHECKING:
+    from sowatch.cli._views import View
 
 __all__ = ["Feed", "warn_of_fallback"]
 

@@ -131,23 +131,30 @@ OpenWatcher = Callable[[Selection], WatcherLike]
 
 
 def open_watcher(selection: Selection) -> WatcherLike:
-    """The real watcher for a selection, not started yet."""
+    """The real watcher for a selection, not started yet, though its programs are loaded from now on."""
     from sowatch.cli._front import front_pid
-    from sowatch.sources.select import open_scan, open_source
-    from sowatch.watcher.watcher import Watcher
+    from sowatch.sources.select import Opening, open_scan, open_source
 
-    front = front_pid()
-    return Watcher(
-        *selection.rules,
-        config=selection.config,
-        pids=selection.pids,
-        follow=selection.follow,
-        container=selection.container,
-        exclude_self=selection.exclude_self,
-        exclude_pids=() if front is None else (front,),
-        snapshot=selection.snapshot,
-        open_source=open_scan if selection.is_scan else open_source,
-    )
+    opening = Opening(open_scan if selection.is_scan else open_source, selection.config)
+    try:
+        # Meanwhile.
+        from sowatch.watcher.watcher import Watcher
+
+        front = front_pid()
+        return Watcher(
+            *selection.rules,
+            config=selection.config,
+            pids=selection.pids,
+            follow=selection.follow,
+            container=selection.container,
+            exclude_self=selection.exclude_self,
+            exclude_pids=() if front is None else (front,),
+            snapshot=selection.snapshot,
+            open_source=opening,
+        )
+    except BaseException:
+        opening.close()
+        raise
 
 
 def add_format(parser: Parser, formats: Sequence[str] = FORMATS) -> None:

@@ -43,7 +43,7 @@ Examples:
   sowatch list --json | jq -r 'select(.event=="mapping").library.build_id' | sort | uniq -c
 """
 
-# Heavy modules (the watcher, rich) are imported only where they are used.
+# What takes long to import (the watcher, JSON, rich) is imported where it is used: programs are loaded meanwhile.
 
 from __future__ import annotations
 
@@ -159,13 +159,14 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
     filters = filters_of(args)
     selection = selection_of(args, default_kinds=_STALE_KINDS if args.stale else ("library",))
     selection = replace(selection, rules=with_exports(selection.rules, args.exports))
-    from sowatch.cli._list_entries import ListEntry, with_packages
-    from sowatch.inventory.staleness import Disk, seen_at
-
     proc = ProcFs(selection.config.proc_root)
     asked = None if args.agent is None else _agent_scan(args, selection)
     watcher = asked or open_watcher(replace(selection, is_scan=args.duration is None))
     try:
+        # Now, as the program of the scan is loaded meanwhile.
+        from sowatch.cli._list_entries import ListEntry, with_packages
+        from sowatch.inventory.staleness import Disk, seen_at
+
         ready = watcher.start()
         if ready.guarantee != ONE_SCAN and asked is None:
             warn_of_fallback(ready, warn)

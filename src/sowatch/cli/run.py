@@ -42,7 +42,6 @@ from sowatch.cli._options import (
 )
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser
-from sowatch.cli._views import JsonView, TextView
 from sowatch.cli.watch import add_events, events_of
 from sowatch.model.errors import SowatchError, UsageError
 
@@ -100,6 +99,8 @@ def _run(
             lines.finish_within(_LAST_WORDS_S)
             feed.stop()
             _end_if_stuck(lines, command, warn, is_over)
+
+        from sowatch.cli._views import JsonView, TextView
 
         command.begin(on_end)
         view = JsonView(lines) if as_json else TextView(lines, with_rule=len(selection.rules) > 1)

@@ -14,13 +14,13 @@ Examples:
   sowatch watch --json libcuda | jq .process     for programs
 """
 
-# Heavy modules (the watcher, rich) are imported only where they are used.
+# What takes long to import (the watcher, JSON, rich) is imported where it is used: programs are loaded meanwhile.
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
@@ -38,9 +38,11 @@ from sowatch.cli._options import (
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.cli._parser import Parser, event_list
 from sowatch.cli._stop import Stopper
-from sowatch.cli._views import JsonView, TextView, View
 from sowatch.model.errors import UsageError
 from sowatch.model.literals import EVENT_KINDS, EventKind
+
+if TYPE_CHECKING:
+    from sowatch.cli._views import View
 
 __all__ = ["add_events", "configure", "events_of", "run", "warn_of_fallback"]
 
@@ -100,7 +102,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         if stopper.is_asked:
             feed.stop()
         try:
-            view = JsonView(out) if as_json else _view_for_people(out, selection, watcher)
+            view = _view_of(out, selection, watcher, as_json=as_json)
             feed.show(view, events_of(args, as_json=as_json))
         except PipeClosed:
             out.discard()
@@ -122,7 +124,11 @@ def _agent_watch(args: Namespace, selection: Selection) -> WatcherLike:
     return AgentWatch(Agent(args.agent), selection)
 
 
-def _view_for_people(out: Out, selection: Selection, watcher: WatcherLike) -> View:
+def _view_of(out: Out, selection: Selection, watcher: WatcherLike, *, as_json: bool) -> View:
+    from sowatch.cli._views import JsonView, TextView
+
+    if as_json:
+        return JsonView(out)
     with_rule = len(selection.rules) > 1
     if not out.is_terminal:
         return TextView(out, with_rule=with_rule)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -28,12 +30,13 @@ from sowatch.model.errors import (
     PidNamespaceError,
     SowatchError,
     TracefsNotMounted,
+    UsageError,
 )
 from sowatch.model.literals import Hooks, Strategy
 from sowatch.sources.base import EventSource
 from sowatch.sources.core import OBJECTS, BpfSource
 
-__all__ = ["CANDIDATES", "Candidate", "Plan", "candidates_to_try", "open_scan", "open_source", "plan"]
+__all__ = ["CANDIDATES", "Candidate", "Opening", "Plan", "candidates_to_try", "open_scan", "open_source", "plan"]
 
 LOG = logging.getLogger("sowatch")
 
@@ -42,6 +45,8 @@ _REMEDY_ROOT = (
     "Run it as root: sudo sowatch ..., or give it the capabilities CAP_BPF and CAP_PERFMON and a readable tracefs."
 )
 _REMEDY = "See `sowatch doctor` for what this kernel can do."
+#: While a source is opened beside other work.
+_SWITCH_INTERVAL_S: Final = 0.0005
 
 
 class Candidate(NamedTuple):
@@ -177,6 +182,69 @@ def open_scan(config: Config) -> EventSource:
         except SowatchError as error:
             LOG.debug("one scan without hooks: %s", error)
     return open_source(config)
+
+
+class Opening:
+    """A source that is opened on a thread of its own, while the caller does something else: imports what it needs then.
+
+    A `Watcher` takes it in the place of `open_source`, and closes it.
+
+    Args:
+        open_source: `open_source` or `open_scan`.
+        config: what it is called with.
+    """
+
+    def __init__(self, open_source: Callable[[Config], EventSource], config: Config) -> None:
+        self._open_source = open_source
+        self._config = config
+        self._lock = threading.Lock()
+        self._source: EventSource | None = None
+        self._error: BaseException | None = None
+        self._is_closed = False
+        # It comes back from the kernel some fifty times, and would wait each time while others compute.
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._thread = threading.Thread(target=self._open, name="sowatch-open", daemon=True)
+        self._thread.start()
+
+    def __call__(self, config: Config) -> EventSource:
+        """The source, which belongs to the caller then; once.
+
+        Raises:
+            SowatchError: what opening it has raised.
+            UsageError: it has another configuration, or was taken or closed before.
+        """
+        if config != self._config:
+            raise UsageError("a source was opened with another configuration than the Watcher has. Give both the same.")
+        self._thread.join()
+        source = self._take()
+        if self._error is not None:
+            raise self._error
+        if source is None:
+            raise UsageError("a source that is opened beside other work is for one Watcher. Open another one.")
+        return source
+
+    def close(self) -> None:
+        """Closes the source if nobody has taken it; one that is still being opened once it is. Safe to call again."""
+        self._is_closed = True
+        source = self._take()
+        if source is not None:
+            source.close()
+
+    def _take(self) -> EventSource | None:
+        with self._lock:
+            source, self._source = self._source, None
+        return source
+
+    def _open(self) -> None:
+        try:
+            self._source = self._open_source(self._config)
+        except BaseException as error:  # noqa: BLE001 - it goes to the caller
+            self._error = error
+        finally:
+            sys.setswitchinterval(self._switch_interval_s)
+        if self._is_closed:
+            self.close()
 
 
 def _select_source(config: Config) -> tuple[EventSource | None, tuple[LoadAttempt, ...], SowatchError | None]:

@@ -39,7 +39,7 @@ from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS, StreamKind
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
-from sowatch.sources.select import open_source
+from sowatch.sources.select import Opening, open_source
 from sowatch.sources.unread import PatientProcFs, UnreadProcesses
 from sowatch.watcher.subscription import Subscription
 
@@ -69,7 +69,7 @@ class Watcher:
         exclude_self: leave this very process out.
         exclude_pids: leave these processes out (pids in the initial pid namespace).
         snapshot: report what is mapped already. Without, only what is new is reported.
-        open_source: where records come from; the default selects the strategy.
+        open_source: where records come from; the default selects the strategy. An `Opening` is closed by `stop`.
 
     Use it as a context manager, or `start` and `stop` it. All methods may be called from any
     thread, but not in a child of ``os.fork()``, where they raise `UsageError`; only leaving the context does nothing
@@ -209,6 +209,8 @@ class Watcher:
             if self._is_stopped:
                 return
             self._is_stopped = True
+            if isinstance(self._open_source, Opening):
+                self._open_source.close()
             if self._engine is not None:
                 self._engine.stop()
             # Once more if the engine's thread did so: a reader of events must not wait for ever.
