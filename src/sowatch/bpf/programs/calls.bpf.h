@@ -89,7 +89,7 @@ static __always_inline int enter_mmap(__u64 start, __u64 length, __u64 protectio
 	/* Is a file of the kernel's own, /dev/zero, which no fd names. */
 	bool shares_memory = executes && flags & MAP_ANONYMOUS && flags & MAP_SHARED;
 	bool replaces = flags & MAP_FIXED;
-	struct pending call = {};
+	struct pending call = {.kind = unknown_zero};
 
 	if (!maps_file && !shares_memory && !replaces)
 		return 0;

@@ -35,18 +35,31 @@ __noinline __u32 hash_cgroup(__u64 node_address)
 	return hash;
 }
 
+/* Rounds of loops, too. Where loads are not typed the programs have no stack left for the frames of these. */
+#ifdef PROBE_READS
+#define ROUND_ONCE static __always_inline
+#else
+#define ROUND_ONCE __noinline
+#endif
+
+/* Appends a component; gives the node above it, 0 for the nameless root, or if there is no space. */
+ROUND_ONCE __u64 append_level(enum scratch_owner owner, __u64 node_address)
+{
+	struct kernfs_node *node = (void *)node_address, *parent = node ? parent_node(node) : NULL;
+	struct scratch *scratch = scratch_of(owner);
+
+	if (!scratch || !parent || !append(scratch, (const unsigned char *)BPF_CORE_READ(node, name)))
+		return 0;
+	return (__u64)parent;
+}
+
 /* Appends the path's components from the leaf up, without the nameless root. */
 __noinline int walk_cgroup(enum scratch_owner owner, __u64 node_address)
 {
-	struct kernfs_node *node = (void *)node_address, *parent;
-	struct scratch *scratch = scratch_of(owner);
+	__u64 node = node_address;
 
-	for (int i = 0; scratch && i < CGROUP_LEVELS; i++) {
-		parent = node ? parent_node(node) : NULL;
-		if (!parent || !append(scratch, (const unsigned char *)BPF_CORE_READ(node, name)))
-			break;
-		node = parent;
-	}
+	for (int i = 0; node && i < CGROUP_LEVELS; i++)
+		node = append_level(owner, node);
 	return 0;
 }
 
@@ -78,6 +91,16 @@ __noinline __u64 append_next_cgroup(enum scratch_owner owner, __u64 link_address
 	return (__u64)BPF_CORE_READ(link, cgrp_link.next);
 }
 
+/* The same of all hierarchies behind a link. */
+ROUND_ONCE int append_other_cgroups(enum scratch_owner owner, __u64 link_address, __u64 head)
+{
+	__u64 link = link_address;
+
+	for (int i = 0; i < CGROUP_HIERARCHIES && link && link != head; i++)
+		link = append_next_cgroup(owner, link);
+	return 0;
+}
+
 /* Appends the paths; gives the number of bytes they took. */
 static __always_inline __u32 append_cgroups(enum scratch_owner owner, struct scratch *scratch, struct task_struct *task)
 {
@@ -92,7 +115,6 @@ static __always_inline __u32 append_cgroups(enum scratch_owner owner, struct scr
 	scratch->text_limit = before + FIRST_CGROUP_BYTES - NAME_BYTES;
 	walk_cgroup(owner, unified);
 	scratch->text_limit = before + CGROUP_TEXT_BYTES - NAME_BYTES;
-	for (int i = 0; i < CGROUP_HIERARCHIES && link && link != head; i++)
-		link = append_next_cgroup(owner, link);
+	append_other_cgroups(owner, link, head);
 	return scratch->text_end - before;
 }

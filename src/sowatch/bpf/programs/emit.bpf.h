@@ -103,11 +103,12 @@ static __always_inline __u64 mix(__u64 sum, __u64 word)
  * A number made of what an introduction says of a process and may change while it runs its program:
  * the user, the cgroups (the set of them is another object after any move; it may get the address of
  * one that is gone, so that of version 2 counts by its own number, too), the parent, the root, the
- * name. As /proc does, of a process its leader is asked.
+ * name. As /proc does, of a process its leader is asked. Global: verified once.
  */
-static __noinline __u64 facts_of(struct task_struct *task)
+__noinline __u64 facts_of_leader(__u64 leader_address, __u64 fs_address)
 {
-	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	struct task_struct *leader = (void *)leader_address;
+	struct fs_struct *fs = (void *)fs_address;
 	struct css_set *set = BPF_CORE_READ(leader, cgroups);
 	__u64 sum = 0, name[COMM_BYTES / sizeof(__u64)] = {};
 
@@ -116,9 +117,14 @@ static __noinline __u64 facts_of(struct task_struct *task)
 	sum = mix(sum, BPF_CORE_READ(leader, real_parent, tgid));
 	sum = mix(sum, (__u64)set);
 	sum = mix(sum, BPF_CORE_READ(set, dfl_cgrp, kn, id));
-	sum = mix(sum, (__u64)BPF_CORE_READ(task, fs, root.dentry));
-	sum = mix(sum, (__u64)BPF_CORE_READ(task, fs, root.mnt));
+	sum = mix(sum, (__u64)BPF_CORE_READ(fs, root.dentry));
+	sum = mix(sum, (__u64)BPF_CORE_READ(fs, root.mnt));
 	return mix(mix(sum, name[0]), name[1]);
+}
+
+static __always_inline __u64 facts_of(struct task_struct *task)
+{
+	return facts_of_leader((__u64)BPF_CORE_READ(task, group_leader), (__u64)BPF_CORE_READ(task, fs));
 }
 
 /* Where exec put ld.so, from the vector that it wrote for it; 0 for a static program. Global: verified once. */

@@ -184,7 +184,6 @@ static __always_inline struct file *file_of_fd(struct task_struct *task, __u32 f
 
 /* The confirmed answer to "what is mapped at this address", filled in by bpf_find_vma. */
 struct found_vma {
-	struct task_struct *task;
 	struct file *file;
 	struct file_key key;
 	__u64 start;

@@ -106,6 +106,8 @@ __u32 rules_epoch = 0;
 __u32 report = 0; /* enum report_bit */
 __u32 now_s = 0;  /* ticks about once a second; a clock read per mmap would cost more */
 __u64 scan_run = 0;
+/* 0, which the verifier does not know: a number that begins with it is one state for it, not one for each value. */
+__u32 unknown_zero = 0;
 __u32 max_records_s = 0; /* records one process may send in a second; 0: any number */
 
 /* A global function: the verifier reads it once, not for each of its callers. Those with pointers: 5.12+. */
@@ -300,6 +302,13 @@ static __always_inline struct process *count_activity(struct task_struct *task)
 	return process;
 }
 
+/* With a loop over all ranges, and several callers. An old kernel has no stack left for their frames. */
+#ifdef OLD_KERNEL
+#define LOOP_ONCE static __always_inline
+#else
+#define LOOP_ONCE __noinline
+#endif
+
 /* From now on until the next scan every range counts. */
 static __always_inline void forget_ranges(struct process *process)
 {
@@ -313,14 +322,16 @@ static __always_inline void forget_ranges(struct process *process)
  * only be overlooked while its owner's tentative record, which comes after, is still to be sent. Where a slot
  * cannot be taken so (before 5.12) only the task of a single-user mm adds, and of a shared mm every range counts.
  */
-static __always_inline void add_range(struct process *process, __u64 start, __u64 end)
+LOOP_ONCE int add_range(struct process *process, __u64 start, __u64 end)
 {
 	__u32 slot;
 
+	if (!process)
+		return 0;
 #ifdef OLD_KERNEL
 	if (!is_single_user(current_task())) {
 		forget_ranges(process);
-		return;
+		return 0;
 	}
 #endif
 	if (!process->max_end || start < process->min_start)
@@ -329,7 +340,7 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 		process->max_end = end;
 	for (slot = 0; slot < MAX_RANGES && slot < process->range_count; slot++)
 		if (process->ranges[slot].start <= start && process->ranges[slot].end >= end)
-			return;
+			return 0;
 #ifdef OLD_KERNEL
 	slot = process->range_count;
 #else
@@ -343,6 +354,7 @@ static __always_inline void add_range(struct process *process, __u64 start, __u6
 	/* Still added atomically: a scan may have set it back to 0, which is to last. */
 	__sync_fetch_and_add(&process->range_count, 1);
 #endif
+	return 0;
 }
 
 /*
@@ -368,6 +380,19 @@ static __noinline int add_shared_range(struct process *process, __u64 start, __u
 	return 0;
 }
 
+LOOP_ONCE int overlaps_range(struct process *process, __u64 start, __u64 end)
+{
+	if (!process)
+		return false;
+	for (__u32 slot = 0; slot < MAX_RANGES; slot++) {
+		if (slot >= process->range_count)
+			return false;
+		if (start < process->ranges[slot].end && end > process->ranges[slot].start)
+			return true;
+	}
+	return false;
+}
+
 static __always_inline bool overlaps(struct process *process, __u64 start, __u64 end)
 {
 #ifdef OLD_KERNEL
@@ -382,15 +407,7 @@ static __always_inline bool overlaps(struct process *process, __u64 start, __u64
 #endif
 	if (end <= process->min_start || start >= process->max_end)
 		return false;
-	if (process->range_count > MAX_RANGES)
-		return true;
-	for (__u32 slot = 0; slot < MAX_RANGES; slot++) {
-		if (slot >= process->range_count)
-			return false;
-		if (start < process->ranges[slot].end && end > process->ranges[slot].start)
-			return true;
-	}
-	return false;
+	return process->range_count > MAX_RANGES || overlaps_range(process, start, end);
 }
 
 /* True for the one who turns the bit on: that one sends the record. */
