@@ -53,6 +53,8 @@ class RecordLog:
 
     def extend(self, batch: Sequence[Record] | RecordLog) -> None:
         """Adds a batch to the end. A list is not copied, and must not change any more."""
+        if not batch:
+            return
         self._length += len(batch)
         if isinstance(batch, RecordLog):
             self._batches += batch._batches  # noqa: SLF001 - of another one
@@ -60,7 +62,7 @@ class RecordLog:
         elif isinstance(batch, Drained):
             self._batches.append(batch.data)
             self.size_bytes += len(batch.data)
-        elif batch:
+        else:
             self._batches.append(batch)
             self.size_bytes += sum(record.size for record in batch)
 

@@ -276,10 +276,10 @@ static __always_inline bool read_mapping(struct reader *reader, struct seq_file 
 	bool introduces = false;
 	__u64 facts = 0;
 	struct file_key *key = &reader->key;
+	struct row *row = &reader->row; /* not on the stack either */
 	enum verdict verdict;
 	struct listed *listed;
 	struct file *file;
-	__u64 start, end, offset_bytes;
 
 	if (reader->run != scan_run || reader->tgid != task->tgid || reader->tid != task->pid)
 		begin_visit(reader, task);
@@ -305,16 +305,16 @@ static __always_inline bool read_mapping(struct reader *reader, struct seq_file 
 	file = vma->vm_file;
 	if (!file || !(vma->vm_flags & VM_EXEC))
 		goto shown;
-	start = vma->vm_start;
-	end = vma->vm_end;
-	offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
+	row->start = vma->vm_start;
+	row->end = vma->vm_end;
+	row->offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
 	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), key);
 	/*
 	 * No more than a tentative record: prctl(PR_SET_MM_MAP) sets both, and anything may be mapped over what exec
 	 * has mapped. So such a mapping is reported in any case; user space reads the file itself.
 	 */
 	if (is_same_file(&key->file, &reader->exe) ||
-	    (reader->interpreter_base && start - offset_bytes == reader->interpreter_base))
+	    (reader->interpreter_base && row->start - row->offset_bytes == reader->interpreter_base))
 		flags |= FLAG_IMAGE;
 	verdict = look_up_verdict(key);
 	if (verdict == VERDICT_IGNORE)
@@ -342,7 +342,7 @@ static __always_inline bool read_mapping(struct reader *reader, struct seq_file 
 		if (!process->introduced && !introduces &&
 		    !send_process(SCRATCH_READER, seq, task, NULL, process, RECORD_INTRO, 0, WITH_EXE))
 			return false;
-		add_shared_range(process, start, end);
+		add_shared_range(process, row->start, row->end);
 	}
 	listed = count_of(reader, key);
 	if (listed && listed->count >= MAX_FILE_RANGES) {
@@ -351,16 +351,13 @@ static __always_inline bool read_mapping(struct reader *reader, struct seq_file 
 			goto introduced;
 		}
 		flags |= FLAG_MANY;
-		offset_bytes = listed->count == MAX_FILE_RANGES ? 0 : MAX_FILE_RANGES - 1;
+		row->offset_bytes = listed->count == MAX_FILE_RANGES ? 0 : MAX_FILE_RANGES - 1;
 	}
 	number = number_of(reader, seq, task, file, key);
 	if (!number)
 		return false;
-	reader->row.start = start;
-	reader->row.end = end;
-	reader->row.offset_bytes = offset_bytes;
-	reader->row.file = number;
-	reader->row.flags = flags;
+	row->file = number;
+	row->flags = flags;
 	reader->has_row = 1;
 	reader->rows++;
 	if (listed)
