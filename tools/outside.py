@@ -6,18 +6,34 @@ apt runs with lists of its own, so that nothing of this machine's configuration 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["OutsideError", "apt_options", "mirror", "run"]
+__all__ = ["TRIES", "UNREACHED", "OutsideError", "UnreachedError", "apt_options", "mirror", "run"]
 
 KEYS: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+#: What each fetch of apt's is allowed: a mirror that does not answer must not hold up a run for minutes.
+TRIES: Final = {"Acquire::Retries": "5", "Acquire::http::Timeout": "30"}
+#: The exit code of a tool that could not reach where packages come from, as sysexits.h names it: EX_TEMPFAIL.
+UNREACHED: Final = 75
+#: How apt, mmdebstrap and pip say so.
+_UNREACHED_WORDS: Final = re.compile(
+    r"could not connect|unable to connect|could not resolve|temporary failure (?:in name )?resol|connection failed"
+    r"|connection timed out|connection refused|network is unreachable|failed to establish a new connection"
+    r"|read timed out|name or service not known",
+    flags=re.IGNORECASE,
+)
 
 
 class OutsideError(Exception):
     """A tool of the system is missing or failed; the message ends with the next step."""
+
+
+class UnreachedError(OutsideError):
+    """What it fetches from could not be reached: nothing is known of what was asked for."""
 
 
 def run(
@@ -36,6 +52,7 @@ def run(
         environment: variables beside those of this process.
 
     Raises:
+        UnreachedError: it failed, and said that it could not reach where packages come from.
         OutsideError: it is missing or failed; its last words and ``next_step`` are in the message.
     """
     variables = {**os.environ, **environment} if environment else None
@@ -45,7 +62,8 @@ def run(
         raise OutsideError(f"cannot run {command[0]}: {error.strerror}. {next_step}") from error
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
-        raise OutsideError(f"{command[0]} failed: {words[-1] if words else done.returncode}. {next_step}")
+        kind = UnreachedError if _UNREACHED_WORDS.search(done.stderr + done.stdout) else OutsideError
+        raise kind(f"{command[0]} failed: {words[-1] if words else done.returncode}. {next_step}")
     return done.stdout
 
 
@@ -68,6 +86,7 @@ def apt_options(state: Path, sources: Sequence[str], *, machine: str = "") -> li
         "Dir::Cache": state / "cache",
         # Otherwise it warns that its own user cannot write to our directory.
         "APT::Sandbox::User": "root",
+        **TRIES,
     }
     if machine:
         options["APT::Architecture"] = machine

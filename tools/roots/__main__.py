@@ -1,9 +1,14 @@
-"""The command: `scripts/test-wheel --help`."""
+"""The command: `scripts/test-wheel --help`.
+
+Exit codes: 0 each root that has to be there was tried, and all passed; 1 one was not as it should be; 2 wrong usage;
+75 nothing failed, but where packages come from could not be reached.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from outside import OutsideError
+from outside import UNREACHED, OutsideError, UnreachedError
 from roots import page
 from roots.root import Entered, open_root
 from roots.suite import Result, compile_programs, download, facts, install, run_tests, watch
@@ -38,10 +43,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown root {unknown[0]!r}; known: {', '.join(names)}")
     chosen = args.roots or (CI_ROOTS if args.ci else names)
-    runs, is_failed = [], False
+    runs, is_failed, is_unreached = [], False, False
     for root in (one for one in ROOTS if one.name in chosen):
         try:
             runs.append(_try(root, tests, FULL_UNIT if args.full else UNIT))
+        except UnreachedError as error:
+            _say(f"{root.name}: not tried: {error}")
+            is_unreached = is_unreached or not root.may_be_absent or bool(args.roots)
         except OutsideError as error:
             _say(f"{root.name}: {error}")
             is_failed = is_failed or not root.may_be_absent or bool(args.roots)
@@ -49,10 +57,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(
             f"{run.root}: Python {run.python}, glibc {run.glibc}: {run.unit} unit tests and {run.kernel} others passed"
         )
-    if args.write and not is_failed and not tests and not args.full:
+    if args.write and not is_failed and not is_unreached and not tests and not args.full:
         PAGE.write_text(page.render(runs), encoding="utf-8")
         _say(f"wrote {PAGE.relative_to(ROOT)}")
-    return 1 if is_failed else 0
+    return 1 if is_failed else UNREACHED if is_unreached else 0
 
 
 def _try(root: Root, tests: Sequence[str], unit_tests: Sequence[str]) -> page.Run:
@@ -98,8 +106,9 @@ def _wheel_for(machine: str) -> Path:
     ).stdout
     newest = max((ROOT / name).stat().st_mtime for name in said.split("\0") if name and (ROOT / name).is_file())
     if not found or found[-1].stat().st_mtime < newest:
-        if subprocess.run([ROOT / "scripts" / "wheels", machine], check=False).returncode:
-            raise OutsideError("scripts/wheels failed, see above.")
+        code = subprocess.run([ROOT / "scripts" / "wheels", machine], check=False).returncode
+        if code:
+            raise (UnreachedError if code == UNREACHED else OutsideError)("scripts/wheels failed, see above.")
         found = sorted(made.glob(f"sowatch-*-{PLATFORM}_{machine}.whl"), key=lambda path: path.stat().st_mtime)
     return found[-1]
 
@@ -109,4 +118,6 @@ def _say(what: str) -> None:
 
 
 if __name__ == "__main__":
+    # By `timeout`, too, it ends so that the copy of the root is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from outside import KEYS, OutsideError, apt_options, mirror, run
+from outside import KEYS, TRIES, OutsideError, apt_options, mirror, run
 from roots.table import Root
 from wheels.place import cache_directory
 
@@ -41,6 +41,7 @@ def prepare(root: Root) -> Path:
     command += [f"--architectures={_DEBIAN[root.machine]}", f"--components=main{',universe' if root.site else ''}"]
     # A mirror that is some weeks behind is as good for this: the signature counts.
     command += ["--aptopt=Acquire::Check-Valid-Until false"]
+    command += [f'--aptopt={name} "{value}"' for name, value in TRIES.items()]
     keys = _ubuntu_keys() if root.site else KEYS
     run([*command, f"--keyring={keys}", root.suite, place, root.site or mirror(_NEXT)], next_step=_NEXT)
     found = [name for name in _UNWANTED if (place / name).exists()]

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from outside import OutsideError
+from outside import UNREACHED, OutsideError, UnreachedError
 from wheels import bundle, libraries, package, sources, verify
 from wheels.place import MACHINES, ROOT, cache_directory
 
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
         faults = _build(tuple(args.machines) or MACHINES, args.out.absolute())
     except OutsideError as error:
         print(f"wheels: {error}", file=sys.stderr)
-        return 1
+        return UNREACHED if isinstance(error, UnreachedError) else 1
     for fault in faults:
         print(f"wheels: {fault}", file=sys.stderr)
     return 1 if faults else 0
