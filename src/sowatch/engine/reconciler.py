@@ -369,7 +369,8 @@ class Reconciler:
         """Scans these processes; one that has ended is forgotten, even if its exit record was lost."""
         self._report(Report.RANGES | Report.SCANS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
-        take_others = partial(concerned.take_others, self._source.drain, self._apply_others)
+        apply_others = partial(self._apply_others, holds=bool(self._effects.changes))
+        take_others = partial(concerned.take_others, self._source.drain, apply_others)
 
         def between(effects: Effects) -> None:
             self._publish_many(LIVE, effects)
@@ -380,7 +381,7 @@ class Reconciler:
         # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         for batch in chain(records.batches(), self._drain_all()):
-            self._apply_others(concerned.keep_back(batch))
+            apply_others(concerned.keep_back(batch))
         self._report(Report.NOTHING)
         self.rereads += len(due)
         self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=between))
@@ -390,11 +391,12 @@ class Reconciler:
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
 
-    def _apply_others(self, records: list[Record]) -> None:
-        """Applies and publishes records of processes that are not scanned now; what waits is of those that are."""
+    def _apply_others(self, records: list[Record], *, holds: bool) -> None:
+        """Applies records of processes that are not scanned now; publishes them at once, or behind what it ``holds``."""
         effects = self._table.apply(*records)
-        self._publisher.publish(effects.changes)
-        effects.changes = []
+        if not holds:
+            self._publisher.publish(effects.changes)
+            effects.changes = []
         self._note(effects)
 
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ from sowatch.model.events import Lost, Repaired
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
-from support.records import Proc, scan
+from support.records import File, Proc, scan
 
 FLOODER = Proc(10)
 
@@ -315,3 +317,30 @@ def test_a_child_of_a_threaded_process_that_ends_soon_is_not_scanned():
     assert schedule.take({}, 10.0) == {}
     assert list(schedule.take({7: Causes("fork", "munmap")}, 10.5)) == []
     assert list(schedule.take({7: Causes("fork", "munmap")}, 10.5 + FORKED_S)) == [7]
+
+
+# ---- what others do while processes are scanned -----------------------------------------------
+
+
+def ourselves():
+    """A process that is there as long as the test."""
+    return Proc(os.getpid(), start_ticks=int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]))
+
+
+@pytest.mark.parametrize("begin", ["_repair", "_read_for_rules"])
+def test_what_a_full_scan_has_found_of_a_process_is_published_before_its_end(reconciler, source, publisher, begin):
+    late, ending = ourselves(), Proc(11)
+    published = []
+    publisher.publish = lambda changes: published.extend((one.process.pid, one.is_load) for one in changes)
+    source.records = [late.map(File(), t=1)]
+    reconciler.drain()
+    source.scan_all = lambda _=None: ([scan(ending, 10, 20, ending.map(File(), t=15))], [])
+
+    def read(pid, meanwhile):
+        source.records = [ending.exit(t=30)]
+        meanwhile()
+        return scan(late, 40, 50, late.map(File(), t=45)) if pid == late.pid else None
+
+    source.scan_process = read
+    getattr(reconciler, begin)()
+    assert published == [(late.pid, True), (ending.pid, True), (ending.pid, False)]
