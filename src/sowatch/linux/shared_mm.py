@@ -37,11 +37,14 @@ def find_sharers(proc: ProcFs, pid: int, pids: Iterable[int]) -> set[int] | None
         pids: the others.
 
     Returns:
-        None if it cannot be determined: the kernel has no kcmp, or does not allow it for this one, or it has ended.
+        None if it cannot be determined: the kernel has no kcmp, or does not allow it for this one or for a process
+        without address space, or it has ended.
     """
     own, reference = proc.stat(pid), proc.stat(_WITHOUT_MM)
     if isinstance(own, Miss) or own.is_dead or isinstance(reference, Miss) or not reference.is_kernel_thread:
         return None
+    if not shares_mm(_WITHOUT_MM, _WITHOUT_MM):
+        return None  # one of the same user may be compared nevertheless, but who has no address space is not known
     found = set()
     for other in pids:
         if other == pid:
@@ -52,8 +55,12 @@ def find_sharers(proc: ProcFs, pid: int, pids: Iterable[int]) -> set[int] | None
         if is_same:
             found.add(other)
     # The right to trace is one to an address space and to a user namespace, and whoever shares the first is in the same
-    # of the second: if it is there for this one, others for which it is not do not share.
-    return found if shares_mm(pid, pid) else None
+    # of the second: if it is there for this one, others for which it is not do not share. One that has ended meanwhile
+    # equals every process without an address space.
+    if not shares_mm(pid, pid) or shares_mm(_WITHOUT_MM, pid):
+        return None
+    last = proc.stat(pid)
+    return None if isinstance(last, Miss) or last.start_ticks != own.start_ticks else found
 
 
 def _threads(proc: ProcFs, pid: int) -> list[int]:
