@@ -99,8 +99,7 @@ class Reconciler:
         self._ttl_s = config.ignore_ttl_s
         self._names_at = time.monotonic() + self._ttl_s
         self._rules_again_at: float | None = None
-        self._can_read_one = True
-        self._has_scanned_all = True
+        self._can_read_one = self._has_scanned_all = True
         self._has_spare_memory = False  # left by a full scan
         #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
@@ -113,9 +112,8 @@ class Reconciler:
         self._unscanned: set[int] = set()
         self.own_pid = own_pid(self._proc) or 0
         self.losses = Losses()
-        self.lost = self.throttled = 0
         self.is_repaired = True
-        self.repairs = self.records = self.rereads = 0
+        self.lost = self.throttled = self.repairs = self.records = self.rereads = 0
 
     def detect_own_identity(self) -> None:
         """Finds our root, which shows what processes see the paths that we see, and our real pid."""
@@ -360,13 +358,13 @@ class Reconciler:
             if self._throttled:
                 self._unthrottle(())  # some may have ended before their scan
             return
-        self._scan(due)
+        was_read = self._scan(due)
         if self._throttled:
-            self._unthrottle(due)
+            self._unthrottle(was_read)
         self._flush()
 
-    def _scan(self, due: dict[int, Causes]) -> None:
-        """Scans these processes; one that has ended is forgotten, even if its exit record was lost."""
+    def _scan(self, due: dict[int, Causes]) -> set[int]:
+        """Scans these processes, and gives those that were read; one that has ended is forgotten in any case."""
         self._report(Report.RANGES | Report.SCANS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
         apply_others = partial(self._apply_others, holds=bool(self._effects.changes))
@@ -377,22 +375,26 @@ class Reconciler:
             take_others()
 
         scans, records = self._read(due, take_others)
-        missing = due.keys() - {scan.tgid for scan in scans}
+        missing = due.keys() - (was_read := {scan.tgid for scan in scans})
         # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
         for batch in chain(records.batches(), self._drain_all()):
             apply_others(concerned.keep_back(batch))
         self._report(Report.NOTHING)
         self.rereads += len(due)
+        others = (one for one in scans if one.tgid not in due and one.intro is not None)
+        self._note(self._table.learn_only(one for one in others if self._is_tracked(one.tgid, one.start_ns)))
+        scans = [scan for scan in scans if scan.tgid in due]
         self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=between))
         concerned.apply_kept(lambda kept: self._note(self._table.apply(*kept)), take_others)
         for pid in gone:
             self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
+        return due.keys() & was_read
 
     def _apply_others(self, records: list[Record], *, holds: bool) -> None:
-        """Applies records of processes that are not scanned now; publishes them at once, or behind what it ``holds``."""
+        """Applies records of processes that are not scanned now: published at once, or behind what it ``holds``."""
         effects = self._table.apply(*records)
         if not holds:
             self._publisher.publish(effects.changes)
@@ -410,9 +412,9 @@ class Reconciler:
             scans, records = self._scan_all(take_others)
             if self._can_read_one:
                 self._schedule.few_until = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
-            for pid in due.keys() & set(self._source.unread):
+            for pid in due.keys() & set(self._source.unread) if self._has_scanned_all else due:
                 self._table.await_rescan(pid, due[pid])
-            return [scan for scan in scans if scan.tgid in due], records
+            return scans, records
         found = []
         for pid, causes in due.items():
             begun_s = self._cpu_s()
@@ -505,11 +507,13 @@ class Reconciler:
         pid, space = process.id.pid, process.space
         if space.files or len(space.sharers) > 1 or pid in self._table.needs_rescan:
             return
+        if not self._is_tracked(pid, process.id.start_ns):
+            self._source.untrack(pid, process.id.start_ns, 0)
+            self._note(self._table.untracked(pid, process.id.start_ns))
+
+    def _is_tracked(self, pid: int, start_ns: int) -> bool:
         tracked = self._source.tracked(pid)
-        if tracked is not None and tracked.start_ns == process.id.start_ns and tracked.activity:
-            return
-        self._source.untrack(pid, process.id.start_ns, 0)
-        self._note(self._table.untracked(pid, process.id.start_ns))
+        return tracked is not None and tracked.start_ns == start_ns and bool(tracked.activity)
 
     # ---- losses and repairs -------------------------------------------------------------------
 
@@ -572,8 +576,7 @@ class Reconciler:
     def _has_repaired(self, seconds: float) -> None:
         self._flush()
         loads, unloads = self._publisher.take_repaired()
-        self.repairs += 1
-        self.is_repaired = True
+        self.repairs, self.is_repaired = self.repairs + 1, True
         self._publisher.announce(lambda: Repaired(time.time_ns(), loads, unloads, seconds))
 
     def _repair(self) -> None:

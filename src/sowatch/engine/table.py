@@ -161,6 +161,21 @@ class MappingTable:
         self._rules = rules
         self._names.clear()
 
+    def learn_only(self, scans: Iterable[ProcessScan]) -> Effects:
+        """Takes over who each process is, and nothing else: the kernel introduces nobody twice.
+
+        But not of one that is known otherwise by now, or that was found to have no file.
+        """
+        effects = Effects()
+        for scan in scans:
+            known, intro = self._processes.get(scan.tgid), scan.intro
+            if intro is None or (known is None and not scan.maps):
+                continue
+            if known is None or (known.id.start_ns, known.exec_id) == (scan.start_ns, intro.exec_id):
+                self.learn(intro, effects)
+                self._note_if_idle(scan.tgid, scan.start_ns, scan.activity, effects)
+        return self.finish(effects)
+
     def await_rescan(self, pid: int, causes: Causes = LIVE, *, replaces: bool = False) -> None:
         """The process has to be scanned, for whatever reason the owner has. Earlier causes stay, unless replaced."""
         if replaces or pid not in self._needs_rescan:

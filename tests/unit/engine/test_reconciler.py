@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.effects import LIVE, Causes
 from sowatch.engine.publisher import Publisher, Selection
-from sowatch.engine.reconciler import Reconciler
+from sowatch.engine.reconciler import MANY_RESCANS, Reconciler
 from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
 from sowatch.engine.table import MappingTable
 from sowatch.model.config import NO_GUARD, Config
@@ -37,6 +38,7 @@ class Scripted:
         self.lost = Losses()
         self.read = []
         self.limits = []
+        self.entries = {}
         self.record_limit = SimpleNamespace(set=self.limits.append)
         self.polls = self.reports = self.answer_clock = None
 
@@ -60,6 +62,9 @@ class Scripted:
 
     def untrack(self, pid, start_ns, activity):
         return False
+
+    def tracked(self, pid):
+        return self.entries.get(pid)
 
 
 @pytest.fixture
@@ -344,3 +349,61 @@ def test_what_a_full_scan_has_found_of_a_process_is_published_before_its_end(rec
     source.scan_process = read
     getattr(reconciler, begin)()
     assert published == [(late.pid, True), (ending.pid, True), (ending.pid, False)]
+
+
+# ---- one full scan in the place of many single ones -------------------------------------------
+
+
+def many():
+    return [Proc(100 + one).needs_rescan(t=1) for one in range(MANY_RESCANS + 1)]
+
+
+def test_a_full_scan_that_hangs_takes_no_rescan_away(reconciler, source, reported):
+    def hang(_):
+        raise ScanTimeout(0)
+
+    source.scan_all, read = hang, source.scan_all
+    source.records, source.lost = [*many(), throttled()], Losses(throttled=5)
+    reconciler.drain()
+    reconciler.tick()
+    owed = dict(reconciler._table.needs_rescan)
+    assert len(owed) == MANY_RESCANS + 2
+    reconciler.do_what_is_due(1e9)
+    assert dict(reconciler._table.needs_rescan) == owed
+    assert reported() == ["lost"]
+    source.scan_all = read
+    while not reconciler.is_repaired:
+        turn(reconciler)
+    assert reported() == ["repaired"]
+
+
+def entry(process):
+    return SimpleNamespace(start_ns=process.start_ns, activity=1)
+
+
+def test_who_a_process_is_that_was_not_to_be_scanned_is_learnt_from_a_full_scan(reconciler, source, publisher):
+    publisher.publish = lambda _: None
+    known, unknown, empty, ended, other = (Proc(one) for one in (20, 21, 22, 23, 24))
+    late, executed = Proc(24, start_ticks=2), Proc(20, exec_id=2)
+    source.entries = {one.pid: entry(one) for one in (known, unknown, empty, late)}
+    source.records = [*many(), known.map(File(), t=2), late.map(File(), t=2)]
+    found = [
+        *(scan(one, 10, 20, one.map(File(), t=15), intro=True) for one in (known, unknown, ended, other)),
+        scan(empty, 10, 20, intro=True),
+    ]
+    source.scan_all = lambda _=None: (found, RecordLog())
+    reconciler.drain()
+    assert reconciler._table.get(known.pid).exe is None
+    reconciler.do_what_is_due(1e9)
+    table = reconciler._table
+    assert {one.id.pid: one.exe for one in table.processes()} == {
+        known.pid: known.exe.path,
+        unknown.pid: unknown.exe.path,
+        late.pid: None,
+    }
+    # Its exec was lost: that is noticed by what is known of it.
+    source.records = many()
+    found[:] = [scan(executed, 30, 40, executed.map(File(), t=35), intro=True)]
+    reconciler.drain()
+    reconciler.do_what_is_due(2e9)
+    assert table.get(known.pid).exec_id == known.exec_id
