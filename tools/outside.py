@@ -26,6 +26,8 @@ _UNREACHED_WORDS: Final = re.compile(
     r"|read timed out|name or service not known",
     flags=re.IGNORECASE,
 )
+#: By system, the variable that names a mirror of it.
+_MIRRORS: Final = {"debian": "SOWATCH_MATRIX_MIRROR", "ubuntu": "SOWATCH_MIRROR_NOBLE"}
 
 
 class OutsideError(Exception):
@@ -94,17 +96,19 @@ def apt_options(state: Path, sources: Sequence[str], *, machine: str = "") -> li
     return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
 
 
-def mirror(next_step: str) -> str:
-    """The mirror that apt takes Debian from already.
+def mirror(next_step: str, system: str = "debian") -> str:
+    """The mirror that apt takes a system's packages from already: ``debian`` or ``ubuntu``.
 
     Raises:
         OutsideError: it takes nothing from one.
     """
-    chosen = os.environ.get("SOWATCH_MATRIX_MIRROR")
+    variable = _MIRRORS[system]
+    chosen = os.environ.get(variable)
     if chosen:
         return chosen
     sites = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], next_step=next_step)
     for site in sites.split():
-        if site.rstrip("/").endswith("/debian"):
+        if site.rstrip("/").endswith(f"/{system}"):
             return site
-    raise OutsideError("apt here takes nothing from a Debian mirror. Set SOWATCH_MATRIX_MIRROR to the URI of one.")
+    name = system.capitalize()
+    raise OutsideError(f"apt here takes nothing from a mirror of {name}. Set {variable} to the URI of one.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from outside import OutsideError
+from outside import OutsideError, mirror
 from roots.page import Run, read, render
 from roots.table import CI_ROOTS, LEFT_OUT, PYTHONS, ROOTS
 from support import installed
@@ -118,6 +118,30 @@ def test_the_project_supports_the_pythons_of_the_table_and_no_others() -> None:
 def test_each_python_has_a_root_and_the_one_of_ci_is_among_them() -> None:
     assert {root.python for root in ROOTS} == set(PYTHONS)
     assert set(CI_ROOTS) <= {root.name for root in ROOTS if not root.may_be_absent}
+
+
+@pytest.mark.parametrize(
+    ("system", "variable", "found"),
+    [
+        ("debian", "SOWATCH_MATRIX_MIRROR", "http://mirror.test/debian/"),
+        ("ubuntu", "SOWATCH_MIRROR_NOBLE", "http://mirror.test/ubuntu"),
+    ],
+)
+def test_a_root_comes_from_the_mirror_that_is_named_else_from_that_of_apt_else_from_none(
+    system: str, variable: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\necho http://other.test/other\necho http://mirror.test/debian/\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv(variable, raising=False)
+    if system == "ubuntu":
+        with pytest.raises(OutsideError, match=rf"nothing from a mirror of Ubuntu\. Set {variable}"):
+            mirror("", system)
+        apt.write_text(f"{apt.read_text()}echo {found}\n")
+    assert mirror("", system) == found
+    monkeypatch.setenv(variable, "http://named.test/x")
+    assert mirror("", system) == "http://named.test/x"
 
 
 def test_each_test_that_is_left_out_exists() -> None:

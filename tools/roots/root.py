@@ -35,15 +35,16 @@ def prepare(root: Root) -> Path:
     stamp = place.with_suffix(".complete")
     if stamp.exists() and _age_s(stamp) < 7 * 86400:
         return place
+    site = mirror(_NEXT, "ubuntu" if root.is_ubuntu else "debian")
     stamp.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv"]
-    command += [f"--architectures={_DEBIAN[root.machine]}", f"--components=main{',universe' if root.site else ''}"]
+    command += [f"--architectures={_DEBIAN[root.machine]}", f"--components=main{',universe' if root.is_ubuntu else ''}"]
     # A mirror that is some weeks behind is as good for this: the signature counts.
     command += ["--aptopt=Acquire::Check-Valid-Until false"]
     command += [f'--aptopt={name} "{value}"' for name, value in TRIES.items()]
-    keys = _ubuntu_keys() if root.site else KEYS
-    run([*command, f"--keyring={keys}", root.suite, place, root.site or mirror(_NEXT)], next_step=_NEXT)
+    keys = _ubuntu_keys() if root.is_ubuntu else KEYS
+    run([*command, f"--keyring={keys}", root.suite, place, site], next_step=_NEXT)
     found = [name for name in _UNWANTED if (place / name).exists()]
     found += [str(path) for pattern in _UNWANTED_LIBRARIES for path in (place / "usr").rglob(pattern)]
     if found:

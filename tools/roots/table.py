@@ -34,7 +34,8 @@ class Root(Struct, frozen=True):
         python: its version.
         suite: of Debian or Ubuntu.
         machine: as `uname -m` names it; another than this one is emulated.
-        site: of its packages, where that is not the mirror that apt here takes Debian from.
+        is_ubuntu: its packages come from the mirror that SOWATCH_MIRROR_NOBLE names, or that apt here takes Ubuntu
+            from; without either it is not made.
         may_be_absent: it changes every day, and for hours its packages may not fit together, or its packages come
             from elsewhere. Then it is not run, which is said and is no failure.
     """
@@ -44,7 +45,7 @@ class Root(Struct, frozen=True):
     python: str
     suite: str
     machine: str = "x86_64"
-    site: str = ""
+    is_ubuntu: bool = False
     may_be_absent: bool = False
 
 
@@ -52,7 +53,7 @@ class Root(Struct, frozen=True):
 PYTHONS: Final = ("3.11", "3.12", "3.13", "3.14")
 ROOTS: Final = (
     Root("bookworm", "Debian 12", "3.11", "bookworm"),
-    Root("noble", "Ubuntu 24.04", "3.12", "noble", site="http://archive.ubuntu.com/ubuntu", may_be_absent=True),
+    Root("noble", "Ubuntu 24.04", "3.12", "noble", is_ubuntu=True, may_be_absent=True),
     Root("trixie", "Debian 13", "3.13", "trixie"),
     Root("sid", "Debian unstable", "3.14", "sid", may_be_absent=True),
 )

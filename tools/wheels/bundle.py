@@ -119,7 +119,7 @@ def _about(sources: Sequence[Source]) -> str:
         f"  licence: {_HEADERS}",
         "",
         f"The sources: `apt-get source {packages}`",
-        f"with {SUITE} among the deb-src lines; every version that Debian had stays at snapshot.debian.org.",
+        f"with {SUITE} among the deb-src lines; Debian keeps every version of a source package that it had.",
         "`scripts/wheels` of sowatch's sources compiles them as they are here. A library of your own may take the",
         "place of one in sowatch.libs/.",
         "",
@@ -180,7 +180,8 @@ def _component(source: Source, tree: Path) -> Component:
         external_references=[
             ExternalReference(
                 type=ExternalReferenceType.SOURCE_DISTRIBUTION,
-                url=XsUri(f"https://snapshot.debian.org/package/{source.name}/{source.version}/#{file}"),
+                # The file of a source package, by names only: where it is kept may change.
+                url=XsUri(f"{purl}#{file}"),
                 hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
             )
             for file, digest in sorted(source.files.items())
