@@ -51,11 +51,34 @@ def test_every_expression_to_alert_on_is_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+#: Where the pages, and the head of the unit, have the command installed from a wheel.
+COMMAND = "/opt/sowatch/bin/sowatch"
+
+
+def test_the_unit_starts_the_command_where_the_pages_install_it_and_the_package_where_it_has_it() -> None:
+    text = UNIT.read_text(encoding="utf-8")
+    assert re.findall(r"^ExecStart=(\S+)", text, re.MULTILINE) == [COMMAND]
+    for path in (
+        UNIT,
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/start.md", "docs/operations.md")),
+    ):
+        said = path.read_text(encoding="utf-8")
+        assert re.search(r"venv /opt/sowatch\s.{0,4}&& /opt/sowatch/bin/pip install", said, re.DOTALL), path
+        # Of two wheels in a directory, that of this machine.
+        assert "sowatch-*.whl" not in said, path
+        assert "./sowatch-*_$(uname -m).whl" in said, path
+    (edit,) = re.findall(
+        r"^\tsed '(.*)' deploy/systemd/", (ROOT / "deploy/debian/rules").read_text("utf-8"), re.MULTILINE
+    )
+    packed = subprocess.run(["sed", edit, UNIT], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^ExecStart=(\S+)", packed, re.MULTILINE) == ["/usr/bin/sowatch"]
+
+
 @pytest.fixture
 def runnable_unit(tmp_path: Path) -> Path:
     """The unit with a command that is there, whatever is installed where."""
     path = tmp_path / UNIT.name
-    path.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/local/bin/sowatch", "/bin/true"), encoding="utf-8")
+    path.write_text(UNIT.read_text(encoding="utf-8").replace(COMMAND, "/bin/true"), encoding="utf-8")
     return path
 
 
