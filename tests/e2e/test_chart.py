@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import pytest
 
 from sowatch.linux.capabilities import NEEDED
 from support.agent import Answer, Stream, UnixConnection, ask, short_directory
+from support.cgroups import memory_of
 from support.chart import Rendered, rendered
 from support.containerd import Containerd, agent_config, host_python, needs_containerd, static
 from support.kernel import TAG
@@ -35,7 +37,6 @@ AGENT_UID, SHOP_UID = "11111111-2222-3333-4444-555555555555", "0f0e0d0c-1111-222
 CONFIG = "[[rules]]\nname = 'shop'\npattern = '/libshop[^/]*\\.so$'\n"
 #: An archive of OCI with the image localhost/sowatch:test, as scripts/image makes it.
 IMAGE = os.environ.get("TEST_IMAGE_ARCHIVE")
-LIMIT = "limit_in_bytes"
 #: Of a host's root, what is no directory of its own.
 LINKS = {name: f"usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}
 
@@ -48,10 +49,19 @@ class Node(NamedTuple):
     port: int
     socket: Path
     pid: int
+    container: str
+    entrypoint: list[str]
 
     def asked(self, path: str) -> Answer:
-        """Over the network, as probes and Prometheus do."""
+        """Over the network, as Prometheus does."""
         return ask(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20), "GET", path, None, {})
+
+    def probed(self, kind: str) -> tuple[int, str]:
+        """Exit code and output of a probe, run in the container as a kubelet has it run."""
+        _, *words = self.found.container[f"{kind}Probe"]["exec"]["command"]
+        request = {"container_id": self.container, "cmd": [*self.entrypoint, *words], "timeout": 60}
+        found = self.containerd.call("ExecSync", request)
+        return found.exit_code, (found.stdout + found.stderr).decode()
 
     def get(self, path: str) -> Any:
         """Over the agent's own socket."""
@@ -90,7 +100,9 @@ def node(deadline: Any) -> Iterator[Node]:
         sandbox = containerd.run_pod(AGENT_UID, "watch-sowatch-abcde", "nodes", has_host_pids=True)
         made = containerd.run_container(sandbox, "sowatch", agent_config(found, directory / "volumes"))
         pid = deadline.wait_until(lambda: pid_in(made), 30, "the agent's process")
-        node = Node(containerd, found, port, directory / "volumes" / "run" / "sowatch.sock", pid)
+        if IMAGE is not None:
+            entrypoint = found.container["startupProbe"]["exec"]["command"][:1]
+        node = Node(containerd, found, port, directory / "volumes" / "run" / "sowatch.sock", pid, made, entrypoint)
 
         def is_ready() -> bool:
             assert Path(f"/proc/{pid}").exists(), containerd.log_of("watch-sowatch-abcde", "sowatch")
@@ -179,27 +191,35 @@ def test_it_sees_what_another_pod_loads_with_its_names(node: Node, schema: Any, 
 
 def test_probes_and_prometheus_get_their_answers(node: Node) -> None:
     for kind in ("startup", "liveness", "readiness"):
-        assert node.asked(node.found.container[f"{kind}Probe"]["httpGet"]["path"]).status == 200
+        assert node.probed(kind) == (0, "ok\n"), kind
     text = node.asked("/metrics").text
     assert "sowatch_strategy_info{" in text
     assert re.search(r"^sowatch_bpf_map_bytes [1-9]", text, re.MULTILINE)
 
 
 def test_its_memory_with_that_of_its_maps_is_half_of_what_the_chart_allows(node: Node) -> None:
-    place = memory_cgroup(node.pid)
-    used, limit = (
-        int((place / f"memory.{name}").read_text(encoding="ascii")) for name in ("max_usage_in_bytes", LIMIT)
-    )
+    used, limit = memory_of(node.pid)
     assert limit == 512 << 20
     assert used < limit / 2
     (maps,) = re.findall(r"^sowatch_bpf_map_bytes (\S+)", node.asked("/metrics").text, re.MULTILINE)
     assert used > float(maps), "the kernel charges the maps to the pod"
 
 
-def memory_cgroup(pid: int) -> Path:
-    """Of version 1, as this runtime makes it here."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return Path(f"/sys/fs/cgroup/memory{path}")
-    pytest.skip("the memory controller is one of version 2 here, whose peak needs Linux 5.19")
+def test_who_fills_the_listener_of_the_metrics_fails_no_probe(node: Node, wait_until: Any) -> None:
+    with contextlib.ExitStack() as ends:
+        # More than it takes of one user (256). Those that send nothing are closed after ten seconds.
+        for _ in range(600):
+            one = ends.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", node.port))
+        wait_until(lambda: not answers(node), 30, "a listener that takes nobody else")
+        for kind in ("liveness", "readiness"):
+            assert node.probed(kind) == (0, "ok\n"), kind
+    wait_until(lambda: answers(node), 60, "a listener that is free again")
+
+
+def answers(node: Node) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection("127.0.0.1", node.port, timeout=3)
+        return ask(connection, "GET", "/healthz", None, {}).status == 200
+    return False

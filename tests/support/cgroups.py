@@ -6,9 +6,38 @@ import contextlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Cgroups"]
+__all__ = ["Cgroups", "Memory", "memory_of"]
+
+
+class Memory(NamedTuple):
+    """Of a cgroup: the most that was charged to it, and its limit. Bytes."""
+
+    used: int
+    limit: int
+
+
+def memory_of(pid: int, proc: Path = Path("/proc")) -> Memory:
+    """Of the cgroup of a process, with the memory controller of version 1 or 2."""
+    mounts: dict[str, Path] = {}
+    for line in (proc / "self" / "mountinfo").read_text(encoding="utf-8").splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            mounts.setdefault(kind, Path(left.split()[4]))
+    of_both = {"": "", "memory": ""}
+    for line in (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        of_both |= {one: path.lstrip("/") for one in controllers.split(",") if one in of_both}
+    if "cgroup" in mounts:
+        place = mounts["cgroup"] / of_both["memory"]
+        names = ("memory.max_usage_in_bytes", "memory.limit_in_bytes")
+    else:
+        place = mounts["cgroup2"] / of_both[""]
+        # Before Linux 5.19 nothing keeps the peak: then what is charged now.
+        names = ("memory.peak" if (place / "memory.peak").exists() else "memory.current", "memory.max")
+    return Memory(*(int((place / name).read_text(encoding="ascii")) for name in names))
 
 
 class Cgroups:

@@ -45,9 +45,9 @@ class Rendered(NamedTuple):
         return found
 
 
-def rendered(values: dict[str, Any]) -> Rendered:
-    """What the chart makes of these values; raises `helm.HelmError` for those that the schema does not take."""
-    with helm.Chart.load(CHART) as chart:
+def rendered(values: dict[str, Any], place: Path = CHART) -> Rendered:
+    """What a chart makes of these values; raises `helm.HelmError` for those that the schema does not take."""
+    with helm.Chart.load(place) as chart:
         chart.validate_schema(values)
         texts = chart.render(values, name="watch", namespace="nodes")
     documents = [one for name, text in texts.items() if name.endswith(".yaml") for one in yaml.safe_load_all(text)]

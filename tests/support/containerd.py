@@ -96,6 +96,8 @@ _CLASSES = message_classes(
         "StartContainerResponse": {},
         "StopContainerRequest": {"container_id": (1, "string"), "timeout": (2, "int64")},
         "StopContainerResponse": {},
+        "ExecSyncRequest": {"container_id": (1, "string"), "cmd": (2, "*string"), "timeout": (3, "int64")},
+        "ExecSyncResponse": {"stdout": (1, "bytes"), "stderr": (2, "bytes"), "exit_code": (3, "int32")},
         "VersionRequest": {},
         "VersionResponse": {"runtime_name": (2, "string")},
     },

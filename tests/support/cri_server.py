@@ -23,7 +23,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 __all__ = ["CriServer", "labels", "message_classes"]
 
-_TYPES = {"string": 9, "int64": 3, "uint32": 13, "bool": 8}
+_TYPES = {"string": 9, "int64": 3, "int32": 5, "uint32": 13, "bool": 8, "bytes": 12}
 #: By message: by field its number and type; ``map`` is map<string, string>, ``*`` repeated.
 Messages = Mapping[str, Mapping[str, tuple[int, str]]]
 _MESSAGES: Messages = {

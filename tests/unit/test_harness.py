@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import bpfsys, leaks
+from support.cgroups import memory_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -317,3 +318,33 @@ print("both")
     )
 
     assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "cgroup", "files"),
+    [
+        (
+            "cgroup cgroup rw,memory",
+            "3:cpu:/other\n4:memory:/pod/agent\n0::/\n",
+            ("max_usage_in_bytes", "limit_in_bytes"),
+        ),
+        ("cgroup2 none rw", "0::/pod/agent\n", ("peak", "max")),
+        ("cgroup2 none rw", "0::/pod/agent\n", ("current", "max")),
+    ],
+    ids=["version-1", "version-2", "version-2-before-5.19"],
+)
+def test_the_memory_of_a_cgroup_is_read_in_both_versions(tmp_path, filesystem, cgroup, files):
+    place = tmp_path / "mounted" / "pod" / "agent"
+    place.mkdir(parents=True)
+    for name, value in zip(files, (7, 11), strict=True):
+        (place / f"memory.{name}").write_text(f"{value}\n")
+    if files[0] == "peak":
+        (place / "memory.current").write_text("5\n")
+    (tmp_path / "self").mkdir()
+    mounted = f"31 23 0:28 / {tmp_path}/mounted rw,relatime - {filesystem}\n"
+    other = f"30 23 0:27 / {tmp_path}/cpu rw - cgroup cgroup rw,cpu\n"
+    (tmp_path / "self" / "mountinfo").write_text(other + mounted)
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42" / "cgroup").write_text(cgroup)
+
+    assert memory_of(42, tmp_path) == (7, 11)

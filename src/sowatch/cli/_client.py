@@ -138,6 +138,21 @@ class Agent:
             raise SowatchError(f"{self.path!r} is the socket of another server. Name that of `sowatch serve`.")
         return found
 
+    def problems(self, route: str) -> list[str]:
+        """Why ``/healthz`` or ``/readyz`` answers that it is not well; none: it is.
+
+        Raises:
+            SowatchError: nobody answers in time, or another server does.
+        """
+        status, body = self._ask("GET", route, None, QUICK_TIMEOUT_S)
+        text = body.decode("utf-8", "replace").strip()
+        if route == "/healthz" and status in (200, 503):
+            return [] if status == 200 else [text]
+        if route == "/readyz" and status in (200, 503):
+            found = self.read_as(lambda: [str(one) for one in json.loads(text)["problems"]])
+            return found if status == 200 else found or ["it gives no reason"]
+        raise SowatchError(f"{self.path!r} answered {route} with status {status}. Is it the socket of `sowatch serve`?")
+
     def explain(self, key: str, target: str) -> Any:
         """The explanation of what is named by ``key``: pid, path or rule. Raises as `get`."""
         return self.get(f"/explain?{key}={quote(target.encode('utf-8', 'surrogateescape'))}")

@@ -9,6 +9,8 @@
   inventory      which library is mapped by how many processes
   explain X      why a process (PID) or a file (PATH) is, or is not, covered, and what is attached to it; with --rule
                  and without X: what a rule has attached, has counted, and could not do
+  health         whether the agent watches: `ok`, or why not; ends with 1 if not
+  ready          the same once every process has been scanned, too
   audit          compare the map with /proc; ends with 1 if they differ
 
 --json gives what the agent answers: one object or list. Ends with 1 if no agent answers or it refuses.
@@ -47,6 +49,8 @@ _ROUTES: Final = {
     "telemetry": "/debug/telemetry",
     "inventory": "/inventory",
 }
+#: What probes ask: answered at once, from memory.
+_STATES: Final = {"health": "/healthz", "ready": "/readyz"}
 _ORDERS: Final = ("attach", "detach")
 _WITH_TARGET: Final = (*_ORDERS, "explain")
 
@@ -67,6 +71,8 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
     agent = Agent(args.socket, option="--socket")
     if action in _ORDERS:
         return _order(agent, action, _pid(target), args.rule, out, warn)
+    if action in _STATES:
+        return _state(agent, _STATES[action], out, as_json=args.json)
     if action == "audit":
         return show_audit(agent, out, as_json=args.json)
     if action == "explain":
@@ -86,7 +92,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
 
 
 def _action(words: list[str], *, has_rule: bool) -> tuple[str, str]:
-    known = [*_ROUTES, "audit", *_WITH_TARGET]
+    known = [*_ROUTES, *_STATES, "audit", *_WITH_TARGET]
     if not words:
         raise UsageError(f"say what: one of {', '.join(known)}. See `sowatch debug --help`.")
     action, *rest = words
@@ -107,6 +113,17 @@ def _pid(text: str) -> int:
         return pid(text)
     except ArgumentTypeError as error:
         raise UsageError(f"{error}. Give a number, as `ps -e` shows it.") from error
+
+
+def _state(agent: Agent, route: str, out: Out, *, as_json: bool) -> int:
+    """One line for each reason, or `ok`: a kubelet shows what a probe that failed has printed."""
+    problems = agent.problems(route)
+    if as_json:
+        out.write(dumps({"ok": not problems, "problems": problems}) + "\n")
+    else:
+        out.write("".join(f"{one_line(one)}\n" for one in problems or ["ok"]))
+    out.flush()
+    return 1 if problems else 0
 
 
 def _order(agent: Agent, action: str, target: int, rule: str | None, out: Out, warn: Callable[[str], None]) -> int:

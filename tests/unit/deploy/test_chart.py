@@ -12,7 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import pack
 from sowatch.agent.settings import load_settings
+from sowatch.cli._client import QUICK_TIMEOUT_S
 from sowatch.linux.capabilities import NEEDED
 from support.chart import CHART, ROOT, Rendered, rendered
 
@@ -33,6 +35,10 @@ FULL: dict[str, Any] = {
         "labels": {"release": "prometheus"},
         "relabelings": [{"action": "labeldrop", "regex": "pod"}],
         "metricRelabelings": [{"action": "labeldrop", "regex": "by"}],
+    },
+    "networkPolicy": {
+        "enabled": True,
+        "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
     },
     "serviceAccount": {"name": "watch", "annotations": {"a": "b"}},
     "podSecurityContext": {"supplementalGroups": [1]},
@@ -115,13 +121,34 @@ def test_a_socket_of_the_runtime_is_mounted_without_its_directory() -> None:
 
 
 def test_probes_ask_the_agent_and_nothing_behind_it(plain: Rendered) -> None:
-    found = {one: plain.container[f"{one}Probe"]["httpGet"] for one in ("startup", "liveness", "readiness")}
-    port = {"port": "metrics"}
-    assert found == {
-        "startup": {"path": "/healthz", **port},
-        "liveness": {"path": "/healthz", **port},
-        "readiness": {"path": "/readyz", **port},
+    found = {one: plain.container[f"{one}Probe"] for one in ("startup", "liveness", "readiness")}
+    # Not by the network, whose listener other pods may fill.
+    assert not [one for one in found.values() if one.keys() & {"httpGet", "tcpSocket", "grpc"}]
+    command = "/opt/sowatch/bin/sowatch"
+    assert {name: one["exec"]["command"] for name, one in found.items()} == {
+        "startup": [command, "debug", "health"],
+        "liveness": [command, "debug", "health"],
+        "readiness": [command, "debug", "ready"],
     }
+    assert f'ENTRYPOINT ["{command}"]' in (ROOT / "deploy" / "Containerfile").read_text(encoding="utf-8")
+    # The command gives the agent five seconds, and has to start before.
+    assert all(one["timeoutSeconds"] > QUICK_TIMEOUT_S for one in found.values())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("peers", [[], FULL["networkPolicy"]["from"]], ids=["nobody", "monitoring"])
+def test_a_policy_lets_in_who_is_named_to_the_metrics_and_nobody_else(peers: list[Any], version: str) -> None:
+    found = rendered({"networkPolicy": {"enabled": True, "from": peers}})
+    (policy,) = [one for one in found.manifests if one["kind"] == "NetworkPolicy"]
+    kubernetes_validate.validate(policy, version, strict=True)
+    assert policy["spec"]["podSelector"] == found.daemonset["spec"]["selector"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    port = {"port": "metrics", "protocol": "TCP"}
+    assert policy["spec"]["ingress"] == ([{"ports": [port], "from": peers}] if peers else [])
+
+
+def test_without_being_asked_for_there_is_no_policy(plain: Rendered) -> None:
+    assert "NetworkPolicy" not in {one["kind"] for one in plain.manifests}
 
 
 @pytest.mark.parametrize("text", [None, "[[rules]]\nname = 'tls'\npattern = 'libssl'\n"])
@@ -183,6 +210,7 @@ def test_every_value_is_in_the_schema_and_every_one_in_the_schema_has_a_default(
         {"resources": {"limits": {"memory": "much"}}},
         {"securityContext": {"privileged": True}},
         {"podMonitor": {"interval": "often"}},
+        {"networkPolicy": {"from": [{}]}},
         {"updateStrategy": {"type": "Recreate"}},
         {"extraEnv": [{"value": "nameless"}]},
     ],
@@ -191,6 +219,20 @@ def test_every_value_is_in_the_schema_and_every_one_in_the_schema_has_a_default(
 def test_a_value_that_cannot_be_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(helm.HelmError):
         rendered(values)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_chart_of_a_commit_after_a_release_has_labels_and_a_tag_that_can_be(version: str, tmp_path: Any) -> None:
+    found = rendered({}, pack.chart("0.1.dev507+g0a55b5a1c", tmp_path))
+    assert found.container["image"] == "sowatch:0.1.dev507_g0a55b5a1c"
+    for one in found.manifests:
+        kubernetes_validate.validate(one, version, strict=True)
+        labels = one["metadata"]["labels"]
+        assert labels["app.kubernetes.io/version"] == "0.1.dev507_g0a55b5a1c"
+        assert labels["helm.sh/chart"] == "sowatch-0.1.0-dev.507_g0a55b5a1c"
+        # What the API server asks of a label's value, which is not in the schemas.
+        for value in labels.values():
+            assert re.fullmatch(r"(?=.{1,63}$)[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", value, re.ASCII), value
 
 
 def test_the_chart_is_of_the_newest_version_of_the_changelog() -> None:

@@ -17,9 +17,14 @@ app.kubernetes.io/name: {{ include "sowatch.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* The version as labels and tags may have it: that of a commit after a release has a plus sign. */}}
+{{- define "sowatch.version" -}}
+{{- .Chart.AppVersion | replace "+" "_" -}}
+{{- end -}}
+
 {{- define "sowatch.labels" -}}
 {{ include "sowatch.selectorLabels" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ include "sowatch.version" . | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- with .Values.commonLabels }}
@@ -39,6 +44,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (include "sowatch.version" .) }}
 {{- end -}}
 {{- end -}}
