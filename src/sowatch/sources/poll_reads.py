@@ -94,8 +94,22 @@ class PollReads:
             before = after
         return None
 
+    def stat_now(self, pid: int) -> Stat | None:
+        """The same as `stat`, for any thread.
+
+        Raises:
+            ScanTimeout: a process without its leader hangs.
+        """
+        leader = self.proc.stat(pid)
+        if leader and leader.is_dead:
+            return self._unread.run_unless_hung(pid, lambda: self.stat(pid))
+        return leader or None
+
     def stat(self, pid: int) -> Stat | None:
-        """The stat of a process that has not ended; with the image that a live thread shows if the leader is dead."""
+        """The stat of a process that has not ended; with the image that a live thread shows if the leader is dead.
+
+        For the helper thread, as it may hang.
+        """
         leader = self.proc.stat(pid)
         if not leader:
             return None

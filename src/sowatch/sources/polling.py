@@ -12,7 +12,8 @@ import os
 import stat as file_types
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -212,19 +213,24 @@ class ProcfsSource:
         if not self.polls.is_due() or not self._has_begun:
             return []
         with self.polls.look():
+            records: list[Record] = []
             try:
-                return self._poll_all()
+                self._poll_all(records)
             except ProcReadError as error:
-                # Nothing is lost by it: the next poll finds what this one would have.
+                # What was found until then is not found again; the next poll finds the rest.
                 LOG.warning("a poll of %s failed and is repeated: %s", self._proc.root, error)
-                return []
+            return records
 
     def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         del meanwhile  # what changed is found by the scan itself
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
-            records, pool = self._poll_all(is_full=True), RowPool()
-            scans = [self._scan_one(one, pool) for one in self._processes.values() if one.rows]
+            records: list[Record] = []
+            self._poll_all(records, is_full=True)
+            pool, scans = RowPool(), []
+            for one in list(self._processes.values()):
+                with suppress(ScanTimeout):  # it is read when it hangs no more
+                    scans.append(self._scan_one(one, pool) if one.rows else None)
         self._note_limits()
         # What the first poll found new is in the scans.
         return [one for one in scans if one is not None], RecordLog(() if is_first else [records])
@@ -290,14 +296,14 @@ class ProcfsSource:
 
     # ---- polling ------------------------------------------------------------------------------
 
-    def _poll_all(self, *, is_full: bool = False) -> list[Record]:
-        """Scans each process that may have changed, and returns records of what did.
+    def _poll_all(self, records: list[Record], *, is_full: bool = False) -> None:
+        """Scans each process that may have changed.
 
         Args:
+            records: gets those of what did; if it raises, those of what was found until then.
             is_full: parses the maps of each of them, even if they are what they were.
         """
         self._looks += 1
-        records: list[Record] = []
         pids = self._proc.pids()
         self._unseen = 0
         for pid in self._processes.keys() - set(pids):
@@ -307,9 +313,9 @@ class ProcfsSource:
         readings = self._reads.read(one._replace(maps=None) if is_full else one for one in targets)
         for pid, _, _ in targets:
             known, reading = self._processes.get(pid), readings.get(pid)
-            if known is not None and reading is not None and self._is_unchanged(known, reading):
-                continue
             try:
+                if known is not None and reading is not None and self._is_unchanged(known, reading):
+                    continue
                 found = self._process(pid, known, reading)
             except ScanTimeout:
                 found = None  # as it was, until it can be read
@@ -318,7 +324,8 @@ class ProcfsSource:
                 if known is not None:
                     known.cpu_ns = known.maps = None
             elif known is not None and known.stat.start_ticks == found.stat.start_ticks:
-                self._report_change(known, found, records)
+                with self._reporting(found, records):
+                    self._report_change(known, found, records)
             else:
                 if known is not None:
                     self._emit_end(self._processes.pop(pid), RecordType.EXIT, records)
@@ -326,10 +333,10 @@ class ProcfsSource:
         # Parents first, as they are by now.
         for process in sorted(new, key=lambda one: (one.stat.start_ticks, one.pid)):
             self._processes[process.pid] = process
-            self._report_new(process, self._processes.get(process.stat.ppid), records)
+            with self._reporting(process, records):
+                self._report_new(process, self._processes.get(process.stat.ppid), records)
         if any(isinstance(record, RangeRecord) for record in records):
             self._forget_files()
-        return records
 
     def _targets(self, pids: Iterable[int]) -> list[Target]:
         """The processes that may have changed since they were read."""
@@ -462,6 +469,21 @@ class ProcfsSource:
             for start, end in gone:
                 records.append(self._range_record(found, RecordType.RANGE, start, end))
 
+    @contextmanager
+    def _reporting(self, process: _Process, records: list[Record]) -> Iterator[None]:
+        """Has the next poll, or a rescan, find what could not be reported. A process that hangs ends no poll."""
+        try:
+            yield
+        except (ScanTimeout, ProcReadError) as error:
+            self._forget_rows(process)
+            if process.intro is not None:
+                self._emit_needs_rescan(process, records)
+            if isinstance(error, ProcReadError):
+                raise
+
+    def _forget_rows(self, process: _Process) -> None:
+        process.cpu_ns, process.maps, process.rows = None, None, ()
+
     def _keep_old_names(self, before: _Process, process: _Process) -> None:
         """Rows of a process that were there before have the name they had, unless its verdict is ignored."""
         known = {row.what: row for row in before.rows if self._verdicts.get(row.file.key) is not False}
@@ -486,7 +508,7 @@ class ProcfsSource:
         if process.intro is None:
             process.intro = self._introduction(process, RecordType.INTRO, None)
             if process.intro is None:
-                process.cpu_ns, process.rows = None, ()  # it has ended, or the next poll finds it
+                self._forget_rows(process)  # it has ended, or the next poll finds it
                 return
             records.append(process.intro)
         process.activity += 1
@@ -505,7 +527,7 @@ class ProcfsSource:
         if rows and process.intro is None:
             process.intro = self._introduction(process, RecordType.INTRO, None)
             if process.intro is None:
-                process.cpu_ns = None
+                self._forget_rows(process)
                 return None
             process.activity += 1
         now_ns, maps = time.monotonic_ns(), MapRows((self._map_record(process, row) for row in rows), pool)
@@ -539,7 +561,7 @@ class ProcfsSource:
         # than a page, say, is no reason to leave its mappings out.
         exe, root = self._proc.exe(pid), _link(base + b"/root") or b"/"
         interpreter_base = self._proc.interpreter_base(pid)
-        now = self._reads.stat(pid)
+        now = self._reads.stat_now(pid)
         if not status or now is None or not process.is_same_program(now):
             return None
         seen = seen_path(os.fsencode(exe.path), root) if exe else b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -20,14 +21,15 @@ from hypothesis import strategies as st
 from sowatch.bpf.records import FLAG_DELETED, path_of
 from sowatch.engine.address_space import MappedFile, ProcessState
 from sowatch.linux.cpu_clock import CpuClocks
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import ProcFs, ProcReadError
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process
 from sowatch.model.identity import FileId
 from sowatch.sources.poll_timer import PollTimer
-from sowatch.sources.polling import REREAD_LOOKS, Row, compare, file_of
+from sowatch.sources.polling import REREAD_LOOKS, ProcfsSource, Row, compare, file_of
+from sowatch.sources.unread import PatientProcFs, ScanTimeout
 from support.poller import Poller, mapped
 from support.programs import Mapper, make_libraries
 
@@ -257,6 +259,120 @@ def test_a_process_of_which_nothing_was_wanted_introduces_itself_later(
     tracked = poller.source.tracked(mapper.pid)
     assert tracked is not None
     assert tracked.range_count > 1
+
+
+# -- what cannot be read ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_leader(start: Any, wait_until: Any) -> Callable[[], Mapper]:
+    """A process whose other thread goes on: a live one has to be searched for, which may hang."""
+
+    def start_it() -> Mapper:
+        mapper = start()
+        mapper.emit("leaderexit")
+        wait_until(lambda: (found := ProcFs().stat(mapper.pid)) and found.is_dead)
+        return mapper
+
+    return start_it
+
+
+def hang_after(calls: int, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process answers so many searches for a live thread, and then none."""
+    left = [calls]
+
+    def live_thread(self: PatientProcFs, asked: int) -> Any:
+        if asked == pid:
+            if not left[0]:
+                raise ScanTimeout(pid)
+            left[0] -= 1
+        return ProcFs.live_thread(self, asked)
+
+    monkeypatch.setattr(PatientProcFs, "live_thread", live_thread)
+
+
+def test_one_that_hangs_after_its_maps_were_read_holds_up_nobody(
+    poller: Poller, start: Any, without_leader: Any, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, honest = without_leader(), start()
+    hung.map(libraries[0])
+    poller.look(2)
+    hang_after(0, hung.pid, monkeypatch)
+    honest.map(libraries[1])
+    poller.source._processes[hung.pid].cpu_ns = None  # it is read
+    assert poller.look() == [f"+{honest.pid} libtiny1.so mmap"]
+    monkeypatch.undo()
+    hung.map(libraries[2])
+    assert poller.look() == [f"+{hung.pid} libtiny2.so mmap"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_one_that_hangs_while_it_is_introduced_is_reported_when_it_answers(
+    poller: Poller,
+    start: Any,
+    without_leader: Any,
+    libraries: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    is_known: bool,
+) -> None:
+    hung, honest = without_leader(), start()
+    if is_known:
+        poller.look()
+    hung.map(libraries[0])
+    hang_after(1, hung.pid, monkeypatch)
+    honest.map(libraries[1])
+    assert poller.look() == [f"+{honest.pid} libtiny1.so mmap"]
+    monkeypatch.undo()
+    assert poller.look() == [f"+{hung.pid} libtiny0.so mmap"]
+
+
+def test_a_scan_leaves_out_who_hangs_while_it_is_introduced(
+    without_leader: Any, start: Any, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, honest = without_leader(), start()
+    hang_after(1, hung.pid, monkeypatch)
+    source = ProcfsSource(Config())
+    try:
+        scans, _ = source.scan_all()
+    finally:
+        source.close()
+    pids = {scan.tgid for scan in scans}
+    assert honest.pid in pids
+    assert hung.pid not in pids
+
+
+def test_what_a_poll_found_before_a_read_failed_is_reported(
+    poller: Poller, start: Any, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, mapper = start(), start()
+    gone.map(libraries[0])
+    poller.look()
+    gone.exit()
+    mapper.map(libraries[1])
+
+    def read(targets: object) -> Any:
+        raise ProcReadError("/proc/1/maps", errno.EMFILE)
+
+    monkeypatch.setattr(poller.source._reads, "read", read)
+    assert poller.look() == [f"-{gone.pid} libtiny0.so exit"]
+    monkeypatch.undo()
+    assert poller.look() == [f"+{mapper.pid} libtiny1.so mmap"]
+
+
+def test_what_could_not_be_introduced_is_reported_by_the_next_poll(
+    poller: Poller, start: Any, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapper = start()
+    poller.look()
+    mapper.map(libraries[0])
+
+    def status(self: ProcFs, pid: int) -> Any:
+        raise ProcReadError(f"/proc/{pid}/status", errno.EMFILE)
+
+    monkeypatch.setattr(ProcFs, "status", status)
+    assert poller.look() == []
+    monkeypatch.undo()
+    assert poller.look() == [f"+{mapper.pid} libtiny0.so mmap"]
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
