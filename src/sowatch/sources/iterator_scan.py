@@ -63,7 +63,11 @@ class IteratorScan:
         while True:
             try:
                 chunk = os.read(fd, _READ_BYTES)
-            except InterruptedError:
+            except (InterruptedError, BlockingIOError):
+                # EAGAIN: the kernel has gone past 1,000,000 objects without a row, and goes on with the next read.
+                if self.is_given_up:
+                    return
+                self.progress += 1
                 continue
             except OSError as error:
                 raise BpfError("reading the iterator", error.errno or 5, "") from error

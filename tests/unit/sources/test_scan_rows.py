@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import tracemalloc
 from collections.abc import Iterable
+from errno import EAGAIN, EINTR, EIO
+
+import pytest
 
 from sowatch.bpf.records import FLAG_ASK, FLAG_MANY, FLAG_NEEDS_RESCAN, MapRecord, Record, parse
 from sowatch.engine.address_space import AddressSpace, MappedFile, Scanned
+from sowatch.model.errors import BpfError
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.sources.iterator_scan import IteratorScan
 from sowatch.sources.scan_rows import MAX_PLAIN_ROWS, Grouping, MapRows, RowPool, group
@@ -134,6 +138,49 @@ def test_the_next_session_numbers_its_files_anew():
     again = [Proc(11).file(1, FILES[1]), Proc(11).rows((1, 0, PAGE, 2 * PAGE))]
     first, second = group([*rows, *again])
     assert (first.maps, second.maps) == ([P.map(FILES[0])], [Proc(11).map(FILES[1])])
+
+
+def session_that_raises(errors: list[int], monkeypatch: pytest.MonkeyPatch) -> IteratorScan:
+    """A scan with one row, of which the first reads fail with these errors; the scan is given up after the last."""
+    chunk = to_bytes(Proc(10).map(FILES[0]))
+    scan = scan_of([chunk])
+    real_read = os.read
+
+    def read(fd: int, size: int) -> bytes:
+        if errors:
+            errno = errors.pop(0)
+            raise OSError(errno, os.strerror(errno))
+        return real_read(fd, size)
+
+    monkeypatch.setattr(os, "read", read)
+    return scan
+
+
+def test_an_iterator_that_passed_very_many_objects_without_a_row_is_read_on(monkeypatch: pytest.MonkeyPatch):
+    errors = [EAGAIN, EINTR, EAGAIN]
+    scan = session_that_raises(errors, monkeypatch)
+    scan()
+    assert (errors, list(scan.rows())) == ([], [Proc(10).map(FILES[0])])
+    assert scan.progress == 5, "each is progress, as is the session and the row"
+
+
+def test_an_iterator_that_was_given_up_is_not_read_on(monkeypatch: pytest.MonkeyPatch):
+    errors = [EAGAIN, EAGAIN]
+    scan = session_that_raises(errors, monkeypatch)
+    read = os.read
+
+    def read_and_give_up(fd: int, size: int) -> bytes:
+        scan.is_given_up = True
+        return read(fd, size)
+
+    monkeypatch.setattr(os, "read", read_and_give_up)
+    scan()
+    assert (errors, list(scan.rows())) == ([EAGAIN], [])
+
+
+def test_an_iterator_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(BpfError):
+        session_that_raises([EIO], monkeypatch)()
 
 
 def test_a_scan_of_very_many_rows_takes_little():
