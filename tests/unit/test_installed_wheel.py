@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from outside import OutsideError, mirror
-from roots.page import Run, read, render
+from roots.__main__ import main as wheel_command
+from roots.page import NONE_MADE, Run, read, render
 from roots.table import CI_ROOTS, LEFT_OUT, PYTHONS, ROOTS
 from support import installed
 from wheels.libraries import _listed
@@ -154,11 +155,37 @@ def test_the_page_is_what_the_table_and_its_runs_give() -> None:
     assert page == render(read(page))
 
 
+def test_each_root_that_must_be_there_has_run_unless_the_page_says_that_none_was_made() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    required = {root.name for root in ROOTS if not root.may_be_absent}
+    ran = {run.root for run in read(page)}
+
+    assert NONE_MADE in page or required <= ran
+
+
+def test_a_page_speaks_of_runs_only_of_systems_that_ran() -> None:
+    runs = [Run(root.name, f"{root.python}.1", "2.36", 3000, 40) for root in ROOTS]
+
+    assert NONE_MADE in render([])
+    assert "was installed" not in render([])
+    assert NONE_MADE not in render(runs[:1])
+    assert "In each system that has a release in this table, the wheel was installed" in render(runs[:1])
+    assert "nothing was tried." in render(runs[:1])
+    assert "not run" not in render(runs)
+
+
+@pytest.mark.parametrize("words", [["trixie"], ["--ci"], ["--full"], ["--", "-k", "doctor"]])
+def test_the_page_is_written_of_every_root_only(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        wheel_command(["--write", *words])
+    assert ended.value.code == 2
+
+
 def test_a_root_that_did_not_run_is_shown_as_such() -> None:
     page = render([Run("trixie", "3.13.5", "2.41", 3000, 40)])
 
     assert read(page) == [Run("trixie", "3.13.5", "2.41", 3000, 40)]
-    assert page.count("not run") == len(ROOTS) - 1
+    assert page.count("| not run") == len(ROOTS) - 1
 
 
 # -- wheels ------------------------------------------------------------------------------------

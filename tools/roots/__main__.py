@@ -42,6 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.roots if name not in names]
     if unknown:
         parser.error(f"unknown root {unknown[0]!r}; known: {', '.join(names)}")
+    if args.write and (args.roots or args.ci or args.full or tests):
+        parser.error("--write goes with every root and the tests of the table.")
     chosen = args.roots or (CI_ROOTS if args.ci else names)
     runs, is_failed, is_unreached = [], False, False
     for root in (one for one in ROOTS if one.name in chosen):
@@ -57,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(
             f"{run.root}: Python {run.python}, glibc {run.glibc}: {run.unit} unit tests and {run.kernel} others passed"
         )
-    if args.write and not is_failed and not is_unreached and not tests and not args.full:
+    if args.write and not is_failed and not is_unreached:
         PAGE.write_text(page.render(runs), encoding="utf-8")
         _say(f"wrote {PAGE.relative_to(ROOT)}")
     return 1 if is_failed else UNREACHED if is_unreached else 0

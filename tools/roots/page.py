@@ -10,18 +10,25 @@ from msgspec import Struct
 
 from roots.table import LEFT_OUT, ROOTS, SMOKE, UNIT
 
-__all__ = ["Run", "read", "render"]
+__all__ = ["NONE_MADE", "Run", "read", "render"]
 
 _HEAD: Final = """\
 # Pythons
 
 <!-- Written by `scripts/test-wheel --write` from a run; the table behind it is tools/roots/table.py. -->
-
-In each of these systems the wheel was installed by `pip install`, from files, into a root that has Python and
-neither compiler nor libbpf; `sowatch watch` ran there, and then the tests against what was installed, each file of
-which was compared with the wheel. Python 3.11 also runs the whole suite in each run of `.ci/run`. How to run one:
-`CONTRIBUTING.md`.
 """
+_TRIED: Final = """\
+In each system that has a release in this table, the wheel was installed by `pip install`, from files, into a root that
+has Python and neither compiler nor libbpf; `sowatch watch` ran there, and then the tests against what was installed,
+each file of which was compared with the wheel. {rest}
+"""
+_ELSEWHERE: Final = """\
+Python 3.11 also runs the whole suite in each run of `.ci/run`, against the checkout. How to run one: `CONTRIBUTING.md`.
+"""
+#: The page says this as long as it has no run.
+NONE_MADE: Final = "No run was made for this page yet, so it says nothing of any system."
+#: Of systems that may be absent.
+_ABSENT: Final = "Where it says `{word}`, nothing was tried."
 _TESTS: Final = """\
 The unit tests are {unit}; `scripts/test-wheel --full` runs all of them. The others are {smoke}, for each strategy that
 needs no compiler.
@@ -51,10 +58,14 @@ def render(runs: Iterable[Run]) -> str:
     unit = ", ".join(f"`{name}`" for name in UNIT if name.startswith("tests/"))
     smoke = ", ".join(f"`{name}`" for name in SMOKE if name.startswith("tests/"))
     left_out = "".join(f"- `{name}`: {why}\n" for name, why in LEFT_OUT.items())
+    rest = _ABSENT.format(word=_NOT_RUN) if len(by_name) < len(ROOTS) else ""
+    tried = _TRIED.format(rest=rest).replace(" \n", "\n") if by_name else f"{NONE_MADE}\n"
     return (
         "\n".join(
             [
                 _HEAD,
+                tried,
+                _ELSEWHERE,
                 _table(["Python", "system", "release", "glibc", "unit tests passed", "others passed"], rows),
                 _TESTS.format(unit=unit, smoke=smoke),
                 "## Left out\n",
