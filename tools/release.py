@@ -102,8 +102,10 @@ def obstacles(root: Path, version: str) -> Iterator[str]:
     fragments = sorted(path.name for path in (root / "news").glob("*.*.md"))
     if fragments:
         yield f"news/ has {len(fragments)} fragments. Before the tag: towncrier build --version {version}"
-    if f"## [{version}]" not in (root / "CHANGELOG.md").read_text(encoding="utf-8"):
-        yield f"CHANGELOG.md has no section of {version}. Before the tag: towncrier build --version {version}"
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, flags=re.MULTILINE):
+        next_step = f"Before the tag: towncrier build --version {version}"
+        yield f"CHANGELOG.md has no section of {version} with a date. {next_step}"
     control = (root / "deploy/debian/control").read_text(encoding="utf-8")
     if ".example>" in control:
         yield "Maintainer in deploy/debian/control is a placeholder. Write the address of those who answer."

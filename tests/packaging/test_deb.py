@@ -16,6 +16,7 @@ import pytest
 
 from clean_root import Root
 from support.booted import HOST_PROC, booted
+from support.debian import python_version
 
 #: Of fixtures, too: making a root is what takes time.
 pytestmark = pytest.mark.timeout(1800)
@@ -59,6 +60,11 @@ def packages(root: Root) -> set[str]:
     return set(root.run(["dpkg-query", "--show", "--showformat", "${Package} ${Status}\n"]).stdout.splitlines())
 
 
+def package_version(root: Root) -> str:
+    """Of the package, as Debian writes it."""
+    return root.run(["dpkg-query", "--show", "--showformat", "${Version}", "sowatch"]).stdout
+
+
 def test_there_is_no_compiler_and_no_header_of_libbpf(root) -> None:
     for name in ("cc", "gcc", "clang", "pkg-config", "pip"):
         assert root.run(["sh", "-c", f"command -v {name}"], check=False).returncode != 0, name
@@ -66,8 +72,8 @@ def test_there_is_no_compiler_and_no_header_of_libbpf(root) -> None:
 
 
 def test_the_command_shows_the_version_of_the_package(root) -> None:
-    version = root.run(["dpkg-query", "--show", "--showformat", "${Version}", "sowatch"]).stdout
-    assert root.run(["sowatch", "--version"]).stdout == f"sowatch {version.replace('~', '.', 1)}\n"
+    version = package_version(root)
+    assert root.run(["sowatch", "--version"]).stdout == f"sowatch {python_version(version)}\n"
 
 
 def test_only_the_package_itself_is_installed(suite) -> None:
@@ -166,7 +172,10 @@ def test_zsh_completes_commands_and_options(root) -> None:
 def test_each_man_page_is_shown_and_has_no_fault(root) -> None:
     pages = root.run(["sh", "-c", "cd /usr/share/man/man1 && ls sowatch*"]).stdout.split()
     assert len(pages) > 10
+    version = python_version(package_version(root))
     for page in pages:
+        head = root.run(["zgrep", "-m", "1", "^[.]TH ", f"/usr/share/man/man1/{page}"]).stdout
+        assert f'"sowatch {version}"' in head.replace("\\-", "-")
         done = root.run(["man", "--warnings", "--encoding=ascii", page.removesuffix(".1.gz")])
         assert done.stderr == ""
         assert "SYNOPSIS" in done.stdout

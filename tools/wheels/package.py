@@ -35,13 +35,9 @@ def make_sdist(work: Path, libbpf_headers: Path) -> Path:
         OutsideError: a step failed.
     """
     tree = work / "tree"
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout.split(b"\0")
-    for name in map(os.fsdecode, filter(None, names)):
+    # Tracked files only: what is published is what was committed, or will be.
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in map(os.fsdecode, filter(None, names.split(b"\0"))):
         if (ROOT / name).is_file():  # else removed, and not committed yet
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)

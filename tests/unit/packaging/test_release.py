@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from setuptools.command.egg_info import FileList
 
 import pack
 import release
+from support.debian import python_version
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = {
@@ -22,7 +26,9 @@ FILES = {
 
 def git(directory: Path, *words: str) -> str:
     command = ["git", "-c", "user.name=n", "-c", "user.email=n@n.test", "-c", "commit.gpgsign=false", *words]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
+    # A user's settings (hooks, signing of tags) must not get into it.
+    variables = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True, env=variables).stdout
 
 
 @pytest.fixture
@@ -70,7 +76,15 @@ def test_what_is_not_committed_and_news_that_are_left_stand_against_it(repositor
 def test_another_version_than_the_tags_stands_against_it(repository: Path) -> None:
     found = list(release.obstacles(repository, "1.2.4"))
     assert "the tag says 1.2.3 and the build 1.2.4" in found[0]
-    assert "CHANGELOG.md has no section of 1.2.4" in found[1]
+    assert "CHANGELOG.md has no section of 1.2.4 with a date" in found[1]
+
+
+def test_a_section_without_a_date_is_none(repository: Path) -> None:
+    (repository / "CHANGELOG.md").write_text("# Changelog\n\n## [1.2.3] - not released yet\n")
+    git(repository, "commit", "--quiet", "-am", "no date")
+    git(repository, "tag", "--force", "v1.2.3")
+    (one,) = release.obstacles(repository, "1.2.3")
+    assert one.startswith("CHANGELOG.md has no section of 1.2.3 with a date.")
 
 
 def test_a_placeholder_for_the_maintainer_stands_against_it(repository: Path) -> None:
@@ -123,6 +137,28 @@ def test_the_dry_run_names_every_part_its_checks_and_where_it_goes() -> None:
     assert "twine check --strict" in done.stdout
     assert "abi3audit --strict" in done.stdout
     assert "not in this checkout" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "version", ["1.2.3", "1.2.3rc1", "1.2.3a2", "0.1.dev507+g3780cdc", "1.2.4.dev3+gabc.d20261129"]
+)
+def test_the_version_of_the_debian_package_stands_for_one_version(version: str) -> None:
+    (command,) = re.findall(r"^debian_version=\$\((sed .*) <<<", (ROOT / "scripts/deb").read_text(), flags=re.MULTILINE)
+    done = subprocess.run(["sh", "-c", command], input=version, capture_output=True, text=True, check=True)
+    assert python_version(done.stdout) == version
+
+
+def test_the_sdist_has_what_is_committed_but_what_is_for_ci_and_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """src/ has rules of its own: what the package brings is in the wheel, which is compared with it elsewhere."""
+    monkeypatch.chdir(ROOT)
+    said = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    tracked = [name for name in said.split("\0") if Path(name).is_file()]
+    found = FileList()
+    found.allfiles = tracked
+    for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines():
+        found.process_template_line(line)
+    left = [name for name in tracked if name not in found.files and not name.startswith((".", "benchmarks/", "src/"))]
+    assert left == ["MANIFEST.in", "pyproject.toml"], "which setuptools adds itself"
 
 
 @pytest.mark.parametrize(
