@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -141,12 +142,13 @@ class PodNames:
         now_s = time.monotonic()
         with self._lock:
             key = place.container or place.uid
-            if self._find(place, now=True) is not None or self._closing.is_set():
+            # A path may name a container of another pod: the runtime has nothing to add to what it said of that.
+            if key in self._present or key in self._gone or self._find(place, now=True) or self._closing.is_set():
                 return None
             retry_s, _ = self._missing.get(key, (0.0, 0.0))
             if now_s < retry_s:
                 return None
-            self._asked_for.add(key)
+            self._want((key,))
             if self._lookup is None:
                 self._lookup = Inspection(now_s)
             lookup = self._lookup
@@ -169,6 +171,10 @@ class PodNames:
         if found is not None and found.uid == place.uid:
             return found
         return None if now else self._by_uid.get(place.uid)
+
+    def _want(self, keys: Iterable[str]) -> None:
+        """Notes who is asked for, as far as there is room: any user can make paths that look like those of pods."""
+        self._asked_for.update(islice(keys, max(0, MAX_MISSING - len(self._asked_for))))
 
     # ---- the thread ---------------------------------------------------------------------------
 
@@ -234,7 +240,7 @@ class PodNames:
                 LOG.warning("pods have no names, as %s", error)
             self._error = error
             self._retry_s = min(2 * self._retry_s, LAST_RETRY_S) or FIRST_RETRY_S
-            self._asked_for |= set(list(asked_for)[:MAX_MISSING])
+            self._want(asked_for)
             # It is asked again, whether somebody comes or not: then the next container need not find out.
             self._wanted.set()
 

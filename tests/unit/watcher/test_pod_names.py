@@ -242,6 +242,44 @@ def test_containers_that_nobody_knows_take_bounded_space(
     assert len(names._missing) == 10
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_paths_that_come_while_it_is_asked_take_bounded_space(
+    names: PodNames,
+    runtime: Runtime,
+    asked_once: None,
+    wait_until: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+) -> None:
+    monkeypatch.setattr(pod_names, "MAX_MISSING", 10)
+    runtime.go.clear()
+    names.look_up(process("e" * 64, uid="e" * 32))
+    wait_until(lambda: runtime.asked == 2, 10, "the question")
+    for number in range(1, 31):
+        names.look_up(process(f"{number:064x}", uid=f"{number:032x}"))
+    assert len(names._asked_for) == 10
+    if fails:
+        runtime.error = SowatchError("gone")
+        runtime.go.set()
+        wait_until(lambda: names.state.error, 10, "the failure")
+        for number in range(31, 61):
+            names.look_up(process(f"{number:064x}", uid=f"{number:032x}"))
+        assert len(names._asked_for) <= 10
+
+
+def test_a_container_that_is_known_is_not_asked_for_by_a_path_with_another_pod(
+    names: PodNames, runtime: Runtime, asked_once: None, over: Any
+) -> None:
+    other = "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
+    assert names.look_up(process(WEB, uid=other)) is None
+    runtime.found = {SIDE: Pod("0" * 32, "new", "shop", "main")}
+    over(names.look_up(process(SIDE, uid="0" * 32)))
+    asked = runtime.asked
+    assert names.look_up(process(WEB, uid=other)) is None, "it is gone"
+    assert names.named(process(WEB, uid=other)).pod == Pod(other)
+    assert runtime.asked == asked
+
+
 def test_closing_ends_what_waits(names: PodNames, runtime: Runtime, asked_once: None, wait_until: Any) -> None:
     runtime.go.clear()
     lookup = names.look_up(process(SIDE))
