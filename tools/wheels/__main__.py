@@ -26,6 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help=f"{' or '.join(MACHINES)}; default: both")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="DIR", help="default: dist/")
+    parser.add_argument("--sdist", action="store_true", help="the sdist only")
     args = parser.parse_args(words)
     unknown = [machine for machine in args.machines if machine not in MACHINES]
     if unknown:
@@ -33,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # The same input gives the same archives.
     os.environ.setdefault("SOURCE_DATE_EPOCH", _commit_time())
     try:
-        faults = _build(tuple(args.machines) or MACHINES, args.out.absolute())
+        faults = _build(tuple(args.machines) or MACHINES, args.out.absolute(), is_sdist_only=args.sdist)
     except OutsideError as error:
         print(f"wheels: {error}", file=sys.stderr)
         return UNREACHED if isinstance(error, UnreachedError) else 1
@@ -42,8 +43,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _build(machines: Sequence[str], output: Path) -> list[str]:
+def _build(machines: Sequence[str], output: Path, *, is_sdist_only: bool) -> list[str]:
     """Everything into ``output``; returns what is wrong with it."""
+    if is_sdist_only:
+        # BPF objects of all machines are compiled with the headers of libbpf, which are those of any.
+        machines = machines[:1]
     # Several builds at once share what is in the cache, so one makes it.
     with (cache_directory() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -60,7 +64,7 @@ def _build(machines: Sequence[str], output: Path) -> list[str]:
         _say("BPF objects and the sdist")
         sdist = package.make_sdist(work / "sdist", next(iter(prefixes.values())) / "include")
         objects = _objects_of(sdist)
-        for machine in machines:
+        for machine in () if is_sdist_only else machines:
             _say(f"wheel for {machine}")
             for part in ("build", "unpacked"):
                 (work / machine / part).mkdir(parents=True)
