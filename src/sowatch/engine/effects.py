@@ -35,7 +35,7 @@ class Effects:
         throttled: tgids whose changes the kernel dropped, being too many: scans make up for that loss.
         with_untracked_sharers: processes that may share their address space with one that nobody knows: tgid and
             start_ns.
-        executed: tgids that have executed another program: they share nobody's address space any more.
+        executed: who has executed another program, tgid and start_ns: they share nobody's address space any more.
     """
 
     __slots__ = ("changes", "executed", "rescans", "throttled", "untrack", "verdicts", "with_untracked_sharers")
@@ -47,7 +47,7 @@ class Effects:
         self.untrack: list[tuple[int, int, int]] = []
         self.throttled: set[int] = set()
         self.with_untracked_sharers: dict[int, int] = {}
-        self.executed: set[int] = set()
+        self.executed: dict[int, int] = {}
 
     def __iadd__(self, later: Effects) -> Self:
         """These and then others."""

@@ -469,13 +469,13 @@ class Reconciler:
     def _scan_for_sharers(self) -> None:
         """Scans processes together with their untracked sharers, or all if it is not known who those are."""
         begun_s = self._cpu_s()
-        due = self._search.take(self.drain, can_find=self._can_read_one)
-        if due is None:
-            self._read_everything(LIVE)
-        elif due:
-            self._table.begin_rescans(due)
-            self._scan(dict.fromkeys(due, LIVE))
-        self._flush()
+        for due in self._search.rounds(self.drain, can_find=self._can_read_one):
+            if due is None:
+                self._read_everything(LIVE)
+            else:
+                self._table.begin_rescans(due)
+                self._scan(dict.fromkeys(due, LIVE))
+            self._flush()
         self._search.at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
 
     def _cpu_s(self) -> float:

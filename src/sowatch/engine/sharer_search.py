@@ -7,7 +7,8 @@ the same for a moment, a scan of ours included. So most searches find nobody, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from sowatch.engine.table import MappingTable
@@ -21,10 +22,15 @@ __all__ = ["SHARERS_REST", "SharerSearch"]
 
 #: After a search, or the full scan in its place, wait so many times the CPU time it took.
 SHARERS_REST: Final = 20
-#: The record of an exec comes so long after the address space is another one, at the most.
-EXEC_S: Final = 2.0
 #: More processes than this are not searched for one by one.
 MANY_SHARING: Final = 16
+#: So many are remembered to have been searched for; beyond it a full scan makes up for all.
+MANY_SEARCHED: Final = 4096
+#: Whoever forks sharers faster than they are found in so many listings, or scans, causes a full scan.
+MOST_ROUNDS: Final = 4
+
+#: No process.
+NOBODY: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 class SharerSearch:
@@ -45,26 +51,23 @@ class SharerSearch:
         self._table = table
         self._proc = proc
         self._sharing: dict[int, int] = {}
-        #: What was compared last, and when: an exec may have been under way.
-        self._searched: set[int] = set()
-        self._searched_s = 0.0
+        #: What was compared since the last full scan: an exec may have been under way, or is reported late.
+        self._searched: dict[int, int] = {}
         self._compared = 0
         self.needs_full_scan = False
         self.at = 0.0
 
-    def ask(self, processes: Mapping[int, int], executed: Collection[int] = ()) -> None:
+    def ask(self, processes: Mapping[int, int], executed: Mapping[int, int] = NOBODY) -> None:
         """These processes, by tgid and start_ns, may have an untracked sharer.
 
         Args:
             processes: those.
-            executed: these have another address space by now; who shares the one that they had is not known any more.
+            executed: these, by the same, have another address space by now; who shares the one
+                that they had is not known any more.
         """
         self._sharing.update(processes)
-        if executed and not self.needs_full_scan:
-            was_searched = time.monotonic() < self._searched_s + EXEC_S
-            self.needs_full_scan = any(
-                pid in self._sharing or (was_searched and pid in self._searched) for pid in executed
-            )
+        for one in executed.items():
+            self.needs_full_scan |= _has(self._sharing, one) or _has(self._searched, one)
 
     @property
     def is_asked(self) -> bool:
@@ -80,18 +83,34 @@ class SharerSearch:
         """Whether one is to be made at that time."""
         return self.is_asked and now >= self.at
 
-    def take(self, meanwhile: Callable[[], object], *, can_find: bool) -> set[int] | None:
-        """The processes that have to be scanned, together; None: all of them.
+    def rounds(self, meanwhile: Callable[[], object], *, can_find: bool) -> Iterator[set[int] | None]:
+        """The processes that have to be scanned, together; None: all of them. The caller scans before it goes on.
+
+        Who is scanned is tracked: its forks are reported from then on. Those before are found by one more search.
 
         Args:
             meanwhile: called again and again during a long search.
             can_find: the pids are those of our pid namespace.
         """
         sharing, self._sharing = self._sharing, {}
-        is_full, self.needs_full_scan = self.needs_full_scan, False
-        self._searched, self._searched_s = set(sharing), time.monotonic()
-        if is_full or not can_find or len(sharing) > MANY_SHARING:
-            return None
+        self._searched |= sharing
+        is_many = len(sharing) > MANY_SHARING or len(self._searched) > MANY_SEARCHED
+        if can_find and not is_many and not self.needs_full_scan:
+            scanned: set[int] = set()
+            for _ in range(MOST_ROUNDS):
+                due = self._find_patiently(sharing, meanwhile)
+                if due is None:
+                    break
+                if due <= scanned:
+                    return
+                scanned |= due
+                yield due
+                sharing = {pid: start_ns for pid, start_ns in sharing.items() if pid in due}
+        self.needs_full_scan = False
+        self._searched = {}
+        yield None
+
+    def _find_patiently(self, sharing: Mapping[int, int], meanwhile: Callable[[], object]) -> set[int] | None:
         known = [(ProcessId(*one), self._table.sharers_of(one[0])) for one in sharing.items()]
         try:
             return self._source.unread.run(
@@ -109,14 +128,34 @@ class SharerSearch:
             stat = self._proc.stat(process.pid)
             if isinstance(stat, Miss) or not process.same_tick(ProcessId(process.pid, stat.start_ns)):
                 return None  # it has ended; what it did are its sharers' mappings, too, and nobody knows who those are
-            found = find_sharers(self._proc, process.pid, self._counted(pids))
+            found = self._sharers_of(process.pid, pids)
             if found is None:
                 return None
             if found.difference(known):
                 due |= {process.pid, *found}
         return due
 
+    def _sharers_of(self, pid: int, pids: Iterable[int]) -> set[int] | None:
+        """Those among ``pids``, and who was forked since these were listed; None: that cannot be determined."""
+        found = find_sharers(self._proc, pid, self._counted(pids))
+        compared = set(pids)
+        for _ in range(MOST_ROUNDS):
+            new = set(self._proc.pids()) - compared
+            more = find_sharers(self._proc, pid, self._counted(new))
+            if found is None or more is None:
+                return None
+            if not more:
+                return found
+            found |= more
+            compared |= new
+        return None
+
     def _counted(self, pids: Iterable[int]) -> Iterator[int]:
         for pid in pids:
             self._compared += 1
             yield pid
+
+
+def _has(processes: Mapping[int, int], one: tuple[int, int]) -> bool:
+    pid, start_ns = one
+    return pid in processes and ProcessId(pid, processes[pid]).same_tick(ProcessId(pid, start_ns))

@@ -226,7 +226,7 @@ class MappingTable:
             if isinstance(record, ProcessRecord) and (known := self._processes.get(record.tgid)) is not None:
                 known.learn_where(record)
             self._forget(record.tgid, record.start_ns, "exec", record.t_ns, effects)
-            effects.executed.add(record.tgid)
+            effects.executed[record.tgid] = record.start_ns
         elif kind == RecordType.FORK:
             assert isinstance(record, ProcessRecord)
             self._fork(record, effects)
