@@ -26,7 +26,7 @@ SHARERS_REST: Final = 20
 MANY_SHARING: Final = 16
 #: So many are remembered to have been searched for; beyond it a full scan makes up for all.
 MANY_SEARCHED: Final = 4096
-#: Whoever forks sharers faster than they are found in so many listings, or scans, causes a full scan.
+#: A process that forks sharers faster than they are found in so many listings, or scans, causes a full scan.
 MOST_ROUNDS: Final = 4
 
 #: No process.
