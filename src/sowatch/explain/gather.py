@@ -94,10 +94,14 @@ def explain(target: int | str | os.PathLike[str], context: ExplainContext) -> Pr
         SowatchError: there is no such process, or no such file and nobody has one of that name mapped.
         UsageError: the id of a thread, an empty path, or one with a NUL in it.
     """
+    if not isinstance(target, int):
+        target = os.fspath(target)
+        if not target or "\0" in target:
+            raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
     with TimeoutWorker(hanging=context.hanging) as worker:
         if isinstance(target, int):
             return _explain_process(target, context, worker)
-        return _explain_path(os.fspath(target), context, worker)
+        return _explain_path(target, context, worker)
 
 
 # ---- a process ----------------------------------------------------------------------------------
@@ -267,8 +271,6 @@ def paths_named(proc: ProcFs, name: str, known: Collection[str] = ()) -> tuple[s
 
 
 def _explain_path(path: str, context: ExplainContext, worker: TimeoutWorker) -> PathReport:
-    if not path or "\0" in path:
-        raise UsageError("a path has at least one character, and none of them is NUL. Give the path of a file.")
     found: list[PathFacts] = []
     look = worker.run(lambda: _look_at_path(path, context.exports, found.append), ("path", path)) or _NO_ANSWER
     plain = os.path.abspath(path)
