@@ -54,9 +54,9 @@ def find_sharers(proc: ProcFs, pid: int, pids: Iterable[int]) -> set[int] | None
             is_same = any(shares_mm(pid, tid) for tid in _threads(proc, other))
         if is_same:
             found.add(other)
-    # The right to trace is one to an address space and to a user namespace, and whoever shares the first is in the same
-    # of the second: if it is there for this one, others for which it is not do not share. One that has ended meanwhile
-    # equals every process without an address space.
+    # The kernel grants the right to trace for an address space and its user namespace, which all sharers have in
+    # common: if it is granted for this process, those for which it is not do not share. A process that has ended
+    # meanwhile equals every process without an address space.
     if not shares_mm(pid, pid) or shares_mm(_WITHOUT_MM, pid):
         return None
     last = proc.stat(pid)

@@ -589,14 +589,12 @@ class Watcher:
         `audit` and `explain` notice and repair before they answer.
         """
         # A thread that hangs or drowns has not checked for losses for that long: nobody knows.
-        if self._engine is None:
-            return True
-        return self._engine.reconciler.is_repaired and (not self.is_running or self.silent_s < KNOWS_S)
+        engine = self._engine
+        return engine is None or (engine.reconciler.is_repaired and (not self.is_running or self.silent_s < KNOWS_S))
 
 
 def _pod_names(socket: str) -> PodNames:
-    # Imported here, as most watches have no runtime to ask.
-    from sowatch.watcher.cri import Cri
+    from sowatch.watcher.cri import Cri  # most watches have no runtime to ask
     from sowatch.watcher.pod_names import PodNames
 
     return PodNames(Cri(socket))

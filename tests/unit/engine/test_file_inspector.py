@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -597,45 +596,3 @@ def test_close_ends_all_threads_and_may_come_again(reader: Reader, gate: Gate, c
     reader.end()
     assert not any(one.is_alive() for one in threads)
     reader.inspector.close(0.0)
-
-
-# ---- what a file is -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("facts", "claimed", "path", "is_anonymous", "kind"),
-    [
-        (FileFacts(True), "library", "/a.so", False, "library"),
-        (FileFacts(True), "library", "/memfd:a", True, "library"),
-        (FileFacts(False), "library", "/a.cache", False, "other"),
-        (FileFacts(None), "library", "/a.so", False, "library"),
-        (FileFacts(None), "library", "/memfd:a", True, "other"),
-        (FileFacts(True, image_kinds=frozenset({"executable"})), "executable", "/bin/a", False, "executable"),
-        (FileFacts(True, image_kinds=frozenset({"interpreter"})), "executable", "/bin/a", False, "library"),
-        (FileFacts(True), "interpreter", "/lib/ld-linux.so.2", False, "library"),
-        (FileFacts(None), "executable", "/bin/a", False, "executable"),
-        (FileFacts(None), "interpreter", "/lib64/ld-linux-x86-64.so.2", False, "interpreter"),
-        (FileFacts(None), "interpreter", "/lib/libc.musl-x86_64.so.1", False, "interpreter"),
-        (FileFacts(None), "interpreter", "/tmp/evil.so", False, "library"),
-        (FileFacts(False), "executable", "/bin/script", False, "executable"),
-        (FileFacts(False), "other", "/a", False, "other"),
-    ],
-)
-def test_a_file_is_what_its_process_claims_only_if_it_can_be(
-    facts: FileFacts, claimed: Any, path: str, is_anonymous: bool, kind: str
-) -> None:
-    assert facts.kind(claimed, path, is_anonymous=is_anonymous) == kind
-
-
-@pytest.mark.parametrize(
-    ("facts", "path"),
-    [
-        (FileFacts(place="own"), "/lib/a.so"),
-        (FileFacts(place="root"), "/host/proc/7/root/lib/a.so"),
-        (FileFacts(place="link", link="/host/proc/7/map_files/1-2"), "/host/proc/7/map_files/1-2"),
-        (FileFacts(), None),
-    ],
-)
-def test_a_host_path_is_the_way_by_which_the_file_was_opened(facts: FileFacts, path: str | None) -> None:
-    name = SimpleNamespace(path="/lib/a.so")
-    assert host_path("/host/proc", 7, name, facts) == path  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""polling: what looks at ``/proc`` tell, of real processes; and the pure parts."""
+"""polling: what polls of ``/proc`` report, of real processes."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import select
@@ -18,17 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sowatch.bpf.records import FLAG_DELETED, path_of
-from sowatch.engine.address_space import MappedFile, ProcessState
 from sowatch.linux.cpu_clock import CpuClocks
 from sowatch.linux.proc import ProcFs, ProcReadError
-from sowatch.linux.proc_parse import MapRow
 from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process
-from sowatch.model.identity import FileId
 from sowatch.sources.poll_timer import PollTimer
-from sowatch.sources.polling import REREAD_LOOKS, ProcfsSource, Row, compare, file_of
+from sowatch.sources.polling import REREAD_LOOKS, ProcfsSource
 from sowatch.sources.unread import PatientProcFs, ScanTimeout
 from support.poller import Poller, mapped
 from support.programs import Mapper, make_libraries
@@ -552,116 +547,3 @@ def test_without_a_descriptor_the_error_says_what_to_look_at() -> None:
 
     assert done.stdout.strip().endswith("Check the limits of this process (`ulimit -n`).")
     assert issubclass(SowatchError, Exception)
-
-
-# -- the pure parts --------------------------------------------------------------------------
-
-
-def map_row(path: bytes, *, inode: int = 7, is_deleted: bool = False) -> MapRow:
-    return MapRow(0x1000, 0x2000, "r-xp", 0, 254, 1, inode, path, is_deleted)
-
-
-VIEW = bytes(range(16))
-
-
-def name_of(row: MapRow, root: bytes = b"/") -> MappedFile:
-    file = file_of(row, root, VIEW)
-    from sowatch.bpf.records import MapRecord, RecordType
-    from sowatch.model.rules import Rule, RuleSet
-
-    record = MapRecord(
-        0,
-        RecordType.MAP,
-        file.flags,
-        1,
-        1,
-        1,
-        1,
-        0,
-        0,
-        file.key,
-        0,
-        1,
-        0,
-        0,
-        0,
-        b"",
-        file.mode,
-        len(file.text),
-        file.text,
-        file.key.file_id,
-        file.key.view,
-    )
-    return MappedFile(record, RuleSet([Rule(None)]))
-
-
-def test_a_row_becomes_the_name_that_the_kernel_side_would_give() -> None:
-    name = name_of(map_row(b"/srv/jail/lib/libz.so.1"), b"/srv/jail")
-
-    assert (name.path, name.file_id, name.view) == ("/lib/libz.so.1", FileId(254, 1, 7), VIEW)
-    assert name.is_regular
-    assert not name.is_deleted
-    assert not name.is_anonymous
-
-
-def kind_of(name: MappedFile) -> str:
-    from sowatch.engine.address_space import Mapping as Mapped
-    from sowatch.model.identity import ProcessId
-
-    return ProcessState(ProcessId(1, 1), 0, lambda _: None).kind_of(Mapped(name, is_image=False))
-
-
-@pytest.mark.parametrize(
-    ("path", "is_deleted", "kind"),
-    [
-        (b"/memfd:jit/a b", True, "library"),
-        (b"/SYSV00000000", True, "other"),
-        (b"/dev/zero", True, "other"),
-        (b"anon_inode:[perf_event]", False, "other"),
-        (b"/opt/libx.so", True, "library"),
-    ],
-)
-def test_what_is_no_file_on_disk_is_told_as_what_it_is(path: bytes, is_deleted: bool, kind: str) -> None:
-    name = name_of(map_row(path, is_deleted=is_deleted))
-
-    assert (name.path, name.is_deleted, kind_of(name)) == (path.decode(), is_deleted, kind)
-    assert bool(file_of(map_row(path, is_deleted=is_deleted), b"/", VIEW).flags & FLAG_DELETED) == is_deleted
-
-
-@given(st.binary(min_size=1).filter(lambda name: b"\0" not in name))
-def test_any_path_survives(name: bytes) -> None:
-    file = file_of(map_row(b"/lib/" + name), b"/", VIEW)
-
-    assert path_of(file.text) == (b"/lib/" + name).decode("utf-8", "surrogateescape")
-    assert file.key.file_id == FileId(254, 1, 7)
-
-
-FILES = [file_of(map_row(b"/lib/%d" % number, inode=number), b"/", VIEW) for number in range(1, 4)]
-
-
-@st.composite
-def rows(draw: st.DrawFn) -> list[Row]:
-    """Mappings by address that do not overlap."""
-    cuts = sorted(draw(st.sets(st.integers(0, 24), max_size=12)))
-    pairs = itertools.pairwise(cuts)
-    chosen = draw(st.lists(st.sampled_from([None, *FILES]), min_size=len(cuts), max_size=len(cuts)))
-    return [Row(start, end, 0, file) for (start, end), file in zip(pairs, chosen, strict=False) if file is not None]
-
-
-@given(rows(), rows())
-def test_what_differs_turns_one_set_of_mappings_into_the_other(before: list[Row], after: list[Row]) -> None:
-    added, gone = compare(before, after)
-
-    pages = {page: row.file for row in before for page in range(row.start, row.end)}
-    for row in added:
-        pages.update(dict.fromkeys(range(row.start, row.end), row.file))
-    for start, end in gone:
-        for page in range(start, end):
-            del pages[page]  # each once, and none that was not there
-    assert pages == {page: row.file for row in after for page in range(row.start, row.end)}
-    assert all(end <= row.start or start >= row.end for start, end in gone for row in after)
-
-
-@given(rows())
-def test_nothing_differs_from_itself(before: list[Row]) -> None:
-    assert compare(before, before) == ([], [])
