@@ -6,7 +6,7 @@ Pure values and sums, no policy: `table` decides what changes when.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from typing import Final, NamedTuple
 
 from sowatch.bpf.records import (
@@ -191,11 +191,11 @@ class _Layout:
 class Removal(NamedTuple):
     """The files that lost their last range; ``is_unsure``: whether others did, only a scan can show."""
 
-    gone: list[Mapping]
+    gone: Sequence[Mapping]
     is_unsure: bool
 
 
-_NOTHING: Final = Removal([], False)
+_NOTHING: Final = Removal((), False)
 
 
 class AddressSpace:
