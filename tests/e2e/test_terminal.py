@@ -46,6 +46,7 @@ def test_doctor_is_wrapped_at_the_width_of_the_terminal(deadline: Any, columns: 
         "this user",
         "watching uses no uprobes: watch, run, list, top, audit, explain, serve",
         "probing uses uprobes: trace, http, rules of serve that count or attach",
+        "BPF objects of this installation, SHA-256",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ class Hierarchies:
 
     def add(self) -> Path:
         """Where the new hierarchy is mounted. The kernel lists the newest last."""
-        name = f"sowatch{TAG}{len(self._names)}"
+        name = f"sowatch-{os.getpid()}.{len(self._names)}"
         at = self._directory / name
         at.mkdir()
         mount_named(name, at)
@@ -88,8 +89,18 @@ class Hierarchies:
         wait_until(are_gone, 30, f"the end of the hierarchies {self._names}")
 
 
+def unmount_those_of_killed_tests() -> None:
+    """With what a killed test left mounted there may be more hierarchies than the programs walk."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, at, _, options = line.split()[:4]
+        found = re.search(r"\bname=sowatch-(\d+)\.", options)
+        if found and not Path("/proc", found[1]).exists():
+            unmount(Path(at))
+
+
 @pytest.fixture
 def named(scratch: Path, wait_until: Callable[..., Any]) -> Iterator[Hierarchies]:
+    unmount_those_of_killed_tests()
     made = Hierarchies(scratch)
     yield made
     made.close(wait_until)
