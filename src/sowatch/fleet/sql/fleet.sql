@@ -38,7 +38,8 @@ CREATE TABLE IF NOT EXISTS fleet_incoming
     listen String,
     stale LowCardinality(String),
     stale_since UInt64,
-    records UInt32,                      -- of snapshot_end: how many states the snapshot has
+    since UInt64,                        -- when the group got its first process, or the agent found it; ns since the epoch
+    records UInt32,                      -- of snapshot_end: how many states it has; of snapshot_begin: records of the one before
     interval_s UInt32,                   -- of heartbeat, as all that follows
     strategy LowCardinality(String),
     guarantee LowCardinality(String),
@@ -86,6 +87,7 @@ SELECT
     LogAttributes['sowatch.process.listen'] AS listen,
     LogAttributes['sowatch.library.stale'] AS stale,
     toUInt64OrZero(LogAttributes['sowatch.library.stale_since']) AS stale_since,
+    toUInt64OrZero(LogAttributes['sowatch.library.since']) AS since,
     toUInt32OrZero(LogAttributes['sowatch.fleet.records']) AS records,
     toUInt32OrZero(LogAttributes['sowatch.fleet.interval_s']) AS interval_s,
     LogAttributes['sowatch.watch.strategy'] AS strategy,
@@ -98,7 +100,34 @@ SELECT
     toUInt32OrZero(LogAttributes['sowatch.fleet.groups']) AS groups,
     toUInt64OrZero(LogAttributes['sowatch.fleet.dropped']) AS dropped
 FROM otel_logs
-WHERE ScopeName = 'sowatch.fleet' AND ResourceAttributes['host.id'] != '';
+WHERE ScopeName = 'sowatch.fleet' AND ResourceAttributes['host.id'] != ''
+    AND Timestamp > now64(9) - INTERVAL 29 DAY AND Timestamp < now64(9) + INTERVAL 5 MINUTE;
+
+-- Hosts whose clock is wrong by far. Their records would expire before they are asked for, or replace those to come; so none
+-- is taken, and what is missing of a snapshot shows.
+CREATE TABLE IF NOT EXISTS fleet_refused
+(
+    host_id String,
+    host_name SimpleAggregateFunction(anyLast, String),
+    version SimpleAggregateFunction(max, UInt64),
+    arrived SimpleAggregateFunction(max, DateTime64(3)),
+    records SimpleAggregateFunction(sum, UInt64)
+)
+ENGINE = AggregatingMergeTree
+ORDER BY host_id
+TTL toDateTime(arrived) + INTERVAL 30 DAY;
+
+CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_refused_from_logs TO fleet_refused AS
+SELECT
+    ResourceAttributes['host.id'] AS host_id,
+    anyLast(ResourceAttributes['host.name']) AS host_name,
+    max(toUInt64(toUnixTimestamp64Nano(Timestamp))) AS version,
+    now64(3) AS arrived,
+    count() AS records
+FROM otel_logs
+WHERE (Timestamp <= now64(9) - INTERVAL 29 DAY OR Timestamp >= now64(9) + INTERVAL 5 MINUTE)
+    AND ScopeName = 'sowatch.fleet' AND ResourceAttributes['host.id'] != ''
+GROUP BY host_id;
 
 -- What is mapped by whom on each host, last reported. A row with no processes is kept until its TTL: a late older one must
 -- not come back. An agent sends everything anew some times a day, so a row that is in force is never as old as that.
@@ -157,36 +186,33 @@ ORDER BY (build_id, purl, soname, path)
 TTL toDateTime(intDiv(version, 1000000000)) + INTERVAL 90 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_builds_from_incoming TO fleet_builds AS
-SELECT build_id, soname, path, purl, package, package_version, source_package, identified_by, version
-FROM fleet_incoming
-WHERE event IN ('state', 'mapped', 'unmapped');
+SELECT build_id, soname, path, purl, any(package) AS package, any(package_version) AS package_version,
+    any(source_package) AS source_package, any(identified_by) AS identified_by, max(incoming.version) AS version
+FROM fleet_incoming AS incoming
+WHERE event IN ('state', 'mapped', 'unmapped')
+GROUP BY build_id, soname, path, purl;
 
--- When what was mapped and unmapped; states, too, so that what an agent found when it started has a beginning.
+-- From when to when each group had processes: a row for as long as it has some, however often it is sent. One that no
+-- unmapped record ended ends with the first complete snapshot that begins after its last record.
 CREATE TABLE IF NOT EXISTS fleet_history
 (
     build_id String,
     host_id String,
     key UInt64,
-    version UInt64 CODEC(Delta(8), ZSTD(1)),
-    epoch UInt64 CODEC(Delta(8), ZSTD(1)),
-    snapshot UInt32,
-    event LowCardinality(String),
-    processes UInt32,
-    soname LowCardinality(String),
-    path String,
-    container String,
-    unit LowCardinality(String),
-    stale LowCardinality(String),
-    stale_since UInt64
+    since UInt64 CODEC(Delta(8), ZSTD(1)),
+    first_version SimpleAggregateFunction(min, UInt64) CODEC(Delta(8), ZSTD(1)),
+    last_version SimpleAggregateFunction(max, UInt64) CODEC(Delta(8), ZSTD(1)),   -- of its last record
+    gone_version SimpleAggregateFunction(max, UInt64),                            -- of the one without processes, else 0
+    stale_since SimpleAggregateFunction(max, UInt64)
 )
-ENGINE = ReplacingMergeTree
-PARTITION BY toYYYYMM(toDateTime(intDiv(version, 1000000000)))
-ORDER BY (build_id, host_id, key, version)
-TTL toDateTime(intDiv(version, 1000000000)) + INTERVAL 90 DAY;
+ENGINE = AggregatingMergeTree
+ORDER BY (build_id, host_id, key, since)
+TTL toDateTime(intDiv(last_version, 1000000000)) + INTERVAL 90 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_history_from_incoming TO fleet_history AS
-SELECT build_id, host_id, key, version, epoch, snapshot, event, processes, soname, path, container, unit, stale, stale_since
-FROM fleet_incoming
+SELECT build_id, host_id, key, if(since = 0, epoch, since) AS since, version AS first_version, version AS last_version,
+    if(processes = 0, version, 0) AS gone_version, stale_since
+FROM fleet_incoming AS incoming
 WHERE event IN ('state', 'mapped', 'unmapped');
 
 -- What was received of each snapshot: a gap in its numbers is a loss that nobody reported.
@@ -197,14 +223,14 @@ CREATE TABLE IF NOT EXISTS fleet_streams
     snapshot UInt32,
     seqs AggregateFunction(groupBitmap, UInt32),
     last_seq SimpleAggregateFunction(max, UInt32),
-    is_complete SimpleAggregateFunction(max, UInt8),    -- its end arrived
-    end_version SimpleAggregateFunction(max, UInt64),   -- when it ended, 0 if it has not
+    previous_records SimpleAggregateFunction(max, UInt32),   -- that were made of the snapshot before, as its begin has it
+    end_version SimpleAggregateFunction(max, UInt64),        -- when its end was sent; 0 until that arrived
     first_version SimpleAggregateFunction(min, UInt64),
     last_version SimpleAggregateFunction(max, UInt64)
 )
 ENGINE = AggregatingMergeTree
 ORDER BY (host_id, epoch, snapshot)
-TTL toDateTime(intDiv(last_version, 1000000000)) + INTERVAL 30 DAY;
+TTL toDateTime(intDiv(last_version, 1000000000)) + INTERVAL 90 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_streams_from_incoming TO fleet_streams AS
 SELECT
@@ -213,7 +239,7 @@ SELECT
     snapshot,
     groupBitmapState(seq) AS seqs,
     max(seq) AS last_seq,
-    max(event = 'snapshot_end') AS is_complete,
+    maxIf(records, event = 'snapshot_begin') AS previous_records,
     maxIf(version, event = 'snapshot_end') AS end_version,
     min(version) AS first_version,
     max(version) AS last_version
