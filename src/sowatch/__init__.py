@@ -16,6 +16,7 @@ inventory  what is mapped, for people; staleness and owners
 telemetry  metrics, exporters, sinks for events
 uprobes    probes by library: attach, verify, repair; calls counted, timed and shown
 http       HTTP as it passes TLS libraries
+web        HTTP served: sockets, bounds of clients; log lines, systemd
 fleet      many hosts: what is reported of them, and asked
 agent      `sowatch serve`, with the inventory page
 cli        the command, one file a subcommand

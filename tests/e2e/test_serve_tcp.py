@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from sowatch.agent.bounds import MAX_CONNECTIONS_OF_ONE
-from sowatch.agent.limits import COSTLY_BURST, COSTLY_S, STREAMS
+from sowatch.web.bounds import MAX_CONNECTIONS_OF_ONE
+from sowatch.web.limits import COSTLY_BURST, COSTLY_S, STREAMS
 from support.agent import Agent, Answer, NewAgent, ask, short_directory
 from support.programs import Mapper
 from support.receivers import free_port

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from sowatch.agent.bounds import BodyTooLarge, BodyTooSlow, read_body
+from sowatch.web.bounds import BodyTooLarge, BodyTooSlow, read_body
 from sowatch.engine.activation import FileRegistry
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from sowatch.agent.servers import check_socket, parse_listen
+from sowatch.web.servers import check_socket, parse_listen
 from sowatch.agent.settings import ExporterSettings, Settings, SinkSettings
 from sowatch.linux.openat import open_regular
 from sowatch.linux.proc import ProcFs

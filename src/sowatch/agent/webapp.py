@@ -20,10 +20,10 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from sowatch.agent.attachments import Attachments
-from sowatch.agent.bounds import App, HostCheck
+from sowatch.web.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
-from sowatch.agent.limits import ClientLimits, OneAtATime
+from sowatch.web.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line

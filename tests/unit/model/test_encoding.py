@@ -103,7 +103,7 @@ def test_nothing_else_writes_json() -> None:
     """`json.dumps` writes lone surrogates, which strict readers refuse."""
     root = Path(sowatch.__file__).parent
     # logs: quotes of logfmt; the build has names of files of ours.
-    allowed = {"model/encoding.py", "agent/logs.py", "bpf/_build_programs.py"}
+    allowed = {"model/encoding.py", "web/logs.py", "bpf/_build_programs.py"}
     writing = r"\bjson\.(dumps?|encode)\(|\bjson\.Encoder\b|\bJSONResponse\(|\bJSONEncoder\b"
     writers = {
         str(path.relative_to(root))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.agent.limits import Bucket, ClientLimits, OneAtATime, client_of
+from sowatch.web.limits import Bucket, ClientLimits, OneAtATime, client_of
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])

@@ -24,8 +24,8 @@ from typing import Any, Final
 
 import uvicorn
 
-from sowatch.agent.bounds import App, BoundedProtocol, FramingCheck
-from sowatch.agent.limits import client_of
+from sowatch.web.bounds import App, BoundedProtocol, FramingCheck
+from sowatch.web.limits import client_of
 from sowatch.model.errors import ConfigError, SowatchError
 
 __all__ = ["HttpThread", "UnixSocket", "bind_tcp", "check_socket", "parse_listen"]

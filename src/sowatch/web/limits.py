@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from cachetools import LRUCache
 
-from sowatch.agent.bounds import App, Receive, Scope, Send
+from sowatch.web.bounds import App, Receive, Scope, Send
 from sowatch.model.encoding import dumps
 
 __all__ = ["Bucket", "ClientLimits", "OneAtATime", "client_of"]

@@ -1,0 +1,8 @@
+"""HTTP served: sockets, the thread that serves them, and what no client may exceed; what a service logs and reports.
+
+Needs the extra ``sowatch[agent]`` or ``sowatch[fleet]``.
+
+* ``servers.py``: sockets and the thread that serves them.
+* ``bounds.py``: what no client may exceed; ``limits.py``: what one client may ask over TCP.
+* ``notify.py``, ``logs.py``: systemd, log lines.
+"""
