@@ -4,14 +4,13 @@
 read-only. The page also asks the agent's ``/explain`` for why something is, or is not, covered, and ``/http`` for
 endpoints.
 
-The files in ``assets`` are sent as they are: no build step, nothing from elsewhere, no script in the HTML.
+The files in ``assets`` are sent as they are, with those that pages share.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from importlib import resources
 from typing import Final
 
 from starlette.requests import Request
@@ -23,30 +22,14 @@ from sowatch.agent.page.spells import history_dict
 from sowatch.inventory.inventory import Inventory
 from sowatch.inventory.stale_watch import StaleWatch
 from sowatch.model.encoding import dumps
+from sowatch.web.pages import HEADERS, SHARED, file_routes
 
-__all__ = ["HEADERS", "MAX_STREAMS", "routes"]
+__all__ = ["MAX_STREAMS", "routes"]
 
-#: With every answer. Trusted types: even our own script may not turn text into markup.
-HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 #: Each open page holds one stream; more than this are refused until some have gone.
 MAX_STREAMS: Final = 256
 
-_TYPES: Final = {"css": "text/css", "html": "text/html", "js": "text/javascript"}
-_SCRIPTS: Final = (
-    *("address", "charts", "details", "feed", "http", "page"),
-    *("patch", "polled", "search", "stale", "table", "text", "views"),
-)
+_SCRIPTS: Final = ("charts", "details", "feed", "http", "page", "polled", "search", "stale", "table", "views")
 _FILES: Final = {
     "/": "index.html",
     "/page/page.css": "page.css",
@@ -70,7 +53,7 @@ def routes(inventory: Inventory, calls: CallSums = dict, stale: StaleWatch | Non
             return JSONResponse({"error": error}, status_code=503, headers=HEADERS | {"Retry-After": "10"})
         return FeedResponse(feed, headers=HEADERS)
 
-    files = [Route(path, _file(name), methods=["GET"]) for path, name in _FILES.items()]
+    files = [*file_routes("sowatch.web", SHARED), *file_routes("sowatch.agent.page", _FILES)]
     made = [*files, Route("/page/updates", updates, methods=["GET"])]
     return made if stale is None else [*made, Route("/page/stale", _history(stale), methods=["GET"])]
 
@@ -80,14 +63,5 @@ def _history(stale: StaleWatch) -> Callable[[Request], Awaitable[Response]]:
         stale.ask()
         body = await asyncio.to_thread(lambda: dumps(history_dict(stale)).encode("ascii"))
         return Response(body, media_type="application/json", headers=HEADERS)
-
-    return answer
-
-
-def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
-    content = resources.files("sowatch.agent.page").joinpath("assets", name).read_bytes()
-
-    async def answer(_: Request) -> Response:
-        return Response(content, media_type=_TYPES[name.rpartition(".")[2]], headers=HEADERS)
 
     return answer
