@@ -50,7 +50,9 @@ def configure(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument("patterns", nargs="*", metavar="ACTION", help="one of those above, with what it asks for")
     parser.add_argument(
-        "--store", metavar="DIR", help="the directory that `sowatch fleet receive` fills. Default: /var/lib/sowatch/fleet"
+        "--store",
+        metavar="DIR",
+        help="the directory that `sowatch fleet receive` fills. Default: /var/lib/sowatch/fleet",
     )
     for module in dict.fromkeys(ACTIONS.values()):
         import_module(module).configure(parser)

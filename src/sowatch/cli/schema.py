@@ -1,8 +1,8 @@
 """The JSON Schema of what --json prints.
 
 Draft 2020-12, with an $id. It has every line that a command prints, each by its "event"; fields are only ever added.
-With NAME only that: a command (watch, run, list, top, trace, http, audit, explain, doctor), debug or serve for what an
-agent answers and streams, or one event (load, mapping, ...). What is marked "deprecated" is kept, and its description
+With NAME only that: a command (watch, run, list, top, trace, http, audit, explain, doctor, fleet), debug or serve for what
+an agent answers and streams, or one event (load, mapping, ...). What is marked "deprecated" is kept, and its description
 names the field that has its place.
 
 Examples:
@@ -41,6 +41,10 @@ EVENTS_OF: Final[dict[str, tuple[str, ...]]] = {
     "serve": (*_WATCH, "http", "stale", "renewed", "head"),
     "debug": ("inventory", "audit", "explain"),
     "doctor": ("doctor",),
+    "fleet": (
+        *("fleet_answer", "fleet_host", "fleet_mapping", "fleet_version"),
+        *("fleet_history", "fleet_remediation", "fleet_restart"),
+    ),
 }
 
 

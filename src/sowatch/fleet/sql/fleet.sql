@@ -155,7 +155,8 @@ CREATE TABLE IF NOT EXISTS fleet_state
     pids Array(UInt32),
     listen String,
     stale LowCardinality(String),
-    stale_since UInt64
+    stale_since UInt64,
+    since UInt64 CODEC(Delta(8), ZSTD(1))
 )
 ENGINE = ReplacingMergeTree(version)
 ORDER BY (build_id, host_id, key)
@@ -163,7 +164,7 @@ TTL toDateTime(intDiv(version, 1000000000)) + INTERVAL 30 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_state_from_incoming TO fleet_state AS
 SELECT build_id, host_id, key, version, epoch, snapshot, soname, path, kind, exe, exe_build_id, container, pod_uid, pod,
-    namespace, unit, purl, processes, short_lived, pids, listen, stale, stale_since
+    namespace, unit, purl, processes, short_lived, pids, listen, stale, stale_since, since
 FROM fleet_incoming
 WHERE event IN ('state', 'mapped', 'unmapped');
 
