@@ -30,6 +30,7 @@ COMMANDS: Final = {
     "http": "HTTP requests and responses as they pass TLS libraries.",
     "audit": "Compares the mapping table with an independent scan of /proc.",
     "explain": "Why a process or a file is, or is not, covered.",
+    "fleet": "Many hosts: who still maps a build, asked of a store that agents send to.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
     "debug": "Queries or commands a running agent, over its unix socket.",
     "schema": "The JSON Schema of what --json prints.",
@@ -89,7 +90,7 @@ def _run_process(words: Sequence[str]) -> int:
 
 def _run_until_interrupted(words: Sequence[str]) -> int:
     """The exit code, a second after Ctrl-C at the latest unless the command ends by a `Stopper`."""
-    if words and words[0] in _STOPPED:
+    if words and (words[0] in _STOPPED or (words[0] == "fleet" and "receive" in words)):
         return _run(words)
     from sowatch.cli._front import end_now
 

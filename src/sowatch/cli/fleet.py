@@ -42,7 +42,7 @@ __all__ = ["ACTIONS", "configure", "run"]
 #: By action, the module that does it: with OPTIONS, the options that it takes beside those of every action, and `run`.
 ACTIONS: Final = {
     **dict.fromkeys(("who", "stale", "versions", "history", "coverage", "remediated"), "sowatch.cli._fleet_ask"),
-    # "receive" and "schema": sowatch.cli._fleet_receive, with `configure` and `run`.
+    **dict.fromkeys(("receive", "schema"), "sowatch.cli._fleet_receive"),
 }
 
 

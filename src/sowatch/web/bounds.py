@@ -32,11 +32,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class BodyTooLarge(Exception):
-    """The client sent more than `BODY_BYTES`."""
+    """The client sent more than it may."""
 
 
 class BodyTooSlow(Exception):
-    """The body did not arrive within `BODY_S`, or the client went away."""
+    """The body did not arrive in time, or the client went away."""
 
 
 def _nobody(_: asyncio.Transport) -> str | None:
@@ -104,22 +104,22 @@ class BoundedProtocol(H11Protocol):
             self.transport.abort()
 
 
-async def read_body(receive: Receive) -> bytes:
+async def read_body(receive: Receive, max_bytes: int = BODY_BYTES, timeout_s: float = BODY_S) -> bytes:
     """The whole body of a request.
 
     Raises:
-        BodyTooLarge: it is larger than `BODY_BYTES`.
+        BodyTooLarge: it is larger than ``max_bytes``.
         BodyTooSlow: it did not come in time.
     """
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(timeout_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise BodyTooSlow
                 body += message.get("body", b"")
-                if len(body) > BODY_BYTES:
+                if len(body) > max_bytes:
                     raise BodyTooLarge
                 if not message.get("more_body", False):
                     return bytes(body)

@@ -28,7 +28,7 @@ from sowatch.web.bounds import App, BoundedProtocol, FramingCheck
 from sowatch.web.limits import client_of
 from sowatch.model.errors import ConfigError, SowatchError
 
-__all__ = ["HttpThread", "UnixSocket", "bind_tcp", "check_socket", "parse_listen"]
+__all__ = ["HttpThread", "UnixSocket", "bind_tcp", "check_socket", "is_loopback", "parse_listen"]
 
 LOG = logging.getLogger("sowatch.agent")
 
@@ -196,8 +196,13 @@ def _id_of(key: str, name: str, look_up: Callable[[str], int]) -> int:
         raise ConfigError(key, f"there is no {name!r} on this host. Give a name or a number that exists.") from error
 
 
-def parse_listen(text: str, *, is_for_metrics: bool = False) -> tuple[str, int]:
-    """Address and port of ``HOST:PORT``; the address must be of the loopback interface, that for metrics of any.
+def parse_listen(text: str, *, is_for_metrics: bool = False, key: str | None = None) -> tuple[str, int]:
+    """Address and port of ``HOST:PORT``; the address must be of the loopback interface unless another is for it.
+
+    Args:
+        text: what was given.
+        is_for_metrics: any address.
+        key: any address, too; the setting, for errors.
 
     Raises:
         ConfigError: it is not.
@@ -209,14 +214,15 @@ def parse_listen(text: str, *, is_for_metrics: bool = False) -> tuple[str, int]:
     host = host.removeprefix("[").removesuffix("]")
     if host == "localhost":
         host = "127.0.0.1"
+    takes_any = is_for_metrics or key is not None
     try:
-        is_allowed = ipaddress.ip_address(host).is_loopback or is_for_metrics
+        is_allowed = ipaddress.ip_address(host).is_loopback or takes_any
     except ValueError:
         is_allowed = False
     if not colon or not is_allowed or not (port.isascii() and port.isdigit() and 0 <= int(port[:6]) < 1 << 16):
-        if is_for_metrics:
+        if takes_any:
             raise ConfigError(
-                "listen_metrics",
+                key or "listen_metrics",
                 f"{text!r} is no address with a port. Use 0.0.0.0:PORT, [::]:PORT, or the address of an interface.",
             )
         raise ConfigError(
@@ -227,13 +233,18 @@ def parse_listen(text: str, *, is_for_metrics: bool = False) -> tuple[str, int]:
     return host, int(port)
 
 
-def bind_tcp(listen: str, *, is_for_metrics: bool = False) -> socket.socket:
-    """A listening socket on a loopback address, or on any for metrics.
+def is_loopback(listen: str, *, key: str) -> bool:
+    """Whether only this host can reach ``HOST:PORT``. Raises as `parse_listen`."""
+    return ipaddress.ip_address(parse_listen(listen, key=key)[0]).is_loopback
+
+
+def bind_tcp(listen: str, *, is_for_metrics: bool = False, key: str | None = None) -> socket.socket:
+    """A listening socket on a loopback address, or on any for metrics or where a key is given.
 
     Raises:
         ConfigError: the address is none, or the port is taken or not allowed.
     """
-    host, port = parse_listen(listen, is_for_metrics=is_for_metrics)
+    host, port = parse_listen(listen, is_for_metrics=is_for_metrics, key=key)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -243,7 +254,7 @@ def bind_tcp(listen: str, *, is_for_metrics: bool = False) -> socket.socket:
     except OSError as error:
         made.close()
         raise ConfigError(
-            "listen_metrics" if is_for_metrics else "listen",
+            key or ("listen_metrics" if is_for_metrics else "listen"),
             f"cannot listen on {listen}: {error.strerror}. Give another port, or end who has it.",
         ) from error
     return made
@@ -255,16 +266,36 @@ class HttpThread:
     Args:
         served: each socket, listening, and its application. The sockets are closed at the end.
         beside: coroutines that run on the same loop until `stop`.
+        distinguishes_clients: over TCP, where every local user may connect: none may have more than its part of the
+            connections.
+        tls: certificate and key, as files in PEM, of what is served over TCP; None: without TLS.
+        stop_s: how long answers under way are waited for at the end.
+
+    Raises:
+        SowatchError: the certificate or the key cannot be used.
     """
 
     def __init__(
         self,
         served: Sequence[tuple[socket.socket, App]],
         beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+        *,
+        distinguishes_clients: bool = True,
+        tls: tuple[str, str] | None = None,
+        stop_s: float = _STOP_S,
     ) -> None:
+        self._stop_s = stop_s
         self._beside = tuple(beside)
         self._sockets = [one for one, _ in served]
-        self._servers = [_Server(_config(app, one.family)) for one, app in served]
+        protocol = _TcpProtocol if distinguishes_clients else BoundedProtocol
+        self._servers = [
+            _Server(
+                _config(app, stop_s)
+                if one.family == socket.AF_UNIX
+                else _config(app, stop_s, protocol=protocol, tls=tls)
+            )
+            for one, app in served
+        ]
         self._thread = threading.Thread(target=self._run, name="sowatch-http", daemon=True)
         self._is_up = threading.Event()
         self._failure: BaseException | None = None
@@ -286,11 +317,11 @@ class HttpThread:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Takes no more connections, lets answers end for two seconds, ends the thread. Safe to call again."""
+        """Takes no more connections, lets answers end for a while, ends the thread. Safe to call again."""
         for server in self._servers:
             server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(2 * _STOP_S + 1)
+            self._thread.join(2 * self._stop_s + 1)
 
     def _run(self) -> None:
         try:
@@ -363,10 +394,12 @@ class _Complaints:
             self._last_s, self._count = loop.time(), 0
 
 
-def _config(app: App, family: int) -> uvicorn.Config:
-    return uvicorn.Config(
+def _config(
+    app: App, stop_s: float, *, protocol: type[BoundedProtocol] = BoundedProtocol, tls: tuple[str, str] | None = None
+) -> uvicorn.Config:
+    made = uvicorn.Config(
         FramingCheck(app),
-        http=BoundedProtocol if family == socket.AF_UNIX else _TcpProtocol,
+        http=protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -376,6 +409,18 @@ def _config(app: App, family: int) -> uvicorn.Config:
         limit_concurrency=MAX_CONNECTIONS,
         backlog=BACKLOG,
         timeout_keep_alive=10,
-        timeout_graceful_shutdown=int(_STOP_S),
+        timeout_graceful_shutdown=int(stop_s),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ssl_certfile=None if tls is None else tls[0],
+        ssl_keyfile=None if tls is None else tls[1],
     )
+    if tls is not None:
+        try:
+            # Read now: later only a line of a log would say that it cannot be.
+            made.load()
+        except OSError as error:
+            raise SowatchError(
+                f"cannot use the certificate {tls[0]!r} with the key {tls[1]!r}: {error.strerror or error}. "
+                "Give both as files in PEM that belong together."
+            ) from error
+    return made

@@ -1,0 +1,476 @@
+"""Requests of OTLP/HTTP for logs, in protobuf or JSON, to rows of `otel_logs`. Pure; expects hostile input.
+
+A record that cannot be taken is counted with the reason and left out; the others of its request are taken. Needs the
+extra ``sowatch[fleet]``, whose parts are imported when the first request is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+__all__ = ["Decoded", "NotOtlp", "answer_of", "decode", "status_of"]
+
+#: Attributes of one record, resource or scope.
+MAX_ATTRIBUTES: Final = 128
+#: Bytes of a key, of a value, and of the body of a record.
+MAX_KEY_BYTES: Final = 1 << 10
+MAX_VALUE_BYTES: Final = 64 << 10
+MAX_BODY_BYTES: Final = 256 << 10
+#: Lists and maps within each other.
+MAX_DEPTH: Final = 16
+#: Records of one request, and bytes of their rows: each has its resource and scope with it.
+MAX_RECORDS: Final = 100_000
+MAX_ROW_BYTES: Final = 64 << 20
+#: Days of records of one request that are not of this month: each is a part of the table of its own.
+MAX_ODD_DAYS: Final = 8
+_DAY_NS: Final = 86_400 * 10**9
+#: A table has times up to the year 2106, and a margin for what expires then.
+_LAST_NS: Final = 4_200_000_000 * 10**9
+#: Texts that are kept encoded.
+_KNOWN_TEXTS: Final = 20_000
+_KNOWN_BYTES: Final = 256
+
+_INT64: Final = struct.Struct("<q").pack
+_NONE: Final = b"\0"
+
+
+class NotOtlp(Exception):
+    """The body is no request of OTLP for logs; the text says why."""
+
+
+class Decoded(Struct, frozen=True):
+    """The rows of a request.
+
+    Attributes:
+        rows: in RowBinary, with the columns of `sowatch.fleet.store.COLUMNS`; joined by the one that inserts them.
+        records: how many.
+        bytes: of all rows.
+        days: since the epoch, on which they were made.
+        rejected: records that cannot be taken.
+        reason: why, of the first of them.
+    """
+
+    rows: list[bytes]
+    records: int
+    bytes: int
+    days: frozenset[int]
+    rejected: int = 0
+    reason: str = ""
+
+
+# ---- the forms of JSON: names in camelCase, 64-bit numbers as texts, ids in hexadecimal ------------
+
+
+class _Json(Struct, rename="camel", frozen=True):
+    """Unknown members are left out, as OTLP demands."""
+
+
+class _ArrayValue(_Json, frozen=True):
+    values: list[_AnyValue] | None = None
+
+
+class _KeyValueList(_Json, frozen=True):
+    values: list[_KeyValue] | None = None
+
+
+class _AnyValue(_Json, frozen=True):
+    string_value: str | None = None
+    bool_value: bool | None = None
+    int_value: int | str | None = None
+    double_value: float | str | None = None
+    array_value: _ArrayValue | None = None
+    kvlist_value: _KeyValueList | None = None
+    bytes_value: str | None = None
+
+
+class _KeyValue(_Json, frozen=True):
+    key: str = ""
+    value: _AnyValue | None = None
+
+
+class _Resource(_Json, frozen=True):
+    attributes: list[_KeyValue] | None = None
+
+
+class _Scope(_Json, frozen=True):
+    name: str | None = None
+    version: str | None = None
+    attributes: list[_KeyValue] | None = None
+
+
+class _LogRecord(_Json, frozen=True):
+    time_unix_nano: int | str | None = None
+    observed_time_unix_nano: int | str | None = None
+    severity_number: int | None = None
+    severity_text: str | None = None
+    body: _AnyValue | None = None
+    attributes: list[_KeyValue] | None = None
+    flags: int | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    event_name: str | None = None
+
+
+class _ScopeLogs(_Json, frozen=True):
+    scope: _Scope | None = None
+    log_records: list[_LogRecord] | None = None
+    schema_url: str | None = None
+
+
+class _ResourceLogs(_Json, frozen=True):
+    resource: _Resource | None = None
+    scope_logs: list[_ScopeLogs] | None = None
+    schema_url: str | None = None
+
+
+class _Request(_Json, frozen=True):
+    resource_logs: list[_ResourceLogs] | None = None
+
+
+# ---- requests -------------------------------------------------------------------------------------
+
+
+def decode(body: bytes, *, is_json: bool, now_ns: int) -> Decoded:
+    """The rows of a request.
+
+    Args:
+        body: not compressed; its size is bounded by the caller.
+        is_json: or protobuf.
+        now_ns: the time of a record that has none.
+
+    Raises:
+        NotOtlp: it is none.
+    """
+    if is_json:
+        try:
+            request: Any = _json_decoder().decode(body)
+        except RecursionError as error:
+            raise NotOtlp("it is nested too deeply") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NotOtlp(str(error)) from error
+        return _Rows(now_ns, _text_of_json).of(request.resource_logs or ())
+    message = _messages()
+    try:
+        request = message.ExportLogsServiceRequest.FromString(body)
+    except Exception as error:
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise NotOtlp("it cannot be parsed as an ExportLogsServiceRequest") from error
+    return _Rows(now_ns, _text_of_message).of(request.resource_logs)
+
+
+def answer_of(decoded: Decoded, *, is_json: bool) -> bytes:
+    """The body of the answer to a request that was taken, in its own encoding."""
+    message = _messages()
+    response = message.ExportLogsServiceResponse()
+    if decoded.rejected:
+        response.partial_success.rejected_log_records = decoded.rejected
+        response.partial_success.error_message = decoded.reason
+    if not is_json:
+        return bytes(response.SerializeToString())
+    if not decoded.rejected:
+        return b"{}"
+    # 64-bit numbers are texts in this JSON.
+    partial = {"rejectedLogRecords": str(decoded.rejected), "errorMessage": decoded.reason}
+    return msgspec.json.encode({"partialSuccess": partial})
+
+
+def status_of(code: int, message: str, *, is_json: bool) -> bytes:
+    """A ``google.rpc.Status``, the body of every refusal, in the encoding of the request.
+
+    >>> status_of(3, "no", is_json=False)
+    b'\\x08\\x03\\x12\\x02no'
+    """
+    text = message.encode("utf-8", "replace")
+    if is_json:
+        return msgspec.json.encode({"code": code, "message": text.decode()})
+    # Two fields: a varint below 128, and a text. Its package is 2 MB.
+    return bytes([0x08, code, 0x12]) + _varint(len(text)) + text
+
+
+@cache
+def _json_decoder() -> msgspec.json.Decoder[_Request]:
+    return msgspec.json.Decoder(_Request)
+
+
+@cache
+def _messages() -> Any:
+    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
+
+    return logs_service_pb2
+
+
+class _Refused(Exception):
+    """A record that cannot be taken."""
+
+
+class _Rows:
+    """The rows of one request, one after the other."""
+
+    def __init__(self, now_ns: int, text_of: Callable[[Any, int], bytes]) -> None:
+        self._now_ns = now_ns
+        self._text_of = text_of
+        self._rows: list[bytes] = []
+        self._bytes = 0
+        self._today = now_ns // _DAY_NS
+        self._days: set[int] = set()
+        self._odd_days: set[int] = set()
+        self._records = self._rejected = 0
+        self._reason = ""
+
+    def of(self, all_logs: Iterable[Any]) -> Decoded:
+        """All of them."""
+        for logs in all_logs:
+            try:
+                resource = logs.resource
+                attributes = self._attributes(resource.attributes if resource is not None else ())
+                of_resource = _sized(logs.schema_url or "") + _map(attributes)
+                of_resource += attributes.get(_sized("service.name"), _NONE)
+            except _Refused as error:
+                for scope_logs in logs.scope_logs or ():
+                    self._reject(len(scope_logs.log_records or ()), f"of a resource: {error}")
+                continue
+            for scope_logs in logs.scope_logs or ():
+                self._add_scope(of_resource, scope_logs)
+        return Decoded(
+            self._rows, self._records, self._bytes, frozenset(self._days), self._rejected, self._reason
+        )
+
+    def _add_scope(self, of_resource: bytes, scope_logs: Any) -> None:
+        records = scope_logs.log_records or ()
+        try:
+            scope = scope_logs.scope
+            of_scope = _sized(scope_logs.schema_url or "")
+            if scope is None:
+                of_scope += _NONE * 3
+            else:
+                of_scope += _sized(scope.name or "") + _sized(scope.version or "")
+                of_scope += _map(self._attributes(scope.attributes))
+        except _Refused as error:
+            self._reject(len(records), f"of a scope: {error}")
+            return
+        shared = of_resource + of_scope
+        left = MAX_RECORDS - self._records - self._rejected
+        if len(records) > left:
+            self._reject(len(records) - max(left, 0), f"a request has more than {MAX_RECORDS} records")
+            records = records[: max(left, 0)]
+        for record in records:
+            try:
+                row = shared + self._row(record)
+                if self._bytes + len(row) > MAX_ROW_BYTES:
+                    raise _Refused(f"the rows of a request have more than {MAX_ROW_BYTES >> 20} MiB")
+            except _Refused as error:
+                self._reject(1, str(error))
+                continue
+            self._rows.append(row)
+            self._bytes += len(row)
+            self._records += 1
+
+    def _row(self, record: Any) -> bytes:
+        time_ns = _whole(record.time_unix_nano) or _whole(record.observed_time_unix_nano) or self._now_ns
+        if not 0 < time_ns < _LAST_NS:
+            raise _Refused("its time is not between 1970 and 2103")
+        attributes = self._attributes(record.attributes)
+        body = _NONE if record.body is None else self._text_of(record.body, 0)
+        if len(body) > MAX_BODY_BYTES:
+            raise _Refused(f"its body has more than {MAX_BODY_BYTES >> 10} KiB")
+        row = b"".join(
+            (
+                _INT64(time_ns),
+                _id(record.trace_id, 16),
+                _id(record.span_id, 8),
+                bytes((_whole(record.flags) & 0xFF,)),
+                _known(record.severity_text or ""),
+                bytes((min(max(_whole(record.severity_number), 0), 255),)),
+                body,
+                _known(record.event_name or ""),
+                _map(attributes),
+            )
+        )
+        self._note_day(time_ns // _DAY_NS)
+        return row
+
+    def _note_day(self, day: int) -> None:
+        if day in self._days:
+            return
+        if not -31 <= day - self._today <= 1:
+            if len(self._odd_days) >= MAX_ODD_DAYS:
+                raise _Refused(f"more than {MAX_ODD_DAYS} days of a request are not of the last month")
+            self._odd_days.add(day)
+        self._days.add(day)
+
+    def _attributes(self, attributes: Iterable[Any] | None) -> dict[bytes, bytes]:
+        """Keys and values as RowBinary has texts; of two with one key the last."""
+        found = {}
+        for one in attributes or ():
+            value = one.value
+            found[_known(one.key)] = _NONE if value is None else self._text_of(value, 0)
+        if len(found) > MAX_ATTRIBUTES or (attributes and len(attributes) > 4 * MAX_ATTRIBUTES):  # type: ignore[arg-type]
+            raise _Refused(f"it has more than {MAX_ATTRIBUTES} attributes")
+        for key, value in found.items():
+            if len(key) > MAX_KEY_BYTES:
+                raise _Refused(f"a key has more than {MAX_KEY_BYTES} bytes")
+            if len(value) > MAX_VALUE_BYTES:
+                raise _Refused(f"an attribute has more than {MAX_VALUE_BYTES >> 10} KiB")
+        return found
+
+    def _reject(self, count: int, reason: str) -> None:
+        if count:
+            self._rejected += count
+            self._reason = self._reason or reason
+
+
+# ---- values ---------------------------------------------------------------------------------------
+
+
+def _text_of_message(value: Any, depth: int) -> bytes:
+    kind = value.WhichOneof("value")
+    if kind == "string_value":
+        return _known(value.string_value)
+    if kind is None:
+        return _NONE
+    return _sized(_plain(_value_of_message(value, depth)))
+
+
+def _value_of_message(value: Any, depth: int) -> Any:
+    """What JSON has for it."""
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        _check_depth(depth)
+        return [_value_of_message(one, depth + 1) for one in value.array_value.values]
+    if kind == "kvlist_value":
+        _check_depth(depth)
+        return {one.key: _value_of_message(one.value, depth + 1) for one in value.kvlist_value.values}
+    # A kind of a later version of the protocol is none here.
+    return None if kind is None else getattr(value, kind)
+
+
+def _text_of_json(value: _AnyValue, depth: int) -> bytes:
+    if value.string_value is not None:
+        return _known(value.string_value)
+    return _sized(_plain(_value_of_json(value, depth)))
+
+
+def _value_of_json(value: _AnyValue | None, depth: int) -> Any:
+    if value is None:
+        return None
+    if value.array_value is not None:
+        _check_depth(depth)
+        return [_value_of_json(one, depth + 1) for one in value.array_value.values or ()]
+    if value.kvlist_value is not None:
+        _check_depth(depth)
+        return {one.key: _value_of_json(one.value, depth + 1) for one in value.kvlist_value.values or ()}
+    if value.int_value is not None:
+        return _whole(value.int_value)
+    if value.double_value is not None:
+        return _number(value.double_value)
+    if value.bytes_value is not None:
+        try:
+            return base64.b64decode(value.bytes_value, validate=True)
+        except binascii.Error as error:
+            raise _Refused("bytesValue is not in base64") from error
+    return value.string_value if value.string_value is not None else value.bool_value
+
+
+def _check_depth(depth: int) -> None:
+    if depth >= MAX_DEPTH:
+        raise _Refused(f"a value is nested more than {MAX_DEPTH} deep")
+
+
+def _plain(value: Any) -> str:
+    """A value as the Collector writes it where a text is wanted: JSON for what is not plain."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # msgspec writes bytes as base64, and no number that is none: null.
+    return msgspec.json.encode(value).decode()
+
+
+def _whole(value: int | str | None) -> int:
+    """A 64-bit number of JSON, which may be a text."""
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        digits = value.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 21):
+            raise _Refused("a number is none")
+        value = int(value)
+    if not -(1 << 63) <= value < 1 << 64:
+        raise _Refused("a number has more than 64 bits")
+    return value
+
+
+def _number(value: float | str) -> float:
+    try:
+        return float(value) if len(str(value)) < 64 else math.nan
+    except ValueError as error:
+        raise _Refused("doubleValue is no number") from error
+
+
+def _id(value: bytes | str | None, size: int) -> bytes:
+    """A trace's or span's id in hexadecimal; empty if it has none."""
+    if not value:
+        return _NONE
+    if isinstance(value, str):
+        try:
+            value = bytes.fromhex(value)
+        except ValueError as error:
+            raise _Refused("an id is not in hexadecimal") from error
+    if len(value) != size:
+        raise _Refused(f"an id has {len(value)} bytes, not {size}")
+    return _sized(value.hex()) if any(value) else _NONE
+
+
+# ---- RowBinary ------------------------------------------------------------------------------------
+
+_known_texts: dict[str, bytes] = {}
+
+
+def _known(text: str) -> bytes:
+    """The same as `_sized`, remembered: keys and most values of a fleet come again and again."""
+    found = _known_texts.get(text)
+    if found is None:
+        found = _sized(text)
+        if len(found) < _KNOWN_BYTES:
+            if len(_known_texts) >= _KNOWN_TEXTS:
+                _known_texts.clear()
+            _known_texts[text] = found
+    return found
+
+
+def _sized(text: str) -> bytes:
+    # JSON may have lone surrogates as escapes, which are no text.
+    data = text.encode("utf-8", "replace")
+    size = len(data)
+    return (bytes((size,)) if size < 128 else _varint(size)) + data
+
+
+def _varint(number: int) -> bytes:
+    made = bytearray()
+    while number > 127:
+        made.append(number & 127 | 128)
+        number >>= 7
+    made.append(number)
+    return bytes(made)
+
+
+def _map(pairs: dict[bytes, bytes]) -> bytes:
+    parts = [_varint(len(pairs))]
+    for pair in pairs.items():
+        parts += pair
+    return b"".join(parts)
+

@@ -1,0 +1,240 @@
+"""What `sowatch fleet receive` answers: OTLP/HTTP for logs, questions of other commands, metrics and health.
+
+Handlers run on one event loop. Bodies are decoded on one thread, rows inserted on another one (`sowatch.fleet.commits`),
+questions asked on a few: 200 is answered once the records are on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from sowatch.fleet.commits import Commits, QueueFull
+from sowatch.fleet.log_requests import Decoded, NotOtlp, answer_of, decode, status_of
+from sowatch.fleet.store import Store, StoreFull
+from sowatch.model.encoding import dumps
+from sowatch.model.errors import SowatchError
+from sowatch.web.bounds import App, BodyTooLarge, BodyTooSlow, read_body
+
+__all__ = ["Receiver"]
+
+T = TypeVar("T")
+
+#: Bytes of a body, as it is sent and decompressed: some 8,000 records of an agent.
+MAX_BODY_BYTES: Final = 8 << 20
+#: Bodies that are received or wait to be decoded have so many bytes together.
+MAX_BODIES_BYTES: Final = 128 << 20
+#: How long a body may take.
+BODY_S: Final = 30.0
+#: A question has no more bytes.
+MAX_QUESTION_BYTES: Final = 1 << 20
+#: Questions under way at once; the store answers them one after the other.
+_QUESTIONS: Final = 2
+#: When to send again what was refused for want of space or of time, in seconds.
+RETRY_SOON: Final = 2
+RETRY_LATER: Final = 30
+
+_PROTOBUF: Final = "application/x-protobuf"
+_JSON: Final = "application/json"
+#: google.rpc.Code
+_INVALID, _NOT_FOUND, _EXHAUSTED, _UNIMPLEMENTED, _UNAVAILABLE, _UNAUTHENTICATED, _INTERNAL = 3, 5, 8, 12, 14, 16, 13
+
+
+class _Refusal(Exception):
+    """An answer that is no 200."""
+
+    def __init__(self, status: int, code: int, text: str, *, retry_after_s: int | None = None) -> None:
+        self.status = status
+        self.code = code
+        self.text = text
+        self.retry_after_s = retry_after_s
+
+
+class Receiver:
+    """The applications of a receiver. Used on one event loop.
+
+    Args:
+        store: closed by the one who made it, after `close`.
+        token: that has to be sent as ``Authorization: Bearer TOKEN``; None: nothing has to be.
+    """
+
+    def __init__(self, store: Store, *, token: str | None = None) -> None:
+        self._store = store
+        self._token = None if token is None else token.encode()
+        self.commits = Commits(store)
+        self._decoding = ThreadPoolExecutor(1, "sowatch-decode")
+        self._asking = ThreadPoolExecutor(_QUESTIONS, "sowatch-ask")
+        self._bodies_bytes = 0
+        #: Answers by their status, and records that were left out of requests that were taken.
+        self.answers: dict[int, int] = {}
+        self.rejected = 0
+
+    def for_tcp(self) -> App:
+        """What agents and collectors send to."""
+        routes: list[BaseRoute] = [
+            Route("/v1/logs", self._logs, methods=["POST"]),
+            Route("/v1/metrics", self._not_taken, methods=["POST"]),
+            Route("/v1/traces", self._not_taken, methods=["POST"]),
+            Route("/healthz", self._healthz),
+        ]
+        return Starlette(routes=routes)
+
+    def for_socket(self) -> App:
+        """What other commands ask that need the store."""
+        return Starlette(routes=[Route("/ask", self._ask, methods=["POST"]), Route("/healthz", self._healthz)])
+
+    def close(self) -> None:
+        """Stores what was accepted, and ends the threads. Safe to call again."""
+        self._decoding.shutdown(wait=True, cancel_futures=True)
+        self.commits.close()
+        self._asking.shutdown(wait=True, cancel_futures=True)
+
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+    # ---- records ------------------------------------------------------------------------------
+
+    async def _logs(self, request: Request) -> Response:
+        is_json = _media_type(request) == _JSON
+        try:
+            self._check_token(request)
+            is_packed = _is_packed(request)
+            if _media_type(request) not in (_PROTOBUF, _JSON):
+                raise _Refusal(415, _INVALID, f"send {_PROTOBUF} or {_JSON}")
+            decoded = await self._received(request, is_json=is_json, is_packed=is_packed)
+            if decoded.records:
+                await asyncio.wrap_future(self.commits.submit(decoded))
+        except _Refusal as error:
+            return self._refused(error, is_json=is_json)
+        except QueueFull as error:
+            return self._refused(_Refusal(429, _EXHAUSTED, str(error), retry_after_s=RETRY_SOON), is_json=is_json)
+        except StoreFull as error:
+            return self._refused(_Refusal(503, _UNAVAILABLE, str(error), retry_after_s=RETRY_LATER), is_json=is_json)
+        except SowatchError as error:
+            return self._refused(_Refusal(500, _INTERNAL, str(error)), is_json=is_json)
+        self.rejected += decoded.rejected
+        return self._answer(200, answer_of(decoded, is_json=is_json), is_json=is_json)
+
+    async def _received(self, request: Request, *, is_json: bool, is_packed: bool) -> Decoded:
+        length = request.headers.get("content-length", "")
+        expected = min(int(length) if length.isascii() and length.isdigit() else MAX_BODY_BYTES, 1 << 40)
+        if expected > MAX_BODY_BYTES:
+            raise _Refusal(413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once")
+        if self._bodies_bytes + expected > MAX_BODIES_BYTES:
+            raise _Refusal(503, _UNAVAILABLE, "too many requests at once", retry_after_s=RETRY_SOON)
+        self._bodies_bytes += expected
+        try:
+            try:
+                body = await read_body(request.receive, MAX_BODY_BYTES, BODY_S)
+            except BodyTooLarge as error:
+                text = f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
+                raise _Refusal(413, _INVALID, text) from error
+            except BodyTooSlow as error:
+                raise _Refusal(408, _UNAVAILABLE, "the body did not arrive in time") from error
+
+            def work() -> Decoded:
+                return decode(_unpacked(body) if is_packed else body, is_json=is_json, now_ns=time.time_ns())
+
+            try:
+                return await self._in(self._decoding, work)
+            except NotOtlp as error:
+                raise _Refusal(400, _INVALID, f"this is no request for logs: {error}") from error
+        finally:
+            self._bodies_bytes -= expected
+
+    def _check_token(self, request: Request) -> None:
+        if self._token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Both are compared in any case: how long it takes says nothing.
+        is_right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token)
+        if scheme.lower() != "bearer" or not is_right:
+            raise _Refusal(401, _UNAUTHENTICATED, "send the token of the receiver: Authorization: Bearer TOKEN")
+
+    async def _not_taken(self, request: Request) -> Response:
+        kind = request.url.path.rpartition("/")[2]
+        text = f"this receiver takes logs, not {kind}. Send them to /v1/logs, and {kind} to a Collector."
+        return self._refused(_Refusal(404, _UNIMPLEMENTED, text), is_json=_media_type(request) == _JSON)
+
+    # ---- answers ------------------------------------------------------------------------------
+
+    def _refused(self, why: _Refusal, *, is_json: bool) -> Response:
+        headers = {} if why.retry_after_s is None else {"Retry-After": str(why.retry_after_s)}
+        if why.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if why.status in (408, 413):
+            # What is left of the body is not read.
+            headers["Connection"] = "close"
+        return self._answer(why.status, status_of(why.code, why.text, is_json=is_json), headers, is_json=is_json)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, is_json: bool) -> Response:
+        self.answers[status] = self.answers.get(status, 0) + 1
+        return Response(body, status, headers, _JSON if is_json else _PROTOBUF)
+
+    async def _healthz(self, _: Request) -> Response:
+        failure = self.commits.failure
+        if failure is not None:
+            return PlainTextResponse(f"{failure}\n", 503)
+        return PlainTextResponse("ok\n")
+
+    # ---- questions ----------------------------------------------------------------------------
+
+    async def _ask(self, request: Request) -> Response:
+        try:
+            body = await read_body(request.receive, MAX_QUESTION_BYTES, BODY_S)
+            question = msgspec.json.decode(body)
+            sql, params = question["sql"], question["params"]
+        except (BodyTooLarge, BodyTooSlow, msgspec.DecodeError, KeyError, TypeError):
+            return _json({"error": 'no question. Send {"sql": "SELECT ...", "params": {}}.'}, 400)
+        try:
+            found = await self._in(self._asking, lambda: self._store.answer(sql, params))
+        except SowatchError as error:
+            return _json({"error": str(error)}, 400)
+        return Response(found, media_type="application/x-ndjson")
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _is_packed(request: Request) -> bool:
+    named = request.headers.get("content-encoding", "identity").strip().lower()
+    if named not in ("gzip", "identity", ""):
+        raise _Refusal(415, _INVALID, f"send Content-Encoding: gzip, or none: {named[:40]!r} is not known here")
+    return named == "gzip"
+
+
+def _unpacked(body: bytes) -> bytes:
+    """What gzip has made smaller, of any number of members.
+
+    Raises:
+        NotOtlp: it is not that of gzip, or too large.
+    """
+    made = bytearray()
+    while body:
+        member = zlib.decompressobj(wbits=31)
+        try:
+            made += member.decompress(body, MAX_BODY_BYTES + 1 - len(made))
+        except zlib.error as error:
+            raise NotOtlp(f"it is not compressed by gzip: {error}") from error
+        if len(made) > MAX_BODY_BYTES:
+            raise _Refusal(413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once")
+        if not member.eof:
+            raise NotOtlp("what is compressed by gzip ends too early")
+        body = member.unused_data
+    return bytes(made)
+
+
+def _json(found: Any, status: int) -> Response:
+    return Response(dumps(found).encode() + b"\n", status, media_type=_JSON)

@@ -1,0 +1,127 @@
+"""Questions to the receiver that has a store, over its unix socket: HTTP, answers as lines of JSON."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from sowatch.model.encoding import dumps
+from sowatch.model.errors import NotPermitted, SowatchError
+
+__all__ = ["SOCKET_NAME", "StoreClient", "rows_of"]
+
+#: Of the socket, in the directory of the store.
+SOCKET_NAME: Final = "receive.sock"
+#: A question is ended by the store before.
+_ANSWER_S: Final = 150.0
+_CONNECT_S: Final = 5.0
+
+
+def rows_of(lines: bytes) -> list[dict[str, Any]]:
+    """The rows of lines of JSON; bytes in texts that are not UTF-8 as surrogate escapes."""
+    try:
+        rows: list[dict[str, Any]] = msgspec.json.decode(b"[" + b",".join(lines.splitlines()) + b"]")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # JSON has no lone bytes, and ClickHouse writes what a text has.
+        rows = [json.loads(line.decode("utf-8", "surrogateescape")) for line in lines.split(b"\n") if line]
+    return rows
+
+
+class StoreClient:
+    """Asks the receiver behind a socket.
+
+    Args:
+        path: of the socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def reach(cls, path: Path) -> StoreClient | None:
+        """A client of the receiver that listens there; None: nobody does.
+
+        Raises:
+            NotPermitted: this user may not ask it.
+        """
+        try:
+            with _connected(path, _CONNECT_S):
+                return cls(path)
+        except PermissionError as error:
+            raise NotPermitted(
+                f"cannot ask the receiver at {os.fspath(path)!r}",
+                "its socket is for the user that it runs as",
+                "Run this command as that user, or as root.",
+            ) from error
+        except OSError:
+            return None
+
+    def ask(self, sql: str, params: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+        """The rows of one SELECT.
+
+        Raises:
+            SowatchError: it cannot be answered, or the receiver has ended.
+        """
+        connection = http.client.HTTPConnection("localhost", timeout=_ANSWER_S)
+        try:
+            connection.sock = _connected(self._path, _ANSWER_S)
+            connection.request("POST", "/ask", dumps({"sql": sql, "params": dict(params or {})}).encode())
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error) or "it ended"
+            raise SowatchError(
+                f"the receiver at {os.fspath(self._path)!r} did not answer: {reason}. See its log, and ask again."
+            ) from error
+        finally:
+            connection.close()
+        if answer.status != 200:
+            try:
+                reason = str(json.loads(body)["error"])
+            except (ValueError, KeyError, TypeError):
+                reason = f"status {answer.status}"
+            raise SowatchError(reason)
+        return rows_of(body)
+
+    def close(self) -> None:
+        """Nothing is kept open between questions."""
+
+
+def _connected(path: Path, timeout_s: float) -> socket.socket:
+    """A connection to a unix socket; its path may be longer than the 107 bytes that a name has."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        made.settimeout(timeout_s)
+        try:
+            made.connect(os.fspath(path))
+        except OSError as error:
+            if error.errno not in (None, errno.ENAMETOOLONG):
+                raise
+            with _opened(path.parent) as fd:
+                made.connect(f"/proc/self/fd/{fd}/{path.name}")
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+class _opened:
+    """A directory by a descriptor."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> int:
+        self._fd = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
