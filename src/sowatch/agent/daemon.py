@@ -22,12 +22,9 @@ from sowatch.agent.actions import Actions
 from sowatch.agent.attachments import Attachments
 from sowatch.agent.http_flows import HttpFlows, with_tls_libraries
 from sowatch.agent.hub import EventHub
-from sowatch.web.logs import set_up_logging
-from sowatch.web.notify import Notifier
 from sowatch.agent.outputs import Outputs
 from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
-from sowatch.web.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 from sowatch.agent.settings import Settings, changed_keys
 from sowatch.agent.stale_feed import StaleFeed
 from sowatch.agent.webapp import Readiness, WebApp
@@ -47,6 +44,9 @@ from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
 from sowatch.uprobes.features import attaching_needs_admin
 from sowatch.watcher.watcher import Watcher
+from sowatch.web.logs import set_up_logging
+from sowatch.web.notify import Notifier
+from sowatch.web.servers import HttpThread, UnixSocket, bind_tcp, parse_listen
 
 __all__ = ["Daemon"]
 

@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from sowatch.web.bounds import BodyTooLarge, BodyTooSlow, read_body
 from sowatch.engine.activation import FileRegistry
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
 from sowatch.telemetry import MetricRegistry
 from sowatch.watcher.watcher import Watcher
+from sowatch.web.bounds import BodyTooLarge, BodyTooSlow, read_body
 
 __all__ = ["Debugger", "blocked_files", "traced_files"]
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from sowatch.web.servers import check_socket, parse_listen
 from sowatch.agent.settings import ExporterSettings, Settings, SinkSettings
 from sowatch.linux.openat import open_regular
 from sowatch.linux.proc import ProcFs
@@ -19,6 +18,7 @@ from sowatch.telemetry.file_sink import check_path
 from sowatch.telemetry.otlp import check_collector
 from sowatch.telemetry.statsd import parse_address
 from sowatch.uprobes.features import why_not_attach
+from sowatch.web.servers import check_socket, parse_listen
 
 __all__ = ["check_settings"]
 

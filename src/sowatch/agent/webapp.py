@@ -20,10 +20,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from sowatch.agent.attachments import Attachments
-from sowatch.web.bounds import App, HostCheck
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
-from sowatch.web.limits import ClientLimits, OneAtATime
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
@@ -39,6 +37,8 @@ from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS
 from sowatch.model.stats import Mapped
 from sowatch.telemetry import MetricRegistry, PrometheusExporter
 from sowatch.watcher.watcher import Watcher
+from sowatch.web.bounds import App, HostCheck
+from sowatch.web.limits import ClientLimits, OneAtATime
 
 __all__ = ["Readiness", "WebApp", "inventory_dict"]
 

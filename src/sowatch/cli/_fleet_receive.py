@@ -15,14 +15,16 @@ from sowatch.model.errors import UsageError
 __all__ = ["configure", "run"]
 
 #: The token, where no file has it.
-TOKEN_VARIABLE: Final = "SOWATCH_FLEET_TOKEN"
+TOKEN_VARIABLE: Final = "SOWATCH_FLEET_TOKEN"  # noqa: S105  (its name)
 _NEEDED: Final = ("chdb", "google.protobuf", "opentelemetry.proto", "starlette", "uvicorn")
 
 
 def configure(parser: Parser) -> None:
     """Add the options of receive."""
     parser.add_argument(
-        "--listen", metavar="HOST:PORT", help="of receive: where agents send to. Default: 127.0.0.1:4318, this host only"
+        "--listen",
+        metavar="HOST:PORT",
+        help="of receive: where agents send to. Default: 127.0.0.1:4318, this host only",
     )
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"of receive: has the token that agents must send. Or {TOKEN_VARIABLE}"

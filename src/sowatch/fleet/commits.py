@@ -1,7 +1,7 @@
 """Group commit: requests that come while an insert runs are the next one. One thread inserts.
 
-What a request brought is on the disk when its future has a result. Where an insert of several fails for what one of them
-has, each is tried by itself, so that none fails for another one.
+What a request brought is on the disk when its future has a result. Where an insert of several fails for what one of
+them has, each is tried by itself, so that none fails for another one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sowatch.fleet.log_requests import Decoded
 from sowatch.fleet.store import StoreFull
 from sowatch.model.errors import SowatchError
 
-__all__ = ["Commits", "CommitCounts", "QueueFull"]
+__all__ = ["CommitCounts", "Commits", "QueueFull"]
 
 LOG = logging.getLogger("sowatch.fleet")
 

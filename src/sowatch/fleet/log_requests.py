@@ -185,10 +185,10 @@ def answer_of(decoded: Decoded, *, is_json: bool) -> bytes:
 
 
 def status_of(code: int, message: str, *, is_json: bool) -> bytes:
-    """A ``google.rpc.Status``, the body of every refusal, in the encoding of the request.
+    r"""A ``google.rpc.Status``, the body of every refusal, in the encoding of the request.
 
     >>> status_of(3, "no", is_json=False)
-    b'\\x08\\x03\\x12\\x02no'
+    b'\x08\x03\x12\x02no'
     """
     text = message.encode("utf-8", "replace")
     if is_json:
@@ -241,9 +241,7 @@ class _Rows:
                 continue
             for scope_logs in logs.scope_logs or ():
                 self._add_scope(of_resource, scope_logs)
-        return Decoded(
-            self._rows, self._records, self._bytes, frozenset(self._days), self._rejected, self._reason
-        )
+        return Decoded(self._rows, self._records, self._bytes, frozenset(self._days), self._rejected, self._reason)
 
     def _add_scope(self, of_resource: bytes, scope_logs: Any) -> None:
         records = scope_logs.log_records or ()
@@ -266,10 +264,11 @@ class _Rows:
         for record in records:
             try:
                 row = shared + self._row(record)
-                if self._bytes + len(row) > MAX_ROW_BYTES:
-                    raise _Refused(f"the rows of a request have more than {MAX_ROW_BYTES >> 20} MiB")
             except _Refused as error:
                 self._reject(1, str(error))
+                continue
+            if self._bytes + len(row) > MAX_ROW_BYTES:
+                self._reject(1, f"the rows of a request have more than {MAX_ROW_BYTES >> 20} MiB")
                 continue
             self._rows.append(row)
             self._bytes += len(row)
@@ -473,4 +472,3 @@ def _map(pairs: dict[bytes, bytes]) -> bytes:
     for pair in pairs.items():
         parts += pair
     return b"".join(parts)
-

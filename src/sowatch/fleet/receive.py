@@ -1,7 +1,7 @@
 """What `sowatch fleet receive` answers: OTLP/HTTP for logs, questions of other commands, metrics and health.
 
-Handlers run on one event loop. Bodies are decoded on one thread, rows inserted on another one (`sowatch.fleet.commits`),
-questions asked on a few: 200 is answered once the records are on the disk.
+Handlers run on one event loop. Bodies are decoded on one thread, rows inserted on another one
+(`sowatch.fleet.commits`), questions asked on a few: 200 is answered once the records are on the disk.
 """
 
 from __future__ import annotations
@@ -110,8 +110,7 @@ class Receiver:
         try:
             self._check_token(request)
             is_packed = _is_packed(request)
-            if _media_type(request) not in (_PROTOBUF, _JSON):
-                raise _Refusal(415, _INVALID, f"send {_PROTOBUF} or {_JSON}")
+            _check_type(request)
             decoded = await self._received(request, is_json=is_json, is_packed=is_packed)
             if decoded.records:
                 await asyncio.wrap_future(self.commits.submit(decoded))
@@ -130,7 +129,9 @@ class Receiver:
         length = request.headers.get("content-length", "")
         expected = min(int(length) if length.isascii() and length.isdigit() else MAX_BODY_BYTES, 1 << 40)
         if expected > MAX_BODY_BYTES:
-            raise _Refusal(413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once")
+            raise _Refusal(
+                413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
+            )
         if self._bodies_bytes + expected > MAX_BODIES_BYTES:
             raise _Refusal(503, _UNAVAILABLE, "too many requests at once", retry_after_s=RETRY_SOON)
         self._bodies_bytes += expected
@@ -208,6 +209,11 @@ def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def _check_type(request: Request) -> None:
+    if _media_type(request) not in (_PROTOBUF, _JSON):
+        raise _Refusal(415, _INVALID, f"send {_PROTOBUF} or {_JSON}")
+
+
 def _is_packed(request: Request) -> bool:
     named = request.headers.get("content-encoding", "identity").strip().lower()
     if named not in ("gzip", "identity", ""):
@@ -229,7 +235,9 @@ def _unpacked(body: bytes) -> bytes:
         except zlib.error as error:
             raise NotOtlp(f"it is not compressed by gzip: {error}") from error
         if len(made) > MAX_BODY_BYTES:
-            raise _Refusal(413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once")
+            raise _Refusal(
+                413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
+            )
         if not member.eof:
             raise NotOtlp("what is compressed by gzip ends too early")
         body = member.unused_data

@@ -55,8 +55,8 @@ def serve(
     is_local = is_loopback(listen, key="--listen")
     if not is_local and token is None and not is_open:
         raise UsageError(
-            f"{listen} can be reached by others, and they could write records of any host. Give a token, --token-file or "
-            "SOWATCH_FLEET_TOKEN, and the same to the agents; or say that none is wanted: --no-token."
+            f"{listen} can be reached by others, and they could write records of any host. Give a token, --token-file "
+            "or SOWATCH_FLEET_TOKEN, and the same to the agents; or say that none is wanted: --no-token."
         )
     stopping = threading.Event()
     notifier = Notifier()

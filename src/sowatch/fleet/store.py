@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from sowatch.fleet.schema import schema_sql
 from sowatch.fleet.store_client import SOCKET_NAME, StoreClient, rows_of
@@ -55,8 +55,7 @@ _WAIT_S: Final = 5.0
 _TURN_S: Final = 0.05
 #: Tables that keep rows: what was inserted into them is on the disk when `Store.insert` returns.
 _KEPT: Final = re.compile(r"MergeTree")
-#: Codes of ClickHouse for a disk that is full or a quota that is used up: 243 NOT_ENOUGH_SPACE, 75 CANNOT_WRITE_TO_FILE_DESCRIPTOR,
-#: 76 CANNOT_OPEN_FILE and others, which name the errno.
+#: What ClickHouse says of a disk that is full or a quota that is used up: its own code, or the error of the system.
 _FULL: Final = re.compile(
     r"\(NOT_ENOUGH_SPACE\)|No space left on device|errno: (?:28|122|27)\b|Disk quota exceeded|File too large"
 )
@@ -78,7 +77,9 @@ class StoreFull(SowatchError):
     def __init__(self, directory: str, reason: str) -> None:
         self.directory = directory
         self.reason = reason
-        super().__init__(f"the disk of the store {directory!r} is full: {reason}. Free some space, or give it another disk.")
+        super().__init__(
+            f"the disk of the store {directory!r} is full: {reason}. Free some space, or give it another disk."
+        )
 
 
 class Asks(Protocol):
@@ -102,7 +103,7 @@ def connect(directory: str | os.PathLike[str]) -> Asks:
     place = Path(os.path.abspath(directory))
     if not (place / _VERSION).exists():
         raise UsageError(
-            f"there is no store in {os.fspath(directory)!r}. Name the directory that `sowatch fleet receive --store` fills."
+            f"there is no store in {os.fspath(directory)!r}. Name the one that `sowatch fleet receive` fills: --store."
         )
     end_s = time.monotonic() + _WAIT_S
     while True:
@@ -151,7 +152,7 @@ class Store:
             self.close()
             raise
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -247,8 +248,8 @@ class Store:
             return
         if not text.isdigit() or int(text) > SCHEMA_VERSION:
             raise SowatchError(
-                f"the store {self.directory!r} has tables of version {text[:20]!r}, and this sowatch knows {SCHEMA_VERSION}. "
-                "Use the sowatch that made it, or another directory."
+                f"the store {self.directory!r} has tables of version {text[:20]!r}, and this sowatch knows "
+                f"{SCHEMA_VERSION}. Use the sowatch that made it, or another directory."
             )
 
     def _note_version(self) -> None:
@@ -270,9 +271,13 @@ class Store:
         try:
             self._writer = connect_to(f"{place}?{options}")
             self._do("SET max_partitions_per_insert_block = 0, max_insert_threads = 1, max_threads = 2")
-            self._do("SET min_insert_block_size_rows = 0, min_insert_block_size_bytes = 0, max_insert_block_size = 1000000")
+            self._do(
+                "SET min_insert_block_size_rows = 0, min_insert_block_size_bytes = 0, max_insert_block_size = 1000000"
+            )
             self._do(schema_sql())
-            tables = self._writer.query("SELECT name, engine FROM system.tables WHERE database = 'default'", "TSV").bytes()
+            tables = self._writer.query(
+                "SELECT name, engine FROM system.tables WHERE database = 'default'", "TSV"
+            ).bytes()
             for line in tables.decode().splitlines():
                 name, engine = line.split("\t")
                 if _KEPT.search(engine):
@@ -301,7 +306,7 @@ class Store:
         if number in (errno.ENOSPC, errno.EDQUOT):
             return StoreFull(self.directory, reason)
         return SowatchError(
-            f"cannot use {self.directory!r} for a store: {reason}. Give a directory that this user may write to, with --store."
+            f"cannot use {self.directory!r} for a store: {reason}. Give one that this user may write to: --store."
         )
 
 
@@ -329,4 +334,3 @@ def _in_short(text: str) -> str:
     found = re.search(r"DB::Exception: (.*)", text)
     text = re.sub(r" \(version [^)]*\)", "", found[1] if found else text)
     return text[:500].rstrip(". ")
-

@@ -77,7 +77,9 @@ class StoreClient:
             answer = connection.getresponse()
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error) or "it ended"
+            reason = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error) or "it ended"
+            )
             raise SowatchError(
                 f"the receiver at {os.fspath(self._path)!r} did not answer: {reason}. See its log, and ask again."
             ) from error
@@ -105,23 +107,12 @@ def _connected(path: Path, timeout_s: float) -> socket.socket:
         except OSError as error:
             if error.errno not in (None, errno.ENAMETOOLONG):
                 raise
-            with _opened(path.parent) as fd:
+            fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
                 made.connect(f"/proc/self/fd/{fd}/{path.name}")
+            finally:
+                os.close(fd)
     except BaseException:
         made.close()
         raise
     return made
-
-
-class _opened:
-    """A directory by a descriptor."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> int:
-        self._fd = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)

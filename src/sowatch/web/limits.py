@@ -19,8 +19,8 @@ from typing import Final, TypeVar
 
 from cachetools import LRUCache
 
-from sowatch.web.bounds import App, Receive, Scope, Send
 from sowatch.model.encoding import dumps
+from sowatch.web.bounds import App, Receive, Scope, Send
 
 __all__ = ["Bucket", "ClientLimits", "OneAtATime", "client_of"]
 

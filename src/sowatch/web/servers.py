@@ -24,9 +24,9 @@ from typing import Any, Final
 
 import uvicorn
 
+from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.web.bounds import App, BoundedProtocol, FramingCheck
 from sowatch.web.limits import client_of
-from sowatch.model.errors import ConfigError, SowatchError
 
 __all__ = ["HttpThread", "UnixSocket", "bind_tcp", "check_socket", "is_loopback", "parse_listen"]
 

@@ -15,15 +15,15 @@ import pytest
 from msgspec.structs import replace
 
 from sowatch.agent.hub import KEPT_BYTES, KEPT_EVENTS, MAX_WAITING, MAX_WAITING_BYTES, EventHub
-from sowatch.web.logs import _Lines
-from sowatch.web.notify import Notifier
 from sowatch.agent.reload import directories_of
-from sowatch.web.servers import UnixSocket, parse_listen
 from sowatch.engine.published_map import Loads
 from sowatch.engine.subscription import SubscriberQueue, difference
 from sowatch.model.errors import ConfigError, SowatchError
 from sowatch.model.events import Event, Library, LibraryEvent, Process, Ready, Stopped
 from sowatch.model.identity import FileId
+from sowatch.web.logs import _Lines
+from sowatch.web.notify import Notifier
+from sowatch.web.servers import UnixSocket, parse_listen
 from support import scripted, strict
 
 # ---- the socket ----------------------------------------------------------------------------------
