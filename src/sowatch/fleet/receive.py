@@ -195,11 +195,11 @@ class Receiver:
         try:
             body = await read_body(request.receive, MAX_QUESTION_BYTES, BODY_S)
             question = msgspec.json.decode(body)
-            sql, params = question["sql"], question["params"]
+            sql, parameters = question["sql"], question["parameters"]
         except (BodyTooLarge, BodyTooSlow, msgspec.DecodeError, KeyError, TypeError):
-            return _json({"error": 'no question. Send {"sql": "SELECT ...", "params": {}}.'}, 400)
+            return _json({"error": 'no question. Send {"sql": "SELECT ...", "parameters": {}}.'}, 400)
         try:
-            found = await self._in(self._asking, lambda: self._store.answer(sql, params))
+            found = await self._in(self._asking, lambda: b"".join(self._store.ask(sql, parameters)))
         except SowatchError as error:
             return _json({"error": str(error)}, 400)
         return Response(found, media_type="application/x-ndjson")

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
+from sowatch.fleet.asks import Asks
 from sowatch.fleet.schema import schema_sql
-from sowatch.fleet.store_client import SOCKET_NAME, StoreClient, rows_of
+from sowatch.fleet.store_client import SOCKET_NAME, StoreClient
 from sowatch.model.errors import SowatchError, UsageError
 
-__all__ = ["COLUMNS", "SCHEMA_VERSION", "SOCKET_NAME", "Asks", "Store", "StoreBusy", "StoreFull", "connect"]
+__all__ = ["COLUMNS", "SCHEMA_VERSION", "SOCKET_NAME", "OpenAsks", "Store", "StoreBusy", "StoreFull", "connect"]
 
 #: Of the tables. A store of a later version is refused; one of an earlier version is changed when it is opened.
 SCHEMA_VERSION: Final = 1
@@ -82,19 +83,15 @@ class StoreFull(SowatchError):
         )
 
 
-class Asks(Protocol):
-    """What answers questions: a store, the receiver that has it, or a ClickHouse."""
-
-    def ask(self, sql: str, params: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-        """The rows of one SELECT."""
-        ...
+class OpenAsks(Asks, Protocol):
+    """What answers questions to a directory, until it is closed."""
 
     def close(self) -> None:
         """Safe to call again."""
         ...
 
 
-def connect(directory: str | os.PathLike[str]) -> Asks:
+def connect(directory: str | os.PathLike[str]) -> OpenAsks:
     """What answers questions to a directory: the receiver that has it, else the store itself.
 
     Raises:
@@ -170,25 +167,21 @@ class Store:
             if fd >= 0:
                 os.close(fd)
 
-    def ask(self, sql: str, params: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-        """The rows of one SELECT, which may have parameters: ``{name:Type}``.
+    def ask(self, sql: str, parameters: Mapping[str, str] | None = None) -> Iterable[bytes]:
+        """The rows as JSONEachRow of one SELECT, which may have parameters: see `sowatch.fleet.asks`.
 
         Raises:
             SowatchError: it cannot be answered.
         """
-        return rows_of(self.answer(sql, params))
-
-    def answer(self, sql: str, params: Mapping[str, object] | None = None) -> bytes:
-        """The same as lines of JSON. Raises as `ask`."""
         with self._asking:
             reader = self._reader
             if reader is None:
                 raise SowatchError(f"the store {self.directory!r} is closed. Open it again.")
             try:
-                result = reader.query(sql, "JSONEachRow", params=dict(params or {}))
+                result = reader.query(sql, "JSONEachRow", params=dict(parameters or {}))
             except Exception as error:
                 raise self._refused("a question to", error) from error
-            return bytes(result.bytes() or b"")
+            return (bytes(result.bytes() or b""),)
 
     def insert(self, rows: Iterable[bytes]) -> None:
         """Inserts rows of `otel_logs`, and what follows from them; they are on the disk when this returns.

@@ -7,32 +7,20 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import NotPermitted, SowatchError
 
-__all__ = ["SOCKET_NAME", "StoreClient", "rows_of"]
+__all__ = ["SOCKET_NAME", "StoreClient"]
 
 #: Of the socket, in the directory of the store.
 SOCKET_NAME: Final = "receive.sock"
 #: A question is ended by the store before.
 _ANSWER_S: Final = 150.0
 _CONNECT_S: Final = 5.0
-
-
-def rows_of(lines: bytes) -> list[dict[str, Any]]:
-    """The rows of lines of JSON; bytes in texts that are not UTF-8 as surrogate escapes."""
-    try:
-        rows: list[dict[str, Any]] = msgspec.json.decode(b"[" + b",".join(lines.splitlines()) + b"]")
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        # JSON has no lone bytes, and ClickHouse writes what a text has.
-        rows = [json.loads(line.decode("utf-8", "surrogateescape")) for line in lines.split(b"\n") if line]
-    return rows
 
 
 class StoreClient:
@@ -64,8 +52,8 @@ class StoreClient:
         except OSError:
             return None
 
-    def ask(self, sql: str, params: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-        """The rows of one SELECT.
+    def ask(self, sql: str, parameters: Mapping[str, str] | None = None) -> Iterable[bytes]:
+        """The rows as JSONEachRow of one SELECT: see `sowatch.fleet.asks`.
 
         Raises:
             SowatchError: it cannot be answered, or the receiver has ended.
@@ -73,7 +61,7 @@ class StoreClient:
         connection = http.client.HTTPConnection("localhost", timeout=_ANSWER_S)
         try:
             connection.sock = _connected(self._path, _ANSWER_S)
-            connection.request("POST", "/ask", dumps({"sql": sql, "params": dict(params or {})}).encode())
+            connection.request("POST", "/ask", dumps({"sql": sql, "parameters": dict(parameters or {})}).encode())
             answer = connection.getresponse()
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -91,7 +79,7 @@ class StoreClient:
             except (ValueError, KeyError, TypeError):
                 reason = f"status {answer.status}"
             raise SowatchError(reason)
-        return rows_of(body)
+        return (body,)
 
     def close(self) -> None:
         """Nothing is kept open between questions."""
