@@ -7,7 +7,9 @@ and later put the GNU build id into a section that no PT_NOTE covers. Where the 
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from msgspec import Struct
@@ -25,9 +27,11 @@ from sowatch.linux.elf_file import (
     open_elf,
 )
 
-__all__ = ["ElfFacts", "read_facts"]
+__all__ = ["ElfFacts", "notes_of", "read_facts"]
 
 _NT_GNU_BUILD_ID: Final = 3
+#: Of the owner of a note so much is looked at.
+_MAX_OWNER_BYTES: Final = 16
 _DT_STRTAB, _DT_STRSZ, _DT_SONAME = 5, 10, 14
 _DT_NEEDED, _DT_FLAGS_1, _DF_1_PIE, _PT_INTERP = 1, 0x6FFFFFFB, 0x08000000, 3
 _ET_EXEC, _ET_DYN = 2, 3
@@ -157,18 +161,45 @@ def _check_notes(elf: ElfFile, build_id: str | None, sections: list[Section]) ->
 
 
 def _build_id_in(elf: ElfFile, data: bytes, align: int) -> str | None:
+    for owner, kind, start, size in _notes_in(elf, data, align):
+        if kind == _NT_GNU_BUILD_ID and owner == b"GNU\0" and size:
+            if size <= elf.limits.build_id_bytes and start + size <= len(data):
+                return data[start : start + size].hex()
+            elf.is_partial = True
+    return None
+
+
+def _notes_in(elf: ElfFile, data: bytes, align: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Owner and kind of each note, and where in ``data`` its content begins by its word, and its size."""
     align = 8 if align == 8 else 4
     header = struct.Struct(elf.layout.order + "III")
     at = 0
     while at + header.size <= len(data):
         name_size, size, kind = header.unpack_from(data, at)
         start = _aligned(at + header.size + name_size, align)
-        if kind == _NT_GNU_BUILD_ID and name_size == 4 and data[at + 12 : at + 16] == b"GNU\0" and size:
-            if size <= elf.limits.build_id_bytes and start + size <= len(data):
-                return data[start : start + size].hex()
-            elf.is_partial = True
+        yield data[at + header.size : at + header.size + min(name_size, _MAX_OWNER_BYTES)], kind, start, size
         at = _aligned(start + size, align)
-    return None
+
+
+def notes_of(elf: ElfFile) -> Iterator[tuple[bytes, int, bytes]]:
+    """Owner, kind and content of each note: those of the program headers first, then those that only sections have.
+
+    Raises:
+        ElfError: the file cannot be read to the end.
+    """
+    left = elf.limits.note_bytes
+    covered: list[tuple[int, int]] = []
+    segments = ((one.offset, one.filesz, one.align) for one in elf.segments if one.kind == PT_NOTE)
+    sections = ((one.offset, one.size, one.align) for one in elf.sections() if one.kind == SHT_NOTE)
+    for offset, size, align in itertools.chain(segments, sections):
+        if any(start <= offset and offset + size <= end for start, end in covered):
+            continue
+        covered.append((offset, offset + size))
+        data = elf.read(offset, min(size, left))
+        left -= len(data)
+        for owner, kind, start, length in _notes_in(elf, data, align):
+            if start + length <= len(data):
+                yield owner, kind, data[start : start + length]
 
 
 def _aligned(value: int, align: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.inventory import owners as owners_module
+from sowatch.inventory import package_databases
 from sowatch.inventory.staleness import Disk
 from sowatch.linux.openat import open_below
 from sowatch.linux.proc import ProcFs
@@ -101,7 +101,8 @@ def debian(root: Path, lists: Mapping[str, str], diversions: str = "") -> None:
 
 
 def owner(root_fd: int, path: str) -> str | None:
-    return owners_module._dpkg_owners(root_fd, [path])[path]
+    listed = package_databases.dpkg_listed(root_fd, [path])[path]
+    return None if listed is None else listed.package
 
 
 def test_dpkg_knows_the_owner_of_a_file_by_its_list(root: Path, root_fd: int) -> None:
@@ -184,7 +185,7 @@ def test_fifos_sockets_and_oversized_files_in_a_database_are_passed_over(
     monkeypatch.chdir(info)  # the name of a socket may have 107 bytes
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket.list")
-    monkeypatch.setattr(owners_module, "_MAX_LIST_BYTES", 1000)
+    monkeypatch.setattr(package_databases, "_MAX_LIST_BYTES", 1000)
 
     assert owner(root_fd, "/usr/lib/libz.so.1") == "good"
 
@@ -193,9 +194,9 @@ def test_reading_a_database_ends_at_a_size_no_honest_one_has(
     root: Path, root_fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     debian(root, {f"package{number}": "/usr/lib/libz.so.1\n" for number in range(20)})
-    monkeypatch.setattr(owners_module, "_MAX_DATABASE_BYTES", 50)
+    monkeypatch.setattr(package_databases, "_MAX_DATABASE_BYTES", 50)
 
-    assert len(list(owners_module._dpkg_lists(root_fd))) == 3
+    assert len(list(package_databases._dpkg_lists(root_fd))) == 3
 
 
 APK = """\
@@ -226,7 +227,9 @@ def test_apk_knows_the_owner_of_a_file_by_package_directory_and_name(root: Path,
     (root / place / "installed").write_text(APK)
     paths = ["/lib/libc.musl-x86_64.so.1", "/usr/lib/libssl.so.3", "/lib/libssl.so.3", "/lib/libz.so.1", "/top.so"]
 
-    assert owners_module._apk_owners(root_fd, paths) == {
+    listed = package_databases.apk_listed(root_fd, paths)
+
+    assert {path: None if one is None else one.package for path, one in listed.items()} == {
         "/lib/libc.musl-x86_64.so.1": "musl",
         "/usr/lib/libssl.so.3": "libssl3",
         "/lib/libssl.so.3": "libssl3",  # through a merged /usr
@@ -250,7 +253,7 @@ def test_rpm_is_asked_for_the_name_of_the_package(tmp_path: Path, monkeypatch: p
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
-    assert owners_module._rpm_owners(["/usr/lib64/libssl.so.3", "/opt/own.so"]) == {
+    assert package_databases.rpm_owners(["/usr/lib64/libssl.so.3", "/opt/own.so"]) == {
         "/usr/lib64/libssl.so.3": "openssl-libs",
         "/opt/own.so": None,
     }
@@ -259,7 +262,7 @@ def test_rpm_is_asked_for_the_name_of_the_package(tmp_path: Path, monkeypatch: p
 def test_without_rpm_nobody_owns_what_only_rpm_could_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert owners_module._rpm_owners(["/usr/lib64/libssl.so.3"]) == {"/usr/lib64/libssl.so.3": None}
+    assert package_databases.rpm_owners(["/usr/lib64/libssl.so.3"]) == {"/usr/lib64/libssl.so.3": None}
 
 
 def test_owners_are_found_in_the_root_of_each_process(spawn: Any, root: Path) -> None:
@@ -295,7 +298,7 @@ def test_owners_are_the_ones_that_dpkg_itself_tells() -> None:
     expected = {}
     for path in paths:
         # dpkg itself does not look through a merged /usr.
-        for alias in owners_module._aliases(path):
+        for alias in package_databases._aliases(path):
             reported = subprocess.run(["dpkg-query", "-S", alias], capture_output=True, text=True, check=False).stdout
             owners = [line.rpartition(": ")[0] for line in reported.splitlines() if line.endswith(f": {alias}")]
             if owners:

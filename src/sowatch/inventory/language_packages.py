@@ -1,0 +1,273 @@
+"""Packages of languages: wheels of Python, packages of npm, archives of Java. Read-only.
+
+By what is beside a file, or in the archives that its process has open; all of that is a container's, see
+`package_databases`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import io
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from email.parser import HeaderParser
+from typing import Final, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from sowatch.inventory.package_databases import Listed, entries_below, read_with_version
+from sowatch.linux.descriptors import close_fd
+from sowatch.linux.openat import reopen
+from sowatch.linux.proc import Miss, ProcFs
+
+__all__ = ["jar_package", "npm_package", "wheel_listed", "wheel_of"]
+
+_MAX_METADATA_BYTES: Final = 1 << 20
+_MAX_RECORD_BYTES: Final = 16 << 20
+_MAX_RECORDS_BYTES: Final = 256 << 20
+#: Of a name or a version.
+_MAX_TEXT: Final = 214
+_PRINTABLE: Final = re.compile(r"[!-~]+")
+
+_SITE: Final = ("site-packages", "dist-packages")
+
+
+def _is_word(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= _MAX_TEXT and _PRINTABLE.fullmatch(text) is not None
+
+
+# ---- Python ------------------------------------------------------------------------------------
+
+
+def wheel_listed(root_fd: int, path: str) -> Listed | None:
+    """The RECORD that lists a file below ``site-packages``: ``package`` is the directory with the metadata.
+
+    Args:
+        root_fd: of the root directory.
+        path: of the file, as a process with that root sees it.
+    """
+    parts = path.split("/")
+    places = [place for place, part in enumerate(parts) if part in _SITE]
+    if not places:
+        return None
+    site, below = "/".join(parts[: places[-1] + 1]), "/".join(parts[places[-1] + 1 :])
+    names = [name for _, name in entries_below(root_fd, site) if name.endswith(".dist-info")]
+    # The one that is called as the directory of the file is most likely the one.
+    top = _normalized(below.partition("/")[0].partition(".")[0])
+    names.sort(key=lambda name: not _normalized(name.partition("-")[0]).startswith(top))
+    wanted, left_bytes = below.encode("utf-8", "surrogateescape"), _MAX_RECORDS_BYTES
+    for name in names:
+        found = read_with_version(root_fd, f"{site}/{name}/RECORD", _MAX_RECORD_BYTES)
+        if found is None:
+            continue
+        data, version = found
+        left_bytes -= len(data)
+        if wanted in data:
+            for file, digest in _record_rows(data):
+                if file == below:
+                    return Listed(f"{site}/{name}", below, version[4], digest, site)
+        if left_bytes <= 0:
+            break
+    return None
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _record_rows(data: bytes) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Each file of a RECORD (CSV: path, hash, size), and its hash."""
+    try:
+        for row in csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")):
+            if row:
+                yield row[0], _record_digest(row[1] if len(row) > 1 else "")
+    except csv.Error:  # a field beyond the limit, or a line that is none
+        return
+
+
+def _record_digest(text: str) -> tuple[str, str] | None:
+    algorithm, _, encoded = text.partition("=")
+    if algorithm not in ("sha256", "sha384", "sha512") or len(encoded) > 100:
+        return None
+    try:
+        return algorithm, base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
+    except (binascii.Error, ValueError):
+        return None
+
+
+def wheel_of(root_fd: int, listed: Listed) -> tuple[str, str] | None:
+    """Name and version by the METADATA beside a RECORD; the name as the index normalizes it."""
+    found = read_with_version(root_fd, f"{listed.package}/METADATA", _MAX_METADATA_BYTES)
+    if found is None:
+        return None
+    head = found[0].decode("utf-8", "replace").partition("\n\n")[0]
+    fields = HeaderParser().parsestr(head)
+    name, version = str(fields.get("Name", "")).strip(), str(fields.get("Version", "")).strip()
+    return (_normalized(name), version) if _is_word(name) and _is_word(version) else None
+
+
+# ---- npm ---------------------------------------------------------------------------------------
+
+
+class _PackageJson(Struct):
+    name: str
+    version: str
+
+
+def npm_package(root_fd: int, path: str) -> tuple[str, str] | None:
+    """Name (with its scope) and version by the ``package.json`` of the nearest package below ``node_modules``."""
+    parts = path.split("/")
+    place = next((at for at in range(len(parts) - 1, -1, -1) if parts[at] == "node_modules"), None)
+    if place is None:
+        return None
+    count = 2 if place + 1 < len(parts) and parts[place + 1].startswith("@") else 1
+    if len(parts) < place + count + 2:  # the file lies beside the packages
+        return None
+    directory = "/".join(parts[: place + count + 1])
+    found = read_with_version(root_fd, f"{directory}/package.json", _MAX_METADATA_BYTES)
+    if found is None:
+        return None
+    try:
+        package = msgspec.json.decode(found[0], type=_PackageJson)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
+    return (package.name, package.version) if _is_word(package.name) and _is_word(package.version) else None
+
+
+# ---- Java --------------------------------------------------------------------------------------
+
+_MAX_DESCRIPTORS: Final = 16_384
+_MAX_JARS: Final = 2_000
+_MAX_JAR_BYTES: Final = 2 << 30
+#: Of the list of what a jar has, which is read as a whole.
+_MAX_DIRECTORY_BYTES: Final = 32 << 20
+_MAX_LIBRARY_BYTES: Final = 256 << 20
+_MAX_POM_BYTES: Final = 1 << 16
+_MAX_POMS: Final = 200
+_CHUNK: Final = 1 << 20
+#: End of central directory record: signature, six fields of which the last two are size and offset, comment length.
+_END: Final = b"PK\5\6"
+_JAR_NAMES: Final = (".jar", ".war", ".ear")
+_POM: Final = re.compile(r"META-INF/maven/([^/]+)/([^/]+)/pom\.properties")
+
+
+class _Content(NamedTuple):
+    """What a zip archive says of a file that it has."""
+
+    size: int
+    crc: int
+
+
+def jar_package(proc: ProcFs, pid: int, fd: int) -> tuple[str, str, str] | None:
+    """Group, artifact and version of the archive that a library was unpacked from; None where that is not certain.
+
+    Programs on Java unpack the libraries of their archives into temporary files, of any name. An archive that the
+    process has open has one with the very content (its length and CRC-32), and says by one ``pom.properties``, or by
+    the one that is called as itself, which artifact it is.
+
+    Args:
+        proc: the host's.
+        pid: who has the library mapped.
+        fd: of the library.
+    """
+    jars = _open_jars(proc, pid)
+    content: _Content | None = None
+    for path, name in jars:
+        if content is None:
+            content = _content_of(fd)
+            if content is None:
+                return None
+        found = _artifact(path, name, content)
+        if found is not None:
+            return found
+    return None
+
+
+def _open_jars(proc: ProcFs, pid: int) -> Iterator[tuple[str, str]]:
+    """The links of the descriptors that are of archives by their names, and those names."""
+    thread = proc.live_thread(pid)
+    if isinstance(thread, Miss):
+        return
+    directory, seen = f"{proc.root}/{thread}/fd", set[str]()
+    try:
+        with os.scandir(directory) as entries:
+            for number, entry in enumerate(entries):
+                if number >= _MAX_DESCRIPTORS or len(seen) >= _MAX_JARS:
+                    return
+                try:
+                    target = os.readlink(entry.path).removesuffix(" (deleted)")
+                except OSError:
+                    continue
+                if target.endswith(_JAR_NAMES) and target not in seen:
+                    seen.add(target)
+                    yield entry.path, os.path.basename(target)
+    except OSError:
+        return
+
+
+def _content_of(fd: int) -> _Content | None:
+    size, crc = os.fstat(fd).st_size, 0
+    if size > _MAX_LIBRARY_BYTES:
+        return None
+    for at in range(0, size, _CHUNK):
+        crc = zlib.crc32(os.pread(fd, _CHUNK, at), crc)
+    return _Content(size, crc)
+
+
+def _artifact(path: str, name: str, content: _Content) -> tuple[str, str, str] | None:
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(place)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JAR_BYTES:
+            return None
+        fd = reopen(place, os.O_RDONLY)
+    except OSError:
+        return None
+    finally:
+        close_fd(place)
+    try:
+        with open(fd, "rb") as file:
+            if not _has_short_directory(file, status.st_size):
+                return None
+            with zipfile.ZipFile(file) as archive:
+                return _artifact_in(archive, name, content)
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, RuntimeError, NotImplementedError, EOFError):
+        return None
+    except zlib.error:
+        return None
+
+
+def _has_short_directory(file: io.BufferedReader, size: int) -> bool:
+    """Whether the list of what the archive has, which is read as a whole, has a size that an honest one has."""
+    length = min(size, 22 + 0xFFFF)
+    file.seek(size - length)
+    tail = file.read(length)
+    at = tail.rfind(_END)
+    # 0xFFFFFFFF stands for a number elsewhere, of an archive beyond 4 GB or 65,535 files.
+    return 0 <= at <= len(tail) - 22 and int.from_bytes(tail[at + 12 : at + 16], "little") <= _MAX_DIRECTORY_BYTES
+
+
+def _artifact_in(archive: zipfile.ZipFile, name: str, content: _Content) -> tuple[str, str, str] | None:
+    infos = archive.infolist()
+    if not any((info.file_size, info.CRC) == content for info in infos):
+        return None
+    poms = [(found[2], info) for info in infos if (found := _POM.fullmatch(info.filename))][:_MAX_POMS]
+    if len(poms) > 1:  # those of what was packed into it, too
+        poms = [(artifact, info) for artifact, info in poms if re.match(re.escape(artifact) + r"(-\d|\.)", name)]
+    if len(poms) != 1 or poms[0][1].file_size > _MAX_POM_BYTES:
+        return None
+    with archive.open(poms[0][1]) as file:
+        text = file.read(_MAX_POM_BYTES).decode("latin-1")
+    fields = dict(line.partition("=")[::2] for line in text.splitlines() if not line.startswith("#"))
+    group, artifact, version = (fields.get(key, "").strip() for key in ("groupId", "artifactId", "version"))
+    return (group, artifact, version) if all(map(_is_word, (group, artifact, version))) else None

@@ -1,0 +1,489 @@
+"""`Packages`: which package a mapped file is of, in which version, as it was when that was mapped. Read-only.
+
+What an upgrade has put in the place of a file must not lend it its version. So what the file says of itself comes
+first; a database counts only while its path leads to the very inode that is mapped, with the content that the database
+has; and what was found is kept, for the time when the file has been replaced.
+docs/decisions/0072-package-identity.md has the rules.
+
+Files and databases are those of containers: see `package_databases`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias
+
+from cachetools import LRUCache
+from msgspec import Struct
+
+from sowatch.inventory.language_packages import jar_package, npm_package, wheel_listed, wheel_of
+from sowatch.inventory.package_databases import (
+    DPKG_LISTS,
+    DatabaseIndex,
+    Listed,
+    PackageRecord,
+    apk_listed,
+    apk_records,
+    apk_state,
+    dpkg_digest,
+    dpkg_listed,
+    dpkg_records,
+    dpkg_state,
+    file_state,
+    read_below,
+    rpm_listed,
+)
+from sowatch.inventory.purl import purl
+from sowatch.inventory.roots import RootKey, Roots, own_root_key
+from sowatch.linux.descriptors import close_fd
+from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
+from sowatch.linux.elf import read_facts
+from sowatch.linux.elf_file import ElfError
+from sowatch.linux.mapped_file import open_mapped
+from sowatch.linux.memory_files import is_memory
+from sowatch.linux.openat import open_below
+from sowatch.linux.package_note import PackageNote, read_package_note
+from sowatch.linux.proc import Miss, ProcFs
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId
+
+__all__ = ["HasFile", "IdentifiedBy", "PackageIdentity", "Packages"]
+
+#: What named the package: the file itself, the database of a package manager, or the metadata beside or around it.
+IdentifiedBy: TypeAlias = Literal["note", "dpkg", "rpm", "apk", "pypi", "npm", "maven"]
+
+#: Identities that are kept, the ones that were asked for last.
+MAX_KEPT: Final = 16_384
+#: Of all databases together, in files on their lists.
+MAX_INDEXED: Final = 4_000_000
+#: What is unknown is looked up again after this time: a package may just be on its way.
+ASK_AGAIN_S: Final = 300.0
+#: Larger files are not compared with their hash.
+MAX_CONTENT: Final = 512 << 20
+_CHUNK: Final = 1 << 20
+_TIMEOUT_S: Final = 60.0
+_MAX_RELEASE_BYTES: Final = 1 << 16
+_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MAX_TEXT: Final = 256
+
+
+class PackageIdentity(Struct, frozen=True):
+    """The package of a mapped file.
+
+    Attributes:
+        name: as its manager names it, without an architecture; of a note that of the source package.
+        version: as its manager writes it.
+        source: the package that it was built from, as OSV names packages of Debian, Ubuntu and Alpine; None if unknown.
+        purl: all of it as a package URL, with the distribution as qualifier ``distro``.
+        identified_by: what named it.
+        source_version: of the source package; None if unknown.
+    """
+
+    name: str
+    version: str
+    source: str | None
+    purl: str
+    identified_by: IdentifiedBy
+    source_version: str | None = None
+
+
+class HasFile(Protocol):
+    """Who has what mapped: a `Mapped`, or an event of a load."""
+
+    @property
+    def process(self) -> Process:
+        """Who has it mapped."""
+
+    @property
+    def library(self) -> Library:
+        """What is mapped."""
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where; empty: that is looked up."""
+
+
+_FileKey: TypeAlias = tuple[RootKey, FileId, str, str | None, int]
+
+
+class _Release(NamedTuple):
+    """Of a distribution, by its os-release: the name, and the name with the version."""
+
+    name: str = ""
+    distro: str = ""
+
+
+class _Answer(NamedTuple):
+    """``is_settled`` is false where a package manager was at work, or the process had gone: ask again."""
+
+    identity: PackageIdentity | None
+    is_settled: bool = True
+
+
+class Packages:
+    """Finds the packages of mapped files, and remembers them beyond the file. A context manager; one thread uses it.
+
+    What does not answer in time is unknown. A database is read again only where it has changed.
+
+    Args:
+        proc: the host's. Default: ``/proc``.
+        hanging: what does not answer, shared with other readers of the disk.
+        clock: seconds that only rise.
+
+    Raises:
+        ProcRootError: ``/proc`` is not mounted.
+    """
+
+    def __init__(
+        self,
+        proc: ProcFs | None = None,
+        hanging: HangingCalls | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._proc = proc or ProcFs()
+        self._calls = DiskCalls("sowatch-packages", hanging)
+        self._clock = clock
+        self._kept: LRUCache[_FileKey, PackageIdentity] = LRUCache(MAX_KEPT)
+        #: When what was not found is looked up again.
+        self._unknown: LRUCache[_FileKey, float] = LRUCache(MAX_KEPT)
+        self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
+        self._own_root = own_root_key()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread that reads, unless it hangs. Safe to call again."""
+        self._calls.close()
+
+    def identify(self, wanted: Iterable[HasFile]) -> list[PackageIdentity | None]:
+        """The package of each file, in the same order; None if it is unknown, which may change.
+
+        Asked soon after the load it is known for as long as the file is mapped, whatever replaces it. Many at once cost
+        less than one by one: a database is searched once for all that are new. Takes 10 us for what is known.
+        """
+        asked = list(wanted)
+        roots = Roots(self._proc)
+        found: list[PackageIdentity | None] = [None] * len(asked)
+        new: dict[RootKey, dict[_FileKey, list[int]]] = {}
+        now_s = self._clock()
+        keys: dict[int, RootKey | None] = {}
+        for index, one in enumerate(asked):
+            pid, library = one.process.pid, one.library
+            if is_memory(library.id) or not library.path.startswith("/"):
+                continue
+            if pid not in keys:
+                keys[pid] = self._calls.run(partial(roots.key, pid), None, place=("root", pid))
+            root = keys[pid]
+            if root is None:
+                continue
+            key = (root, library.id, library.path, library.build_id, library.changed_ns)
+            kept = self._kept.get(key)
+            if kept is not None:
+                found[index] = kept
+            elif self._unknown.get(key, 0.0) <= now_s:
+                new.setdefault(root, {}).setdefault(key, []).append(index)
+        for root, files in new.items():
+            look = partial(
+                self._look, roots, root, [(key, [asked[place] for place in at]) for key, at in files.items()]
+            )
+            # A database on a file system that hangs keeps nobody else from being answered.
+            timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else _TIMEOUT_S
+            nothing: dict[_FileKey, _Answer] = {}
+            answers = self._calls.run(look, nothing, timeout_s, place=("packages", root))
+            for key, answer in answers.items():
+                if answer.identity is not None:
+                    self._kept[key] = answer.identity
+                elif answer.is_settled:
+                    self._unknown[key] = now_s + ASK_AGAIN_S
+                for index in files[key]:
+                    found[index] = answer.identity
+        return found
+
+    # ---- on the thread that reads --------------------------------------------------------------
+
+    def _look(
+        self, roots: Roots, root: RootKey, files: Sequence[tuple[_FileKey, Sequence[HasFile]]]
+    ) -> dict[_FileKey, _Answer]:
+        found: dict[_FileKey, _Answer] = {}
+        looks: list[_Look] = []
+        try:
+            for key, holders in files:
+                look = self._opened(root, key, holders)
+                if look is None:
+                    found[key] = _Answer(None, is_settled=False)
+                elif _was_overwritten(look):
+                    found[key] = _Answer(None)
+                    close_fd(look.fd)
+                else:
+                    looks.append(look)
+            for pid in dict.fromkeys(look.pid for look in looks):
+                try:
+                    with roots.open(pid) as root_fd:
+                        return found | self._identified(root, root_fd, looks)
+                except OSError:  # this one ended just now; another has the same root
+                    continue
+        finally:
+            for look in looks:
+                close_fd(look.fd)
+        return found | dict.fromkeys((look.key for look in looks), _Answer(None, is_settled=False))
+
+    def _opened(self, root: RootKey, key: _FileKey, holders: Sequence[HasFile]) -> _Look | None:
+        """The very file, if one of its holders still shows it."""
+        for one in holders[:_MOST_HOLDERS]:
+            pid, library = one.process.pid, one.library
+            fd = open_mapped(
+                self._proc,
+                pid,
+                library.id,
+                library.path,
+                one.ranges or self._ranges(pid, library),
+                is_own_view=root == self._own_root,
+                is_deleted=library.deleted,
+                changed_ns=library.changed_ns,
+            )
+            if fd is not None:
+                return _Look(key, pid, library, fd)
+        return None
+
+    def _ranges(self, pid: int, library: Library) -> tuple[tuple[int, int], ...]:
+        rows = self._proc.executable_maps(pid)
+        if isinstance(rows, Miss):
+            return ()
+        return tuple((row.start, row.end) for row in rows if row.inode == library.id.inode)
+
+    def _identified(self, root: RootKey, root_fd: int, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
+        release = _release_of(root_fd)
+        found: dict[_FileKey, _Answer] = {}
+        left: list[_Look] = []
+        for look in looks:
+            note = _note_of(look.fd)
+            if note is None:
+                left.append(look)
+            else:
+                found[look.key] = _Answer(_by_note(note, release))
+        found |= self._by_databases(root, root_fd, left, release)
+        for look in left:
+            if look.key not in found:
+                found[look.key] = _Answer(self._by_language(root_fd, look))
+        return found
+
+    def _by_databases(
+        self, root: RootKey, root_fd: int, looks: Sequence[_Look], release: _Release
+    ) -> dict[_FileKey, _Answer]:
+        """What a package manager has on its lists, and so is none of a language; its package, if that is certain."""
+        found: dict[_FileKey, _Answer] = {}
+        for manager in _MANAGERS:
+            by_path: dict[str, list[_Look]] = {}
+            for look in looks:
+                if look.key not in found:
+                    by_path.setdefault(look.library.path, []).append(look)
+            state = manager.state(root_fd)
+            if not by_path or not any(state):
+                continue
+            answers = self._by_manager(manager, root_fd, by_path, state, release)
+            if answers and manager.state(root_fd) != state:  # it is at work: which of both was read is open
+                answers = dict.fromkeys(answers, _Answer(None, is_settled=False))
+            found |= answers
+        left = [look for look in looks if look.key not in found]
+        if left and root == self._own_root and _has_rpm(root_fd):
+            owned, records = rpm_listed([look.library.path for look in left])
+            for look in left:
+                listed = owned[look.library.path]
+                if listed is not None:
+                    found[look.key] = _checked(root_fd, look, listed, records.get(listed.package), "rpm", release)
+        return found
+
+    def _by_manager(
+        self,
+        manager: _Manager,
+        root_fd: int,
+        by_path: Mapping[str, Sequence[_Look]],
+        state: tuple[object, ...],
+        release: _Release,
+    ) -> dict[_FileKey, _Answer]:
+        place = file_state(root_fd, manager.place)
+        key = (manager.name, None if place is None else place[:2])
+        # Put back when it was used, as its size counts.
+        index = self._indexes.pop(key, None) or DatabaseIndex()
+        found: dict[_FileKey, _Answer] = {}
+        for path, listed in manager.listed(root_fd, by_path, index).items():
+            if listed is None:
+                continue
+            if index.records is None or index.records[0] != state:
+                index.records = state, manager.records(root_fd)
+            record = index.records[1].get(listed.package)
+            for look in by_path[path]:
+                found[look.key] = _checked(root_fd, look, listed, record, manager.name, release)
+        with suppress(ValueError):  # larger than all may be together
+            self._indexes[key] = index
+        return found
+
+    def _by_language(self, root_fd: int, look: _Look) -> PackageIdentity | None:
+        """By what is beside the file, or in the archives that its process has open."""
+        path = look.library.path
+        listed = wheel_listed(root_fd, path)
+        if listed is not None:
+            wheel = wheel_of(root_fd, listed) if _is_that_file(root_fd, look, listed) else None
+            return None if wheel is None else _plain("pypi", "", *wheel)
+        npm = npm_package(root_fd, path) if _is_shown(root_fd, look) else None
+        if npm is not None:
+            scope, _, name = npm[0].rpartition("/")
+            return _plain("npm", scope, name, npm[1])
+        maven = jar_package(self._proc, look.pid, look.fd)
+        return None if maven is None else _plain("maven", *maven)
+
+
+#: Of the processes that have a file so many are asked for it.
+_MOST_HOLDERS: Final = 3
+
+
+class _Look(NamedTuple):
+    """A mapped file that was opened."""
+
+    key: _FileKey
+    pid: int
+    library: Library
+    fd: int
+
+
+class _Manager(NamedTuple):
+    """How the database of a package manager is read; ``place`` distinguishes it from those of other roots."""
+
+    name: Literal["dpkg", "apk"]
+    place: str
+    listed: Callable[[int, Collection[str], DatabaseIndex], dict[str, Listed | None]]
+    records: Callable[[int], dict[str, PackageRecord]]
+    state: Callable[[int], tuple[object, ...]]
+
+
+_MANAGERS: Final = (
+    _Manager("dpkg", "/var/lib/dpkg", dpkg_listed, dpkg_records, dpkg_state),
+    _Manager("apk", "/", apk_listed, apk_records, apk_state),
+)
+
+
+def _was_overwritten(look: _Look) -> bool:
+    """Whether another program was written into the file since it was mapped."""
+    try:
+        facts = read_facts(look.fd)
+    except ElfError:
+        return True
+    known = look.library.build_id
+    return known is not None and facts is not None and facts.build_id not in (None, known)
+
+
+def _note_of(fd: int) -> PackageNote | None:
+    try:
+        return read_package_note(fd)
+    except ElfError:
+        return None
+
+
+def _is_shown(root_fd: int, look: _Look) -> bool:
+    """Whether the path of the file leads to it."""
+    try:
+        fd = open_below(root_fd, look.library.path, os.O_PATH)
+    except OSError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(fd), os.fstat(look.fd))
+    except OSError:
+        return False
+    finally:
+        close_fd(fd)
+
+
+def _is_that_file(root_fd: int, look: _Look, listed: Listed) -> bool | None:
+    """Whether a mapped file is the one that is on a list: None if that cannot be determined."""
+    if listed.listed_ns and os.fstat(look.fd).st_ctime_ns <= listed.listed_ns and _is_shown(root_fd, look):
+        return True
+    digest = listed.digest if listed.place != DPKG_LISTS else dpkg_digest(root_fd, listed)
+    return None if digest is None else _has_digest(look.fd, *digest)
+
+
+def _has_digest(fd: int, algorithm: str, expected: str) -> bool | None:
+    size = os.fstat(fd).st_size
+    if size > MAX_CONTENT:
+        return None
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for at in range(0, size, _CHUNK):
+        digest.update(os.pread(fd, _CHUNK, at))
+    return digest.hexdigest() == expected
+
+
+def _checked(
+    root_fd: int,
+    look: _Look,
+    listed: Listed,
+    record: PackageRecord | None,
+    manager: Literal["dpkg", "apk", "rpm"],
+    release: _Release,
+) -> _Answer:
+    try:
+        is_that_file = _is_that_file(root_fd, look, listed)
+    except OSError:
+        return _Answer(None)
+    if record is None or not record.version:
+        return _Answer(None, is_settled=False)  # it is being installed, or the file is of one that has gone
+    return _Answer(_by_record(record, manager, release) if is_that_file else None)
+
+
+# ---- what was found, as identities -------------------------------------------------------------
+
+_KINDS: Final[Mapping[str, str]] = {"dpkg": "deb", "apk": "apk", "rpm": "rpm"}
+
+
+def _by_record(record: PackageRecord, manager: Literal["dpkg", "apk", "rpm"], release: _Release) -> PackageIdentity:
+    upstream = record.source
+    if record.source_version != record.version:
+        upstream += f"@{record.source_version}"
+    qualifiers = {
+        "arch": record.architecture,
+        "distro": release.distro,
+        "epoch": record.epoch,
+        "upstream": "" if upstream == record.name else upstream,
+    }
+    url = purl(_KINDS[manager], release.name, record.name, record.version, qualifiers)
+    version = f"{record.epoch}:{record.version}" if record.epoch else record.version
+    return PackageIdentity(record.name, version, record.source, url, manager, record.source_version)
+
+
+def _by_note(note: PackageNote, release: _Release) -> PackageIdentity:
+    """The note names the source package, and the distribution that built it, which may be another than the root's."""
+    name = note.os or release.name
+    distro = f"{note.os}-{note.os_version}".rstrip("-") if note.os else release.distro
+    kind = note.type if note.type in _KINDS.values() else "generic"
+    qualifiers = {"arch": note.architecture, "distro": distro}
+    url = purl(kind, name if kind != "generic" else "", note.name, note.version, qualifiers)
+    return PackageIdentity(note.name, note.version, note.name, url, "note", note.version)
+
+
+def _plain(by: Literal["pypi", "npm", "maven"], namespace: str, name: str, version: str) -> PackageIdentity:
+    full = {"npm": f"{namespace}/{name}", "maven": f"{namespace}:{name}"}.get(by, name) if namespace else name
+    return PackageIdentity(full, version, None, purl(by, namespace, name, version), by)
+
+
+def _release_of(root_fd: int) -> _Release:
+    data = read_below(root_fd, "/etc/os-release", _MAX_RELEASE_BYTES)
+    if data is None:
+        data = read_below(root_fd, "/usr/lib/os-release", _MAX_RELEASE_BYTES) or b""
+    fields = dict(line.partition("=")[::2] for line in data.decode("utf-8", "replace").splitlines())
+    values = {name: fields.get(name, "").strip().strip("\"'") for name in ("ID", "VERSION_ID", "VERSION_CODENAME")}
+    words = {name: value if _WORD.fullmatch(value) and len(value) < _MAX_TEXT else "" for name, value in values.items()}
+    version = words["VERSION_ID"] or words["VERSION_CODENAME"]
+    return _Release(words["ID"], f"{words['ID']}-{version}" if words["ID"] and version else words["ID"])
+
+
+def _has_rpm(root_fd: int) -> bool:
+    """Whether there is a database of rpm: none is asked for nothing."""
+    return any(file_state(root_fd, path) is not None for path in ("/var/lib/rpm", "/usr/lib/sysimage/rpm"))

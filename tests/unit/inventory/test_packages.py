@@ -1,0 +1,539 @@
+"""Which package a mapped file is of: real processes in roots with databases made by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sowatch.inventory import package_databases, packages
+from sowatch.inventory.packages import PackageIdentity, Packages
+from sowatch.linux.proc import ProcFs
+from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId
+from sowatch.model.stats import Mapped
+from support.package_roots import (
+    DEBIAN,
+    Jailed,
+    add_dpkg,
+    add_file,
+    apk_database,
+    dpkg_status,
+    elf,
+)
+
+SSL = "/usr/lib/x86_64-linux-gnu/libssl.so.3"
+NOTE = {"type": "rpm", "os": "fedora", "osVersion": "41", "name": "openssl", "version": "3.2.2-10.fc41"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / "root"
+    (made / "etc").mkdir(parents=True)
+    (made / "etc/os-release").write_text(DEBIAN)
+    return made
+
+
+@pytest.fixture
+def jailed(spawn: Any, root: Path) -> Callable[[], Jailed]:
+    return lambda: Jailed(spawn, root)
+
+
+@pytest.fixture
+def found() -> Iterator[Packages]:
+    with Packages() as made:
+        yield made
+
+
+def debian_with_ssl(root: Path, version: str = "3.0.11-1~deb12u2", number: int = 1) -> None:
+    status = dpkg_status(libssl3=(version, "Source: openssl\n"))
+    add_dpkg(root, status, {"libssl3": {SSL: elf(number)}})
+
+
+# --- dpkg ---------------------------------------------------------------------------------------
+
+
+def test_packaged_file_has_package_version_source_and_purl(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+
+    assert found.identify([jailed().map(SSL)]) == [
+        PackageIdentity(
+            "libssl3",
+            "3.0.11-1~deb12u2",
+            "openssl",
+            "pkg:deb/debian/libssl3@3.0.11-1~deb12u2?arch=amd64&distro=debian-12&upstream=openssl",
+            "dpkg",
+            "3.0.11-1~deb12u2",
+        )
+    ]
+
+
+def test_source_may_have_a_version_of_its_own(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    status = dpkg_status(libssl3=("3.0.11-1+b1", "Source: openssl (3.0.11-1)\n"))
+    add_dpkg(root, status, {"libssl3": {SSL: elf(1)}})
+
+    (one,) = found.identify([jailed().map(SSL)])
+
+    assert one is not None
+    assert (one.version, one.source, one.source_version) == ("3.0.11-1+b1", "openssl", "3.0.11-1")
+
+
+def test_identity_survives_the_upgrade(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    debian_with_ssl(root)
+    old = jailed().map(SSL)
+    (before,) = found.identify([old])
+    debian_with_ssl(root, "3.0.15-1~deb12u1", number=2)
+    new = jailed().map(SSL)
+
+    after = found.identify([old, new])
+
+    assert before is not None
+    assert [one and one.version for one in after] == ["3.0.11-1~deb12u2", "3.0.15-1~deb12u1"]
+
+
+def test_file_that_was_replaced_before_anybody_asked_does_not_get_the_new_version(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    old = jailed().map(SSL)
+    debian_with_ssl(root, "3.0.15-1~deb12u1", number=2)
+
+    assert found.identify([old]) == [None]
+
+
+def test_file_that_was_renamed_away_does_not_get_the_version_of_what_has_its_name(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    old = jailed().map(SSL)
+    (root / SSL.lstrip("/")).rename(root / "usr/lib/kept.so")
+    debian_with_ssl(root, "3.0.15-1~deb12u1", number=2)
+
+    assert found.identify([old]) == [None]
+
+
+def test_file_that_was_replaced_by_the_same_content_keeps_its_version(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    old = jailed().map(SSL)
+    debian_with_ssl(root)  # apt reinstall
+
+    (one,) = found.identify([old])
+
+    assert one is not None
+    assert one.version == "3.0.11-1~deb12u2"
+
+
+def test_other_file_under_a_packaged_name_is_of_no_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    add_file(root, SSL, elf(7))
+
+    assert found.identify([jailed().map(SSL)]) == [None]
+
+
+def test_file_that_was_overwritten_in_place_is_of_no_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    old = jailed().map(SSL)
+    status = dpkg_status(libssl3=("3.0.15-1~deb12u1", "Source: openssl\n"))
+    place = root / SSL.lstrip("/")
+    place.write_bytes(elf(2))
+    add_dpkg(root, status, {})
+    (root / "var/lib/dpkg/info/libssl3.md5sums").write_text(f"{hashlib.md5(elf(2)).hexdigest()}  {SSL[1:]}\n")
+
+    assert found.identify([old]) == [None]
+
+
+@pytest.mark.parametrize("state", ["half-installed", "config-files"])
+def test_package_that_is_being_installed_has_no_version_yet(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, state: str
+) -> None:
+    version = "3.0.11-1~deb12u2"
+    status = dpkg_status(libssl3=(version, f"Source: openssl\nStatus: install ok {state}\n"))
+    add_dpkg(root, status, {"libssl3": {SSL: elf(1)}})
+    one = jailed().map(SSL)
+
+    assert found.identify([one]) == [None]
+
+    debian_with_ssl(root, version)
+    (now,) = found.identify([one])  # not only after a while
+    assert now is not None
+
+
+def test_what_dpkg_has_noted_beside_its_database_counts(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    journal = dpkg_status(libssl3=("3.0.15-1~deb12u1", "Source: openssl\n"))
+    (root / "var/lib/dpkg/updates/0000").write_text(journal)
+
+    (one,) = found.identify([jailed().map(SSL)])
+
+    assert one is not None
+    assert one.version == "3.0.15-1~deb12u1"
+
+
+def test_database_is_read_again_only_where_it_has_changed(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"lib{number}": {f"/usr/lib/lib{number}.so": elf(number)} for number in range(5)}
+    status = dpkg_status(**dict.fromkeys(files, ("1", "")))
+    add_dpkg(root, status, files)
+    process = jailed()
+    first = [process.map(f"/usr/lib/lib{number}.so") for number in range(2)]
+    read: list[str] = []
+    whole = package_databases.read_with_version
+    monkeypatch.setattr(
+        package_databases, "read_with_version", lambda fd, path, limit: (read.append(path), whole(fd, path, limit))[1]
+    )
+    found.identify(first)
+    assert {path for path in read if path.endswith(".list")} == {f"lib{number}.list" for number in range(5)}
+    assert "/var/lib/dpkg/status" in read
+    read.clear()
+
+    found.identify([process.map("/usr/lib/lib2.so")])
+
+    assert "/var/lib/dpkg/status" not in read
+    assert [path for path in read if path.endswith(".list")] == ["lib2.list"]
+
+
+def test_image_without_dpkg_tells_by_files_of_single_packages(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    add_file(root, SSL, elf(1))
+    status = root / "var/lib/dpkg/status.d"
+    status.mkdir(parents=True)
+    (status / "libssl3").write_text("Package: libssl3\nVersion: 3.0.11-1\nArchitecture: amd64\nSource: openssl\n")
+    (status / "libssl3.md5sums").write_text(f"{hashlib.md5(elf(1)).hexdigest()}  {SSL[1:]}\n")
+    process = jailed()
+
+    (one,) = found.identify([process.map(SSL)])
+
+    assert one is not None
+    assert (one.name, one.version, one.source, one.identified_by) == ("libssl3", "3.0.11-1", "openssl", "dpkg")
+
+
+def test_packages_of_this_host_are_the_ones_that_dpkg_itself_tells(found: Packages) -> None:
+    if shutil.which("dpkg-query") is None:
+        pytest.skip("the system has no dpkg to compare with")
+    rows = ProcFs().executable_maps(os.getpid())
+    assert isinstance(rows, list)
+    mapped = [
+        Mapped(
+            Process(os.getpid(), 0),
+            Library(os.fsdecode(row.path), FileId(row.major, row.minor, row.inode)),
+            "all",
+            ((row.start, row.end),),
+        )
+        for row in rows
+        if row.path.startswith(b"/usr/lib")
+    ]
+    seen = [(one.name, one.version, one.source, one.source_version) for one in found.identify(mapped) if one]
+    form = "${Package}\t${Version}\t${source:Package}\t${source:Version}\n"
+    told = subprocess.run(["dpkg-query", "-W", "-f", form], capture_output=True, text=True, check=True).stdout
+    assert any(name == "libc6" for name, *_ in seen)
+    assert set(seen) <= {tuple(line.split("\t")) for line in told.splitlines()}
+
+
+# --- the note, apk, rpm -------------------------------------------------------------------------
+
+
+def test_note_in_the_file_comes_before_any_database(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    content = elf(1, json.dumps(NOTE).encode())
+    add_dpkg(root, dpkg_status(libssl3=("9", "")), {"libssl3": {SSL: content}})
+
+    assert found.identify([jailed().map(SSL)]) == [
+        PackageIdentity(
+            "openssl",
+            "3.2.2-10.fc41",
+            "openssl",
+            "pkg:rpm/fedora/openssl@3.2.2-10.fc41?distro=fedora-41",
+            "note",
+            "3.2.2-10.fc41",
+        )
+    ]
+
+
+def test_note_is_read_of_a_file_that_is_deleted(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    add_file(root, SSL, elf(1, json.dumps(NOTE).encode()))
+    one = jailed().map(SSL)
+    (root / SSL.lstrip("/")).unlink()
+
+    (identity,) = found.identify([one])
+
+    assert identity is not None
+    assert identity.version == "3.2.2-10.fc41"
+
+
+def test_apk_tells_by_its_database(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    (root / "etc/os-release").write_text("ID=alpine\nVERSION_ID=3.20.3\n")
+    add_file(root, "/lib/libssl.so.3", elf(1))
+    (root / "lib/apk/db").mkdir(parents=True)
+    database = apk_database({"libssl3": ("3.3.2-r0", "openssl", {"/lib/libssl.so.3": elf(1)})})
+    (root / "lib/apk/db/installed").write_text(database)
+    process = jailed()
+    one = process.map("/lib/libssl.so.3")
+
+    assert found.identify([one]) == [
+        PackageIdentity(
+            "libssl3",
+            "3.3.2-r0",
+            "openssl",
+            "pkg:apk/alpine/libssl3@3.3.2-r0?arch=x86_64&distro=alpine-3.20.3&upstream=openssl",
+            "apk",
+            "3.3.2-r0",
+        )
+    ]
+
+    # The upgrade has put the file in its place, and not yet written its database.
+    add_file(root, "/lib/libssl.so.3", elf(2))
+    assert found.identify([process.map("/lib/libssl.so.3")]) == [None]
+
+
+RPM = """#!/bin/sh
+eval "path=\\${{$#}}"
+test "$path" = {path} || {{ echo "file $path is not owned by any package"; exit 1; }}
+printf 'openssl-libs\\t1\\t3.0.7-27.el9\\tx86_64\\topenssl-3.0.7-27.el9.src.rpm\\t8\\n\\t{digest}\\t{path}\\n'
+"""
+
+
+def test_rpm_tells_source_and_epoch_where_its_digest_is_that_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawn: Any
+) -> None:
+    library = tmp_path / "libssl.so.3"
+    library.write_bytes(elf(1))
+    digest = hashlib.sha256(elf(1)).hexdigest()
+    (tmp_path / "rpm").write_text(RPM.format(path=library, digest=digest))
+    (tmp_path / "rpm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(packages, "_has_rpm", lambda _: True)
+    one = Jailed(spawn, Path("/")).map(str(library))
+
+    with Packages() as found:
+        (identity,) = found.identify([one])
+    assert identity is not None
+    assert (identity.name, identity.version, identity.source) == ("openssl-libs", "1:3.0.7-27.el9", "openssl")
+    assert "arch=x86_64&" in identity.purl
+    assert identity.purl.endswith("&epoch=1&upstream=openssl")
+
+    library.with_suffix(".new").write_bytes(elf(2))
+    library.with_suffix(".new").rename(library)
+    with Packages() as found:
+        assert found.identify([Jailed(spawn, Path("/")).map(str(library))]) == [None]
+
+
+# --- languages ----------------------------------------------------------------------------------
+
+
+def wheel(root: Path, site: str, files: dict[str, bytes]) -> None:
+    info = root / site.lstrip("/") / "NumPy-1.26.4.dist-info"
+    info.mkdir(parents=True)
+    rows = []
+    for path, content in files.items():
+        add_file(root, f"{site}/{path}", content)
+        rows.append(f"{path},,{len(content)}")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: NumPy\nVersion: 1.26.4\n\nName: other\n")
+    (info / "RECORD").write_text("\n".join(rows) + "\n")
+
+
+def test_wheel_tells_by_the_record_that_has_the_file(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    site = "/srv/venv/lib/python3.11/site-packages"
+    wheel(root, site, {"numpy/core.so": elf(1), "numpy.libs/libopenblas.so": elf(2)})
+    add_file(root, f"{site}/numpy/not-listed.so", elf(3))
+    process = jailed()
+    names = ("numpy/core.so", "numpy.libs/libopenblas.so", "numpy/not-listed.so")
+
+    identities = found.identify([process.map(f"{site}/{name}") for name in names])
+
+    numpy = PackageIdentity("numpy", "1.26.4", None, "pkg:pypi/numpy@1.26.4", "pypi")
+    assert identities == [numpy, numpy, None]
+
+
+def test_file_of_a_wheel_that_a_distribution_packs_is_of_that_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    site = "/usr/lib/python3/dist-packages"
+    wheel(root, site, {"numpy/core.so": elf(1)})
+    add_dpkg(
+        root, dpkg_status(**{"python3-numpy": ("1:1.24", "")}), {"python3-numpy": {f"{site}/numpy/core.so": elf(1)}}
+    )
+
+    (one,) = found.identify([jailed().map(f"{site}/numpy/core.so")])
+
+    assert one is not None
+    assert (one.name, one.identified_by) == ("python3-numpy", "dpkg")
+
+
+@pytest.mark.parametrize("name", ["bcrypt", "@img/sharp-linux-x64"])
+def test_package_of_npm_tells_by_its_json(root: Path, jailed: Callable[[], Jailed], found: Packages, name: str) -> None:
+    base = f"/app/node_modules/outer/node_modules/{name}"
+    add_file(root, f"{base}/lib/binding.node", elf(1))
+    add_file(root, f"{base}/package.json", json.dumps({"name": name, "version": "5.1.1", "x": [1]}).encode())
+
+    (one,) = found.identify([jailed().map(f"{base}/lib/binding.node")])
+
+    assert one is not None
+    assert (one.name, one.version, one.identified_by) == (name, "5.1.1", "npm")
+    assert one.purl == f"pkg:npm/{name.replace('@', '%40')}@5.1.1"
+
+
+def jar(root: Path, path: str, files: dict[str, bytes]) -> None:
+    (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(root / path.lstrip("/"), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+POM = "META-INF/maven/io.netty/netty-tcnative/pom.properties"
+PROPERTIES = b"#Generated\nartifactId=netty-tcnative\ngroupId=io.netty\nversion=2.0.65.Final\n"
+
+
+def test_library_from_an_open_archive_of_java_is_of_its_artifact(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    jar(root, "/app/other.jar", {"a.class": b"x"})
+    jar(root, "/app/netty-tcnative-2.0.65.jar", {POM: PROPERTIES, "META-INF/native/libnetty.so": elf(1)})
+    add_file(root, "/tmp/libnetty8812.so", elf(1))
+    add_file(root, "/tmp/other.so", elf(2))
+    process = jailed()
+    for name in ("/app/other.jar", "/app/netty-tcnative-2.0.65.jar"):
+        process.map(name)
+    mapped = [process.map("/tmp/libnetty8812.so"), process.map("/tmp/other.so")]
+    (root / "tmp/libnetty8812.so").unlink()  # as they do at once
+
+    assert found.identify(mapped) == [
+        PackageIdentity(
+            "io.netty:netty-tcnative", "2.0.65.Final", None, "pkg:maven/io.netty/netty-tcnative@2.0.65.Final", "maven"
+        ),
+        None,
+    ]
+
+
+def test_archive_with_several_artifacts_tells_only_the_one_that_it_is_called_as(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    inner = {POM: PROPERTIES, "META-INF/maven/g/app/pom.properties": b"groupId=g\nartifactId=app\nversion=1\n"}
+    for number, name in enumerate(("/app/fat.jar", "/app/app-1.0.jar"), 1):
+        jar(root, name, {**inner, "lib.so": elf(number)})
+        add_file(root, f"/tmp/{number}.so", elf(number))
+    process = jailed()
+    for name in ("/app/fat.jar", "/app/app-1.0.jar"):
+        process.map(name)
+
+    fat, app = found.identify([process.map("/tmp/1.so"), process.map("/tmp/2.so")])
+
+    assert fat is None
+    assert app is not None
+    assert app.purl == "pkg:maven/g/app@1"
+
+
+# --- hostile roots ------------------------------------------------------------------------------
+
+
+def test_hostile_databases_are_passed_over(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    debian_with_ssl(root)
+    info = root / "var/lib/dpkg"
+    os.mkfifo(info / "info/fifo.list")
+    (info / "info/link.list").symlink_to("/etc/os-release")
+    (info / "updates/0001").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside").write_text(dpkg_status(libssl3=("666", "")))
+    os.mkfifo(info / "updates/0002")
+    (root / "lib/apk/db").mkdir(parents=True)
+    os.mkfifo(root / "lib/apk/db/installed")
+    (root / "node_modules/bomb").mkdir(parents=True)
+    (root / "node_modules/bomb/package.json").write_text("[" * 900_000)
+    add_file(root, "/node_modules/bomb/x.so", elf(4))
+    site = root / "opt/site-packages/bad-1.dist-info"
+    site.mkdir(parents=True)
+    os.mkfifo(site / "METADATA")
+    (site / "RECORD").write_text('bad/x.so,,\n"' + "x" * 300_000)
+    add_file(root, "/opt/site-packages/bad/x.so", elf(5))
+    jar(root, "/bad.jar", {"x.so": elf(6)})
+    data = bytearray((root / "bad.jar").read_bytes())
+    data[-22 + 12 : -22 + 16] = (0xFFFFFFF0).to_bytes(4, "little")
+    (root / "bad.jar").write_bytes(data)
+    add_file(root, "/tmp/y.so", elf(6))
+    process = jailed()
+    process.map("/bad.jar")
+    names = (SSL, "/node_modules/bomb/x.so", "/opt/site-packages/bad/x.so", "/tmp/y.so")
+
+    identities = found.identify([process.map(name) for name in names])
+
+    assert [one and one.version for one in identities] == ["3.0.11-1~deb12u2", None, None, None]
+
+
+def test_names_with_control_characters_are_encoded_in_the_purl(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    (root / "etc/os-release").write_text('ID="deb\x1b[2J"\nVERSION_ID=../../x\n')
+    status = dpkg_status(evil=("1\x1b]0;x\x07?arch=z", "Source: a&b\n"))
+    add_dpkg(root, status, {"evil": {SSL: elf(1)}})
+
+    (one,) = found.identify([jailed().map(SSL)])
+
+    assert one is not None
+    assert one.purl.isprintable()
+    assert one.purl.count("?") == 1
+
+
+def test_process_that_is_gone_has_no_packages_and_is_asked_again(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    process = jailed()
+    one = process.map(SSL)
+    process.process.kill()
+    process.process.wait()
+
+    assert found.identify([one]) == [None]
+    assert found.identify([jailed().map(SSL)]) != [None]
+
+
+def test_memory_that_is_no_file_has_no_package(found: Packages) -> None:
+    made = Mapped(Process(os.getpid(), 0), Library("[vdso]", FileId(0, 0, 0)), "all", ())
+
+    assert found.identify([made]) == [None]
+
+
+def test_what_is_unknown_is_looked_up_again_after_a_while(root: Path, jailed: Callable[[], Jailed]) -> None:
+    now_s = 1000.0
+    add_file(root, SSL, elf(1))
+    with Packages(clock=lambda: now_s) as found:
+        one = jailed().map(SSL)
+        assert found.identify([one]) == [None]
+        add_dpkg(root, dpkg_status(libssl3=("1", "")), {})
+        (root / "var/lib/dpkg/info/libssl3.list").write_text(f"{SSL}\n")
+        assert found.identify([one]) == [None]
+        now_s += packages.ASK_AGAIN_S
+
+        assert found.identify([one]) != [None]
+
+
+def test_a_bound_holds_for_identities(
+    root: Path, jailed: Callable[[], Jailed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "MAX_KEPT", 2)
+    files = {f"/usr/lib/lib{number}.so": elf(number) for number in range(5)}
+    add_dpkg(root, dpkg_status(all=("1", "")), {"all": files})
+    process = jailed()
+    with Packages() as found:
+        mapped = [process.map(path) for path in files]
+
+        assert all(found.identify(mapped))
+        assert len(found._kept) == 2
