@@ -10,7 +10,7 @@ import base64
 import binascii
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ _DAY_NS: Final = 86_400 * 10**9
 _LAST_NS: Final = 4_200_000_000 * 10**9
 #: Texts that are kept encoded.
 _KNOWN_TEXTS: Final = 20_000
-_KNOWN_BYTES: Final = 256
+_KNOWN_BYTES: Final = 512
 
 _INT64: Final = struct.Struct("<q").pack
 _NONE: Final = b"\0"
@@ -157,21 +157,18 @@ def decode(body: bytes, *, is_json: bool, now_ns: int) -> Decoded:
             raise NotOtlp("it is nested too deeply") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise NotOtlp(str(error)) from error
-        return _Rows(now_ns, _text_of_json).of(request.resource_logs or ())
-    message = _messages()
+        return _Rows(now_ns, _text_of_json, _pairs_of_json).of(request.resource_logs or ())
+    messages = _messages()
     try:
-        request = message.ExportLogsServiceRequest.FromString(body)
-    except Exception as error:
-        if type(error).__name__ != "DecodeError":
-            raise
+        request = messages.request.FromString(body)
+    except messages.decode_error as error:
         raise NotOtlp("it cannot be parsed as an ExportLogsServiceRequest") from error
-    return _Rows(now_ns, _text_of_message).of(request.resource_logs)
+    return _Rows(now_ns, _text_of_message, messages.pairs.of).of(request.resource_logs)
 
 
 def answer_of(decoded: Decoded, *, is_json: bool) -> bytes:
     """The body of the answer to a request that was taken, in its own encoding."""
-    message = _messages()
-    response = message.ExportLogsServiceResponse()
+    response = _messages().response()
     if decoded.rejected:
         response.partial_success.rejected_log_records = decoded.rejected
         response.partial_success.error_message = decoded.reason
@@ -202,11 +199,96 @@ def _json_decoder() -> msgspec.json.Decoder[_Request]:
     return msgspec.json.Decoder(_Request)
 
 
-@cache
-def _messages() -> Any:
-    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
+class _Messages(Struct):
+    """What is used of protobuf: the classes of messages, and the error of what cannot be parsed."""
 
-    return logs_service_pb2
+    request: Any
+    response: Any
+    decode_error: type[Exception]
+    pairs: _Pairs
+
+
+@cache
+def _messages() -> _Messages:
+    """The messages of opentelemetry-proto, with attributes left as bytes in requests: each is parsed once.
+
+    A message and a text of bytes are the same on the wire, and most attributes of a fleet come again and again: reading
+    them as messages takes four times as long as all the rest.
+    """
+    from google.protobuf import (  # type: ignore[import-untyped,unused-ignore]
+        descriptor_pb2,
+        descriptor_pool,
+        message,
+        message_factory,
+    )
+    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
+    from opentelemetry.proto.common.v1 import common_pb2
+    from opentelemetry.proto.logs.v1 import logs_pb2
+    from opentelemetry.proto.resource.v1 import resource_pb2
+
+    pool = descriptor_pool.DescriptorPool()
+    for module in (common_pb2, resource_pb2, logs_pb2, logs_service_pb2):
+        file = descriptor_pb2.FileDescriptorProto()
+        module.DESCRIPTOR.CopyToProto(file)
+        for one in file.message_type:
+            for field in one.field:
+                if field.name == "attributes":
+                    field.type = field.TYPE_BYTES
+                    field.ClearField("type_name")
+        pool.Add(file)
+    request = pool.FindMessageTypeByName(logs_service_pb2.ExportLogsServiceRequest.DESCRIPTOR.full_name)
+    return _Messages(
+        request=message_factory.GetMessageClass(request),
+        response=logs_service_pb2.ExportLogsServiceResponse,
+        decode_error=message.DecodeError,
+        pairs=_Pairs(common_pb2.KeyValue.FromString, message.DecodeError),
+    )
+
+
+class _Pairs:
+    """Attributes by their bytes, as key and value in RowBinary; the recent ones are remembered.
+
+    Args:
+        parse: of a KeyValue.
+        decode_error: what it raises.
+    """
+
+    def __init__(self, parse: Callable[[bytes], Any], decode_error: type[Exception]) -> None:
+        self._parse = parse
+        self._decode_error = decode_error
+        self._young: dict[bytes, tuple[bytes, bytes]] = {}
+        self._old: dict[bytes, tuple[bytes, bytes]] = {}
+
+    def of(self, attributes: Iterable[bytes]) -> dict[bytes, bytes]:
+        """The pairs; of two with one key the last.
+
+        Raises:
+            NotOtlp: one is none.
+            _Refused: one is too large.
+        """
+        recent = self._young.get
+        found = {}
+        for data in attributes:
+            key, value = recent(data) or self._remembered(data)
+            found[key] = value
+        return found
+
+    def _remembered(self, data: bytes) -> tuple[bytes, bytes]:
+        found = self._old.get(data) or self._read(data)
+        if len(data) < _KNOWN_BYTES:
+            if len(self._young) >= _KNOWN_TEXTS:
+                # Not cleared: the loop above has its method.
+                self._old = self._young.copy()
+                self._young.clear()
+            self._young[data] = found
+        return found
+
+    def _read(self, data: bytes) -> tuple[bytes, bytes]:
+        try:
+            pair = self._parse(data)
+        except self._decode_error as error:
+            raise NotOtlp("an attribute cannot be parsed as a KeyValue") from error
+        return _checked(_sized(pair.key), _text_of_message(pair.value, 0))
 
 
 class _Refused(Exception):
@@ -216,9 +298,12 @@ class _Refused(Exception):
 class _Rows:
     """The rows of one request, one after the other."""
 
-    def __init__(self, now_ns: int, text_of: Callable[[Any, int], bytes]) -> None:
+    def __init__(
+        self, now_ns: int, text_of: Callable[[Any, int], bytes], pairs_of: Callable[[Any], dict[bytes, bytes]]
+    ) -> None:
         self._now_ns = now_ns
         self._text_of = text_of
+        self._pairs_of = pairs_of
         self._rows: list[bytes] = []
         self._bytes = 0
         self._today = now_ns // _DAY_NS
@@ -307,20 +392,13 @@ class _Rows:
             self._odd_days.add(day)
         self._days.add(day)
 
-    def _attributes(self, attributes: Iterable[Any] | None) -> dict[bytes, bytes]:
+    def _attributes(self, attributes: Sequence[Any] | None) -> dict[bytes, bytes]:
         """Keys and values as RowBinary has texts; of two with one key the last."""
-        found = {}
-        for one in attributes or ():
-            value = one.value
-            found[_known(one.key)] = _NONE if value is None else self._text_of(value, 0)
-        if len(found) > MAX_ATTRIBUTES or (attributes and len(attributes) > 4 * MAX_ATTRIBUTES):  # type: ignore[arg-type]
+        if not attributes:
+            return {}
+        if len(attributes) > MAX_ATTRIBUTES:
             raise _Refused(f"it has more than {MAX_ATTRIBUTES} attributes")
-        for key, value in found.items():
-            if len(key) > MAX_KEY_BYTES:
-                raise _Refused(f"a key has more than {MAX_KEY_BYTES} bytes")
-            if len(value) > MAX_VALUE_BYTES:
-                raise _Refused(f"an attribute has more than {MAX_VALUE_BYTES >> 10} KiB")
-        return found
+        return self._pairs_of(attributes)
 
     def _reject(self, count: int, reason: str) -> None:
         if count:
@@ -351,6 +429,22 @@ def _value_of_message(value: Any, depth: int) -> Any:
         return {one.key: _value_of_message(one.value, depth + 1) for one in value.kvlist_value.values}
     # A kind of a later version of the protocol is none here.
     return None if kind is None else getattr(value, kind)
+
+
+def _pairs_of_json(pairs: Iterable[_KeyValue]) -> dict[bytes, bytes]:
+    return dict(map(_pair_of_json, pairs))
+
+
+def _pair_of_json(pair: _KeyValue) -> tuple[bytes, bytes]:
+    return _checked(_known(pair.key), _NONE if pair.value is None else _text_of_json(pair.value, 0))
+
+
+def _checked(key: bytes, value: bytes) -> tuple[bytes, bytes]:
+    if len(key) > MAX_KEY_BYTES:
+        raise _Refused(f"a key has more than {MAX_KEY_BYTES} bytes")
+    if len(value) > MAX_VALUE_BYTES:
+        raise _Refused(f"an attribute has more than {MAX_VALUE_BYTES >> 10} KiB")
+    return key, value
 
 
 def _text_of_json(value: _AnyValue, depth: int) -> bytes:
@@ -452,8 +546,7 @@ def _known(text: str) -> bytes:
 
 
 def _sized(text: str) -> bytes:
-    # JSON may have lone surrogates as escapes, which are no text.
-    data = text.encode("utf-8", "replace")
+    data = text.encode()
     size = len(data)
     return (bytes((size,)) if size < 128 else _varint(size)) + data
 
