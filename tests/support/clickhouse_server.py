@@ -1,7 +1,7 @@
 """A server with the part of ClickHouse's HTTP interface that `sowatch.fleet.clickhouse` uses, on chdb.
 
-There is no ClickHouse to test with: its server is in no registry that the tests may use. chdb is the same engine, with the
-same parameters. It runs in a process of its own: it starts threads and opens files that stay.
+There is no ClickHouse to test with: its server is in no registry that the tests may use. chdb is the same engine, with
+the same parameters. It runs in a process of its own: it starts threads and opens files that stay.
 
   python clickhouse_server.py DIRECTORY PASSWORD      prints its port, and answers until its input ends
 """
@@ -91,7 +91,7 @@ def main(directory: str, password: str) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             try:
                 status, pieces = answer(self.headers, self.path, body)
-            except Exception as error:  # as the server does, with the text of the engine
+            except Exception as error:  # noqa: BLE001  (its text is the answer, as that of the server)
                 status, pieces = 500, [f"{error}\n".encode()]
             self.send_response(status)
             self.end_headers()
@@ -103,7 +103,8 @@ def main(directory: str, password: str) -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(server.server_address[1], flush=True)
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
     sys.stdin.read()
     session.close()
 

@@ -10,12 +10,12 @@
   schema            the SQL of the tables
 
 An answer is `mapped`, `not mapped` or `not observed`, for each host and for all: `not mapped` only where nothing that
-the host has could be missing. --json gives one object a line; the first one, event "fleet_answer", says for how many hosts it
-holds. Of a store that `sowatch fleet receive` fills, ask that one; of a ClickHouse, --url, with the user of
-CLICKHOUSE_USER and the password of CLICKHOUSE_PASSWORD.
+the host has could be missing. --json gives one object a line; the first one, event "fleet_answer", names for how many
+hosts it holds. Asked is the store that `sowatch fleet receive` fills; with --url a ClickHouse, as the user of
+CLICKHOUSE_USER with the password of CLICKHOUSE_PASSWORD, or of the file CLICKHOUSE_PASSWORD_FILE.
 
-Exit codes: 0 done; 1 could not do it; 2 wrong usage. Of remediated: 0 nobody maps it, and every host answered; 1 somebody
-does; 3 nobody that is known, but there are hosts that did not answer.
+Exit codes: 0 done; 1 could not do it; 2 wrong usage; 3 not permitted. Of remediated: 0 nobody maps it, and every host
+answered; 1 somebody does, or could not do it; 3 nobody that is known, but there are hosts that did not answer.
 
 Examples:
   sowatch fleet who libssl.so.3 --store /var/lib/sowatch

@@ -1,9 +1,9 @@
 """The JSON Schema of what --json prints.
 
 Draft 2020-12, with an $id. It has every line that a command prints, each by its "event"; fields are only ever added.
-With NAME only that: a command (watch, run, list, top, trace, http, audit, explain, doctor, fleet), debug or serve for what
-an agent answers and streams, or one event (load, mapping, ...). What is marked "deprecated" is kept, and its description
-names the field that has its place.
+With NAME only that: a command (watch, run, list, top, trace, http, audit, explain, doctor, fleet), debug or serve for
+what an agent answers and streams, or one event (load, mapping, ...). What is marked "deprecated" is kept, and its
+description names the field that has its place.
 
 Examples:
   sowatch schema > sowatch.schema.json

@@ -116,8 +116,8 @@ def over_time(edges: Iterable[Iterable[Edge]], since_ns: int = 0) -> list[tuple[
     changes: dict[int, int] = {}
     for one in edges:
         for at_ns, is_mapped in one:
-            at_ns = max(at_ns, since_ns)
-            changes[at_ns] = changes.get(at_ns, 0) + (1 if is_mapped else -1)
+            place_ns = max(at_ns, since_ns)
+            changes[place_ns] = changes.get(place_ns, 0) + (1 if is_mapped else -1)
     found, now = [], 0
     for at_ns in sorted(changes):
         if changes[at_ns]:

@@ -1,6 +1,6 @@
-"""Asks a ClickHouse over its HTTP interface, as a reader only. https://clickhouse.com/docs/interfaces/http
+"""Asks a ClickHouse over its HTTP interface, as a reader only.
 
-Each question has ``readonly=1``, and its values go in as ``param_NAME``, in a form beside the query.
+https://clickhouse.com/docs/interfaces/http has it. Each question has ``readonly=1``, and its values go in as ``param_NAME``, in a form beside the query.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class ClickHouse:
             raise NotPermitted(
                 f"{self.url} refuses",
                 first,
-                "Give CLICKHOUSE_USER and CLICKHOUSE_PASSWORD, or a file with the password in CLICKHOUSE_PASSWORD_FILE, of a "
-                "user that may SELECT from the tables and views whose names begin with fleet_.",
+                "Give CLICKHOUSE_USER and CLICKHOUSE_PASSWORD, or a file with the password in CLICKHOUSE_PASSWORD_FILE, "
+                "of a user that may SELECT from the tables and views whose names begin with fleet_.",
             )
         if "UNKNOWN_TABLE" in text or "UNKNOWN_FUNCTION" in text:
             raise SowatchError(
@@ -112,8 +112,8 @@ def _parsed(url: str) -> SplitResult:
         raise UsageError(f"--url {url!r} is no URL of http or https. Write http://HOST:8123.")
     if parts.username is not None or parts.password is not None:
         raise UsageError(
-            "a password in --url can be read by every process of the host. Give it as CLICKHOUSE_PASSWORD, or in a file, "
-            "CLICKHOUSE_PASSWORD_FILE."
+            "a password in --url can be read by every process of the host. Give it as CLICKHOUSE_PASSWORD, or in a "
+            "file, CLICKHOUSE_PASSWORD_FILE."
         )
     return parts
 

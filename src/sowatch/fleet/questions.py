@@ -37,8 +37,8 @@ from sowatch.model.wire_fleet import (
 __all__ = ["Build", "Fleet", "StaleGroup", "VulnerableBuilds", "pod_of"]
 
 _COVERAGE: Final = """
-SELECT host_id, host_name, state, reason, heard_at, agent_version, strategy, guarantee, limits, lost, dropped, unreadable,
-    groups
+SELECT host_id, host_name, state, reason, heard_at, agent_version, strategy, guarantee, limits, lost, dropped,
+    unreadable, groups
 FROM fleet_coverage(now = {now:UInt64})
 ORDER BY host_name, host_id
 """
@@ -84,8 +84,8 @@ GROUP BY host_id
 """
 
 _MAPPINGS: Final = """
-SELECT host_id, host_name, state, reason, answer, build_id, soname, path, kind, exe, exe_build_id, unit, container, pod_uid,
-    pod, namespace, purl, processes, short_lived, pids, listen, stale, stale_since, since, version
+SELECT host_id, host_name, state, reason, answer, build_id, soname, path, kind, exe, exe_build_id, unit, container,
+    pod_uid, pod, namespace, purl, processes, short_lived, pids, listen, stale, stale_since, since, version
 FROM fleet_in_force(now = {{now:UInt64}})
 WHERE {condition}
 ORDER BY host_name, host_id, namespace, pod, container, unit, exe, path, build_id
@@ -105,8 +105,8 @@ WHERE {condition}
 GROUP BY build_id
 """
 
-#: A row a host: when the first of its groups came and the last one went, by turns. A group that was not ended by a record
-#: ended when the first complete snapshot after its last record began, unless the next run of the agent sent it, too.
+#: A row a host: when the first of its groups came and the last one went, by turns. A group that was not ended by a
+#: record ended when the first complete snapshot after its last record began, unless the agent's next run sent it, too.
 _HISTORY: Final = """
 WITH
     spans AS

@@ -292,7 +292,7 @@ def test_a_clock_that_is_far_ahead_is_not_believed(store, now: int) -> None:
 
 
 def test_records_that_would_expire_are_not_counted_as_received(store, now: int) -> None:
-    web = agent("web", HOUR)  # no clock yet: 1970
+    web = agent("web", 1_000_000_000 * SECOND)  # no clock yet
     store.take(web.snapshot_of([SSL]))
     store.take(beat(web, now))
     fleet = store.at(now)
@@ -343,7 +343,7 @@ def test_stale_has_only_what_is_stale_now(store, now: int) -> None:
     stale = replace(SSL, stale="replaced", stale_since_ns=now - 60 * SECOND)
     store.take(web.snapshot_of([SSL, LIBC]), database.snapshot_of([SSL]))
     web.now_ns = database.now_ns = now - 50 * SECOND
-    store.take(web.state(stale), database.state(stale), database.unmapped(stale), database.mapped(SSL_NEW))
+    store.take(web.changed(stale), database.changed(stale), database.unmapped(stale), database.mapped(SSL_NEW))
     store.take(beat(web, now), beat(database, now))
     (line,) = store.at(now).stale().lines
     assert (line.host_name, line.stale, line.path) == ("web", "replaced", SSL.path)
@@ -372,7 +372,7 @@ def test_history_measures_the_time_to_remediation(store, now: int) -> None:
         stale = replace(SSL, stale="replaced", stale_since_ns=replaced, since_ns=begin)
         store.take(host.snapshot_of([replace(SSL, since_ns=begin), LIBC]))
         host.now_ns = replaced + SECOND
-        store.take(host.state(stale))
+        store.take(host.changed(stale))
         if number < 2:
             host.now_ns = replaced + (number + 1) * 600 * SECOND
             store.take(host.unmapped(stale), host.mapped(replace(SSL_NEW, since_ns=host.now_ns)))
@@ -403,7 +403,8 @@ def test_history_of_an_agent_that_was_killed_has_no_gap_and_an_end(store, now: i
 
 
 @pytest.mark.parametrize(
-    ("groups", "beats", "answer"), [([SSL], True, "mapped"), ([LIBC], True, "not mapped"), ([LIBC], False, "not observed")]
+    ("groups", "beats", "answer"),
+    [([SSL], True, "mapped"), ([LIBC], True, "not mapped"), ([LIBC], False, "not observed")],
 )
 def test_remediated_is_answered_for_all_hosts(store, now: int, groups, beats: bool, answer: str) -> None:
     web = agent("web", now - HOUR)
