@@ -5,6 +5,7 @@ Each answers on a port of its own of the loopback address.
 
 from __future__ import annotations
 
+import gzip
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ class Collector:
     logs: list[Any] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     refuses: bool = False
+    #: Of bodies, as they came.
+    bytes: int = 0
 
     def points(self, name: str) -> list[Any]:
         """The data points of the metric in the last request that has it."""
@@ -93,6 +96,9 @@ def http_collector() -> Iterator[Collector]:
     def answer(request: BaseHTTPRequestHandler) -> tuple[int, str, bytes]:
         body = request.rfile.read(int(request.headers["Content-Length"]))
         found.headers.append({name.lower(): value for name, value in request.headers.items()})
+        found.bytes += len(body)
+        if request.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
         if found.refuses:
             return 400, "text/plain", b"refused"
         if request.path == "/v1/metrics":

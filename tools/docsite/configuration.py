@@ -16,6 +16,7 @@ from sowatch.agent.daemon import LIVE_KEYS
 from sowatch.agent.settings import (
     AttachSettings,
     ExporterSettings,
+    FleetSettings,
     HttpSettings,
     RuleSettings,
     Settings,
@@ -37,6 +38,7 @@ _TABLES: Final[tuple[tuple[type[Struct], str, str], ...]] = (
     (AttachSettings, "attach of a rule", "BPF programs of your own, as a table within `[[rules]]`."),
     (SinkSettings, "[[sinks]]", "Where events go besides HTTP clients."),
     (HttpSettings, "[http]", "Requests and responses that pass TLS libraries. Off by default."),
+    (FleetSettings, "[fleet]", "What is mapped on this host, to the receiver of a fleet. Off by default."),
     (ExporterSettings, "[[exporters]]", "Where metrics are sent besides being scraped."),
 )
 _NAMES: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -100,6 +102,6 @@ def _type(hint: Any) -> str:
 def _default(kind: type[Struct], name: str, value: Any) -> str:
     if kind is Config and name == "allow_procfs_fallback":
         value = Settings().watch.allow_procfs_fallback  # the agent's own
-    if value is None or value is NODEFAULT or value == ():
+    if value is None or value is NODEFAULT or value == () or value == {}:
         return "none"
     return f"`{json.dumps(value)}`"

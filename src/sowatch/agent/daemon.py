@@ -20,6 +20,8 @@ from msgspec.structs import asdict, replace
 
 from sowatch.agent.actions import Actions
 from sowatch.agent.attachments import Attachments
+from sowatch.agent.fleet_feed import FleetChange, FleetFeed, with_everything
+from sowatch.agent.fleet_settings import FLEET_RULE
 from sowatch.agent.http_flows import HttpFlows, with_tls_libraries
 from sowatch.agent.hub import EventHub
 from sowatch.agent.outputs import Outputs
@@ -39,6 +41,7 @@ from sowatch.model.config import Config
 from sowatch.model.errors import PidNamespaceError, SowatchError
 from sowatch.model.lines import stamp
 from sowatch.model.literals import STREAM_KINDS
+from sowatch.model.rules import Rule
 from sowatch.sources.base import EventSource
 from sowatch.sources.select import open_source
 from sowatch.telemetry import MetricRegistry, Sampler, names
@@ -63,6 +66,7 @@ LIVE_KEYS: Final = frozenset(
     {
         "rules",
         "http",
+        "fleet",
         "sinks",
         "exporters",
         "audit_interval_s",
@@ -115,15 +119,19 @@ class Daemon:
         self._sampler = Sampler(self._metrics, version=version)
         self._actions = Actions(self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
         self._first_actions = self._actions.prepare(settings.rules)
-        rules = with_tls_libraries(self._first_actions.rules, settings.http)
-        self._watcher = Watcher(*rules, config=settings.watch, open_source=self._open_source)
+        rules = _rules(self._first_actions.rules, settings)
+        self._watcher = Watcher(
+            *rules, config=settings.watch, hidden_rules=(FLEET_RULE,), open_source=self._open_source
+        )
         self._flows = HttpFlows(self._watcher, self._metrics, self._sampler, ProcFs(settings.watch.proc_root))
         self._first_flows = self._flows.prepare(settings.http)
         self._origin = origin_of(ProcFs(settings.watch.proc_root))
         proc = ProcFs(settings.watch.proc_root)
         self._stale = StaleFeed(self._watcher, self._metrics, proc, settings.stale_interval_s)
+        self._fleet = FleetFeed(self._watcher, self._origin, proc)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
+        self._first_fleet: FleetChange | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
         self._config_error: str | None = None
@@ -148,6 +156,7 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             sockets = self._bind(stack)
             stack.callback(self._outputs.close)
+            stack.callback(self._fleet.close)
             stack.callback(self._actions.close)
             stack.callback(self._flows.close)
             subscription = self._watcher.subscribe(events=STREAM_KINDS)
@@ -157,6 +166,8 @@ class Daemon:
             stack.callback(self._sampler.follow_watcher(self._watcher))
             assert self._start_outputs is not None
             self._start_outputs()
+            assert self._first_fleet is not None
+            self._first_fleet.apply()
             self._serve(stack, sockets, EventHub(subscription))
             self._start_thread(stack, self._audit_again_and_again, "sowatch-audit")
             if settings.reload:
@@ -207,12 +218,15 @@ class Daemon:
             self._first_actions.start()
             self._first_flows.start()
             self._start_outputs = self._outputs.prepare(self._settings)
+            self._first_fleet = self._fleet.prepare(self._settings.fleet)
             self._first_actions.apply()
             self._first_flows.apply()
             self._actions.start()
         except BaseException:
             self._first_actions.discard()
             self._first_flows.discard()
+            if self._first_fleet is not None:
+                self._first_fleet.discard()
             source.close()
             raise
         return source
@@ -334,19 +348,22 @@ class Daemon:
         self._needs_restart = tuple(key for name in kept for key in changed_keys(name, old, new))
         actions = self._actions.prepare(new.rules)
         flows = self._flows.prepare(new.http)
+        fleet = self._fleet.prepare(new.fleet)
         try:
             actions.start()
             flows.start()
             apply_outputs = self._outputs.prepare(new)
-            if {"rules", "http"} & set(changed) or actions.is_change:
-                self._watcher.set_rules(*with_tls_libraries(actions.rules, new.http))
+            if {"rules", "http", "fleet"} & set(changed) or actions.is_change:
+                self._watcher.set_rules(*_rules(actions.rules, new))
         except BaseException:
             actions.discard()
             flows.discard()
+            fleet.discard()
             raise
         actions.apply()
         flows.apply()
         apply_outputs()
+        fleet.apply()
         set_up_logging(new.log_level, new.log_format)
         self._allow_hosts(new)
         self._audit_interval_s = new.audit_interval_s
@@ -409,6 +426,8 @@ class Daemon:
                 "unread": list(report.unread),
                 "seconds": round(report.seconds, 3),
             }
+        fleet = self._fleet.state()
+        fleet_problem = f"fleet: {fleet['error']}" if fleet is not None and not fleet["up"] else None
         facts: dict[str, Any] = {
             **asdict(self._origin),
             "strategy": ready and ready.strategy,
@@ -429,11 +448,16 @@ class Daemon:
             },
             "attachments": self._actions.summary(),
             "http": self._flows.summary(),
-            "outputs": self._outputs.problems(),
-            "output_states": self._outputs.state(),
+            "outputs": [*self._outputs.problems(), *([fleet_problem] if fleet_problem else [])],
+            "output_states": [*self._outputs.state(), *([fleet] if fleet else [])],
             "pod_names": None if watcher.pod_names is None else asdict(watcher.pod_names),
         }
         return Readiness(tuple(problems), facts)
+
+
+def _rules(rules: list[Rule], settings: Settings) -> list[Rule]:
+    """The rules with those that sections add, each for what no rule before wants."""
+    return with_everything(with_tls_libraries(rules, settings.http), settings.fleet)
 
 
 def _listen(stack: contextlib.ExitStack, listen: str | None, *, is_for_metrics: bool = False) -> socket.socket | None:

@@ -8,7 +8,6 @@ Not pydantic-settings: it does not know the lines of a file, and the tables are 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import tomllib
@@ -19,6 +18,9 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 from msgspec import Struct, field
 from msgspec.structs import fields
 
+from sowatch.agent.fleet_settings import FLEET_RULE, FleetSettings
+from sowatch.agent.setting_checks import in_range as _in_range
+from sowatch.agent.setting_checks import missing_module as _missing_module
 from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
@@ -32,6 +34,7 @@ __all__ = [
     "HTTP_PREFIX",
     "AttachSettings",
     "ExporterSettings",
+    "FleetSettings",
     "HttpSettings",
     "RuleSettings",
     "Settings",
@@ -272,6 +275,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         sinks: where events go.
         exporters: where metrics are sent.
         http: requests and responses that pass TLS libraries.
+        fleet: what is mapped on this host, to the receiver of a fleet.
     """
 
     socket: str = "/run/sowatch/sowatch.sock"
@@ -292,6 +296,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     sinks: tuple[SinkSettings, ...] = ()
     exporters: tuple[ExporterSettings, ...] = ()
     http: HttpSettings = field(default_factory=HttpSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
 
     def __post_init__(self) -> None:
         if not self.socket or "\0" in self.socket:
@@ -309,6 +314,8 @@ class Settings(Struct, frozen=True, kw_only=True):
                     raise ConfigError(
                         "rules", f"{name!r} begins like the rules of [http], {HTTP_PREFIX!r}. Give it another name."
                     )
+        if self.fleet.enabled and any(one.make().name == FLEET_RULE for one in self.rules):
+            raise ConfigError("rules", f"{FLEET_RULE!r} is the name of the rule of [fleet]. Give it another name.")
         titles = [one.title for one in self.sinks]
         for title in titles:
             if titles.count(title) > 1:
@@ -562,14 +569,3 @@ def _refuse_keys_of_others(one: Struct, kind: str, keys: Mapping[str, Sequence[s
                 raise ConfigError(
                     name, f"type {kind!r} has none, only {owner!r} does. Take it away, or correct the type."
                 )
-
-
-def _missing_module(*modules: str) -> str | None:
-    """The first that is not installed; none is imported."""
-    return next((one for one in modules if importlib.util.find_spec(one) is None), None)
-
-
-def _in_range(key: str, value: float, low: float, high: float, *, or_zero: str | None = None) -> None:
-    if not low <= value <= high:
-        also = "" if or_zero is None else f", or 0 {or_zero}"
-        raise ConfigError(key, f"{value} is out of range. Use a number from {low} to {high}{also}.")

@@ -15,6 +15,7 @@ from sowatch.inventory.staleness import Staleness
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Process, Renewed, Stale
+from sowatch.model.stats import Mapped
 from sowatch.telemetry import Gauge, MetricRegistry, names
 from sowatch.watcher.watcher import Watcher
 
@@ -45,7 +46,7 @@ class StaleFeed:
         self._metrics = metrics
         self._gauges: dict[tuple[str, str], Gauge] = {}
         #: Its answers are those of `/inventory` and of the page.
-        self.watch = StaleWatch(watcher, proc=proc, interval_s=interval_s, on_change=self._publish)
+        self.watch = StaleWatch(_All(watcher), proc=proc, interval_s=interval_s, on_change=self._publish)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -85,6 +86,16 @@ class StaleFeed:
         for (by, name), count in counts.items():
             gauge = self._gauges[by, name] = self._metrics.gauge(names.STALE_PROCESSES.name, f"by:{by}", f"name:{name}")
             gauge.set(count)
+
+
+class _All:
+    """Everything that a watcher has mapped, that of hidden rules, too."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
+        return self._watcher.snapshot(with_ranges=with_ranges, with_hidden=True)
 
 
 def _event(change: StaleChange, now_ns: int) -> Stale | Renewed:

@@ -5,13 +5,15 @@ The engine's thread writes; any thread may copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
 
-from sowatch.model.events import Load
+from sowatch.engine.address_space import Mapping as Ranges
+from sowatch.model.events import Load, Process
 from sowatch.model.identity import FileId, ProcessId
+from sowatch.model.stats import Mapped
 
-__all__ = ["Counts", "Loads", "PublishedMap"]
+__all__ = ["Counts", "Loads", "PublishedMap", "mapped_by"]
 
 #: Load events by process and file.
 Loads: TypeAlias = dict[ProcessId, dict[FileId, Load]]
@@ -78,3 +80,35 @@ class PublishedMap:
         """How much it holds; from any thread."""
         loads = list(self._loads.values())
         return Counts(len(loads), len({file for files in loads for file in list(files)}), sum(map(len, loads)))
+
+
+def mapped_by(
+    loads: Loads,
+    now: Mapping[ProcessId, Mapping[FileId, Ranges]],
+    named: Callable[[Process], Process],
+    hidden: Collection[str],
+) -> list[Mapped]:
+    """What load events say is mapped, each with its ranges of now, where they are known, or else the load's.
+
+    Args:
+        loads: a copy of a published map.
+        now: ranges.
+        named: the process with the names that are known of it.
+        hidden: names of rules whose load events are left out.
+    """
+    nothing: Mapping[FileId, Ranges] = {}
+    return [
+        Mapped(
+            named(load.process),
+            load.library,
+            load.rule,
+            where.ranges,
+            load.cause,
+            load.time_ns,
+            where.range_count,
+        )
+        for process, files in loads.items()
+        for file, load in files.items()
+        if load.rule not in hidden
+        for where in [now.get(process, nothing).get(file, load)]
+    ]

@@ -39,10 +39,17 @@ class Subscribers:
         limit: int,
         limit_bytes: int,
         rule: str | None = None,
+        without_rules: Collection[str] = (),
     ) -> SubscriberQueue:
         """A new reader, from the next event on."""
         subscription = SubscriberQueue(
-            self, events=events, control=control, limit=limit, limit_bytes=limit_bytes, rule=rule
+            self,
+            events=events,
+            control=control,
+            limit=limit,
+            limit_bytes=limit_bytes,
+            rule=rule,
+            without_rules=without_rules,
         )
         self.add(subscription)
         return subscription

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
-from typing import Protocol, Self, get_args
+from typing import Final, Protocol, Self, get_args
 
 from msgspec.structs import replace
 
@@ -25,7 +25,9 @@ from sowatch.model.events import (
     LibraryEvent,
     Load,
     Lost,
+    Renewed,
     Repaired,
+    Stale,
     Unload,
     size_of,
 )
@@ -63,6 +65,7 @@ class SubscriberQueue:
         limit: int,
         limit_bytes: int,
         rule: str | None = None,
+        without_rules: Collection[str] = (),
     ) -> None:
         self._publisher = publisher
         self._events = frozenset(events)
@@ -71,6 +74,7 @@ class SubscriberQueue:
         self._wants = {kind: _is_wanted(kind, self._events, control=control) for kind in get_args(Event)}
         self._backlog = Backlog(limit, limit_bytes)
         self._rule = rule
+        self._without_rules = frozenset(without_rules)
         # Whole batches, each event with its size: one wake of the reader for each, not one for each event.
         self._queue: queue.SimpleQueue[list[tuple[Event, int]] | None] = queue.SimpleQueue()
         self._batch: list[tuple[Event, int]] = []  # the engine's
@@ -158,6 +162,8 @@ class SubscriberQueue:
             return
         if self._rule is not None and isinstance(event, LibraryEvent) and event.rule != self._rule:
             return
+        if self._without_rules and isinstance(event, _OF_A_RULE) and event.rule in self._without_rules:
+            return
         if self._seen is None and self._backlog.is_full and not self._belongs_to_the_last(event):
             self._seen = self._publisher.held_copy()
             # The event that did not fit has been taken into account already.
@@ -219,7 +225,7 @@ class SubscriberQueue:
         self._put_control(Lost(now_ns, missed, "queue"))
         loads = unloads = 0
         for event in difference(seen, self._publisher.held_copy(), now_ns):
-            if self._rule is not None and event.rule != self._rule:
+            if (self._rule is not None and event.rule != self._rule) or event.rule in self._without_rules:
                 continue
             loads += event.event == "load"
             unloads += event.event == "unload"
@@ -255,6 +261,10 @@ class SubscriberQueue:
     def _signal(self) -> None:
         if self._on_event is not None:
             self._on_event()
+
+
+#: Events that name the rule that wanted their file.
+_OF_A_RULE: Final = (*get_args(LibraryEvent), Stale, Renewed)
 
 
 def _is_wanted(kind: type[Event], events: Collection[str], *, control: bool) -> bool:

@@ -70,15 +70,33 @@ class Otlp:
 
         return GrpcExporter(self._endpoint, headers=self._grpc_headers(), timeout=self._timeout_s)
 
-    def log_exporter(self) -> Any:
-        """The SDK's exporter of logs; the caller shuts it down."""
+    def log_exporter(self, *, gzip: bool = False, session: Any = None) -> Any:
+        """The SDK's exporter of logs; the caller shuts it down.
+
+        Args:
+            gzip: compress what is sent, whatever the environment says.
+            session: of requests, for ``http``.
+        """
         if self._protocol == "http":
+            from opentelemetry.exporter.otlp.proto.http import Compression as HttpCompression
             from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpExporter
 
-            return HttpExporter(self._url("v1/logs"), headers=self._headers, timeout=self._timeout_s)
+            return HttpExporter(
+                self._url("v1/logs"),
+                headers=self._headers,
+                timeout=self._timeout_s,
+                compression=HttpCompression.Gzip if gzip else None,
+                session=session,
+            )
+        from grpc import Compression as GrpcCompression  # type: ignore[import-untyped,unused-ignore]
         from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcExporter
 
-        return GrpcExporter(self._endpoint, headers=self._grpc_headers(), timeout=self._timeout_s)
+        return GrpcExporter(
+            self._endpoint,
+            headers=self._grpc_headers(),
+            timeout=self._timeout_s,
+            compression=GrpcCompression.Gzip if gzip else None,
+        )
 
     def _url(self, path: str) -> str | None:
         return None if self._endpoint is None else f"{self._endpoint.rstrip('/')}/{path}"

@@ -22,6 +22,7 @@ from sowatch.engine.descendants import Descendants, following
 from sowatch.engine.file_inspector import Inspector
 from sowatch.engine.loop import Engine
 from sowatch.engine.owner import Owner
+from sowatch.engine.published_map import mapped_by
 from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.subscription import SubscriberQueue
@@ -69,6 +70,7 @@ class Watcher:
         exclude_self: leave this very process out.
         exclude_pids: leave these processes out (pids in the initial pid namespace).
         snapshot: report what is mapped already. Without, only what is new is reported.
+        hidden_rules: names of rules whose events and mappings only those get that ask for ``with_hidden``.
         open_source: where records come from; the default selects the strategy. An `Opening` is closed by `stop`.
 
     Use it as a context manager, or `start` and `stop` it. All methods may be called from any
@@ -89,6 +91,7 @@ class Watcher:
         exclude_self: bool = False,
         exclude_pids: Collection[int] = (),
         snapshot: bool = True,
+        hidden_rules: Collection[str] = (),
         open_source: Callable[[Config], EventSource] = open_source,
     ) -> None:
         self._config = config
@@ -100,6 +103,7 @@ class Watcher:
         self._exclude_self = exclude_self
         self._excluded_pids = frozenset(exclude_pids)
         self._wants_snapshot = snapshot
+        self._hidden_rules = frozenset(hidden_rules)
         self._open_source = open_source
         self._proc = ProcFs(config.proc_root)
         self._patient = PatientProcFs(config.proc_root, UnreadProcesses(), raises=False)
@@ -256,7 +260,12 @@ class Watcher:
         return self._stopped.wait(timeout_s)
 
     def subscribe(
-        self, *, events: Collection[StreamKind] = EVENT_KINDS, control: bool = True, limit: int | None = None
+        self,
+        *,
+        events: Collection[StreamKind] = EVENT_KINDS,
+        control: bool = True,
+        limit: int | None = None,
+        with_hidden: bool = False,
     ) -> Subscription:
         """A queue of events from now on; subscribe before `start` to get the snapshot too.
 
@@ -266,6 +275,7 @@ class Watcher:
             control: also `Ready`, `Lost`, `Repaired`, `Stopped`.
             limit: events that may wait in it before some are lost; default ``config.queue_events``. So many
                 as take ``config.queue_bytes``, if that is fewer.
+            with_hidden: also those of rules that are hidden.
 
         Raises:
             UsageError: an unknown event.
@@ -274,10 +284,13 @@ class Watcher:
         for one in events:
             if one not in STREAM_KINDS:
                 raise UsageError(f"unknown event {one!r}. Use some of: {', '.join(STREAM_KINDS)}.")
-        config = self._config
         return Subscription(
             self._publisher.subscribers.subscribe(
-                events=events, control=control, limit=limit or config.queue_events, limit_bytes=config.queue_bytes
+                events=events,
+                control=control,
+                limit=limit or self._config.queue_events,
+                limit_bytes=self._config.queue_bytes,
+                without_rules=() if with_hidden else self._hidden_rules,
             )
         )
 
@@ -294,37 +307,24 @@ class Watcher:
         """
         return self._running_engine().publish(events)
 
-    def snapshot(self, *, with_ranges: bool = True) -> list[Mapped]:
+    def snapshot(self, *, with_ranges: bool = True, with_hidden: bool = False) -> list[Mapped]:
         """The map as published so far: every (process, library) that the rules want.
 
         Ranges are those of now, which may be others than its load had; of a watch that has ended, the
         load's.
 
         Args:
-            with_ranges: without, all ranges are the load's, and the draining thread is not asked: for
-                those who ask again and again.
+            with_ranges: without, all ranges are the load's, and the draining thread is not asked.
+            with_hidden: also what rules want that are hidden.
         """
         self._owner.check()
+        hidden = frozenset() if with_hidden else self._hidden_rules
         now: dict[ProcessId, dict[FileId, Mapping]] = {}
         if with_ranges and self.ready is not None:
             # The watch may end at any moment.
             with contextlib.suppress(SowatchError):
-                engine = self._running_engine()
-                now = engine.ask(engine.mappings, synced=False)
-        return [
-            Mapped(
-                self._publisher.named(event.process),
-                event.library,
-                event.rule,
-                where.ranges,
-                event.cause,
-                event.time_ns,
-                where.range_count,
-            )
-            for process, files in self._publisher.published.copy().items()
-            for file, event in files.items()
-            for where in [now.get(process, {}).get(file, event)]
-        ]
+                now = (engine := self._running_engine()).ask(engine.mappings, synced=False)
+        return mapped_by(self._publisher.published.copy(), now, self._publisher.named, hidden)
 
     def audit(self) -> AuditReport:
         """Compares the mapping table with an independent scan of ``/proc``, every live process tried.

@@ -49,7 +49,8 @@ CREATE TABLE IF NOT EXISTS fleet_incoming
     is_repaired UInt8,
     unreadable UInt32,
     groups UInt32,
-    dropped UInt64
+    dropped UInt64,
+    left_out UInt32
 )
 ENGINE = Null;
 
@@ -98,7 +99,8 @@ SELECT
     LogAttributes['sowatch.watch.is_repaired'] = 'true' AS is_repaired,
     toUInt32OrZero(LogAttributes['sowatch.watch.unreadable']) AS unreadable,
     toUInt32OrZero(LogAttributes['sowatch.fleet.groups']) AS groups,
-    toUInt64OrZero(LogAttributes['sowatch.fleet.dropped']) AS dropped
+    toUInt64OrZero(LogAttributes['sowatch.fleet.dropped']) AS dropped,
+    toUInt32OrZero(LogAttributes['sowatch.fleet.left_out']) AS left_out
 FROM otel_logs
 WHERE ScopeName = 'sowatch.fleet' AND ResourceAttributes['host.id'] != ''
     AND Timestamp > now64(9) - INTERVAL 29 DAY AND Timestamp < now64(9) + INTERVAL 5 MINUTE;
@@ -267,6 +269,7 @@ CREATE TABLE IF NOT EXISTS fleet_hosts
     unreadable UInt32,
     groups UInt32,
     dropped UInt64,
+    left_out UInt32,
     arrived DateTime64(3) DEFAULT now64(3)
 )
 ENGINE = ReplacingMergeTree(version)
@@ -275,6 +278,6 @@ TTL toDateTime(intDiv(version, 1000000000)) + INTERVAL 90 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_hosts_from_incoming TO fleet_hosts AS
 SELECT host_id, version, host_name, boot_id, agent_version, epoch, snapshot, interval_s, strategy, guarantee, limits, lost,
-    repaired, is_repaired, unreadable, groups, dropped
+    repaired, is_repaired, unreadable, groups, dropped, left_out
 FROM fleet_incoming
 WHERE event = 'heartbeat';
