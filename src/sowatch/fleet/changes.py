@@ -121,7 +121,7 @@ class _Group:
         )
 
     def is_news(self) -> bool:
-        """Whether something changed that is worth a record: not some of the pids alone, nor short processes."""
+        """Whether something changed that is worth a record: only some of the pids, or short processes, are none."""
         known = self.reported
         if known is None:
             return True
