@@ -20,9 +20,11 @@ import shtab
 from argparse_manpage.manpage import Manpage
 
 from sowatch import __version__
+from sowatch.cli._fleet_ask import KINDS as TARGET_KINDS
 from sowatch.cli._main import COMMANDS, command_parser, main_parser
 from sowatch.cli._parser import Parser
 from sowatch.cli._trace_views import GROUPS
+from sowatch.cli.fleet import ACTIONS
 from sowatch.model.literals import EVENT_KINDS, HOOKS, KINDS, STRATEGIES
 
 __all__ = ["COMPLETIONS", "completions", "man_pages", "tree", "write"]
@@ -132,6 +134,10 @@ def _whole_parser() -> argparse.ArgumentParser:
 
 
 def _words(command: str, action: argparse.Action) -> tuple[str, ...]:
+    if command == "fleet" and action.metavar == "ACTION":
+        return tuple(ACTIONS)
+    if command == "fleet" and action.metavar == "KIND":
+        return TARGET_KINDS
     for option in action.option_strings:
         if option == "--by":
             return tuple(_BY[command])

@@ -55,6 +55,7 @@ def write_table(
     warning: int = -1,
     below: Below | None = None,
     has_head: bool = True,
+    widths: list[int] | None = None,
 ) -> None:
     """Write aligned columns and flush.
 
@@ -66,8 +67,9 @@ def write_table(
         warning: a column whose cells, other than ``-``, stand out in colour.
         below: rows below each row.
         has_head: write the head, too.
+        widths: of the columns at least, of rows that stand above; gets those of these.
     """
-    first, *lines = _aligned([head, *rows], right)
+    first, *lines = _aligned([head, *rows], right, widths)
     heads, groups = [first], [[line] for line in lines]
     if below is not None:
         flat = [below.head, *(row for table in below.tables for row in table)]
@@ -98,9 +100,12 @@ def write_table(
         out.flush()
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> list[_Line]:
+def _aligned(rows: Sequence[Sequence[str]], right: Collection[int], at_least: list[int] | None = None) -> list[_Line]:
     """The rows with aligned columns; the last column is not filled up."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    if at_least is not None:
+        widths = [max(pair) for pair in zip(widths, at_least, strict=True)] if at_least else widths
+        at_least[:] = widths
     lines = []
     for *row, last in rows:
         begin = ""

@@ -37,8 +37,10 @@ from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser, did_you_mean
 from sowatch.model.errors import UsageError
 
-__all__ = ["ACTIONS", "configure", "run"]
+__all__ = ["ACTIONS", "DEFAULT_STORE", "configure", "run"]
 
+#: Of `sowatch fleet receive`, and of questions without another one.
+DEFAULT_STORE: Final = "/var/lib/sowatch/fleet"
 #: By action, the module that does it: with OPTIONS, the options that it takes beside those of every action, and `run`.
 ACTIONS: Final = {
     **dict.fromkeys(("who", "stale", "versions", "history", "coverage", "remediated"), "sowatch.cli._fleet_ask"),
@@ -52,7 +54,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--store",
         metavar="DIR",
-        help="the directory that `sowatch fleet receive` fills. Default: /var/lib/sowatch/fleet",
+        help=f"the directory that `sowatch fleet receive` fills. Default: {DEFAULT_STORE}",
     )
     for module in dict.fromkeys(ACTIONS.values()):
         import_module(module).configure(parser)

@@ -1,6 +1,7 @@
 """Asks a ClickHouse over its HTTP interface, as a reader only.
 
-https://clickhouse.com/docs/interfaces/http has it. Each question has ``readonly=1``, and its values go in as ``param_NAME``, in a form beside the query.
+https://clickhouse.com/docs/interfaces/http has it. Each question has ``readonly=1``, and its values go in as
+``param_NAME``, in a form beside the query.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class ClickHouse:
             raise NotPermitted(
                 f"{self.url} refuses",
                 first,
-                "Give CLICKHOUSE_USER and CLICKHOUSE_PASSWORD, or a file with the password in CLICKHOUSE_PASSWORD_FILE, "
+                "Give CLICKHOUSE_USER and CLICKHOUSE_PASSWORD, or the password's file in CLICKHOUSE_PASSWORD_FILE, "
                 "of a user that may SELECT from the tables and views whose names begin with fleet_.",
             )
         if "UNKNOWN_TABLE" in text or "UNKNOWN_FUNCTION" in text:

@@ -64,7 +64,7 @@ class FleetAnswer(Struct, frozen=True, gc=False, kw_only=True):
 
 
 class FleetHost(Struct, frozen=True, gc=False, kw_only=True):
-    """A host: of `coverage` each one, else those of which the answer is not known, and with `remediated` that map it."""
+    """A host: of `coverage` each one, else those whose answer is not known, and with `remediated` that map it."""
 
     schema: Schema
     event: Literal["fleet_host"]
