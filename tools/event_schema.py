@@ -15,7 +15,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from sowatch.model import wire, wire_explain, wire_fleet, wire_reports, wire_trace
+from sowatch.model import wire, wire_explain, wire_fleet, wire_lists, wire_reports, wire_trace
 
 FILE: Final = Path(__file__).resolve().parents[1] / "src" / "sowatch" / "model" / "event.schema.json"
 
@@ -38,6 +38,7 @@ ANSWERS: Final = (
     wire_reports.Inventory,
     *get_args(wire_trace.TraceLine),
     *get_args(wire_fleet.FleetLine),
+    *get_args(wire_lists.ListLine),
 )
 #: In a type: bytes that are not UTF-8 stand beside this string.
 _MARK: Final = "x-bytes"

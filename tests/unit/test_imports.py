@@ -166,7 +166,8 @@ def test_what_the_package_imports_from_others_is_what_it_declares() -> None:
     names = {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
     # All parts of OpenTelemetry are found below one name.
     declared = {"opentelemetry" if name.startswith("opentelemetry_") else name for name in names}
-    declared = {{"grpcio": "grpc", "protobuf": "google", "chdb_core": "chdb", "packageurl_python": "packageurl"}.get(name, name) for name in declared}
+    modules_of = {"grpcio": "grpc", "protobuf": "google", "chdb_core": "chdb", "packageurl_python": "packageurl"}
+    declared = {modules_of.get(name, name) for name in declared}
     imported = set()
     for path in modules().values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from sowatch.cli._options import MappedLike
 from sowatch.inventory.mapping_lines import mapping_line
 from sowatch.inventory.restarts import RestartTarget, StaleFile, restart_target
-from sowatch.inventory.staleness import StaleAnswer
+from sowatch.inventory.staleness import FRESH, StaleAnswer, seen_at
 from sowatch.linux.cgroups import Unit, unit_of
 from sowatch.model import wire
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sowatch.inventory.staleness import Disk
     from sowatch.model.events import Library, Process
 
-__all__ = ["ListEntry", "with_packages"]
+__all__ = ["ListEntry", "entries_of", "with_packages"]
 
 
 class ListEntry(Struct, frozen=True):
@@ -63,6 +63,19 @@ class ListEntry(Struct, frozen=True):
     def line(self, seq: int, *, with_owner: bool) -> wire.Mapping:
         """As JSON has it; ``with_owner``: with package, unit and how that is restarted."""
         return mapping_line(self.mapped, self.answer, self.package, seq, with_owner=with_owner)
+
+
+def entries_of(mapped: Iterable[MappedLike], disk: Disk | AgentDisk | None) -> list[ListEntry]:
+    """An entry for each; without a disk nothing is compared."""
+    return [
+        ListEntry(
+            one,
+            FRESH
+            if disk is None
+            else disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns)),
+        )
+        for one in mapped
+    ]
 
 
 def with_packages(entries: Sequence[ListEntry], disk: Disk | AgentDisk) -> list[ListEntry]:

@@ -13,7 +13,7 @@ from sowatch.cli._table import Below, write_table
 from sowatch.inventory.restarts import RestartGroup, RestartTarget, StaleFile, restart_groups
 from sowatch.model.escape import one_line
 
-__all__ = ["library_table", "restart_table"]
+__all__ = ["library_table", "restart_table", "who_rows"]
 
 
 def library_table(out: Out, entries: Iterable[ListEntry], *, has_who: bool, has_package: bool, has_head: bool) -> None:
@@ -68,15 +68,17 @@ def _places(groups: Sequence[Sequence[ListEntry]]) -> list[str]:
 
 def _who(groups: Iterable[Sequence[ListEntry]]) -> Below:
     """The rows below each row."""
-    tables = []
-    for group in groups:
-        alike: dict[tuple[str, str, str], list[int]] = {}
-        for entry in group:
-            process = entry.process
-            where = "-" if entry.target.kind == "process" else one_line(entry.target.label)
-            alike.setdefault((word(process.comm), user_name(process.uid), where), []).append(process.pid)
-        tables.append([(*who, ",".join(map(str, sorted(set(pids))))) for who, pids in alike.items()])
-    return Below(("COMM", "USER", "UNIT OR CONTAINER", "PIDS"), tables)
+    return Below(("COMM", "USER", "UNIT OR CONTAINER", "PIDS"), [who_rows(group) for group in groups])
+
+
+def who_rows(group: Iterable[ListEntry]) -> list[tuple[str, ...]]:
+    """Who has something: a line for processes that are alike, pids last."""
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for entry in group:
+        process = entry.process
+        where = "-" if entry.target.kind == "process" else one_line(entry.target.label)
+        alike.setdefault((word(process.comm), user_name(process.uid), where), []).append(process.pid)
+    return [(*who, ",".join(map(str, sorted(set(pids))))) for who, pids in alike.items()]
 
 
 def restart_table(out: Out, entries: Iterable[ListEntry], *, by_container: bool, has_head: bool) -> None:

@@ -27,6 +27,14 @@ files, and the packages that own these. --plan prints only the commands, for a s
 of root. --check says by its exit code whether there is something, and prints nothing
 if there is not.
 
+With --vulnerable only mapped files that are affected by something, of the package
+that they were of when they were mapped: a row for each vulnerability and package,
+and below it who has it mapped. The data are yours: --osv, --build-ids, --vex. What
+has no package that is known, no data of its distribution, or no version that can be
+compared, is unknown, never not affected: how many files that are stands below, and
+JSON has each. --check: 0 nothing is affected or unknown; 1 something is affected;
+3 nothing that is known, but something is unknown.
+
 Exit codes: 0 done; 1 no process is in a container that --container names; 2 wrong
 usage; 3 not permitted, and with --stale that processes could not be read: what runs
 on stale files may be among them. With --check: 0 nothing is stale; 1 something is;
@@ -40,6 +48,7 @@ Examples:
   sowatch list --stale                     what has to be restarted
   sowatch list --stale --agent             the same of a running agent, which needs no root
   sowatch list --stale --plan | less       by which commands
+  sowatch list --vulnerable --osv /var/lib/osv     what runs that has a known flaw
   sowatch list --json | jq -r 'select(.event=="mapping").library.build_id' | sort | uniq -c
 """
 
@@ -56,6 +65,8 @@ from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
 from sowatch.cli._list_filters import EXCLUDED, add_filters, filters_of, with_exports
+from sowatch.cli._list_vulnerable import add_vulnerable, check_options, conclude, judge, write_json, write_text
+from sowatch.cli._list_vulnerable import load as load_data
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, output_format, selection_of
 from sowatch.cli._out import Out
 from sowatch.cli._parser import Parser
@@ -73,6 +84,7 @@ if TYPE_CHECKING:
     from sowatch.cli._agent_scan import AgentScan
     from sowatch.cli._list_entries import ListEntry
     from sowatch.cli._list_filters import Filters
+    from sowatch.cli._list_vulnerable import Judged
     from sowatch.cli._options import Selection, WatcherLike
     from sowatch.inventory.coverage import Coverage
     from sowatch.model.events import Ready
@@ -133,7 +145,9 @@ def configure(parser: Parser) -> None:
     add_agent(parser)
     parser.add_argument("--stale", action="store_true", help="only files that are not the ones on disk any more")
     parser.add_argument(
-        "--check", action="store_true", help="with --stale: exit code 0 nothing, 1 something, 3 not all could be read"
+        "--check",
+        action="store_true",
+        help="with --stale or --vulnerable: exit code 0 nothing, 1 something, 3 not all is known",
     )
     parser.add_argument("--plan", action="store_true", help="with --stale: only the commands that restart")
     parser.add_argument(
@@ -144,6 +158,7 @@ def configure(parser: Parser) -> None:
         help="the columns, with commas; `-o help` lists them",
     )
     parser.add_argument("--no-headers", action="store_true", help="no names of columns above them")
+    add_vulnerable(parser)
     add_filters(parser)
 
 
@@ -157,15 +172,16 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         out.flush()
         return 0
     filters = filters_of(args)
-    selection = selection_of(args, default_kinds=_STALE_KINDS if args.stale else ("library",))
+    data = load_data(args) if args.vulnerable else None
+    selection = selection_of(args, default_kinds=_STALE_KINDS if args.stale or args.vulnerable else ("library",))
     selection = replace(selection, rules=with_exports(selection.rules, args.exports))
     proc = ProcFs(selection.config.proc_root)
     asked = None if args.agent is None else _agent_scan(args, selection)
     watcher = asked or open_watcher(replace(selection, is_scan=args.duration is None))
     try:
         # Now, as the program of the scan is loaded meanwhile.
-        from sowatch.cli._list_entries import ListEntry, with_packages
-        from sowatch.inventory.staleness import Disk, seen_at
+        from sowatch.cli._list_entries import entries_of, with_packages
+        from sowatch.inventory.staleness import Disk
 
         ready = watcher.start()
         if ready.guarantee != ONE_SCAN and asked is None:
@@ -176,17 +192,14 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         mapped = [one for one in watcher.snapshot() if not one.rule.startswith(EXCLUDED)]
         if not mapped and selection.container is not None:
             _check_container(selection.container, _containers_in(proc) if asked is None else asked.containers)
-        entries = [
-            ListEntry(
-                one, disk.staleness(one.process, one.library, one.ranges, loaded_ns=seen_at(one.cause, one.time_ns))
-            )
-            for one in mapped
-            if filters.take(one.process, one.library)
-        ]
+        taken = [one for one in mapped if filters.take(one.process, one.library)]
+        entries = entries_of(taken, None if args.vulnerable else disk)
         hung = _hung(watcher, selection)
     finally:
         watcher.stop()
-    elsewhere = why_not_whole_host(proc) if args.stale and asked is None else None
+    # Before the processes end, as far as that can be.
+    judged = None if data is None else judge(_sorted(entries, "process"), data, proc)
+    elsewhere = why_not_whole_host(proc) if (args.stale or args.vulnerable) and asked is None else None
     if args.stale:
         entries = with_packages([entry for entry in entries if entry.answer.stale], disk)
     disk.close()
@@ -194,11 +207,9 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         coverage = _coverage(selection, filters, ready.strategy, entries, hung)
     else:
         coverage = asked.coverage_of(partial(filters.take_process, is_readable=False))
-    open_ends = [] if coverage.is_complete else [f"{coverage}. {_REMEDY if asked is None else _AGENT_REMEDY}"]
-    if hung:
-        open_ends.append(f"of {len(hung)} of them a page fault waits for a file system that does not answer")
-    if elsewhere:
-        open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
+    open_ends = _open_ends(coverage, len(hung), elsewhere, _REMEDY if asked is None else _AGENT_REMEDY)
+    if judged is not None:
+        return _conclude_vulnerable(_head(ready, args), judged, coverage, open_ends, shape, args, out, warn)
     if not (args.check and not entries):
         head = _head(ready, args) if asked is None else asked.head
         _print(head, _sorted(entries, shape.by), coverage, shape, out)
@@ -230,9 +241,11 @@ def _shape_of(args: Namespace) -> _Shape:
         raise UsageError(f"unknown --by {args.by!r}. Use one of: {', '.join(_ORDERS)}.")
     if args.no_snapshot:
         raise UsageError("--no-snapshot leaves `sowatch list` nothing to show. Use it with `sowatch watch`.")
-    for name in ("check", "plan"):
-        if getattr(args, name) and not args.stale:
-            raise UsageError(f"--{name} is about stale files. Write `sowatch list --stale --{name}`.")
+    check_options(args)
+    if args.check and not (args.stale or args.vulnerable):
+        raise UsageError("--check is about stale or vulnerable files. Write `sowatch list --stale --check`.")
+    if args.plan and not args.stale:
+        raise UsageError("--plan is about stale files. Write `sowatch list --stale --plan`.")
     shown = output_format(args, _FORMATS)
     columns = None
     if args.columns is not None:
@@ -338,6 +351,39 @@ def _conclude(
     if is_check and unknown < len(entries):
         return FOUND
     return NOT_PERMITTED if open_ends or (is_check and unknown) else 0
+
+
+def _open_ends(coverage: Coverage, hung: int, elsewhere: str | None, remedy: str) -> list[str]:
+    """What an answer leaves open, a sentence each."""
+    found = [] if coverage.is_complete else [f"{coverage}. {remedy}"]
+    if hung:
+        found.append(f"of {hung} of them a page fault waits for a file system that does not answer")
+    if elsewhere:
+        found.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
+    return found
+
+
+def _conclude_vulnerable(
+    head: wire.Head,
+    judged: Judged,
+    coverage: Coverage,
+    open_ends: Sequence[str],
+    shape: _Shape,
+    args: Namespace,
+    out: Out,
+    warn: Callable[[str], None],
+) -> int:
+    """Prints what is affected; returns the exit code."""
+    if shape.format == "json":
+        from sowatch.inventory.coverage import coverage_line
+
+        seq = write_json(out, head, judged)
+        if not coverage.is_complete:
+            out.write(dumps(coverage_line(coverage, seq + 1)) + "\n")
+    elif judged.affected or judged.open:
+        write_text(out, judged)
+    out.flush()
+    return conclude(judged, open_ends, warn, is_check=args.check, is_quiet=shape.format == "json")
 
 
 def _hung(watcher: WatcherLike | AgentScan, selection: Selection) -> frozenset[int]:

@@ -1,6 +1,6 @@
 """`OsvData`: advisories of OSV (https://ossf.github.io/osv-schema/), out of files that somebody else got. Read-only.
 
-Nothing is fetched. Files are JSON, one advisory each, by themselves, in directories or in zip archives, as osv-scanner keeps
+Nothing is fetched. Files are JSON, one advisory each, single, in directories or in zip archives, as osv-scanner keeps
 them. Of each advisory only what an answer needs is kept, packed, and unpacked when its package is asked for.
 
 Archives may be hostile: what one contains, and what comes of it, is bounded. What could not be read is counted, as an
