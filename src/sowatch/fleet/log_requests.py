@@ -284,11 +284,39 @@ class _Pairs:
         return found
 
     def _read(self, data: bytes) -> tuple[bytes, bytes]:
+        return _short_text(data) or self._parsed(data)
+
+    def _parsed(self, data: bytes) -> tuple[bytes, bytes]:
         try:
             pair = self._parse(data)
         except self._decode_error as error:
             raise NotOtlp("an attribute cannot be parsed as a KeyValue") from error
         return _checked(_sized(pair.key), _text_of_message(pair.value, 0))
+
+
+def _short_text(data: bytes) -> tuple[bytes, bytes] | None:
+    """The pair of an attribute that is a short text in ASCII, as most are: cut, not parsed. None: it is another one.
+
+    On the wire a text has its size before it, as in RowBinary: field 1 is the key, field 2 a value with the text in
+    its field 1.
+    """
+    try:
+        end = data[1] + 2
+        size = data[end + 1]
+        if (
+            data[0] == 0x0A
+            and data[end] == 0x12
+            and data[end + 2] == 0x0A
+            and data[end + 3] == size - 2
+            and len(data) == end + 2 + size
+            and end < 130
+            and size < 130
+            and data.isascii()
+        ):
+            return data[1:end], data[end + 3 :]
+    except IndexError:
+        pass
+    return None
 
 
 class _Refused(Exception):

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
@@ -322,8 +323,49 @@ def test_deep_values_of_messages_are_refused_as_those_of_json() -> None:
 
     request = message(KeyValue(key="k", value=deep(MAX_DEPTH + 1)))
     assert from_message(request).reason == f"a value is nested more than {MAX_DEPTH} deep"
-    with pytest.raises(NotOtlp):  # protobuf's own bound
-        from_message(message(KeyValue(key="k", value=deep(60))))
+    # Beyond protobuf's own bound, which its Python parts have, too.
+    value = b"\x0a\x01x"
+    for _ in range(120):
+        value = b"\x2a" + _varint(len(value) + 1 + len(_varint(len(value)))) + b"\x0a" + _varint(len(value)) + value
+    body = b"\x0a\x01k\x12" + _varint(len(value)) + value
+    with pytest.raises(NotOtlp, match="an attribute cannot be parsed"):
+        decode(_with_attribute(body), is_json=False, now_ns=NOW)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return bytes((number << 3 | 2,)) + _varint(len(data)) + data
+
+
+def _with_attribute(pair: bytes) -> bytes:
+    """A request with one record, whose one attribute has these bytes."""
+    return _field(1, _field(2, _field(2, _field(6, pair))))
+
+
+@given(
+    st.binary(max_size=80) | st.builds(lambda a, b: _field(1, a) + _field(2, _field(1, b)), st.binary(), st.binary())
+)
+def test_attributes_that_are_cut_are_those_that_protobuf_parses(data: bytes) -> None:
+    try:
+        parsed = KeyValue.FromString(data)
+    except DecodeError:
+        with pytest.raises(NotOtlp):
+            decode(_with_attribute(data), is_json=False, now_ns=NOW)
+        return
+    cut = log_requests._short_text(data)
+    if cut is not None:
+        assert (cut[0][1:].decode(), cut[1][1:].decode()) == (parsed.key, parsed.value.string_value)
+        assert cut == (log_requests._sized(parsed.key), log_requests._sized(parsed.value.string_value))
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 128, 129, 300])
+def test_attributes_of_any_size_have_their_size_before_them(size: int) -> None:
+    key, value = "k" * size, "v" * size
+    assert rows(from_message(message(pair(key, string_value=value), pair("é", string_value=value))))[0][
+        "attributes"
+    ] == {
+        key: value,
+        "é": value,
+    }
 
 
 def test_records_of_a_resource_or_scope_that_cannot_be_taken_are_all_counted() -> None:
@@ -363,13 +405,9 @@ def test_small_records_with_a_large_resource_do_not_grow_beyond_the_bound() -> N
 
 def test_a_request_has_no_more_records_than_the_bound() -> None:
     body = b"\x12\x00" * 150_000  # each an empty LogRecord
-    decoded = decode(b"\x0a" + _varint(len(_scope(body))) + _scope(body), is_json=False, now_ns=NOW)
+    decoded = decode(_field(1, _field(2, body)), is_json=False, now_ns=NOW)
     assert (decoded.records, decoded.rejected) == (100_000, 50_000)
     assert decoded.reason == "a request has more than 100000 records"
-
-
-def _scope(records: bytes) -> bytes:
-    return b"\x12" + _varint(len(records)) + records
 
 
 def _varint(number: int) -> bytes:
