@@ -1,0 +1,90 @@
+"""The files that are mapped, with what names them in a bill of materials: build or hash, and package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from sowatch.inventory.packages import PackageIdentity, Packages
+from sowatch.inventory.sbom import LoadedFile
+from sowatch.linux.content_hash import htlhash
+from sowatch.linux.descriptors import close_fd
+from sowatch.linux.mapped_file import open_mapped
+from sowatch.linux.memory_files import is_memory
+from sowatch.linux.proc import ProcFs
+from sowatch.model.identity import FileId
+from sowatch.model.stats import Mapped
+
+__all__ = ["content_name", "loaded_files", "place_of"]
+
+#: Distinguishes one entry from another: the file under its path, in its container.
+PlaceKey = tuple[FileId, str, str | None, str | None]
+#: Of the processes that have a file so many are asked for it.
+_MOST_PROCESSES: Final = 3
+
+
+def place_of(one: Mapped) -> PlaceKey:
+    """That of what is mapped."""
+    return one.library.id, one.library.path, one.library.build_id, one.process.container
+
+
+def loaded_files(
+    mapped: Iterable[Mapped], packages: Packages, proc: ProcFs, stale: Collection[PlaceKey] = ()
+) -> list[LoadedFile]:
+    """One entry for each file, path and container, with the number of processes. What is in memory only is left out.
+
+    Args:
+        mapped: what is mapped now.
+        packages: finds their packages.
+        proc: the host's.
+        stale: those that have been replaced or deleted.
+    """
+    groups: dict[PlaceKey, list[Mapped]] = {}
+    for one in mapped:
+        if one.library.path.startswith("/") and not is_memory(one.library.id):
+            groups.setdefault(place_of(one), []).append(one)
+    firsts = [group[0] for group in groups.values()]
+    identities: Iterable[PackageIdentity | None] = packages.identify(firsts)
+    return [
+        LoadedFile(
+            group[0].library.path,
+            group[0].library.kind,
+            content_name(group, proc),
+            group[0].library.soname,
+            group[0].process.container,
+            identity,
+            len({one.process.id for one in group}),
+            key in stale,
+        )
+        for (key, group), identity in zip(groups.items(), identities, strict=True)
+    ]
+
+
+def content_name(group: Iterable[Mapped], proc: ProcFs) -> str | None:
+    """The build id of a file that these have mapped; a hash of its content if it has none; None if it has gone."""
+    for number, one in enumerate(group):
+        if one.library.build_id:
+            return one.library.build_id
+        if number >= _MOST_PROCESSES:
+            break
+        fd = open_mapped(
+            proc,
+            one.process.pid,
+            one.library.id,
+            one.library.path,
+            one.ranges,
+            is_own_view=False,
+            is_deleted=one.library.deleted,
+            changed_ns=one.library.changed_ns,
+        )
+        if fd is None:
+            continue
+        try:
+            if os.fstat(fd).st_size:
+                return htlhash(fd)
+        except OSError:
+            continue
+        finally:
+            close_fd(fd)
+    return None
