@@ -162,11 +162,17 @@ def test_what_the_package_imports_from_others_is_what_it_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["agent"], *extras["http"], *extras["kubernetes"], *extras["otlp"]]
-    requirements += [*extras["fleet"], *extras["vulnerabilities"]]
+    requirements += [*extras["fleet"], *extras["sbom"], *extras["vulnerabilities"]]
     names = {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
     # All parts of OpenTelemetry are found below one name.
     declared = {"opentelemetry" if name.startswith("opentelemetry_") else name for name in names}
-    modules_of = {"grpcio": "grpc", "protobuf": "google", "chdb_core": "chdb", "packageurl_python": "packageurl"}
+    modules_of = {
+        "chdb_core": "chdb",
+        "cyclonedx_python_lib": "cyclonedx",
+        "grpcio": "grpc",
+        "packageurl_python": "packageurl",
+        "protobuf": "google",
+    }
     declared = {modules_of.get(name, name) for name in declared}
     imported = set()
     for path in modules().values():

@@ -24,6 +24,7 @@ from sowatch.agent.fleet_feed import FleetChange, FleetFeed, with_everything
 from sowatch.agent.fleet_settings import FLEET_RULE
 from sowatch.agent.http_flows import HttpFlows, with_tls_libraries
 from sowatch.agent.hub import EventHub
+from sowatch.agent.loaded_set import LoadedSet
 from sowatch.agent.outputs import Outputs
 from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
@@ -132,6 +133,7 @@ class Daemon:
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._first_fleet: FleetChange | None = None
+        self._loaded: LoadedSet | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
         self._config_error: str | None = None
@@ -160,10 +162,12 @@ class Daemon:
             stack.callback(self._actions.close)
             stack.callback(self._flows.close)
             subscription = self._watcher.subscribe(events=STREAM_KINDS)
+            self._loaded = LoadedSet(self._watcher, ProcFs(settings.watch.proc_root))
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)
             ready = self._watcher.start()
             stack.callback(self._sampler.follow_watcher(self._watcher))
+            stack.enter_context(self._loaded)
             assert self._start_outputs is not None
             self._start_outputs()
             assert self._first_fleet is not None
@@ -250,6 +254,7 @@ class Daemon:
             self._flows.endpoints,
             self._stale.watch,
             ProcFs(self._settings.watch.proc_root),
+            self._loaded,
         )
         stack.callback(app.close)
         served = [(sockets.unix, app.for_socket())]

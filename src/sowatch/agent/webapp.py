@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 from sowatch.agent.attachments import Attachments
 from sowatch.agent.debugger import Debugger
 from sowatch.agent.hub import EventHub, HubIsFull
+from sowatch.agent.loaded_set import LoadedSet
 from sowatch.agent.mappings import mapping_lines
 from sowatch.explain import PathReport, ProcessReport, paths_named, to_dict
 from sowatch.explain.audit import AuditReport, audit_line
@@ -93,6 +94,7 @@ class WebApp:
         proc: the host's.
         http: what ``/http`` answers, with single flows or without; None: `[http]` is off. Any thread.
         stale: what compares mapped files with the disk, for ``/inventory``.
+        loaded: what was loaded, for ``/sbom``.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class WebApp:
         http: Callable[[bool], dict[str, Any] | None] = lambda _: None,
         stale: StaleWatch | None = None,
         proc: ProcFs | None = None,
+        loaded: LoadedSet | None = None,
     ) -> None:
         self._proc = proc or ProcFs()
         self._watcher = watcher
@@ -117,6 +120,7 @@ class WebApp:
         self._shows_flows_over_tcp = shows_flows_over_tcp
         self._http = http
         self._stale = stale
+        self._loaded = loaded
         #: No request reads what another, or the comparison, waits for in vain.
         self._hanging = HangingCalls() if stale is None else stale.hanging
         self._prometheus = PrometheusExporter(metrics, max_age_s=METRICS_AGE_S)
@@ -135,6 +139,7 @@ class WebApp:
             Route("/explain", self._explain),
             Route("/inventory", self._inventory),
             Route("/mappings", self._mappings),
+            Route("/sbom", self._sbom),
             Route("/paths", self._paths),
             Route("/http", self._http_endpoints),
             Route("/audit", self._audit_now),
@@ -230,7 +235,7 @@ class WebApp:
     async def _mappings(self, request: Request) -> Response:
         query = _query(request)
         try:
-            pids = frozenset(_pid(one) for one in query.get("pid", "").split(",") if one)
+            pids = _pids(query.get("pid", ""))
             with_owners = _flag("owners", query.get("owners", "0"))
         except UsageError as error:
             return _refusal(error, 400)
@@ -239,6 +244,23 @@ class WebApp:
             return _refusal(SowatchError("the watch is not running. See the agent's log."), 503)
         lines = mapping_lines(self._watcher, ready, self._proc, pids, self._hanging, with_owners=with_owners)
         return StreamingResponse(self._chunks(lines), media_type="application/x-ndjson", headers=_NOT_TO_KEEP)
+
+    async def _sbom(self, request: Request) -> Response:
+        """What is loaded, or was since the start, with its packages."""
+        query = _query(request)
+        try:
+            pids, without = (_pids(query.get(name, "")) for name in ("pid", "without"))
+            since_start = _flag("since_start", query.get("since_start", "0"))
+        except UsageError as error:
+            return _refusal(error, 400)
+        ready, loaded = self._watcher.ready, self._loaded
+        if ready is None or loaded is None or not self._watcher.is_running:
+            return _refusal(SowatchError("the watch is not running. See the agent's log."), 503)
+
+        def make() -> bytes:
+            return _encode(loaded.answer(ready, self._stale, pids=pids, without=without, since_start=since_start))
+
+        return Response(await self._in_thread(make), media_type="application/json", headers=_NOT_TO_KEEP)
 
     async def _chunks(self, lines: Iterator[bytes]) -> AsyncIterator[bytes]:
         """Each chunk is made on one of our threads."""
@@ -500,6 +522,10 @@ def _pid(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:10]) <= 1 << 22 and len(text) < 9):
         raise UsageError(f"{text!r} is not a process id. Give a number, as `ps` shows it.")
     return int(text)
+
+
+def _pids(text: str) -> frozenset[int]:
+    return frozenset(_pid(one) for one in text.split(",") if one)
 
 
 def _encode(found: object) -> bytes:

@@ -28,6 +28,7 @@ from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import Library, Process, Ready
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.lines import decode_as, process_from, time_ns_from
+from sowatch.model.literals import Kind
 from sowatch.model.stats import Mapped
 
 __all__ = ["AgentDisk", "AgentScan", "AgentStale", "Filter", "ready_from"]
@@ -62,6 +63,17 @@ class Filter:
         # An agent that is not in our pid namespace has other numbers for us, which may be those of others.
         if selection.exclude_self and (theirs := agent.peer_pid()) is not None:
             self._own = frozenset(pid for pid in (os.getpid(), front_pid(), theirs) if pid is not None)
+
+    @property
+    def own_pids(self) -> frozenset[int]:
+        """Of the agent and of this command, where they are left out."""
+        return self._own
+
+    def wants_file(self, container: str | None, path: str, kind: Kind) -> bool:
+        """Whether it is asked for what a container, or the host, has loaded."""
+        if self._container is not None and not (container or "").startswith(self._container):
+            return False
+        return any(kind in rule.kind and rule.matches_path(path) for rule in self._rules)
 
     def wants_process(self, process: Process) -> bool:
         """Whether it is asked for what this process has."""

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "trace": "Count and time calls of library functions, wherever that library is or will be loaded.",
     "http": "HTTP requests and responses as they pass TLS libraries.",
     "audit": "Compares the mapping table with an independent scan of /proc.",
+    "sbom": "What is really loaded, as a bill of materials: CycloneDX or SPDX 3.",
     "explain": "Why a process or a file is, or is not, covered.",
     "fleet": "Many hosts: who still maps a build, asked of a store that agents send to.",
     "serve": "The agent: watches the host and answers over HTTP, until SIGTERM or SIGINT.",
@@ -38,7 +39,7 @@ COMMANDS: Final = {
 }
 
 #: Commands that end, or end when they are asked to, whatever file system hangs. The agent has a supervisor.
-_BEHIND_FRONT: Final = ("watch", "run", "list", "top", "explain", "audit", "trace")
+_BEHIND_FRONT: Final = ("watch", "run", "list", "top", "sbom", "explain", "audit", "trace")
 
 #: Commands that go on until they are to end, and then have something to say.
 _STOPPED: Final = ("watch", "run", "top", "trace", "http", "serve")

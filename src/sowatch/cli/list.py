@@ -191,10 +191,10 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         disk = Disk(proc) if asked is None else asked.disk
         mapped = [one for one in watcher.snapshot() if not one.rule.startswith(EXCLUDED)]
         if not mapped and selection.container is not None:
-            _check_container(selection.container, _containers_in(proc) if asked is None else asked.containers)
+            check_container(selection.container, running_containers(proc) if asked is None else asked.containers)
         taken = [one for one in mapped if filters.take(one.process, one.library)]
         entries = entries_of(taken, None if args.vulnerable else disk)
-        hung = _hung(watcher, selection)
+        hung = hung_processes(watcher, selection)
     finally:
         watcher.stop()
     # Before the processes end, as far as that can be.
@@ -386,17 +386,18 @@ def _conclude_vulnerable(
     return conclude(judged, open_ends, warn, is_check=args.check, is_quiet=shape.format == "json")
 
 
-def _hung(watcher: WatcherLike | AgentScan, selection: Selection) -> frozenset[int]:
+def hung_processes(watcher: WatcherLike | AgentScan, selection: Selection) -> frozenset[int]:
     """Processes that nobody can read now: a page fault of theirs is not answered."""
     hung = frozenset(getattr(watcher, "unread", ()))
     return hung & selection.pids if selection.pids else hung
 
 
-def _containers_in(proc: ProcFs) -> Iterator[str]:
+def running_containers(proc: ProcFs) -> Iterator[str]:
+    """The ids of containers in which processes run."""
     return (found for pid in proc.pids() if (found := container_id(proc.cgroup(pid) or "")))
 
 
-def _check_container(prefix: str, containers: Iterable[str]) -> None:
+def check_container(prefix: str, containers: Iterable[str]) -> None:
     """Refuses a container that there is not.
 
     Raises:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Final, Literal
 
-from sowatch.inventory.packages import PackageIdentity, Packages
+from msgspec import Struct
+
+from sowatch.inventory.packages import HasFile, PackageIdentity, Packages
 from sowatch.inventory.sbom import LoadedFile
 from sowatch.linux.content_hash import htlhash
 from sowatch.linux.descriptors import close_fd
@@ -14,9 +16,8 @@ from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
-from sowatch.model.stats import Mapped
 
-__all__ = ["content_name", "loaded_files", "place_of"]
+__all__ = ["LoadedAnswer", "PlaceKey", "content_name", "loaded_files", "place_of"]
 
 #: Distinguishes one entry from another: the file under its path, in its container.
 PlaceKey = tuple[FileId, str, str | None, str | None]
@@ -24,13 +25,39 @@ PlaceKey = tuple[FileId, str, str | None, str | None]
 _MOST_PROCESSES: Final = 3
 
 
-def place_of(one: Mapped) -> PlaceKey:
+class LoadedAnswer(Struct, frozen=True, kw_only=True):
+    """What an agent answers to ``GET /sbom``.
+
+    Attributes:
+        time: of the answer, as in events.
+        since: when the watch began.
+        files: what is loaded, or was since then.
+        open_ends: why it is not complete; none: it is.
+        limits: of the watch.
+        rules: by which it watches.
+    """
+
+    schema: int
+    event: Literal["loaded"]
+    time: str
+    since: str
+    host: str
+    host_id: str | None
+    boot_id: str | None
+    version: str | None
+    files: tuple[LoadedFile, ...]
+    open_ends: tuple[str, ...]
+    limits: tuple[str, ...]
+    rules: tuple[str, ...]
+
+
+def place_of(one: HasFile) -> PlaceKey:
     """That of what is mapped."""
     return one.library.id, one.library.path, one.library.build_id, one.process.container
 
 
 def loaded_files(
-    mapped: Iterable[Mapped], packages: Packages, proc: ProcFs, stale: Collection[PlaceKey] = ()
+    mapped: Iterable[HasFile], packages: Packages, proc: ProcFs, stale: Collection[PlaceKey] = ()
 ) -> list[LoadedFile]:
     """One entry for each file, path and container, with the number of processes. What is in memory only is left out.
 
@@ -40,7 +67,7 @@ def loaded_files(
         proc: the host's.
         stale: those that have been replaced or deleted.
     """
-    groups: dict[PlaceKey, list[Mapped]] = {}
+    groups: dict[PlaceKey, list[HasFile]] = {}
     for one in mapped:
         if one.library.path.startswith("/") and not is_memory(one.library.id):
             groups.setdefault(place_of(one), []).append(one)
@@ -61,7 +88,7 @@ def loaded_files(
     ]
 
 
-def content_name(group: Iterable[Mapped], proc: ProcFs) -> str | None:
+def content_name(group: Iterable[HasFile], proc: ProcFs) -> str | None:
     """The build id of a file that these have mapped; a hash of its content if it has none; None if it has gone."""
     for number, one in enumerate(group):
         if one.library.build_id:

@@ -42,7 +42,8 @@ class _Document:
         self._creation.createdBy = [agent]
 
     def _element(self, kind: Any, part: str, **values: Any) -> Any:
-        made = kind(_id=self._base + part, creationInfo=self._creation, **values)
+        known = {name: value for name, value in values.items() if value is not None}
+        made = kind(_id=self._base + part, creationInfo=self._creation, **known)
         self._elements.append(made)
         return made
 
@@ -54,7 +55,8 @@ class _Document:
             "subject",
             name=sbom.container or sbom.host,
             software_primaryPurpose=purpose.platform if sbom.container is None else purpose.container,
-            description=f"what is loaded on {sbom.host}" + (f" in container {sbom.container}" if sbom.container else ""),
+            description=f"what is loaded on {sbom.host}"
+            + (f" in container {sbom.container}" if sbom.container else ""),
         )
         components = [self._component(one) for one in sbom.components]
         if components:
@@ -128,7 +130,7 @@ class _Document:
             relationshipType=spdx.RelationshipType.contains,
             scope=spdx.LifecycleScopeType.runtime,
             completeness=_COMPLETENESS[is_complete],
-            **({"comment": "\n".join(limits)} if limits else {}),
+            comment="\n".join(limits) or None,
         )
 
     def _contains_same(self, key: str, files: list[Any]) -> None:
@@ -152,9 +154,7 @@ def _identifiers(one: model.SbomComponent, *, with_purl: bool) -> list[Any]:
     kinds = spdx.ExternalIdentifierType
     found = []
     if with_purl and one.package is not None:
-        found.append(
-            spdx.ExternalIdentifier(externalIdentifierType=kinds.packageUrl, identifier=one.package.purl)
-        )
+        found.append(spdx.ExternalIdentifier(externalIdentifierType=kinds.packageUrl, identifier=one.package.purl))
     if one.build_id:
         is_hash = one.build_id.startswith("htlhash:")
         identifier = one.build_id if is_hash else f"gnu-build-id:{one.build_id}"

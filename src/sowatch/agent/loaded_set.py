@@ -1,0 +1,203 @@
+"""`LoadedSet`: what was loaded since the agent runs, with its packages, for ``GET /sbom``.
+
+Each distinct file, path and container once, however many processes have it and however short they live. Its package is
+looked up soon after the load, so that it is known after an upgrade. Bounded: what is beyond is counted and reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Sequence
+from typing import Final, Self
+
+from msgspec.structs import replace
+
+from sowatch.inventory.coverage import coverage_of_answers
+from sowatch.inventory.loaded import LoadedAnswer, PlaceKey, content_name, loaded_files, place_of
+from sowatch.inventory.packages import HasFile, Packages
+from sowatch.inventory.sbom import LoadedFile
+from sowatch.inventory.stale_watch import StaleWatch, file_key
+from sowatch.inventory.staleness import Staleness
+from sowatch.linux.memory_files import is_memory
+from sowatch.linux.proc import ProcFs
+from sowatch.model.events import Load, Lost, Ready
+from sowatch.model.lines import stamp
+from sowatch.model.literals import StreamKind
+from sowatch.watcher.subscription import Subscription
+from sowatch.watcher.watcher import Watcher
+
+__all__ = ["LoadedSet"]
+
+LOG = logging.getLogger("sowatch.agent")
+
+#: Distinct files with path and container that are kept.
+MAX_FILES: Final = 20_000
+#: Loads whose package is looked up together.
+_BATCH: Final = 256
+#: New files wait so long for others, unless there is a batch of them: an upgrade takes longer.
+_TOGETHER_S: Final = 0.5
+_TURN_S: Final = 1.0
+_EVENTS: Final[tuple[StreamKind, ...]] = ("load",)
+_GONE: Final = (Staleness.REPLACED, Staleness.DELETED)
+
+
+class LoadedSet:
+    """Keeps what was loaded. A context manager; `answer` from any thread.
+
+    Args:
+        watcher: the agent's, not started yet, or what it finds at its start is missing.
+        proc: the host's.
+        max_files: that are kept.
+    """
+
+    def __init__(self, watcher: Watcher, proc: ProcFs, *, max_files: int = MAX_FILES) -> None:
+        self._watcher = watcher
+        self._proc = proc
+        self._max_files = max_files
+        self._packages = Packages(proc)
+        self._using_packages = threading.Lock()
+        self._files: dict[PlaceKey, LoadedFile] = {}
+        self._changing = threading.Lock()
+        #: Distinct files beyond the bound; one that comes again counts again.
+        self.left_out = 0
+        self._lost = 0
+        self._since_ns = time.time_ns()
+        self._subscription: Subscription = watcher.subscribe(events=_EVENTS)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sowatch-loaded", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Ends its thread, waiting at most that long. Safe to call again."""
+        self._closing.set()
+        self._subscription.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._packages.close()
+
+    def answer(
+        self,
+        ready: Ready,
+        stale: StaleWatch | None,
+        *,
+        pids: Collection[int],
+        without: Collection[int],
+        since_start: bool,
+    ) -> LoadedAnswer:
+        """What is loaded now; with ``since_start`` what was since then, too.
+
+        Args:
+            ready: what the watch reported.
+            stale: what compares with the disk.
+            pids: only what these have now; empty: all.
+            without: what only these have is left out.
+            since_start: not only what is loaded now.
+        """
+        mapped = [
+            one
+            for one in self._watcher.snapshot()
+            if one.process.pid not in without and (not pids or one.process.pid in pids)
+        ]
+        answers = {} if stale is None else stale.answers
+        gone = {
+            place_of(one)
+            for one in mapped
+            if (found := answers.get((one.process.id, file_key(one)))) is not None and found.stale in _GONE
+        }
+        with self._using_packages:
+            now = loaded_files(mapped, self._packages, self._proc, gone)
+        keys = dict.fromkeys(place_of(one) for one in mapped if _is_file(one))
+        files: list[LoadedFile] = []
+        with self._changing:
+            for key, one in zip(keys, now, strict=True):
+                kept = self._files.get(key)
+                if kept is not None and one.package is None:
+                    one = replace(one, package=kept.package, build_id=one.build_id or kept.build_id)  # noqa: PLW2901
+                files.append(one)
+            if since_start:
+                files += [one for key, one in self._files.items() if key not in keys]
+        hung = {pid for pid in self._watcher.unread if not pids or pid in pids}
+        read = {one.process.pid for one in mapped}
+        coverage = coverage_of_answers(self._proc, ready.strategy, read, hung, pids)
+        return LoadedAnswer(
+            schema=1,
+            event="loaded",
+            time=stamp(time.time_ns()),
+            since=stamp(self._since_ns),
+            host=ready.origin.host,
+            host_id=ready.origin.host_id,
+            boot_id=ready.origin.boot_id,
+            version=ready.origin.version,
+            files=tuple(files),
+            open_ends=tuple(
+                self._open_ends(since_start=since_start) + ([] if coverage.is_complete else [str(coverage)])
+            ),
+            limits=tuple(ready.limits),
+            rules=tuple(rule.name for rule in self._watcher.rules),
+        )
+
+    def _open_ends(self, *, since_start: bool) -> list[str]:
+        found = []
+        if since_start and self.left_out:
+            found.append(
+                f"{self._max_files} files are kept, and {self.left_out} loads of others were left out since the start"
+            )
+        if since_start and self._lost:
+            found.append(f"{self._lost} records were lost: what they had loaded and has gone may be missing")
+        if not self._watcher.is_repaired:
+            found.append("a loss is not repaired yet")
+        return found
+
+    # ---- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pending: dict[PlaceKey, Load] = {}
+        since_s, own_pid = 0.0, os.getpid()
+        while not self._closing.is_set():
+            event = self._subscription.get(timeout_s=_TOGETHER_S if pending else _TURN_S)
+            if isinstance(event, Lost):
+                self._lost += event.count
+            elif isinstance(event, Load) and _is_file(event) and event.process.pid != own_pid:
+                key = place_of(event)
+                if key not in self._files and key not in pending:
+                    if len(self._files) + len(pending) >= self._max_files:
+                        self.left_out += 1
+                    else:
+                        since_s = since_s if pending else time.monotonic()
+                        pending[key] = event
+            if pending and (event is None or len(pending) >= _BATCH or time.monotonic() - since_s >= _TOGETHER_S):
+                self._keep(pending)
+                pending = {}
+
+    def _keep(self, pending: dict[PlaceKey, Load]) -> None:
+        loads: Sequence[Load] = list(pending.values())
+        try:
+            with self._using_packages:
+                identities = self._packages.identify(loads)
+        except Exception:  # one file keeps no other from being kept
+            LOG.exception("packages of loaded files could not be looked up")
+            identities = [None] * len(loads)
+        with self._changing:
+            for (key, load), identity in zip(pending.items(), identities, strict=True):
+                self._files[key] = LoadedFile(
+                    load.library.path,
+                    load.library.kind,
+                    content_name([load], self._proc),
+                    load.library.soname,
+                    load.process.container,
+                    identity,
+                )
+
+
+def _is_file(one: HasFile) -> bool:
+    return one.library.path.startswith("/") and not is_memory(one.library.id)
