@@ -21,6 +21,7 @@ from sowatch.agent.settings import (
     RuleSettings,
     Settings,
     SinkSettings,
+    VulnerabilitySettings,
 )
 from sowatch.model.config import Config
 
@@ -39,6 +40,7 @@ _TABLES: Final[tuple[tuple[type[Struct], str, str], ...]] = (
     (SinkSettings, "[[sinks]]", "Where events go besides HTTP clients."),
     (HttpSettings, "[http]", "Requests and responses that pass TLS libraries. Off by default."),
     (FleetSettings, "[fleet]", "What is mapped on this host, to the receiver of a fleet. Off by default."),
+    (VulnerabilitySettings, "[vulnerabilities]", "What is mapped, judged by data that you bring. Off without any."),
     (ExporterSettings, "[[exporters]]", "Where metrics are sent besides being scraped."),
 )
 _NAMES: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}

@@ -30,6 +30,7 @@ from sowatch.agent.page import routes
 from sowatch.agent.reload import FileWatch
 from sowatch.agent.settings import Settings, changed_keys
 from sowatch.agent.stale_feed import StaleFeed
+from sowatch.agent.vulnerability_feed import VulnerabilityFeed
 from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.bpf.map_memory import map_bytes
 from sowatch.explain.audit import AuditReport
@@ -68,6 +69,7 @@ LIVE_KEYS: Final = frozenset(
         "rules",
         "http",
         "fleet",
+        "vulnerabilities",
         "sinks",
         "exporters",
         "audit_interval_s",
@@ -129,6 +131,9 @@ class Daemon:
         self._origin = origin_of(ProcFs(settings.watch.proc_root))
         proc = ProcFs(settings.watch.proc_root)
         self._stale = StaleFeed(self._watcher, self._metrics, proc, settings.stale_interval_s)
+        self._vulnerabilities = VulnerabilityFeed(
+            self._watcher, self._metrics, proc, settings.vulnerabilities, self._stale.watch.hanging
+        )
         self._fleet = FleetFeed(self._watcher, self._origin, proc)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
@@ -272,6 +277,7 @@ class Daemon:
         # The streams of pages end with the inventory.
         stack.enter_context(inventory)
         stack.enter_context(self._stale)
+        stack.enter_context(self._vulnerabilities)
         self._http.start()
 
     def _shows_flows_over_tcp(self) -> bool:
@@ -374,6 +380,7 @@ class Daemon:
         self._audit_interval_s = new.audit_interval_s
         self._audit_now.set()
         self._stale.watch.interval_s = new.stale_interval_s
+        self._vulnerabilities.change(new.vulnerabilities)
         # What needs a restart is compared with what is in force the next time, too.
         self._settings = replace(new, **{name: getattr(old, name) for name in kept})
         self._loaded_ns = time.time_ns()
@@ -455,6 +462,7 @@ class Daemon:
             "http": self._flows.summary(),
             "outputs": [*self._outputs.problems(), *([fleet_problem] if fleet_problem else [])],
             "output_states": [*self._outputs.state(), *([fleet] if fleet else [])],
+            "vulnerabilities": self._vulnerabilities.summary(),
             "pod_names": None if watcher.pod_names is None else asdict(watcher.pod_names),
         }
         return Readiness(tuple(problems), facts)

@@ -21,6 +21,7 @@ from msgspec.structs import fields
 from sowatch.agent.fleet_settings import FLEET_RULE, FleetSettings
 from sowatch.agent.setting_checks import in_range as _in_range
 from sowatch.agent.setting_checks import missing_module as _missing_module
+from sowatch.agent.vulnerability_settings import VulnerabilitySettings
 from sowatch.linux.openat import open_regular
 from sowatch.model.config import Config
 from sowatch.model.errors import ConfigError, SowatchError
@@ -39,6 +40,7 @@ __all__ = [
     "RuleSettings",
     "Settings",
     "SinkSettings",
+    "VulnerabilitySettings",
     "changed_keys",
     "load_settings",
 ]
@@ -276,6 +278,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         exporters: where metrics are sent.
         http: requests and responses that pass TLS libraries.
         fleet: what is mapped on this host, to the receiver of a fleet.
+        vulnerabilities: what is mapped, judged by data that you bring.
     """
 
     socket: str = "/run/sowatch/sowatch.sock"
@@ -297,6 +300,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     exporters: tuple[ExporterSettings, ...] = ()
     http: HttpSettings = field(default_factory=HttpSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
+    vulnerabilities: VulnerabilitySettings = field(default_factory=VulnerabilitySettings)
 
     def __post_init__(self) -> None:
         if not self.socket or "\0" in self.socket:

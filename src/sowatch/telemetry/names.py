@@ -126,6 +126,44 @@ STALE_TIME: Final = _define(
     "gauge", "stale.timestamp_seconds", "When that comparison ended, in seconds since the epoch."
 )
 
+VULNERABLE_PROCESSES: Final = _define(
+    "gauge",
+    "vulnerable.processes",
+    "Processes that have a file mapped which is affected, by the vulnerability and the package; of the 100 pairs with "
+    "the most processes.",
+    "id",
+    "package",
+)
+VULNERABLE_LEFT_OUT: Final = _define(
+    "gauge", "vulnerable.left_out", "Pairs of a vulnerability and a package beyond these."
+)
+VULNERABLE_ANY: Final = _define(
+    "gauge", "vulnerable.affected_processes", "Processes that have any affected file mapped, each once."
+)
+VULNERABLE_UNKNOWN: Final = _define(
+    "gauge",
+    "vulnerable.unknown_files",
+    "Mapped files of which it is unknown whether they are affected, by why: package (it is not known) or data (they "
+    "have nothing of its distribution, or its version cannot be compared).",
+    "why",
+)
+VULNERABLE_ADVISORIES: Final = _define("gauge", "vulnerable.advisories", "Advisories that were read.")
+VULNERABLE_PROBLEMS: Final = _define("gauge", "vulnerable.problems", "What of the data could not be read.")
+VULNERABLE_DATA_VALID: Final = _define(
+    "gauge",
+    "vulnerable.data_valid",
+    "1 if the data of the configuration are in force, 0 if they could not be read, or not yet.",
+)
+VULNERABLE_DATA_TIME: Final = _define(
+    "gauge",
+    "vulnerable.data_timestamp_seconds",
+    "When the advisory that was changed last was changed, in seconds since the epoch: how old the data are.",
+)
+VULNERABLE_TIME: Final = _define(
+    "gauge", "vulnerable.timestamp_seconds", "When what is mapped was judged last, in seconds since the epoch."
+)
+VULNERABLE_SECONDS: Final = _define("gauge", "vulnerable.duration_seconds", "Time that this took.")
+
 CALLBACK_SECONDS: Final = _define(
     "histogram", "callback.duration_seconds", "Time that callbacks of rules took.", "rule", "callback"
 )
