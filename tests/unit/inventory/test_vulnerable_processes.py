@@ -132,8 +132,8 @@ def test_the_table_has_a_row_for_each_vulnerability_and_package_and_who_has_it_b
     command = [sys.executable, "-m", "sowatch", "list", "--vulnerable", "--osv", data, "--pid", str(one.process.pid)]
     done = subprocess.run([*command, LIBRARY], capture_output=True, text=True, check=False)
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows[0] == "ID SEVERITY STATUS PACKAGE VERSION FIXED IN PROCESSES WHAT".split()
-    assert rows[2] == "CVE-1900-0001 - affected liblamp1 1.0-1 1.0-2 1 A lamp burns".split()
+    assert rows[0] == ["ID", "SEVERITY", "STATUS", "PACKAGE", "VERSION", "FIXED", "IN", "PROCESSES", "WHAT"]
+    assert rows[2] == ["CVE-1900-0001", "-", "affected", "liblamp1", "1.0-1", "1.0-2", "1", "A", "lamp", "burns"]
     assert rows[3][-1] == str(one.process.pid)
     assert "1 vulnerability in files of 1 process, by 1 advisory, the newest of 2026-01-02." in done.stderr
     assert "of 1 mapped file the package of 0 is not known, and of 0 more something else" in done.stderr
