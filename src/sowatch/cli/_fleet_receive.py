@@ -16,6 +16,7 @@ __all__ = ["configure", "run"]
 
 #: The token, where no file has it.
 TOKEN_VARIABLE: Final = "SOWATCH_FLEET_TOKEN"  # noqa: S105  (its name)
+PAGE_TOKEN_VARIABLE: Final = "SOWATCH_FLEET_PAGE_TOKEN"  # noqa: S105  (its name)
 _NEEDED: Final = ("chdb", "google.protobuf", "opentelemetry.proto", "starlette", "uvicorn")
 
 
@@ -28,6 +29,11 @@ def configure(parser: Parser) -> None:
     )
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"of receive: has the token that agents must send. Or {TOKEN_VARIABLE}"
+    )
+    parser.add_argument(
+        "--page-token-file",
+        metavar="FILE",
+        help=f"of receive: has the token for readers of the page. Default: the same. Or {PAGE_TOKEN_VARIABLE}",
     )
     parser.add_argument(
         "--no-token", action="store_true", help="of receive: take records from everybody who reaches the port"
@@ -50,7 +56,7 @@ def run(action: str, words: Sequence[str], args: Namespace, *, out: Out, warn: C
     from sowatch.fleet.service import DEFAULT_LISTEN, DEFAULT_STORE, serve
     from sowatch.web.logs import set_up_logging
 
-    token = _token(args)
+    token, page_token = _token(args.token_file, TOKEN_VARIABLE), _token(args.page_token_file, PAGE_TOKEN_VARIABLE)
     if token is not None and args.no_token:
         raise UsageError("--no-token contradicts the token that is given. Leave one of them out.")
     if (args.tls_cert is None) != (args.tls_key is None):
@@ -60,19 +66,20 @@ def run(action: str, words: Sequence[str], args: Namespace, *, out: Out, warn: C
         args.store or DEFAULT_STORE,
         listen=args.listen or DEFAULT_LISTEN,
         token=token,
+        page_token=page_token,
         is_open=args.no_token,
         tls=None if args.tls_cert is None else (args.tls_cert, args.tls_key),
     )
 
 
-def _token(args: Namespace) -> str | None:
-    if args.token_file is None:
-        token = os.environ.get(TOKEN_VARIABLE)
-        source = TOKEN_VARIABLE
+def _token(file: str | None, variable: str) -> str | None:
+    if file is None:
+        token = os.environ.get(variable)
+        source = variable
     else:
-        source = repr(args.token_file)
+        source = repr(file)
         try:
-            token = Path(args.token_file).read_text(encoding="utf-8").strip()
+            token = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise UsageError(f"cannot read the token in {source}: {reason}. Give a file with one line.") from error

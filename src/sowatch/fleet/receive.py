@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -67,9 +67,11 @@ class Receiver:
     Args:
         store: closed by the one who made it, after `close`.
         token: that has to be sent as ``Authorization: Bearer TOKEN``; None: nothing has to be.
+        pages: routes for people, which check who asks by themselves.
     """
 
-    def __init__(self, store: Store, *, token: str | None = None) -> None:
+    def __init__(self, store: Store, *, token: str | None = None, pages: Sequence[BaseRoute] = ()) -> None:
+        self._pages = pages
         self._store = store
         self._token = None if token is None else token.encode()
         self.commits = Commits(store)
@@ -87,6 +89,7 @@ class Receiver:
             Route("/v1/metrics", self._not_taken, methods=["POST"]),
             Route("/v1/traces", self._not_taken, methods=["POST"]),
             Route("/healthz", self._healthz),
+            *self._pages,
         ]
         return Starlette(routes=routes)
 

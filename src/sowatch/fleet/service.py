@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
+from sowatch.fleet.page import FleetPage
 from sowatch.fleet.receive import Receiver
 from sowatch.fleet.store import SOCKET_NAME, Store
 from sowatch.model.errors import UsageError
@@ -34,6 +35,7 @@ def serve(
     *,
     listen: str = DEFAULT_LISTEN,
     token: str | None = None,
+    page_token: str | None = None,
     is_open: bool = False,
     tls: tuple[str, str] | None = None,
 ) -> int:
@@ -43,6 +45,7 @@ def serve(
         directory: of the store; made if it is missing.
         listen: address and port; the port may be 0.
         token: that has to be sent; None: nothing has to be.
+        page_token: that who reads the page has to give; None: the same.
         is_open: no token is meant, although others can reach the port.
         tls: certificate and key, as files.
 
@@ -67,7 +70,9 @@ def serve(
         store = stack.enter_context(Store(directory))
         asked = UnixSocket(os.path.join(store.directory, SOCKET_NAME))
         stack.callback(asked.close)
-        receiver = Receiver(store, token=token)
+        page = FleetPage(store, token=page_token or token)
+        stack.callback(page.close)
+        receiver = Receiver(store, token=token, pages=page.routes())
         stack.callback(receiver.close)
         app: App = receiver.for_tcp()
         if is_local:
@@ -79,7 +84,7 @@ def serve(
         host, port = tcp.getsockname()[:2]
         http.start()
         where = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
-        LOG.warning("receiving on %s/v1/logs into %s", where, store.directory)
+        LOG.warning("receiving on %s/v1/logs into %s; the page is %s/", where, store.directory, where)
         notifier.ready(f"receiving on {where}")
         while not stopping.wait(_TURN_S) and http.is_alive:
             notifier.alive()

@@ -159,18 +159,27 @@ class HostCheck:
     They are in lower case, and looked up at each request: their owner may change them.
 
     A web page of somebody else may let its own name point to 127.0.0.1; the browser then sends that name. An address
-    points to nothing else, so ``takes_addresses`` is for those who come by one that is not known here.
+    points to nothing else, so ``takes_addresses`` is for those who come by one that is not known here. ``advice`` is
+    what to do else.
     """
 
-    def __init__(self, app: App, hosts: Collection[str], *, takes_addresses: bool = False) -> None:
+    def __init__(
+        self,
+        app: App,
+        hosts: Collection[str],
+        *,
+        takes_addresses: bool = False,
+        advice: str = "add the name to allowed_hosts",
+    ) -> None:
         self._app = app
         self._hosts = hosts
         self._takes_addresses = takes_addresses
+        self._advice = advice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 421."""
         if scope["type"] == "http" and not self._is_ours(scope):
-            body = b"this name is not served here. Use localhost, or add the name to allowed_hosts.\n"
+            body = f"this name is not served here. Use localhost, or {self._advice}.\n".encode()
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": 421, "headers": headers})
             await send({"type": "http.response.body", "body": body})
