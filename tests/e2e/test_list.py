@@ -172,13 +172,39 @@ def test_a_row_that_is_wider_than_the_terminal_has_its_last_cell_below_it(host: 
 
 
 def test_a_plan_is_commands_and_comments(host: Host) -> None:
-    assert rows("--stale", "--plan", host.pattern) == [
+    lines = rows("--stale", "--plan", host.pattern)
+    # Builds are those of libraries that were compiled for this test.
+    assert [re.sub(r"\(build [0-9a-f]{12}\)", "(build)", line) for line in lines] == [
+        f"# {APP} (user@1234.service): 1 process (mapper, {host.app}); still runs libmod.so (build)",
         f"systemctl --user --machine=1234@ restart {APP}",
+        f"# {WEB}: 2 processes (mapper, {host.web[0]}, {host.web[1]}); still run liba.so (build), libgone.so (build)",
         f"systemctl restart {WEB}",
+        f"# {ID}: 1 process (mapper, {host.container}); still runs liba.so (build)",
         f"docker restart {ID}",
         f"# {SESSION}: what is on disk is the same build ({host.session} mapper)",
+        f"# (no unit): 1 process (server, {host.server}); still runs server (build)",
         f"# {host.server} server: end it and start it again",
     ]
+
+
+def test_a_plan_as_json_has_what_each_restart_is_for(host: Host, schema: Any) -> None:
+    head, *lines = map(strict.loads, rows("--stale", "--plan", "--json", host.pattern))
+    for line in (head, *lines):
+        schema(line)
+    assert [(line["event"], line["kind"], line["command"]) for line in lines] == [
+        ("restart", "unit", f"systemctl --user --machine=1234@ restart {APP}"),
+        ("restart", "unit", f"systemctl restart {WEB}"),
+        ("restart", "container", f"docker restart {ID}"),
+        ("restart", "session", None),
+        ("restart", "process", None),
+    ]
+    assert [line["why_not"] for line in lines] == [*[None] * 3, "what is on disk is the same build", None]
+    assert [[one["process"]["pid"] for one in line["processes"]] for line in lines] == [
+        *([host.app], [*host.web], [host.container], [host.session], [host.server])
+    ]
+    files = [(Path(one["library"]["path"]).name, one["stale"]) for one in lines[1]["processes"][0]["files"]]
+    assert files == [("liba.so", "replaced"), ("libgone.so", "deleted")]
+    assert {(*line["listen"],) for line in lines} == {()}
 
 
 def test_a_check_answers_by_its_exit_code(host: Host) -> None:

@@ -24,7 +24,9 @@ restart after an upgrade.
 There is a row for each unit or container, with the command that restarts it, or in
 parentheses what to do where there is none; below it are its processes with their
 files, and the packages that own these. --plan prints only the commands, for a shell
-of root. --check says by its exit code whether there is something, and prints nothing
+of root, with comments: what each is for, which packages and builds still run, and on
+which ports is listened; nothing is restarted. With --json it is one object, event
+"restart", for each. --check says by its exit code whether there is something, and prints nothing
 if there is not.
 
 With --vulnerable only mapped files that are affected by something, of the package
@@ -65,6 +67,7 @@ from msgspec.structs import replace
 
 from sowatch.cli._agent import add_agent, refuse_own_watch
 from sowatch.cli._list_filters import EXCLUDED, add_filters, filters_of, with_exports
+from sowatch.cli._list_plan import plan_of, write_plan, write_plan_lines
 from sowatch.cli._list_vulnerable import add_vulnerable, check_options, conclude, judge, write_json, write_text
 from sowatch.cli._list_vulnerable import load as load_data
 from sowatch.cli._options import OpenWatcher, add_common, open_watcher, output_format, selection_of
@@ -149,7 +152,9 @@ def configure(parser: Parser) -> None:
         action="store_true",
         help="with --stale or --vulnerable: exit code 0 nothing, 1 something, 3 not all is known",
     )
-    parser.add_argument("--plan", action="store_true", help="with --stale: only the commands that restart")
+    parser.add_argument(
+        "--plan", action="store_true", help="with --stale: the commands that restart, and what they are for"
+    )
     parser.add_argument(
         "-o",
         "--columns",
@@ -212,7 +217,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         return _conclude_vulnerable(_head(ready, args), judged, coverage, open_ends, shape, args, out, warn)
     if not (args.check and not entries):
         head = _head(ready, args) if asked is None else asked.head
-        _print(head, _sorted(entries, shape.by), coverage, shape, out)
+        _print(head, _sorted(entries, shape.by), coverage, shape, out, proc)
         how = "one scan: each process was read at one moment" if ready.guarantee == ONE_SCAN else ""
         how = how if asked is None else ready.limits[-1]
         if how and shape.format == "text" and not args.check and not args.plan:
@@ -254,8 +259,8 @@ def _shape_of(args: Namespace) -> _Shape:
         columns = columns_of(args.columns)
     if shown == "json" and (columns is not None or args.no_headers):
         raise UsageError("JSON has every field, and no headers. Leave out -o and --no-headers, or use --format csv.")
-    if args.plan and (shown != "text" or columns is not None):
-        raise UsageError("--plan is lines for a shell. Leave it out: JSON and the column `restart` have the commands.")
+    if args.plan and (shown not in ("text", "json") or columns is not None):
+        raise UsageError("--plan is lines for a shell, or JSON. Leave it out: the column `restart` has the commands.")
     return _Shape(
         format=shown,
         by=args.by or ("unit" if args.stale else "library"),
@@ -292,26 +297,31 @@ def _head(ready: Ready, args: Namespace) -> wire.Head:
     )
 
 
-def _print(head: wire.Head, entries: Sequence[ListEntry], coverage: Coverage, shape: _Shape, out: Out) -> None:
+def _print(
+    head: wire.Head, entries: Sequence[ListEntry], coverage: Coverage, shape: _Shape, out: Out, proc: ProcFs
+) -> None:
+    restarts = plan_of(entries, proc) if shape.is_plan else None
     if shape.format == "json":
         from sowatch.inventory.coverage import coverage_line
 
-        out.write(dumps(head) + "\n")
-        for seq, entry in enumerate(entries, 2):
-            out.write(dumps(entry.line(seq, with_owner=shape.is_stale)) + "\n")
+        if restarts is not None:
+            seq = write_plan_lines(out, head, restarts)
+        else:
+            out.write(dumps(head) + "\n")
+            seq = len(entries) + 1
+            for number, entry in enumerate(entries, 2):
+                out.write(dumps(entry.line(number, with_owner=shape.is_stale)) + "\n")
         if not coverage.is_complete:
-            out.write(dumps(coverage_line(coverage, len(entries) + 2)) + "\n")
+            out.write(dumps(coverage_line(coverage, seq + 1)) + "\n")
         out.flush()
+        return
+    if restarts is not None:
+        write_plan(out, restarts)
         return
     from sowatch.cli._list_columns import write_columns, write_csv
 
     columns = shape.columns or (_STALE_COLUMNS if shape.is_stale else _COLUMNS)[shape.by]
-    if shape.is_plan:
-        from sowatch.inventory.restarts import plan, restart_groups
-
-        out.write("".join(f"{line}\n" for line in plan(restart_groups(entry.stale_file for entry in entries))))
-        out.flush()
-    elif shape.format == "csv":
+    if shape.format == "csv":
         write_csv(out, entries, columns, has_head=shape.has_head)
     elif shape.columns is None and shape.by == "library":
         from sowatch.cli._list_views import library_table

@@ -102,6 +102,11 @@ class StaleFile(Struct, frozen=True):
         """The name under which the file is stale, or else its own."""
         return self.answer.path or self.library.path
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Which process has which file under which path."""
+        return self.process.id, self.library.id, self.library.path
+
 
 class RestartGroup(Struct, frozen=True):
     """What has to be restarted, and the stale files of its processes, by process and path."""

@@ -301,7 +301,9 @@ def test_a_plan_is_the_commands_and_a_check_is_an_exit_code(listed: Any, mapper:
     found = listed(entries, "--stale", "--check")
     assert (found.code, found.text) == (1, listed(entries, "--stale").text)
     planned = listed(entries, "--stale", "--plan", "--check")
-    assert (planned.code, planned.text) == (1, "systemctl restart old.service\n")
+    *comments, command = planned.text.splitlines()
+    assert (planned.code, command) == (1, "systemctl restart old.service")
+    assert comments == [f"# old.service: 1 process (mapper, {mapper.pid}); still runs libgone.so"]
     (line,) = listed(entries, "--stale", "--json").lines()
     assert (line["restart"], line["restart_advice"]) == ("systemctl restart old.service", None)
 
@@ -317,7 +319,9 @@ def test_a_check_that_could_not_read_all_is_neither_nothing_nor_something(listed
     assert listed([unknown], "--stale", "--check").code == 3
 
 
-@pytest.mark.parametrize("words", [["--check"], ["--plan"], ["--stale", "--plan", "--json"], ["--json", "-o", "pid"]])
+@pytest.mark.parametrize(
+    "words", [["--check"], ["--plan"], ["--stale", "--plan", "--format", "csv"], ["--json", "-o", "pid"]]
+)
 def test_options_that_contradict_each_other_are_refused_with_what_to_do(listed: Any, words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"Write|Leave"):
         listed([], *words)

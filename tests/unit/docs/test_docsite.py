@@ -13,9 +13,19 @@ from msgspec.structs import fields
 
 import sowatch
 from docsite import commands, configuration, expanded, files, links, prose, python, references, schema
-from sowatch.agent.settings import HttpSettings, RuleSettings, Settings, SinkSettings
+from sowatch.agent.settings import (
+    FleetSettings,
+    HttpSettings,
+    RuleSettings,
+    Settings,
+    SinkSettings,
+    VulnerabilitySettings,
+)
 from sowatch.cli._main import COMMANDS, command_parser
 from sowatch.model.config import Config
+
+#: Settings that are tables, with pages of their own keys.
+TABLES = ("watch", "rules", "sinks", "exporters", "http", "fleet", "vulnerabilities")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -27,14 +37,16 @@ def test_a_command_has_its_options_in_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [Settings, Config, RuleSettings, SinkSettings, HttpSettings], ids=lambda kind: kind.__name__
+    "kind",
+    [Settings, Config, RuleSettings, SinkSettings, HttpSettings, FleetSettings, VulnerabilitySettings],
+    ids=lambda kind: kind.__name__,
 )
 def test_a_key_of_the_configuration_is_in_the_reference(kind: type) -> None:
     page = configuration.markdown("")
     known = configuration.meanings(kind)
     for one in fields(kind):
         assert known[one.name]
-        if one.name not in ("watch", "rules", "sinks", "exporters", "http") or kind is not Settings:
+        if kind is not Settings or one.name not in TABLES:
             assert f"\n`{one.name}` (" in page
 
 
