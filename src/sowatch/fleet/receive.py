@@ -25,7 +25,7 @@ from sowatch.fleet.log_requests import Decoded, NotOtlp, answer_of, decode, stat
 from sowatch.fleet.store import Store, StoreFull
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
-from sowatch.web.bounds import App, BodyTooLarge, BodyTooSlow, read_body
+from sowatch.web.bounds import App, Body, BodyTooLarge, BodyTooSlow, read_body
 
 __all__ = ["Receiver"]
 
@@ -110,14 +110,16 @@ class Receiver:
 
     async def _logs(self, request: Request) -> Response:
         is_json = _media_type(request) == _JSON
+        body = Body(request.receive)
         try:
             self._check_token(request)
             is_packed = _is_packed(request)
             _check_type(request)
-            decoded = await self._received(request, is_json=is_json, is_packed=is_packed)
+            decoded = await self._received(request, body, is_json=is_json, is_packed=is_packed)
             if decoded.records:
                 await asyncio.wrap_future(self.commits.submit(decoded))
         except _Refusal as error:
+            await body.discard(4 * MAX_BODY_BYTES, BODY_S)
             return self._refused(error, is_json=is_json)
         except QueueFull as error:
             return self._refused(_Refusal(429, _EXHAUSTED, str(error), retry_after_s=RETRY_SOON), is_json=is_json)
@@ -128,7 +130,7 @@ class Receiver:
         self.rejected += decoded.rejected
         return self._answer(200, answer_of(decoded, is_json=is_json), is_json=is_json)
 
-    async def _received(self, request: Request, *, is_json: bool, is_packed: bool) -> Decoded:
+    async def _received(self, request: Request, body: Body, *, is_json: bool, is_packed: bool) -> Decoded:
         length = request.headers.get("content-length", "")
         expected = min(int(length) if length.isascii() and length.isdigit() else MAX_BODY_BYTES, 1 << 40)
         if expected > MAX_BODY_BYTES:
@@ -140,7 +142,7 @@ class Receiver:
         self._bodies_bytes += expected
         try:
             try:
-                body = await read_body(request.receive, MAX_BODY_BYTES, BODY_S)
+                data = await read_body(body.receive, MAX_BODY_BYTES, BODY_S)
             except BodyTooLarge as error:
                 text = f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
                 raise _Refusal(413, _INVALID, text) from error
@@ -148,7 +150,7 @@ class Receiver:
                 raise _Refusal(408, _UNAVAILABLE, "the body did not arrive in time") from error
 
             def work() -> Decoded:
-                return decode(_unpacked(body) if is_packed else body, is_json=is_json, now_ns=time.time_ns())
+                return decode(_unpacked(data) if is_packed else data, is_json=is_json, now_ns=time.time_ns())
 
             try:
                 return await self._in(self._decoding, work)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
-from sowatch.fleet.asks import Asks
+from sowatch.fleet.asks import Asks, parameter
 from sowatch.fleet.schema import schema_sql
 from sowatch.fleet.store_client import SOCKET_NAME, StoreClient
 from sowatch.model.errors import SowatchError, UsageError
@@ -51,6 +51,8 @@ MEMORY_BYTES: Final = 2 << 30
 QUESTION_BYTES: Final = 1 << 30
 #: A question that takes longer is ended.
 QUESTION_S: Final = 120
+#: Texts of questions that are not checked again.
+_QUESTIONS: Final = 256
 #: So long a process that has the directory is waited for: a question is answered in less.
 _WAIT_S: Final = 5.0
 _TURN_S: Final = 0.05
@@ -138,6 +140,8 @@ class Store:
         self._reader: Any = None
         self._inserting = threading.Lock()
         self._asking = threading.Lock()
+        #: That were asked before, and are SELECTs.
+        self._questions: set[str] = set()
         try:
             self._take(wait_s)
             self._check_version()
@@ -178,10 +182,25 @@ class Store:
             if reader is None:
                 raise SowatchError(f"the store {self.directory!r} is closed. Open it again.")
             try:
+                self._check_question(sql)
                 result = reader.query(sql, "JSONEachRow", params=dict(parameters or {}))
+            except SowatchError:
+                raise
             except Exception as error:
                 raise self._refused("a question to", error) from error
             return (bytes(result.bytes() or b""),)
+
+    def _check_question(self, sql: str) -> None:
+        """Whether it is one SELECT, by the engine's parser: ``readonly`` refuses neither SYSTEM nor INTO OUTFILE."""
+        if sql in self._questions:
+            return
+        written = parameter(sql)
+        line = self._reader.query("SELECT formatQuerySingleLine({q:String})", "TSVRaw", params={"q": written}).bytes()
+        if not line.startswith((b"SELECT ", b"WITH ")) or b"INTO OUTFILE" in line:
+            raise SowatchError(f"a question to the store {self.directory!r} failed: it is no SELECT. Ask with one.")
+        if len(self._questions) >= _QUESTIONS:
+            self._questions.clear()
+        self._questions.add(sql)
 
     def insert(self, rows: Iterable[bytes]) -> None:
         """Inserts rows of `otel_logs`, and what follows from them; they are on the disk when this returns.

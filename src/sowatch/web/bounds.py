@@ -7,13 +7,14 @@ byte by byte, or reads nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-__all__ = ["BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "FramingCheck", "HostCheck", "read_body"]
+__all__ = ["Body", "BodyTooLarge", "BodyTooSlow", "BoundedProtocol", "FramingCheck", "HostCheck", "read_body"]
 
 #: A connection without a request under way is closed after this.
 IDLE_S: Final = 10.0
@@ -125,6 +126,30 @@ async def read_body(receive: Receive, max_bytes: int = BODY_BYTES, timeout_s: fl
                     return bytes(body)
     except TimeoutError as error:
         raise BodyTooSlow from error
+
+
+class Body:
+    """The body of a request, which may be refused before it was received."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_over = False
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next part, as of ASGI."""
+        message = await self._receive()
+        self._is_over = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def discard(self, max_bytes: int, timeout_s: float) -> None:
+        """Reads what is left, up to a bound.
+
+        A client that still sends when the connection ends sees that it broke, and not the answer.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while max_bytes > 0 and not self._is_over:
+                    max_bytes -= len((await self.receive()).get("body", b""))
 
 
 class FramingCheck:
