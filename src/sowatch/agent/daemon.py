@@ -35,6 +35,7 @@ from sowatch.agent.webapp import Readiness, WebApp
 from sowatch.bpf.map_memory import map_bytes
 from sowatch.explain.audit import AuditReport
 from sowatch.inventory.inventory import Inventory
+from sowatch.inventory.packages import Packages
 from sowatch.linux.capabilities import SYS_ADMIN, drop_privileges
 from sowatch.linux.origin import origin_of
 from sowatch.linux.pid_namespaces import why_not_whole_host
@@ -138,7 +139,8 @@ class Daemon:
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._first_fleet: FleetChange | None = None
-        self._loaded: LoadedSet | None = None
+        self._packages = Packages(proc, self._stale.watch.hanging)
+        self._loaded_files: LoadedSet | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
         self._config_error: str | None = None
@@ -167,12 +169,13 @@ class Daemon:
             stack.callback(self._actions.close)
             stack.callback(self._flows.close)
             subscription = self._watcher.subscribe(events=STREAM_KINDS)
-            self._loaded = LoadedSet(self._watcher, ProcFs(settings.watch.proc_root))
+            stack.callback(self._packages.close)
+            self._loaded_files = LoadedSet(self._watcher, ProcFs(settings.watch.proc_root), self._packages)
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)
             ready = self._watcher.start()
             stack.callback(self._sampler.follow_watcher(self._watcher))
-            stack.enter_context(self._loaded)
+            stack.enter_context(self._loaded_files)
             assert self._start_outputs is not None
             self._start_outputs()
             assert self._first_fleet is not None
@@ -259,7 +262,7 @@ class Daemon:
             self._flows.endpoints,
             self._stale.watch,
             ProcFs(self._settings.watch.proc_root),
-            self._loaded,
+            self._loaded_files,
         )
         stack.callback(app.close)
         served = [(sockets.unix, app.for_socket())]

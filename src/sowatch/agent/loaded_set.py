@@ -50,15 +50,15 @@ class LoadedSet:
     Args:
         watcher: the agent's, not started yet, or what it finds at its start is missing.
         proc: the host's.
+        packages: finds those of files; others may ask it, too.
         max_files: that are kept.
     """
 
-    def __init__(self, watcher: Watcher, proc: ProcFs, *, max_files: int = MAX_FILES) -> None:
+    def __init__(self, watcher: Watcher, proc: ProcFs, packages: Packages, *, max_files: int = MAX_FILES) -> None:
         self._watcher = watcher
         self._proc = proc
         self._max_files = max_files
-        self._packages = Packages(proc)
-        self._using_packages = threading.Lock()
+        self._packages = packages
         self._files: dict[PlaceKey, LoadedFile] = {}
         self._changing = threading.Lock()
         #: Distinct files beyond the bound; one that comes again counts again.
@@ -82,8 +82,6 @@ class LoadedSet:
         self._subscription.close()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        if not self._thread.is_alive():
-            self._packages.close()
 
     def answer(
         self,
@@ -114,8 +112,7 @@ class LoadedSet:
             for one in mapped
             if (found := answers.get((one.process.id, file_key(one)))) is not None and found.stale in _GONE
         }
-        with self._using_packages:
-            now = loaded_files(mapped, self._packages, self._proc, gone)
+        now = loaded_files(mapped, self._packages, self._proc, gone)
         keys = dict.fromkeys(place_of(one) for one in mapped if _is_file(one))
         files: list[LoadedFile] = []
         with self._changing:
@@ -163,7 +160,7 @@ class LoadedSet:
     def _run(self) -> None:
         pending: dict[PlaceKey, Load] = {}
         since_s, own_pid = 0.0, os.getpid()
-        while not self._closing.is_set():
+        while not (self._closing.is_set() or self._subscription.has_ended):
             event = self._subscription.get(timeout_s=_TOGETHER_S if pending else _TURN_S)
             if isinstance(event, Lost):
                 self._lost += event.count
@@ -182,8 +179,7 @@ class LoadedSet:
     def _keep(self, pending: dict[PlaceKey, Load]) -> None:
         loads: Sequence[Load] = list(pending.values())
         try:
-            with self._using_packages:
-                identities = self._packages.identify(loads)
+            identities = self._packages.identify(loads)
         except Exception:  # one file keeps no other from being kept
             LOG.exception("packages of loaded files could not be looked up")
             identities = [None] * len(loads)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -127,9 +128,9 @@ class _Answer(NamedTuple):
 
 
 class Packages:
-    """Finds the packages of mapped files, and remembers them beyond the file. A context manager; one thread uses it.
+    """Finds the packages of mapped files, and remembers them beyond the file. A context manager. Any thread.
 
-    What does not answer in time is unknown. A database is read again only where it has changed.
+    One call is answered at a time. What does not answer in time is unknown. A database is read again only where it has changed.
 
     Args:
         proc: the host's. Default: ``/proc``.
@@ -154,6 +155,7 @@ class Packages:
         self._unknown: LRUCache[_FileKey, float] = LRUCache(MAX_KEPT)
         self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
         self._own_root = own_root_key()
+        self._asking = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +173,10 @@ class Packages:
         Asked soon after the load it is known for as long as the file is mapped, whatever replaces it. Many at once cost
         less than one by one: a database is searched once for all that are new. Takes 10 us for what is known.
         """
-        asked = list(wanted)
+        with self._asking:
+            return self._identify(list(wanted))
+
+    def _identify(self, asked: Sequence[HasFile]) -> list[PackageIdentity | None]:
         roots = Roots(self._proc)
         found: list[PackageIdentity | None] = [None] * len(asked)
         new: dict[RootKey, dict[_FileKey, list[int]]] = {}
