@@ -52,6 +52,7 @@ def download(root: Root, wheel: Path) -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["agent"], *extras["http"], *extras["otlp"], *_test_parts()]
+    wanted += [*extras["sbom"], *extras["vulnerabilities"]]
     # Its markers would be read for this machine.
     wanted = [one.partition(";")[0].strip() for one in wanted if "x86_64" not in one or root.machine == "x86_64"]
     platforms = [
@@ -88,7 +89,7 @@ def install(entered: Entered, packages: Path) -> None:
 
 def _install_words(packages: Path) -> list[str]:
     wheel = next(packages.glob("sowatch-*.whl"))
-    return [f"{_WHEELS}/{wheel.name}[agent,http,otlp]", *_test_parts()]
+    return [f"{_WHEELS}/{wheel.name}[agent,http,otlp,sbom,vulnerabilities]", *_test_parts()]
 
 
 def _test_parts() -> list[str]:

@@ -81,8 +81,8 @@ PROGRAMS: Final = ("loader", "mapper")
 LIBRARIES: Final = ("libbrief.so", "libkept.so", "libtemplate.so")
 #: What tests of those need, of the extra `dev`.
 TEST_PARTS: Final = frozenset(
-    {"grpclib", "httpx", "hypothesis", "jsonschema", "orjson", "pydantic", "pyelftools", "pyte", "pytest"}
-    | {"pytest-timeout", "pytest-xdist", "requests", "websockets"}
+    {"cyclonedx-python-lib", "grpclib", "httpx", "hypothesis", "jsonschema", "orjson", "pydantic", "pyelftools", "pyte"}
+    | {"pytest", "pytest-timeout", "pytest-xdist", "requests", "websockets"}
 )
 #: Tests that a root without compiler and without src/ cannot run, and why.
 LEFT_OUT: Final[Mapping[str, str]] = {
@@ -92,6 +92,7 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "tests/unit/deploy": "of the chart, not of the package",
     "tests/unit/docs": "of the documentation, and the words in the sources",
     "tests/unit/linux/test_elf_cross_check.py": "compares with nm",
+    "tests/unit/linux/test_package_note.py::test_note_that_a_section_was_added_with_is_read": "needs objcopy",
     "tests/unit/model/test_schema.py::test_the_schema_that_ships_is_made_of_the_types": "reads the sources",
     "tests/unit/packaging": "of what makes packages, which needs git, shtab and argparse-manpage",
     "tests/unit/telemetry/test_exporters.py::test_a_real_prometheus_scrapes_the_values_that_the_metrics_have": (

@@ -130,7 +130,8 @@ class _Answer(NamedTuple):
 class Packages:
     """Finds the packages of mapped files, and remembers them beyond the file. A context manager. Any thread.
 
-    One call is answered at a time. What does not answer in time is unknown. A database is read again only where it has changed.
+    One call is answered at a time. What does not answer in time is unknown. A database is read again only where it has
+    changed.
 
     Args:
         proc: the host's. Default: ``/proc``.

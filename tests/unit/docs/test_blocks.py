@@ -32,13 +32,16 @@ SHOWN = {"text"}
 #: Every reason why a block is not run, with how many blocks have it.
 NOT_RUN: dict[str, int] = {
     "building wheels takes minutes": 1,
-    "examples of usage, which the parser of the command reads": 8,
+    "examples of usage, which the parser of the command reads": 9,
     "guests take minutes; .ci/run runs them": 1,
     "it installs a package; `scripts/deb --test` does so in clean roots": 1,
     "it makes a release": 1,
     "needs a cluster; tests render and validate the chart, and containerd runs its pod": 1,
     "needs systemd, a container engine and a login; "
     "test_stale_files_stand_below_what_has_to_be_restarted has their cgroups": 1,
+    "what is loaded is another one on each machine; test_loaded_library_is_there_with_its_package_and_paths has one": 1,
+    "of what a whole host has loaded something always differs; "
+    "test_same_files_give_the_same_document_and_a_file_is_written_as_a_whole does it for a process": 1,
     "the tests run from a checkout that is set up": 2,
     "they run the tests, and this one is one of them": 1,
     "what is found by hours of it is in the corpus, which a test replays": 1,
