@@ -68,7 +68,8 @@ class Sample:
         epoch = self.now_ns - 6 * DAY
         # The upgrade goes through the fleet within four days.
         upgraded = self.now_ns - 5 * DAY + (number * 7919 % 97) * 4 * DAY // 97
-        host = HostRecords(build(f"host {number}")[:32], self.name(number), epoch)
+        # They are asked for longer than agents with the default interval would be silent.
+        host = HostRecords(build(f"host {number}")[:32], self.name(number), epoch, interval_s=600)
         if turn == 3:
             host.strategy, host.guarantee = "procfs", "sampled"
         old = replace(OLD_SSL, processes=5, pids=(812, 813, 814, 815, 816), **NGINX)
