@@ -135,7 +135,7 @@ class Daemon:
         self._vulnerabilities = VulnerabilityFeed(
             self._watcher, self._metrics, proc, settings.vulnerabilities, self._stale.watch.hanging
         )
-        self._fleet = FleetFeed(self._watcher, self._origin, proc)
+        self._fleet = FleetFeed(self._watcher, self._sampler, self._origin, proc, self._stale.watch)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._first_fleet: FleetChange | None = None

@@ -9,18 +9,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from sowatch.agent.fleet_facts import FleetFacts
 from sowatch.agent.fleet_settings import FLEET_RULE, FleetSettings
-from sowatch.fleet.changes import SETTLE_S, Changes
+from sowatch.fleet.changes import SETTLE_S, Changes, Question
 from sowatch.fleet.exporter import FleetExporter
-from sowatch.fleet.records import Record, WatchState
+from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.fleet.sender import Sender
+from sowatch.inventory.stale_watch import StaleWatch
 from sowatch.linux.liveness import process_is_alive
+from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import ProcFs
-from sowatch.model.events import Event, Load, Lost, Origin, Renewed, Repaired, Stale, Unload
+from sowatch.model.events import Event, Library, Load, Lost, Origin, Renewed, Repaired, Stale, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.rules import Rule
+from sowatch.telemetry import Sampler
 from sowatch.watcher.watcher import Watcher
 
 __all__ = ["FleetFeed", "with_everything"]
@@ -33,6 +38,8 @@ _TURN_S: Final = 1.0
 _CHUNK: Final = 500
 #: What rules let go is looked at again after so long: another rule has wanted it by then, or its process has ended.
 _LET_GO_S: Final = 10.0
+#: The first snapshot waits so long for packages and hashes of what is mapped.
+_IDENTIFY_S: Final = 15.0
 #: At the end, so long for what waits.
 _DELIVER_S: Final = 2.0
 
@@ -52,17 +59,25 @@ class Feed:
         watcher: the agent's.
         origin: where it runs.
         proc: the host's.
+        stale: what is stale already.
 
     Raises:
         SowatchError: the receiver cannot be written to, as far as the settings say.
     """
 
-    def __init__(self, settings: FleetSettings, watcher: Watcher, origin: Origin, proc: ProcFs) -> None:
+    def __init__(
+        self, settings: FleetSettings, watcher: Watcher, origin: Origin, proc: ProcFs, stale: StaleWatch
+    ) -> None:
         self._watcher = watcher
+        self._stale = stale
         self._proc = proc
         host_id = origin.host_id or origin.host
         self.changes = Changes(
-            host_id, interval_s=settings.interval_s, snapshot_interval_s=settings.snapshot_interval_s
+            host_id,
+            interval_s=settings.interval_s,
+            snapshot_interval_s=settings.snapshot_interval_s,
+            needs_hash=_needs_hash,
+            asks_packages=True,
         )
         resource = {
             "host.id": host_id,
@@ -79,6 +94,7 @@ class Feed:
             resource={name: value for name, value in resource.items() if value is not None},
         )
         self.sender = Sender(self, exporter)
+        self._facts = FleetFacts(self, proc)
         self._lock = threading.Lock()
         self._lost_in_queue = 0
         self._is_repaired = True
@@ -92,6 +108,7 @@ class Feed:
     def start(self) -> None:
         """Begins; the watch runs, and has a rule for everything."""
         self._thread.start()
+        self._facts.start()
         self.sender.start()
 
     def close(self) -> None:
@@ -99,7 +116,22 @@ class Feed:
         self._subscription.close()
         if self._thread.is_alive():
             self._thread.join(_TURN_S)
+        self._facts.close()
         self.sender.close(_DELIVER_S)
+
+    def figures(self) -> dict[str, int]:
+        """What `Sampler.follow_fleet` wants; any thread."""
+        stats, changes = self.sender.stats, self.changes
+        return {
+            "records": stats.sent,
+            "lost": changes.dropped,
+            "errors": stats.errors,
+            "waiting": stats.waiting + changes.waiting,
+            "up": int(stats.is_up),
+            "groups": changes.groups,
+            "left_out": changes.left_out,
+            "short_lived": changes.short_lived,
+        }
 
     # ---- what the sender asks -------------------------------------------------------------------
 
@@ -112,6 +144,37 @@ class Feed:
         """See `sowatch.fleet.sender.RecordSource`."""
         with self._lock:
             self.changes.drop(count)
+
+    # ---- what the thread asks that reads files --------------------------------------------------
+
+    def take_questions(self, limit: int) -> list[Question]:
+        """See `sowatch.agent.fleet_facts.HasQuestions`."""
+        with self._lock:
+            return self.changes.take_questions(limit)
+
+    def answer(
+        self,
+        packages: Sequence[tuple[Question, Package | None]],
+        hashes: Sequence[tuple[Library, str | None]],
+        ports: Mapping[int, str],
+    ) -> None:
+        """See `sowatch.agent.fleet_facts.HasQuestions`."""
+        with self._lock:
+            for library, name in hashes:
+                self.changes.answer_hash(library, name)
+            for question, package in packages:
+                if question.identity is not None:
+                    self.changes.answer_package(question.identity, package)
+            if ports:
+                self.changes.answer_ports(ports)
+            has_records = self.changes.has_records
+        if has_records:
+            self.sender.wake()
+
+    def shown_processes(self) -> list[ProcessId]:
+        """See `sowatch.agent.fleet_facts.HasQuestions`."""
+        with self._lock:
+            return self.changes.shown_processes()
 
     # ---- the thread that follows the watch ------------------------------------------------------
 
@@ -142,6 +205,10 @@ class Feed:
         for one in self._watcher.snapshot(with_ranges=False, with_hidden=True):
             with self._lock:
                 self.changes.load(one.process, one.library)
+        for one, answer in self._stale.stale():
+            if answer.stale is not None:
+                with self._lock:
+                    self.changes.stale(one.process.id, one.library.id, answer.stale, self._stale.compared_ns or 0)
 
     def _take(self, event: Event) -> None:
         changes = self.changes
@@ -172,12 +239,16 @@ class Feed:
             for process, file in gone:
                 changes.unload(process, file)
             changes.advance()
-            changes.may_begin = time.monotonic() >= self._begin_s
+            now_s = time.monotonic()
+            changes.may_begin = now_s >= self._begin_s + (_IDENTIFY_S if changes.is_asking else 0.0)
             if changes.is_heartbeat_due():
                 changes.heartbeat(self._watch_state())
             has_records, needs_mapped = changes.has_records, changes.needs_mapped
+            has_questions = changes.has_questions
         if needs_mapped:
             self._take_mapped()
+        if has_questions:
+            self._facts.wake()
         if has_records:
             self.sender.wake()
 
@@ -209,6 +280,14 @@ class Feed:
         )
 
 
+def _nothing() -> None:
+    """There is nothing to end."""
+
+
+def _needs_hash(library: Library) -> bool:
+    return library.path.startswith("/") and not is_memory(library.id)
+
+
 class FleetChange:
     """Settings on their way to be in force: `apply`, or `discard`."""
 
@@ -236,16 +315,21 @@ class FleetFeed:
 
     Args:
         watcher: the agent's.
+        sampler: follows its figures.
         origin: where it runs.
         proc: the host's.
+        stale: what is stale already; what becomes so comes as events.
     """
 
-    def __init__(self, watcher: Watcher, origin: Origin, proc: ProcFs) -> None:
+    def __init__(self, watcher: Watcher, sampler: Sampler, origin: Origin, proc: ProcFs, stale: StaleWatch) -> None:
         self._watcher = watcher
+        self._sampler = sampler
         self._origin = origin
         self._proc = proc
+        self._stale = stale
         self._settings = FleetSettings()
         self._feed: Feed | None = None
+        self._unfollow: Callable[[], None] = _nothing
 
     def prepare(self, settings: FleetSettings) -> FleetChange:
         """The change to other settings; what they need is made.
@@ -255,40 +339,30 @@ class FleetFeed:
         """
         if settings == self._settings:
             return FleetChange(self, settings, None, is_change=False)
-        new = Feed(settings, self._watcher, self._origin, self._proc) if settings.enabled else None
+        new = Feed(settings, self._watcher, self._origin, self._proc, self._stale) if settings.enabled else None
         return FleetChange(self, settings, new, is_change=True)
 
     def take_over(self, settings: FleetSettings, new: Feed | None) -> None:
         """See `FleetChange.apply`."""
-        old, self._feed = self._feed, new
+        self.close()
         self._settings = settings
-        if old is not None:
-            old.close()
         if new is not None:
+            self._feed = new
             new.start()
+            self._unfollow = self._sampler.follow_fleet(new.figures)
 
     def state(self) -> dict[str, Any] | None:
         """Its figures for ``/readyz``; None: it is off."""
         feed = self._feed
         if feed is None:
             return None
-        stats, changes = feed.sender.stats, feed.changes
-        return {
-            "name": "fleet",
-            "kind": "fleet",
-            "type": "otlp",
-            "up": stats.is_up,
-            "error": stats.last_error,
-            "records": stats.sent,
-            "lost": changes.dropped,
-            "waiting": stats.waiting + changes.waiting,
-            "errors": stats.errors,
-            "groups": changes.groups,
-            "left_out": changes.left_out,
-        }
+        figures = feed.figures()
+        up = {"up": bool(figures.pop("up")), "error": feed.sender.stats.last_error}
+        return {"name": "fleet", "kind": "fleet", "type": "otlp", **up, **figures}
 
     def close(self) -> None:
         """Ends it. Safe to call again."""
         feed, self._feed = self._feed, None
         if feed is not None:
             feed.close()
+            self._unfollow()

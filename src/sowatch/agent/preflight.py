@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from sowatch.agent.settings import ExporterSettings, Settings, SinkSettings
+from sowatch.agent.settings import ExporterSettings, FleetSettings, Settings, SinkSettings
 from sowatch.linux.openat import open_regular
 from sowatch.linux.proc import ProcFs
 from sowatch.model.errors import ConfigError, SowatchError
@@ -47,6 +47,8 @@ def check_settings(settings: Settings) -> None:
         _with_place(f"sinks[{place}]", _check_sink, sink)
     for place, exporter in enumerate(settings.exporters, 1):
         _with_place(f"exporters[{place}]", _check_exporter, exporter)
+    if settings.fleet.enabled:
+        _with_place("fleet", _check_fleet, settings.fleet)
     attaching = next((one.make().name for one in settings.rules if one.has_action), None)
     # Without the privileges to try it there is no answer, and the agent says so itself.
     if (attaching or settings.http.enabled) and os.geteuid() == 0 and (reason := why_not_attach()) is not None:
@@ -67,6 +69,12 @@ def _check_exporter(one: ExporterSettings) -> None:
         parse_address(one.address)
     else:
         check_collector(one.endpoint, one.protocol, "metrics")
+
+
+def _check_fleet(one: FleetSettings) -> None:
+    check_collector(one.endpoint, one.protocol, "logs")
+    if one.token_file is not None:
+        _check_file("token_file", one.token_file)
 
 
 def _check_file(key: str, path: str) -> None:

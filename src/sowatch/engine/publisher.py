@@ -31,7 +31,7 @@ from sowatch.model.config import Config
 from sowatch.model.events import Activate, Deactivate, Event, Load, Process, Unload
 from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import LoadCause, UnloadCause
-from sowatch.model.rules import Rule, RuleSet
+from sowatch.model.rules import Decision, Rule, RuleSet
 
 __all__ = ["Publisher", "Selection"]
 
@@ -301,6 +301,8 @@ class Publisher:
         kind = facts.kind(change.kind, name.path, is_anonymous=name.is_anonymous)
         rules = self.in_force.rules
         rule = rules.match(name.path, kind, facts.exports)
+        if rule is Decision.NEEDS_EXPORTS and rules.everything is not None and kind in rules.everything.kind:
+            rule = rules.everything  # it is not to miss what the rules before it cannot judge
         self.partial += facts.is_partial
         process = change.process
         held = self.published.get(process.id, name.file_id)

@@ -10,52 +10,56 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, NamedTuple
 
+from cachetools import LRUCache
 from msgspec.structs import replace
 
-from sowatch.fleet.records import (
-    GroupFacts,
-    GroupState,
-    Package,
-    Record,
-    WatchState,
-    group_attributes,
-    group_key,
-    heartbeat_attributes,
-    unit_of,
-)
+from sowatch.fleet.groups import MAX_PIDS, Group, Identity, facts_of, identity_of
+from sowatch.fleet.records import Package, Record, WatchState, group_attributes, heartbeat_attributes
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId, ProcessId
 
-__all__ = ["Changes"]
+__all__ = ["MAX_PIDS", "Changes", "Question"]
 
 #: A process counts once it has had a file for so long.
 SETTLE_S: Final = 1.0
 #: A group has a state, or comes and goes, once in so long.
 STATE_EVERY_S: Final = 60.0
+#: So long a new group waits for its package, to have it in its first record.
+HOLD_S: Final = 3.0
 #: Mappings that wait for their second; the oldest of more count at once.
 MAX_PENDING: Final = 65_536
 #: Groups of a host. Mappings of further ones are counted and left out.
 MAX_GROUPS: Final = 16_384
 #: Records that wait to be taken.
 MAX_RECORDS: Final = 4_096
-#: Pids of a group that are known, and those of them that a record has.
-_KNOWN_PIDS: Final = 16
-MAX_PIDS: Final = 5
-#: Staleness that counts more comes first.
-_STALENESS: Final = ("replaced", "deleted", "modified")
+#: Hashes of files without a build id that are known.
+_MAX_HASHES: Final = 16_384
+#: A mapping waits so many times for the hash of its file.
+_MAX_TRIES: Final = 5
+#: Ports of one group.
+_MAX_PORTS: Final = 100
 
 
-#: What distinguishes groups: kind, container, unit, executable and its build id, build id and path.
-_Identity: TypeAlias = tuple[str, str, str, str, str, str, str]
+class Question(NamedTuple):
+    """What only reading files tells: the package of a group; without an ``identity`` the hash of a file."""
+
+    process: Process
+    library: Library
+    identity: Identity | None
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where it is mapped is not known."""
+        return ()
 
 
 class _Pending:
-    """A mapping in its first second."""
+    """A mapping in its first second, or until the hash of its file is known."""
 
-    __slots__ = ("due_s", "is_over", "library", "process", "time_ns")
+    __slots__ = ("due_s", "is_over", "library", "process", "time_ns", "tries")
 
     def __init__(self, process: Process, library: Library, due_s: float, time_ns: int) -> None:
         self.process = process
@@ -63,88 +67,18 @@ class _Pending:
         self.due_s = due_s
         self.time_ns = time_ns
         self.is_over = False
-
-
-class _Group:
-    """Processes that have the same file mapped, and what was reported of them."""
-
-    __slots__ = (
-        "due_s",
-        "facts",
-        "has_gone",
-        "identity",
-        "is_flapping",
-        "is_reported",
-        "key",
-        "last_s",
-        "listen",
-        "package",
-        "pids",
-        "processes",
-        "reported",
-        "short_lived",
-        "since_ns",
-        "snapshot",
-        "stale",
-    )
-
-    def __init__(self, identity: _Identity, facts: GroupFacts, key: str) -> None:
-        self.identity = identity
-        self.facts = facts
-        self.key = key
-        self.processes = 0
-        self.pids: dict[ProcessId, None] = {}
-        self.short_lived = 0
-        self.since_ns = 0
-        self.stale: dict[tuple[ProcessId, FileId], tuple[str, int]] = {}
-        self.listen = ""
-        self.package: Package | None = None
-        #: What the receiver knows, and since when.
-        self.is_reported = False
-        self.reported: GroupState | None = None
-        self.last_s = float("-inf")
-        self.snapshot = 0
-        #: It came again less than a minute after it went, and has done so since it was looked at.
-        self.is_flapping = False
-        self.has_gone = False
-        #: When it is looked at again; None: no need.
-        self.due_s: float | None = None
-
-    def state(self) -> GroupState:
-        stale, since_ns = "", 0
-        if self.stale:
-            stale = min((word for word, _ in self.stale.values()), key=_STALENESS.index)
-            since_ns = min(time_ns for _, time_ns in self.stale.values())
-        pids = tuple(sorted(process.pid for process in list(self.pids)[:MAX_PIDS]))
-        return GroupState(
-            self.processes, pids, stale, since_ns, self.listen, self.package, self.short_lived, self.since_ns
-        )
-
-    def is_news(self) -> bool:
-        """Whether something changed that is worth a record: only some of the pids, or short processes, are none."""
-        known = self.reported
-        if known is None:
-            return True
-        now = self.state()
-        if set(known.pids).isdisjoint(now.pids):
-            return True
-        return (now.processes, now.stale, now.stale_since_ns, now.listen, now.package) != (
-            known.processes,
-            known.stale,
-            known.stale_since_ns,
-            known.listen,
-            known.package,
-        )
+        self.tries = 0
 
 
 class _Held:
-    """What a process has mapped: by file its group, or that it is pending; None: it was left out."""
+    """What a process has mapped: by file its group, or that it is pending; None: it was left out. And what is stale."""
 
-    __slots__ = ("exe_build_id", "files")
+    __slots__ = ("exe_build_id", "files", "stale")
 
     def __init__(self) -> None:
         self.exe_build_id = ""
-        self.files: dict[FileId, _Group | _Pending | None] = {}
+        self.files: dict[FileId, Group | _Pending | None] = {}
+        self.stale: dict[FileId, tuple[str, int]] = {}
 
 
 class Changes:
@@ -154,6 +88,8 @@ class Changes:
         host_id: part of the keys of groups.
         interval_s: from one heartbeat to the next.
         snapshot_interval_s: from one snapshot to the next.
+        needs_hash: whether a file that has no build id is named by its content, for which there will be questions.
+        asks_packages: whether there are questions for the packages of groups.
         max_groups, max_records, max_pending: bounds.
 
     Attributes:
@@ -169,6 +105,8 @@ class Changes:
         *,
         interval_s: float = 30.0,
         snapshot_interval_s: float = 21_600.0,
+        needs_hash: Callable[[Library], bool] = lambda _library: False,
+        asks_packages: bool = False,
         max_groups: int = MAX_GROUPS,
         max_records: int = MAX_RECORDS,
         max_pending: int = MAX_PENDING,
@@ -176,15 +114,21 @@ class Changes:
         self._host_id = host_id
         self._interval_s = interval_s
         self._snapshot_interval_s = snapshot_interval_s
+        self._needs_hash = needs_hash
+        self._asks_packages = asks_packages
         self._max_groups = max_groups
         self._max_records = max_records
         self._max_pending = max_pending
         self._held: dict[ProcessId, _Held] = {}
-        self._groups: dict[_Identity, _Group] = {}
+        self._groups: dict[Identity, Group] = {}
         self._pending: deque[_Pending] = deque()
-        self._due: list[tuple[float, str, _Group]] = []
+        self._due: list[tuple[float, str, Group]] = []
         self._outbox: deque[Record] = deque()
-        self._walk: Iterator[_Group] | None = None
+        self._hashes: LRUCache[tuple[FileId, int], str] = LRUCache(_MAX_HASHES)
+        self._questions: deque[Question] = deque()
+        self._open_hashes: set[tuple[FileId, int]] = set()
+        self._open_packages = 0
+        self._walk: Iterator[Group] | None = None
         self._walked = 0
         self._needs_snapshot = True
         #: Nothing is queued until the next snapshot.
@@ -219,6 +163,16 @@ class Changes:
         return bool(self._outbox) or self._walk is not None or (self._needs_snapshot and self.may_begin)
 
     @property
+    def has_questions(self) -> bool:
+        """Whether `take_questions` would give some."""
+        return bool(self._questions)
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether questions are open."""
+        return bool(self._open_packages or self._open_hashes)
+
+    @property
     def needs_mapped(self) -> bool:
         """Whether everything mapped has to be given once more: some of it was left out, and there is space again."""
         return bool(self.left_out) and len(self._groups) < self._max_groups * 0.9
@@ -251,30 +205,37 @@ class Changes:
         pending = held.files[file] = _Pending(process, library, self._now_s + SETTLE_S, self._now_ns)
         self._pending.append(pending)
         if len(self._pending) > self._max_pending:
-            self._settle(self._pending.popleft())
+            self._settle(self._pending.popleft(), is_last=True)
 
     def unload(self, process: ProcessId, file: FileId, *, is_executable: bool = False) -> None:
         """A process has a file mapped no more."""
         held = self._held.get(process)
         if held is None or file not in held.files:
             return
+        self._take_away(process, held, file)
         if is_executable:
             held.exe_build_id = ""
-        self._take_away(process, held, file)
         if not held.files:
             del self._held[process]
 
     def stale(self, process: ProcessId, file: FileId, staleness: str, time_ns: int) -> None:
         """A file that a process has mapped is no longer the one on disk."""
-        group = self._group_of(process, file)
-        if group is not None:
+        held = self._held.get(process)
+        if held is None or file not in held.files:
+            return
+        held.stale[file] = staleness, time_ns
+        group = held.files[file]
+        if isinstance(group, Group):
             group.stale[process, file] = staleness, time_ns
             self._schedule(group)
 
     def renewed(self, process: ProcessId, file: FileId) -> None:
         """It is the one on disk again."""
-        group = self._group_of(process, file)
-        if group is not None and group.stale.pop((process, file), None) is not None:
+        held = self._held.get(process)
+        if held is None or held.stale.pop(file, None) is None:
+            return
+        group = held.files[file]
+        if isinstance(group, Group) and group.stale.pop((process, file), None) is not None:
             self._schedule(group)
 
     def advance(self) -> None:
@@ -347,8 +308,11 @@ class Changes:
         self._snapshot += 1
         made, self._seq = self._seq, 0
         self._snapshot_s = self._now_s + self._snapshot_interval_s
-        for group in [one for one in self._groups.values() if not one.processes and not one.is_reported]:
-            del self._groups[group.identity]
+        for group in list(self._groups.values()):
+            if not group.processes and not group.is_reported:
+                self._forget(group)
+            elif group.package is None:
+                self._ask_package(group)
         self._walk = iter(list(self._groups.values()))
         self._walked = 0
         self._record("sowatch.fleet.snapshot_begin", {"sowatch.fleet.records": made})
@@ -368,36 +332,105 @@ class Changes:
         elif group.is_reported:
             self._report("unmapped", group)
 
+    # ---- what only reading files tells ----------------------------------------------------------
+
+    def take_questions(self, limit: int) -> list[Question]:
+        """Questions that were not asked before; each is to be answered, in any order."""
+        questions = self._questions
+        return [questions.popleft() for _ in range(min(limit, len(questions)))]
+
+    def answer_hash(self, library: Library, name: str | None) -> None:
+        """What names the content of a file; None: it cannot be read."""
+        key = library.id, library.changed_ns
+        self._open_hashes.discard(key)
+        self._hashes[key] = name or ""
+
+    def answer_package(self, identity: Identity, package: Package | None) -> None:
+        """The package of a group's file; None: it is unknown."""
+        group = self._groups.get(identity)
+        if group is None or not group.is_asked:
+            return
+        group.is_asked = False
+        self._open_packages -= 1
+        group.package = package
+        if group.processes and not group.is_reported:
+            self._report("mapped", group)
+        elif group.processes and package is not None:
+            self._schedule(group)
+
+    def answer_ports(self, ports: Mapping[int, str]) -> None:
+        """Where processes listen, by pid, such as ``tcp:443,udp:53``; those that cannot be read are left out."""
+        for group in self._groups.values():
+            known = [ports[one.pid] for one in group.shown if one.pid in ports]
+            if known:
+                words = {word for text in known for word in text.split(",") if word}
+                listen = ",".join(sorted(words, key=_by_port)[:_MAX_PORTS])
+                if listen != group.listen:
+                    group.listen = listen
+                    self._schedule(group)
+
+    def shown_processes(self) -> list[ProcessId]:
+        """Those whose pids records have."""
+        return sorted({one.id for group in self._groups.values() for one in group.shown})
+
+    def _ask_package(self, group: Group) -> None:
+        if self._asks_packages and not group.is_asked and group.members:
+            group.is_asked = True
+            self._open_packages += 1
+            self._questions.append(Question(group.shown[0], group.library, group.identity))
+
+    def _build_id(self, library: Library) -> str | None:
+        """What names the content of a file; None: that is not known yet."""
+        if library.build_id is not None:
+            return library.build_id
+        return self._hashes.get((library.id, library.changed_ns)) if self._needs_hash(library) else ""
+
+    def _ask_hash(self, pending: _Pending) -> None:
+        """It is pending for another second."""
+        library = pending.library
+        key = library.id, library.changed_ns
+        if key not in self._open_hashes:
+            self._open_hashes.add(key)
+            self._questions.append(Question(pending.process, library, None))
+        pending.tries += 1
+        pending.due_s = self._now_s + SETTLE_S
+        self._pending.append(pending)
+
     # ---- groups ---------------------------------------------------------------------------------
 
-    def _settle(self, pending: _Pending) -> None:
+    def _settle(self, pending: _Pending, *, is_last: bool = False) -> None:
         """Its second is over."""
         if pending.is_over:
             return
         process, library = pending.process, pending.library
+        build_id = self._build_id(library)
+        if build_id is None:
+            if pending.tries < _MAX_TRIES and not is_last:
+                self._ask_hash(pending)
+                return
+            build_id = ""
         held = self._held[process.id]
-        identity = _identity(process, library, held.exe_build_id)
-        group = self._groups.get(identity) or self._make(identity, facts_of(process, library, held.exe_build_id))
+        identity = identity_of(process, library, held.exe_build_id, build_id)
+        group = self._groups.get(identity)
         if group is None:
-            self.left_out += 1
-            held.files[library.id] = None
-        else:
-            self._join(process.id, held, library.id, group, pending.time_ns)
+            if len(self._groups) >= self._max_groups:
+                self.left_out += 1
+                held.files[library.id] = None
+                return
+            facts = facts_of(process, library, held.exe_build_id, build_id)
+            group = self._groups[identity] = Group(identity, facts, library, self._host_id)
+        self._join(process, held, library.id, group, pending.time_ns)
 
-    def _make(self, identity: _Identity, facts: GroupFacts) -> _Group | None:
-        if len(self._groups) >= self._max_groups:
-            return None
-        group = self._groups[identity] = _Group(identity, facts, group_key(facts, self._host_id))
-        return group
-
-    def _join(self, process: ProcessId, held: _Held, file: FileId, group: _Group, time_ns: int) -> None:
+    def _join(self, process: Process, held: _Held, file: FileId, group: Group, time_ns: int) -> None:
         is_counted = any(one is group for one in held.files.values())
         held.files[file] = group
+        if file in held.stale:
+            group.stale[process.id, file] = held.stale[file]
+            if group.processes:
+                self._schedule(group)
         if is_counted:
             return  # the same path and build twice in one process
-        group.processes += 1
-        if len(group.pids) < _KNOWN_PIDS:
-            group.pids[process] = None
+        group.add(process)
         if group.processes > 1:
             self._schedule(group)
         elif group.is_reported:
@@ -407,82 +440,90 @@ class Changes:
         else:
             group.since_ns = time_ns
             group.is_flapping = self._now_s < group.last_s + STATE_EVERY_S
-            self._report("mapped", group)
+            if group.package is None:
+                self._ask_package(group)
+            if group.is_asked:
+                self._schedule(group, self._now_s + HOLD_S)
+            else:
+                self._report("mapped", group)
 
     def _take_away(self, process: ProcessId, held: _Held, file: FileId) -> None:
         found = held.files.pop(file)
+        held.stale.pop(file, None)
         if found is None:
             self.left_out -= 1
         elif isinstance(found, _Pending):
             found.is_over = True
             self.short_lived += 1
-            group = self._groups.get(_identity(found.process, found.library, held.exe_build_id))
+            build_id = self._build_id(found.library)
+            group = self._groups.get(identity_of(found.process, found.library, held.exe_build_id, build_id or ""))
             if group is not None:
                 group.short_lived += 1
         else:
             self._leave(process, held, file, found)
 
-    def _leave(self, process: ProcessId, held: _Held, file: FileId, group: _Group) -> None:
+    def _leave(self, process: ProcessId, held: _Held, file: FileId, group: Group) -> None:
         if group.stale.pop((process, file), None) is not None:
             self._schedule(group)
         if any(one is group for one in held.files.values()):
             return
-        group.processes -= 1
-        group.pids.pop(process, None)
-        if group.processes:
-            self._schedule(group)
-        elif group.is_flapping:
+        group.remove(process)
+        if group.processes or (group.is_reported and group.is_flapping):
             self._schedule(group)  # one that comes and goes has both once a minute
-        else:
+        elif group.is_reported:
             self._report("unmapped", group)
+        else:
+            self._forget(group)  # the receiver never knew it
+
+    def _forget(self, group: Group) -> None:
+        if self._groups.get(group.identity) is group:
+            del self._groups[group.identity]
+            self._open_packages -= group.is_asked
+            group.is_asked = False
+            group.due_s = None
 
     def _regroup(self, process: ProcessId, held: _Held) -> None:
         """The build id of the executable became known late."""
         for file, group in list(held.files.items()):
-            if not isinstance(group, _Group):
+            member = group.members.get(process) if isinstance(group, Group) else None
+            if not isinstance(group, Group) or group.facts.exe_build_id == held.exe_build_id:
                 continue
-            facts = replace(group.facts, exe_build_id=held.exe_build_id)
             identity = (*group.identity[:4], held.exe_build_id, *group.identity[5:])
-            stale = group.stale.get((process, file))
             held.files[file] = None
             self._leave(process, held, file, group)
-            other = self._groups.get(identity) or self._make(identity, facts)
+            other = self._groups.get(identity)
+            if other is None and len(self._groups) < self._max_groups:
+                facts = replace(group.facts, exe_build_id=held.exe_build_id)
+                other = self._groups[identity] = Group(identity, facts, group.library, self._host_id)
             if other is None:
                 self.left_out += 1
                 continue
-            self._join(process, held, file, other, group.since_ns)
-            if stale is not None:
-                other.stale[process, file] = stale
+            self._join(member or Process(*process), held, file, other, group.since_ns)
 
-    def _group_of(self, process: ProcessId, file: FileId) -> _Group | None:
-        held = self._held.get(process)
-        found = None if held is None else held.files.get(file)
-        return found if isinstance(found, _Group) else None
-
-    def _schedule(self, group: _Group) -> None:
+    def _schedule(self, group: Group, at_s: float | None = None) -> None:
         """Something changed: it is reported a minute after the last record of the group, or now."""
         if group.due_s is None and not self._is_paused:
-            group.due_s = max(self._now_s, group.last_s + STATE_EVERY_S)
+            group.due_s = max(self._now_s, group.last_s + STATE_EVERY_S) if at_s is None else at_s
             heapq.heappush(self._due, (group.due_s, group.key, group))
 
-    def _look(self, group: _Group) -> None:
+    def _look(self, group: Group) -> None:
         """A group has come due."""
         if group.processes:
             group.is_flapping, group.has_gone = group.has_gone, False
-            if not group.is_reported or group.is_news():
+            if not group.is_reported:
+                self._report("mapped", group)
+            elif group.is_news():
                 self._report("state", group)
-        elif group.is_reported and not self._is_paused:
-            self._report("unmapped", group)
         elif not group.is_reported:
-            del self._groups[group.identity]
+            self._forget(group)
+        elif not self._is_paused:
+            self._report("unmapped", group)
 
     # ---- records --------------------------------------------------------------------------------
 
-    def _report(self, what: str, group: _Group) -> None:
+    def _report(self, what: str, group: Group) -> None:
         """A record of a group, with all that is known of it."""
         if self._is_paused:
-            if what == "unmapped" and not group.is_reported:
-                del self._groups[group.identity]  # the receiver never knew it
             return
         state = group.state()
         group.reported = state
@@ -509,31 +550,6 @@ class Changes:
         self._outbox.append(Record(event, self._version_ns, attributes))
 
 
-def facts_of(process: Process, library: Library, exe_build_id: str) -> GroupFacts:
-    """The group that a mapping counts in."""
-    pod = process.pod
-    return GroupFacts(
-        kind=library.kind,
-        container=process.container or "",
-        unit=unit_of(process.cgroup),
-        exe=process.exe or "",
-        exe_build_id=exe_build_id,
-        build_id=library.build_id or "",
-        path=library.path,
-        soname=library.soname or "",
-        pod_uid=(pod.uid if pod else "") or "",
-        pod=(pod.name if pod else "") or "",
-        namespace=(pod.namespace if pod else "") or "",
-    )
-
-
-def _identity(process: Process, library: Library, exe_build_id: str) -> _Identity:
-    return (
-        library.kind,
-        process.container or "",
-        unit_of(process.cgroup),
-        process.exe or "",
-        exe_build_id,
-        library.build_id or "",
-        library.path,
-    )
+def _by_port(word: str) -> tuple[str, int]:
+    protocol, _, port = word.partition(":")
+    return protocol, int(port) if port.isdigit() else 0

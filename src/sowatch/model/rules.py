@@ -208,6 +208,13 @@ class RuleSet:
         """Whether any rule asks for executables or interpreters, which exec maps, not mmap."""
         return any(rule.kind & {"executable", "interpreter"} for rule in self._rules)
 
+    @property
+    def everything(self) -> Rule | None:
+        """The last rule if it wants every library, executable and interpreter, whatever they export."""
+        last = self._rules[-1]
+        is_it = last.pattern is None and not last.exports and last.kind >= {"library", "executable", "interpreter"}
+        return last if is_it else None
+
     def could_match(self, path: str) -> bool:
         """Whether some rule's pattern is found in ``path``, whatever the kind and the exports.
 

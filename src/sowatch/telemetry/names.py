@@ -351,6 +351,21 @@ SINK_UP: Final = _define("gauge", "sink.up", "1 if a sink's last delivery succee
 EXPORTER_PUSHES: Final = _define("counter", "exporter.pushes", "Deliveries of metrics that succeeded.", "exporter")
 EXPORTER_ERRORS: Final = _define("counter", "exporter.errors", "Deliveries of metrics that failed.", "exporter")
 
+#: By the key of `sowatch.agent.fleet_feed.Feed.figures`.
+FLEET: Final = {
+    field: _define("gauge" if field in ("waiting", "up", "groups", "left_out") else "counter", f"fleet.{field}", text)
+    for field, text in {
+        "records": "Records that the receiver of the fleet took.",
+        "lost": "Records that were made and did not arrive; everything is sent anew then.",
+        "errors": "Requests to the receiver that failed; each is tried again.",
+        "waiting": "Records that were made and did not arrive yet.",
+        "up": "1 if the last request succeeded, else 0.",
+        "groups": "Groups of processes that have the same file mapped.",
+        "left_out": "Mappings that are in no group, as there are too many groups; the host counts as lossy.",
+        "short_lived": "Mappings that were over within a second, and are in no group.",
+    }.items()
+}
+
 CONFIG_LOADS: Final = _define(
     "counter", "config.loads", "Configurations that were read, by result: ok or invalid.", "result"
 )

@@ -159,6 +159,10 @@ class Sampler:
         """Follows flows out of TLS libraries: figures by the keys of `names.HTTP` and `names.HTTP_LOST_PLACES`."""
         return self._follow(lambda source: _sample_http(source, read()))
 
+    def follow_fleet(self, read: Callable[[], Mapping[str, int]]) -> Callable[[], None]:
+        """Follows what is sent to the receiver of a fleet: figures by the keys of `names.FLEET`."""
+        return self._follow(lambda source: _sample_fleet(source, read()))
+
     def _follow(self, sample: Callable[[_Source], None]) -> Callable[[], None]:
         source = _Source(self._registry)
         remove = self._registry.add_source(lambda: sample(source))
@@ -232,6 +236,11 @@ def _sample_http(source: _Source, figures: Mapping[str, int]) -> None:
         source.counter(definition, figures[field])
     for field, where in names.HTTP_LOST_PLACES.items():
         source.counter(names.HTTP_LOST, figures[field], f"where:{where}")
+
+
+def _sample_fleet(source: _Source, figures: Mapping[str, int]) -> None:
+    for field, definition in names.FLEET.items():
+        (source.gauge if definition.kind == "gauge" else source.counter)(definition, figures[field])
 
 
 def _sample_attachments(source: _Source, rule: str, figures: Mapping[str, float]) -> None:

@@ -316,6 +316,15 @@ def test_exports_are_checked_and_what_cannot_be_read_is_counted(
     assert made.publisher.unresolved == unresolved
 
 
+def test_what_a_rule_on_exports_cannot_judge_is_that_of_a_last_rule_for_everything() -> None:
+    everything = Rule(name="rest", kind=("library", "executable", "interpreter"))
+    tls = Rule(name="tls", exports=("SSL_read", "SSL_write"))
+    made = Published(tls, everything, reads=Reads(**{"libssl.so.3": FileFacts(None)}))
+    assert made.load() == ["activate rest libssl", "load 10 rest libssl mmap"]
+    # A rule for libraries only is as before.
+    assert not Published(tls, Rule(name="rest"), reads=Reads(**{"libssl.so.3": FileFacts(None)})).load()
+
+
 def test_what_a_rule_had_that_goes_is_unloaded_before_anything_is_published_by_the_new_rules() -> None:
     stays = Rule("libc", name="libc")
     made = Published(Rule("libssl", name="tls"), stays)

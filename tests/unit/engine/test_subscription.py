@@ -495,3 +495,21 @@ def test_one_reader_is_finished_with_what_it_missed_and_the_others_go_on(host: H
     assert [short(one) for one in reader] == ["load 10 1 mmap", "lost 1 queue", "load 11 1 repair", "repaired +1 -0"]
     assert read(other) == ["load 10 1 mmap", "load 11 1 mmap", "load 12 1 mmap"]
     assert not other.has_ended
+
+
+def test_a_reader_without_a_rule_gets_none_of_its_events_nor_of_its_repairs(host: Host) -> None:
+    reader = host.reader(limit=8, without_rules=("hidden",))
+    for pid in range(10, 20):
+        host.load(pid, inode=1, rule="hidden")
+    host.subscribers.hand_over()
+    assert (read(reader), reader.lost) == ([], 0)
+    for pid in range(20, 30):
+        host.load(pid, inode=2)
+        host.load(pid, inode=3, rule="hidden")
+    host.subscribers.hand_over()
+    read(reader)
+    host.subscribers.catch_up()
+    found = read(reader)
+    assert found[0] == "lost 3 queue"
+    assert found[-1] == "repaired +3 -0"
+    assert {line.split()[2] for line in found[1:-1]} == {"2"}
