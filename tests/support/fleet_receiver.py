@@ -66,7 +66,8 @@ class FleetReceiver:
     records: list[Sent] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    body_bytes: int = 0
+    #: Of each request that was taken: the size of its body, and the last parts of the names of its records.
+    bodies: list[tuple[int, list[str]]] = field(default_factory=list)
     requests: int = 0
     #: While it is set every request is answered so.
     refusal: tuple[int, dict[str, str]] | None = None
@@ -164,9 +165,10 @@ def receiving(found: FleetReceiver, port: int = 0) -> Iterator[int]:
                 if self.path != "/v1/logs":
                     status = 404
                 if status == 200:
-                    found.body_bytes += len(body)
                     text = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-                    found.records += sent_of(logs_service_pb2.ExportLogsServiceRequest.FromString(text))
+                    made = sent_of(logs_service_pb2.ExportLogsServiceRequest.FromString(text))
+                    found.bodies.append((len(body), [one.event.rpartition(".")[2] for one in made]))
+                    found.records += made
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -38,8 +38,8 @@ class Group:
         last_s: when it was last reported.
         snapshot: and in which snapshot.
         is_flapping: it came again less than a minute after it went.
-        has_gone: and went again since it was looked at.
-        due_s: when it is looked at again; None: no need.
+        has_gone: and went again since it was checked.
+        due_s: when it is checked again; None: not before it changes.
     """
 
     __slots__ = (
