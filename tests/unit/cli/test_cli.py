@@ -558,7 +558,10 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
             "unknown command 'wach'. Did you mean watch? Use one of: watch, run, list, top, trace, http, audit, ",
         ),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        ([], "no command given. Use one of: watch, run, list, top, trace, http, audit, sbom, explain, fleet, serve, debug, schema"),
+        (
+            [],
+            "no command given. Use one of: watch, run, list, top, trace, http, audit, sbom, explain, fleet, serve, debug, schema",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(

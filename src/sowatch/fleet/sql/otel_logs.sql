@@ -1,5 +1,6 @@
--- The table of logs of the OpenTelemetry Collector's clickhouse exporter, for a store without a Collector. With one, the
--- exporter makes it. What the views read is all but indexes and order: `Timestamp`, `EventName`, and the maps.
+-- The table of logs of the OpenTelemetry Collector's clickhouse exporter: its columns, by their names and types, without
+-- its indexes. With `create_schema: false` the exporter takes this one; one of its own making stays as it is, whatever its
+-- order and partitions. What the views read is `Timestamp`, `EventName`, `ScopeName`, `ResourceAttributes`, `LogAttributes`.
 
 CREATE TABLE IF NOT EXISTS otel_logs
 (
@@ -25,3 +26,6 @@ PARTITION BY toDate(Timestamp)
 ORDER BY (ServiceName, Timestamp)
 TTL toDateTime(Timestamp) + INTERVAL 3 DAY
 SETTINGS ttl_only_drop_parts = 1;
+
+-- One of an older exporter has no such column. The exporter asks for the columns when it starts: start it again.
+ALTER TABLE otel_logs ADD COLUMN IF NOT EXISTS EventName String CODEC(ZSTD(1));
