@@ -49,6 +49,7 @@ class Judged(Struct, frozen=True):
         files: how many different files there are.
         without_package: of how many of them the package is not known.
         unknown: of how many others anything is unknown.
+        open_files: how many of all of them may be affected by what nobody knows.
     """
 
     data: Vulnerabilities
@@ -56,6 +57,7 @@ class Judged(Struct, frozen=True):
     files: int
     without_package: int
     unknown: int
+    open_files: int
 
     @property
     def affected(self) -> list[tuple[ListEntry, PackageIdentity | None, Finding]]:
@@ -124,7 +126,7 @@ def load(args: Namespace) -> Vulnerabilities:
     """
     from sowatch.inventory.vulnerabilities import load_vulnerabilities
 
-    return load_vulnerabilities(args.osv, args.build_ids, args.vex)
+    return load_vulnerabilities(args.osv, args.build_ids, args.vex, packs=False)
 
 
 def judge(entries: Sequence[ListEntry], data: Vulnerabilities, proc: ProcFs) -> Judged:
@@ -144,8 +146,9 @@ def judge(entries: Sequence[ListEntry], data: Vulnerabilities, proc: ProcFs) -> 
     )
     files = {(entry.library.id, entry.library.path): (identity, found) for entry, identity, found in rows}
     without = sum(identity is None for identity, _ in files.values())
-    unknown = sum(identity is not None and any(one.is_open for one in found) for identity, found in files.values())
-    return Judged(data, rows, len(files), without, unknown)
+    open_ = [identity for identity, found in files.values() if any(one.is_open for one in found)]
+    unknown = sum(identity is not None for identity in open_)
+    return Judged(data, rows, len(files), without, unknown, len(open_))
 
 
 def write_json(out: Out, head: wire.Head, judged: Judged) -> int:
@@ -253,11 +256,10 @@ def conclude(
         if affected:
             found = counted(ids, "vulnerability", "vulnerabilities")
             what = f"{found} in files of {counted(_processes(affected), 'process', 'processes')}"
-        newest = f", the newest of {data.osv.newest[:10]}" if data.osv.newest else ""
-        warn(f"{what}, by {counted(len(data.osv), 'advisory', 'advisories')}{newest}.")
+        warn(f"{what}, by {_named(data)}.")
         warn(
-            f"of {counted(judged.files, 'mapped file')} the package of {judged.without_package} is not known, and of "
-            f"{judged.unknown} more something else: they may be affected."
+            f"of {counted(judged.files, 'mapped file')} the package of {judged.without_package} is not known; "
+            f"{judged.open_files} may be affected by what nobody knows."
         )
     for problem in data.problems:
         warn(f"{problem}. What is not found may be in there.")
@@ -267,4 +269,15 @@ def conclude(
         return OPEN if open_ends else 0
     if affected:
         return FOUND
-    return OPEN if open_ends or data.problems or judged.without_package or judged.unknown else 0
+    return OPEN if open_ends or data.problems or judged.open_files else 0
+
+
+def _named(data: Vulnerabilities) -> str:
+    """How much data that are."""
+    newest = f" (the newest of {data.osv.newest[:10]})" if data.osv.newest else ""
+    parts = [
+        counted(len(data.osv), "advisory", "advisories") + newest if len(data.osv) else "",
+        counted(len(data.build_ids), "build id") if data.build_ids else "",
+        counted(data.vex.statements, "statement of VEX", "statements of VEX") if data.vex.statements else "",
+    ]
+    return ", ".join(filter(None, parts)) or "no data: there are none in what was named"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import zipfile
 import zlib
 from array import array
@@ -231,6 +232,9 @@ def _severity(scores: Sequence[_Severity] | None, *specific: msgspec.Raw) -> str
 class OsvData:
     """Advisories by id and by package. Any thread may ask once they are loaded.
 
+    Args:
+        packs: takes twice the time and half of the memory: for who keeps them.
+
     Attributes:
         newest: when the advisory that was changed last was changed, RFC 3339; empty without any.
         withdrawn: advisories that were left out as their data base withdrew them.
@@ -239,7 +243,8 @@ class OsvData:
         ecosystems: how many entries there are of each, by its whole name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, packs: bool = True) -> None:
+        self._pack_above = _PACK_ABOVE_BYTES if packs else sys.maxsize
         self._blobs: list[bytes] = []
         self._numbers: dict[str, int] = {}
         self._by_name: dict[str, array[int]] = {}
@@ -342,7 +347,7 @@ class OsvData:
     def _replace(self, number: int, advisory: Advisory) -> None:
         blob = _pack(advisory)
         # Versions of a package repeat each other.
-        blob = b"z" + zlib.compress(blob, 1) if len(blob) > _PACK_ABOVE_BYTES else b"-" + blob
+        blob = b"z" + zlib.compress(blob, 1) if len(blob) > self._pack_above else b"-" + blob
         self._kept_bytes += len(blob) - len(self._blobs[number])
         if self._kept_bytes > MAX_KEPT_BYTES:
             raise SowatchError(f"the advisories take more than {MAX_KEPT_BYTES >> 20} MiB. Name fewer ecosystems.")
@@ -364,17 +369,18 @@ def _note(index: dict[str, array[int]], key: str, number: int) -> None:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def load_osv(places: Iterable[str], on_progress: Callable[[], None] = lambda: None) -> OsvData:
+def load_osv(places: Iterable[str], on_progress: Callable[[], None] = lambda: None, *, packs: bool = True) -> OsvData:
     """Reads everything that is at some places.
 
     Args:
         places: JSON files, zip archives, and directories, of which every ``.json`` and ``.zip`` below counts.
         on_progress: called again and again; may wait, or raise.
+        packs: as of `OsvData`.
 
     Raises:
         SowatchError: a place is not there, or there is more than can be kept.
     """
-    data = OsvData()
+    data = OsvData(packs=packs)
     budget = _Budget(on_progress)
     for place in places:
         for path in _files_at(place, data):

@@ -404,6 +404,7 @@ def load_vulnerabilities(
     vex: Iterable[str] = (),
     *,
     on_progress: Callable[[], None] = lambda: None,
+    packs: bool = True,
 ) -> Vulnerabilities:
     """Reads data from files.
 
@@ -412,6 +413,7 @@ def load_vulnerabilities(
         build_ids: files of lines ``BUILD_ID,ID[,NOTE]``.
         vex: documents of OpenVEX.
         on_progress: called again and again; may wait, or raise.
+        packs: as of `sowatch.inventory.osv.OsvData`.
 
     Raises:
         SowatchError: something is not there, or not what it was named as.
@@ -422,7 +424,7 @@ def load_vulnerabilities(
         for build_id, name, note in _build_ids_in(path):
             listed.setdefault(build_id, []).append((name, note))
     places = list(osv)
-    return Vulnerabilities(load_osv(places, on_progress) if places else None, listed, load_vex(vex))
+    return Vulnerabilities(load_osv(places, on_progress, packs=packs) if places else None, listed, load_vex(vex))
 
 
 def _check_parts() -> None:

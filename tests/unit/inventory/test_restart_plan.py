@@ -39,8 +39,8 @@ def test_a_comment_has_what_still_runs_and_what_listens() -> None:
     sockets = Listening((Listener("tcp", 80, "0.0.0.0", 1), Listener("tcp", 443, "::", 2)))
     assert lines(*files, packages={files[0].key: old, files[2].key: old}, listening={10: sockets, 11: sockets}) == [
         (
-            "# nginx.service: 2 processes (nginx, 10, 11); still run libssl3 3.0.11-1~deb12u1 (libssl.so.3), libz.so.1; "
-            "listen on tcp:80,tcp:443"
+            "# nginx.service: 2 processes (nginx, 10, 11); still run libssl3 3.0.11-1~deb12u1 (libssl.so.3), "
+            "libz.so.1; listen on tcp:80,tcp:443"
         ),
         "systemctl restart nginx.service",
     ]

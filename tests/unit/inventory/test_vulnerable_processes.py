@@ -135,8 +135,8 @@ def test_the_table_has_a_row_for_each_vulnerability_and_package_and_who_has_it_b
     assert rows[0] == ["ID", "SEVERITY", "STATUS", "PACKAGE", "VERSION", "FIXED", "IN", "PROCESSES", "WHAT"]
     assert rows[2] == ["CVE-1900-0001", "-", "affected", "liblamp1", "1.0-1", "1.0-2", "1", "A", "lamp", "burns"]
     assert rows[3][-1] == str(one.process.pid)
-    assert "1 vulnerability in files of 1 process, by 1 advisory, the newest of 2026-01-02." in done.stderr
-    assert "of 1 mapped file the package of 0 is not known, and of 0 more something else" in done.stderr
+    assert "1 vulnerability in files of 1 process, by 1 advisory (the newest of 2026-01-02)." in done.stderr
+    assert "of 1 mapped file the package of 0 is not known; 0 may be affected by what nobody knows." in done.stderr
 
 
 def test_a_statement_takes_a_finding_out_of_the_table_and_not_out_of_json(
@@ -153,6 +153,27 @@ def test_a_statement_takes_a_finding_out_of_the_table_and_not_out_of_json(
         0,
         "not_affected",
         "VEX: not_affected, component_not_present",
+    )
+
+
+def test_a_list_of_builds_asks_for_no_package(tmp_path: Path, spawn: Any) -> None:
+    (tmp_path / "x.c").write_text("int ours(void) { return 1; }")
+    library, builds = tmp_path / "libbuild.so", tmp_path / "builds.csv"
+    command = ["cc", "-shared", "-fPIC", "-Wl,--build-id=0x" + "cd" * 20, "-o", library, tmp_path / "x.c"]
+    subprocess.run(command, check=True)
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}); print('ready', flush=True); input()"
+    child = spawn([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    words = ("--build-ids", str(builds), "--pid", str(child.pid), "--check", str(library))
+
+    builds.write_text(f"{'ab' * 20},X-1,seen in the lab\n")
+    found, lines, _ = listed(*words)
+    assert (found, lines[-1]["event"], lines[-1]["files_without_package"]) == (0, "vulnerability_data", 1)
+    builds.write_text(f"{'cd' * 20},X-1,seen in the lab\n")
+    found, lines, _ = listed(*words)
+    assert (found, lines[1]["id"], lines[1]["reason"], lines[1]["found_by"]) == (
+        *(1, "X-1"),
+        *("seen in the lab", "build_ids"),
     )
 
 
