@@ -37,8 +37,8 @@ LOG = logging.getLogger("sowatch.agent")
 MAX_FILES: Final = 20_000
 #: Loads whose package is looked up together.
 _BATCH: Final = 256
-#: New files wait so long for others, unless there is a batch of them: an upgrade takes longer.
-_TOGETHER_S: Final = 0.5
+#: What comes within this time is looked up together; an upgrade takes longer.
+_TOGETHER_S: Final = 0.25
 _TURN_S: Final = 1.0
 _EVENTS: Final[tuple[StreamKind, ...]] = ("load",)
 _GONE: Final = (Staleness.REPLACED, Staleness.DELETED)
@@ -158,23 +158,34 @@ class LoadedSet:
     # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pending: dict[PlaceKey, Load] = {}
-        since_s, own_pid = 0.0, os.getpid()
+        own_pid = os.getpid()
         while not (self._closing.is_set() or self._subscription.has_ended):
-            event = self._subscription.get(timeout_s=_TOGETHER_S if pending else _TURN_S)
-            if isinstance(event, Lost):
-                self._lost += event.count
-            elif isinstance(event, Load) and _is_file(event) and event.process.pid != own_pid:
-                key = place_of(event)
-                if key not in self._files and key not in pending:
-                    if len(self._files) + len(pending) >= self._max_files:
-                        self.left_out += 1
-                    else:
-                        since_s = since_s if pending else time.monotonic()
-                        pending[key] = event
-            if pending and (event is None or len(pending) >= _BATCH or time.monotonic() - since_s >= _TOGETHER_S):
+            event = self._subscription.get(timeout_s=_TURN_S)
+            if event is None:
+                continue
+            # What comes meanwhile is read at once: a wake for each load would cost more than all else.
+            self._closing.wait(_TOGETHER_S)
+            pending: dict[PlaceKey, Load] = {}
+            while event is not None:
+                if isinstance(event, Lost):
+                    self._lost += event.count
+                elif isinstance(event, Load):
+                    self._take(event, pending, own_pid)
+                if len(pending) >= _BATCH:
+                    self._keep(pending)
+                    pending = {}
+                event = self._subscription.get(timeout_s=0)
+            if pending:
                 self._keep(pending)
-                pending = {}
+
+    def _take(self, load: Load, pending: dict[PlaceKey, Load], own_pid: int) -> None:
+        key = place_of(load)
+        if key in self._files or key in pending or load.process.pid == own_pid or not _is_file(load):
+            return
+        if len(self._files) + len(pending) >= self._max_files:
+            self.left_out += 1
+        else:
+            pending[key] = load
 
     def _keep(self, pending: dict[PlaceKey, Load]) -> None:
         loads: Sequence[Load] = list(pending.values())

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
 import io
 import os
 import re
 import stat
-import zipfile
 import zlib
 from collections.abc import Iterator
-from email.parser import HeaderParser
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +23,10 @@ from sowatch.inventory.package_databases import Listed, entries_below, read_with
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.openat import reopen
 from sowatch.linux.proc import Miss, ProcFs
+
+if TYPE_CHECKING:
+    # Imported where an archive is read: an agent may never see one.
+    from zipfile import ZipFile
 
 __all__ = ["jar_package", "npm_package", "wheel_listed", "wheel_of"]
 
@@ -84,6 +85,8 @@ def _normalized(name: str) -> str:
 
 def _record_rows(data: bytes) -> Iterator[tuple[str, tuple[str, str] | None]]:
     """Each file of a RECORD (CSV: path, hash, size), and its hash."""
+    import csv
+
     try:
         for row in csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")):
             if row:
@@ -107,9 +110,13 @@ def wheel_of(root_fd: int, listed: Listed) -> tuple[str, str] | None:
     found = read_with_version(root_fd, f"{listed.package}/METADATA", _MAX_METADATA_BYTES)
     if found is None:
         return None
-    head = found[0].decode("utf-8", "replace").partition("\n\n")[0]
-    fields = HeaderParser().parsestr(head)
-    name, version = str(fields.get("Name", "")).strip(), str(fields.get("Version", "")).strip()
+    fields: dict[str, str] = {}
+    for line in found[0].decode("utf-8", "replace").splitlines():
+        if not line:
+            break  # what follows is the description
+        key, _, value = line.partition(":")
+        fields.setdefault(key, value.strip())
+    name, version = fields.get("Name", ""), fields.get("Version", "")
     return (_normalized(name), version) if _is_word(name) and _is_word(version) else None
 
 
@@ -222,6 +229,8 @@ def _content_of(fd: int) -> _Content | None:
 
 
 def _artifact(path: str, name: str, content: _Content) -> tuple[str, str, str] | None:
+    import zipfile
+
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -257,7 +266,7 @@ def _has_short_directory(file: io.BufferedReader, size: int) -> bool:
     return 0 <= at <= len(tail) - 22 and int.from_bytes(tail[at + 12 : at + 16], "little") <= _MAX_DIRECTORY_BYTES
 
 
-def _artifact_in(archive: zipfile.ZipFile, name: str, content: _Content) -> tuple[str, str, str] | None:
+def _artifact_in(archive: ZipFile, name: str, content: _Content) -> tuple[str, str, str] | None:
     infos = archive.infolist()
     if not any((info.file_size, info.CRC) == content for info in infos):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import stat
 import subprocess
@@ -80,8 +81,8 @@ class Listed(NamedTuple):
     name: str
     listed_ns: int = 0
     digest: tuple[str, str] | None = None
-    #: Where a list without dpkg's own is.
-    place: str = DPKG_LISTS
+    #: The directory with the list, where what else the package has brought is beside it.
+    place: str = ""
 
 
 class PackageRecord(Struct, frozen=True, gc=False):
@@ -106,6 +107,8 @@ class DatabaseIndex:
         #: By the name of the list: what it was like when it was read, and the hashes of its lines.
         self.lists: dict[str, tuple[FileVersion, array[int]]] = {}
         self.records: tuple[object, dict[str, PackageRecord]] | None = None
+        #: Much was read, and thrown away.
+        self.was_read = False
 
     def __len__(self) -> int:
         lines = sum(len(hashes) + 32 for _, hashes in self.lists.values())
@@ -116,6 +119,7 @@ class DatabaseIndex:
         known = self.lists.get(name)
         if known is None or known[0] != version:
             known = self.lists[name] = version, array("q", map(hash, read()))
+            self.was_read = True
         return not wanted.isdisjoint(known[1])
 
 
@@ -162,7 +166,8 @@ def read_with_version(root_fd: int, path: str, limit_bytes: int) -> tuple[bytes,
     try:
         parts = []
         left_bytes = limit_bytes  # it may grow while we read
-        while left_bytes and (part := os.read(fd, min(left_bytes, _READ_BYTES))):
+        # A buffer as large as the file: a larger one is cut, and leaves holes in the heap.
+        while left_bytes and (part := os.read(fd, min(left_bytes, status.st_size + 1, _READ_BYTES))):
             parts.append(part)
             left_bytes -= len(part)
     except OSError:
@@ -216,10 +221,10 @@ def dpkg_listed(root_fd: int, paths: Collection[str], index: DatabaseIndex | Non
                 asked.setdefault(os.fsencode(name), []).append((path, rank, counts))
     if asked:
         for package, listing, changed_ns in _dpkg_lists(root_fd, asked.keys(), index):
-            for listed in asked.keys() & set(listing.split(b"\n")):
+            for listed in {line for line in _lines(listing) if line in asked}:
                 for path, rank, counts in asked[listed]:
                     if counts(package.partition(":")[0]):
-                        best.offer(path, rank, Listed(package, os.fsdecode(listed), changed_ns))
+                        best.offer(path, rank, Listed(package, os.fsdecode(listed), changed_ns, None, DPKG_LISTS))
         for package, sums in _sums_without_dpkg(root_fd):
             for listed in asked.keys() & sums.keys():
                 for path, rank, _ in asked[listed]:
@@ -281,6 +286,11 @@ def _dpkg_lists(
             yield name.removesuffix(".list"), found[0], found[1][4]
 
 
+def _lines(text: bytes) -> Iterator[bytes]:
+    """One after the other, as lists may have a hundred thousand."""
+    return (line.rstrip(b"\n") for line in io.BytesIO(text))
+
+
 class _Reader:
     """The lines of a list, read when they are asked for."""
 
@@ -289,10 +299,10 @@ class _Reader:
         self._name = name
         self.size_bytes = 0
 
-    def lines(self) -> list[bytes]:
+    def lines(self) -> Iterator[bytes]:
         found = read_below(self._fd, self._name, _MAX_LIST_BYTES) or b""
         self.size_bytes = len(found)
-        return found.split(b"\n")
+        return _lines(found)
 
 
 def entries_below(root_fd: int, path: str) -> Iterator[tuple[int, str]]:
@@ -350,9 +360,8 @@ def dpkg_state(root_fd: int) -> tuple[FileVersion | None, ...]:
 def dpkg_records(root_fd: int) -> dict[str, PackageRecord]:
     """What dpkg says of each package that is installed, by its name, and by ``name:architecture``."""
     found: dict[str, PackageRecord] = {}
-    texts = [read_below(root_fd, _STATUS, _MAX_LIST_BYTES * 2) or b""]
     journal = sorted(name for _, name in entries_below(root_fd, _UPDATES) if name.isascii() and name.isdigit())
-    texts += [read_below(root_fd, f"{_UPDATES}/{name}", _MAX_LIST_BYTES) or b"" for name in journal[:_MAX_JOURNAL]]
+    places = [_STATUS, *(f"{_UPDATES}/{name}" for name in journal[:_MAX_JOURNAL])]
     left_bytes = _MAX_DATABASE_BYTES
     for fd, name in entries_below(root_fd, _STATUS_D):
         if name.endswith(".md5sums") or left_bytes <= 0:
@@ -362,8 +371,8 @@ def dpkg_records(root_fd: int) -> dict[str, PackageRecord]:
         record = _dpkg_record(_stanza(text), needs_state=False)
         if record is not None and len(found) < _MAX_RECORDS:
             found[name] = record  # its lists go by the name of the file
-    for text in texts:
-        for stanza in text.split(b"\n\n"):
+    for place in places:
+        for stanza in _stanzas(read_below(root_fd, place, _MAX_LIST_BYTES * 2) or b""):
             record = _dpkg_record(_stanza(stanza), needs_state=True)
             if record is not None and len(found) < _MAX_RECORDS:
                 # Of two architectures of a package only one has a list without its architecture in the name.
@@ -376,6 +385,16 @@ def dpkg_records(root_fd: int) -> dict[str, PackageRecord]:
 _FIELDS: Final = (b"Package", b"Version", b"Source", b"Architecture", b"Status")
 #: As dpkg(1) has them: the files of the version that is named are in place.
 _IN_PLACE: Final = ("installed", "unpacked", "half-configured", "triggers-awaited", "triggers-pending")
+
+
+def _stanzas(text: bytes) -> Iterator[bytes]:
+    """One after the other: a second copy of a database as a whole would stay in the heap."""
+    start = 0
+    while start < len(text):
+        end = text.find(b"\n\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 2
 
 
 def _stanza(text: bytes) -> dict[bytes, str]:
@@ -466,7 +485,7 @@ def apk_records(root_fd: int) -> dict[str, PackageRecord]:
     """What apk says of each package, by its name."""
     found: dict[str, PackageRecord] = {}
     for place in _APK:
-        for stanza in (read_below(root_fd, place, _MAX_LIST_BYTES) or b"").split(b"\n\n"):
+        for stanza in _stanzas(read_below(root_fd, place, _MAX_LIST_BYTES) or b""):
             fields: dict[bytes, str] = {}
             for line in stanza.split(b"\n"):
                 if line[:2] in (b"P:", b"V:", b"o:", b"A:"):

@@ -46,6 +46,7 @@ from sowatch.linux.descriptors import close_fd
 from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
+from sowatch.linux.heap import give_back
 from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.memory_files import is_memory
 from sowatch.linux.openat import open_below
@@ -157,6 +158,8 @@ class Packages:
         self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
         self._own_root = own_root_key()
         self._asking = threading.Lock()
+        #: A database was read, which is large.
+        self._has_read = False
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +178,11 @@ class Packages:
         less than one by one: a database is searched once for all that are new. Takes 10 us for what is known.
         """
         with self._asking:
-            return self._identify(list(wanted))
+            found = self._identify(list(wanted))
+            if self._has_read:
+                self._has_read = False
+                give_back()
+            return found
 
     def _identify(self, asked: Sequence[HasFile]) -> list[PackageIdentity | None]:
         roots = Roots(self._proc)
@@ -327,9 +334,12 @@ class Packages:
                 continue
             if index.records is None or index.records[0] != state:
                 index.records = state, manager.records(root_fd)
+                index.was_read = True
             record = index.records[1].get(listed.package)
             for look in by_path[path]:
                 found[look.key] = _checked(root_fd, look, listed, record, manager.name, release)
+        self._has_read |= index.was_read
+        index.was_read = False
         with suppress(ValueError):  # larger than all may be together
             self._indexes[key] = index
         return found
