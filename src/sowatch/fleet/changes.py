@@ -44,7 +44,7 @@ _MAX_PORTS: Final = 100
 
 
 class Question(NamedTuple):
-    """What only reading files tells: the package of a group; without an ``identity`` the hash of a file."""
+    """What only reading files answers: the package of a group; without an ``identity`` the hash of a file."""
 
     process: Process
     library: Library
@@ -332,7 +332,7 @@ class Changes:
         elif group.is_reported:
             self._report("unmapped", group)
 
-    # ---- what only reading files tells ----------------------------------------------------------
+    # ---- what only reading files answers ---------------------------------------------------------
 
     def take_questions(self, limit: int) -> list[Question]:
         """Questions that were not asked before; each is to be answered, in any order."""

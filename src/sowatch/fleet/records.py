@@ -35,8 +35,8 @@ Attributes: TypeAlias = Mapping[str, str | int | bool]
 SESSION: Final = "session"
 #: Of systemd-run, and of a scope that a program made for itself.
 _TRANSIENT: Final = re.compile(r"run-[^/]*\.service|(?!init\.scope$).*\.scope")
-#: An instance for one connection of a socket unit with Accept=yes, systemd.socket(5).
-_CONNECTION: Final = re.compile(r"@\d+-[^/]*\.service$")
+#: An instance for one connection of a socket unit with Accept=yes: its number, and both addresses, or a pid and a uid.
+_CONNECTION: Final = re.compile(r"@\d+-(?:\d+-\d+|[^/]*:\d+-[^/]*:\d+)\.service$")
 
 
 class GroupFacts(Struct, frozen=True, gc=False):
