@@ -37,8 +37,8 @@ class Cost(NamedTuple):
 def measure(is_quick: bool, directory: Path) -> list[Figure]:
     processes, libraries, rounds, shots, rest_s = (20, 10, 1, 300, 3) if is_quick else (250, 20, 5, 4000, 30)
     made = make_libraries(directory, libraries)
-    storm, pause = build("storm", directory), build("oneshot", directory)
-    shot = [storm, "1", str(shots), pause, made[0], "tiny0"]
+    storm, loader = build("storm", directory), build("loader", directory)
+    shot = [storm, "1", str(shots), loader, *made[:3]]
     figures = []
     with crowd(directory, processes, made):
         figures += bytes_at_rest(directory, processes * libraries, 3 if is_quick else 20)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sowatch.linux.content_hash import htlhash
+from support import strict
 from support.agent import Agent, NewAgent
 from support.fleet_receiver import FleetReceiver, Sent, fleet_receiver, receiving
 from support.programs import Mapper, build
@@ -192,4 +195,53 @@ def test_records_go_over_grpc_too(new_agent: NewAgent, mapper: Mapper, make_libr
 
         wait_until(lambda: os.fspath(library) in paths(), 60, "the snapshot")
         assert collector.headers[0]["x-one"] == "1"
+        assert agent.stop() == 0
+
+
+def test_what_rules_let_go_is_mapped_all_the_same_and_its_events_are_nobody_elses(
+    new_agent: NewAgent, mapper: Mapper, make_library: Any, wait_until: Any, place: Path
+) -> None:
+    library = make_library("libruled.so")
+    mapper.map(library)
+    sink = f"[[sinks]]\ntype = 'file'\npath = '{place}/events'\n"
+    with fleet_receiver() as receiver:
+        text = fleet(receiver.url) + sink
+        agent = new_agent(text.replace("/sow-none-of-these/", "libruled")).start()
+        wait_until(lambda: is_known(receiver, library, 1), 60, "the first snapshot")
+        agent.config_path.write_text(text, encoding="utf-8")
+        wait_until(lambda: agent.get("/inventory").json["libraries"] == [], 60, "other rules")
+        answer = agent.post("/debug/detach-pid", {"pid": mapper.pid, "type": "fleet"})
+        assert answer.status == 200, answer.text
+        beats = len(receiver.of("heartbeat"))
+        wait_until(lambda: len(receiver.of("heartbeat")) >= beats + 3, 60, "three more heartbeats")
+        assert is_known(receiver, library, 1)
+        paths = [one.attributes["sowatch.library.path"] for one in receiver.of("unmapped")]
+        assert os.fspath(library) not in paths
+        mapper.close()
+        wait_until(lambda: not rows(receiver, library), 60, "the end of its process")
+        assert agent.stop() == 0
+    events = [strict.loads(line) for line in (place / "events").read_text(encoding="utf-8").splitlines()]
+    assert {one["rule"] for one in events if "rule" in one} == {"ours"}
+
+
+def test_a_file_without_a_build_id_is_named_by_its_content_and_a_server_by_its_port(
+    new_agent: NewAgent, make_library: Any, tmp_path: Path, wait_until: Any, spawn: Any
+) -> None:
+    library = build("tiny_library", tmp_path, flags=["-shared", "-fPIC", "-Wl,--build-id=none"], output="libplain.so")
+    port = free_port()
+    code = (
+        f"import ctypes, socket; ctypes.CDLL({os.fspath(library)!r}); s = socket.create_server(('127.0.0.1', {port})); "
+        "s.accept()"
+    )
+    spawn([sys.executable, "-c", code])
+    with library.open("rb") as file:
+        name = htlhash(file.fileno())
+    with fleet_receiver() as receiver:
+        agent = new_agent(fleet(receiver.url)).start()
+        wait_until(lambda: is_known(receiver, library, 1), 60, "the first snapshot")
+        (row,) = rows(receiver, library)
+        assert row.attributes["sowatch.library.build_id"] == name
+        wait_until(
+            lambda: rows(receiver, library)[0].attributes.get("sowatch.process.listen") == f"tcp:{port}", 90, "its port"
+        )
         assert agent.stop() == 0
