@@ -53,9 +53,9 @@ DEFAULT_PATH: Final = "/etc/sowatch/config.toml"
 _MAX_BYTES: Final = 1 << 20
 _PREFIX: Final = "SOWATCH_"
 #: Variables that say something else: ours of the command line and of the tests, and what Kubernetes gives every
-#: container for a service named sowatch.
+#: container for a service named sowatch or sowatch-fleet.
 _OTHER_VARIABLES: Final = re.compile(
-    r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|BPF_OBJECTS|(MATRIX|MODEL|SERVICE|PORT|TEST|WHEELS)_\w+|PORT)"
+    r"SOWATCH_(TRACEBACK|DEADLINE_SCALE|FORCE_KERNEL_TESTS|WITNESS_ROUNDS|BPF_OBJECTS|(MATRIX|MODEL|TEST|WHEELS)_\w+|(FLEET_)?(SERVICE_\w+|PORT(_\w+)?))"
 )
 _SYNTAX: Final = re.compile(r"(?P<what>.*) \(at (line (?P<line>\d+), column \d+|end of document)\)", re.DOTALL)
 _OTLP_KEYS: Final = ("endpoint", "protocol")

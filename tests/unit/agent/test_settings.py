@@ -147,6 +147,9 @@ def test_a_variable_that_names_no_setting_is_refused(name: str, tmp_path: Path) 
     [
         "SOWATCH_TRACEBACK",
         "SOWATCH_SERVICE_HOST",
+        "SOWATCH_FLEET_SERVICE_PORT_OTLP",
+        "SOWATCH_FLEET_PORT_4318_TCP",
+        "SOWATCH_FLEET_PORT",
         "SOWATCH_PORT",
         "SOWATCH_PORT_9400_TCP_ADDR",
         "SOWATCH_DEADLINE_SCALE",
