@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from benchmarks.fleet_world import DISTRIBUTIONS, NAMES, SECOND, VERSIONS, Host, Place, World, expected, file_of, soname
+
 from sowatch.fleet.asks import Asks
 from sowatch.fleet.plans import planned
 from sowatch.fleet.questions import Fleet
@@ -44,9 +45,7 @@ class Check:
         self.hosts: dict[str, list[Host]] = {}
         for host in self.world.hosts:
             self.hosts.setdefault(host.host_id, []).append(host)
-        self.mapped = {
-            host_id: _sum(host.mapped() for host in some) for host_id, some in self.hosts.items()
-        }
+        self.mapped = {host_id: _sum(host.mapped() for host in some) for host_id, some in self.hosts.items()}
         self.builds = sorted({build for host in self.world.hosts for build in host.edges})
 
     def run(self) -> None:
@@ -70,11 +69,14 @@ class Check:
     def _others(self) -> Iterator[tuple[Target, set[str]]]:
         """Names by which a part of the same is asked for."""
         yield Target("build_id", "0" * 40), set()
-        yield Target("soname", "libssl"), {
-            file_of(distribution, "libssl", version).library.build_id or ""
-            for distribution in range(DISTRIBUTIONS)
-            for version in range(VERSIONS)
-        }
+        yield (
+            Target("soname", "libssl"),
+            {
+                file_of(distribution, "libssl", version).library.build_id or ""
+                for distribution in range(DISTRIBUTIONS)
+                for version in range(VERSIONS)
+            },
+        )
         for build in self._some(self.builds):
             yield Target("build_id", build[: self.chance.choice((8, 40))]), {build}
         for distribution, name in self._some([(one, name) for one in range(DISTRIBUTIONS) for name in NAMES]):
@@ -190,7 +192,7 @@ class Check:
         self._same("stale --plan", in_plan, right.keys())
 
     def history(self, build: str) -> None:
-        """Of hosts whose agent ran all the time: when the first process came, the last one went, and how long that took."""
+        """When the first process came, the last one went, and how long that took."""
         found = {}
         for one in self.fleet.history(Target("build_id", build)).lines:
             if isinstance(one, FleetHistory):

@@ -125,16 +125,16 @@ class Volume:
 
     def builds_of(self, name: str) -> set[str]:
         """Of all distributions, old and new."""
-        return {one.build_id for image in self.images for one in image.groups if one.soname.startswith(f"{name}.so")} | {
+        return {
+            one.build_id for image in self.images for one in image.groups if one.soname.startswith(f"{name}.so")
+        } | {
             one.new_build_id for image in self.images for one in image.groups if one.soname.startswith(f"{name}.so")
         } - {""}
 
     def mapped(self, build: str) -> dict[int, tuple[int, int]]:
         """By host that has it, groups and processes."""
         found = {}
-        wanted = [
-            [one for one in image.groups if build in (one.build_id, one.new_build_id)] for image in self.images
-        ]
+        wanted = [[one for one in image.groups if build in (one.build_id, one.new_build_id)] for image in self.images]
         for host in range(self.hosts):
             some = [
                 one.processes

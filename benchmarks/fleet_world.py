@@ -272,12 +272,13 @@ class Host:
             if due_s >= until_s:
                 break
             self.now_s = due_s
-            self._turn()
+            self.turn()
         self.now_s = until_s
         if self.agent is not None:
             self._tick()
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """What the agent's thread does when something is due."""
         assert self.agent is not None
         self._tick()
         self.agent.advance()
@@ -291,7 +292,7 @@ class Host:
             self._send([self._outgoing(one) for one in records])
 
     def _outgoing(self, record: Record) -> fleet_records.Record:
-        """With the identity of the host, and packages as the agent reads them: not of containers in each tenth image."""
+        """With the identity of the host, and packages, but of containers in each tenth image."""
         attributes = {name: _text(value) for name, value in record.attributes.items()}
         build = attributes.get("sowatch.library.build_id")
         is_read = not ("container.id" in attributes and self.image % 10 == 0)
@@ -413,9 +414,11 @@ class World:
         for number, name in enumerate(("libssl", "libz", "libssl")):
             at_s = (1 + number * 4 + host.image / IMAGES + chance.random()) * HOUR_S
             events.append((at_s, "upgrade", name))
-            for program in known:
-                if name in program.names and chance.random() < 0.8:
-                    events.append((at_s + chance.random() * 3 * HOUR_S, "restart", program))
+            events += [
+                (at_s + chance.random() * 3 * HOUR_S, "restart", program)
+                for program in known
+                if name in program.names and chance.random() < 0.8
+            ]
         events += [(chance.random() * end_s, "restart", chance.choice(known)) for _ in range(3)]
         events += [(chance.random() * end_s, "stop", chance.choice(known)) for _ in range(host.number % 3 == 0)]
         events += [(chance.random() * end_s, "storm", 200) for _ in range(5 if host.fate == "storms" else 0)]
@@ -427,7 +430,7 @@ class World:
             _happen(host, what, value)
         host.go_on(LENGTH_S)
         if host.agent is not None:
-            host._turn()  # noqa: SLF001  (the last heartbeat)
+            host.turn()  # the last heartbeat
 
 
 def _troubles(fate: str, chance: random.Random) -> list[tuple[float, str, Any]]:
@@ -437,7 +440,12 @@ def _troubles(fate: str, chance: random.Random) -> list[tuple[float, str, Any]]:
         case "killed" | "late_epoch":
             return [(5 * hour, "kill", None), ((5.2 + chance.random()) * hour, "agent", None)]
         case "killed_late":
-            return [(13.9 * hour, "kill", None), (14 * hour, "loses", True), (14 * hour, "agent", None), (14.2 * hour, "loses", False)]
+            return [
+                (13.9 * hour, "kill", None),
+                (14 * hour, "loses", True),
+                (14 * hour, "agent", None),
+                (14.2 * hour, "loses", False),
+            ]
         case "restarted":
             return [(5 * hour, "kill", None), (5 * hour + 2, "agent", None), (9 * hour, "drop", 0)]
         case "dropped":
@@ -468,6 +476,7 @@ def _happen(host: Host, what: str, value: Any) -> None:
             host.start_agent()
         case "drop" if host.agent is not None:
             host.agent.drop(value)
+            host.turn()  # the sender goes on
         case "loses":
             host.loses = value
         case "die":
