@@ -16,7 +16,7 @@ from typing import Final, Self
 from msgspec.structs import replace
 
 from sowatch.inventory.coverage import coverage_of_answers
-from sowatch.inventory.loaded import LoadedAnswer, PlaceKey, content_name, loaded_files, place_of
+from sowatch.inventory.loaded import LoadedAnswer, PlaceKey, loaded_files, place_of
 from sowatch.inventory.packages import HasFile, Packages
 from sowatch.inventory.sbom import LoadedFile
 from sowatch.inventory.stale_watch import StaleWatch, file_key
@@ -112,7 +112,7 @@ class LoadedSet:
             for one in mapped
             if (found := answers.get((one.process.id, file_key(one)))) is not None and found.stale in _GONE
         }
-        now = loaded_files(mapped, self._packages, self._proc, gone)
+        now = loaded_files(mapped, self._packages, gone)
         keys = dict.fromkeys(place_of(one) for one in mapped if _is_file(one))
         files: list[LoadedFile] = []
         with self._changing:
@@ -191,15 +191,16 @@ class LoadedSet:
         loads: Sequence[Load] = list(pending.values())
         try:
             identities = self._packages.identify(loads)
+            names = [self._packages.content_name(load) for load in loads]
         except Exception:  # one file keeps no other from being kept
             LOG.exception("packages of loaded files could not be looked up")
-            identities = [None] * len(loads)
+            identities, names = [None] * len(loads), [load.library.build_id for load in loads]
         with self._changing:
-            for (key, load), identity in zip(pending.items(), identities, strict=True):
+            for (key, load), identity, name in zip(pending.items(), identities, names, strict=True):
                 self._files[key] = LoadedFile(
                     load.library.path,
                     load.library.kind,
-                    content_name([load], self._proc),
+                    name,
                     load.library.soname,
                     load.process.container,
                     identity,

@@ -159,7 +159,7 @@ def _scan(selection: Selection, warn: Callable[[str], None], open_watcher: OpenW
                 for one in sorted(mapped, key=lambda one: one.process.id)  # the mappings of each are read once
                 if disk.staleness(one.process, one.library, one.ranges).stale in _GONE
             }
-            files = loaded_files(mapped, packages, proc, stale)
+            files = loaded_files(mapped, packages, stale)
         hung = hung_processes(watcher, selection)
     finally:
         watcher.stop()

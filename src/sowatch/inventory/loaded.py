@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from typing import Final, Literal
 
@@ -10,14 +9,10 @@ from msgspec import Struct
 
 from sowatch.inventory.packages import HasFile, PackageIdentity, Packages
 from sowatch.inventory.sbom import LoadedFile
-from sowatch.linux.content_hash import htlhash
-from sowatch.linux.descriptors import close_fd
-from sowatch.linux.mapped_file import open_mapped
 from sowatch.linux.memory_files import is_memory
-from sowatch.linux.proc import ProcFs
 from sowatch.model.identity import FileId
 
-__all__ = ["LoadedAnswer", "PlaceKey", "content_name", "loaded_files", "place_of"]
+__all__ = ["LoadedAnswer", "PlaceKey", "loaded_files", "place_of"]
 
 #: Distinguishes one entry from another: the file under its path, in its container.
 PlaceKey = tuple[FileId, str, str | None, str | None]
@@ -56,15 +51,12 @@ def place_of(one: HasFile) -> PlaceKey:
     return one.library.id, one.library.path, one.library.build_id, one.process.container
 
 
-def loaded_files(
-    mapped: Iterable[HasFile], packages: Packages, proc: ProcFs, stale: Collection[PlaceKey] = ()
-) -> list[LoadedFile]:
+def loaded_files(mapped: Iterable[HasFile], packages: Packages, stale: Collection[PlaceKey] = ()) -> list[LoadedFile]:
     """One entry for each file, path and container, with the number of processes. What is in memory only is left out.
 
     Args:
         mapped: what is mapped now.
         packages: finds their packages.
-        proc: the host's.
         stale: those that have been replaced or deleted.
     """
     groups: dict[PlaceKey, list[HasFile]] = {}
@@ -77,7 +69,7 @@ def loaded_files(
         LoadedFile(
             group[0].library.path,
             group[0].library.kind,
-            content_name(group, proc),
+            next((name for one in group[:_MOST_PROCESSES] if (name := packages.content_name(one))), None),
             group[0].library.soname,
             group[0].process.container,
             identity,
@@ -86,32 +78,3 @@ def loaded_files(
         )
         for (key, group), identity in zip(groups.items(), identities, strict=True)
     ]
-
-
-def content_name(group: Iterable[HasFile], proc: ProcFs) -> str | None:
-    """The build id of a file that these have mapped; a hash of its content if it has none; None if it has gone."""
-    for number, one in enumerate(group):
-        if one.library.build_id:
-            return one.library.build_id
-        if number >= _MOST_PROCESSES:
-            break
-        fd = open_mapped(
-            proc,
-            one.process.pid,
-            one.library.id,
-            one.library.path,
-            one.ranges,
-            is_own_view=False,
-            is_deleted=one.library.deleted,
-            changed_ns=one.library.changed_ns,
-        )
-        if fd is None:
-            continue
-        try:
-            if os.fstat(fd).st_size:
-                return htlhash(fd)
-        except OSError:
-            continue
-        finally:
-            close_fd(fd)
-    return None

@@ -42,6 +42,7 @@ from sowatch.inventory.package_databases import (
 )
 from sowatch.inventory.purl import purl
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
+from sowatch.linux.content_hash import htlhash
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.linux.elf import read_facts
@@ -155,6 +156,7 @@ class Packages:
         self._kept: LRUCache[_FileKey, PackageIdentity] = LRUCache(MAX_KEPT)
         #: When what was not found is looked up again.
         self._unknown: LRUCache[_FileKey, float] = LRUCache(MAX_KEPT)
+        self._hashes: LRUCache[tuple[FileId, str, int], str] = LRUCache(MAX_KEPT)
         self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
         self._own_root = own_root_key()
         self._asking = threading.Lock()
@@ -184,6 +186,36 @@ class Packages:
                 give_back()
             return found
 
+    def content_name(self, one: HasFile) -> str | None:
+        """The build id of a mapped file; a hash of its content if it has none; None if it cannot be read any more.
+
+        See `sowatch.linux.content_hash.htlhash`. A hash is kept as identities are.
+        """
+        library = one.library
+        if library.build_id:
+            return library.build_id
+        if is_memory(library.id) or not library.path.startswith("/"):
+            return None
+        key = (library.id, library.path, library.changed_ns)
+        with self._asking:
+            found = self._hashes.get(key)
+            if found is None:
+                found = self._calls.run(partial(self._hash, one), None, place=("hash", library.id[:2], library.path))
+                if found is not None:
+                    self._hashes[key] = found
+        return found
+
+    def _hash(self, one: HasFile) -> str | None:
+        fd = self._open(one, is_own_view=False)
+        if fd is None:
+            return None
+        try:
+            return htlhash(fd)
+        except OSError:
+            return None
+        finally:
+            close_fd(fd)
+
     def _identify(self, asked: Sequence[HasFile]) -> list[PackageIdentity | None]:
         roots = Roots(self._proc)
         found: list[PackageIdentity | None] = [None] * len(asked)
@@ -196,8 +228,7 @@ class Packages:
                 continue
             if pid not in keys:
                 keys[pid] = self._calls.run(partial(roots.key, pid), None, place=("root", pid))
-            root = keys[pid]
-            if root is None:
+            if (root := keys[pid]) is None:
                 continue
             key = (root, library.id, library.path, library.build_id, library.changed_ns)
             kept = self._kept.get(key)
@@ -206,14 +237,8 @@ class Packages:
             elif self._unknown.get(key, 0.0) <= now_s:
                 new.setdefault(root, {}).setdefault(key, []).append(index)
         for root, files in new.items():
-            look = partial(
-                self._look, roots, root, [(key, [asked[place] for place in at]) for key, at in files.items()]
-            )
-            # A database on a file system that hangs keeps nobody else from being answered.
-            timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else _TIMEOUT_S
-            nothing: dict[_FileKey, _Answer] = {}
-            answers = self._calls.run(look, nothing, timeout_s, place=("packages", root))
-            for key, answer in answers.items():
+            holders = {key: [asked[place] for place in at[:_MOST_HOLDERS]] for key, at in files.items()}
+            for key, answer in self._answers(roots, root, holders).items():
                 if answer.identity is not None:
                     self._kept[key] = answer.identity
                 elif answer.is_settled:
@@ -222,51 +247,75 @@ class Packages:
                     found[index] = answer.identity
         return found
 
+    def _answers(
+        self, roots: Roots, root: RootKey, files: Mapping[_FileKey, Sequence[HasFile]]
+    ) -> dict[_FileKey, _Answer]:
+        """Of files below one root that nothing is known of yet, with who has them mapped."""
+        answers: dict[_FileKey, _Answer] = {}
+        looks: list[_Look] = []
+        for key, holders in files.items():
+            opened = self._opened(root, key, holders)
+            if isinstance(opened, _Look):
+                looks.append(opened)
+            else:
+                answers[key] = opened
+        return answers | self._looked(roots, root, looks) if looks else answers
+
+    def _opened(self, root: RootKey, key: _FileKey, holders: Sequence[HasFile]) -> _Look | _Answer:
+        """The very file, if one of those that have it mapped still shows it, within a deadline of its own."""
+        unknown: _Look | _Answer = _Answer(None, is_settled=False)
+        for one in holders:
+            library = one.library
+            place = ("file", library.id[:2], os.path.dirname(library.path))
+            read = partial(self._read_file, key, one, is_own_view=root == self._own_root)
+            found = self._calls.run(read, unknown, place=place)
+            if isinstance(found, _Look) or found.is_settled:
+                return found
+        return unknown
+
+    def _looked(self, roots: Roots, root: RootKey, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
+        # A database on a file system that hangs keeps nobody else from being answered.
+        timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else _TIMEOUT_S
+        nothing = dict.fromkeys((look.key for look in looks), _Answer(None, is_settled=False))
+        look_up = partial(self._look, roots, root, looks)
+        return nothing | self._calls.run(look_up, nothing, timeout_s, place=("packages", root))
+
     # ---- on the thread that reads --------------------------------------------------------------
 
-    def _look(
-        self, roots: Roots, root: RootKey, files: Sequence[tuple[_FileKey, Sequence[HasFile]]]
-    ) -> dict[_FileKey, _Answer]:
-        found: dict[_FileKey, _Answer] = {}
-        looks: list[_Look] = []
+    def _read_file(self, key: _FileKey, one: HasFile, *, is_own_view: bool) -> _Look | _Answer:
+        fd = self._open(one, is_own_view=is_own_view)
+        if fd is None:
+            return _Answer(None, is_settled=False)
+        look = _Look(key, one.process.pid, one.library, fd)
         try:
-            for key, holders in files:
-                look = self._opened(root, key, holders)
-                if look is None:
-                    found[key] = _Answer(None, is_settled=False)
-                elif _was_overwritten(look):
-                    found[key] = _Answer(None)
-                    close_fd(look.fd)
-                else:
-                    looks.append(look)
-            for pid in dict.fromkeys(look.pid for look in looks):
-                try:
-                    with roots.open(pid) as root_fd:
-                        return found | self._identified(root, root_fd, looks)
-                except OSError:  # this one ended just now; another has the same root
-                    continue
-        finally:
-            for look in looks:
-                close_fd(look.fd)
-        return found | dict.fromkeys((look.key for look in looks), _Answer(None, is_settled=False))
+            if _was_overwritten(look):
+                return _Answer(None)
+            look.note = read_package_note(fd)
+        except ElfError:
+            return _Answer(None)
+        return look
 
-    def _opened(self, root: RootKey, key: _FileKey, holders: Sequence[HasFile]) -> _Look | None:
-        """The very file, if one of its holders still shows it."""
-        for one in holders[:_MOST_HOLDERS]:
-            pid, library = one.process.pid, one.library
-            fd = open_mapped(
-                self._proc,
-                pid,
-                library.id,
-                library.path,
-                one.ranges or self._ranges(pid, library),
-                is_own_view=root == self._own_root,
-                is_deleted=library.deleted,
-                changed_ns=library.changed_ns,
-            )
-            if fd is not None:
-                return _Look(key, pid, library, fd)
-        return None
+    def _look(self, roots: Roots, root: RootKey, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
+        for pid in dict.fromkeys(look.pid for look in looks):
+            try:
+                with roots.open(pid) as root_fd:
+                    return self._identified(root, root_fd, looks)
+            except OSError:  # this one ended just now; another has the same root
+                continue
+        return {}
+
+    def _open(self, one: HasFile, *, is_own_view: bool) -> int | None:
+        pid, library = one.process.pid, one.library
+        return open_mapped(
+            self._proc,
+            pid,
+            library.id,
+            library.path,
+            one.ranges or self._ranges(pid, library),
+            is_own_view=is_own_view,
+            is_deleted=library.deleted,
+            changed_ns=library.changed_ns,
+        )
 
     def _ranges(self, pid: int, library: Library) -> tuple[tuple[int, int], ...]:
         rows = self._proc.executable_maps(pid)
@@ -279,11 +328,10 @@ class Packages:
         found: dict[_FileKey, _Answer] = {}
         left: list[_Look] = []
         for look in looks:
-            note = _note_of(look.fd)
-            if note is None:
+            if look.note is None:
                 left.append(look)
             else:
-                found[look.key] = _Answer(_by_note(note, release))
+                found[look.key] = _Answer(_by_note(look.note, release))
         found |= self._by_databases(root, root_fd, left, release)
         for look in left:
             if look.key not in found:
@@ -363,13 +411,20 @@ class Packages:
 _MOST_HOLDERS: Final = 3
 
 
-class _Look(NamedTuple):
-    """A mapped file that was opened."""
+class _Look:
+    """A mapped file that was opened, until nobody has it any more: a thread that hangs may bring it late."""
 
-    key: _FileKey
-    pid: int
-    library: Library
-    fd: int
+    __slots__ = ("fd", "key", "library", "note", "pid")
+
+    def __init__(self, key: _FileKey, pid: int, library: Library, fd: int) -> None:
+        self.key = key
+        self.pid = pid
+        self.library = library
+        self.fd = fd
+        self.note: PackageNote | None = None
+
+    def __del__(self) -> None:
+        close_fd(self.fd)
 
 
 class _Manager(NamedTuple):
@@ -389,20 +444,13 @@ _MANAGERS: Final = (
 
 
 def _was_overwritten(look: _Look) -> bool:
-    """Whether another program was written into the file since it was mapped."""
-    try:
-        facts = read_facts(look.fd)
-    except ElfError:
-        return True
-    known = look.library.build_id
+    """Whether another program was written into the file since it was mapped.
+
+    Raises:
+        ElfError: it cannot be read.
+    """
+    facts, known = read_facts(look.fd), look.library.build_id
     return known is not None and facts is not None and facts.build_id not in (None, known)
-
-
-def _note_of(fd: int) -> PackageNote | None:
-    try:
-        return read_package_note(fd)
-    except ElfError:
-        return None
 
 
 def _is_shown(root_fd: int, look: _Look) -> bool:

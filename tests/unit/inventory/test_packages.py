@@ -29,6 +29,7 @@ from support.package_roots import (
     dpkg_status,
     elf,
 )
+from support.silent_fs import SilentFileSystem
 
 SSL = "/usr/lib/x86_64-linux-gnu/libssl.so.3"
 NOTE = {"type": "rpm", "os": "fedora", "osVersion": "41", "name": "openssl", "version": "3.2.2-10.fc41"}
@@ -503,6 +504,42 @@ def test_process_that_is_gone_has_no_packages_and_is_asked_again(
 
     assert found.identify([one]) == [None]
     assert found.identify([jailed().map(SSL)]) != [None]
+
+
+def test_file_system_that_hangs_keeps_no_other_file_from_its_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, make_library: Any, tmp_path: Path
+) -> None:
+    debian_with_ssl(root)
+    good = jailed().map(SSL)
+    (tmp_path / "mnt").mkdir()
+    with SilentFileSystem(tmp_path / "mnt", make_library("libserved.so")) as silent:
+        rows = ProcFs().executable_maps(silent.pid)
+        assert isinstance(rows, list)
+        (row,) = [row for row in rows if row.path == os.fsencode(silent.path)]
+        library = Library(str(silent.path), FileId(row.major, row.minor, row.inode))
+        hanging = Mapped(Process(silent.pid, 0), library, "all", ((row.start, row.end),))
+        silent.fall_silent()
+
+        for _ in range(2):
+            first, second = found.identify([hanging, good])
+            assert first is None
+            assert second is not None
+            assert found.content_name(hanging) is None
+
+
+def test_file_without_build_id_is_named_by_its_content(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    add_file(root, "/opt/plain.so", b"\x7fELF" + b"x" * 5000)
+    one = jailed().map("/opt/plain.so")
+    assert one.library.build_id is None
+
+    name = found.content_name(one)
+    (root / "opt/plain.so").unlink()
+
+    assert name is not None
+    assert name.startswith("htlhash:")
+    assert found.content_name(one) == name
 
 
 def test_memory_that_is_no_file_has_no_package(found: Packages) -> None:
