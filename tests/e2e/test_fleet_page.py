@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from support.doc_blocks import Block, blocks
 from support.fleet_records import SECOND, Group, HostRecords, Record, otlp
 from support.pages import Visit, chromium
 from support.receivers import free_port
 from support.sample_fleet import LIBSSL_NEW, LIBSSL_OLD, NGINX, OLD_SSL, Sample
+from support.sessions import Shell, missing_lines, steps_of
 
 HOSTS = 2000
 LARGE = {"width": 1400, "height": 900}
@@ -39,6 +41,7 @@ class Receiver:
 
     process: subprocess.Popen[bytes]
     url: str
+    store: Path
     sample: Sample
     evil: HostRecords
 
@@ -67,7 +70,7 @@ def receiver(tmp_path_factory: pytest.TempPathFactory, deadline: Any) -> Iterato
     with log.open("wb") as output:
         process = subprocess.Popen(command, stderr=output)
     evil = HostRecords("evil", EVIL[:200], time.time_ns() - 3600 * SECOND, interval_s=600)
-    made = Receiver(process, f"http://127.0.0.1:{port}", Sample(HOSTS, time.time_ns()), evil)
+    made = Receiver(process, f"http://127.0.0.1:{port}", place / "store", Sample(HOSTS, time.time_ns()), evil)
     try:
         deadline.wait_until(lambda: b"receiving on" in log.read_bytes(), 60, "the receiver")
         batch: list[Record] = []
@@ -367,3 +370,29 @@ def test_a_receiver_that_ends_is_said_to_be_gone(
         process.terminate()
         page.page.wait_for_selector("#holds >> text=The receiver does not answer; it is asked again.")
         assert page.page.get_attribute("#state", "data-state") == "connecting"
+
+
+# ---- the pages of the documentation --------------------------------------------------------------
+
+SHOWN = [
+    block
+    for block in blocks()
+    if block.marker == "run by: test_a_fleet_of_any_size_answers_as_the_pages_show" and block.language == "console"
+]
+
+
+def test_the_pages_show_a_fleet() -> None:
+    assert {block.page for block in SHOWN} >= {"README.md", "docs/fleet.md", "docs/how-to/who-maps-on-the-fleet.md"}
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=str)
+def test_a_fleet_of_any_size_answers_as_the_pages_show(
+    receiver: Receiver, block: Block, tmp_path: Path, deadline: Any
+) -> None:
+    with Shell(tmp_path, deadline(60)) as shell:
+        # Where the pages have the default store.
+        command = f'exec {sys.executable} -m sowatch "$@" --store {receiver.store}'
+        (tmp_path / ".bin" / "sowatch").write_text(f"#!/bin/sh\n{command}\n", encoding="ascii")
+        for step in steps_of([block._replace(marker=None)]):
+            output = shell.type(step.typed)
+            assert missing_lines(step.shown, output) == [], f"{step} wrote:\n{output}"

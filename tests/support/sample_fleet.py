@@ -75,12 +75,12 @@ class Sample:
         old = replace(OLD_SSL, processes=5, pids=(812, 813, 814, 815, 816), **NGINX)
         groups = [old, *self._others(number)]
         records = host.snapshot_of(groups)
-        if turn >= 20:
-            host.now_ns = upgraded + 5 * 60 * SECOND
-            records += [host.unmapped(old), host.mapped(replace(old, build_id=LIBSSL_NEW, package=NEW_SSL.package))]
-        elif 4 <= turn < 12:
+        if turn >= 4 and not 12 <= turn < 20:
             host.now_ns = upgraded
             records.append(host.changed(replace(old, stale="replaced", stale_since_ns=upgraded)))
+        if turn >= 20:
+            host.now_ns = upgraded + (5 + number % 50) * 60 * SECOND
+            records += [host.unmapped(old), host.mapped(replace(old, build_id=LIBSSL_NEW, package=NEW_SSL.package))]
         # What is anew every six hours in a real fleet is so once here.
         host.now_ns = self.now_ns - (HOUR if turn in (0, 1) else 20 * SECOND)
         stale = {"stale": "replaced", "stale_since_ns": upgraded} if 4 <= turn < 12 else {}

@@ -28,6 +28,7 @@ FULL: dict[str, Any] = {
     "podLabels": {"pod": "yes"},
     "podAnnotations": {"example.com/a": "b"},
     "criSocket": "/run/containerd/containerd.sock",
+    "fleet": {"enabled": True, "endpoint": "https://fleet.example:4318", "tokenSecret": {"name": "fleet"}},
     "metricsPort": 9500,
     "hostSocketDirectory": "/run/sowatch",
     "podMonitor": {
@@ -239,3 +240,42 @@ def test_the_chart_is_of_the_newest_version_of_the_changelog() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## \[([^]]+)\]", text, flags=re.MULTILINE)[0] == chart["appVersion"] == chart["version"]
+
+
+# ---- the fleet -----------------------------------------------------------------------------------
+
+
+def test_without_a_fleet_the_configuration_is_that_of_the_values(tmp_path) -> None:
+    made = rendered({"config": "stale_interval_s = 5\n"})
+    assert "[fleet]" not in made.config
+    assert "fleet-token" not in {one["name"] for one in made.pod["volumes"]}
+
+
+def test_a_fleet_is_sent_to_with_the_token_of_a_secret(tmp_path) -> None:
+    made = rendered({"config": "stale_interval_s = 5\n[[rules]]\nname = 'all'\n", "fleet": FULL["fleet"]})
+    file = tmp_path / "config.toml"
+    file.write_text(made.config, encoding="utf-8")
+    fleet = load_settings(str(file), environment={}).fleet
+    assert (fleet.enabled, fleet.endpoint) == (True, "https://fleet.example:4318")
+    (mount,) = [one for one in made.container["volumeMounts"] if one["name"] == "fleet-token"]
+    (volume,) = [one for one in made.pod["volumes"] if one["name"] == "fleet-token"]
+    assert fleet.token_file == f"{mount['mountPath']}/token"
+    assert volume["secret"] == {
+        "secretName": "fleet",
+        "defaultMode": 0o400,
+        "items": [{"key": "token", "path": "token"}],
+    }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"fleet": {"enabled": True}},
+        {"fleet": {"enabled": True, "endpoint": 'http://x"\nlisten = "y'}},
+        {"fleet": {"enabled": True, "endpoint": "fleet:4318"}},
+        {"fleet": {"enabled": True, "endpoint": "http://fleet:4318"}, "config": "[fleet]\nenabled = false\n"},
+    ],
+)
+def test_a_fleet_that_cannot_be_meant_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(helm.HelmError):
+        rendered(values)

@@ -23,7 +23,7 @@ function ceiling(value) {
  * `series`: { label, href, points: [[ms, hosts], ...] }, by time; each holds until the next. Between `from` and `to` in ms.
  */
 export function chartOf(series, from, to) {
-  const [width, height, left, right, bottom] = [900, 300, 54, 10, 24];
+  const [width, height, left, right, bottom] = [900, 300, 84, 10, 24];
   const most = ceiling(Math.max(1, ...series.flatMap(({ points }) => points.map(([, hosts]) => hosts))));
   const x = (ms) => left + ((Math.min(to, Math.max(from, ms)) - from) / (to - from)) * (width - left - right);
   const y = (hosts) => 8 + (1 - hosts / most) * (height - bottom - 8);
