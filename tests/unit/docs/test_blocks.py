@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from sowatch.agent.settings import load_settings
+from sowatch.cli import fleet
+from sowatch.cli._parser import Parser
 from support.chart import rendered
 from support.doc_blocks import ROOT, Block, blocks
 from support.sessions import pages
@@ -32,11 +35,12 @@ SHOWN = {"text"}
 #: Every reason why a block is not run, with how many blocks have it.
 NOT_RUN: dict[str, int] = {
     "building wheels takes minutes": 1,
-    "examples of usage, which the parser of the command reads": 9,
+    "examples of usage, which the parser of the command reads": 11,
     "guests take minutes; .ci/run runs them": 1,
     "it installs a package; `scripts/deb --test` does so in clean roots": 1,
     "it makes a release": 1,
-    "needs a ClickHouse and a Collector, which cannot be had where the tests run; chdb has the same tables and questions": 2,
+    "needs a ClickHouse and a Collector, which cannot be had where the tests run; "
+    "chdb has the same tables and questions": 2,
     "needs a cluster; tests render and validate the chart, and containerd runs its pod": 1,
     "needs systemd, a container engine and a login; "
     "test_stale_files_stand_below_what_has_to_be_restarted has their cgroups": 1,
@@ -115,7 +119,9 @@ def test_configurations_of_the_fleet_page_are_yaml_with_what_they_need() -> None
     for command in commands:
         program, *words = shlex.split(re.sub(r"\{\{ \w+ \}\}|\$\w+", "0123456789ab", command))
         assert program == "sowatch"
-        parsed(words)
+        parser = Parser(prog="sowatch fleet", description=None)
+        fleet.configure(parser)
+        parser.parse_words(words[1:])
     wait = tasks[-1]
     assert (wait["register"], wait["until"]) == ("answer", "answer.rc == 0")
 
