@@ -109,7 +109,8 @@ def test_two_hosts_are_asked_for_a_build_while_one_of_them_is_killed_and_comes_b
     agents["host-b"].start()
     wait_until(lambda: states() == both, 90, "both hosts answer again")
     wait_until(lambda: answer() == "not mapped", 60, "nobody has it mapped")
-    assert asked("remediated", os.fspath(library))[0] == 0
+    # On a busy machine a heartbeat may be late.
+    wait_until(lambda: asked("remediated", os.fspath(library))[0] == 0, 60, "it is remediated")
     assert receiver.stop() == 0
     # The same of the store, which nobody has open now.
     (rows,) = store_rows(receiver.store, "SELECT uniqExact(host_id) AS n FROM fleet_state", timeout_s=deadline(60))
@@ -124,7 +125,7 @@ def agent_of(host: str, network: Network, spawn: Any, wait_until: Any, place: Pa
             "enabled = true",
             f"endpoint = 'http://{network.address(host)}:4318'",
             f"token_file = '{place / 'token'}'",
-            "interval_s = 1",
+            "interval_s = 3",
             "",
         ]
     )
