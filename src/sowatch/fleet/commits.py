@@ -116,7 +116,8 @@ class Commits:
 
     def _run(self) -> None:
         while group := self._next_group():
-            self._commit(group)
+            # One that nobody waits for any more was not answered. From here on it cannot be cancelled.
+            self._commit([one for one in group if one.done.set_running_or_notify_cancel()])
             with self._changed:
                 for one in group:
                     self.counts.waiting_bytes -= one.decoded.bytes
@@ -142,16 +143,21 @@ class Commits:
             return group
 
     def _commit(self, group: list[_Waiting]) -> None:
+        if not group:
+            return
         begun_s = time.monotonic()
         try:
             self._store.insert([b"".join(one.decoded.rows) for one in group])
         except SowatchError as error:
             self._fail(group, error)
             return
-        except BaseException as error:
+        except Exception as error:
+            # A fault of ours; the thread goes on with the next one.
+            LOG.exception("%d records were not stored", sum(one.decoded.records for one in group))
+            self.counts.failures += 1
             for one in group:
                 one.done.set_exception(error)
-            raise
+            return
         now_s = time.monotonic()
         self.failure = None
         counts = self.counts
