@@ -35,7 +35,7 @@ class Cost(NamedTuple):
 
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:
-    processes, libraries, rounds, shots, rest_s = (20, 10, 1, 300, 3) if is_quick else (250, 20, 5, 4000, 30)
+    processes, libraries, rounds, shots, rest_s = (20, 10, 1, 300, 3) if is_quick else (250, 20, 5, 2000, 10)
     made = make_libraries(directory, libraries)
     storm, loader = build("storm", directory), build("loader", directory)
     shot = [storm, "1", str(shots), loader, *made[:3]]

@@ -20,7 +20,7 @@ from sowatch.linux.descriptors import close_fd
 from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.listeners import Listeners
 from sowatch.linux.mapped_file import open_mapped
-from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.model.events import Library
 from sowatch.model.identity import ProcessId
 
@@ -113,7 +113,7 @@ class FleetFacts:
             packages: list[PackageIdentity | None] = [None] * len(wanted)
             hashes: list[tuple[Library, str | None]] = []
             try:
-                hashes = [(one.library, self._hash(one)) for one in questions if one.identity is None]
+                hashes.extend((one.library, self._hash(one)) for one in questions if one.identity is None)
                 packages = self._packages.identify(wanted)
             finally:
                 found = [(one, _package(package)) for one, package in zip(wanted, packages, strict=True)]
@@ -134,7 +134,10 @@ class FleetFacts:
         return self._calls.run(read, None, _HASH_TIMEOUT_S, place=place)
 
     def _read_hash(self, pid: int, library: Library) -> str | None:
-        rows = self._proc.executable_maps(pid)
+        try:
+            rows = self._proc.executable_maps(pid)
+        except (OSError, ProcReadError):
+            return None
         if isinstance(rows, Miss):
             return None
         ranges = tuple((row.start, row.end) for row in rows if row.inode == library.id.inode)

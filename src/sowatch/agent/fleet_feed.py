@@ -96,6 +96,8 @@ class Feed:
         self.sender = Sender(self, exporter)
         self._facts = FleetFacts(self, proc)
         self._lock = threading.Lock()
+        #: Why it does not go on; None: it does.
+        self.failure: str | None = None
         self._lost_in_queue = 0
         self._is_repaired = True
         #: What was let go by hand or by rules, and may be mapped all the same.
@@ -127,7 +129,7 @@ class Feed:
             "lost": changes.dropped,
             "errors": stats.errors,
             "waiting": stats.waiting + changes.waiting,
-            "up": int(stats.is_up),
+            "up": int(stats.is_up and self.failure is None),
             "groups": changes.groups,
             "left_out": changes.left_out,
             "short_lived": changes.short_lived,
@@ -179,6 +181,14 @@ class Feed:
     # ---- the thread that follows the watch ------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:
+            # No heartbeat follows, so the host is silent to its receiver, not wrong.
+            LOG.exception("what is mapped is not sent to the receiver of the fleet any more")
+            self.failure = f"the feed has ended by itself: {error}"
+
+    def _follow(self) -> None:
         subscription, changes = self._subscription, self.changes
         self._take_mapped()
         # By then what is mapped already counts.
@@ -357,7 +367,7 @@ class FleetFeed:
         if feed is None:
             return None
         figures = feed.figures()
-        up = {"up": bool(figures.pop("up")), "error": feed.sender.stats.last_error}
+        up = {"up": bool(figures.pop("up")), "error": feed.failure or feed.sender.stats.last_error}
         return {"name": "fleet", "kind": "fleet", "type": "otlp", **up, **figures}
 
     def close(self) -> None:

@@ -170,8 +170,6 @@ def _session(token_file: str | None) -> Any:
 
         def request(self, *arguments: Any, **options: Any) -> Any:
             try:
-                if token_file is not None:
-                    self.headers["Authorization"] = f"Bearer {_read_token(token_file)}"
                 answer = super().request(*arguments, **options)
             except ConfigError as error:
                 self.refusal = Refusal(str(error))
@@ -190,7 +188,15 @@ def _session(token_file: str | None) -> Any:
                 raise self.refusal
             return answer
 
-    return Session()
+    def bearer(request: Any) -> Any:
+        assert token_file is not None
+        request.headers["Authorization"] = f"Bearer {_read_token(token_file)}"
+        return request
+
+    made = Session()
+    if token_file is not None:
+        made.auth = bearer  # a header would give way to what ~/.netrc has of the host
+    return made
 
 
 def _retry_after_s(text: str | None) -> float | None:
