@@ -93,6 +93,7 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "tests/unit/docs": "of the documentation, and the words in the sources",
     "tests/unit/linux/test_elf_cross_check.py": "compares with nm",
     "tests/unit/linux/test_package_note.py::test_note_that_a_section_was_added_with_is_read": "needs objcopy",
+    "tests/unit/linux/test_package_note.py::test_note_that_the_linker_writes_is_read": "needs a linker",
     "tests/unit/model/test_schema.py::test_the_schema_that_ships_is_made_of_the_types": "reads the sources",
     "tests/unit/packaging": "of what makes packages, which needs git, shtab and argparse-manpage",
     "tests/unit/telemetry/test_exporters.py::test_a_real_prometheus_scrapes_the_values_that_the_metrics_have": (

@@ -73,6 +73,19 @@ def test_note_that_a_section_was_added_with_is_read(tmp_path: Path, make_library
     assert (found.name, found.version) == ("openssl", "3.2.2-10.fc41")
 
 
+def test_note_that_the_linker_writes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.c").write_text("int noted_open(void) { return 1; }\n")
+    # The driver splits its argument at commas.
+    (tmp_path / "words").write_text("--package-metadata='" + json.dumps(OPENSSL) + "'\n")
+    words = ["cc", "-shared", "-fPIC", f"-Wl,@{tmp_path}/words", "-o", tmp_path / "noted.so", tmp_path / "empty.c"]
+    subprocess.run(words, check=True)
+
+    found = read(tmp_path / "noted.so")
+
+    assert found is not None
+    assert (found.type, found.os, found.name, found.version) == ("rpm", "fedora", "openssl", "3.2.2-10.fc41")
+
+
 def test_file_without_a_note_has_none(tmp_path: Path) -> None:
     (tmp_path / "plain.so").write_bytes(Made().data())
     (tmp_path / "text").write_text("no ELF")
