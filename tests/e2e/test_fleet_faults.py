@@ -26,7 +26,7 @@ def new_receiver(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> New
 
 
 def states(numbers: range, ballast_bytes: int = 0) -> bytes:
-    """A request of an agent with a state for each number: its key and its build; with text that does not get smaller."""
+    """A request of an agent with a state for each number: its key and its build; with text that does not pack."""
     now_ns = time.time_ns()
 
     def pairs(**values: str) -> list[dict[str, Any]]:

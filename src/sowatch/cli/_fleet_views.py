@@ -114,7 +114,7 @@ def _cells(one: Any) -> tuple[str, ...]:
                 _place(one),
                 _word(one.exe),
                 str(one.process_count),
-                _word(one.listen),
+                _word(",".join(one.listen)),
                 _time(one.stale_since),
                 _package(one.purl),
                 one.build_id or "-",

@@ -32,7 +32,7 @@ _WATCH: Final = ("load", "unload", "activate", "deactivate", "ready", "lost", "r
 EVENTS_OF: Final[dict[str, tuple[str, ...]]] = {
     "watch": _WATCH,
     "run": _WATCH,
-    "list": ("head", "mapping", "coverage"),
+    "list": ("head", "mapping", "coverage", "vulnerable", "vulnerability_data", "restart"),
     "top": ("library", "process"),
     "trace": ("trace", "call", "stack", "attach_failed", "function", "lost"),
     "http": ("http", "http_endpoint", "http_stats"),

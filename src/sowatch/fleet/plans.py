@@ -58,9 +58,9 @@ class PlannedRestart(NamedTuple):
         return sum(by_exe.values())
 
     @property
-    def listen(self) -> str:
+    def listen(self) -> list[str]:
         """The ports of all of them."""
-        return ",".join(dict.fromkeys(port for one in self.groups for port in one.listen.split(",") if port))
+        return list(dict.fromkeys(port for one in self.groups for port in one.listen.split(",") if port))
 
     @property
     def paths(self) -> list[str]:
@@ -131,7 +131,7 @@ def plan_line(one: PlannedRestart) -> str:
     """
     first = one.first
     facts = [f"{one.processes} processes" if one.processes != 1 else "1 process"]
-    facts += [f"listens on {one.listen}"] if one.listen else []
+    facts += [f"listens on {','.join(one.listen)}"] if one.listen else []
     facts += one.purls or one.paths
     facts += [] if first.state == "answered" else [f"the host is {first.state}"]
     why = "; ".join(facts)

@@ -448,7 +448,7 @@ class Fleet:
             process_count=one.processes,
             short_lived=one.short_lived,
             pids=[pid for pid in one.pids if pid],
-            listen=one.listen,
+            listen=[port for port in one.listen.split(",") if port],
             stale=one.stale,
             stale_since=_time(one.stale_since),
             since=_time(one.since),

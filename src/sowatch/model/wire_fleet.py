@@ -109,7 +109,7 @@ class FleetMapping(Struct, frozen=True, gc=False, kw_only=True):
     process_count: Natural
     short_lived: Annotated[Natural, Meta(description="Processes that ended within a second, and are not counted.")]
     pids: Annotated[list[Natural], Meta(description="Of some of them.")]
-    listen: Annotated[Name, Meta(description="On what they listen: tcp:443,udp:53.")]
+    listen: Annotated[list[Name], Meta(description="On what they listen: `tcp:443`.")]
     stale: Annotated[str, Meta(description="replaced or deleted, if the file is not the one on disk; else empty.")]
     stale_since: Version
     since: Version
@@ -192,7 +192,7 @@ class FleetRestart(Struct, frozen=True, gc=False, kw_only=True):
     command: Annotated[Name | None, Meta(description="That restarts it, on that host; null if there is none.")]
     advice: Annotated[Name | None, Meta(description="What to do where there is no command.")]
     process_count: Natural
-    listen: Name
+    listen: list[Name]
     paths: list[Name]
     purls: list[Name]
     stale_since: Version

@@ -1,4 +1,4 @@
-"""Schema 1: the lines of ``list --vulnerable`` and of ``list --stale --plan``, as `sowatch.model.wire` has those of others."""
+"""Schema 1: the lines of ``list --vulnerable`` and of ``list --stale --plan``, as `sowatch.model.wire` has others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Vulnerable(Struct, frozen=True, gc=False):
     schema: Schema
     event: Literal["vulnerable"]
     seq: Seq
-    status: Annotated[
+    finding: Annotated[
         Literal["affected", "unknown", "under_investigation", "fixed", "not_affected"],
         Meta(description="`fixed`, `not_affected` and `under_investigation`: a VEX statement has it so."),
     ]
@@ -44,7 +44,7 @@ class Vulnerable(Struct, frozen=True, gc=False):
     reason: Annotated[Name | None, Meta(description="Why it is unknown, or what a statement or a list of builds has.")]
     summary: Name
     found_by: Literal["osv", "build_ids", "vex"]
-    package: Annotated[Package | None, Meta(description="Null: it is not known.")]
+    mapped_package: Annotated[Package | None, Meta(description="Null: it is not known.")]
     unit: Name | None
     process: Process
     library: Library
@@ -59,7 +59,7 @@ class VulnerabilityData(Struct, frozen=True, gc=False):
     advisories: Natural
     newest: Annotated[Name | None, Meta(description="When the advisory that was changed last was changed.")]
     problems: Annotated[list[Name], Meta(description="What of the data could not be read.")]
-    files: Annotated[int, Meta(ge=0, description="Mapped files that were judged, each once.")]
+    file_count: Annotated[int, Meta(ge=0, description="Mapped files that were judged, each once.")]
     files_without_package: Annotated[int, Meta(ge=0, description="Of these, those whose package is not known.")]
     files_unknown: Annotated[int, Meta(ge=0, description="Those of which anything is unknown, without those before.")]
     affected_processes: Natural
@@ -72,7 +72,9 @@ class RestartFile(Struct, frozen=True, gc=False):
     stale_reason: str | None
     same_build: Annotated[bool | None, Meta(description="Whether what is on disk has the same build id.")]
     owner: Annotated[Name | None, Meta(description="The package that owns the path now.")]
-    package: Annotated[Package | None, Meta(description="The package that is still running; null: it is not known.")]
+    mapped_package: Annotated[
+        Package | None, Meta(description="The package that is still running; null: it is not known.")
+    ]
     library: Library
 
 

@@ -62,7 +62,7 @@ def test_a_mapping_is_answered_with_its_host_and_all_that_was_reported(store, no
     assert (head.answer, head.mapped_host_count, head.hosts.answered) == ("mapped", 1, 1)
     assert head.targets[0].kind == "build_id"
     assert (line.host_name, line.answer, line.state) == ("web", "mapped", "answered")
-    assert (line.build_id, line.soname, line.path, line.listen) == (OLD, "libssl.so.3", SSL.path, "tcp:443")
+    assert (line.build_id, line.soname, line.path, line.listen) == (OLD, "libssl.so.3", SSL.path, ["tcp:443"])
     assert (line.unit, line.exe, line.process_count, line.pids) == ("nginx.service", "/usr/sbin/nginx", 1, [4711])
     assert line.purl.startswith("pkg:deb/debian/libssl3@3.0.11-1")
 

@@ -90,21 +90,21 @@ def test_the_command_lists_who_has_what(
     head, found, summary = lines
     assert (code, head["event"], summary["event"]) == (0, "head", "vulnerability_data")
     assert {
-        key: found[key] for key in ("event", "status", "id", "aliases", "fixed_version", "summary", "found_by")
+        key: found[key] for key in ("event", "finding", "id", "aliases", "fixed_version", "summary", "found_by")
     } == {
         "event": "vulnerable",
-        "status": "affected",
+        "finding": "affected",
         "id": "CVE-1900-0001",
         "aliases": ["DSA-1"],
         "fixed_version": "1.0-2",
         "summary": "A lamp burns",
         "found_by": "osv",
     }
-    assert (found["package"]["name"], found["package"]["version"], found["process"]["pid"]) == (
+    assert (found["mapped_package"]["name"], found["mapped_package"]["version"], found["process"]["pid"]) == (
         *("liblamp1", "1.0-1+b1"),
         one.process.pid,
     )
-    assert (summary["files"], summary["files_without_package"], summary["files_unknown"]) == (1, 0, 0)
+    assert (summary["file_count"], summary["files_without_package"], summary["files_unknown"]) == (1, 0, 0)
     assert (summary["advisories"], summary["affected_processes"], summary["problems"]) == (1, 1, [])
     assert listed(*words, "--check")[0] == 1
 
@@ -149,7 +149,7 @@ def test_a_statement_takes_a_finding_out_of_the_table_and_not_out_of_json(
     )
     vex = str(write_vex(tmp_path / "vex.json", text))
     code, lines, _ = listed("--osv", data, "--vex", vex, "--pid", str(one.process.pid), LIBRARY, "--check")
-    assert (code, lines[1]["status"], lines[1]["reason"]) == (
+    assert (code, lines[1]["finding"], lines[1]["reason"]) == (
         0,
         "not_affected",
         "VEX: not_affected, component_not_present",
