@@ -27,6 +27,8 @@ LOG = logging.getLogger("sowatch.agent")
 MAX_NAMES: Final = 50
 #: Events that are published at once: the thread that drains the kernel is not held up by an upgrade of libc.
 _BATCH: Final = 256
+#: From a minute to a month.
+_REMEDIATION_S: Final = (60.0, 300.0, 1800.0, 3600.0, 14_400.0, 86_400.0, 604_800.0, 2_592_000.0)
 #: Of a change so many files are logged.
 _LOGGED: Final = 5
 
@@ -80,6 +82,10 @@ class StaleFeed:
         self._metrics.gauge(names.STALE_UNKNOWN.name).set(unknown)
         self._metrics.gauge(names.STALE_SECONDS.name).set(watch.seconds)
         self._metrics.gauge(names.STALE_TIME.name).set(watch.compared_ns / 1e9)
+        self._metrics.gauge(names.STALE_OLDEST.name).set((watch.remediations.oldest_ns() or 0) / 1e9)
+        remediation = self._metrics.histogram(names.STALE_REMEDIATION_SECONDS.name, bounds=_REMEDIATION_S)
+        for one in watch.remediations.take_finished():
+            remediation.observe(one.seconds or 0.0)
         counts = _counted({one.process.id: one.process for one, _ in watch.stale()}.values())
         for key in self._gauges.keys() - counts.keys():
             self._metrics.forget(self._gauges.pop(key))

@@ -7,6 +7,7 @@
   detach PID     take away what a process holds
   telemetry      every metric
   inventory      which library is mapped by how many processes
+  remediation    files that were replaced: how long they went on running, or by how many processes they still do
   explain X      why a process (PID) or a file (PATH) is, or is not, covered, and what is attached to it; with --rule
                  and without X: what a rule has attached, has counted, and could not do
   health         whether the agent watches: `ok`, or why not; ends with 1 if not
@@ -26,6 +27,7 @@ Examples:
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, Final
@@ -48,6 +50,7 @@ _ROUTES: Final = {
     "clear-blocked": "/debug/clear_blocked",
     "telemetry": "/debug/telemetry",
     "inventory": "/inventory",
+    "remediation": "/page/stale",
 }
 #: What probes ask: answered at once, from memory.
 _STATES: Final = {"health": "/healthz", "ready": "/readyz"}
@@ -195,9 +198,30 @@ def _inventory(found: Any, out: Out) -> None:
     write_table(out, head, rows, right=(0, 1), warning=4)
 
 
+def _remediation(found: Any, out: Out) -> None:
+    """Those that still run first."""
+
+    def time_of(ms: int) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ms // 1000))
+
+    rows = [
+        (
+            time_of(one["since_ms"]) + ("" if one["since_known"] else " or before"),
+            one["stale"],
+            f"{one['left']} of {one['processes']}" if one["until_ms"] is None else str(one["processes"]),
+            "goes on" if one["until_ms"] is None else f"{one['seconds']:,.0f} s",
+            (one["build_id"] or "-")[:12],
+            visible(one["path"]),
+        )
+        for one in found["remediations"]
+    ]
+    write_table(out, ("SINCE", "STALE", "PROCESSES", "RAN ON FOR", "BUILD ID", "PATH"), rows, right=(2, 3))
+
+
 _SHOW: Final[dict[str, Callable[[Any, Out], None]]] = {
     "traced": _traced,
     "blocked": _blocked,
     "clear-blocked": _cleared,
     "inventory": _inventory,
+    "remediation": _remediation,
 }

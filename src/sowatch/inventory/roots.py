@@ -83,6 +83,18 @@ class Roots:
         finally:
             close_fd(fd)
 
+    def named_ns(self, pid: int, path: str) -> int | None:
+        """The change time of what has a name, or else the modification time of its directory; None: of neither."""
+        for name in (path, os.path.dirname(path)):
+            with suppress(OSError), self.open(pid) as root_fd:
+                fd = open_below(root_fd, name, os.O_PATH)
+                try:
+                    status = os.fstat(fd)
+                finally:
+                    close_fd(fd)
+                return status.st_ctime_ns if name == path else status.st_mtime_ns
+        return None
+
 
 def _state_of(root_fd: int, path: str) -> DirectoryState:
     try:

@@ -16,6 +16,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeAlias
 
+from sowatch.inventory.remediation import Remediations
 from sowatch.inventory.roots import DirectoryState, RootKey
 from sowatch.inventory.stale_history import StaleHistory
 from sowatch.inventory.staleness import Disk, StaleAnswer, Staleness, seen_at
@@ -95,6 +96,7 @@ class StaleWatch:
     Attributes:
         answers: for each process and file that is stale or unknown; replaced as a whole.
         history: what was stale from when to when.
+        remediations: how long a file that was replaced went on running.
         compared_ns: the wall clock at the end of the last pass, in ns since the epoch; None before the first.
         seconds: how long the last pass took.
         is_complete: whether the last pass has compared all that was due, and left no mapping out.
@@ -120,6 +122,7 @@ class StaleWatch:
         self._stale: dict[_Key, tuple[Mapped, StaleAnswer]] = {}
         self.answers: Mapping[_Key, StaleAnswer] = {}
         self.history = StaleHistory()
+        self.remediations = Remediations()
         self.compared_ns: int | None = None
         self.seconds = 0.0
         self.is_complete = False
@@ -189,6 +192,7 @@ class StaleWatch:
             self.is_complete = len(looked) == len(due) and not is_cut
             now_ns, is_first = time.time_ns(), self.compared_ns is None
             self.history.add(changes, now_ns, is_first=is_first)
+            self.remediations.add(changes, now_ns, is_first=is_first, replaced_ns=self._replaced_ns)
             self.compared_ns = now_ns
             self.seconds = time.monotonic() - begun_s
         if changes and self._on_change is not None:
@@ -314,6 +318,11 @@ class StaleWatch:
                 changes.append(StaleChange(mapped[key], answer))
         self.answers, self._stale = answers, stale
         return changes
+
+    def _replaced_ns(self, one: Mapped, answer: StaleAnswer) -> int | None:
+        if answer.stale is Staleness.MODIFIED:
+            return None
+        return self._disk.replaced_ns(one.process.pid, answer.path or one.library.path)
 
     # ---- the thread ---------------------------------------------------------------------------
 

@@ -286,6 +286,20 @@ class Disk:
             found[index] = self.staleness(one.process, one.library, one.ranges, loaded_ns=loaded_ns)
         return [found[index] for index in range(len(mapped))]
 
+    def replaced_ns(self, pid: int, path: str) -> int | None:
+        """When a file was replaced or deleted, as the disk shows it; None where that cannot be seen.
+
+        That is when what has its name now got it (the change time, which a rename sets), or, if nothing has it, when
+        its directory was changed last.
+
+        Args:
+            pid: a process that had it.
+            path: as that process sees it.
+        """
+        return self._calls.run(
+            partial(self._roots.named_ns, pid, path), None, place=("replaced", os.path.dirname(path))
+        )
+
     def owners(self, wanted: Iterable[tuple[int, str]]) -> dict[tuple[int, str], str | None]:
         """The packages that own files; see `sowatch.inventory.owners.owners`.
 

@@ -126,6 +126,18 @@ STALE_TIME: Final = _define(
     "gauge", "stale.timestamp_seconds", "When that comparison ended, in seconds since the epoch."
 )
 
+STALE_REMEDIATION_SECONDS: Final = _define(
+    "histogram",
+    "stale.remediation_seconds",
+    "Time from the moment a file was replaced or deleted to the end of the last process that had it mapped; of files "
+    "that were replaced before the agent started only where the disk shows when.",
+)
+STALE_OLDEST: Final = _define(
+    "gauge",
+    "stale.oldest_timestamp_seconds",
+    "Since when the file runs that was replaced the longest time ago, in seconds since the epoch; 0 if none does.",
+)
+
 VULNERABLE_PROCESSES: Final = _define(
     "gauge",
     "vulnerable.processes",
