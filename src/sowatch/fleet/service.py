@@ -84,7 +84,7 @@ def serve(
         host, port = tcp.getsockname()[:2]
         http.start()
         where = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
-        LOG.warning("receiving on %s/v1/logs into %s; the page is %s/", where, store.directory, where)
+        LOG.info("receiving on %s/v1/logs into %s; the page is %s/", where, store.directory, where)
         notifier.ready(f"receiving on {where}")
         while not stopping.wait(_TURN_S) and http.is_alive:
             notifier.alive()
