@@ -4,8 +4,8 @@
   python -m benchmarks.fleet check [HOSTS [SEED [SAMPLES]]]
 
 `check` is the simulator: hosts whose processes come and go, agents with the real coalescer, a network that loses,
-doubles, delays and mixes up. It compares every answer with what the hosts really had mapped, and ends with 1 if one differs.
-The large form has its rows made by SQL; what is asked of it is compared with a truth that Python reckons.
+doubles, delays and mixes up. It compares every answer with what the hosts really had mapped, and ends with 1 if one
+differs. The large form has its rows made by SQL; what is asked of it is compared with a truth that Python reckons.
 """
 
 from __future__ import annotations

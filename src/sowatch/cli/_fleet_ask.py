@@ -31,6 +31,8 @@ _MANY: Final = 1000
 _ONLY_FOR: Final = {
     "kind": ("who", "versions", "history", "remediated"),
     "osv": ("who", "history", "remediated"),
+    "build_ids": ("who", "history", "remediated"),
+    "vex": ("who", "history", "remediated"),
     "plan": ("stale",),
     "since": ("history",),
     "ignore_silent": ("remediated",),
@@ -71,7 +73,12 @@ def configure(parser: Parser) -> None:
         action="store_true",
         help="of remediated: hosts that are silent do not leave the answer open",
     )
-    parser.add_argument("--osv", metavar="DIR", help="vulnerabilities as OSV has them, for a CVE")
+    for name, metavar, text in (
+        ("--osv", "PATH", "of a CVE: advisories of OSV, as a JSON file, a zip archive, or a directory with such"),
+        ("--build-ids", "FILE", "of a CVE: lines BUILD_ID,ID[,NOTE], of builds that are affected"),
+        ("--vex", "FILE", "of a CVE: statements of OpenVEX"),
+    ):
+        parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
 
 
 def run(action: str, words: Sequence[str], args: Namespace, *, out: Out, warn: Callable[[str], None]) -> int:
@@ -121,7 +128,7 @@ def _check(action: str, words: Sequence[str], args: Namespace) -> None:
         needs = "nothing else" if most == 0 else "one WHAT" if most == 1 else "what may be mapped no more"
         raise UsageError(f"`sowatch fleet {action}` takes {needs}. See `sowatch fleet --help`.")
     for name, actions in _ONLY_FOR.items():
-        if getattr(args, name) not in (None, False) and action not in actions:
+        if getattr(args, name) not in (None, False, []) and action not in actions:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is for {' and '.join(actions)}, not for {action}. Leave it out.")
     if args.store is not None and args.url is not None:
@@ -172,9 +179,14 @@ def _text(path: str, what: str) -> str:
 
 
 def _vulnerable(args: Namespace) -> VulnerableBuilds:
-    if args.osv is None:
-        raise UsageError("which builds a CVE is in is data of yours: name it with --osv DIR. See docs/fleet.md.")
-    raise UsageError("--osv is not known yet.")
+    if not args.osv and not args.build_ids and not args.vex:
+        raise UsageError(
+            "which builds a CVE is in is data of yours. Name them: --osv PATH, --build-ids FILE, --vex FILE."
+        )
+    from sowatch.fleet.vulnerable import builds_with
+    from sowatch.inventory.vulnerabilities import load_vulnerabilities
+
+    return builds_with(load_vulnerabilities(args.osv, args.build_ids, args.vex, packs=False))
 
 
 def _time_ns(text: str) -> int:

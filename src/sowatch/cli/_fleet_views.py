@@ -90,7 +90,10 @@ def _sentences(head: FleetAnswer) -> Iterator[str]:
         for build in head.builds:
             names = dict.fromkeys((*map(visible, build.sonames), *map(_package, build.purls)))
             yield f"build {build.build_id or '(not known)'} {' '.join(names)}"
-        if head.targets and not head.builds:
+        if head.unknown_builds:
+            unknown = counted(len(head.unknown_builds), "build")
+            yield f"of {unknown} it is not known: --json has them. A host that maps one of them is not observed"
+        elif head.targets and not head.builds:
             yield "no host has ever reported such a file"
 
 

@@ -44,6 +44,8 @@ class Host(Struct, frozen=True, gc=False, kw_only=True):
     dropped: int = 0
     unreadable: int = 0
     groups: int = 0
+    #: The version of the first row that is in force.
+    in_force_from: int = 0
 
 
 class Answer(NamedTuple):

@@ -20,8 +20,8 @@ from sowatch.model.wire_fleet import FleetRestart
 
 __all__ = ["PlannedRestart", "plan_line", "planned", "restart_line"]
 
-#: What of a host's unit is a user's: `dbus.service (user@1000.service)`.
-_OF_USER: Final = re.compile(r"(.+) \((user@(\d+)\.service)\)")
+#: A unit of a user's service manager, as `sowatch.fleet.records` writes it.
+_OF_USER: Final = re.compile(r"user@(\d+)\.service/([^/]+)")
 #: The names that a Deployment gives its pods: hash of the template, random end (apimachinery, rand.SafeEncodeString).
 _OF_DEPLOYMENT: Final = re.compile(r"(.+)-[bcdf-hj-np-tv-xz24-9]{8,10}-[bcdf-hj-np-tv-xz24-9]{5}")
 #: RFC 1123, as the API server has it: nothing else may stand in a command.
@@ -101,11 +101,11 @@ def _planned(groups: tuple[StaleGroup, ...]) -> PlannedRestart:
         return PlannedRestart("session", one.unit, "", None, "log out and in, or end what runs in it", groups)
     user = _OF_USER.fullmatch(one.unit)
     if user is not None:
-        found = restart_target(f"/user.slice/user-{user[3]}.slice/{user[2]}/app.slice/{user[1]}")
+        found = restart_target(f"/user.slice/user-{user[1]}.slice/user@{user[1]}.service/app.slice/{user[2]}")
+    elif "/" in one.unit:  # a part of it would be another unit
+        return PlannedRestart("unit", one.unit, "", None, "its name is none that may stand in a command", groups)
     else:
         found = restart_target(f"/system.slice/{one.unit}" if one.unit else "/")
-    if one.unit and "/" in one.unit:  # a part of it would be another unit
-        return PlannedRestart("unit", one.unit, "", None, "its name is none that may stand in a command", groups)
     return PlannedRestart(found.kind, one.unit, "", found.command, found.advice, groups)
 
 

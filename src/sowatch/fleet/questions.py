@@ -38,7 +38,7 @@ __all__ = ["Build", "Fleet", "StaleGroup", "VulnerableBuilds", "pod_of"]
 
 _COVERAGE: Final = """
 SELECT host_id, host_name, state, reason, heard_at, agent_version, strategy, guarantee, limits, lost, dropped,
-    unreadable, groups
+    unreadable, groups, in_force_from
 FROM fleet_coverage(now = {now:UInt64})
 ORDER BY host_name, host_id
 """
@@ -56,10 +56,10 @@ _BUILDS_OF: Final = {
     "purl": "startsWith(purl, {text:String})",
     "soname": _NAMED,
     "path": "path = {text:String}",
-    "cve": "purl != '' OR build_id != ''",
+    "cve": "1",
 }
 _BUILDS: Final = """
-SELECT build_id, soname, path, purl, package, package_version, source_package
+SELECT build_id, soname, path, purl, package, package_version, source_package, identified_by
 FROM fleet_builds FINAL
 WHERE {condition}
 ORDER BY build_id, purl, soname, path
@@ -76,10 +76,11 @@ _ROWS_OF: Final = {
     "cve": _OF_PACKAGE,
 }
 
+#: The view joins each row with the state of its host, which is known here: it is enough that a row is new enough.
 _HOSTS: Final = """
-SELECT host_id, sum(processes) AS processes
-FROM fleet_in_force(now = {{now:UInt64}})
-WHERE {condition}
+SELECT host_id, max(version) AS newest
+FROM (SELECT * FROM fleet_state FINAL WHERE {condition})
+WHERE processes > 0
 GROUP BY host_id
 """
 
@@ -182,10 +183,11 @@ class Build(Struct, frozen=True, gc=False):
     package: str = ""
     package_version: str = ""
     source_package: str = ""
+    identified_by: str = ""
 
 
-#: Which of the builds a vulnerability is in.
-VulnerableBuilds = Callable[[str, Iterable[Build]], Iterable[Build]]
+#: Which of the builds a vulnerability is in, and of which that is unknown.
+VulnerableBuilds = Callable[[str, Sequence[Build]], tuple[Sequence[Build], Sequence[Build]]]
 
 
 class StaleGroup(Struct, frozen=True, gc=False):
@@ -220,7 +222,7 @@ class StaleGroup(Struct, frozen=True, gc=False):
 
 class _HostRow(Struct, frozen=True, gc=False):
     host_id: str
-    processes: int
+    newest: int
 
 
 class _VersionRow(Struct, frozen=True, gc=False):
@@ -247,6 +249,8 @@ class _Resolved(Struct, frozen=True):
     builds: tuple[Build, ...]
     condition: str
     parameters: dict[str, Any]
+    #: Builds of which it is not known whether they are meant.
+    unknown: tuple[Build, ...] = ()
 
 
 class Fleet:
@@ -280,14 +284,14 @@ class Fleet:
     def who(self, target: Target) -> Answer:
         """Who maps it: its groups of processes, then the hosts that it is not known of."""
         found = self._resolve(target)
-        by_host = self._answers(self._hosts_of([found]))
+        by_host = self._answers([found])
         head = self._head("who", [found], answers.fleet_answer(by_host.values()), by_host)
         return Answer(head, self._who_lines(found, by_host))
 
     def remediated(self, targets: Sequence[Target], *, ignore_silent: bool = False) -> Answer:
         """Whether nobody maps any of them; ``ignore_silent``: hosts that are silent do not leave that open."""
         found = [self._resolve(one) for one in targets]
-        by_host = self._answers(self._hosts_of(found))
+        by_host = self._answers(found)
         counting = {
             host_id: answer
             for host_id, answer in by_host.items()
@@ -317,7 +321,7 @@ class Fleet:
     def history(self, target: Target, *, since_ns: int = 0) -> Answer:
         """Which hosts had it mapped from when to when, and how long it took until a replaced one was gone."""
         found = self._resolve(target)
-        by_host = self._answers(self._hosts_of([found]))
+        by_host = self._answers([found])
         head = self._head("history", [found], answers.fleet_answer(by_host.values()), by_host)
         return Answer(head, self._history_lines(found, by_host, since_ns))
 
@@ -344,12 +348,19 @@ class Fleet:
             builds = [one for one in builds if purl_matches(target.text, one.purl)]
         if target.kind == "cve":
             if self._vulnerable is None:
-                raise UsageError(f"which builds have {target.text} is data of yours. Name it with --osv DIR.")
-            builds = list(self._vulnerable(target.text, builds))
+                raise UsageError(f"which builds have {target.text} is data of yours. Name it with --osv PATH.")
+            affected, unknown = self._vulnerable(target.text, builds)
+            return _Resolved(
+                target,
+                tuple(affected),
+                _OF_PACKAGE,
+                {"builds": _ids(affected), "purls": _purls(affected)},
+                tuple(unknown),
+            )
         condition = _ROWS_OF[target.kind]
-        parameters: dict[str, Any] = {"builds": sorted({one.build_id for one in builds})}
+        parameters: dict[str, Any] = {"builds": _ids(builds)}
         if "{purls:" in condition:
-            parameters["purls"] = sorted({one.purl for one in builds if one.purl})
+            parameters["purls"] = _purls(builds)
         if "{text:" in condition:
             parameters["text"] = target.text
         return _Resolved(target, tuple(builds), condition, parameters)
@@ -362,11 +373,24 @@ class Fleet:
         return {
             row.host_id
             for one in found
-            for row in rows(self._asks, _HOSTS.format(condition=one.condition), _HostRow, **self._given(one))
+            for row in rows(self._asks, _HOSTS.format(condition=one.condition), _HostRow, **one.parameters)
+            if row.host_id in self._by_id and row.newest >= self._by_id[row.host_id].in_force_from
         }
 
-    def _answers(self, in_force: set[str]) -> dict[str, HostAnswer]:
-        return {one.host_id: answers.host_answer(one.state, is_in_force=one.host_id in in_force) for one in self.hosts}
+    def _answers(self, found: Sequence[_Resolved]) -> dict[str, HostAnswer]:
+        in_force = self._hosts_of(found)
+        unknown = [
+            _Resolved(one.target, (), _OF_PACKAGE, {"builds": _ids(one.unknown), "purls": _purls(one.unknown)})
+            for one in found
+            if one.unknown
+        ]
+        open_hosts = self._hosts_of(unknown) - in_force
+        return {
+            one.host_id: "not observed"
+            if one.host_id in open_hosts
+            else answers.host_answer(one.state, is_in_force=one.host_id in in_force)
+            for one in self.hosts
+        }
 
     # ---- lines -------------------------------------------------------------------------------------
 
@@ -391,6 +415,9 @@ class Fleet:
             mapped_host_count=given.count("mapped"),
             not_mapped_host_count=given.count("not mapped"),
             not_observed_host_count=given.count("not observed"),
+            unknown_builds=_builds(build for one in found for build in one.unknown)
+            if any(one.target.kind == "cve" for one in found)
+            else UNSET,
         )
 
     def _who_lines(self, found: _Resolved, by_host: dict[str, HostAnswer]) -> Iterator[FleetLine]:
@@ -517,6 +544,14 @@ class Fleet:
             median_s=answers.quantile(durations, 0.5),
             p95_s=answers.quantile(durations, 0.95),
         )
+
+
+def _ids(builds: Iterable[Build]) -> list[str]:
+    return sorted({one.build_id for one in builds})
+
+
+def _purls(builds: Iterable[Build]) -> list[str]:
+    return sorted({one.purl for one in builds if one.purl})
 
 
 def _builds(builds: Iterable[Build]) -> list[FleetBuild]:

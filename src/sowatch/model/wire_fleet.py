@@ -61,6 +61,12 @@ class FleetAnswer(Struct, frozen=True, gc=False, kw_only=True):
     mapped_host_count: Annotated[Natural, Meta(description="On which it is mapped.")]
     not_mapped_host_count: Annotated[Natural, Meta(description="On which it is certainly not.")]
     not_observed_host_count: Annotated[Natural, Meta(description="Of which that is not known.")]
+    unknown_builds: Annotated[
+        list[FleetBuild] | UnsetType,
+        Meta(
+            description="Of a CVE: builds that are mapped, or were, and of which it is not known whether they have it."
+        ),
+    ] = UNSET
 
 
 class FleetHost(Struct, frozen=True, gc=False, kw_only=True):
