@@ -68,6 +68,8 @@ class FleetReceiver:
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     #: Of each request that was taken: the size of its body, and the last parts of the names of its records.
     bodies: list[tuple[int, list[str]]] = field(default_factory=list)
+    #: And the request, decoded.
+    messages: list[Any] = field(default_factory=list)
     requests: int = 0
     #: While it is set every request is answered so.
     refusal: tuple[int, dict[str, str]] | None = None
@@ -166,7 +168,9 @@ def receiving(found: FleetReceiver, port: int = 0) -> Iterator[int]:
                     status = 404
                 if status == 200:
                     text = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-                    made = sent_of(logs_service_pb2.ExportLogsServiceRequest.FromString(text))
+                    message = logs_service_pb2.ExportLogsServiceRequest.FromString(text)
+                    found.messages.append(message)
+                    made = sent_of(message)
                     found.bodies.append((len(body), [one.event.rpartition(".")[2] for one in made]))
                     found.records += made
             self.send_response(status)

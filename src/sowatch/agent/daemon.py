@@ -135,11 +135,12 @@ class Daemon:
         self._vulnerabilities = VulnerabilityFeed(
             self._watcher, self._metrics, proc, settings.vulnerabilities, self._stale.watch.hanging
         )
-        self._fleet = FleetFeed(self._watcher, self._sampler, self._origin, proc, self._stale.watch)
+        self._packages = Packages(proc, self._stale.watch.hanging)
+        where = (self._watcher, self._sampler, self._origin, proc)
+        self._fleet = FleetFeed(*where, stale=self._stale.watch, packages=self._packages)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
         self._start_outputs: Callable[[], None] | None = None
         self._first_fleet: FleetChange | None = None
-        self._packages = Packages(proc, self._stale.watch.hanging)
         self._loaded_files: LoadedSet | None = None
         self._allowed_hosts: set[str] = set()
         self._own_hosts = {"localhost"}
@@ -164,12 +165,12 @@ class Daemon:
         _raise_file_limit()
         with contextlib.ExitStack() as stack:
             sockets = self._bind(stack)
+            stack.callback(self._packages.close)
             stack.callback(self._outputs.close)
             stack.callback(self._fleet.close)
             stack.callback(self._actions.close)
             stack.callback(self._flows.close)
             subscription = self._watcher.subscribe(events=STREAM_KINDS)
-            stack.callback(self._packages.close)
             self._loaded_files = LoadedSet(self._watcher, ProcFs(settings.watch.proc_root), self._packages)
             stack.enter_context(self._signals())
             stack.callback(self._watcher.stop)

@@ -9,18 +9,13 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Final, Protocol
 
 from sowatch.fleet.changes import Question
 from sowatch.fleet.records import Package
 from sowatch.inventory.packages import PackageIdentity, Packages
-from sowatch.linux.content_hash import htlhash
-from sowatch.linux.descriptors import close_fd
-from sowatch.linux.disk_calls import DiskCalls, HangingCalls
 from sowatch.linux.listeners import Listeners
-from sowatch.linux.mapped_file import open_mapped
-from sowatch.linux.proc import Miss, ProcFs, ProcReadError
+from sowatch.linux.proc import Miss, ProcFs
 from sowatch.model.events import Library
 from sowatch.model.identity import ProcessId
 
@@ -37,7 +32,6 @@ _PORTS_LATER_S: Final = 300.0
 _PORTS_FIRST_S: Final = 2.0
 #: Ports of all processes together take this share of one CPU at most.
 _PORTS_SHARE: Final = 0.002
-_HASH_TIMEOUT_S: Final = 1.0
 _END_S: Final = 1.0
 
 
@@ -64,15 +58,13 @@ class FleetFacts:
 
     Args:
         source: asks them; see `wake`.
+        packages: the agent's.
         proc: the host's.
     """
 
-    def __init__(self, source: HasQuestions, proc: ProcFs) -> None:
+    def __init__(self, source: HasQuestions, packages: Packages, proc: ProcFs) -> None:
         self._source = source
-        self._proc = proc
-        hanging = HangingCalls()
-        self._calls = DiskCalls("sowatch-fleet-file", hanging)
-        self._packages = Packages(proc, hanging)
+        self._packages = packages
         self._listeners = Listeners(proc)
         self._ports_s = time.monotonic() + _PORTS_FIRST_S
         self._wake = threading.Event()
@@ -93,9 +85,6 @@ class FleetFacts:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(_END_S)
-        if not self._thread.is_alive():
-            self._calls.close()
-            self._packages.close()
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -113,7 +102,9 @@ class FleetFacts:
             packages: list[PackageIdentity | None] = [None] * len(wanted)
             hashes: list[tuple[Library, str | None]] = []
             try:
-                hashes.extend((one.library, self._hash(one)) for one in questions if one.identity is None)
+                hashes.extend(
+                    (one.library, self._packages.content_name(one)) for one in questions if one.identity is None
+                )
                 packages = self._packages.identify(wanted)
             finally:
                 found = [(one, _package(package)) for one, package in zip(wanted, packages, strict=True)]
@@ -126,39 +117,6 @@ class FleetFacts:
             self._source.answer([], [], self._ports(self._source.shown_processes()))
             spent_s = time.thread_time() - begun_s
             self._ports_s = time.monotonic() + max(_PORTS_LATER_S, spent_s / _PORTS_SHARE)
-
-    def _hash(self, question: Question) -> str | None:
-        library, pid = question.library, question.process.pid
-        read = partial(self._read_hash, pid, library)
-        place = ("hash", library.id.major, library.id.minor)
-        return self._calls.run(read, None, _HASH_TIMEOUT_S, place=place)
-
-    def _read_hash(self, pid: int, library: Library) -> str | None:
-        try:
-            rows = self._proc.executable_maps(pid)
-        except (OSError, ProcReadError):
-            return None
-        if isinstance(rows, Miss):
-            return None
-        ranges = tuple((row.start, row.end) for row in rows if row.inode == library.id.inode)
-        fd = open_mapped(
-            self._proc,
-            pid,
-            library.id,
-            library.path,
-            ranges,
-            is_own_view=False,
-            is_deleted=library.deleted,
-            changed_ns=library.changed_ns,
-        )
-        if fd is None:
-            return None
-        try:
-            return htlhash(fd)
-        except OSError:
-            return None
-        finally:
-            close_fd(fd)
 
     def _ports(self, processes: Sequence[ProcessId]) -> dict[int, str]:
         self._listeners.begin_pass()

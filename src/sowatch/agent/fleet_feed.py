@@ -18,6 +18,7 @@ from sowatch.fleet.changes import SETTLE_S, Changes, Question
 from sowatch.fleet.exporter import FleetExporter
 from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.fleet.sender import Sender
+from sowatch.inventory.packages import Packages
 from sowatch.inventory.stale_watch import StaleWatch
 from sowatch.linux.liveness import process_is_alive
 from sowatch.linux.memory_files import is_memory
@@ -60,13 +61,21 @@ class Feed:
         origin: where it runs.
         proc: the host's.
         stale: what is stale already.
+        packages: the agent's.
 
     Raises:
         SowatchError: the receiver cannot be written to, as far as the settings say.
     """
 
     def __init__(
-        self, settings: FleetSettings, watcher: Watcher, origin: Origin, proc: ProcFs, stale: StaleWatch
+        self,
+        settings: FleetSettings,
+        watcher: Watcher,
+        origin: Origin,
+        proc: ProcFs,
+        *,
+        stale: StaleWatch,
+        packages: Packages,
     ) -> None:
         self._watcher = watcher
         self._stale = stale
@@ -94,7 +103,7 @@ class Feed:
             resource={name: value for name, value in resource.items() if value is not None},
         )
         self.sender = Sender(self, exporter)
-        self._facts = FleetFacts(self, proc)
+        self._facts = FleetFacts(self, packages, proc)
         self._lock = threading.Lock()
         #: Why it does not go on; None: it does.
         self.failure: str | None = None
@@ -329,9 +338,20 @@ class FleetFeed:
         origin: where it runs.
         proc: the host's.
         stale: what is stale already; what becomes so comes as events.
+        packages: the agent's.
     """
 
-    def __init__(self, watcher: Watcher, sampler: Sampler, origin: Origin, proc: ProcFs, stale: StaleWatch) -> None:
+    def __init__(
+        self,
+        watcher: Watcher,
+        sampler: Sampler,
+        origin: Origin,
+        proc: ProcFs,
+        *,
+        stale: StaleWatch,
+        packages: Packages,
+    ) -> None:
+        self._packages = packages
         self._watcher = watcher
         self._sampler = sampler
         self._origin = origin
@@ -349,8 +369,11 @@ class FleetFeed:
         """
         if settings == self._settings:
             return FleetChange(self, settings, None, is_change=False)
-        new = Feed(settings, self._watcher, self._origin, self._proc, self._stale) if settings.enabled else None
-        return FleetChange(self, settings, new, is_change=True)
+        return FleetChange(self, settings, self._make(settings) if settings.enabled else None, is_change=True)
+
+    def _make(self, settings: FleetSettings) -> Feed:
+        where = (self._watcher, self._origin, self._proc)
+        return Feed(settings, *where, stale=self._stale, packages=self._packages)
 
     def take_over(self, settings: FleetSettings, new: Feed | None) -> None:
         """See `FleetChange.apply`."""

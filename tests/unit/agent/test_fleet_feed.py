@@ -11,6 +11,7 @@ import pytest
 
 from sowatch.agent.fleet_feed import Feed
 from sowatch.agent.fleet_settings import FleetSettings
+from sowatch.inventory.packages import Packages
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Event, Library, Load, Lost, Origin, Process, Repaired, Stale, Unload
 from sowatch.model.identity import FileId
@@ -76,17 +77,19 @@ def receiver() -> Iterator[FleetReceiver]:
 @pytest.fixture
 def start(watcher: Watcher, receiver: FleetReceiver) -> Iterator[Callable[[], Feed]]:
     feeds: list[Feed] = []
+    packages = Packages(ProcFs())
 
     def make() -> Feed:
         settings = FleetSettings(enabled=True, endpoint=receiver.url, interval_s=1)
         stale = SimpleNamespace(stale=list, compared_ns=None)
-        feeds.append(Feed(settings, watcher, HOST, ProcFs(), stale))  # type: ignore[arg-type]
+        feeds.append(Feed(settings, watcher, HOST, ProcFs(), stale=stale, packages=packages))  # type: ignore[arg-type]
         feeds[-1].start()
         return feeds[-1]
 
     yield make
     for feed in feeds:
         feed.close()
+    packages.close()
 
 
 def load(number: int) -> Load:
