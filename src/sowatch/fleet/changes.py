@@ -473,6 +473,7 @@ class Changes:
         elif group.is_reported:
             self._report("unmapped", group)
         else:
+            self.short_lived += 1
             self._forget(group)  # the receiver never knew it
 
     def _forget(self, group: Group) -> None:

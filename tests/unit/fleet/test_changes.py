@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
-from sowatch.fleet.changes import MAX_PIDS, STATE_EVERY_S, Changes
-from sowatch.fleet.records import Record, WatchState
+from sowatch.fleet.changes import HOLD_S, MAX_PIDS, STATE_EVERY_S, Changes
+from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 
@@ -26,8 +27,8 @@ def library(number: int, *, kind: str = "library") -> Library:
 class Host:
     """A `Changes` with a clock, and what it made."""
 
-    def __init__(self, **bounds: int) -> None:
-        self.changes = Changes(HOST, **bounds)
+    def __init__(self, **more: Any) -> None:
+        self.changes = Changes(HOST, **more)
         self.now_s = 0.0
         self.records: list[Record] = []
         self.go(0)
@@ -188,3 +189,95 @@ def test_mappings_beyond_the_groups_that_there_may_be_are_counted_and_not_repair
     host.go(1)
     assert host.changes.left_out == 0
     assert host.said()[-2:] == [("mapped", 1), ("mapped", 1)]
+
+
+# ---- what only reading files answers ------------------------------------------------------------
+
+
+def test_a_new_group_waits_for_its_package_but_not_for_long() -> None:
+    package = Package("libone", "1", "one", "pkg:deb/debian/libone@1", "dpkg")
+    host = Host(asks_packages=True)
+    host.begin()
+    for number in (1, 2):
+        host.changes.load(process(1), library(number))
+    host.go(1)
+    first, second = host.changes.take_questions(10)
+    assert (first.library.path, second.process.pid, host.said()) == ("/usr/lib/lib1.so", 1, [])
+    assert first.identity is not None
+    assert second.identity is not None
+    host.changes.answer_package(first.identity, package)
+    assert host.said() == [("mapped", 1)]
+    assert host.records[-1].attributes["sowatch.package.purl"] == package.purl
+    host.go(HOLD_S)
+    assert host.said() == [("mapped", 1)]
+    assert "sowatch.package.purl" not in host.records[-1].attributes
+    host.changes.answer_package(second.identity, package)
+    host.go(STATE_EVERY_S)
+    assert host.said() == [("state", 1)]
+    assert not host.changes.is_asking
+
+
+def test_a_group_that_ends_while_it_waits_for_its_package_makes_no_record() -> None:
+    host = Host(asks_packages=True)
+    host.begin()
+    host.changes.load(process(1), library(1))
+    host.go(1)
+    host.changes.unload(process(1).id, library(1).id)
+    host.go(HOLD_S)
+    assert (host.said(), host.changes.groups, host.changes.is_asking) == ([], 0, False)
+    assert host.changes.short_lived == 1
+
+
+def test_a_file_without_a_build_id_waits_for_its_hash_and_is_of_one_group_with_its_like() -> None:
+    host = Host(needs_hash=lambda one: one.build_id is None)
+    host.begin()
+    plain = Library("/usr/lib/plain.so", FileId(8, 1, 9))
+    host.changes.load(process(1), plain)
+    host.go(1)
+    (question,) = host.changes.take_questions(10)
+    assert (question.identity, host.said()) == (None, [])
+    host.changes.answer_hash(question.library, "htlhash:00")
+    host.go(1)
+    assert host.said() == [("mapped", 1)]
+    assert host.records[-1].attributes["sowatch.library.build_id"] == "htlhash:00"
+    host.changes.load(process(2), plain)
+    host.go(STATE_EVERY_S)
+    assert (host.said(), host.changes.take_questions(10)) == ([("state", 2)], [])
+
+
+def test_a_file_that_nobody_can_read_counts_without_a_name_for_its_content() -> None:
+    host = Host(needs_hash=lambda _: True)
+    host.begin()
+    host.changes.load(process(1), Library("/usr/lib/plain.so", FileId(8, 1, 9)))
+    for _ in range(7):
+        host.go(1)
+    assert host.said() == [("mapped", 1)]
+    assert "sowatch.library.build_id" not in host.records[-1].attributes
+
+
+def test_ports_of_the_processes_that_are_shown_are_put_together() -> None:
+    host = Host()
+    for pid in (1, 2):
+        host.changes.load(process(pid), library(1))
+    host.changes.load(process(3, exe="/usr/bin/other"), library(1))
+    host.begin()
+    assert host.changes.shown_processes() == [process(pid).id for pid in (1, 2, 3)]
+    host.go(STATE_EVERY_S)
+    host.changes.answer_ports({1: "tcp:443,tcp:80", 2: "udp:53,tcp:443"})
+    host.go(0)
+    assert host.said() == [("state", 2)]
+    assert host.records[-1].attributes["sowatch.process.listen"] == "tcp:80,tcp:443,udp:53"
+    host.changes.answer_ports({})
+    host.go(STATE_EVERY_S)
+    assert host.said() == []
+
+
+def test_a_build_id_of_an_executable_that_comes_late_moves_what_its_process_has() -> None:
+    host = Host()
+    host.changes.load(process(1), library(1))
+    host.begin()
+    host.changes.stale(process(1).id, library(1).id, "deleted", 7)
+    host.changes.load(process(1), library(2, kind="executable"))
+    found = [(one.event, one.attributes.get("process.executable.build_id.gnu")) for one in host.take()]
+    assert found == [("sowatch.library.unmapped", None), ("sowatch.library.mapped", f"{2:040x}")]
+    assert host.records[-1].attributes["sowatch.library.stale"] == "deleted"
