@@ -407,6 +407,27 @@ def test_any_user_may_run_a_receiver(new_receiver: NewReceiver, place: Path) -> 
     assert receiver.store.stat().st_uid == 65534
 
 
+def test_metrics_say_what_was_taken_and_what_was_not(receiver: Receiving) -> None:
+    assert "sowatch_receiver_last_insert_seconds -1.0\n" in receiver.ask("GET", "/metrics").text
+    assert receiver.post(numbered(0, 5, time.time_ns())).status == 200
+    assert receiver.post(json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": [{"traceId": "x"}]}]}]}).encode())
+    assert receiver.post(b"{").status == 400
+    found = {}
+
+    def are_new() -> bool:
+        lines = receiver.ask("GET", "/metrics").text.splitlines()
+        found.update(line.rsplit(" ", 1) for line in lines if line.startswith("sowatch_receiver_"))
+        return found.get('sowatch_receiver_requests_total{status="400"}') == "1.0"
+
+    receiver.wait_until(are_new, 20, "new figures")
+    assert found['sowatch_receiver_requests_total{status="200"}'] == "2.0"
+    assert found["sowatch_receiver_records_total"] == "5.0"
+    assert found["sowatch_receiver_rejected_total"] == "1.0"
+    assert found["sowatch_receiver_inserts_total"] == "1.0"
+    assert found["sowatch_receiver_waiting_records"] == "0.0"
+    assert 0 <= float(found["sowatch_receiver_last_insert_seconds"]) < 120
+
+
 # ---- many -----------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ __all__ = ["configure", "run"]
 #: The token, where no file has it.
 TOKEN_VARIABLE: Final = "SOWATCH_FLEET_TOKEN"  # noqa: S105  (its name)
 PAGE_TOKEN_VARIABLE: Final = "SOWATCH_FLEET_PAGE_TOKEN"  # noqa: S105  (its name)
-_NEEDED: Final = ("chdb", "google.protobuf", "opentelemetry.proto", "starlette", "uvicorn")
+_NEEDED: Final = ("chdb", "google.protobuf", "opentelemetry.proto", "prometheus_client", "starlette", "uvicorn")
 
 
 def configure(parser: Parser) -> None:

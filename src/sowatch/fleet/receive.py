@@ -25,6 +25,7 @@ from sowatch.fleet.log_requests import Decoded, NotOtlp, answer_of, decode, stat
 from sowatch.fleet.store import Store, StoreFull
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
+from sowatch.telemetry import MetricRegistry, PrometheusExporter, names
 from sowatch.web.bounds import App, Body, BodyTooLarge, BodyTooSlow, read_body
 
 __all__ = ["Receiver"]
@@ -41,6 +42,8 @@ BODY_S: Final = 30.0
 MAX_QUESTION_BYTES: Final = 1 << 20
 #: Questions under way at once; the store answers them one after the other.
 _QUESTIONS: Final = 2
+#: A page of metrics may be so old.
+_METRICS_AGE_S: Final = 0.25
 #: When to send again what was refused for want of space or of time, in seconds.
 RETRY_SOON: Final = 2
 RETRY_LATER: Final = 30
@@ -78,9 +81,10 @@ class Receiver:
         self._decoding = ThreadPoolExecutor(1, "sowatch-decode")
         self._asking = ThreadPoolExecutor(_QUESTIONS, "sowatch-ask")
         self._bodies_bytes = 0
-        #: Answers by their status, and records that were left out of requests that were taken.
-        self.answers: dict[int, int] = {}
-        self.rejected = 0
+        self._metrics = MetricRegistry(sample_interval_s=_METRICS_AGE_S)
+        self._metrics.add_source(self._update_metrics)
+        self._prometheus = PrometheusExporter(self._metrics, max_age_s=_METRICS_AGE_S)
+        self._rejected = 0
 
     def for_tcp(self) -> App:
         """What agents and collectors send to."""
@@ -89,6 +93,7 @@ class Receiver:
             Route("/v1/metrics", self._not_taken, methods=["POST"]),
             Route("/v1/traces", self._not_taken, methods=["POST"]),
             Route("/healthz", self._healthz),
+            Route("/metrics", self._show_metrics),
             *self._pages,
         ]
         return Starlette(routes=routes)
@@ -127,7 +132,7 @@ class Receiver:
             return self._refused(_Refusal(503, _UNAVAILABLE, str(error), retry_after_s=RETRY_LATER), is_json=is_json)
         except SowatchError as error:
             return self._refused(_Refusal(500, _INTERNAL, str(error)), is_json=is_json)
-        self.rejected += decoded.rejected
+        self._rejected += decoded.rejected
         return self._answer(200, answer_of(decoded, is_json=is_json), is_json=is_json)
 
     async def _received(self, request: Request, body: Body, *, is_json: bool, is_packed: bool) -> Decoded:
@@ -185,7 +190,7 @@ class Receiver:
         return self._answer(why.status, status_of(why.code, why.text, is_json=is_json), headers, is_json=is_json)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, is_json: bool) -> Response:
-        self.answers[status] = self.answers.get(status, 0) + 1
+        self._metrics.counter(names.RECEIVER_REQUESTS.name, f"status:{status}").add()
         return Response(body, status, headers, _JSON if is_json else _PROTOBUF)
 
     async def _healthz(self, _: Request) -> Response:
@@ -193,6 +198,30 @@ class Receiver:
         if failure is not None:
             return PlainTextResponse(f"{failure}\n", 503)
         return PlainTextResponse("ok\n")
+
+    async def _show_metrics(self, request: Request) -> Response:
+        content_type, body = self._prometheus.render(request.headers.get("accept"))
+        return Response(body, headers={"Content-Type": content_type})
+
+    def _update_metrics(self) -> None:
+        counts = self.commits.counts
+        figures = {
+            "records": counts.records,
+            "rejected": self._rejected,
+            "bytes": counts.bytes,
+            "inserts": counts.inserts,
+            "failures": counts.failures,
+            "insert_seconds": counts.insert_s,
+            "waiting_records": counts.waiting_records,
+            "waiting_bytes": counts.waiting_bytes,
+            "last_insert_seconds": -1.0 if counts.last_s is None else time.monotonic() - counts.last_s,
+        }
+        for field, definition in names.RECEIVER.items():
+            if definition.kind == "gauge":
+                self._metrics.gauge(definition.name).set(figures[field])
+            else:
+                counter = self._metrics.counter(definition.name)
+                counter.add(figures[field] - counter.get())
 
     # ---- questions ----------------------------------------------------------------------------
 

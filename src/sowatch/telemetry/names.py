@@ -378,6 +378,25 @@ FLEET: Final = {
     }.items()
 }
 
+#: Of `sowatch fleet receive`.
+RECEIVER_REQUESTS: Final = _define(
+    "counter", "receiver.requests", "Requests to /v1/logs that were answered, by status of HTTP.", "status"
+)
+RECEIVER: Final = {
+    field: _define("gauge" if field.startswith(("waiting", "last")) else "counter", f"receiver.{field}", text)
+    for field, text in {
+        "records": "Records that were stored.",
+        "rejected": "Records that could not be taken, of requests whose others were.",
+        "bytes": "Bytes of the rows that were stored, as they were inserted.",
+        "inserts": "Inserts that succeeded; requests that come together are one.",
+        "failures": "Inserts that failed, those of a full disk among them.",
+        "insert_seconds": "Seconds that inserts took.",
+        "waiting_records": "Records that wait for their insert.",
+        "waiting_bytes": "Bytes of their rows.",
+        "last_insert_seconds": "Seconds since the last insert that succeeded; -1 before the first.",
+    }.items()
+}
+
 CONFIG_LOADS: Final = _define(
     "counter", "config.loads", "Configurations that were read, by result: ok or invalid.", "result"
 )
