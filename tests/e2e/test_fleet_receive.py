@@ -191,7 +191,7 @@ def test_what_cannot_be_taken_is_refused_with_the_reason(receiver: Receiving) ->
 def test_a_body_that_grows_when_it_is_unpacked_is_refused_before_it_is_in_memory(receiver: Receiving) -> None:
     receiver.post(numbered(0, 1, time.time_ns()))
     before = receiver.rss_mb()
-    bomb = packed(b" " * (1 << 30))
+    bomb = gzip.compress(b" " * (1 << 29), 1)
     assert len(bomb) < MAX_BODY_BYTES
     answers = [receiver.post(bomb, JSON | {"Content-Encoding": "gzip"}).status for _ in range(3)]
 
@@ -203,7 +203,7 @@ def test_small_messages_without_number_do_not_take_much_memory(receiver: Receivi
     receiver.post(message("first"), PROTOBUF)
     before = receiver.rss_mb()
     many = b"\x0a\x00" * (MAX_BODY_BYTES // 2)  # each an empty ResourceLogs
-    assert receiver.post(many, PROTOBUF).status == 200
+    assert receiver.post(many, PROTOBUF).status == 400
     assert receiver.rss_mb() - before < 1500
 
 

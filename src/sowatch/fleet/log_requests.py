@@ -27,6 +27,10 @@ MAX_VALUE_BYTES: Final = 64 << 10
 MAX_BODY_BYTES: Final = 256 << 10
 #: Lists and maps within each other.
 MAX_DEPTH: Final = 16
+#: Elements of one list or map.
+MAX_ELEMENTS: Final = 10_000
+#: Resources of one request, and scopes. Empty ones have two bytes.
+MAX_GROUPS: Final = 20_000
 #: Records of one request, and bytes of their rows: each has its resource and scope with it.
 MAX_RECORDS: Final = 100_000
 MAX_ROW_BYTES: Final = 64 << 20
@@ -287,6 +291,8 @@ class _Pairs:
         return _short_text(data) or self._parsed(data)
 
     def _parsed(self, data: bytes) -> tuple[bytes, bytes]:
+        if len(data) > 2 * MAX_VALUE_BYTES:
+            raise _Refused(f"an attribute has more than {MAX_VALUE_BYTES >> 10} KiB")
         try:
             pair = self._parse(data)
         except self._decode_error as error:
@@ -340,8 +346,11 @@ class _Rows:
         self._records = self._rejected = 0
         self._reason = ""
 
-    def of(self, all_logs: Iterable[Any]) -> Decoded:
+    def of(self, all_logs: Sequence[Any]) -> Decoded:
         """All of them."""
+        scopes = 0
+        if len(all_logs) > MAX_GROUPS:
+            raise NotOtlp(f"it has more than {MAX_GROUPS} resources")
         for logs in all_logs:
             try:
                 resource = logs.resource
@@ -352,7 +361,11 @@ class _Rows:
                 for scope_logs in logs.scope_logs or ():
                     self._reject(len(scope_logs.log_records or ()), f"of a resource: {error}")
                 continue
-            for scope_logs in logs.scope_logs or ():
+            all_scopes = logs.scope_logs or ()
+            scopes += len(all_scopes)
+            if scopes > MAX_GROUPS:
+                raise NotOtlp(f"it has more than {MAX_GROUPS} scopes")
+            for scope_logs in all_scopes:
                 self._add_scope(of_resource, scope_logs)
         return Decoded(self._rows, self._records, self._bytes, frozenset(self._days), self._rejected, self._reason)
 
@@ -450,10 +463,10 @@ def _value_of_message(value: Any, depth: int) -> Any:
     """What JSON has for it."""
     kind = value.WhichOneof("value")
     if kind == "array_value":
-        _check_depth(depth)
+        _check(depth, value.array_value.values)
         return [_value_of_message(one, depth + 1) for one in value.array_value.values]
     if kind == "kvlist_value":
-        _check_depth(depth)
+        _check(depth, value.kvlist_value.values)
         return {one.key: _value_of_message(one.value, depth + 1) for one in value.kvlist_value.values}
     # A kind of a later version of the protocol is none here.
     return None if kind is None else getattr(value, kind)
@@ -485,10 +498,10 @@ def _value_of_json(value: _AnyValue | None, depth: int) -> Any:
     if value is None:
         return None
     if value.array_value is not None:
-        _check_depth(depth)
+        _check(depth, value.array_value.values or ())
         return [_value_of_json(one, depth + 1) for one in value.array_value.values or ()]
     if value.kvlist_value is not None:
-        _check_depth(depth)
+        _check(depth, value.kvlist_value.values or ())
         return {one.key: _value_of_json(one.value, depth + 1) for one in value.kvlist_value.values or ()}
     if value.int_value is not None:
         return _whole(value.int_value)
@@ -502,9 +515,11 @@ def _value_of_json(value: _AnyValue | None, depth: int) -> Any:
     return value.string_value if value.string_value is not None else value.bool_value
 
 
-def _check_depth(depth: int) -> None:
+def _check(depth: int, values: Sequence[Any]) -> None:
     if depth >= MAX_DEPTH:
         raise _Refused(f"a value is nested more than {MAX_DEPTH} deep")
+    if len(values) > MAX_ELEMENTS:
+        raise _Refused(f"a value has more than {MAX_ELEMENTS} elements")
 
 
 def _plain(value: Any) -> str:

@@ -418,6 +418,24 @@ def _varint(number: int) -> bytes:
     return bytes(made) + bytes((number,))
 
 
+@pytest.mark.parametrize("is_json", [True, False])
+def test_a_request_has_no_more_resources_scopes_and_elements_than_the_bounds(is_json: bool) -> None:
+    if is_json:
+        bodies = [b'{"resourceLogs": [' + b"{}," * 20_000 + b"{}]}"]
+        bodies += [b'{"resourceLogs": [{"scopeLogs": [' + b"{}," * 20_000 + b"{}]}]}"]
+        value = {"arrayValue": {"values": [{}] * 10_001}}
+        decoded = from_json(with_record({"body": value}))
+    else:
+        bodies = [b"\x0a\x00" * 20_001, _field(1, b"\x12\x00" * 20_001)]
+        decoded = decode(
+            _field(1, _field(2, _field(2, _field(5, _field(5, b"\x0a\x00" * 10_001))))), is_json=False, now_ns=NOW
+        )
+    for body, what in zip(bodies, ("resources", "scopes"), strict=True):
+        with pytest.raises(NotOtlp, match=f"it has more than 20000 {what}"):
+            decode(body, is_json=is_json, now_ns=NOW)
+    assert (decoded.rejected, decoded.reason) == (1, "a value has more than 10000 elements")
+
+
 def test_records_of_many_days_that_are_long_ago_are_refused_after_some() -> None:
     records = [{"timeUnixNano": str(NOW - age * DAY)} for age in (*range(31), *range(100, 120))]
     body = {"resourceLogs": [{"scopeLogs": [{"logRecords": records}]}]}
