@@ -22,6 +22,7 @@ __all__ = ["FleetExporter", "Refusal"]
 #: What a receiver may ask for at most.
 _MAX_RETRY_AFTER_S: Final = 300.0
 #: A receiver that answers so will not take these records at any later time.
+_TOO_LARGE: Final = 413
 _FINAL: Final = frozenset({400, 405, 411, 413, 414, 415, 422, 431})
 _MAX_TOKEN_BYTES: Final = 16_384
 
@@ -32,12 +33,21 @@ class Refusal(Exception):
     Attributes:
         retry_after_s: when it wants to be asked again, from now; None: it did not say.
         is_final: it will never take them.
+        is_too_large: not so many at once.
     """
 
-    def __init__(self, reason: str, *, retry_after_s: float | None = None, is_final: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        retry_after_s: float | None = None,
+        is_final: bool = False,
+        is_too_large: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
         self.is_final = is_final
+        self.is_too_large = is_too_large
 
 
 class FleetExporter:
@@ -184,6 +194,7 @@ def _session(token_file: str | None) -> Any:
                     f"the receiver answers {answer.status_code} {answer.reason or ''}: {text or 'no reason given'}",
                     retry_after_s=_retry_after_s(answer.headers.get("Retry-After")),
                     is_final=answer.status_code in _FINAL,
+                    is_too_large=answer.status_code == _TOO_LARGE,
                 )
                 raise self.refusal
             return answer

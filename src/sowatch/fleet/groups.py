@@ -105,7 +105,7 @@ class Group:
         """As it is now."""
         stale, since_ns = "", 0
         if self.stale:
-            stale = min((word for word, _ in self.stale.values()), key=_STALENESS.index)
+            stale = min((word for word, _ in self.stale.values()), key=_rank)
             since_ns = min(time_ns for _, time_ns in self.stale.values())
         return GroupState(
             self.processes,
@@ -127,6 +127,10 @@ class Group:
         if set(known.pids).isdisjoint(now.pids):
             return True
         return any(getattr(now, name) != getattr(known, name) for name in _NEWS)
+
+
+def _rank(word: str) -> int:
+    return _STALENESS.index(word) if word in _STALENESS else len(_STALENESS)
 
 
 _NEWS: Final = ("processes", "stale", "stale_since_ns", "listen", "package")

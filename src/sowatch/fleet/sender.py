@@ -125,7 +125,7 @@ class Sender:
             if not self._batch and not self._fill():
                 return
             refusal = self._send()
-            if refusal is None:
+            if refusal is None or (refusal.is_too_large and self._batch):
                 pause_s = _FIRST_PAUSE_S
                 continue
             if self._closing.is_set():
@@ -142,7 +142,7 @@ class Sender:
         while True:
             is_last = self._closing.is_set()
             self._wake.clear()
-            self._batch = self._source.take(self._size)
+            self._batch = self._source.take(BATCH)
             if self._batch:
                 return time.monotonic() < self._deadline_s
             if is_last:
@@ -152,16 +152,18 @@ class Sender:
                 self._closing.wait(self._linger_s)
 
     def _send(self) -> Refusal | None:
+        some = self._batch[: self._size]
         try:
-            self._exporter.send(self._batch)
+            self._exporter.send(some)
         except Refusal as refusal:
             return self._note(refusal)
         except Exception as error:  # noqa: BLE001 - whatever a library raises: counted, logged, tried again
             return self._note(Refusal(f"records could not be sent: {error}"))
         if self._last_error is not None:
             LOG.warning("the fleet's receiver takes records again")
-        self._sent += len(self._batch)
-        self._batch = []
+        self._sent += len(some)
+        del self._batch[: len(some)]
+        self._size = min(BATCH, 2 * self._size)
         self._last_error = None
         return None
 
@@ -170,7 +172,10 @@ class Sender:
         if self._last_error is None:
             LOG.warning("the fleet's receiver did not take records: %s", refusal)
         self._last_error = str(refusal)
-        if refusal.is_final:
+        if refusal.is_too_large and self._size > 1:
+            # Half of what was sent, and so on down to one record, which is given up then.
+            self._size = min(self._size, len(self._batch)) // 2 or 1
+        elif refusal.is_final:
             self._source.drop(len(self._batch))
             self._batch = []
         return refusal

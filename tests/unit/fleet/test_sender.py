@@ -99,6 +99,32 @@ def test_records_that_are_refused_for_good_are_dropped_and_the_next_ones_sent(wa
     assert source.dropped == 512
 
 
+def test_a_request_that_is_too_large_is_halved_until_it_is_not(wait_until: Any) -> None:
+    class Small(Exporter):
+        def send(self, records: Sequence[Record]) -> None:
+            if len(records) > 100:
+                self.tries.append((time.monotonic(), len(records)))
+                raise Refusal("too large", is_final=True, is_too_large=True)
+            super().send(records)
+
+    source, exporter = Source(512), Small()
+    sender = sender_of(source, exporter)
+    wait_until(lambda: sender.stats.sent == 512, 20, "all records")
+    sender.close(1)
+    assert [count for _, count in exporter.tries][:4] == [512, 256, 128, 64]
+    assert [one.version_ns for one in exporter.taken] == [record(number).version_ns for number in range(512)]
+    assert source.dropped == 0
+
+
+def test_a_single_record_that_is_too_large_is_given_up_with_its_batch(wait_until: Any) -> None:
+    source = Source(3)
+    exporter = Exporter(*[Refusal("too large", is_final=True, is_too_large=True)] * 2)
+    sender = sender_of(source, exporter)
+    wait_until(lambda: source.dropped == 3, 20, "the end of the tries")
+    sender.close(1)
+    assert [count for _, count in exporter.tries] == [3, 1]
+
+
 def test_the_end_does_not_wait_for_a_receiver_that_is_down(wait_until: Any) -> None:
     exporter = Exporter(*[Refusal("down", retry_after_s=300.0)] * 3)
     sender = sender_of(Source(1), exporter)
