@@ -74,6 +74,7 @@ def test_a_library_that_comes_and_goes_is_mapped_and_unmapped(
         assert agent.stop() == 0
 
 
+@pytest.mark.alone
 def test_two_thousand_short_processes_make_no_record(
     new_agent: NewAgent, make_library: Any, tmp_path: Path, wait_until: Any
 ) -> None:
