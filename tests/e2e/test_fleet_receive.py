@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -477,3 +478,12 @@ def test_the_schema_is_printed_without_any_extra(place: Path) -> None:
     assert done.stdout.startswith("-- The table of logs of the OpenTelemetry Collector")
     for name in ("otel_logs", "fleet_state", "fleet_coverage"):
         assert f" {name}" in done.stdout
+
+
+def test_another_user_may_not_ask_a_store_and_is_shown_why(receiver: Receiving) -> None:
+    command = [sys.executable, "-m", "sowatch", "fleet", "coverage", "--store", os.fspath(receiver.store)]
+    prefix = ["setpriv", "--reuid=65533", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "its directory is for the user that filled it" in done.stderr
+    assert done.stderr.count("\n") == 1

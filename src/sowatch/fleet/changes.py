@@ -37,8 +37,8 @@ MAX_GROUPS: Final = 16_384
 MAX_RECORDS: Final = 4_096
 #: Hashes of files without a build id that are known.
 _MAX_HASHES: Final = 16_384
-#: A mapping waits so many times for the hash of its file.
-_MAX_TRIES: Final = 5
+#: A mapping waits so many seconds for the hash of its file: on a busy host their thread is late.
+_MAX_TRIES: Final = 120
 #: Ports of one group.
 _MAX_PORTS: Final = 100
 

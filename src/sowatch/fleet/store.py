@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, Self
 from sowatch.fleet.asks import Asks, parameter
 from sowatch.fleet.schema import schema_sql
 from sowatch.fleet.store_client import SOCKET_NAME, StoreClient
-from sowatch.model.errors import SowatchError, UsageError
+from sowatch.model.errors import NotPermitted, SowatchError, UsageError
 
 __all__ = ["COLUMNS", "SCHEMA_VERSION", "SOCKET_NAME", "OpenAsks", "Store", "StoreBusy", "StoreFull", "connect"]
 
@@ -100,7 +100,15 @@ def connect(directory: str | os.PathLike[str]) -> OpenAsks:
         SowatchError: there is no store in it, it cannot be opened, or another process has it.
     """
     place = Path(os.path.abspath(directory))
-    if not (place / _VERSION).exists():
+    try:
+        is_there = (place / _VERSION).exists()
+    except PermissionError as error:
+        raise NotPermitted(
+            f"cannot use the store in {os.fspath(directory)!r}",
+            "its directory is for the user that filled it",
+            "Run this command as that user, or as root.",
+        ) from error
+    if not is_there:
         raise UsageError(
             f"there is no store in {os.fspath(directory)!r}. Name the one that `sowatch fleet receive` fills: --store."
         )

@@ -249,10 +249,26 @@ def test_a_file_that_nobody_can_read_counts_without_a_name_for_its_content() -> 
     host = Host(needs_hash=lambda _: True)
     host.begin()
     host.changes.load(process(1), Library("/usr/lib/plain.so", FileId(8, 1, 9)))
-    for _ in range(7):
-        host.go(1)
+    host.go(1)
+    (question,) = host.changes.take_questions(10)
+    host.changes.answer_hash(question.library, None)
+    host.go(1)
     assert host.said() == [("mapped", 1)]
     assert "sowatch.library.build_id" not in host.records[-1].attributes
+
+
+def test_on_a_busy_host_a_file_waits_two_minutes_for_what_names_its_content() -> None:
+    host = Host(needs_hash=lambda _: True)
+    host.begin()
+    host.changes.load(process(1), Library("/usr/lib/plain.so", FileId(8, 1, 9)))
+    for _ in range(115):
+        host.go(1)
+    assert host.said() == []
+    (question,) = host.changes.take_questions(10)
+    host.changes.answer_hash(question.library, "ab" * 20)
+    host.go(1)
+    assert host.said() == [("mapped", 1)]
+    assert host.records[-1].attributes["sowatch.library.build_id"] == "ab" * 20
 
 
 def test_ports_of_the_processes_that_are_shown_are_put_together() -> None:

@@ -35,9 +35,10 @@ MAX_ROWS: Final = 20_000
 MAX_BYTES: Final = 32 << 20
 #: Answers that are kept.
 _ANSWERS: Final = 16
-#: An answer is as new as this, or as so many times what it took.
+#: An answer is as new as this, or as so many times what it took, up to the last.
 _AGE_S: Final = 2.0
 _AGE_TIMES: Final = 10.0
+_OLDEST_S: Final = 60.0
 #: Questions that may wait for their turn.
 _WAITING: Final = 16
 #: Builds of which the history is read, and lines that are drawn.
@@ -248,7 +249,7 @@ def _is_old(kept: Future[_Made]) -> bool:
     if kept.cancelled() or kept.exception() is not None:
         return True
     made = kept.result()
-    return time.monotonic() - made.at_s > max(_AGE_S, _AGE_TIMES * made.took_s)
+    return time.monotonic() - made.at_s > min(_OLDEST_S, max(_AGE_S, _AGE_TIMES * made.took_s))
 
 
 def _kept(head: FleetAnswer, lines: Iterable[Any]) -> Kept:

@@ -2,8 +2,9 @@
 
 import { restored } from "./text.js";
 
-/** Between two questions, at least; and a question is asked again after so many times what its answer took. */
+/** Between two questions, at least and at most; in between it is so many times what the answer took. */
 const EVERY_MS = 5000;
+const AT_MOST_MS = 30_000;
 const RESTS = 10;
 
 /** The answer to `path?query` as an object. Throws an Error whose message is for people. */
@@ -66,6 +67,6 @@ export class Asking {
     }
     if (mine.signal.aborted) return;
     this.#changed(found);
-    if (!document.hidden) this.#timer = setTimeout(() => this.#run(), Math.max(EVERY_MS, RESTS * (performance.now() - begun)));
+    if (!document.hidden) this.#timer = setTimeout(() => this.#run(), Math.min(AT_MOST_MS, Math.max(EVERY_MS, RESTS * (performance.now() - begun))));
   }
 }

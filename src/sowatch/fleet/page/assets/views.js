@@ -59,7 +59,7 @@ const MAPPINGS = [
   { title: "Program", className: "wide", cell: (row) => (row.exe ? element("span", { title: visible(row.exe) }, name(baseOf(row.exe))) : "–") },
   { title: "Processes", className: "number", cell: (row) => (row.process_count === undefined ? "" : count(row.process_count)) },
   { title: "PIDs", className: "wide", cell: (row) => (row.pids?.length ? `${row.pids.join(", ")}${row.process_count > row.pids.length ? " …" : ""}` : "") },
-  { title: "Listens", className: "short less", cell: (row) => (row.listen.length ? name(row.listen.join(", ")) : "") },
+  { title: "Listens", className: "short less", cell: (row) => (row.listen?.length ? name(row.listen.join(", ")) : "") },
   { title: "Since", className: "short", cell: (row) => since(row.since) },
   { title: "Stale", className: "short", cell: (row) => (row.stale ? badge(row.stale, "stale") : "") },
   { title: "Build", className: "id", cell: (row) => (row.event === "fleet_host" ? "" : buildLink(row.build_id)) },
