@@ -91,6 +91,10 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "tests/unit/bpf/test_compile.py": "compiles the BPF programs",
     "tests/unit/deploy": "of the chart, not of the package",
     "tests/unit/docs": "of the documentation, and the words in the sources",
+    **{
+        f"tests/unit/fleet/{name}.py": "asks chdb: 860 MB of the extra `fleet`, for which other tests are"
+        for name in ("test_ask", "test_page", "test_questions", "test_schema", "test_simulator")
+    },
     "tests/unit/linux/test_elf_cross_check.py": "compares with nm",
     "tests/unit/linux/test_package_note.py::test_note_that_a_section_was_added_with_is_read": "needs objcopy",
     "tests/unit/linux/test_package_note.py::test_note_that_the_linker_writes_is_read": "needs a linker",
