@@ -195,16 +195,15 @@ def test_a_snapshot_that_is_begun_anew_ends_a_loss_when_it_is_complete(store, no
     assert who(store.at(now), OLD)[0].answer == "mapped"
 
 
-def test_a_snapshot_in_progress_makes_no_host_lossy(store, now: int) -> None:
+def test_a_heartbeat_shows_that_the_end_of_a_snapshot_before_it_was_lost(store, now: int) -> None:
     web = agent("web", now - 3 * HOUR)
     store.take(web.snapshot_of([LIBC, SSL]), beat(web, now - HOUR))
     store.take(web.snapshot_of([LIBC, SSL])[:2], beat(web, now))
     fleet = store.at(now)
-    # The heartbeat's number comes after that of the end, which is missing: as far as it can be known, it was lost.
     assert states(fleet)["web"][0] == "lossy"
 
 
-def test_before_the_end_of_the_next_snapshot_the_one_before_holds(store, now: int) -> None:
+def test_until_the_next_snapshot_is_complete_the_one_before_holds(store, now: int) -> None:
     web = agent("web", now - 3 * HOUR)
     store.take(web.snapshot_of([LIBC, SSL]), beat(web, now))
     store.take(web.snapshot_of([LIBC, SSL])[:2])
