@@ -132,10 +132,10 @@ class Daemon:
         self._origin = origin_of(ProcFs(settings.watch.proc_root))
         proc = ProcFs(settings.watch.proc_root)
         self._stale = StaleFeed(self._watcher, self._metrics, proc, settings.stale_interval_s)
-        self._vulnerabilities = VulnerabilityFeed(
-            self._watcher, self._metrics, proc, settings.vulnerabilities, self._stale.watch.hanging
-        )
         self._packages = Packages(proc, self._stale.watch.hanging)
+        self._vulnerabilities = VulnerabilityFeed(
+            self._watcher, self._metrics, proc, settings.vulnerabilities, self._packages
+        )
         where = (self._watcher, self._sampler, self._origin, proc)
         self._fleet = FleetFeed(*where, stale=self._stale.watch, packages=self._packages)
         self._outputs = Outputs(self._watcher, self._metrics, self._sampler, self._origin)
@@ -164,8 +164,8 @@ class Daemon:
         set_up_logging(settings.log_level, settings.log_format)
         _raise_file_limit()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._packages.close)  # last, as others ask it
             sockets = self._bind(stack)
-            stack.callback(self._packages.close)
             stack.callback(self._outputs.close)
             stack.callback(self._fleet.close)
             stack.callback(self._actions.close)
