@@ -406,6 +406,14 @@ def test_any_user_may_run_a_receiver(new_receiver: NewReceiver, place: Path) -> 
     receiver = new_receiver(directory=own, prefix=prefix, environment={"HOME": os.fspath(own)}).start()
     assert receiver.post(numbered(0, 1, time.time_ns())).status == 200
     assert receiver.store.stat().st_uid == 65534
+    ask = ("fleet", "coverage", "--store", os.fspath(receiver.store), "--json")
+    assert run(*ask).returncode == 0
+    assert receiver.stop() == 0
+    # Files of root's would keep the receiver out.
+    refused = run(*ask)
+    assert refused.returncode == 3
+    assert "it is of user 65534, and this is user 0. Start its receiver" in refused.stderr
+    assert {path.stat().st_uid for path in receiver.store.rglob("*")} == {65534}
 
 
 def test_metrics_say_what_was_taken_and_what_was_not(receiver: Receiving) -> None:

@@ -137,6 +137,7 @@ class Store:
 
     Raises:
         UsageError: chdb is not installed.
+        NotPermitted: it is of another user.
         StoreBusy: another process has the directory.
         SowatchError: it cannot be used, or the store in it is of a later version.
     """
@@ -243,6 +244,14 @@ class Store:
         """Takes the lock, and notes in it who has it."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.directory, 0o700)
+        owner = os.stat(self.directory).st_uid
+        if owner != os.geteuid():
+            # Root could, and its files would keep the owner out.
+            raise NotPermitted(
+                f"cannot open the store {self.directory!r}",
+                f"it is of user {owner}, and this is user {os.geteuid()}",
+                "Start its receiver, which answers while it runs, or run this command as that user.",
+            )
         path = os.path.join(self.directory, "lock")
         self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         end_s = time.monotonic() + wait_s
