@@ -1,0 +1,96 @@
+"""Databases of any content: read to an end, without an error and without a record that names nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sowatch.inventory.language_packages import npm_package, wheel_listed, wheel_of
+from sowatch.inventory.package_databases import (
+    DatabaseIndex,
+    Listed,
+    apk_listed,
+    apk_records,
+    dpkg_digest,
+    dpkg_listed,
+    dpkg_records,
+)
+
+SITE = "/lib/site-packages"
+WORDS = [b"Package: ", b"Version: ", b"Status: install ok installed", b"Source: a (1)", b"P:", b"V:", b"F:lib"]
+WORDS += [b"R:x.so", b"Z:Q1", b"Z:Q2AAAA", b"/lib/x.so", b"x.so,sha256=", b"Name: ", b'{"name":', b"[" * 2000]
+WORDS += [b"\n", b"\n\n", b"\xff"]
+CONTENT = st.lists(st.sampled_from(WORDS) | st.binary(max_size=12), max_size=30).map(b"".join)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("root")
+    for directory in ("var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/status.d", "lib/apk/db"):
+        (made / directory).mkdir(parents=True)
+    (made / f"{SITE[1:]}/x-1.dist-info").mkdir(parents=True)
+    (made / "node_modules/x").mkdir(parents=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def root_fd(root: Path) -> Iterator[int]:
+    fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CONTENT)
+def test_database_of_any_content_is_read(root: Path, root_fd: int, content: bytes) -> None:
+    places = (
+        "status",
+        "diversions",
+        "info/p.list",
+        "info/p.md5sums",
+        "updates/0001",
+        "status.d/p",
+        "status.d/p.md5sums",
+    )
+    for place in places:
+        (root / "var/lib/dpkg" / place).write_bytes(content)
+    (root / "lib/apk/db/installed").write_bytes(content)
+    for name in ("RECORD", "METADATA"):
+        (root / f"{SITE[1:]}/x-1.dist-info" / name).write_bytes(content)
+    (root / "node_modules/x/package.json").write_bytes(content)
+
+    for records in (dpkg_records(root_fd), apk_records(root_fd)):
+        assert all(record.name for record in records.values())
+    for path in ("/lib/x.so", "/usr/lib/x.so", f"{SITE}/x.so"):
+        with_index = DatabaseIndex()
+        assert dpkg_listed(root_fd, [path]) == dpkg_listed(root_fd, [path], with_index)
+        assert apk_listed(root_fd, [path]) == apk_listed(root_fd, [path], with_index)
+        listed = dpkg_listed(root_fd, [path])[path]
+        if listed is not None:
+            dpkg_digest(root_fd, listed)
+        wheel_listed(root_fd, path)
+    wheel_of(root_fd, Listed(f"{SITE}/x-1.dist-info", "x.so"))
+    npm_package(root_fd, "/node_modules/x/x.so")
+
+
+def test_index_finds_what_a_search_of_all_lists_finds(root: Path, root_fd: int) -> None:
+    info = root / "var/lib/dpkg/info"
+    (root / "var/lib/dpkg/diversions").write_bytes(b"")
+    for number in range(30):
+        (info / f"package{number}.list").write_text(f"/.\n/usr/lib/lib{number}.so\n/usr/lib/shared.so\n")
+    paths = [f"/lib/lib{number}.so" for number in range(40)]
+    index = DatabaseIndex()
+
+    assert dpkg_listed(root_fd, paths, index) == dpkg_listed(root_fd, paths)
+    (info / "package3.list-new").write_text("/usr/lib/other.so\n/usr/lib/lib35.so\n")
+    (info / "package3.list-new").rename(info / "package3.list")
+    again = dpkg_listed(root_fd, paths, index)
+
+    assert again == dpkg_listed(root_fd, paths)
+    assert again["/lib/lib3.so"] is None
+    assert again["/lib/lib35.so"] is not None
