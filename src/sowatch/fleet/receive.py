@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from sowatch.fleet.commits import Commits, QueueFull
 from sowatch.fleet.log_requests import Decoded, NotOtlp, answer_of, decode, status_of
-from sowatch.fleet.store import Store, StoreFull
+from sowatch.fleet.store import Store
 from sowatch.model.encoding import dumps
 from sowatch.model.errors import SowatchError
 from sowatch.telemetry import MetricRegistry, PrometheusExporter, names
@@ -51,7 +51,7 @@ RETRY_LATER: Final = 30
 _PROTOBUF: Final = "application/x-protobuf"
 _JSON: Final = "application/json"
 #: google.rpc.Code
-_INVALID, _NOT_FOUND, _EXHAUSTED, _UNIMPLEMENTED, _UNAVAILABLE, _UNAUTHENTICATED, _INTERNAL = 3, 5, 8, 12, 14, 16, 13
+_INVALID, _EXHAUSTED, _UNIMPLEMENTED, _UNAVAILABLE, _UNAUTHENTICATED = 3, 8, 12, 14, 16
 
 
 class _Refusal(Exception):
@@ -128,10 +128,9 @@ class Receiver:
             return self._refused(error, is_json=is_json)
         except QueueFull as error:
             return self._refused(_Refusal(429, _EXHAUSTED, str(error), retry_after_s=RETRY_SOON), is_json=is_json)
-        except StoreFull as error:
-            return self._refused(_Refusal(503, _UNAVAILABLE, str(error), retry_after_s=RETRY_LATER), is_json=is_json)
         except SowatchError as error:
-            return self._refused(_Refusal(500, _INTERNAL, str(error)), is_json=is_json)
+            # Not 500, after which a Collector drops what it has.
+            return self._refused(_Refusal(503, _UNAVAILABLE, str(error), retry_after_s=RETRY_LATER), is_json=is_json)
         self._rejected += decoded.rejected
         return self._answer(200, answer_of(decoded, is_json=is_json), is_json=is_json)
 
@@ -152,7 +151,8 @@ class Receiver:
                 text = f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
                 raise _Refusal(413, _INVALID, text) from error
             except BodyTooSlow as error:
-                raise _Refusal(408, _UNAVAILABLE, "the body did not arrive in time") from error
+                text = "the body did not arrive in time"
+                raise _Refusal(503, _UNAVAILABLE, text, retry_after_s=RETRY_SOON) from error
 
             def work() -> Decoded:
                 return decode(_unpacked(data) if is_packed else data, is_json=is_json, now_ns=time.time_ns())
@@ -184,7 +184,7 @@ class Receiver:
         headers = {} if why.retry_after_s is None else {"Retry-After": str(why.retry_after_s)}
         if why.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if why.status in (408, 413):
+        if why.status in (413, 503):
             # What is left of the body is not read.
             headers["Connection"] = "close"
         return self._answer(why.status, status_of(why.code, why.text, is_json=is_json), headers, is_json=is_json)
