@@ -17,6 +17,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from spdx_python_model import load_data
 
 from support.agent import Agent, short_directory
+from support.cgroups import Cgroups
 from support.package_roots import Jailed, add_dpkg, dpkg_status, elf
 from support.programs import Mapper
 
@@ -87,6 +88,33 @@ def test_file_that_an_upgrade_has_replaced_is_no_component_of_the_new_version(ja
     (ssl,) = by_name(found, SSL)
     assert ssl["type"] == "file"
     assert {"name": "sowatch:stale", "value": "true"} in ssl["properties"]
+
+
+@as_root
+def test_container_is_the_subject_and_only_its_files_are_there(jailed: Jailed, tmp_path: Path, wait_until: Any) -> None:
+    jailed.map(SSL)
+    container = os.urandom(32).hex()
+    cgroups = Cgroups(tmp_path / "cgroups")
+    try:
+        cgroups.put(jailed.pid, f"system.slice/docker-{container}.scope")
+
+        found = cyclonedx("--container", container[:12])
+        spdx = json.loads(sbom("--container", container[:12], "--format", "spdx3").stdout)
+        nobody = sbom("--container", "ffffffffffffffffffff")
+    finally:
+        jailed.process.kill()
+        jailed.process.wait()
+        cgroups.close(wait_until)
+
+    subject = found["metadata"]["component"]
+    assert (subject["type"], subject["name"]) == ("container", container)
+    places = [place for one in found["components"] for place in one["evidence"]["occurrences"]]
+    assert {place["additionalContext"] for place in places} == {f"container {container}"}
+    assert SSL in {place["location"] for place in places}
+    assert found["compositions"][0]["aggregate"] == "complete"
+    assert container in {one.get("name") for one in spdx["@graph"]}
+    assert nobody.returncode == 1
+    assert "there is no container whose id begins with" in nobody.stderr
 
 
 @as_root
