@@ -363,7 +363,8 @@ def test_the_schema_is_printed_whole_and_of_one_command() -> None:
     whole, of_list = (json.loads(run("schema", *words).stdout) for words in ([], ["list"]))
     assert whole["$id"] == "urn:sowatch:schema:1"
     assert whole == load_schema()
-    assert of_list["properties"]["event"]["enum"] == ["head", "mapping", "coverage"]
+    events = ["head", "mapping", "coverage", "vulnerable", "vulnerability_data", "restart"]
+    assert of_list["properties"]["event"]["enum"] == events
     unknown = run("schema", "lst")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "no schema has the name 'lst'. Did you mean" in unknown.stderr

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support import strict
 from support.advisories import advisory, write_tree
 from support.agent import NewAgent
 from support.package_roots import DEBIAN, Jailed, add_dpkg, dpkg_status, elf
@@ -57,4 +60,35 @@ def test_after_an_upgrade_the_agent_still_knows_what_goes_on_running(
     }
     os.kill(old.pid, 9)
     agent.wait_until(lambda: affected() == "", 60, "nobody to be affected")
+    assert agent.stop() == 0
+
+
+def test_a_plan_of_the_agents_has_the_version_that_an_upgrade_has_replaced(
+    new_agent: NewAgent, spawn: Any, tmp_path: Path, schema: Any
+) -> None:
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/os-release").write_text(DEBIAN)
+    install(root, "1.0-1", 1)
+    agent = new_agent("stale_interval_s = 1\n[[rules]]\npattern = 'liblamp-of-a-test'\n").start()
+    running = Jailed(spawn, root)
+    running.map(LIBRARY)
+
+    def plan(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "sowatch", "list", "--stale", "--plan", *words, "--agent", agent.socket]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    loaded = agent.get
+    agent.wait_until(lambda: b"liblamp1" in loaded("/sbom").body, 60, "the package of what was loaded")
+    install(root, "1.0-2", 2)
+    agent.wait_until(plan, 60, "the upgrade")
+    assert "still runs liblamp1 1.0-1 (liblamp-of-a-test.so.1)" in plan()[0]
+    head, line = (strict.loads(one) for one in plan("--json"))
+    schema(head), schema(line)
+    ((process,), (file,)) = line["processes"], line["processes"][0]["files"]
+    assert (process["process"]["pid"], process["listen"], file["mapped_package"]["version"]) == (
+        running.pid,
+        [],
+        "1.0-1",
+    )
     assert agent.stop() == 0

@@ -134,7 +134,7 @@ class Daemon:
         self._stale = StaleFeed(self._watcher, self._metrics, proc, settings.stale_interval_s)
         self._packages = Packages(proc, self._stale.watch.hanging)
         self._vulnerabilities = VulnerabilityFeed(
-            self._watcher, self._metrics, proc, settings.vulnerabilities, self._packages
+            self._watcher, self._metrics, self._packages, settings.vulnerabilities
         )
         where = (self._watcher, self._sampler, self._origin, proc)
         self._fleet = FleetFeed(*where, stale=self._stale.watch, packages=self._packages)

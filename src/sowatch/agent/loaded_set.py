@@ -59,6 +59,8 @@ class LoadedSet:
         self._proc = proc
         self._max_files = max_files
         self._packages = packages
+        #: Finds packages; others may ask it, too.
+        self.packages = packages
         self._files: dict[PlaceKey, LoadedFile] = {}
         self._changing = threading.Lock()
         #: Distinct files beyond the bound; one that comes again counts again.

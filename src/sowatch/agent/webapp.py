@@ -242,7 +242,10 @@ class WebApp:
         ready = self._watcher.ready
         if ready is None or not self._watcher.is_running:
             return _refusal(SowatchError("the watch is not running. See the agent's log."), 503)
-        lines = mapping_lines(self._watcher, ready, self._proc, pids, self._hanging, with_owners=with_owners)
+        packages = None if self._loaded is None else self._loaded.packages
+        lines = mapping_lines(
+            self._watcher, ready, self._proc, pids, self._hanging, packages=packages, with_owners=with_owners
+        )
         return StreamingResponse(self._chunks(lines), media_type="application/x-ndjson", headers=_NOT_TO_KEEP)
 
     async def _sbom(self, request: Request) -> Response:

@@ -20,9 +20,11 @@ from sowatch.cli._client import ANSWER_TIMEOUT_S, Agent
 from sowatch.cli._front import front_pid
 from sowatch.cli._options import Selection
 from sowatch.inventory.coverage import Coverage
-from sowatch.inventory.mapping_lines import answer_from, mapped_from
+from sowatch.inventory.mapping_lines import answer_from, mapped_from, package_from
+from sowatch.inventory.packages import PackageIdentity
 from sowatch.inventory.stale_watch import ASKED_EVERY_S, FileKey
 from sowatch.inventory.staleness import FRESH, StaleAnswer
+from sowatch.linux.listeners import Listening, listening_from
 from sowatch.model import wire
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import Library, Process, Ready
@@ -130,6 +132,9 @@ class AgentScan:
         self._unreadable: list[Process] = []
         self._mapped: list[Mapped] = []
         self.disk = AgentDisk({}, {})
+        #: The packages that stale files were of, and what their processes listen on.
+        self.running: Mapping[_Key, PackageIdentity | None] = {}
+        self.listening: Mapping[int, Listening | None] = {}
 
     def start(self) -> Ready:
         """Asks; returns what the agent says of its watch.
@@ -173,6 +178,8 @@ class AgentScan:
             route += "&pid=" + ",".join(map(str, sorted(self._selection.pids)))
         assert self._filter is not None
         mapped, answers, packages = [], {}, {}
+        running: dict[_Key, PackageIdentity | None] = {}
+        listening: dict[int, Listening | None] = {}
         self._head, self.coverage, self._unreadable = None, Coverage(0, 0, is_hidden=False), []
         for line in self._lines(route):
             if isinstance(line, wire.Head):
@@ -191,9 +198,13 @@ class AgentScan:
                     answers[one.process.id, one.library.id, one.library.path] = answer
                     if line.package is not UNSET:
                         packages[one.process.pid, answer.path or one.library.path] = line.package
+                    running[one.process.id, one.library.id, one.library.path] = package_from(line.mapped_package)
+                    if line.listen is not UNSET:
+                        listening[one.process.pid] = None if line.listen is None else listening_from(line.listen)
         if self._head is None:
             raise self.agent.is_older("answers in another form (no head)")
         self._mapped, self.disk = mapped, AgentDisk(answers, packages)
+        self.running, self.listening = running, listening
 
     def _lines(self, route: str) -> Iterator[wire.Head | wire.Mapping | wire.Coverage]:
         stream = self.agent.open(route, ANSWER_TIMEOUT_S)

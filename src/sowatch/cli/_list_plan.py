@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sowatch.model.wire import SCHEMA
 
 if TYPE_CHECKING:
+    from sowatch.cli._agent_scan import AgentScan
     from sowatch.cli._list_entries import ListEntry
     from sowatch.cli._out import Out
     from sowatch.inventory.restart_plan import PlannedProcess, PlannedRestart
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["plan_of", "write_plan", "write_plan_lines"]
 
 
-def plan_of(entries: Sequence[ListEntry], proc: ProcFs) -> list[PlannedRestart]:
-    """Puts the plan together: reads the packages that still run, and the sockets of their processes."""
+def plan_of(entries: Sequence[ListEntry], proc: ProcFs, asked: AgentScan | None) -> list[PlannedRestart]:
+    """Puts the plan together, of what an agent has answered, or else of the packages and the sockets that it reads."""
     from sowatch.inventory.packages import Packages
     from sowatch.inventory.restart_plan import planned
     from sowatch.inventory.restarts import restart_groups
@@ -27,6 +28,8 @@ def plan_of(entries: Sequence[ListEntry], proc: ProcFs) -> list[PlannedRestart]:
     from sowatch.linux.proc import ProcReadError
 
     files = [entry.stale_file for entry in entries]
+    if asked is not None:
+        return planned(restart_groups(files), asked.running, asked.listening)
     with closing(Packages(proc)) as packages:
         identities = packages.identify(entry.mapped for entry in entries)
     listeners = Listeners(proc)
@@ -84,7 +87,7 @@ def _line(one: PlannedRestart, seq: int, now: str) -> wire_lists.Restart:
 
 
 def _process(one: PlannedProcess) -> wire_lists.RestartProcess:
-    from sowatch.cli._list_vulnerable import package_line
+    from sowatch.inventory.mapping_lines import package_line
     from sowatch.inventory.staleness import Staleness
     from sowatch.model import wire_lists
     from sowatch.model.lines import library_line, process_line

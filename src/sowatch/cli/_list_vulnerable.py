@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sowatch.inventory.packages import PackageIdentity
     from sowatch.inventory.vulnerabilities import Finding, Vulnerabilities
     from sowatch.linux.proc import ProcFs
-    from sowatch.model import wire, wire_lists
+    from sowatch.model import wire
     from sowatch.model.identity import ProcessId
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "conclude",
     "judge",
     "load",
-    "package_line",
     "write_json",
     "write_text",
 ]
@@ -153,6 +152,7 @@ def judge(entries: Sequence[ListEntry], data: Vulnerabilities, proc: ProcFs) -> 
 
 def write_json(out: Out, head: wire.Head, judged: Judged) -> int:
     """Lines: the head, each process, file and finding, and the data; returns the last one's number."""
+    from sowatch.inventory.mapping_lines import package_line
     from sowatch.model import wire_lists
     from sowatch.model.encoding import dumps
     from sowatch.model.lines import library_line, process_line
@@ -198,15 +198,6 @@ def write_json(out: Out, head: wire.Head, judged: Judged) -> int:
     )
     out.write(dumps(summary) + "\n")
     return seq
-
-
-def package_line(package: PackageIdentity | None) -> wire_lists.Package | None:
-    """As JSON has it."""
-    from sowatch.model.wire_lists import Package
-
-    if package is None:
-        return None
-    return Package(package.name, package.version, package.source, package.purl, package.identified_by)
 
 
 def write_text(out: Out, judged: Judged, *, has_head: bool = True) -> None:

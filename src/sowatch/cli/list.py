@@ -217,7 +217,7 @@ def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher:
         return _conclude_vulnerable(_head(ready, args), judged, coverage, open_ends, shape, args, out, warn)
     if not (args.check and not entries):
         head = _head(ready, args) if asked is None else asked.head
-        _print(head, _sorted(entries, shape.by), coverage, shape, out, proc)
+        _print(head, _sorted(entries, shape.by), coverage, shape, out, (proc, asked))
         how = "one scan: each process was read at one moment" if ready.guarantee == ONE_SCAN else ""
         how = how if asked is None else ready.limits[-1]
         if how and shape.format == "text" and not args.check and not args.plan:
@@ -298,9 +298,14 @@ def _head(ready: Ready, args: Namespace) -> wire.Head:
 
 
 def _print(
-    head: wire.Head, entries: Sequence[ListEntry], coverage: Coverage, shape: _Shape, out: Out, proc: ProcFs
+    head: wire.Head,
+    entries: Sequence[ListEntry],
+    coverage: Coverage,
+    shape: _Shape,
+    out: Out,
+    source: tuple[ProcFs, AgentScan | None],
 ) -> None:
-    restarts = plan_of(entries, proc) if shape.is_plan else None
+    restarts = plan_of(entries, *source) if shape.is_plan else None
     if shape.format == "json":
         from sowatch.inventory.coverage import coverage_line
 

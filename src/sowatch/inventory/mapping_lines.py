@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from sowatch.inventory.restarts import restart_target
 from sowatch.inventory.staleness import StaleAnswer
@@ -15,9 +15,10 @@ from sowatch.model.stats import Mapped
 from sowatch.model.wire import SCHEMA
 
 if TYPE_CHECKING:
+    from sowatch.inventory.packages import IdentifiedBy, PackageIdentity
     from sowatch.model.events import Library, Process
 
-__all__ = ["answer_from", "mapped_from", "mapping_line"]
+__all__ = ["answer_from", "mapped_from", "mapping_line", "package_from", "package_line"]
 
 
 class MappedLike(Protocol):
@@ -36,7 +37,14 @@ class MappedLike(Protocol):
 
 
 def mapping_line(
-    mapped: MappedLike, answer: StaleAnswer, package: str | None, seq: int, *, with_owner: bool
+    mapped: MappedLike,
+    answer: StaleAnswer,
+    package: str | None,
+    seq: int,
+    *,
+    with_owner: bool,
+    mapped_package: wire.Package | UnsetType | None = UNSET,
+    listen: list[str] | UnsetType | None = UNSET,
 ) -> wire.Mapping:
     """The line; ``with_owner``: with package, unit and how that is restarted."""
     cgroup = mapped.process.cgroup
@@ -60,6 +68,8 @@ def mapping_line(
         same_build=UNSET if answer.is_same_build is None else answer.is_same_build,
         restart=target.command if with_owner else UNSET,
         restart_advice=target.advice if with_owner else UNSET,
+        mapped_package=mapped_package,
+        listen=listen,
     )
 
 
@@ -82,3 +92,19 @@ def answer_from(line: wire.Mapping) -> StaleAnswer:
         None if line.stale_path is UNSET else line.stale_path,
         None if line.same_build is UNSET else line.same_build,
     )
+
+
+def package_line(package: PackageIdentity | None) -> wire.Package | None:
+    """A package as JSON has it."""
+    if package is None:
+        return None
+    return wire.Package(package.name, package.version, package.source, package.purl, package.identified_by)
+
+
+def package_from(line: wire.Package | UnsetType | None) -> PackageIdentity | None:
+    """A package, of a line that was read."""
+    from sowatch.inventory.packages import PackageIdentity
+
+    if line is UNSET or line is None:
+        return None
+    return PackageIdentity(line.name, line.version, line.source, line.purl, cast("IdentifiedBy", line.identified_by))

@@ -18,6 +18,7 @@ from sowatch.inventory.restarts import RestartGroup, StaleFile, plan
 from sowatch.linux.listeners import Listener, Listening, ports_of
 from sowatch.model.escape import one_line
 from sowatch.model.events import Pod, Process
+from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.plural import counted
 
 __all__ = ["FileInUse", "PlannedProcess", "PlannedRestart", "planned", "shell_lines"]
@@ -95,7 +96,7 @@ class PlannedRestart(Struct, frozen=True):
 
 def planned(
     groups: Iterable[RestartGroup],
-    packages: Mapping[tuple[object, ...], PackageIdentity | None],
+    packages: Mapping[tuple[ProcessId, FileId, str], PackageIdentity | None],
     listening: Mapping[int, Listening | None],
 ) -> list[PlannedRestart]:
     """What is known of groups, put together.

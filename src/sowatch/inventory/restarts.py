@@ -21,6 +21,7 @@ from sowatch.linux.cgroups import units_in, user_of_manager
 from sowatch.linux.containers import NamedContainer, containers_in
 from sowatch.model.escape import one_line
 from sowatch.model.events import Library, Process
+from sowatch.model.identity import FileId, ProcessId
 
 __all__ = ["RestartGroup", "RestartTarget", "StaleFile", "TargetKind", "plan", "restart_groups", "restart_target"]
 
@@ -103,7 +104,7 @@ class StaleFile(Struct, frozen=True):
         return self.answer.path or self.library.path
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[ProcessId, FileId, str]:
         """Which process has which file under which path."""
         return self.process.id, self.library.id, self.library.path
 

@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 
-__all__ = ["MAX_FDS", "Listener", "Listeners", "Listening", "parse_listening", "ports_of"]
+__all__ = ["MAX_FDS", "Listener", "Listeners", "Listening", "listening_from", "parse_listening", "ports_of"]
 
 Protocol: TypeAlias = Literal["tcp", "udp"]
 
@@ -38,6 +38,7 @@ _ROW: Final = re.compile(
 )
 #: States of include/net/tcp_states.h: TCP_LISTEN, and TCP_CLOSE of a datagram socket without a peer.
 _LISTENING: Final = {"tcp": b"0A", "udp": b"07"}
+_TEXT: Final = re.compile("(tcp|udp):([0-9]{1,5})")
 #: What the kernel chooses for sockets that ask for no port, unless ip_local_port_range says otherwise.
 _EPHEMERAL: Final = range(32_768, 61_000)
 
@@ -130,6 +131,18 @@ class Listeners:
             while len(self._tables) >= _MAX_NAMESPACES:
                 del self._tables[next(iter(self._tables))]
             self._tables[namespace] = _table_of(base)
+
+
+def listening_from(texts: Iterable[str]) -> Listening:
+    """What is listened on, of texts such as ``tcp:443``, without addresses; others are left out.
+
+    >>> str(listening_from(["tcp:443", "what?"]))
+    'tcp:443'
+    """
+    found = (_TEXT.fullmatch(text) for text in texts)
+    return Listening(
+        tuple(Listener("tcp" if one[1] == "tcp" else "udp", int(one[2]), "", 0) for one in found if one is not None)
+    )
 
 
 def ports_of(listeners: Iterable[Listener]) -> str:

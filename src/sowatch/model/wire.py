@@ -348,6 +348,18 @@ class Http(Struct, frozen=True, gc=False):
     response_headers: Headers | UnsetType = UNSET
 
 
+class Package(Struct, frozen=True, gc=False):
+    """The package of a mapped file, as it was when the file was mapped."""
+
+    name: Name
+    version: Name
+    source: Annotated[Name | None, Meta(description="The source package.")]
+    purl: Name
+    identified_by: Annotated[
+        str, Meta(description="`note` in the file, a package manager, or metadata beside the file.")
+    ]
+
+
 class Mapping(Struct, frozen=True, gc=False):
     """A line of `list`: this process has this file mapped now."""
 
@@ -442,6 +454,15 @@ class Mapping(Struct, frozen=True, gc=False):
     ) = UNSET
     restart_advice: (
         Annotated[Name | None, Meta(description="With --stale: what to do where there is no such command, else null.")]
+        | UnsetType
+    ) = UNSET
+    mapped_package: (
+        Annotated[Package | None, Meta(description="Of the agent: the package that a stale file was of.")] | UnsetType
+    ) = UNSET
+    listen: (
+        Annotated[
+            list[str] | None, Meta(description="Of the agent, of a process with stale files; null: it is not known.")
+        ]
         | UnsetType
     ) = UNSET
 

@@ -7,21 +7,9 @@ from typing import Annotated, Literal, TypeAlias
 from msgspec import Meta, Struct
 
 from sowatch.model.literals import Staleness
-from sowatch.model.wire import Library, Name, Natural, Pod, Process, Schema, Seq, Time
+from sowatch.model.wire import Library, Name, Natural, Package, Pod, Process, Schema, Seq, Time
 
 __all__ = ["ListLine", "Restart", "VulnerabilityData", "Vulnerable"]
-
-
-class Package(Struct, frozen=True, gc=False):
-    """The package of a mapped file, as it was when the file was mapped."""
-
-    name: Name
-    version: Name
-    source: Annotated[Name | None, Meta(description="The source package.")]
-    purl: Name
-    identified_by: Annotated[
-        str, Meta(description="`note` in the file, a package manager, or metadata beside the file.")
-    ]
 
 
 class Vulnerable(Struct, frozen=True, gc=False):
