@@ -93,6 +93,7 @@ class Replica:
     seqs: dict[tuple[int, int], set[int]] = field(default_factory=dict)
     ends: dict[tuple[int, int], int] = field(default_factory=dict)
     firsts: dict[tuple[int, int], int] = field(default_factory=dict)
+    lasts: dict[tuple[int, int], int] = field(default_factory=dict)
     begins: dict[tuple[int, int], int] = field(default_factory=dict)
     heartbeat: Sent | None = None
 
@@ -101,6 +102,7 @@ class Replica:
             stream = one.epoch, one.snapshot
             self.seqs.setdefault(stream, set()).add(one.seq)
             self.firsts[stream] = min(one.version, self.firsts.get(stream, one.version))
+            self.lasts[stream] = max(one.version, self.lasts.get(stream, one.version))
             if one.event == "sowatch.fleet.snapshot_end":
                 self.ends[stream] = one.version
             elif one.event == "sowatch.fleet.snapshot_begin":
@@ -132,7 +134,10 @@ class Replica:
         if not self.ends or self.heartbeat is None:
             return True
         newest = max(self.ends, key=self.ends.__getitem__)
-        later = sorted(stream for stream in self.seqs if stream >= newest)
+        # Another run that has sent since then: its records are not all known.
+        later = sorted(stream for stream in self.seqs if self.lasts[stream] >= self.firsts[newest])
+        if self.heartbeat.epoch != newest[0] or any(stream[0] != newest[0] for stream in later):
+            return True
         if any(self.seqs[one] != set(range(len(self.seqs[one]))) for one in later):
             return True
         for one, after in itertools.pairwise(later):
