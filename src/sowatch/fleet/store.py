@@ -58,6 +58,11 @@ _WAIT_S: Final = 5.0
 _TURN_S: Final = 0.05
 #: Tables that keep rows: what was inserted into them is on the disk when `Store.insert` returns.
 _KEPT: Final = re.compile(r"MergeTree")
+#: By these. Merges, too: chdb removes what was merged at once, while a server keeps it for eight minutes.
+_ON_DISK: Final = (
+    "fsync_after_insert = 1, fsync_part_directory = 1, min_rows_to_fsync_after_merge = 1, "
+    "min_compressed_bytes_to_fsync_after_merge = 1"
+)
 #: What ClickHouse says of a disk that is full or a quota that is used up: its own code, or the error of the system.
 _FULL: Final = re.compile(
     r"\(NOT_ENOUGH_SPACE\)|No space left on device|errno: (?:28|122|27)\b|Disk quota exceeded|File too large"
@@ -312,7 +317,7 @@ class Store:
             for line in tables.decode().splitlines():
                 name, engine = line.split("\t")
                 if _KEPT.search(engine):
-                    self._do(f"ALTER TABLE {name} MODIFY SETTING fsync_after_insert = 1, fsync_part_directory = 1")
+                    self._do(f"ALTER TABLE {name} MODIFY SETTING {_ON_DISK}")
             self._types = self._types_of_rows()
             self._note_version()
             self._reader = connect_to(place)

@@ -91,7 +91,7 @@ def asked(place: Path, made: str, body: bytes, *questions: str) -> list[list[dic
 def test_tables_of_a_fleet_are_fed_by_a_table_of_any_exporter(tmp_path: Path, name: str) -> None:
     host = HostRecords("machine-1", "web1", time.time_ns())
     body = otlp([*host.snapshot_of([group(1), group(2)]), host.heartbeat()])
-    state, hosts, streams, types = asked(
+    state, hosts, streams, types, settings = asked(
         tmp_path,
         MADE[name],
         body,
@@ -99,12 +99,18 @@ def test_tables_of_a_fleet_are_fed_by_a_table_of_any_exporter(tmp_path: Path, na
         "SELECT host_name FROM fleet_hosts FINAL",
         "SELECT host_id, groupBitmapMerge(seqs) AS n FROM fleet_streams GROUP BY host_id",
         "SELECT name, type FROM system.columns WHERE table = 'otel_logs'",
+        "SELECT name, engine_full AS settings FROM system.tables WHERE engine LIKE '%MergeTree'",
     )
 
     assert state == [{"path": f"/usr/lib/lib{number}.so.1", "processes": 1} for number in (1, 2)]
     assert hosts == [{"host_name": "web1"}]
     assert streams == [{"host_id": "machine-1", "n": 5}]
     assert {"name": "EventName", "type": "String"} in types
+    # What was inserted, or merged, is on the disk.
+    assert len(settings) >= 6
+    for table in settings:
+        for one in ("fsync_after_insert", "fsync_part_directory", "min_rows_to_fsync_after_merge"):
+            assert f"{one} = 1" in table["settings"], table
 
 
 def test_our_table_has_the_columns_of_the_exporters_with_their_types() -> None:
