@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sowatch.linux import listeners
-from sowatch.linux.listeners import Listener, Listeners, Listening, parse_listening, ports_of
+from sowatch.linux.listeners import Listener, Listeners, Listening, listening_from, parse_listening, ports_of
 from sowatch.linux.proc import Miss, ProcFs
 
 ME = os.getpid()
@@ -196,3 +196,7 @@ def test_a_huge_table_is_read_up_to_its_bound(tmp_path: Path, monkeypatch: pytes
     finally:
         os.close(fd)
     assert 0 < len(found) < 2_000
+
+
+def test_ports_that_an_agent_has_named_are_read_back() -> None:
+    assert str(listening_from(["tcp:80", "udp:53", "sctp:1", "tcp:x", "tcp:80\n"])) == "tcp:80,udp:53"
