@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 from packageurl import PackageURL
@@ -35,6 +37,8 @@ def test_text_is_what_packageurl_reads_back(kind: str, name: str, version: str, 
 )
 def test_text_is_the_one_that_packageurl_writes(kind: str, name: str, version: str, qualifiers: dict[str, str]) -> None:
     expected = PackageURL(kind, "debian", name, version, qualifiers).to_string()
+    # It lowers names of apk after it has encoded them: %2b, which the specification writes as %2B.
+    expected = re.sub("%[0-9a-f]{2}", lambda match: match.group().upper(), expected)
 
     assert purl(kind, "debian", name, version, qualifiers) == expected
 
