@@ -560,8 +560,10 @@ def test_the_id_of_a_thread_is_refused_with_that_of_its_process() -> None:
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (
             [],
-            "no command given. Use one of: watch, run, list, top, trace, http, audit, sbom, explain, fleet, serve, debug, "
-            "schema",
+            (
+                "no command given. Use one of: watch, run, list, top, trace, http, audit, sbom, explain, fleet, serve, "
+                "debug, schema"
+            ),
         ),
     ],
 )

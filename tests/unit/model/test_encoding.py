@@ -102,8 +102,8 @@ def test_what_else_ends_in_bytes_is_left_alone() -> None:
 def test_nothing_else_writes_json() -> None:
     """`json.dumps` writes lone surrogates, which strict readers refuse."""
     root = Path(sowatch.__file__).parent
-    # logs: quotes of logfmt; the build has names of files of ours; requests are decoded from UTF-8, whose encoder refuses
-    # a lone surrogate; CycloneDX is written anew from what its library wrote of names that are escaped.
+    # logs: quotes of logfmt; the build has names of files of ours; requests are decoded from UTF-8, whose encoder
+    # refuses a lone surrogate; CycloneDX is written anew from what its library wrote of names that are escaped.
     allowed = {"model/encoding.py", "web/logs.py", "bpf/_build_programs.py"}
     allowed |= {"fleet/log_requests.py", "inventory/sbom_cyclonedx.py"}
     writing = r"\bjson\.(dumps?|encode)\(|\bjson\.Encoder\b|\bJSONResponse\(|\bJSONEncoder\b"
