@@ -237,6 +237,7 @@ def test_rows_that_are_hostile_cannot_steer_a_terminal_or_a_shell(ask, store, fl
     assert [line for line in out.splitlines() if "reboot" in line and not line.startswith("#")] == []
 
 
+@pytest.mark.timeout(600)
 def test_a_hundred_thousand_rows_are_written_as_they_come(ask, store, fleet) -> None:
     store.server.execute(
         "INSERT INTO fleet_state (build_id, host_id, key, version, path, processes) "
