@@ -277,6 +277,16 @@ def test_a_host_whose_clock_went_back_answers_again_after_a_snapshot(store, now:
     assert who(store.at(now), OLD)[0].answer == "not mapped"
 
 
+def test_heartbeats_of_a_run_before_whose_clock_went_back_answer_for_no_other_run(store, now: int) -> None:
+    web = agent("web", now + 100 * SECOND)  # ahead by less than the store refuses
+    store.take(web.snapshot_of([SSL]))  # its heartbeat was lost
+    web.restart(now - 200 * SECOND)
+    store.take(web.snapshot_of([LIBC]), beat(web, now))
+    fleet = store.at(now)
+    assert states(fleet)["web"] == ("lossy", "two agents send as this host, or its clock went back")
+    assert who(fleet, OLD)[0].answer == "not observed"
+
+
 def test_a_clock_that_is_far_ahead_is_not_believed(store, now: int) -> None:
     web = agent("web", now + 300 * DAY)
     store.take(web.snapshot_of([SSL]), web.heartbeat())

@@ -63,7 +63,7 @@ WITH
         SELECT
             host_id,
             argMax(tuple(host_name, boot_id, agent_version, interval_s, strategy, guarantee, limits, lost, is_repaired,
-                unreadable, groups, dropped), version) AS last,
+                unreadable, groups, dropped, epoch), version) AS last,
             max(fleet_hosts.version) AS newest_version,
             -- That of a clock that is ahead is no later than its arrival.
             max(least(version, toUInt64(toUnixTimestamp64Milli(arrived)) * 1000000)) AS heard_at
@@ -90,7 +90,8 @@ SELECT
         heartbeats.heard_at + 3000000000 * interval_s < {now:UInt64}, ('silent', 'no heartbeat for three intervals'),
         ended_at = 0, ('lossy', 'its first snapshot is not complete'),
         ended_epoch != last_epoch, ('lossy', 'the snapshot of its new agent is not complete'),
-        has_other_run, ('lossy', 'two agents send as this host, or its clock went back'),
+        has_other_run OR heartbeats.last.13 != last_epoch,
+            ('lossy', 'two agents send as this host, or its clock went back'),
         has_gap OR has_short_end, ('lossy', 'records are missing'),
         in_force_from + 604800000000000 < {now:UInt64}, ('lossy', 'its last complete snapshot is more than a week old'),
         heartbeats.last.8 > 0 AND NOT heartbeats.last.9, ('lossy', 'its agent lost events, which are not repaired'),
