@@ -17,6 +17,8 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
+from sowatch.fleet.log_json import AnyValue, KeyValue, Request
+
 __all__ = ["Decoded", "NotOtlp", "answer_of", "decode", "status_of"]
 
 #: Attributes of one record, resource or scope.
@@ -69,75 +71,6 @@ class Decoded(Struct, frozen=True):
     days: frozenset[int]
     rejected: int = 0
     reason: str = ""
-
-
-# ---- the forms of JSON: names in camelCase, 64-bit numbers as texts, ids in hexadecimal ------------
-
-
-class _Json(Struct, rename="camel", frozen=True):
-    """Unknown members are left out, as OTLP demands."""
-
-
-class _ArrayValue(_Json, frozen=True):
-    values: list[_AnyValue] | None = None
-
-
-class _KeyValueList(_Json, frozen=True):
-    values: list[_KeyValue] | None = None
-
-
-class _AnyValue(_Json, frozen=True):
-    string_value: str | None = None
-    bool_value: bool | None = None
-    int_value: int | str | None = None
-    double_value: float | str | None = None
-    array_value: _ArrayValue | None = None
-    kvlist_value: _KeyValueList | None = None
-    bytes_value: str | None = None
-
-
-class _KeyValue(_Json, frozen=True):
-    key: str = ""
-    value: _AnyValue | None = None
-
-
-class _Resource(_Json, frozen=True):
-    attributes: list[_KeyValue] | None = None
-
-
-class _Scope(_Json, frozen=True):
-    name: str | None = None
-    version: str | None = None
-    attributes: list[_KeyValue] | None = None
-
-
-class _LogRecord(_Json, frozen=True):
-    time_unix_nano: int | str | None = None
-    observed_time_unix_nano: int | str | None = None
-    severity_number: int | None = None
-    severity_text: str | None = None
-    body: _AnyValue | None = None
-    attributes: list[_KeyValue] | None = None
-    flags: int | None = None
-    trace_id: str | None = None
-    span_id: str | None = None
-    event_name: str | None = None
-
-
-class _ScopeLogs(_Json, frozen=True):
-    scope: _Scope | None = None
-    log_records: list[_LogRecord] | None = None
-    schema_url: str | None = None
-
-
-class _ResourceLogs(_Json, frozen=True):
-    resource: _Resource | None = None
-    scope_logs: list[_ScopeLogs] | None = None
-    schema_url: str | None = None
-
-
-class _Request(_Json, frozen=True):
-    resource_logs: list[_ResourceLogs] | None = None
 
 
 # ---- requests -------------------------------------------------------------------------------------
@@ -199,8 +132,8 @@ def status_of(code: int, message: str, *, is_json: bool) -> bytes:
 
 
 @cache
-def _json_decoder() -> msgspec.json.Decoder[_Request]:
-    return msgspec.json.Decoder(_Request)
+def _json_decoder() -> msgspec.json.Decoder[Request]:
+    return msgspec.json.Decoder(Request)
 
 
 class _Messages(Struct):
@@ -472,11 +405,11 @@ def _value_of_message(value: Any, depth: int) -> Any:
     return None if kind is None else getattr(value, kind)
 
 
-def _pairs_of_json(pairs: Iterable[_KeyValue]) -> dict[bytes, bytes]:
+def _pairs_of_json(pairs: Iterable[KeyValue]) -> dict[bytes, bytes]:
     return dict(map(_pair_of_json, pairs))
 
 
-def _pair_of_json(pair: _KeyValue) -> tuple[bytes, bytes]:
+def _pair_of_json(pair: KeyValue) -> tuple[bytes, bytes]:
     return _checked(_known(pair.key), _NONE if pair.value is None else _text_of_json(pair.value, 0))
 
 
@@ -488,13 +421,13 @@ def _checked(key: bytes, value: bytes) -> tuple[bytes, bytes]:
     return key, value
 
 
-def _text_of_json(value: _AnyValue, depth: int) -> bytes:
+def _text_of_json(value: AnyValue, depth: int) -> bytes:
     if value.string_value is not None:
         return _known(value.string_value)
     return _sized(_plain(_value_of_json(value, depth)))
 
 
-def _value_of_json(value: _AnyValue | None, depth: int) -> Any:
+def _value_of_json(value: AnyValue | None, depth: int) -> Any:
     if value is None:
         return None
     if value.array_value is not None:
