@@ -295,7 +295,7 @@ class Feed:
             lost=stats.lost_kernel + self._subscription.lost,
             repaired=stats.repairs,
             is_repaired=watcher.is_repaired and self._is_repaired and not is_behind,
-            unreadable=stats.unread,
+            unreadable=stats.unread + self.changes.nameless,
         )
 
 

@@ -39,6 +39,8 @@ MAX_RECORDS: Final = 4_096
 _MAX_HASHES: Final = 16_384
 #: A mapping waits so many seconds for the hash of its file: on a busy host their thread is late.
 _MAX_TRIES: Final = 120
+#: After so many it counts as one that cannot be read.
+_PATIENCE: Final = 5
 #: Ports of one group.
 _MAX_PORTS: Final = 100
 
@@ -171,6 +173,11 @@ class Changes:
     def is_asking(self) -> bool:
         """Whether questions are open."""
         return bool(self._open_packages or self._open_hashes)
+
+    @property
+    def nameless(self) -> int:
+        """Mappings that have waited for the hash of their file for some seconds, and are in no group yet."""
+        return sum(one.tries > _PATIENCE and not one.is_over for one in self._pending)
 
     @property
     def needs_mapped(self) -> bool:

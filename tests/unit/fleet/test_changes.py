@@ -264,9 +264,11 @@ def test_on_a_busy_host_a_file_waits_two_minutes_for_what_names_its_content() ->
     for _ in range(115):
         host.go(1)
     assert host.said() == []
+    assert host.changes.nameless == 1  # it is mapped, and nobody is to be given the answer that it is not
     (question,) = host.changes.take_questions(10)
     host.changes.answer_hash(question.library, "ab" * 20)
     host.go(1)
+    assert host.changes.nameless == 0
     assert host.said() == [("mapped", 1)]
     assert host.records[-1].attributes["sowatch.library.build_id"] == "ab" * 20
 
