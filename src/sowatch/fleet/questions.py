@@ -76,6 +76,13 @@ _ROWS_OF: Final = {
     "cve": _OF_PACKAGE,
 }
 
+#: A file without a build id, which could not be hashed either, may be any build of its name, or any whose name is not
+#: known.
+_UNNAMED: Final = "build_id = ''"
+_UNNAMED_AS: Final = (
+    f"{_UNNAMED} AND (path IN {{paths:Array(String)}} OR soname != '' AND soname IN {{sonames:Array(String)}})"
+)
+
 #: The view joins each row with the state of its host, which is known here: it is enough that a row is new enough.
 _HOSTS: Final = """
 SELECT host_id, max(version) AS newest
@@ -253,6 +260,17 @@ class _Resolved(Struct, frozen=True):
     unknown: tuple[Build, ...] = ()
 
 
+def _unnamed(found: _Resolved) -> _Resolved:
+    """The files that may be what was found, as nothing tells their build."""
+    if not found.builds:
+        return _Resolved(found.target, (), _UNNAMED, {})
+    names = {
+        "paths": sorted({one.path for one in found.builds}),
+        "sonames": sorted({one.soname for one in found.builds}),
+    }
+    return _Resolved(found.target, (), _UNNAMED_AS, names)
+
+
 class Fleet:
     """A fleet at one time.
 
@@ -384,6 +402,7 @@ class Fleet:
             for one in found
             if one.unknown
         ]
+        unknown += [_unnamed(one) for one in found if one.builds or one.target.kind == "build_id"]
         open_hosts = self._hosts_of(unknown) - in_force
         return {
             one.host_id: "not observed"

@@ -118,6 +118,25 @@ def test_a_file_whose_package_was_not_read_has_that_of_another_host(store, now: 
     assert {line.host_name for line in lines} == {"web", "database"}
 
 
+@pytest.mark.parametrize("text", [OLD, "pkg:deb/debian/libssl3"])
+def test_a_file_without_a_build_id_leaves_open_whether_it_is_that_build(store, now: int, text: str) -> None:
+    web, database, other = (agent(name, now - HOUR) for name in ("web", "database", "other"))
+    unnamed = replace(SSL, build_id="", package=None)
+    store.take(web.snapshot_of([SSL]), database.snapshot_of([unnamed]), other.snapshot_of([replace(LIBC, build_id="")]))
+    store.take(beat(web, now), beat(database, now), beat(other, now))
+    head, lines = who(store.at(now), text)
+    assert (head.mapped_host_count, head.not_mapped_host_count, head.not_observed_host_count) == (1, 1, 1)
+    assert [line.host_name for line in lines if line.answer == "not observed"] == ["database"]
+
+
+def test_a_build_of_which_no_host_has_reported_anything_may_be_any_file_without_a_build_id(store, now: int) -> None:
+    web, database = agent("web", now - HOUR), agent("database", now - HOUR)
+    store.take(web.snapshot_of([LIBC]), database.snapshot_of([replace(SSL, build_id="")]), beat(web, now))
+    store.take(beat(database, now))
+    head, _ = who(store.at(now), "ee" * 20)
+    assert (head.answer, head.not_mapped_host_count, head.not_observed_host_count) == ("not observed", 1, 1)
+
+
 def test_a_build_that_two_packages_have_is_of_the_one_that_its_host_reported(store, now: int) -> None:
     web, database = agent("web", now - HOUR), agent("database", now - HOUR)
     store.take(web.snapshot_of([SSL]), database.snapshot_of([replace(SSL, package=debian("libssl3", "3.0.11-1+b1"))]))
