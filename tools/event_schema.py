@@ -7,6 +7,7 @@ Without arguments the schema goes to standard output.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
@@ -132,6 +133,9 @@ def _plain(node: Any) -> Any:
         found["const"] = found.pop("enum")[0]
     if "const" in found:
         found.pop("type", None)
+    if isinstance(text := found.get("description"), str):
+        # Before version 0.23 msgspec took a docstring as it stands.
+        found["description"] = inspect.cleandoc(text)
     return found
 
 
