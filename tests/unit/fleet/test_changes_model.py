@@ -203,6 +203,16 @@ def test_a_receiver_has_the_truth_or_knows_that_it_is_lossy(
     for step in steps:
         model.do(*step)
     model.settle()
+    check(model, steps)
+    # What is reported by now ends, too.
+    for pid in range(seed % 5):
+        model.do("exit", pid, 0)
+    model.settle()
+    check(model, steps)
+
+
+def check(model: Model, steps: list[tuple[str, int, Any]]) -> None:
+    """What a receiver knows of all that was sent, in whatever order it came."""
     wire = list(model.wire)
     model.random.shuffle(wire)
     replica = Replica()
@@ -228,9 +238,12 @@ def test_without_losses_on_the_way_a_receiver_has_the_truth(
     model = Model(Random(0), interval_s)
     for what, one, other in steps:
         model.do(what, one, False if what == "take" else other)
-    model.settle()
-    replica = Replica()
-    replica.take(model.wire)
-    assert replica.is_lossy == bool(model.changes.left_out)
-    if not replica.is_lossy:
-        assert known(replica) == model.truth()
+    for exits in (0, 2, 4):
+        for pid in range(exits):
+            model.do("exit", pid, 0)
+        model.settle()
+        replica = Replica()
+        replica.take(model.wire)
+        assert replica.is_lossy == bool(model.changes.left_out)
+        if not replica.is_lossy:
+            assert known(replica) == model.truth()
