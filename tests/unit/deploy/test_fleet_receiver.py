@@ -15,7 +15,7 @@ from sowatch.cli._main import command_parser
 from sowatch.fleet.service import DEFAULT_STORE
 
 ROOT = Path(__file__).resolve().parents[3]
-UNIT = ROOT / "deploy" / "systemd" / "sowatch-receive.service"
+UNIT = ROOT / "deploy" / "systemd" / "sowatch-fleet.service"
 COLLECTOR = ROOT / "deploy" / "clickhouse" / "collector.yaml"
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -26,6 +26,7 @@ def test_the_unit_starts_a_command_that_is_understood_with_the_store_that_questi
     args = command_parser("fleet")[1].parse_words(line.split())
     assert args.patterns == ["receive"]
     assert (args.store, args.token_file) == (DEFAULT_STORE, "${CREDENTIALS_DIRECTORY}/fleet.token")
+    assert args.page_token_file == "${CREDENTIALS_DIRECTORY}/fleet-page.token"
     assert f"StateDirectory={DEFAULT_STORE.removeprefix('/var/lib/')}\n" in UNIT.read_text("utf-8")
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from sowatch.cli import fleet
-from sowatch.cli._parser import Parser
 from sowatch.linux.capabilities import NEEDED
 from sowatch.telemetry.names import CATALOGUE, prometheus_name
 from support.doc_blocks import blocks
@@ -109,37 +107,3 @@ def test_systemd_finds_the_unit_little_exposed(runnable_unit: Path) -> None:
     words = ["systemd-analyze", "security", "--offline=true", "--threshold=40", runnable_unit]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-# ---- the receiver of a fleet ---------------------------------------------------------------------
-
-FLEET_UNIT = UNIT.with_name("sowatch-fleet.service")
-
-
-@pytest.fixture
-def runnable_fleet_unit(tmp_path: Path) -> Path:
-    """The unit with a command that exists here."""
-    made = tmp_path / FLEET_UNIT.name
-    made.write_text(FLEET_UNIT.read_text(encoding="utf-8").replace(COMMAND, "/bin/true"), encoding="utf-8")
-    return made
-
-
-@needs_systemd
-def test_systemd_finds_no_fault_in_the_unit_of_the_receiver(runnable_fleet_unit: Path) -> None:
-    words = ["systemd-analyze", "verify", runnable_fleet_unit]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    words = ["systemd-analyze", "security", "--offline=true", "--threshold=35", runnable_fleet_unit]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-
-
-def test_the_unit_of_the_receiver_gives_options_that_there_are() -> None:
-    (command,) = re.findall(r"^ExecStart=(.*)$", FLEET_UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    program, name, *words = command.split()
-    assert (program, name) == (COMMAND, "fleet")
-    parser = Parser(prog="sowatch fleet", description=None)
-    fleet.configure(parser)
-    args = parser.parse_words(words)
-    assert args.store == fleet.DEFAULT_STORE
-    assert args.token_file != args.page_token_file
