@@ -220,11 +220,15 @@ def _open_jars(proc: ProcFs, pid: int) -> Iterator[tuple[str, str]]:
 
 
 def _content_of(fd: int) -> _Content | None:
-    size, crc = os.fstat(fd).st_size, 0
-    if size > _MAX_LIBRARY_BYTES:
+    crc = 0
+    try:
+        size = os.fstat(fd).st_size
+        if size > _MAX_LIBRARY_BYTES:
+            return None
+        for at in range(0, size, _CHUNK):
+            crc = zlib.crc32(os.pread(fd, _CHUNK, at), crc)
+    except OSError:
         return None
-    for at in range(0, size, _CHUNK):
-        crc = zlib.crc32(os.pread(fd, _CHUNK, at), crc)
     return _Content(size, crc)
 
 
@@ -250,9 +254,7 @@ def _artifact(path: str, name: str, content: _Content) -> tuple[str, str, str] |
                 return None
             with zipfile.ZipFile(file) as archive:
                 return _artifact_in(archive, name, content)
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, RuntimeError, NotImplementedError, EOFError):
-        return None
-    except zlib.error:
+    except Exception:  # noqa: BLE001 - whatever an archive of a container makes the library raise
         return None
 
 
@@ -267,6 +269,8 @@ def _has_short_directory(file: io.BufferedReader, size: int) -> bool:
 
 
 def _artifact_in(archive: ZipFile, name: str, content: _Content) -> tuple[str, str, str] | None:
+    import zipfile
+
     infos = archive.infolist()
     if not any((info.file_size, info.CRC) == content for info in infos):
         return None
@@ -274,6 +278,9 @@ def _artifact_in(archive: ZipFile, name: str, content: _Content) -> tuple[str, s
     if len(poms) > 1:  # those of what was packed into it, too
         poms = [(artifact, info) for artifact, info in poms if re.match(re.escape(artifact) + r"(-\d|\.)", name)]
     if len(poms) != 1 or poms[0][1].file_size > _MAX_POM_BYTES:
+        return None
+    # Other methods let the archive say how much memory it takes to read it; no tool makes an archive of Java with them.
+    if poms[0][1].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return None
     with archive.open(poms[0][1]) as file:
         text = file.read(_MAX_POM_BYTES).decode("latin-1")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sowatch.inventory.package_databases import apk_listed, dpkg_listed, rpm_owners
+from sowatch.inventory.package_databases import apk_listed, dpkg_listed
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
+from sowatch.inventory.rpm_database import rpm_owners
 
 __all__ = ["owners"]
 

@@ -1,4 +1,4 @@
-"""The databases of dpkg, apk and rpm: which package lists a file, and what it says of that package. Read-only.
+"""The databases of dpkg and apk: which package lists a file, and what it says of that package. Read-only.
 
 They lie inside a root that a container controls. So nothing here takes a link out of that root, opens anything but
 regular files and directories, reads without a limit, or runs a container's programs.
@@ -11,7 +11,6 @@ import binascii
 import io
 import os
 import stat
-import subprocess
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -27,6 +26,7 @@ __all__ = [
     "FileVersion",
     "Listed",
     "PackageRecord",
+    "aliases",
     "apk_listed",
     "apk_records",
     "apk_state",
@@ -38,8 +38,6 @@ __all__ = [
     "file_state",
     "read_below",
     "read_with_version",
-    "rpm_listed",
-    "rpm_owners",
 ]
 
 
@@ -50,7 +48,6 @@ _MAX_DATABASE_FILES: Final = 50_000
 _MAX_RECORDS: Final = 50_000
 _MAX_LINES: Final = 2_000_000
 _MAX_JOURNAL: Final = 1_000
-_RPM_TIMEOUT_S: Final = 20.0
 
 #: Where dpkg has the files of each package, and what it made of them.
 DPKG_LISTS: Final = "/var/lib/dpkg/info"
@@ -177,7 +174,7 @@ def read_with_version(root_fd: int, path: str, limit_bytes: int) -> tuple[bytes,
     return b"".join(parts), _version(status)
 
 
-def _aliases(path: str) -> tuple[str, ...]:
+def aliases(path: str) -> tuple[str, ...]:
     """The names a package manager may know a path by: as it is, then through a merged /usr."""
     if path.startswith("/usr/") and path[4:].startswith(_MERGED):
         return path, path[4:]
@@ -216,7 +213,7 @@ def dpkg_listed(root_fd: int, paths: Collection[str], index: DatabaseIndex | Non
     # By the name on dpkg's lists: who asked for it, and which packages do not count.
     asked: dict[bytes, list[tuple[str, int, Callable[[str], bool]]]] = {}
     for path in paths:
-        for rank, alias in enumerate(_aliases(path)):
+        for rank, alias in enumerate(aliases(path)):
             for name, counts in _names_on_lists(alias, diversions):
                 asked.setdefault(os.fsencode(name), []).append((path, rank, counts))
     if asked:
@@ -239,10 +236,10 @@ def _names_on_lists(path: str, diversions: Sequence[tuple[str, str, str]]) -> li
     A diverted file keeps its original name on its package's list, but lies elsewhere; at the
     original name lies the file of the package that diverted it (of none, if that is ``:``).
     """
-    here = _aliases(path)
+    here = aliases(path)
     for original, diverted, package in diversions:
         if diverted in here:
-            return [(name, package.__ne__) for name in _aliases(original)]
+            return [(name, package.__ne__) for name in aliases(original)]
         if original in here:
             return [(path, package.__eq__)]
     return [(path, lambda _: True)]
@@ -429,7 +426,7 @@ def apk_listed(root_fd: int, paths: Collection[str], index: DatabaseIndex | None
     best = _Best(paths)
     asked: dict[bytes, list[tuple[str, int]]] = {}
     for path in paths:
-        for rank, alias in enumerate(_aliases(path)):
+        for rank, alias in enumerate(aliases(path)):
             asked.setdefault(os.fsencode(alias.lstrip("/")), []).append((path, rank))
     hashes = {hash(name) for name in asked}
     for place in _APK if asked else ():
@@ -500,85 +497,3 @@ def apk_records(root_fd: int) -> dict[str, PackageRecord]:
 def apk_state(root_fd: int) -> tuple[FileVersion | None, ...]:
     """What is another one as soon as apk has changed anything."""
     return tuple(file_state(root_fd, path) for path in _APK)
-
-
-# --- rpm ----------------------------------------------------------------------------------------
-
-#: One line for the package, then one for each of its files. In braces: digests of directories are empty.
-_RPM_FORMAT: Final = (
-    "%{NAME}\\t%{EPOCHNUM}\\t%{VERSION}-%{RELEASE}\\t%{ARCH}\\t%{SOURCERPM}\\t%{FILEDIGESTALGO}\\n"
-    "[\\t%{FILEDIGESTS}\\t%{FILENAMES}\\n]"
-)
-#: PGPHASHALGO_* of rpm (RFC 4880, 9.4); MD5 where none is named.
-_RPM_DIGESTS: Final = {"1": "md5", "2": "sha1", "8": "sha256", "9": "sha384", "10": "sha512"}
-
-
-def rpm_listed(paths: Sequence[str]) -> tuple[dict[str, Listed | None], dict[str, PackageRecord]]:
-    """Which package owns each file, and what rpm says of those packages.
-
-    For our own root only: ``rpm`` runs macros, which a container could have written. `rpm_owners` asks for names only.
-    """
-    owners: dict[str, Listed | None] = dict.fromkeys(paths)
-    records: dict[str, PackageRecord] = {}
-    for path in paths:
-        if owners[path] is not None:
-            continue
-        found = _ask_rpm(path, _RPM_FORMAT)
-        if found is None:
-            break  # there is no rpm, or its database is locked: the next path would fare no better
-        head, *files = found.split("\n")
-        fields = head.split("\t")
-        if len(fields) != 6:
-            continue
-        name, epoch, version, architecture, source, algorithm = fields
-        records[name] = _rpm_record(name, epoch, version, architecture, source)
-        for line in files:
-            _, _, rest = line.partition("\t")
-            digest, _, file = rest.partition("\t")
-            for mapped in _aliases(file) if file else ():
-                if mapped in owners and owners[mapped] is None:
-                    known = _RPM_DIGESTS.get(algorithm, "md5") if digest else None
-                    owners[mapped] = Listed(name, file, 0, None if known is None else (known, digest))
-    return owners, records
-
-
-def rpm_owners(paths: Sequence[str]) -> dict[str, str | None]:
-    """The name of the package that owns each file, asked of rpm in our own root."""
-    owners: dict[str, str | None] = dict.fromkeys(paths)
-    for path in paths:
-        found = _ask_rpm(path, "%{NAME}\\n")
-        if found is None:
-            break
-        owners[path] = next(iter(found.split()), None)
-    return owners
-
-
-def _rpm_record(name: str, epoch: str, version: str, architecture: str, source_rpm: str) -> PackageRecord:
-    """``source_rpm`` is the name of a file: ``openssl-3.0.7-27.el9.src.rpm``."""
-    stem = source_rpm.removesuffix(".rpm").rpartition(".")[0]
-    source, _, release = stem.rpartition("-")
-    source, _, source_version = source.rpartition("-")
-    is_known = bool(source and source_version and release)
-    return PackageRecord(
-        name,
-        version,
-        source if is_known else name,
-        f"{source_version}-{release}" if is_known else version,
-        architecture,
-        "" if epoch in ("", "0", "(none)") else epoch,
-    )
-
-
-def _ask_rpm(path: str, query: str) -> str | None:
-    """What rpm says of the package that owns a file, empty if none does; None if it cannot be asked."""
-    try:
-        done = subprocess.run(
-            ["rpm", "-qf", "--qf", query, "--", path],  # noqa: S607  (the system's own, wherever it is)
-            capture_output=True,
-            timeout=_RPM_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return os.fsdecode(done.stdout) if done.returncode == 0 else ""

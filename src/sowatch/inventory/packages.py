@@ -10,18 +10,18 @@ Files and databases are those of containers: see `package_databases`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 from cachetools import LRUCache
-from msgspec import Struct
 
 from sowatch.inventory.language_packages import jar_package, npm_package, wheel_listed, wheel_of
 from sowatch.inventory.package_databases import (
@@ -37,11 +37,18 @@ from sowatch.inventory.package_databases import (
     dpkg_records,
     dpkg_state,
     file_state,
-    read_below,
-    rpm_listed,
 )
-from sowatch.inventory.purl import purl
+from sowatch.inventory.package_identity import (
+    IdentifiedBy,
+    PackageIdentity,
+    Release,
+    by_note,
+    by_record,
+    plain,
+    release_of,
+)
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
+from sowatch.inventory.rpm_database import rpm_listed
 from sowatch.linux.content_hash import htlhash
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
@@ -58,8 +65,8 @@ from sowatch.model.identity import FileId
 
 __all__ = ["HasFile", "IdentifiedBy", "PackageIdentity", "Packages"]
 
-#: What named the package: the file itself, the database of a package manager, or the metadata beside or around it.
-IdentifiedBy: TypeAlias = Literal["note", "dpkg", "rpm", "apk", "pypi", "npm", "maven"]
+LOG = logging.getLogger("sowatch")
+T = TypeVar("T")
 
 #: Identities that are kept, the ones that were asked for last.
 MAX_KEPT: Final = 16_384
@@ -71,29 +78,8 @@ ASK_AGAIN_S: Final = 300.0
 MAX_CONTENT: Final = 512 << 20
 _CHUNK: Final = 1 << 20
 _TIMEOUT_S: Final = 60.0
-_MAX_RELEASE_BYTES: Final = 1 << 16
-_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MAX_TEXT: Final = 256
-
-
-class PackageIdentity(Struct, frozen=True):
-    """The package of a mapped file.
-
-    Attributes:
-        name: as its manager names it, without an architecture; of a note that of the source package.
-        version: as its manager writes it.
-        source: the package that it was built from, as OSV names packages of Debian, Ubuntu and Alpine; None if unknown.
-        purl: all of it as a package URL, with the distribution as qualifier ``distro``.
-        identified_by: what named it.
-        source_version: of the source package; None if unknown.
-    """
-
-    name: str
-    version: str
-    source: str | None
-    purl: str
-    identified_by: IdentifiedBy
-    source_version: str | None = None
+#: It says nothing about the file: it is looked up again at once.
+_OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class HasFile(Protocol):
@@ -113,13 +99,6 @@ class HasFile(Protocol):
 
 
 _FileKey: TypeAlias = tuple[RootKey, FileId, str, str | None, int]
-
-
-class _Release(NamedTuple):
-    """Of a distribution, by its os-release: the name, and the name with the version."""
-
-    name: str = ""
-    distro: str = ""
 
 
 class _Answer(NamedTuple):
@@ -160,6 +139,8 @@ class Packages:
         self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
         self._own_root = own_root_key()
         self._asking = threading.Lock()
+        #: What went wrong with files of others, each kind once.
+        self._reported = set[str]()
         #: A database was read, which is large.
         self._has_read = False
 
@@ -200,10 +181,27 @@ class Packages:
         with self._asking:
             found = self._hashes.get(key)
             if found is None:
-                found = self._calls.run(partial(self._hash, one), None, place=("hash", library.id[:2], library.path))
+                found = self._run(partial(self._hash, one), None, place=("hash", library.id[:2], library.path))
                 if found is not None:
                     self._hashes[key] = found
         return found
+
+    def _run(
+        self, call: Callable[[], T], otherwise: T, timeout_s: float | None = None, *, place: tuple[object, ...]
+    ) -> T:
+        """As `DiskCalls.run`; ``otherwise``, too, where it fails: no file ends the search for others."""
+        try:
+            return self._calls.run(call, otherwise, timeout_s, place=place)
+        except Exception as error:  # noqa: BLE001 - whatever the files of a container make a library raise
+            self._failed(error)
+            return otherwise
+
+    def _failed(self, error: Exception) -> _Answer:
+        kind = type(error).__name__
+        if kind not in self._reported:
+            self._reported.add(kind)
+            LOG.warning("a file could not be looked up, its package is unknown: %s: %s", kind, error)
+        return _Answer(None, is_settled=getattr(error, "errno", None) not in _OUT_OF_DESCRIPTORS)
 
     def _hash(self, one: HasFile) -> str | None:
         fd = self._open(one, is_own_view=False)
@@ -227,7 +225,7 @@ class Packages:
             if is_memory(library.id) or not library.path.startswith("/"):
                 continue
             if pid not in keys:
-                keys[pid] = self._calls.run(partial(roots.key, pid), None, place=("root", pid))
+                keys[pid] = self._run(partial(roots.key, pid), None, place=("root", pid))
             if (root := keys[pid]) is None:
                 continue
             key = (root, library.id, library.path, library.build_id, library.changed_ns)
@@ -268,7 +266,7 @@ class Packages:
             library = one.library
             place = ("file", library.id[:2], os.path.dirname(library.path))
             read = partial(self._read_file, key, one, is_own_view=root == self._own_root)
-            found = self._calls.run(read, unknown, place=place)
+            found = self._run(read, unknown, place=place)
             if isinstance(found, _Look) or found.is_settled:
                 return found
         return unknown
@@ -278,7 +276,7 @@ class Packages:
         timeout_s = LOOK_TIMEOUT_S if self._calls.hanging else _TIMEOUT_S
         nothing = dict.fromkeys((look.key for look in looks), _Answer(None, is_settled=False))
         look_up = partial(self._look, roots, root, looks)
-        return nothing | self._calls.run(look_up, nothing, timeout_s, place=("packages", root))
+        return nothing | self._run(look_up, nothing, timeout_s, place=("packages", root))
 
     # ---- on the thread that reads --------------------------------------------------------------
 
@@ -297,11 +295,15 @@ class Packages:
 
     def _look(self, roots: Roots, root: RootKey, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
         for pid in dict.fromkeys(look.pid for look in looks):
-            try:
-                with roots.open(pid) as root_fd:
+            with ExitStack() as stack:
+                try:
+                    root_fd = stack.enter_context(roots.open(pid))
+                except OSError:  # this one ended just now; another has the same root
+                    continue
+                try:
                     return self._identified(root, root_fd, looks)
-            except OSError:  # this one ended just now; another has the same root
-                continue
+                except Exception as error:  # noqa: BLE001 - as in `_run`
+                    return dict.fromkeys((look.key for look in looks), self._failed(error))
         return {}
 
     def _open(self, one: HasFile, *, is_own_view: bool) -> int | None:
@@ -324,22 +326,25 @@ class Packages:
         return tuple((row.start, row.end) for row in rows if row.inode == library.id.inode)
 
     def _identified(self, root: RootKey, root_fd: int, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
-        release = _release_of(root_fd)
+        release = release_of(root_fd)
         found: dict[_FileKey, _Answer] = {}
         left: list[_Look] = []
         for look in looks:
             if look.note is None:
                 left.append(look)
             else:
-                found[look.key] = _Answer(_by_note(look.note, release))
+                found[look.key] = _Answer(by_note(look.note, release))
         found |= self._by_databases(root, root_fd, left, release)
         for look in left:
             if look.key not in found:
-                found[look.key] = _Answer(self._by_language(root_fd, look))
+                try:
+                    found[look.key] = _Answer(self._by_language(root_fd, look))
+                except Exception as error:  # noqa: BLE001 - as in `_run`
+                    found[look.key] = self._failed(error)
         return found
 
     def _by_databases(
-        self, root: RootKey, root_fd: int, looks: Sequence[_Look], release: _Release
+        self, root: RootKey, root_fd: int, looks: Sequence[_Look], release: Release
     ) -> dict[_FileKey, _Answer]:
         """What a package manager has on its lists, and so is none of a language; its package, if that is certain."""
         found: dict[_FileKey, _Answer] = {}
@@ -370,7 +375,7 @@ class Packages:
         root_fd: int,
         by_path: Mapping[str, Sequence[_Look]],
         state: tuple[object, ...],
-        release: _Release,
+        release: Release,
     ) -> dict[_FileKey, _Answer]:
         place = file_state(root_fd, manager.place)
         key = (manager.name, None if place is None else place[:2])
@@ -398,13 +403,13 @@ class Packages:
         listed = wheel_listed(root_fd, path)
         if listed is not None:
             wheel = wheel_of(root_fd, listed) if _is_that_file(root_fd, look, listed) else None
-            return None if wheel is None else _plain("pypi", "", *wheel)
+            return None if wheel is None else plain("pypi", "", *wheel)
         npm = npm_package(root_fd, path) if _is_shown(root_fd, look) else None
         if npm is not None:
             scope, _, name = npm[0].rpartition("/")
-            return _plain("npm", scope, name, npm[1])
+            return plain("npm", scope, name, npm[1])
         maven = jar_package(self._proc, look.pid, look.fd)
-        return None if maven is None else _plain("maven", *maven)
+        return None if maven is None else plain("maven", *maven)
 
 
 #: Of the processes that have a file so many are asked for it.
@@ -491,7 +496,7 @@ def _checked(
     listed: Listed,
     record: PackageRecord | None,
     manager: Literal["dpkg", "apk", "rpm"],
-    release: _Release,
+    release: Release,
 ) -> _Answer:
     try:
         is_that_file = _is_that_file(root_fd, look, listed)
@@ -499,53 +504,7 @@ def _checked(
         return _Answer(None)
     if record is None or not record.version:
         return _Answer(None, is_settled=False)  # it is being installed, or the file is of one that has gone
-    return _Answer(_by_record(record, manager, release) if is_that_file else None)
-
-
-# ---- what was found, as identities -------------------------------------------------------------
-
-_KINDS: Final[Mapping[str, str]] = {"dpkg": "deb", "apk": "apk", "rpm": "rpm"}
-
-
-def _by_record(record: PackageRecord, manager: Literal["dpkg", "apk", "rpm"], release: _Release) -> PackageIdentity:
-    upstream = record.source
-    if record.source_version != record.version:
-        upstream += f"@{record.source_version}"
-    qualifiers = {
-        "arch": record.architecture,
-        "distro": release.distro,
-        "epoch": record.epoch,
-        "upstream": "" if upstream == record.name else upstream,
-    }
-    url = purl(_KINDS[manager], release.name, record.name, record.version, qualifiers)
-    version = f"{record.epoch}:{record.version}" if record.epoch else record.version
-    return PackageIdentity(record.name, version, record.source, url, manager, record.source_version)
-
-
-def _by_note(note: PackageNote, release: _Release) -> PackageIdentity:
-    """The note names the source package, and the distribution that built it, which may be another than the root's."""
-    name = note.os or release.name
-    distro = f"{note.os}-{note.os_version}".rstrip("-") if note.os else release.distro
-    kind = note.type if note.type in _KINDS.values() else "generic"
-    qualifiers = {"arch": note.architecture, "distro": distro}
-    url = purl(kind, name if kind != "generic" else "", note.name, note.version, qualifiers)
-    return PackageIdentity(note.name, note.version, note.name, url, "note", note.version)
-
-
-def _plain(by: Literal["pypi", "npm", "maven"], namespace: str, name: str, version: str) -> PackageIdentity:
-    full = {"npm": f"{namespace}/{name}", "maven": f"{namespace}:{name}"}.get(by, name) if namespace else name
-    return PackageIdentity(full, version, None, purl(by, namespace, name, version), by)
-
-
-def _release_of(root_fd: int) -> _Release:
-    data = read_below(root_fd, "/etc/os-release", _MAX_RELEASE_BYTES)
-    if data is None:
-        data = read_below(root_fd, "/usr/lib/os-release", _MAX_RELEASE_BYTES) or b""
-    fields = dict(line.partition("=")[::2] for line in data.decode("utf-8", "replace").splitlines())
-    values = {name: fields.get(name, "").strip().strip("\"'") for name in ("ID", "VERSION_ID", "VERSION_CODENAME")}
-    words = {name: value if _WORD.fullmatch(value) and len(value) < _MAX_TEXT else "" for name, value in values.items()}
-    version = words["VERSION_ID"] or words["VERSION_CODENAME"]
-    return _Release(words["ID"], f"{words['ID']}-{version}" if words["ID"] and version else words["ID"])
+    return _Answer(by_record(record, manager, release) if is_that_file else None)
 
 
 def _has_rpm(root_fd: int) -> bool:

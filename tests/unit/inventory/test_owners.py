@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.inventory import package_databases
+from sowatch.inventory import package_databases, rpm_database
 from sowatch.inventory.staleness import Disk
 from sowatch.linux.openat import open_below
 from sowatch.linux.proc import ProcFs
@@ -253,7 +253,7 @@ def test_rpm_is_asked_for_the_name_of_the_package(tmp_path: Path, monkeypatch: p
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
-    assert package_databases.rpm_owners(["/usr/lib64/libssl.so.3", "/opt/own.so"]) == {
+    assert rpm_database.rpm_owners(["/usr/lib64/libssl.so.3", "/opt/own.so"]) == {
         "/usr/lib64/libssl.so.3": "openssl-libs",
         "/opt/own.so": None,
     }
@@ -262,7 +262,7 @@ def test_rpm_is_asked_for_the_name_of_the_package(tmp_path: Path, monkeypatch: p
 def test_without_rpm_nobody_owns_what_only_rpm_could_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert package_databases.rpm_owners(["/usr/lib64/libssl.so.3"]) == {"/usr/lib64/libssl.so.3": None}
+    assert rpm_database.rpm_owners(["/usr/lib64/libssl.so.3"]) == {"/usr/lib64/libssl.so.3": None}
 
 
 def test_owners_are_found_in_the_root_of_each_process(spawn: Any, root: Path) -> None:
@@ -298,7 +298,7 @@ def test_owners_are_the_ones_that_dpkg_itself_tells() -> None:
     expected = {}
     for path in paths:
         # dpkg itself does not look through a merged /usr.
-        for alias in package_databases._aliases(path):
+        for alias in package_databases.aliases(path):
             reported = subprocess.run(["dpkg-query", "-S", alias], capture_output=True, text=True, check=False).stdout
             owners = [line.rpartition(": ")[0] for line in reported.splitlines() if line.endswith(f": {alias}")]
             if owners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 
 from sowatch.inventory import package_databases, packages
 from sowatch.inventory.packages import PackageIdentity, Packages
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import ProcFs, ProcReadError
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.stats import Mapped
@@ -440,6 +441,65 @@ def test_archive_with_several_artifacts_tells_only_the_one_that_it_is_called_as(
     assert fat is None
     assert app is not None
     assert app.purl == "pkg:maven/g/app@1"
+
+
+def with_bad_lzma(root: Path, path: str) -> None:
+    """A jar whose descriptor is compressed by LZMA with properties that no encoder writes."""
+    place = root / path.lstrip("/")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(place, "w") as archive:
+        archive.writestr(POM, PROPERTIES, zipfile.ZIP_LZMA)
+        archive.writestr("lib.so", elf(1))
+    data = bytearray(place.read_bytes())
+    at = data.index(POM.encode()) + len(POM) + 4  # after the version and the size of the properties
+    data[at] = 0xFF
+    place.write_bytes(data)
+
+
+def test_archive_that_a_library_fails_on_keeps_no_other_file_from_its_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    with_bad_lzma(root, "/app/netty-tcnative-2.jar")
+    add_file(root, "/tmp/lib.so", elf(1))
+    process = jailed()
+    process.map("/app/netty-tcnative-2.jar")
+
+    bad, good = found.identify([process.map("/tmp/lib.so"), process.map(SSL)])
+
+    assert bad is None
+    assert good is not None
+
+
+@pytest.mark.parametrize("place", ["jar_package", "read_facts"])
+def test_whatever_one_file_raises_keeps_no_other_from_its_package(
+    root: Path,
+    jailed: Callable[[], Jailed],
+    found: Packages,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+) -> None:
+    debian_with_ssl(root)
+    bad_files = [f"/opt/bad{number}.so" for number in range(2)]
+    for number, path in enumerate(bad_files, 5):
+        add_file(root, path, elf(number))
+    process = jailed()
+    mapped = [*map(process.map, bad_files), process.map(SSL)]
+    whole = getattr(packages, place)
+    inodes = {one.library.id.inode for one in mapped[:2]}
+
+    def fails(*args: Any) -> Any:
+        if os.fstat(args[-1]).st_ino in inodes:
+            raise ProcReadError("/proc/1/fd", errno.ENOMEM)
+        return whole(*args)
+
+    monkeypatch.setattr(packages, place, fails)
+
+    identities = found.identify(mapped)
+
+    assert [one and one.name for one in identities] == [None, None, "libssl3"]
+    assert len([record for record in caplog.records if "ProcReadError" in record.message]) == 1
 
 
 # --- hostile roots ------------------------------------------------------------------------------
