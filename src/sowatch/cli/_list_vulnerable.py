@@ -170,7 +170,7 @@ def write_json(out: Out, head: wire.Head, judged: Judged) -> int:
                 seq,
                 one.status,
                 one.id,
-                list(one.aliases),
+                [*one.aliases, *one.upstream],
                 one.severity,
                 one.fixed_version,
                 one.reason,

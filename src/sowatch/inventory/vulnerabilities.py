@@ -41,6 +41,8 @@ _MAX_KEPT: Final = 16_384
 #: Ids that one vulnerability may have.
 _MAX_NAMES: Final = 1_000
 _MAX_LIST_BYTES: Final = 64 << 20
+#: Names that a reason lists; the others are counted.
+_NAMED: Final = 5
 _BUILD_ID: Final = re.compile("[0-9a-f]{2,128}")
 _CVE: Final = re.compile(r"CVE-[0-9]{4}-[0-9]+")
 
@@ -55,6 +57,7 @@ class Finding(Struct, frozen=True):
         status: see `FindingStatus`.
         id: a CVE if it has one, else that of the advisory; None: it is unknown what the package is affected by at all.
         aliases: its other ids.
+        upstream: ids of what it is the consequence of; an advisory about several has each of them.
         severity: a word of the advisory's, or a CVSS vector; None: it has none.
         fixed_version: the next version without it; None: there is none, or it is not known.
         reason: why it is unknown, what a VEX statement or a list of build ids says of it.
@@ -65,6 +68,7 @@ class Finding(Struct, frozen=True):
     status: FindingStatus
     id: str | None = None
     aliases: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
     severity: str | None = None
     fixed_version: str | None = None
     reason: str | None = None
@@ -75,6 +79,11 @@ class Finding(Struct, frozen=True):
     def is_open(self) -> bool:
         """Whether it may be affected, and nobody knows."""
         return self.status in ("unknown", "under_investigation")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Under which it may be asked for, in capitals."""
+        return frozenset(name.upper() for name in (self.id, *self.aliases, *self.upstream) if name)
 
 
 class _Verdict(NamedTuple):
@@ -188,9 +197,8 @@ class Vulnerabilities:
         statements = list(self.vex.about(identity, product))
         said: set[str] = set()
         for one in found:
-            names = {name.upper() for name in (one.id, *one.aliases) if name}
-            said |= names
-            yield _stated(one, next((statement for statement in statements if statement.ids & names), None))
+            said |= one.names
+            yield _with_said(one, statements)
         for statement in statements:
             if statement.ids & said:
                 continue
@@ -199,7 +207,8 @@ class Vulnerabilities:
             if statement.status in ("affected", "under_investigation") and (
                 statement.is_of_versions or not statement.ids & decided
             ):
-                yield _stated(Finding("unknown", statement.name, found_by="vex"), statement)
+                aliases = tuple(sorted(statement.ids - {statement.name.upper()}))
+                yield _stated(Finding("unknown", statement.name, aliases, found_by="vex"), statement)
 
 
 class NamedVulnerability:
@@ -213,6 +222,7 @@ class NamedVulnerability:
 
     def __init__(self, data: Vulnerabilities, name: str, ids: frozenset[str], advisories: tuple[Advisory, ...]) -> None:
         self._data = data
+        self._own = _same_as(name, advisories)
         self.name = name
         self.ids = ids
         self.advisories = advisories
@@ -242,15 +252,16 @@ class NamedVulnerability:
         self, identity: PackageIdentity | None, build_id: str | None = None, product: PackageIdentity | None = None
     ) -> Finding:
         """Whether a file is affected by it; arguments as of `Vulnerabilities.findings`."""
-        found = [
-            one
-            for one in self._data.findings(identity, build_id, product)
-            if one.id is not None and {name.upper() for name in (one.id, *one.aliases)} & self.ids
-        ]
+        found = [one for one in self._data.findings(identity, build_id, product) if one.names & self.ids]
+        if identity is None:
+            return found[0] if found else Finding("unknown", self.name, reason=NO_PACKAGE)
+        # An advisory may be about others, too, of which nothing is stated.
+        about = self._data.vex.about(identity, product)
+        statement = next((one for one in about if one.ids & self._own), None)
+        if statement is not None and (found or statement.status in ("not_affected", "fixed")):
+            return _stated(found[0] if found else Finding("unknown", self.name, found_by="vex"), statement)
         if found:
             return found[0]
-        if identity is None:
-            return Finding("unknown", self.name, reason=NO_PACKAGE)
         reason = self._data.why_unknown(identity, osv_package(identity))
         if reason is None and not self.advisories:
             reason = "no advisory names it"
@@ -260,6 +271,15 @@ class NamedVulnerability:
 
 
 # ---- one advisory -------------------------------------------------------------------------------
+
+
+def _same_as(name: str, advisories: Iterable[Advisory]) -> frozenset[str]:
+    """The ids of one vulnerability, in capitals: what its advisories are the consequence of is another one."""
+    found, left = {name.upper()}, [{text.upper() for text in (one.id, *one.aliases)} for one in advisories]
+    while near := [names for names in left if names & found]:
+        found.update(*near)
+        left = [names for names in left if not names & found]
+    return frozenset(found)
 
 
 def _grouped(advisories: Iterable[Advisory]) -> list[list[Advisory]]:
@@ -287,12 +307,14 @@ def _finding(group: Sequence[Advisory], package: OsvPackage) -> Iterator[Finding
     if not certain and not open_:
         return
     advisory, entry, verdict = (certain or open_)[0]
-    names = list(dict.fromkeys(name for one in group for name in one.names))
-    shown = _shown_name(group, names)
+    own = list(dict.fromkeys(name for one in group for name in (one.id, *one.aliases)))
+    upstream = list(dict.fromkeys(name for one in group for name in one.upstream if name not in own))
+    shown = _shown_name(group, (*own, *upstream))
     yield Finding(
         "affected" if certain else "unknown",
         shown,
-        tuple(name for name in names if name != shown),
+        tuple(name for name in own if name != shown),
+        tuple(name for name in upstream if name != shown),
         entry.severity or advisory.severity or next((one.severity for one in group if one.severity), None),
         verdict.fixed_version,
         verdict.reason,
@@ -384,11 +406,51 @@ def _event_order(scheme: VersionScheme) -> Callable[[VersionEvent], Any]:
     return cmp_to_key(compare)
 
 
-def _stated(one: Finding, statement: VexStatement | None) -> Finding:
-    if statement is None:
+def _with_said(one: Finding, statements: Sequence[VexStatement]) -> Finding:
+    """What statements, the last one first, leave of a finding.
+
+    A statement about one of several vulnerabilities of an advisory says nothing of the others: so it takes the advisory
+    away only together with statements about each of these.
+    """
+    names = [name.upper() for name in (one.id, *one.aliases, *one.upstream) if name]
+    parts = [name for name in names if _CVE.fullmatch(name)] or [name.upper() for name in one.upstream]
+    whole = {name.upper() for name in (one.id, *one.aliases) if name}.difference(parts)
+    if not parts:
+        return _stated(one, next((statement for statement in statements if statement.ids & whole), None))
+    said = {
+        part: statement
+        for part in parts
+        if (statement := next((found for found in statements if found.ids & {part, *whole}), None)) is not None
+    }
+    if not said:
         return one
-    text = f"VEX: {statement.status}" + (f", {statement.justification}" if statement.justification else "")
-    return replace(one, status=statement.status, reason=text)
+    rest = [part for part in parts if part not in said]
+    worst = min(said.values(), key=lambda statement: _ORDER.index(statement.status))
+    if not rest and len({id(statement) for statement in said.values()}) == 1:
+        return _stated(one, worst)
+    texts = [one.reason] if one.reason else []
+    texts += [f"{_text(found)}, of {_listed(part for part in said if said[part] is found)}" for found in _each(said)]
+    texts += [f"nothing is stated of {_listed(rest)}"] if rest else []
+    statuses = (worst.status, one.status) if rest else (worst.status,)
+    return replace(one, status=min(statuses, key=_ORDER.index), reason="; ".join(texts))
+
+
+def _each(said: Mapping[str, VexStatement]) -> Iterable[VexStatement]:
+    return {id(statement): statement for statement in said.values()}.values()
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more
+
+
+def _stated(one: Finding, statement: VexStatement | None) -> Finding:
+    return one if statement is None else replace(one, status=statement.status, reason=_text(statement))
+
+
+def _text(statement: VexStatement) -> str:
+    return f"VEX: {statement.status}" + (f", {statement.justification}" if statement.justification else "")
 
 
 def _rank(one: Finding) -> tuple[int, str]:

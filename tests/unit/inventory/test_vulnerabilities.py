@@ -315,7 +315,7 @@ def test_an_advisory_about_several_cves_keeps_its_name() -> None:
     (found,) = data(advisory("DSA-1", ranges="introduced 0", upstream=["CVE-1900-0001", "CVE-1900-0002"])).findings(
         debian("1-1")
     )
-    assert (found.id, found.aliases) == ("DSA-1", ("CVE-1900-0001", "CVE-1900-0002"))
+    assert (found.id, found.aliases, found.upstream) == ("DSA-1", (), ("CVE-1900-0001", "CVE-1900-0002"))
 
 
 def test_one_vulnerability_is_asked_for_by_any_of_its_ids() -> None:
@@ -472,6 +472,49 @@ def test_a_statement_names_a_vulnerability_by_any_of_its_ids(tmp_path: Path) -> 
         assert [one.status for one in found.findings(debian("1-1"))] == ["fixed"], ids
     other = with_vex(tmp_path, statement("CVE-1900-0002", "fixed", {"@id": PURL}))
     assert [one.status for one in other.findings(debian("1-1"))] == ["affected"]
+
+
+SEVERAL = advisory("DSA-1", ranges="introduced 0", upstream=["CVE-1900-0001", "CVE-1900-0002"])
+ONE, TWO = "CVE-1900-0001", "CVE-1900-0002"
+
+
+@pytest.mark.parametrize(
+    ("stated", "status", "reason"),
+    [
+        ({ONE: "not_affected"}, "affected", f"VEX: not_affected, of {ONE}; nothing is stated of {TWO}"),
+        ({ONE: "fixed"}, "affected", f"VEX: fixed, of {ONE}; nothing is stated of {TWO}"),
+        ({ONE: "not_affected", TWO: "fixed"}, "fixed", f"VEX: not_affected, of {ONE}; VEX: fixed, of {TWO}"),
+        ({ONE: "not_affected", TWO: "affected"}, "affected", f"VEX: not_affected, of {ONE}; VEX: affected, of {TWO}"),
+        ({"DSA-1": "not_affected"}, "not_affected", "VEX: not_affected"),
+    ],
+)
+def test_a_statement_about_one_of_several_vulnerabilities_takes_none_of_the_others_away(
+    tmp_path: Path, stated: dict[str, str], status: str, reason: str
+) -> None:
+    statements = [statement(name, one, {"@id": PURL}) for name, one in stated.items()]
+    (found,) = with_vex(tmp_path, *statements, advisories=[SEVERAL]).findings(debian("1-1"))
+    assert (found.status, found.id, found.reason) == (status, "DSA-1", reason)
+
+
+def test_one_of_several_vulnerabilities_is_answered_by_its_own_statement(tmp_path: Path) -> None:
+    found = with_vex(tmp_path, statement(ONE, "not_affected", {"@id": PURL}), advisories=[SEVERAL])
+    asked = {name: found.affected_by(name).status_of(debian("1-1")).status for name in (ONE, TWO, "DSA-1")}
+    assert asked == {ONE: "not_affected", TWO: "affected", "DSA-1": "affected"}
+    of_advisory = with_vex(tmp_path, statement("DSA-1", "fixed", {"@id": PURL}), advisories=[SEVERAL])
+    assert [of_advisory.affected_by(name).status_of(debian("1-1")).status for name in (ONE, TWO)] == ["fixed"] * 2
+
+
+def test_a_statement_about_many_vulnerabilities_has_a_short_reason(tmp_path: Path) -> None:
+    many = [f"CVE-1900-{number:04}" for number in range(1, 300)]
+    found = with_vex(
+        tmp_path,
+        statement(many[0], "not_affected", {"@id": PURL}),
+        advisories=[advisory("DSA-1", ranges="introduced 0", upstream=many)],
+    )
+    (one,) = found.findings(debian("1-1"))
+    assert one.status == "affected"
+    assert one.reason is not None
+    assert one.reason.endswith("CVE-1900-0006 and 293 more")
 
 
 def test_what_a_vendor_says_of_a_version_counts_without_an_advisory(tmp_path: Path) -> None:
