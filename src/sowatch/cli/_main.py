@@ -138,7 +138,8 @@ def _run(words: Sequence[str]) -> int:
             "`sowatch doctor` and of this command under SOWATCH_TRACEBACK=1.",
             error,
         )
-        return 1
+        # Of a check 1 is an answer.
+        return 3 if words[:1] == ["list"] and "--check" in words else 1
 
 
 def _dispatch(argv: Sequence[str], out: Out) -> int:

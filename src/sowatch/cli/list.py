@@ -35,12 +35,12 @@ and below it who has it mapped. The data are yours: --osv, --build-ids, --vex. W
 has no package that is known, no data of its distribution, or no version that can be
 compared, is unknown, never not affected: how many files that are stands below, and
 JSON has each. --check: 0 nothing is affected or unknown; 1 something is affected;
-3 nothing that is known, but something is unknown.
+3 nothing that is known, but something is unknown, or it could not be done.
 
 Exit codes: 0 done; 1 no process is in a container that --container names; 2 wrong
 usage; 3 not permitted, and with --stale that processes could not be read: what runs
 on stale files may be among them. With --check: 0 nothing is stale; 1 something is;
-3 nothing that is known, but not all could be read or determined.
+3 nothing that is known, but not all could be read or determined, or any other error.
 
 Examples:
   sowatch list libssl                      who uses which libssl
@@ -169,6 +169,15 @@ def configure(parser: Parser) -> None:
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
     """Take one snapshot and print it; returns the exit code."""
+    try:
+        return _run(args, out, warn, open_watcher)
+    except SowatchError as error:
+        if args.check and not isinstance(error, UsageError):
+            error.exit_code = NOT_PERMITTED  # 1 says that there is something
+        raise
+
+
+def _run(args: Namespace, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher) -> int:
     shape = _shape_of(args)
     if shape.columns == ["help"]:
         from sowatch.cli._list_columns import COLUMNS

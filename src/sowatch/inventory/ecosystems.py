@@ -72,7 +72,10 @@ _SCHEMES: Final[dict[str, VersionScheme]] = {
     "Maven": "maven",
 }
 _VERSION: Final = re.compile(r"[0-9]+(?:\.[0-9]+)*")
-_SUSE: Final = re.compile(r"(?:^|.* )([0-9]+)(?: SP([0-9]+))?")
+_SUSE: Final = re.compile(r"(?:^|.* )([0-9]+)(?: SP([0-9]+))?(?:-(?:LTSS|ESPOS|BCL)\b.*)?")
+#: Longer support of one minor release (EUS, AUS, TUS, E4S), and of a major one after its end (ELS).
+_RHEL_EXTENDED: Final = re.compile(r"rhel_(?:els|eus|eus_long_life|aus|tus|e4s)")
+_EXTENDED: Final = re.compile(rf"Ubuntu:Pro|Red Hat:{_RHEL_EXTENDED.pattern}(?:$|:)|SUSE:.*\b(?:LTSS|ESPOS|BCL)\b")
 
 
 def base_of(ecosystem: str) -> str:
@@ -137,12 +140,12 @@ def _language_name(kind: str, namespace: str, name: str) -> str:
 
 
 def is_extended(ecosystem: str) -> bool:
-    """Whether it is of what Ubuntu fixes for subscribers only (Pro, ESM).
+    """Whether it is of what is fixed for subscribers only: Ubuntu Pro (ESM), ELS and EUS of Red Hat, LTSS of SUSE.
 
-    >>> is_extended("Ubuntu:Pro:18.04:LTS")
-    True
+    >>> [is_extended(f"Red Hat:{product}:7") for product in ("rhel_els", "enterprise_linux")]
+    [True, False]
     """
-    return ecosystem.startswith("Ubuntu:Pro")
+    return _EXTENDED.match(ecosystem) is not None
 
 
 def covers(ecosystem: str, release: str | None) -> bool | None:
@@ -180,13 +183,19 @@ def _is_of_ubuntu(suffix: str, release: str) -> bool:
 
 
 def _is_of_red_hat(suffix: str, release: str) -> bool:
-    # A part of a CPE: enterprise_linux:9::baseos. Other products are subscriptions, which a host does not show.
+    # A part of a CPE: enterprise_linux:9::baseos, rhel_eus:9.4::appstream. Other products are subscriptions, which a
+    # host does not show.
     product, _, rest = suffix.partition(":")
-    return product == "enterprise_linux" and rest.split(":")[0].split(".")[0] == release.partition(".")[0]
+    number = rest.split(":")[0]
+    if product == "enterprise_linux":
+        number = number.split(".")[0]
+    elif not _RHEL_EXTENDED.fullmatch(product):
+        return False
+    return _is_same_release(number, release)
 
 
 def _is_of_suse(suffix: str, release: str) -> bool:
-    # ``Linux Enterprise Module for Basesystem 15 SP5`` is of 15.5. Longer support has updates of its own.
+    # ``Linux Enterprise Module for Basesystem 15 SP5`` is of 15.5, and so is ``Linux Enterprise Server 15 SP5-LTSS``.
     found = _SUSE.fullmatch(suffix)
     major, _, minor = release.partition(".")
     return found is not None and (found[1], found[2] or "0") == (major, minor or "0")

@@ -9,6 +9,7 @@ distribution, or its version cannot be compared. docs/decisions/0078-vulnerabili
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cmp_to_key
@@ -340,7 +341,7 @@ def _entries(advisory: Advisory, package: OsvPackage) -> list[AffectedPackage]:
     extended = [one for one in found if is_extended(one.ecosystem)]
     if extended and "esm" in package.version:
         return extended
-    # Who has no subscription has the same flaw, though not that fix.
+    # Who has no subscription has the same flaw, though not that fix: also where a release is mended for nobody else.
     return [one for one in found if one not in extended] or extended
 
 
@@ -508,7 +509,7 @@ def _build_ids_in(path: str) -> Iterator[tuple[str, str, str]]:
         raise SowatchError(f"cannot read {path!r}: {error.strerror}. Name a file of build ids.") from error
     if len(lines) > _MAX_LIST_BYTES:
         raise SowatchError(f"{path!r} is larger than {_MAX_LIST_BYTES >> 20} MiB. Name a file of build ids.")
-    for number, row in enumerate(csv.reader(lines.splitlines()), 1):
+    for number, row in enumerate(_rows_of(lines, path), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or cells[0].startswith("#") or (number == 1 and cells[0].lower() == "build_id"):
             continue
@@ -518,3 +519,13 @@ def _build_ids_in(path: str) -> Iterator[tuple[str, str, str]]:
                 "and after a comma the id of what is wrong with it."
             )
         yield cells[0].lower(), cells[1], ", ".join(cells[2:])
+
+
+def _rows_of(text: str, path: str) -> Iterator[list[str]]:
+    rows = csv.reader(io.StringIO(text, newline=""))  # other separators of lines may be in a note
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise UsageError(
+            f"{path!r}, line {rows.line_num}: this is not BUILD_ID,ID[,NOTE]: {error}. Shorten the note, or quote it."
+        ) from error

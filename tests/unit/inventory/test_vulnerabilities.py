@@ -244,9 +244,18 @@ def test_a_package_has_the_name_that_osv_has(url: str, ecosystem: str, name: str
         ("Rocky Linux:9", "9.4", True),
         ("Red Hat:enterprise_linux:9::baseos", "9.4", True),
         ("Red Hat:enterprise_linux:8::baseos", "9.4", False),
-        ("Red Hat:rhel_eus:9.4::appstream", "9.4", False),
+        ("Red Hat:rhel_eus:9.4::appstream", "9.4", True),
+        ("Red Hat:rhel_eus:9.4::appstream", "9.6", False),
+        ("Red Hat:rhel_e4s:9.0::baseos", "9.0", True),
+        ("Red Hat:rhel_aus:8.2::baseos", "8.2", True),
+        ("Red Hat:rhel_els:7", "7.9", True),
+        ("Red Hat:rhel_els:7", "8.10", False),
+        ("Red Hat:openshift:4.14::el9", "9.4", False),
         ("SUSE:Linux Enterprise Module for Basesystem 15 SP5", "15.5", True),
-        ("SUSE:Linux Enterprise Server 15 SP5-LTSS", "15.5", False),
+        ("SUSE:Linux Enterprise Server 15 SP5-LTSS", "15.5", True),
+        ("SUSE:Linux Enterprise Server 15 SP5-LTSS", "15.6", False),
+        ("SUSE:Linux Enterprise High Performance Computing 15 SP4-ESPOS", "15.4", True),
+        ("SUSE:Linux Enterprise Server LTSS Extended Security 12 SP5", "12.5", True),
         ("SUSE:Linux Enterprise Server 15 SP4", "15.5", False),
         ("openSUSE:Leap 15.5", "15.5", True),
         ("openSUSE:Tumbleweed", "20261128", True),
@@ -351,6 +360,30 @@ def test_incomplete_data_answer_not_affected_to_nobody() -> None:
     assert found.problems == ("cannot read x.json: it is broken",)
 
 
+@pytest.mark.parametrize(
+    ("extended", "general", "distro"),
+    [
+        ("Red Hat:rhel_els:7", "Red Hat:enterprise_linux:7", "rhel-7.9"),
+        ("Red Hat:rhel_eus:9.4::baseos", "Red Hat:enterprise_linux:9::baseos", "rhel-9.4"),
+        ("SUSE:Linux Enterprise Server 15 SP4-LTSS", "SUSE:Linux Enterprise Server 15 SP4", "sles-15.4"),
+    ],
+)
+def test_what_is_fixed_for_subscribers_only_is_a_flaw_of_that_release_for_all(
+    extended: str, general: str, distro: str
+) -> None:
+    def status(version: str, *advisories: Any) -> list[str]:
+        one = package(f"pkg:rpm/x/lamp@{version}?distro={distro}", version, "lamp", by="rpm")
+        return [found.status for found in data(*advisories).findings(one)]
+
+    other = advisory("A-9", general, "torch", "introduced 0")
+    only = advisory("A-1", extended, "lamp", "introduced 0, fixed 0:2-1")
+    assert status("1-1", only, other) == ["affected"]
+    assert status("2-1", only, other) == []
+    entries = [*only["affected"], *advisory("A-1", general, "lamp", "introduced 0, fixed 0:3-1")["affected"]]
+    both = advisory("A-1", affected=entries)
+    assert status("2-1", both, other) == ["affected"]  # the entry that is for all counts
+
+
 # ---- build ids ----------------------------------------------------------------------------------
 
 
@@ -377,6 +410,18 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "builds.csv").write_text(f"{BUILD_ID},A-1\n{line}\n")
     with pytest.raises(UsageError, match="line 2: this is not BUILD_ID,ID"):
         load_vulnerabilities(build_ids=[str(tmp_path / "builds.csv")])
+
+
+def test_a_note_that_is_too_long_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "builds.csv").write_text(f"{BUILD_ID},A-1\n{BUILD_ID},A-2,{'x' * 200_000}\n")
+    with pytest.raises(UsageError, match="line 2: this is not BUILD_ID,ID"):
+        load_vulnerabilities(build_ids=[str(tmp_path / "builds.csv")])
+
+
+def test_a_note_may_have_any_separator_of_lines_in_it(tmp_path: Path) -> None:
+    (tmp_path / "builds.csv").write_text(f"{BUILD_ID},A-1,one\x0ctwo\u2028three\r\n{BUILD_ID},A-2\n", newline="")
+    found = load_vulnerabilities(build_ids=[str(tmp_path / "builds.csv")]).findings(None, BUILD_ID)
+    assert [(one.id, one.reason) for one in found] == [("A-1", "one\x0ctwo\u2028three"), ("A-2", None)]
 
 
 def test_a_list_that_is_not_there_is_an_error(tmp_path: Path) -> None:

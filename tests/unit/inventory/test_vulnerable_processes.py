@@ -187,6 +187,20 @@ def test_data_that_cannot_be_read_leave_the_answer_open(root: Path, jailed: Call
 
 
 @pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--osv", "/nonexistent", "--check"], 3),
+        (["--osv", "/nonexistent"], 1),
+        (["--build-ids", "/nonexistent", "--check"], 3),
+        (["--check"], 2),
+    ],
+)
+def test_a_check_that_did_not_work_has_not_the_exit_code_of_something_affected(words: list[str], code: int) -> None:
+    found, lines, text = listed(*words)
+    assert (found, lines) == (code, []), text
+
+
+@pytest.mark.parametrize(
     ("words", "wanted"),
     [
         (["--vulnerable"], "--vulnerable takes data. Name them"),
