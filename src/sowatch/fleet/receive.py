@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 #: Bytes of a body, as it is sent and decompressed: some 8,000 records of an agent.
 MAX_BODY_BYTES: Final = 8 << 20
+#: Members of gzip of a body: each costs a copy of what follows it.
+MAX_MEMBERS: Final = 64
 #: Bodies that are received or wait to be decoded have so many bytes together.
 MAX_BODIES_BYTES: Final = 128 << 20
 #: How long a body may take.
@@ -141,12 +143,19 @@ class Receiver:
             raise _Refusal(
                 413, _INVALID, f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
             )
-        if self._bodies_bytes + expected > MAX_BODIES_BYTES:
-            raise _Refusal(503, _UNAVAILABLE, "too many requests at once", retry_after_s=RETRY_SOON)
-        self._bodies_bytes += expected
+        arrived = 0
+
+        def count(size: int) -> None:
+            # What came, not what is announced: that would be room that costs its sender nothing.
+            nonlocal arrived
+            if self._bodies_bytes + size > MAX_BODIES_BYTES:
+                raise _Refusal(503, _UNAVAILABLE, "too many requests at once", retry_after_s=RETRY_SOON)
+            self._bodies_bytes += size
+            arrived += size
+
         try:
             try:
-                data = await read_body(body.receive, MAX_BODY_BYTES, BODY_S)
+                data = await read_body(body.receive, MAX_BODY_BYTES, BODY_S, count)
             except BodyTooLarge as error:
                 text = f"the body has more than {MAX_BODY_BYTES >> 20} MiB: send fewer records at once"
                 raise _Refusal(413, _INVALID, text) from error
@@ -162,7 +171,7 @@ class Receiver:
             except NotOtlp as error:
                 raise _Refusal(400, _INVALID, f"this is no request for logs: {error}") from error
         finally:
-            self._bodies_bytes -= expected
+            self._bodies_bytes -= arrived
 
     def _check_token(self, request: Request) -> None:
         if self._token is None:
@@ -259,10 +268,13 @@ def _unpacked(body: bytes) -> bytes:
     """What gzip has made smaller, of any number of members.
 
     Raises:
-        NotOtlp: it is not that of gzip, or too large.
+        NotOtlp: it is not that of gzip, or has more than `MAX_MEMBERS`.
+        _Refusal: it is too large.
     """
     made = bytearray()
-    while body:
+    for _ in range(MAX_MEMBERS):
+        if not body:
+            return bytes(made)
         member = zlib.decompressobj(wbits=31)
         try:
             made += member.decompress(body, MAX_BODY_BYTES + 1 - len(made))
@@ -275,6 +287,8 @@ def _unpacked(body: bytes) -> bytes:
         if not member.eof:
             raise NotOtlp("what is compressed by gzip ends too early")
         body = member.unused_data
+    if body:
+        raise NotOtlp(f"what is compressed by gzip has more than {MAX_MEMBERS} members")
     return bytes(made)
 
 

@@ -105,8 +105,23 @@ class BoundedProtocol(H11Protocol):
             self.transport.abort()
 
 
-async def read_body(receive: Receive, max_bytes: int = BODY_BYTES, timeout_s: float = BODY_S) -> bytes:
+def _uncounted(_: int) -> None:
+    pass
+
+
+async def read_body(
+    receive: Receive,
+    max_bytes: int = BODY_BYTES,
+    timeout_s: float = BODY_S,
+    count: Callable[[int], None] = _uncounted,
+) -> bytes:
     """The whole body of a request.
+
+    Args:
+        receive: gives the next part.
+        max_bytes: that it may have.
+        timeout_s: that it may take.
+        count: takes the bytes of each part before the part is kept, and may raise.
 
     Raises:
         BodyTooLarge: it is larger than ``max_bytes``.
@@ -119,7 +134,9 @@ async def read_body(receive: Receive, max_bytes: int = BODY_BYTES, timeout_s: fl
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise BodyTooSlow
-                body += message.get("body", b"")
+                part = message.get("body", b"")
+                count(len(part))
+                body += part
                 if len(body) > max_bytes:
                     raise BodyTooLarge
                 if not message.get("more_body", False):
