@@ -473,11 +473,16 @@ def _is_shown(root_fd: int, look: _Look) -> bool:
 
 
 def _is_that_file(root_fd: int, look: _Look, listed: Listed) -> bool | None:
-    """Whether a mapped file is the one that is on a list: None if that cannot be determined."""
-    if listed.listed_ns and os.fstat(look.fd).st_ctime_ns <= listed.listed_ns and _is_shown(root_fd, look):
-        return True
+    """Whether a mapped file is the one that is on a list: None if that cannot be determined.
+
+    The change time shows that nothing was written since the list was. In a tree that was copied it is the time of the
+    copy, of whatever file. So it counts only where the package has brought no hash.
+    """
     digest = listed.digest if listed.place != DPKG_LISTS else dpkg_digest(root_fd, listed)
-    return None if digest is None else _has_digest(look.fd, *digest)
+    if digest is not None:
+        return _has_digest(look.fd, *digest)
+    is_older = listed.listed_ns and os.fstat(look.fd).st_ctime_ns <= listed.listed_ns
+    return True if is_older and _is_shown(root_fd, look) else None
 
 
 def _has_digest(fd: int, algorithm: str, expected: str) -> bool | None:

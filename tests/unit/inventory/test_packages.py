@@ -146,6 +146,37 @@ def test_other_file_under_a_packaged_name_is_of_no_package(
     assert found.identify([jailed().map(SSL)]) == [None]
 
 
+def test_other_file_in_a_tree_that_was_copied_is_of_no_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    own = root / SSL.lstrip("/")
+    own.with_suffix(".built").write_bytes(elf(7))
+    own.with_suffix(".built").rename(own)
+    # In the order of names, as `tar --sort=name` does: the lists come after the files that are on them.
+    copy = root.parent / "copy"
+    for name in ("etc", "usr", "var"):
+        shutil.copytree(root / name, copy / name)
+    shutil.rmtree(root)
+    copy.rename(root)
+
+    assert found.identify([jailed().map(SSL)]) == [None]
+
+
+def test_file_of_a_package_without_hashes_is_known_by_its_change_time(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    debian_with_ssl(root)
+    (root / "var/lib/dpkg/info/libssl3.md5sums").unlink()
+    unchanged = jailed().map(SSL)
+    (one,) = found.identify([unchanged])
+    assert one is not None
+
+    add_file(root, SSL, elf(7))
+
+    assert found.identify([jailed().map(SSL)]) == [None]
+
+
 def test_file_that_was_overwritten_in_place_is_of_no_package(
     root: Path, jailed: Callable[[], Jailed], found: Packages
 ) -> None:
