@@ -12,7 +12,7 @@ from sowatch.inventory.package_databases import PackageRecord, read_below
 from sowatch.inventory.purl import purl
 from sowatch.linux.package_note import PackageNote
 
-__all__ = ["IdentifiedBy", "PackageIdentity", "Release", "by_note", "by_record", "plain", "release_of"]
+__all__ = ["IdentifiedBy", "PackageIdentity", "Release", "by_note", "by_record", "is_borrowed", "plain", "release_of"]
 
 #: What named the package: the file itself, the database of a package manager, or the metadata beside or around it.
 IdentifiedBy: TypeAlias = Literal["note", "dpkg", "rpm", "apk", "pypi", "npm", "maven"]
@@ -20,6 +20,11 @@ IdentifiedBy: TypeAlias = Literal["note", "dpkg", "rpm", "apk", "pypi", "npm", "
 _MAX_RELEASE_BYTES: Final = 1 << 16
 _WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_TEXT: Final = 256
+_OF_GLIBC: Final = re.compile(
+    r"ld(64)?\.so\.\d|ld-linux[A-Za-z0-9._-]*\.so\.\d|libc\.so\.6(\.1)?|libm\.so\.6(\.1)?|libmvec\.so\.1|libpthread\.so\.0"
+    r"|lib(dl|nss_[a-z]+|resolv)\.so\.2(\.1)?|lib(anl|rt|util|nsl|thread_db|BrokenLocale)\.so\.1(\.1)?"
+    r"|libc_malloc_debug\.so\.0|libmemusage\.so|libpcprofile\.so"
+)
 
 
 class PackageIdentity(Struct, frozen=True):
@@ -71,11 +76,21 @@ def by_record(record: PackageRecord, manager: Literal["dpkg", "apk", "rpm"], rel
 def by_note(note: PackageNote, release: Release) -> PackageIdentity:
     """The note names the source package, and the distribution that built it, which may be another than the root's."""
     name = note.os or release.name
-    distro = f"{note.os}-{note.os_version}".rstrip("-") if note.os else release.distro
+    # A note without the version of the distribution (Ubuntu's) is of this one, if that is the one of the root.
+    is_of_root = not note.os or (not note.os_version and note.os == release.name)
+    distro = release.distro if is_of_root else f"{note.os}-{note.os_version}".rstrip("-")
     kind = note.type if note.type in _KINDS.values() else "generic"
     qualifiers = {"arch": note.architecture, "distro": distro}
     url = purl(kind, name if kind != "generic" else "", note.name, note.version, qualifiers)
     return PackageIdentity(note.name, note.version, note.name, url, "note", note.version)
+
+
+def is_borrowed(note: PackageNote, soname: str | None) -> bool:
+    """Whether a note may be of the C library's startup files only, which each program is linked with.
+
+    On Ubuntu ``Scrt1.o`` has brought the note of glibc itself since 24.10.
+    """
+    return note.type == "deb" and note.name == "glibc" and (soname is None or _OF_GLIBC.fullmatch(soname) is None)
 
 
 def plain(by: Literal["pypi", "npm", "maven"], namespace: str, name: str, version: str) -> PackageIdentity:

@@ -1,8 +1,8 @@
 """`Packages`: which package a mapped file is of, in which version, as it was when that was mapped. Read-only.
 
-What an upgrade has put in the place of a file must not lend it its version. So what the file says of itself comes
-first; a database counts only while its path leads to the very inode that is mapped, with the content that the database
-has; and what was found is kept, for the time when the file has been replaced.
+What an upgrade has put in the place of a file must not lend it its version. So a database counts only where the very
+inode that is mapped has the content that the database has; else what the file says of itself counts; and what was found
+is kept, for the time when the file has been replaced.
 docs/decisions/0072-package-identity.md has the rules.
 
 Files and databases are those of containers: see `package_databases`.
@@ -44,6 +44,7 @@ from sowatch.inventory.package_identity import (
     Release,
     by_note,
     by_record,
+    is_borrowed,
     plain,
     release_of,
 )
@@ -52,7 +53,7 @@ from sowatch.inventory.rpm_database import rpm_listed
 from sowatch.linux.content_hash import htlhash
 from sowatch.linux.descriptors import close_fd
 from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
-from sowatch.linux.elf import read_facts
+from sowatch.linux.elf import ElfFacts, read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.heap import give_back
 from sowatch.linux.mapped_file import open_mapped
@@ -286,8 +287,10 @@ class Packages:
             return _Answer(None, is_settled=False)
         look = _Look(key, one.process.pid, one.library, fd)
         try:
-            if _was_overwritten(look):
+            facts = read_facts(fd)
+            if _was_overwritten(look, facts):
                 return _Answer(None)
+            look.soname = None if facts is None else facts.soname
             look.note = read_package_note(fd)
         except ElfError:
             return _Answer(None)
@@ -327,14 +330,17 @@ class Packages:
 
     def _identified(self, root: RootKey, root_fd: int, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
         release = release_of(root_fd)
-        found: dict[_FileKey, _Answer] = {}
+        # A database that proves the very file says more than a note, which may be one that was linked in.
+        found = self._by_databases(root, root_fd, looks, release)
         left: list[_Look] = []
         for look in looks:
-            if look.note is None:
-                left.append(look)
-            else:
+            answer = found.get(look.key)
+            if answer is not None and answer.identity is not None:
+                continue
+            if look.note is not None and not is_borrowed(look.note, look.soname):
                 found[look.key] = _Answer(by_note(look.note, release))
-        found |= self._by_databases(root, root_fd, left, release)
+            else:
+                left.append(look)
         for look in left:
             if look.key not in found:
                 try:
@@ -360,7 +366,8 @@ class Packages:
             if answers and manager.state(root_fd) != state:  # it is at work: which of both was read is open
                 answers = dict.fromkeys(answers, _Answer(None, is_settled=False))
             found |= answers
-        left = [look for look in looks if look.key not in found]
+        # rpm is asked for each package by a process of its own; where its packages have notes, these are right.
+        left = [look for look in looks if look.key not in found and _needs_rpm(look)]
         if left and root == self._own_root and _has_rpm(root_fd):
             owned, records = rpm_listed([look.library.path for look in left])
             for look in left:
@@ -419,7 +426,7 @@ _MOST_HOLDERS: Final = 3
 class _Look:
     """A mapped file that was opened, until nobody has it any more: a thread that hangs may bring it late."""
 
-    __slots__ = ("fd", "key", "library", "note", "pid")
+    __slots__ = ("fd", "key", "library", "note", "pid", "soname")
 
     def __init__(self, key: _FileKey, pid: int, library: Library, fd: int) -> None:
         self.key = key
@@ -427,6 +434,7 @@ class _Look:
         self.library = library
         self.fd = fd
         self.note: PackageNote | None = None
+        self.soname: str | None = None
 
     def __del__(self) -> None:
         close_fd(self.fd)
@@ -448,14 +456,14 @@ _MANAGERS: Final = (
 )
 
 
-def _was_overwritten(look: _Look) -> bool:
-    """Whether another program was written into the file since it was mapped.
-
-    Raises:
-        ElfError: it cannot be read.
-    """
-    facts, known = read_facts(look.fd), look.library.build_id
+def _was_overwritten(look: _Look, facts: ElfFacts | None) -> bool:
+    """Whether another program was written into the file since it was mapped."""
+    known = look.library.build_id
     return known is not None and facts is not None and facts.build_id not in (None, known)
+
+
+def _needs_rpm(look: _Look) -> bool:
+    return look.note is None or look.note.type != "rpm"
 
 
 def _is_shown(root_fd: int, look: _Look) -> bool:

@@ -23,6 +23,8 @@ _NT_PACKAGE: Final = 0xCAFE1A7E
 #: A usual one has 150 bytes. No depth of nesting in so few exhausts the decoder, which counts it, too.
 _MOST_BYTES: Final = 4096
 _MOST_CHARACTERS: Final = 256
+#: As deb, rpm and apk have them: no other name can be part of a package URL, nor is meant as one.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _PRINTABLE: Final = re.compile(r"[!-~][ -~]*")
 
 
@@ -44,6 +46,9 @@ class PackageNote(Struct, frozen=True, rename="camel"):
 def read_package_note(fd: int) -> PackageNote | None:
     """The note of an open file; None if it has none, or one that names no package.
 
+    Of several it is the last one: a linker puts what it was told itself behind what the objects have brought, as the
+    startup files of the C library do (``Scrt1.o`` on Ubuntu).
+
     Args:
         fd: stays the caller's, and so does its file position. Open with O_NONBLOCK.
 
@@ -54,13 +59,15 @@ def read_package_note(fd: int) -> PackageNote | None:
         return None
     try:
         elf = open_elf(fd, DEFAULT_LIMITS)
+        last: bytes | None = None
         for owner, kind, content in () if elf is None else notes_of(elf):
             if owner == _OWNER and kind == _NT_PACKAGE:
-                return _decoded(content)
+                last = content
     except ElfError as error:
         if error.errno is not None:
             raise
-    return None
+        return None
+    return None if last is None else _decoded(last)
 
 
 def _decoded(content: bytes) -> PackageNote | None:
@@ -74,4 +81,4 @@ def _decoded(content: bytes) -> PackageNote | None:
     values = (note.name, note.version, note.type, note.os, note.os_version, note.architecture, note.os_cpe)
     if any(value and (len(value) > _MOST_CHARACTERS or not _PRINTABLE.fullmatch(value)) for value in values):
         return None
-    return note if note.name and note.version else None
+    return note if _NAME.fullmatch(note.name) and note.version.strip("/ ") else None

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from sowatch.inventory import package_databases, packages
+from sowatch.inventory.ecosystems import osv_package
 from sowatch.inventory.packages import PackageIdentity, Packages
 from sowatch.linux.proc import ProcFs, ProcReadError
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
 from sowatch.model.stats import Mapped
+from support.elf_files import Made
 from support.package_roots import (
     DEBIAN,
     Jailed,
@@ -285,20 +287,78 @@ def test_packages_of_this_host_are_the_ones_that_dpkg_itself_tells(found: Packag
 # --- the note, apk, rpm -------------------------------------------------------------------------
 
 
-def test_note_in_the_file_comes_before_any_database(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+FEDORA_SSL = PackageIdentity(
+    "openssl",
+    "3.2.2-10.fc41",
+    "openssl",
+    "pkg:rpm/fedora/openssl@3.2.2-10.fc41?distro=fedora-41",
+    "note",
+    "3.2.2-10.fc41",
+)
+
+
+def test_database_that_proves_the_file_comes_before_its_note(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
     content = elf(1, json.dumps(NOTE).encode())
     add_dpkg(root, dpkg_status(libssl3=("9", "")), {"libssl3": {SSL: content}})
+    process = jailed()
 
-    assert found.identify([jailed().map(SSL)]) == [
-        PackageIdentity(
-            "openssl",
-            "3.2.2-10.fc41",
-            "openssl",
-            "pkg:rpm/fedora/openssl@3.2.2-10.fc41?distro=fedora-41",
-            "note",
-            "3.2.2-10.fc41",
-        )
-    ]
+    (packaged,) = found.identify([process.map(SSL)])
+    add_file(root, SSL, elf(2, json.dumps(NOTE).encode()))
+    (other,) = found.identify([process.map(SSL)])
+
+    assert packaged is not None
+    assert (packaged.name, packaged.version, packaged.identified_by) == ("libssl3", "9", "dpkg")
+    assert other == FEDORA_SSL
+
+
+def test_note_tells_where_there_is_no_database(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:
+    add_file(root, SSL, elf(1, json.dumps(NOTE).encode()))
+
+    assert found.identify([jailed().map(SSL)]) == [FEDORA_SSL]
+
+
+def test_note_that_names_no_release_is_of_that_of_its_root(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    (root / "etc/os-release").write_text('ID=ubuntu\nVERSION_ID="24.10"\n')
+    note = {"type": "deb", "os": "ubuntu", "name": "openssl", "version": "3.3.1-2ubuntu2", "architecture": "amd64"}
+    add_file(root, SSL, elf(1, json.dumps(note).encode()))
+    add_file(root, "/opt/other.so", elf(2, json.dumps({**note, "os": "debian"}).encode()))
+    process = jailed()
+
+    own, other = found.identify([process.map(SSL), process.map("/opt/other.so")])
+
+    assert own is not None
+    assert own.purl == "pkg:deb/ubuntu/openssl@3.3.1-2ubuntu2?arch=amd64&distro=ubuntu-24.10"
+    asked = osv_package(own)
+    assert asked is not None
+    assert (asked.ecosystem, asked.release) == ("Ubuntu", "24.10")
+    assert other is not None
+    assert other.purl.endswith("distro=debian")
+
+
+def test_program_with_the_note_of_the_c_library_only_is_none_of_its_files(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    note = json.dumps({"type": "deb", "os": "ubuntu", "name": "glibc", "version": "2.40-1ubuntu3"}).encode()
+    made = Made()
+    made.soname = b"libc.so.6"
+    made.notes_before = made.note(b"FDO\0", 0xCAFE1A7E, note)
+    names = ("/usr/bin/own", "/usr/bin/packaged", "/usr/lib/libc.so.6")
+    add_dpkg(root, dpkg_status(packaged=("1", "")), {"packaged": {names[1]: elf(2, note)}})
+    add_file(root, names[0], elf(1, note))
+    add_file(root, names[2], made.data())
+    process = jailed()
+
+    own, packaged, library = found.identify(list(map(process.map, names)))
+
+    assert own is None
+    assert packaged is not None
+    assert packaged.name == "packaged"
+    assert library is not None
+    assert (library.name, library.identified_by) == ("glibc", "note")
 
 
 def test_note_is_read_of_a_file_that_is_deleted(root: Path, jailed: Callable[[], Jailed], found: Packages) -> None:

@@ -86,6 +86,27 @@ def test_note_that_the_linker_writes_is_read(tmp_path: Path) -> None:
     assert (found.type, found.os, found.name, found.version) == ("rpm", "fedora", "openssl", "3.2.2-10.fc41")
 
 
+def test_of_several_notes_the_one_of_the_linker_counts(tmp_path: Path) -> None:
+    """As the startup file of a C library that has a note itself, and a program that is linked with it."""
+    (tmp_path / "empty.c").write_text("int noted_open(void) { return 1; }\n")
+    glibc = {**OPENSSL, "type": "deb", "name": "glibc"}
+    for place, note in (("start", glibc), ("words", OPENSSL)):
+        (tmp_path / place).write_text("--package-metadata='" + json.dumps(note) + "'\n")
+    subprocess.run(["cc", "-c", "-fPIC", "-o", tmp_path / "plain.o", tmp_path / "empty.c"], check=True)
+    subprocess.run(["ld", "-r", f"@{tmp_path}/start", "-o", tmp_path / "Scrt1.o", tmp_path / "plain.o"], check=True)
+    link = ["ld", "-shared", "-o", tmp_path / "noted.so", tmp_path / "Scrt1.o"]
+    subprocess.run(link, check=True)
+    borrowed = read(tmp_path / "noted.so")
+    subprocess.run([*link, f"@{tmp_path}/words"], check=True)
+
+    own = read(tmp_path / "noted.so")
+
+    assert borrowed is not None
+    assert borrowed.name == "glibc"
+    assert own is not None
+    assert own.name == "openssl"
+
+
 def test_file_without_a_note_has_none(tmp_path: Path) -> None:
     (tmp_path / "plain.so").write_bytes(Made().data())
     (tmp_path / "text").write_text("no ELF")
@@ -105,6 +126,8 @@ def test_file_without_a_note_has_none(tmp_path: Path) -> None:
         b'{"name": 7, "version": "1"}',
         b'{"name": "", "version": "1"}',
         b'{"name": "x"}',
+        b'{"name": "/", "version": "1"}',
+        b'{"name": "x y", "version": "1"}',
         b'{"name": "x\\u0000y", "version": "1"}',
         b'{"name": "x\\u001b[2J", "version": "1"}',
         b'{"name": "x", "version": "' + b"1" * 300 + b'"}',
