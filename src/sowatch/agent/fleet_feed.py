@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from sowatch.agent.fleet_facts import FleetFacts
@@ -41,6 +42,10 @@ _CHUNK: Final = 500
 _LET_GO_S: Final = 10.0
 #: The first snapshot waits so long for packages and hashes of what is mapped.
 _IDENTIFY_S: Final = 15.0
+#: After a fault it begins anew so much later; doubled each time, and the first again after an hour without one.
+_FIRST_PAUSE_S: Final = 1.0
+_LAST_PAUSE_S: Final = 300.0
+_WELL_S: Final = 3600.0
 #: At the end, so long for what waits.
 _DELIVER_S: Final = 2.0
 
@@ -81,13 +86,15 @@ class Feed:
         self._stale = stale
         self._proc = proc
         host_id = origin.host_id or origin.host
-        self.changes = Changes(
+        self._make_changes = partial(
+            Changes,
             host_id,
             interval_s=settings.interval_s,
             snapshot_interval_s=settings.snapshot_interval_s,
             needs_hash=_needs_hash,
             asks_packages=True,
         )
+        self.changes = self._make_changes()
         resource = {
             "host.id": host_id,
             "host.name": origin.host,
@@ -105,8 +112,10 @@ class Feed:
         self.sender = Sender(self, exporter)
         self._facts = FleetFacts(self, packages, proc)
         self._lock = threading.Lock()
-        #: Why it does not go on; None: it does.
+        #: Why it does not go on; None: it does, or does again.
         self.failure: str | None = None
+        self.faults = 0
+        self._closing = threading.Event()
         self._lost_in_queue = 0
         self._is_repaired = True
         #: What was let go by hand or by rules, and may be mapped all the same.
@@ -124,6 +133,7 @@ class Feed:
 
     def close(self) -> None:
         """Sends what waits, for two seconds at most. Safe to call again."""
+        self._closing.set()
         self._subscription.close()
         if self._thread.is_alive():
             self._thread.join(_TURN_S)
@@ -136,7 +146,7 @@ class Feed:
         return {
             "records": stats.sent,
             "lost": changes.dropped,
-            "errors": stats.errors,
+            "errors": stats.errors + self.faults,
             "waiting": stats.waiting + changes.waiting,
             "up": int(stats.is_up and self.failure is None),
             "groups": changes.groups,
@@ -190,12 +200,25 @@ class Feed:
     # ---- the thread that follows the watch ------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self._follow()
-        except Exception as error:
-            # No heartbeat follows, so the host is silent to its receiver, not wrong.
-            LOG.exception("what is mapped is not sent to the receiver of the fleet any more")
-            self.failure = f"the feed has ended by itself: {error}"
+        pause_s = _FIRST_PAUSE_S
+        while not self._closing.is_set():
+            begun_s = time.monotonic()
+            try:
+                self._follow()
+            except Exception as error:
+                # No heartbeat follows until everything was sent anew: the host is silent to its receiver, not wrong.
+                LOG.exception("the feed of the fleet has failed; it begins anew")
+                self.failure = f"the feed has failed: {error}"
+            else:
+                return
+            self.faults += 1
+            with self._lock:
+                before, self.changes = self.changes, self._make_changes()
+                self.changes.go_on(before)
+            if time.monotonic() - begun_s > _WELL_S:
+                pause_s = _FIRST_PAUSE_S
+            self._closing.wait(pause_s)
+            pause_s = min(_LAST_PAUSE_S, 2 * pause_s)
 
     def _follow(self) -> None:
         subscription, changes = self._subscription, self.changes
@@ -262,6 +285,7 @@ class Feed:
             changes.may_begin = now_s >= self._begin_s + (_IDENTIFY_S if changes.is_asking else 0.0)
             if changes.is_heartbeat_due():
                 changes.heartbeat(self._watch_state())
+                self.failure = None
             has_records, needs_mapped = changes.has_records, changes.needs_mapped
             has_questions = changes.has_questions
         if needs_mapped:

@@ -9,6 +9,7 @@ sent anew once somebody takes records again. docs/decisions/0069-fleet-records.m
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
@@ -124,7 +125,9 @@ class Changes:
         self._held: dict[ProcessId, _Held] = {}
         self._groups: dict[Identity, Group] = {}
         self._pending: deque[_Pending] = deque()
-        self._due: list[tuple[float, str, Group]] = []
+        #: With numbers, so that no groups are compared.
+        self._due: list[tuple[float, int, Group]] = []
+        self._numbers = itertools.count()
         self._outbox: deque[Record] = deque()
         self._hashes: LRUCache[tuple[FileId, int], str] = LRUCache(_MAX_HASHES)
         self._questions: deque[Question] = deque()
@@ -146,6 +149,15 @@ class Changes:
         self.left_out = 0
         self.short_lived = 0
         self.may_begin = False
+
+    def go_on(self, before: Changes) -> None:
+        """Follows another one that has failed, with all that is given anew: to a receiver records were dropped."""
+        self._snapshot, self._seq, self._version_ns = before._snapshot, before._seq, before._version_ns
+        self._now_s, self._now_ns = before._now_s, before._now_ns
+        self.dropped = before.dropped + before.waiting
+        self.short_lived = before.short_lived
+        # What has ended meanwhile is known once everything was sent.
+        self._heartbeat_s = float("inf")
 
     # ---- figures --------------------------------------------------------------------------------
 
@@ -512,7 +524,7 @@ class Changes:
         """Something changed: it is reported a minute after the last record of the group, or now."""
         if group.due_s is None and not self._is_paused:
             group.due_s = max(self._now_s, group.last_s + STATE_EVERY_S) if at_s is None else at_s
-            heapq.heappush(self._due, (group.due_s, group.key, group))
+            heapq.heappush(self._due, (group.due_s, next(self._numbers), group))
 
     def _look(self, group: Group) -> None:
         """A group has come due."""

@@ -6,6 +6,7 @@ no queue without end of it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -60,7 +61,7 @@ class SenderStats(Struct, frozen=True):
         sent: records that the receiver took.
         errors: requests that failed.
         waiting: records of the batch that is being sent.
-        is_up: whether the last request succeeded; True before the first.
+        is_up: whether the last request succeeded, True before the first; and the thread lives.
         last_error: why it did not.
     """
 
@@ -105,7 +106,9 @@ class Sender:
     @property
     def stats(self) -> SenderStats:
         """The figures so far; any thread."""
-        return SenderStats(self._sent, self._errors, len(self._batch), self._last_error is None, self._last_error)
+        has_died = self._thread.ident is not None and not self._thread.is_alive() and not self._closing.is_set()
+        is_up = self._last_error is None and not has_died
+        return SenderStats(self._sent, self._errors, len(self._batch), is_up, self._last_error)
 
     def close(self, timeout_s: float) -> None:
         """Sends what there is for so long, ends the thread. Safe to call again."""
@@ -122,9 +125,13 @@ class Sender:
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
-            if not self._batch and not self._fill():
-                return
-            refusal = self._send()
+            try:
+                if not self._batch and not self._fill():
+                    return
+                refusal = self._send()
+            except Exception as error:
+                LOG.exception("records of the fleet could not be taken; it is tried again")
+                refusal = self._fault(error)
             if refusal is None or (refusal.is_too_large and self._batch):
                 pause_s = _FIRST_PAUSE_S
                 continue
@@ -150,6 +157,14 @@ class Sender:
             self._wake.wait()
             if not self._closing.is_set():
                 self._closing.wait(self._linger_s)
+
+    def _fault(self, error: Exception) -> Refusal:
+        """The source has failed; what it would have given may be lost, so everything is sent anew."""
+        self._errors += 1
+        self._last_error = f"records could not be taken: {error}"
+        with contextlib.suppress(Exception):
+            self._source.drop(0)
+        return Refusal(self._last_error)
 
     def _send(self) -> Refusal | None:
         some = self._batch[: self._size]

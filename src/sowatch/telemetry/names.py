@@ -369,7 +369,7 @@ FLEET: Final = {
     for field, text in {
         "records": "Records that the receiver of the fleet took.",
         "lost": "Records that were made and did not arrive; everything is sent anew then.",
-        "errors": "Requests to the receiver that failed; each is tried again.",
+        "errors": "Requests to the receiver that failed, and faults of what makes them; each is tried again.",
         "waiting": "Records that were made and did not arrive yet.",
         "up": "1 if the last request succeeded, else 0.",
         "groups": "Groups of processes that have the same file mapped.",

@@ -142,15 +142,24 @@ def test_a_host_is_lossy_from_a_loss_to_its_repair(
     wait_until(lambda: receiver.replica().is_lossy, 30, "a watch that is not repaired")
 
 
-def test_a_feed_that_fails_sends_no_heartbeat_any_more_and_is_down(
+def test_a_feed_that_fails_is_down_until_it_has_sent_everything_anew(
     watcher: Watcher, receiver: FleetReceiver, start: Callable[[], Feed], wait_until: Any
 ) -> None:
+    watcher.mapped = [Mapped(NGINX, library(1), "fleet", ())]
     feed = start()
     wait_until(lambda: bool(receiver.of("heartbeat")), 30, "a heartbeat")
+    # What ends meanwhile is in no event.
+    watcher.mapped = [Mapped(NGINX, library(2), "fleet", ())]
     watcher.queue.put(Load("fleet", None, NGINX, "mmap", 1, 1))  # type: ignore[arg-type]
     wait_until(lambda: feed.figures()["up"] == 0, 30, "the failure")
     assert feed.failure is not None
-    assert feed.failure.startswith("the feed has ended by itself")
+    assert feed.failure.startswith("the feed has failed: ")
+    wait_until(lambda: feed.figures()["up"] == 1, 30, "the new begin")
+    assert (feed.faults, feed.figures()["errors"]) == (1, 1)
+    wait_until(lambda: known(receiver) == {"/nowhere/lib2.so": 1}, 30, "what is mapped by now")
+    assert not receiver.replica().is_lossy
+    watcher.queue.put(load(3))
+    wait_until(lambda: len(known(receiver)) == 2, 30, "what comes after it")
 
 
 def test_more_is_not_settled_than_was_published_by_then(

@@ -9,6 +9,7 @@ from sowatch.fleet.changes import HOLD_S, MAX_PIDS, STATE_EVERY_S, Changes
 from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
+from support.fleet_receiver import Replica, Sent
 
 HOST = "0123456789abcdef0123456789abcdef"
 NS = 1_000_000_000
@@ -299,3 +300,43 @@ def test_a_build_id_of_an_executable_that_comes_late_moves_what_its_process_has(
     found = [(one.event, one.attributes.get("process.executable.build_id.gnu")) for one in host.take()]
     assert found == [("sowatch.library.unmapped", None), ("sowatch.library.mapped", f"{2:040x}")]
     assert host.records[-1].attributes["sowatch.library.stale"] == "deleted"
+
+
+def test_a_group_that_is_forgotten_and_comes_again_at_the_same_time_is_due_twice() -> None:
+    host = Host(asks_packages=True, max_pending=1)
+    host.begin()
+    for pid in (1, 2):
+        # The next mapping settles it at once; it waits for its package then.
+        host.changes.load(process(pid), library(1))
+        host.changes.load(process(pid), library(2))
+        host.changes.unload(process(pid).id, library(1).id)
+    host.changes.load(process(3), library(1))
+    host.changes.load(process(3), library(2))
+    host.go(HOLD_S)
+    assert ("mapped", 1) in host.said()
+
+
+def test_what_follows_one_that_failed_is_a_snapshot_of_the_same_run() -> None:
+    host = Host()
+    host.changes.load(process(1), library(1))
+    host.changes.load(process(2), library(2))
+    host.begin()
+    before, host.changes = host.changes, Changes(HOST)
+    made = host.take()
+    host.changes.go_on(before)
+    host.go(0)
+    host.changes.load(process(1), library(1))
+    host.begin()
+    assert made == []
+    replica = Replica()
+    replica.take(_sent(one) for one in host.records)
+    assert not replica.is_lossy
+    assert [row.attributes["sowatch.library.path"] for row in replica.in_force.values()] == ["/usr/lib/lib1.so"]
+    versions = [one.version_ns for one in host.records]
+    assert versions == sorted(set(versions))
+
+
+def _sent(one: Record) -> Sent:
+    attributes: dict[str, Any] = dict(one.attributes)
+    snapshot, seq = attributes.pop("sowatch.fleet.snapshot"), attributes.pop("sowatch.fleet.seq")
+    return Sent(one.event, one.version_ns, 1, snapshot, seq, attributes, {})

@@ -125,6 +125,41 @@ def test_a_single_record_that_is_too_large_is_given_up_with_its_batch(wait_until
     assert [count for _, count in exporter.tries] == [3, 1]
 
 
+def test_a_source_that_fails_is_asked_again_for_everything(wait_until: Any) -> None:
+    class Failing(Source):
+        faults = 1
+
+        def take(self, limit: int) -> list[Record]:
+            if self.faults:
+                self.faults -= 1
+                raise ValueError("broken")
+            return super().take(limit)
+
+        def drop(self, count: int) -> None:
+            assert count == 0
+            self.left.append(record(7))
+
+    sender = sender_of(Failing(1), Exporter())
+    wait_until(lambda: not sender.stats.is_up, 20, "the fault")
+    assert sender.stats.last_error == "records could not be taken: broken"
+    wait_until(lambda: sender.stats.sent == 2, 20, "what it had, and everything anew")
+    assert (sender.stats.errors, sender.stats.is_up) == (1, True)
+    sender.close(1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_sender_whose_thread_has_ended_by_itself_is_not_up(wait_until: Any) -> None:
+    class Ending(Source):
+        def take(self, limit: int) -> list[Record]:
+            raise SystemExit
+
+    sender = Sender(Ending(1), Exporter(), linger_s=0.0)
+    assert sender.stats.is_up
+    sender.start()
+    wait_until(lambda: not sender.stats.is_up, 20, "the end")
+    sender.close(1)
+
+
 def test_the_end_does_not_wait_for_a_receiver_that_is_down(wait_until: Any) -> None:
     exporter = Exporter(*[Refusal("down", retry_after_s=300.0)] * 3)
     sender = sender_of(Source(1), exporter)
