@@ -18,6 +18,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import IO, Final, Literal, NamedTuple, TypeAlias
 
@@ -28,7 +29,16 @@ from sowatch.inventory.ecosystems import base_of, covers
 from sowatch.linux.openat import open_regular
 from sowatch.model.errors import SowatchError
 
-__all__ = ["Advisory", "AffectedPackage", "OsvData", "VersionEvent", "VersionRange", "load_osv", "state_of"]
+__all__ = [
+    "Advisory",
+    "AffectedPackage",
+    "OsvData",
+    "VersionEvent",
+    "VersionRange",
+    "load_osv",
+    "moment_of",
+    "state_of",
+]
 
 #: Of one advisory. The largest that are published have 3 MB.
 MAX_RECORD_BYTES: Final = 32 << 20
@@ -47,6 +57,7 @@ _PACK_ABOVE_BYTES: Final = 256
 _MAX_TEXT: Final = 200
 #: Problems that are named; the others are counted.
 _NAMED_PROBLEMS: Final = 5
+_NO_MOMENT: Final = datetime.min.replace(tzinfo=UTC)
 _PROGRESS_EVERY: Final = 64
 
 EventKind: TypeAlias = Literal["introduced", "fixed", "last_affected", "limit"]
@@ -252,6 +263,7 @@ class OsvData:
         self._withdrawn: dict[str, str] = {}
         self._kept_bytes = 0
         self._unreadable = 0
+        self._newest = _NO_MOMENT
         self.newest = ""
         self.others = 0
         self.problems: list[str] = []
@@ -310,9 +322,11 @@ class OsvData:
             return
         known = self._numbers.get(record.id)
         before = self._unpacked(known).modified if known is not None else self._withdrawn.get(record.id)
-        if before is not None and before >= record.modified:
+        changed = _changed(record.modified)
+        if before is not None and _changed(before) >= changed:
             return  # the one that was changed last counts
-        self.newest = max(self.newest, record.modified)
+        if changed > self._newest:
+            self._newest, self.newest = changed, record.modified
         if record.withdrawn is not None:
             self._withdrawn[record.id] = record.modified
             if known is not None:
@@ -356,6 +370,23 @@ class OsvData:
     def _unpacked(self, number: int) -> Advisory:
         blob = self._blobs[number]
         return _unpack(zlib.decompress(blob[1:]) if blob[:1] == b"z" else blob[1:])
+
+
+def moment_of(text: str) -> datetime | None:
+    """An RFC 3339 time in UTC, whatever its offset; None: it is none.
+
+    >>> moment_of("2026-01-02T01:00:00+02:00") == moment_of("2026-01-01T23:00:00.0Z")
+    True
+    """
+    try:
+        found = datetime.fromisoformat(text)
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _changed(text: str) -> datetime:
+    return moment_of(text) or _NO_MOMENT  # one that does not say it gives way to every other
 
 
 def _note(index: dict[str, array[int]], key: str, number: int) -> None:

@@ -8,12 +8,14 @@ images of containers, are not known of a process, and so a statement about them 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Struct, field
 
+from sowatch.inventory.osv import moment_of
 from sowatch.linux.openat import open_regular
 from sowatch.model.errors import SowatchError
 
@@ -57,7 +59,7 @@ class VexStatement(NamedTuple):
         ids: of the vulnerability, in capitals: its name and its aliases.
         name: of the vulnerability.
         justification: why, in the statement's words.
-        time: of the statement; the last one counts.
+        time: of the statement, in UTC; the last one counts. The begin of all times if it has none.
         products: that it is about.
     """
 
@@ -65,7 +67,7 @@ class VexStatement(NamedTuple):
     ids: frozenset[str]
     name: str
     justification: str | None
-    time: str
+    time: datetime
     products: tuple[_Product, ...]
 
     @property
@@ -180,15 +182,21 @@ def _statements_of(place: str) -> Iterator[VexStatement]:
             f"{place!r} is no document of OpenVEX: its @context is {document.context!r}. Convert it, or leave it out."
         )
     for one in document.statements:
-        yield _statement(one, document)
+        yield _statement(one, document, place)
 
 
-def _statement(one: _Statement, document: _Document) -> VexStatement:
+def _statement(one: _Statement, document: _Document, place: str) -> VexStatement:
     vulnerability = one.vulnerability
     if isinstance(vulnerability, str):
         vulnerability = _Vulnerability(name=vulnerability)
     name = vulnerability.name or vulnerability.id.rpartition("/")[2]
-    time = one.last_updated or one.timestamp or document.last_updated or document.timestamp
+    text = one.last_updated or one.timestamp or document.last_updated or document.timestamp
+    time = moment_of(text) if text else datetime.min.replace(tzinfo=UTC)
+    if time is None:
+        raise SowatchError(
+            f"{place!r} has a statement about {name!r} of {text[:_MAX_TEXT]!r}, which is no time. Correct it: the last "
+            "statement counts."
+        )
     words = (one.justification, one.impact_statement, one.status_notes, one.action_statement)
     return VexStatement(
         one.status,

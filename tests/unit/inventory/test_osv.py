@@ -89,6 +89,24 @@ def test_of_two_with_one_id_the_one_that_was_changed_last_counts(tmp_path: Path)
         place = str(write_tree(tmp_path / str(order[0]["modified"]), order))
         data = load_osv([place])
         assert (len(data), ids(data, name="torch"), data.newest) == (1, ["A-1"], "2026-01-02T00:00:00Z")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("2026-01-01T23:00:00Z", "2026-01-01T20:00:00-05:00"),
+        ("2026-01-02T00:30:00+02:00", "2026-01-01T23:00:00Z"),
+        ("2026-01-02T00:00:00Z", "2026-01-02T00:00:00.5Z"),
+        ("yesterday", "2026-01-02T00:00:00Z"),
+    ],
+)
+def test_the_last_one_is_that_by_time_not_by_text(tmp_path: Path, before: str, after: str) -> None:
+    old = advisory("A-1", package="lamp", ranges="introduced 0", modified=before)
+    new = advisory("A-1", package="torch", ranges="introduced 0", modified=after)
+    for number, order in enumerate(([old, new], [new, old])):
+        data = load_osv([str(write_tree(tmp_path / str(number), order))])
+        assert [[about.name for about in one.packages] for one in data.named("A-1")] == [["torch"]]
+        assert data.newest == after
         assert [one.packages[0].name for one in data.named("A-1")] == ["torch"]
 
 

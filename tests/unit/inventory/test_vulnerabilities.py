@@ -511,6 +511,30 @@ def test_the_last_statement_counts(tmp_path: Path) -> None:
     assert [one.status for one in found.findings(debian("1-1"))] == ["not_affected"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("2026-03-01T23:00:00+05:00", "2026-03-01T19:00:00Z"),
+        ("2026-03-01T10:00:00Z", "2026-03-01T10:00:00.250Z"),
+        ("2026-03-01T09:00:00Z", "2026-03-01T05:00:00-05:00"),
+    ],
+)
+def test_the_last_statement_is_that_by_time_not_by_text(tmp_path: Path, before: str, after: str) -> None:
+    for first, last in (("affected", "not_affected"), ("not_affected", "affected")):
+        statements = [
+            statement("CVE-1900-0001", first, {"@id": PURL}, timestamp=before),
+            statement("CVE-1900-0001", last, {"@id": PURL}, timestamp=after),
+        ]
+        for order in (statements, statements[::-1]):
+            assert [one.status for one in with_vex(tmp_path, *order).findings(debian("1-1"))] == [last]
+
+
+@pytest.mark.parametrize("time", ["yesterday", "2026-13-01T00:00:00Z", "0001-01-01T00:00:00+23:00"])
+def test_a_statement_of_no_time_is_refused(tmp_path: Path, time: str) -> None:
+    with pytest.raises(SowatchError, match="which is no time"):
+        with_vex(tmp_path, statement("A-1", "not_affected", {"@id": PURL}, timestamp=time))
+
+
 def test_a_statement_names_a_vulnerability_by_any_of_its_ids(tmp_path: Path) -> None:
     for ids in ("A-1", "cve-1900-0001", {"@id": "https://x.example/CVE-1900-0001"}, {"name": "Z", "aliases": ["A-1"]}):
         found = with_vex(tmp_path, statement(ids, "fixed", {"@id": PURL}))
