@@ -36,12 +36,20 @@ _MAX_RECORDS_BYTES: Final = 256 << 20
 #: Of a name or a version.
 _MAX_TEXT: Final = 214
 _PRINTABLE: Final = re.compile(r"[!-~]+")
+#: As each registry allows them; of what it does not allow no package URL can be made.
+_WHEEL_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_NPM_NAME: Final = re.compile(r"(@[A-Za-z0-9~-][A-Za-z0-9._~-]*/)?[A-Za-z0-9~_-][A-Za-z0-9._~-]*")
+_MAVEN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 _SITE: Final = ("site-packages", "dist-packages")
 
 
-def _is_word(text: object) -> bool:
-    return isinstance(text, str) and len(text) <= _MAX_TEXT and _PRINTABLE.fullmatch(text) is not None
+def _is_name(text: str, pattern: re.Pattern[str]) -> bool:
+    return len(text) <= _MAX_TEXT and pattern.fullmatch(text) is not None
+
+
+def _is_version(text: str) -> bool:
+    return _is_name(text, _PRINTABLE) and text.strip("/") != ""
 
 
 # ---- Python ------------------------------------------------------------------------------------
@@ -117,7 +125,7 @@ def wheel_of(root_fd: int, listed: Listed) -> tuple[str, str] | None:
         key, _, value = line.partition(":")
         fields.setdefault(key, value.strip())
     name, version = fields.get("Name", ""), fields.get("Version", "")
-    return (_normalized(name), version) if _is_word(name) and _is_word(version) else None
+    return (_normalized(name), version) if _is_name(name, _WHEEL_NAME) and _is_version(version) else None
 
 
 # ---- npm ---------------------------------------------------------------------------------------
@@ -145,7 +153,8 @@ def npm_package(root_fd: int, path: str) -> tuple[str, str] | None:
         package = msgspec.json.decode(found[0], type=_PackageJson)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
-    return (package.name, package.version) if _is_word(package.name) and _is_word(package.version) else None
+    is_sane = _is_name(package.name, _NPM_NAME) and _is_version(package.version)
+    return (package.name, package.version) if is_sane else None
 
 
 # ---- Java --------------------------------------------------------------------------------------
@@ -286,4 +295,5 @@ def _artifact_in(archive: ZipFile, name: str, content: _Content) -> tuple[str, s
         text = file.read(_MAX_POM_BYTES).decode("latin-1")
     fields = dict(line.partition("=")[::2] for line in text.splitlines() if not line.startswith("#"))
     group, artifact, version = (fields.get(key, "").strip() for key in ("groupId", "artifactId", "version"))
-    return (group, artifact, version) if all(map(_is_word, (group, artifact, version))) else None
+    is_sane = _is_name(group, _MAVEN_NAME) and _is_name(artifact, _MAVEN_NAME) and _is_version(version)
+    return (group, artifact, version) if is_sane else None

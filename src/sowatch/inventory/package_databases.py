@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import os
+import re
 import stat
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,10 @@ _MAX_DATABASE_FILES: Final = 50_000
 _MAX_RECORDS: Final = 50_000
 _MAX_LINES: Final = 2_000_000
 _MAX_JOURNAL: Final = 1_000
+#: Of a name, a version and so on: they go into labels of metrics.
+_MAX_FIELD: Final = 256
+#: Of a package or its source, by the rules of Debian and Alpine.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 
 #: Where dpkg has the files of each package, and what it made of them.
 DPKG_LISTS: Final = "/var/lib/dpkg/info"
@@ -405,14 +410,20 @@ def _stanza(text: bytes) -> dict[bytes, str]:
 
 def _dpkg_record(fields: Mapping[bytes, str], *, needs_state: bool) -> PackageRecord | None:
     name, version = fields.get(b"Package", ""), fields.get(b"Version", "")
-    if not name:
-        return None
     state = fields.get(b"Status", "").rpartition(" ")[2]
     if needs_state and state not in _IN_PLACE:
         version = ""
     source, _, rest = fields.get(b"Source", name).partition(" ")
     own = rest.strip().removeprefix("(").removesuffix(")")
-    return PackageRecord(name, version, source, own or version, fields.get(b"Architecture", ""))
+    return _record(name, version, source, own or version, fields.get(b"Architecture", ""))
+
+
+def _record(name: str, version: str, source: str, source_version: str, architecture: str) -> PackageRecord | None:
+    """None where it is of no package that a manager would have made."""
+    texts = (name, version, source, source_version, architecture)
+    if not (_NAME.fullmatch(name) and _NAME.fullmatch(source)) or max(map(len, texts)) > _MAX_FIELD:
+        return None
+    return PackageRecord(*texts)
 
 
 # --- apk ----------------------------------------------------------------------------------------
@@ -488,9 +499,9 @@ def apk_records(root_fd: int) -> dict[str, PackageRecord]:
                 if line[:2] in (b"P:", b"V:", b"o:", b"A:"):
                     fields.setdefault(line[:2], line[2:].strip().decode("utf-8", "replace"))
             name, version = fields.get(b"P:", ""), fields.get(b"V:", "")
-            if name and len(found) < _MAX_RECORDS:
-                source = fields.get(b"o:") or name
-                found[name] = PackageRecord(name, version, source, version, fields.get(b"A:", ""))
+            record = _record(name, version, fields.get(b"o:") or name, version, fields.get(b"A:", ""))
+            if record is not None and len(found) < _MAX_RECORDS:
+                found[name] = record
     return found
 
 

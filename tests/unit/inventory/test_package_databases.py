@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packageurl import PackageURL
 
 from sowatch.inventory.language_packages import npm_package, wheel_listed, wheel_of
 from sowatch.inventory.package_databases import (
@@ -20,6 +22,7 @@ from sowatch.inventory.package_databases import (
     dpkg_listed,
     dpkg_records,
 )
+from sowatch.inventory.package_identity import Release, by_record, plain
 
 SITE = "/lib/site-packages"
 WORDS = [b"Package: ", b"Version: ", b"Status: install ok installed", b"Source: a (1)", b"P:", b"V:", b"F:lib"]
@@ -76,6 +79,47 @@ def test_database_of_any_content_is_read(root: Path, root_fd: int, content: byte
         wheel_listed(root_fd, path)
     wheel_of(root_fd, Listed(f"{SITE}/x-1.dist-info", "x.so"))
     npm_package(root_fd, "/node_modules/x/x.so")
+
+
+NAMES = st.text(st.sampled_from("ab1/@.+-_~ %?#:\u00e4"), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NAMES, NAMES)
+def test_whatever_a_database_says_becomes_a_package_url_or_nothing(
+    root: Path, root_fd: int, name: str, version: str
+) -> None:
+    (root / "node_modules/x/package.json").write_text(json.dumps({"name": name, "version": version}))
+    (root / f"{SITE[1:]}/x-1.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (root / "var/lib/dpkg/status").write_text(f"Package: {name}\nVersion: {version}\nStatus: a b installed\n")
+    (root / "lib/apk/db/installed").write_text(f"P:{name}\nV:{version}\n\n")
+    npm = npm_package(root_fd, "/node_modules/x/x.so")
+    wheel = wheel_of(root_fd, Listed(f"{SITE}/x-1.dist-info", "x.so"))
+    release = Release("debian", "debian-12")
+
+    made = [by_record(one, "dpkg", release) for one in dpkg_records(root_fd).values() if one.version]
+    made += [by_record(one, "apk", release) for one in apk_records(root_fd).values() if one.version]
+    made += [] if npm is None else [plain("npm", npm[0].rpartition("/")[0], npm[0].rpartition("/")[2], npm[1])]
+    made += [] if wheel is None else [plain("pypi", "", *wheel)]
+
+    for one in made:
+        assert PackageURL.from_string(one.purl).version
+
+
+@pytest.mark.parametrize("field", ["Package", "Version", "Source", "Architecture"])
+def test_field_that_is_too_long_for_a_label_makes_no_record(root: Path, root_fd: int, field: str) -> None:
+    fields = {"Package": "a", "Version": "1", "Source": "a", "Architecture": "amd64", "Status": "install ok installed"}
+    text = "".join(f"{name}: {value}\n" for name, value in fields.items())
+    (root / "lib/apk/db/installed").write_bytes(b"")
+    (root / "var/lib/dpkg/status.d/p").unlink(missing_ok=True)
+    (root / "var/lib/dpkg/updates/0001").unlink(missing_ok=True)
+    (root / "var/lib/dpkg/status").write_text(text)
+    assert len(dpkg_records(root_fd)) == 2
+    fields[field] = "1" * 257
+    text = "".join(f"{name}: {value}\n" for name, value in fields.items())
+    (root / "var/lib/dpkg/status").write_text(text)
+
+    assert dpkg_records(root_fd) == {}
 
 
 def test_index_finds_what_a_search_of_all_lists_finds(root: Path, root_fd: int) -> None:

@@ -634,7 +634,7 @@ def test_names_with_control_characters_are_encoded_in_the_purl(
     root: Path, jailed: Callable[[], Jailed], found: Packages
 ) -> None:
     (root / "etc/os-release").write_text('ID="deb\x1b[2J"\nVERSION_ID=../../x\n')
-    status = dpkg_status(evil=("1\x1b]0;x\x07?arch=z", "Source: a&b\n"))
+    status = dpkg_status(evil=("1\x1b]0;x\x07?arch=z", "Source: a+b\n"))
     add_dpkg(root, status, {"evil": {SSL: elf(1)}})
 
     (one,) = found.identify([jailed().map(SSL)])
@@ -642,6 +642,26 @@ def test_names_with_control_characters_are_encoded_in_the_purl(
     assert one is not None
     assert one.purl.isprintable()
     assert one.purl.count("?") == 1
+
+
+@pytest.mark.parametrize("bad", ["/", "//", "@", "a/b", "a b", "\x1b[2J", "?", "#", "%2F", "\u00e4", ".."])
+def test_name_that_no_registry_allows_is_of_no_package(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, bad: str
+) -> None:
+    names = {"deb": SSL, "npm": "/node_modules/x/x.so", "pypi": "/lib/site-packages/numpy/x.so", "maven": "/tmp/x.so"}
+    add_dpkg(root, dpkg_status(**{bad: ("1", "")}), {"listed": {SSL: elf(1)}})
+    os.rename(root / "var/lib/dpkg/info/listed.list", root / f"var/lib/dpkg/info/{bad.replace('/', '_')}.list")
+    add_file(root, names["npm"], elf(2))
+    add_file(root, "/node_modules/x/package.json", json.dumps({"name": bad, "version": "1"}).encode())
+    wheel(root, "/lib/site-packages", {"numpy/x.so": elf(3)})
+    metadata = root / "lib/site-packages/NumPy-1.26.4.dist-info/METADATA"
+    metadata.write_text(f"Name: {bad}\nVersion: 1\n")
+    jar(root, "/app.jar", {POM: f"groupId=g\nartifactId={bad}\nversion=1\n".encode(), "x.so": elf(4)})
+    add_file(root, names["maven"], elf(4))
+    process = jailed()
+    process.map("/app.jar")
+
+    assert found.identify(list(map(process.map, names.values()))) == [None] * 4
 
 
 def test_process_that_is_gone_has_no_packages_and_is_asked_again(
