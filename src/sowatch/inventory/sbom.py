@@ -10,6 +10,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from msgspec import Struct
@@ -144,9 +145,14 @@ def sbom_of(
     Args: as the attributes of `Sbom`; without a ``serial`` it is made of everything else.
     """
     groups: dict[tuple[str, str, str], list[LoadedFile]] = {}
-    for one in files:
+    unnamed = 0
+    for given in files:
+        one = replace(given, path=shown(given.path), package=_shown_package(given.package))
+        unnamed += one.package is None and given.package is not None
         key = (one.package.purl if one.package else "", "" if one.package else one.path, one.build_id or "")
         groups.setdefault(key, []).append(one)
+    if unnamed:
+        limits = [*limits, f"{unnamed} files without a package: the names of theirs make no package URL"]
     components = tuple(sorted(map(_component, groups.values()), key=lambda one: one.ref))
     made = Sbom(
         shown(host),
@@ -170,7 +176,7 @@ def _component(files: Sequence[LoadedFile]) -> SbomComponent:
     first = files[0]
     places: dict[tuple[str, str], Occurrence] = {}
     for one in files:
-        key = (shown(one.path), one.container or "")
+        key = (one.path, one.container or "")
         before = places.get(key)
         places[key] = Occurrence(
             *key,
@@ -179,7 +185,7 @@ def _component(files: Sequence[LoadedFile]) -> SbomComponent:
         )
     kinds = {one.kind for one in files}
     kind: Kind = next((one for one in ("executable", "interpreter", "library") if one in kinds), first.kind)
-    name = first.package.name if first.package else shown(first.path)
+    name = first.package.name if first.package else first.path
     base = first.package.purl if first.package else f"file:{name}"
     return SbomComponent(
         f"{base}#{first.build_id}" if first.build_id else base,
@@ -190,6 +196,28 @@ def _component(files: Sequence[LoadedFile]) -> SbomComponent:
         tuple(sorted({shown(one.soname) for one in files if one.soname})),
         tuple(sorted(places.values())),
     )
+
+
+def _shown_package(package: PackageIdentity | None) -> PackageIdentity | None:
+    """As text of any document; None: what its name makes is no package URL, as an image may have it."""
+    if package is None or not _is_purl(package.purl):
+        return None
+    texts = (package.name, package.version, package.source, package.source_version)
+    if not any(text and _UNPRINTABLE.search(text) for text in texts):
+        return package
+    name, version, source, source_version = (text and shown(text) for text in texts)
+    return replace(package, name=name, version=version, source=source, source_version=source_version)
+
+
+@lru_cache(16_384)
+def _is_purl(text: str) -> bool:
+    from packageurl import PackageURL
+
+    try:
+        PackageURL.from_string(text)
+    except ValueError:
+        return False
+    return True
 
 
 def confidence_of(identity: PackageIdentity) -> str:

@@ -167,6 +167,45 @@ def test_spdx_is_of_type_runtime_and_has_each_package_and_file() -> None:
     assert {f"gnu-build-id:{OLD}", HASH, SSL.purl} <= identifiers
 
 
+@pytest.mark.parametrize(
+    "package",
+    [
+        PackageIdentity("/", "1", None, "pkg:npm/%2F@1", "npm"),
+        PackageIdentity("/", "1", None, "pkg:deb/debian/%2F@1?arch=amd64", "dpkg"),
+        PackageIdentity("x", "1", None, "no package URL", "dpkg"),
+        PackageIdentity("", "", None, "pkg:npm/", "npm"),
+    ],
+)
+def test_a_package_whose_name_makes_no_url_leaves_the_file_without_one(package: PackageIdentity) -> None:
+    sbom = made([LoadedFile("/opt/evil.so", "library", OLD, None, WEB, package, 1), FILES[1]])
+    found = cyclonedx(sbom)
+    assert sorted((one["name"], one["type"]) for one in found["components"]) == [
+        ("/opt/evil.so", "file"),
+        ("libssl3", "library"),
+    ]
+    assert sbom.limits == ("1 files without a package: the names of theirs make no package URL",)
+    assert [one["name"] for one in spdx(sbom) if one["type"] == "software_Package"] == ["libssl3", "web1"]
+
+
+def test_a_name_of_a_package_is_text_of_any_document() -> None:
+    odd = PackageIdentity("a\x1b[2J", "1\udcff", None, "pkg:npm/a%1B%5B2J@1", "npm")
+    sbom = made([LoadedFile("/opt/odd.node", "library", OLD, None, WEB, odd, 1)])
+    (one,) = cyclonedx(sbom)["components"]
+    assert (one["name"], one["version"]) == ("a\\x1b[2J", "1\\udcff")
+    spdx(sbom)
+
+
+def test_paths_that_are_shown_alike_are_one_component() -> None:
+    files = [
+        LoadedFile("/a\x1b.so", "library", OLD, None, None, None, 1),
+        LoadedFile("/a\\x1b.so", "library", OLD, None, None, None, 2),
+    ]
+    (one,) = made(files).components
+    assert [(place.path, place.processes) for place in one.occurrences] == [("/a\\x1b.so", 3)]
+    assert to_cyclonedx(made(files)) == to_cyclonedx(made(files[::-1]))
+    assert to_spdx(made(files)) == to_spdx(made(files[::-1]))
+
+
 def test_empty_host_is_a_valid_document() -> None:
     assert cyclonedx(made([])).get("components", []) == []
     assert [one for one in spdx(made([])) if one["type"] == "software_File"] == []
