@@ -477,6 +477,21 @@ def test_who_sends_a_head_or_a_body_byte_by_byte_keeps_nobody_else_waiting(recei
     assert receiver.ask("GET", "/healthz").status == 200
 
 
+def test_an_address_that_takes_all_connections_that_it_can_leaves_the_others_theirs(
+    new_receiver: NewReceiver,
+) -> None:
+    receiver = new_receiver(listen="0.0.0.0:0", options=["--no-token"]).start()
+    where = ("127.0.0.1", receiver.port)
+    held = [socket.create_connection(where, receiver.timeout_s) for _ in range(1100)]
+    try:
+        with socket.create_connection(where, receiver.timeout_s, ("127.0.0.2", 0)) as other:
+            other.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
+    finally:
+        for one in held:
+            one.close()
+
+
 def test_the_schema_is_printed_without_any_extra(place: Path) -> None:
     for name in ("chdb", "starlette", "uvicorn"):
         (place / name).mkdir()

@@ -40,6 +40,9 @@ MAX_MEMBERS: Final = 64
 MAX_BODIES_BYTES: Final = 128 << 20
 #: How long a body may take.
 BODY_S: Final = 30.0
+#: What is read of a body without the token, and how long.
+UNKNOWN_BYTES: Final = 64 << 10
+UNKNOWN_S: Final = 1.0
 #: A question has no more bytes.
 MAX_QUESTION_BYTES: Final = 1 << 20
 #: Questions under way at once; the store answers them one after the other.
@@ -126,7 +129,10 @@ class Receiver:
             if decoded.records:
                 await asyncio.wrap_future(self.commits.submit(decoded))
         except _Refusal as error:
-            await body.discard(4 * MAX_BODY_BYTES, BODY_S)
+            if error.status == 401:
+                await body.discard(UNKNOWN_BYTES, UNKNOWN_S)
+            else:
+                await body.discard(4 * MAX_BODY_BYTES, BODY_S)
             return self._refused(error, is_json=is_json)
         except QueueFull as error:
             return self._refused(_Refusal(429, _EXHAUSTED, str(error), retry_after_s=RETRY_SOON), is_json=is_json)
@@ -193,7 +199,7 @@ class Receiver:
         headers = {} if why.retry_after_s is None else {"Retry-After": str(why.retry_after_s)}
         if why.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if why.status in (413, 503):
+        if why.status in (401, 413, 503):
             # What is left of the body is not read.
             headers["Connection"] = "close"
         return self._answer(why.status, status_of(why.code, why.text, is_json=is_json), headers, is_json=is_json)

@@ -17,7 +17,7 @@ from sowatch.fleet.store import SOCKET_NAME, Store
 from sowatch.model.errors import UsageError
 from sowatch.web.bounds import App, HostCheck
 from sowatch.web.notify import Notifier
-from sowatch.web.servers import HttpThread, UnixSocket, bind_tcp, is_loopback
+from sowatch.web.servers import MAX_ACCEPTED, MAX_OF_ADDRESS, HttpThread, UnixSocket, bind_tcp, is_loopback
 
 __all__ = ["DEFAULT_LISTEN", "DEFAULT_STORE", "serve"]
 
@@ -65,7 +65,8 @@ def serve(
     notifier = Notifier()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(stopping))
-        tcp = bind_tcp(listen, key="--listen")
+        # All of this host have one address.
+        tcp = bind_tcp(listen, key="--listen", most=MAX_ACCEPTED, most_of_one=None if is_local else MAX_OF_ADDRESS)
         stack.callback(tcp.close)
         store = stack.enter_context(Store(directory))
         asked = UnixSocket(os.path.join(store.directory, SOCKET_NAME))

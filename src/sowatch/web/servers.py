@@ -25,6 +25,7 @@ from typing import Any, Final
 import uvicorn
 
 from sowatch.model.errors import ConfigError, SowatchError
+from sowatch.web.accepting import Listener
 from sowatch.web.bounds import App, BoundedProtocol, FramingCheck
 from sowatch.web.limits import client_of
 
@@ -35,6 +36,12 @@ LOG = logging.getLogger("sowatch.agent")
 #: Connections at once on each socket; beyond it the answer is 503.
 MAX_CONNECTIONS: Final = 1024
 BACKLOG: Final = 1024
+#: Where a listener bounds what it keeps: so many more are kept for their 503, and what has a handshake under way is
+#: among them; and the part of one address.
+MAX_ACCEPTED: Final = MAX_CONNECTIONS + MAX_CONNECTIONS // 4
+MAX_OF_ADDRESS: Final = MAX_CONNECTIONS // 4
+#: A handshake of TLS that takes longer is ended, as is its end.
+HANDSHAKE_S: Final = 5.0
 #: Bytes of a head.
 MAX_HEAD_BYTES: Final = 16 << 10
 #: Between two lines about a lack of descriptors or memory.
@@ -238,15 +245,29 @@ def is_loopback(listen: str, *, key: str) -> bool:
     return ipaddress.ip_address(parse_listen(listen, key=key)[0]).is_loopback
 
 
-def bind_tcp(listen: str, *, is_for_metrics: bool = False, key: str | None = None) -> socket.socket:
+def bind_tcp(
+    listen: str,
+    *,
+    is_for_metrics: bool = False,
+    key: str | None = None,
+    most: int | None = None,
+    most_of_one: int | None = None,
+) -> socket.socket:
     """A listening socket on a loopback address, or on any for metrics or where a key is given.
+
+    Args:
+        listen: address and port.
+        is_for_metrics: any address.
+        key: any address, too; the setting, for errors.
+        most: connections that it keeps, those before their handshake among them; None: any number.
+        most_of_one: of them, those of one address.
 
     Raises:
         ConfigError: the address is none, or the port is taken or not allowed.
     """
     host, port = parse_listen(listen, is_for_metrics=is_for_metrics, key=key)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    made = Listener(family, most=most, most_of_one=most_of_one)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
@@ -358,8 +379,32 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to accept."""
-        await super().startup(sockets)
+        if self.config.ssl is None:
+            await super().startup(sockets)
+        else:
+            await self._accept_tls(sockets or [])
         self.is_up.set()
+
+    async def _accept_tls(self, sockets: list[socket.socket]) -> None:
+        # uvicorn has no setting for the time of a handshake, and asyncio waits for it a minute.
+        def made() -> asyncio.Protocol:
+            return self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                made,
+                sock=one,
+                ssl=self.config.ssl,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=HANDSHAKE_S,
+            )
+            for one in sockets
+        ]
+        self.started = True
 
 
 class _TcpProtocol(BoundedProtocol):

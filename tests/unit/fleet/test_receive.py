@@ -113,3 +113,25 @@ def test_bytes_that_have_arrived_are_bounded_and_given_back(
         return [*found, (await post(receiver, sends(RECORDS)))[0], (await post(receiver, sends(b" " * 1001)))[0]]
 
     assert asyncio.run(run()) == [503, 200, 503]
+
+
+def test_of_a_body_without_the_token_little_is_read_and_its_connection_ends() -> None:
+    receiver = Receiver(Rows(), token="s3cret")  # type: ignore[arg-type]
+    read = 0
+
+    async def endless() -> Part:
+        nonlocal read
+        read += 1 << 14
+        return {"type": "http.request", "body": b" " * (1 << 14), "more_body": True}
+
+    async def run() -> list[tuple[int, str]]:
+        clients = [endless, sends(b" ", then=never)]
+        # Half a minute was the time of a body.
+        answers = [await asyncio.wait_for(post(receiver, one, authorization="Bearer x"), 15) for one in clients]
+        return [(status, headers["connection"]) for status, headers in answers]
+
+    try:
+        assert asyncio.run(run()) == [(401, "close")] * 2
+        assert read <= 128 << 10
+    finally:
+        receiver.close()
