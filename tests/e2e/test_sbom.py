@@ -129,6 +129,21 @@ def test_whole_host_is_complete_and_two_documents_of_it_are_valid() -> None:
 
 
 @as_root
+def test_what_is_mapped_of_memory_only_is_a_limit(spawn: Any) -> None:
+    code = (
+        "import mmap, os, sys; fd = os.memfd_create('x'); "
+        "data = open(os.path.realpath(sys.executable), 'rb').read(4096); os.write(fd, data); "
+        "kept = mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC); "
+        "print('ready', flush=True); input()"
+    )
+    child = spawn([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+
+    properties = cyclonedx("--pid", str(child.pid))["metadata"]["properties"]
+    assert {"name": "sowatch:limit", "value": "1 executable mapping of memory only: not there"} in properties
+
+
+@as_root
 def test_same_files_give_the_same_document_and_a_file_is_written_as_a_whole(jailed: Jailed, tmp_path: Path) -> None:
     jailed.map(SSL)
     words = ("--pid", str(jailed.pid), "--format", "spdx3")
@@ -230,6 +245,11 @@ def test_what_has_gone_is_there_since_the_start_and_only_then(agent: Agent, prog
     wait_until(lambda: by_name(document(), os.fspath(gone)), 20, "the agent has kept what was loaded")
     (one,) = by_name(document(), os.fspath(gone))
     assert {"name": "sowatch:loaded", "value": "before"} in one["properties"]
+    # Nothing was asked for here, but the rules of the agent are of some paths only.
+    whole = cyclonedx(*words)
+    assert whole["compositions"][0]["aggregate"] == "unknown"
+    limits = [each["value"] for each in whole["metadata"]["properties"] if each["name"] == "sowatch:limit"]
+    assert any(limit.startswith("rule mine: only files of kind executable, interpreter, library") for limit in limits)
     assert by_name(cyclonedx(*words, "/gone$"), os.fspath(gone)) == []
     assert "sowatch:since" in {each["name"] for each in document()["metadata"]["properties"]}
 

@@ -16,12 +16,19 @@ from typing import Final, Self
 from msgspec.structs import replace
 
 from sowatch.inventory.coverage import coverage_of_answers
-from sowatch.inventory.loaded import LoadedAnswer, PlaceKey, loaded_files, place_of
-from sowatch.inventory.packages import HasFile, Packages
+from sowatch.inventory.loaded import (
+    LoadedAnswer,
+    PlaceKey,
+    is_file,
+    limits_of_memory,
+    limits_of_rules,
+    loaded_files,
+    place_of,
+)
+from sowatch.inventory.packages import Packages
 from sowatch.inventory.sbom import LoadedFile
 from sowatch.inventory.stale_watch import StaleWatch, file_key
 from sowatch.inventory.staleness import Staleness
-from sowatch.linux.memory_files import is_memory
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Load, Lost, Ready
 from sowatch.model.lines import stamp
@@ -40,6 +47,10 @@ _BATCH: Final = 256
 #: What comes within this time is looked up together; an upgrade takes longer.
 _TOGETHER_S: Final = 0.25
 _TURN_S: Final = 1.0
+#: This part of the bound is made free at once, as finding out what is mapped takes a while.
+_SPARE: Final = 32
+#: So long it is not tried again when all is mapped.
+_NO_ROOM_S: Final = 10.0
 _EVENTS: Final[tuple[StreamKind, ...]] = ("load",)
 _GONE: Final = (Staleness.REPLACED, Staleness.DELETED)
 
@@ -63,8 +74,11 @@ class LoadedSet:
         self.packages = packages
         self._files: dict[PlaceKey, LoadedFile] = {}
         self._changing = threading.Lock()
-        #: Distinct files beyond the bound; one that comes again counts again.
+        #: Loads of files for which there was no room, as all that are kept are mapped.
         self.left_out = 0
+        #: Files that were forgotten to make room, as nobody had them mapped any more.
+        self.evicted = 0
+        self._no_room_until_s = 0.0
         self._lost = 0
         self._since_ns = time.time_ns()
         self._subscription: Subscription = watcher.subscribe(events=_EVENTS)
@@ -115,12 +129,12 @@ class LoadedSet:
             if (found := answers.get((one.process.id, file_key(one)))) is not None and found.stale in _GONE
         }
         now = loaded_files(mapped, self._packages, gone)
-        keys = dict.fromkeys(place_of(one) for one in mapped if _is_file(one))
+        keys = dict.fromkeys(place_of(one) for one in mapped if is_file(one))
         files: list[LoadedFile] = []
         with self._changing:
             for key, one in zip(keys, now, strict=True):
                 kept = self._files.get(key)
-                if kept is not None and one.package is None:
+                if kept is not None and one.package is None and _is_same_content(key, kept, one):
                     one = replace(one, package=kept.package, build_id=one.build_id or kept.build_id)  # noqa: PLW2901
                 files.append(one)
             if since_start:
@@ -128,6 +142,7 @@ class LoadedSet:
         hung = {pid for pid in self._watcher.unread if not pids or pid in pids}
         read = {one.process.pid for one in mapped}
         coverage = coverage_of_answers(self._proc, ready.strategy, read, hung, pids)
+        rules = self._watcher.rules
         return LoadedAnswer(
             schema=1,
             event="loaded",
@@ -141,8 +156,9 @@ class LoadedSet:
             open_ends=tuple(
                 self._open_ends(since_start=since_start) + ([] if coverage.is_complete else [str(coverage)])
             ),
-            limits=tuple(ready.limits),
-            rules=tuple(rule.name for rule in self._watcher.rules),
+            limits=(*ready.limits, *limits_of_memory(mapped), *self._limits()),
+            rules=tuple(rule.name for rule in rules),
+            rule_limits=limits_of_rules(rules),
         )
 
     def _open_ends(self, *, since_start: bool) -> list[str]:
@@ -151,11 +167,21 @@ class LoadedSet:
             found.append(
                 f"{self._max_files} files are kept, and {self.left_out} loads of others were left out since the start"
             )
+        if since_start and self.evicted:
+            found.append(
+                f"{self._max_files} files are kept, and {self.evicted} that had gone were forgotten since the start"
+            )
         if since_start and self._lost:
             found.append(f"{self._lost} records were lost: what they had loaded and has gone may be missing")
         if not self._watcher.is_repaired:
             found.append("a loss is not repaired yet")
         return found
+
+    def _limits(self) -> list[str]:
+        """Also of what is loaded now."""
+        if not self.left_out:
+            return []
+        return [f"{self.left_out} loads beyond {self._max_files} files: after an upgrade their packages may be unknown"]
 
     # ---- the thread ---------------------------------------------------------------------------
 
@@ -182,12 +208,9 @@ class LoadedSet:
 
     def _take(self, load: Load, pending: dict[PlaceKey, Load], own_pid: int) -> None:
         key = place_of(load)
-        if key in self._files or key in pending or load.process.pid == own_pid or not _is_file(load):
+        if key in self._files or key in pending or load.process.pid == own_pid or not is_file(load):
             return
-        if len(self._files) + len(pending) >= self._max_files:
-            self.left_out += 1
-        else:
-            pending[key] = load
+        pending[key] = load
 
     def _keep(self, pending: dict[PlaceKey, Load]) -> None:
         loads: Sequence[Load] = list(pending.values())
@@ -197,8 +220,12 @@ class LoadedSet:
         except Exception:  # one file keeps no other from being kept
             LOG.exception("packages of loaded files could not be looked up")
             identities, names = [None] * len(loads), [load.library.build_id for load in loads]
+        self._make_room(len(pending))
         with self._changing:
             for (key, load), identity, name in zip(pending.items(), identities, names, strict=True):
+                if len(self._files) >= self._max_files:
+                    self.left_out += 1
+                    continue
                 self._files[key] = LoadedFile(
                     load.library.path,
                     load.library.kind,
@@ -208,6 +235,24 @@ class LoadedSet:
                     identity,
                 )
 
+    def _make_room(self, wanted: int) -> None:
+        """Forgets those that were kept first and that nobody has mapped any more, and some more than it has to."""
+        missing = len(self._files) + wanted - self._max_files
+        now_s = time.monotonic()
+        if missing <= 0 or now_s < self._no_room_until_s:
+            return
+        mapped = {place_of(one) for one in self._watcher.snapshot(with_ranges=False)}
+        gone = [key for key in self._files if key not in mapped][: max(missing, self._max_files // _SPARE)]
+        if len(gone) < missing:
+            self._no_room_until_s = now_s + _NO_ROOM_S
+        with self._changing:
+            for key in gone:
+                del self._files[key]
+        self.evicted += len(gone)
 
-def _is_file(one: HasFile) -> bool:
-    return one.library.path.startswith("/") and not is_memory(one.library.id)
+
+def _is_same_content(key: PlaceKey, kept: LoadedFile, now: LoadedFile) -> bool:
+    """Whether what was looked up at the load is of what is mapped now: another file may be in the same inode."""
+    if None not in (kept.build_id, now.build_id):
+        return kept.build_id == now.build_id
+    return key[2] is not None or key[4] != 0

@@ -109,6 +109,7 @@ class _Found(NamedTuple):
     open_ends: Sequence[str]
     limits: Sequence[str]
     since_s: int | None = None
+    is_of_all: bool = True
 
 
 def run(args: Namespace, *, out: Out, warn: Callable[[str], None], open_watcher: OpenWatcher = open_watcher) -> int:
@@ -143,7 +144,7 @@ def _scan(selection: Selection, warn: Callable[[str], None], open_watcher: OpenW
     try:
         # Now, as the program of the scan is loaded meanwhile.
         from sowatch.inventory.coverage import coverage_of_answers
-        from sowatch.inventory.loaded import loaded_files, place_of
+        from sowatch.inventory.loaded import limits_of_memory, loaded_files, place_of
         from sowatch.inventory.packages import Packages
         from sowatch.inventory.staleness import Disk
 
@@ -176,7 +177,8 @@ def _scan(selection: Selection, warn: Callable[[str], None], open_watcher: OpenW
     elsewhere = why_not_whole_host(proc)
     if elsewhere:
         open_ends.append(f"{elsewhere}: processes outside it are not seen. {PidNamespaceError.remedy}")
-    return _Found(files, ready.origin, time.time_ns(), open_ends, ["one scan: what is loaded later is not there"])
+    limits = ["one scan: what is loaded later is not there", *limits_of_memory(mapped)]
+    return _Found(files, ready.origin, time.time_ns(), open_ends, limits)
 
 
 def _ask(args: Namespace, selection: Selection) -> _Found:
@@ -199,7 +201,11 @@ def _ask(args: Namespace, selection: Selection) -> _Found:
     files = [one for one in answer.files if wanted.wants_file(one.container, one.path, one.kind)]
     if not files and selection.container is not None and not args.since_start:
         check_container(selection.container, (one.container for one in answer.files if one.container))
-    limits = [*answer.limits, f"the agent answered by its rules: {', '.join(answer.rules)}"]
+    limits = [
+        *answer.limits,
+        f"the agent answered by its rules: {', '.join(answer.rules)}",
+        *(answer.rule_limits or ()),
+    ]
     return _Found(
         files,
         Origin(answer.host, answer.host_id, answer.boot_id, answer.version),
@@ -207,6 +213,7 @@ def _ask(args: Namespace, selection: Selection) -> _Found:
         answer.open_ends,
         limits,
         time_ns_from(answer.since) // 10**9 if args.since_start else None,
+        is_of_all=answer.rule_limits == (),
     )
 
 
@@ -222,7 +229,7 @@ def _sbom(args: Namespace, selection: Selection, found: _Found, time_s: int) -> 
     asked += [f"only processes {', '.join(map(str, sorted(selection.pids)))}"] if selection.pids else []
     kinds = sorted({kind for rule in selection.rules for kind in rule.kind})
     asked += [f"only files of kind {', '.join(kinds)}"] if args.kind else []
-    is_complete = False if found.open_ends else None if asked else True
+    is_complete = False if found.open_ends else None if asked or not found.is_of_all else True
     return sbom_of(
         found.files,
         host=found.origin.host,

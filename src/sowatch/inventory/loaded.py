@@ -11,11 +11,17 @@ from sowatch.inventory.packages import HasFile, PackageIdentity, Packages
 from sowatch.inventory.sbom import LoadedFile
 from sowatch.linux.memory_files import is_memory
 from sowatch.model.identity import FileId
+from sowatch.model.literals import Kind
+from sowatch.model.plural import counted
+from sowatch.model.rules import Rule
 
-__all__ = ["LoadedAnswer", "PlaceKey", "loaded_files", "place_of"]
+__all__ = ["LoadedAnswer", "PlaceKey", "is_file", "limits_of_memory", "limits_of_rules", "loaded_files", "place_of"]
 
-#: Distinguishes one entry from another: the file under its path, in its container.
-PlaceKey = tuple[FileId, str, str | None, str | None]
+#: Distinguishes one entry from another: the file under its path, in its container; without a build id also when it was
+#: changed last, as other content may have been written into it.
+PlaceKey = tuple[FileId, str, str | None, str | None, int]
+#: What a rule without a pattern has to be about to leave out nothing.
+_ALL_KINDS: Final = frozenset[Kind]({"library", "executable", "interpreter"})
 #: Of the processes that have a file so many are asked for it.
 _MOST_PROCESSES: Final = 3
 
@@ -30,6 +36,7 @@ class LoadedAnswer(Struct, frozen=True, kw_only=True):
         open_ends: why it is not complete; none: it is.
         limits: of the watch.
         rules: by which it watches.
+        rule_limits: what these leave out; None: it does not say.
     """
 
     schema: int
@@ -44,11 +51,43 @@ class LoadedAnswer(Struct, frozen=True, kw_only=True):
     open_ends: tuple[str, ...]
     limits: tuple[str, ...]
     rules: tuple[str, ...]
+    rule_limits: tuple[str, ...] | None = None
 
 
 def place_of(one: HasFile) -> PlaceKey:
     """That of what is mapped."""
-    return one.library.id, one.library.path, one.library.build_id, one.process.container
+    library = one.library
+    return (
+        library.id,
+        library.path,
+        library.build_id,
+        one.process.container,
+        0 if library.build_id else library.changed_ns,
+    )
+
+
+def limits_of_rules(rules: Iterable[Rule]) -> tuple[str, ...]:
+    """What rules leave out, one sentence each; none if those without a pattern want every kind that a document has."""
+    found = list(rules)
+    if frozenset[str]().union(*(one.kind for one in found if not one.pattern and not one.exports)) >= _ALL_KINDS:
+        return ()
+    return tuple(
+        f"rule {one.name}: only files of kind {', '.join(sorted(one.kind))}"
+        + (f" with {one.pattern} in their path" if one.pattern else "")
+        + (f" that export {', '.join(sorted(one.exports))}" if one.exports else "")
+        for one in found
+    )
+
+
+def limits_of_memory(mapped: Iterable[HasFile]) -> tuple[str, ...]:
+    """That there are executable mappings of what was never a file in a directory, which no document has."""
+    count = sum(not is_file(one) for one in mapped)
+    return (f"{counted(count, 'executable mapping')} of memory only: not there",) if count else ()
+
+
+def is_file(one: HasFile) -> bool:
+    """Whether it may be in a document: what is in memory only is not."""
+    return one.library.path.startswith("/") and not is_memory(one.library.id)
 
 
 def loaded_files(mapped: Iterable[HasFile], packages: Packages, stale: Collection[PlaceKey] = ()) -> list[LoadedFile]:
@@ -61,7 +100,7 @@ def loaded_files(mapped: Iterable[HasFile], packages: Packages, stale: Collectio
     """
     groups: dict[PlaceKey, list[HasFile]] = {}
     for one in mapped:
-        if one.library.path.startswith("/") and not is_memory(one.library.id):
+        if is_file(one):
             groups.setdefault(place_of(one), []).append(one)
     firsts = [group[0] for group in groups.values()]
     identities: Iterable[PackageIdentity | None] = packages.identify(firsts)
