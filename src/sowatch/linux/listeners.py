@@ -90,7 +90,7 @@ class Listeners:
 
     def __init__(self, proc: ProcFs) -> None:
         self._proc = proc
-        self._tables: dict[str, Mapping[int, Listener]] = {}
+        self._tables: dict[str, _Table] = {}
 
     def begin_pass(self) -> None:
         """Forgets the tables, as all of them may have changed."""
@@ -111,26 +111,30 @@ class Listeners:
             return thread
         base = f"{self._proc.root}/{thread}"
         try:
-            self._read_tables(base)
+            are_complete = self._read_tables(base)
             inodes, is_complete = _socket_inodes(f"{base}/fd")
         except OSError as error:
             return _miss(error, base)
-        found = {table[inode] for table in self._tables.values() for inode in inodes & table.keys()}
-        return Listening(tuple(sorted(found)), is_complete)
+        tables = [table.sockets for table in self._tables.values()]
+        found = {sockets[inode] for sockets in tables for inode in inodes & sockets.keys()}
+        return Listening(tuple(sorted(found)), is_complete and are_complete)
 
-    def _read_tables(self, base: str) -> None:
+    def _read_tables(self, base: str) -> bool:
+        """Whether all of them were read to their ends."""
+        are_complete = True
         for one in (f"{self._proc.root}/1", f"{self._proc.root}/self"):
             # Where sockets of service managers were made. It may be out of reach, or another user's.
             with suppress(OSError):
-                self._read_table(one)
-        self._read_table(base)
+                are_complete &= self._read_table(one)
+        return self._read_table(base) and are_complete
 
-    def _read_table(self, base: str) -> None:
+    def _read_table(self, base: str) -> bool:
         namespace = os.readlink(f"{base}/ns/net")
         if namespace not in self._tables:
             while len(self._tables) >= _MAX_NAMESPACES:
                 del self._tables[next(iter(self._tables))]
             self._tables[namespace] = _table_of(base)
+        return self._tables[namespace].is_complete
 
 
 def listening_from(texts: Iterable[str]) -> Listening:
@@ -153,13 +157,21 @@ def ports_of(listeners: Iterable[Listener]) -> str:
 # ---- what the kernel shows ----------------------------------------------------------------------
 
 
-def _table_of(base: str) -> dict[int, Listener]:
-    """By inode, the listening sockets of the network namespace of a process.
+class _Table(NamedTuple):
+    """The listening sockets of a network namespace by inode, and whether those are all."""
+
+    sockets: Mapping[int, Listener]
+    is_complete: bool
+
+
+def _table_of(base: str) -> _Table:
+    """That of the network namespace of a process.
 
     Raises:
         OSError: it may not be read, or the process has ended.
     """
     found: dict[int, Listener] = {}
+    is_complete = True
     protocols: tuple[Protocol, ...] = ("tcp", "udp")
     for protocol in protocols:
         for version in ("", "6"):
@@ -168,19 +180,30 @@ def _table_of(base: str) -> dict[int, Listener]:
             except FileNotFoundError:  # a kernel without IPv6, or the process has ended, which its descriptors show
                 continue
             try:
-                found.update((one.inode, one) for one in parse_listening(protocol, _lines_of(fd)))
+                lines = _Lines(fd)
+                found.update((one.inode, one) for one in parse_listening(protocol, lines))
             finally:
                 close_fd(fd)
-    return found
+            is_complete = is_complete and not lines.is_cut
+    return _Table(found, is_complete)
 
 
-def _lines_of(fd: int) -> Iterator[bytes]:
-    """The lines of a table, without its head."""
-    left_bytes, rest = _MAX_TABLE_BYTES, b""
-    while left_bytes > 0 and (piece := os.read(fd, _READ_BYTES)):
-        left_bytes -= len(piece)
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
+class _Lines:
+    """The lines of a table, up to a bound; ``is_cut``: somebody wanted those beyond it, too."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.is_cut = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        left_bytes, rest = _MAX_TABLE_BYTES, b""
+        while piece := os.read(self._fd, _READ_BYTES):
+            if left_bytes <= 0:
+                self.is_cut = True
+                return
+            left_bytes -= len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
 
 
 def parse_listening(protocol: Protocol, lines: Iterable[bytes]) -> Iterator[Listener]:

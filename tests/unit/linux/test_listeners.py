@@ -184,18 +184,36 @@ def test_ports_are_named_once_whatever_their_addresses() -> None:
     assert str(Listening(())) == ""
 
 
-def test_a_huge_table_is_read_up_to_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tmp_path / "tcp"
-    with table.open("wb") as file:
+@pytest.mark.parametrize(
+    ("protocol", "state", "limit_bytes", "is_cut"),
+    [
+        ("tcp", b"0A", 100_000, True),
+        ("udp", b"07", 100_000, True),
+        ("tcp", b"0A", 10_000_000, False),
+        ("tcp", b"01", 100_000, False),  # nobody reads on behind the first socket that does not listen
+    ],
+)
+def test_a_huge_table_is_read_up_to_its_bound_and_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, state: bytes, limit_bytes: int, is_cut: bool
+) -> None:
+    (tmp_path / "net").mkdir()
+    with (tmp_path / "net" / protocol).open("wb") as file:
         for number in range(1, 5_000):
-            file.write((ROW + b"\n") % (number, b"0A", number))
-    monkeypatch.setattr(listeners, "_MAX_TABLE_BYTES", 100_000)
-    fd = os.open(table, os.O_RDONLY)
-    try:
-        found = list(parse_listening("tcp", listeners._lines_of(fd)))
-    finally:
-        os.close(fd)
-    assert 0 < len(found) < 2_000
+            file.write((ROW + b"\n") % (number, state, number))
+    monkeypatch.setattr(listeners, "_MAX_TABLE_BYTES", limit_bytes)
+    found = listeners._table_of(str(tmp_path))
+    assert found.is_complete == (not is_cut)
+    assert len(found.sockets) < 2_000 or not is_cut
+
+
+def test_a_table_that_was_cut_leaves_the_answer_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = listeners._table_of
+    monkeypatch.setattr(listeners, "_table_of", lambda base: real(base)._replace(is_complete=False))
+    found = Listeners(ProcFs())
+    for _ in range(2):  # also when the table is remembered
+        of = found.of(ME)
+        assert isinstance(of, Listening)
+        assert not of.is_complete
 
 
 def test_ports_that_an_agent_has_named_are_read_back() -> None:
