@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
 )
 
 from sowatch.fleet.receive import MAX_BODY_BYTES
+from sowatch.model.errors import SowatchError
 from support.agent import SOWATCH
 from support.fleet_store import JSON, PROTOBUF, HostRecords, Receiving, group, numbered, otlp, store_rows
 
@@ -396,6 +398,38 @@ def test_what_was_accepted_before_sigterm_is_stored(receiver: Receiving) -> None
     ((*rows,),) = store_rows(receiver.store, "SELECT LogAttributes['number'] AS n FROM otel_logs")
     assert code == 0
     assert accepted - {row["n"] for row in rows} == set()
+
+
+def test_a_question_that_takes_minutes_does_not_keep_a_receiver_from_its_end(receiver: Receiving) -> None:
+    assert receiver.post(numbered(0, 5, time.time_ns())).status == 200
+    refusals: list[str] = []
+
+    def ask(sql: str) -> None:
+        try:
+            receiver.rows(sql)
+        except SowatchError as error:
+            refusals.append(str(error))
+
+    # It ends after the two minutes of a question; the other one waits for its turn.
+    asked = [threading.Thread(target=ask, args=("SELECT sum(sleepEachRow(0.00004)) FROM system.numbers",))]
+    asked[0].start()
+
+    def is_busy() -> bool:
+        asked.append(threading.Thread(target=ask, args=("SELECT 1",)))
+        asked[-1].start()
+        asked[-1].join(2)
+        return asked[-1].is_alive()
+
+    receiver.wait_until(is_busy, 60, "a question waits for its turn")
+    receiver.process.send_signal(signal.SIGTERM)
+    # systemd's patience: TimeoutStopSec of the unit.
+    assert receiver.process.wait(60) == 0
+    for thread in asked:
+        thread.join()
+    assert len(refusals) == 2
+    assert "a question was under way at the end" in receiver.log
+    assert not (receiver.store / "receive.sock").exists()
+    assert store_rows(receiver.store, "SELECT count() AS n FROM otel_logs") == [[{"n": 5}]]
 
 
 def test_any_user_may_run_a_receiver(new_receiver: NewReceiver, place: Path) -> None:

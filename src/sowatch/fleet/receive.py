@@ -47,6 +47,8 @@ UNKNOWN_S: Final = 1.0
 MAX_QUESTION_BYTES: Final = 1 << 20
 #: Questions under way at once; the store answers them one after the other.
 _QUESTIONS: Final = 2
+#: At the end the one under way is waited for so long.
+QUESTION_END_S: Final = 5.0
 #: A page of metrics may be so old.
 _METRICS_AGE_S: Final = 0.25
 #: When to send again what was refused for want of space or of time, in seconds.
@@ -108,10 +110,16 @@ class Receiver:
         return Starlette(routes=[Route("/ask", self._ask, methods=["POST"]), Route("/healthz", self._healthz)])
 
     def close(self) -> None:
-        """Stores what was accepted, and ends the threads. Safe to call again."""
+        """Stores what was accepted, and ends the threads. Safe to call again.
+
+        A question under way is waited for `QUESTION_END_S`; after that its thread is left in the store, which then must
+        not be closed: see `Store.end_questions`.
+        """
+        self._store.end_questions(0.0)
         self._decoding.shutdown(wait=True, cancel_futures=True)
         self.commits.close()
-        self._asking.shutdown(wait=True, cancel_futures=True)
+        is_done = self._store.end_questions(QUESTION_END_S)
+        self._asking.shutdown(wait=is_done, cancel_futures=True)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work)

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from sowatch.fleet.page import FleetPage
 from sowatch.fleet.receive import Receiver
@@ -68,11 +69,12 @@ def serve(
         # All of this host have one address.
         tcp = bind_tcp(listen, key="--listen", most=MAX_ACCEPTED, most_of_one=None if is_local else MAX_OF_ADDRESS)
         stack.callback(tcp.close)
-        store = stack.enter_context(Store(directory))
+        store = Store(directory)
+        stack.callback(_unless_asked, store, store.close)
         asked = UnixSocket(os.path.join(store.directory, SOCKET_NAME))
         stack.callback(asked.close)
         page = FleetPage(store, token=page_token or token)
-        stack.callback(page.close)
+        stack.callback(_unless_asked, store, page.close)
         receiver = Receiver(store, token=token, pages=page.routes())
         stack.callback(receiver.close)
         app: App = receiver.for_tcp()
@@ -90,7 +92,33 @@ def serve(
         while not stopping.wait(_TURN_S) and http.is_alive:
             notifier.alive()
         notifier.stopping()
-        return 0 if stopping.is_set() else 1
+        # Those that wait for their turn would have it while connections end.
+        store.end_questions(0.0)
+    status = 0 if stopping.is_set() else 1
+    if store.is_open:
+        _leave(status)
+    return status
+
+
+def _unless_asked(store: Store, close: Callable[[], None]) -> None:
+    """Closes what waits for the question under way, which may take two minutes; not while there is one."""
+    if store.end_questions(0.0):
+        close()
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process although a question is under way.
+
+    The engine is not closed under it. The end of the interpreter would wait for its thread, and the destructors of the
+    engine run beside it: so neither has its turn, and the kernel ends all threads at once. What was accepted is on the
+    disk by then; the next one that opens the store finds it as after SIGKILL.
+    """
+    LOG.warning("a question was under way at the end; it is not answered")
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -155,6 +155,7 @@ class Store:
         self._reader: Any = None
         self._inserting = threading.Lock()
         self._asking = threading.Lock()
+        self._is_ending = False
         #: That were asked before, and are SELECTs.
         self._questions: set[str] = set()
         try:
@@ -175,7 +176,8 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Gives the directory back. Safe to call again."""
+        """Gives the directory back, once the insert and the question under way have ended. Safe to call again."""
+        self._is_ending = True
         with self._inserting, self._asking:
             reader, self._reader = self._reader, None
             writer, self._writer = self._writer, None
@@ -186,6 +188,26 @@ class Store:
             if fd >= 0:
                 os.close(fd)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has the directory."""
+        return self._lock_fd >= 0
+
+    def end_questions(self, wait_s: float) -> bool:
+        """Refuses every question from now on, those that wait for their turn among them. Safe to call again.
+
+        Args:
+            wait_s: how long the one under way is waited for.
+
+        Returns:
+            Whether none is under way any more. It stays so.
+        """
+        self._is_ending = True
+        if not self._asking.acquire(timeout=wait_s):
+            return False
+        self._asking.release()
+        return True
+
     def ask(self, sql: str, parameters: Mapping[str, str] | None = None) -> Iterable[bytes]:
         """The rows as JSONEachRow of one SELECT, which may have parameters: see `sowatch.fleet.asks`.
 
@@ -194,7 +216,7 @@ class Store:
         """
         with self._asking:
             reader = self._reader
-            if reader is None:
+            if reader is None or self._is_ending:
                 raise SowatchError(f"the store {self.directory!r} is closed. Open it again.")
             try:
                 self._check_question(sql)
