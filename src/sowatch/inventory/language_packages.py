@@ -13,14 +13,15 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
+from sowatch.inventory.look_budget import BudgetError, spend
 from sowatch.inventory.package_databases import Listed, entries_below, read_with_version
-from sowatch.linux.descriptors import close_fd
+from sowatch.linux.descriptors import close_fd, is_exhausted
 from sowatch.linux.openat import reopen
 from sowatch.linux.proc import Miss, ProcFs
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     # Imported where an archive is read: an agent may never see one.
     from zipfile import ZipFile
 
-__all__ = ["jar_package", "npm_package", "wheel_listed", "wheel_of"]
+__all__ = ["jar_package", "npm_package", "wheel_of", "wheels_listed"]
 
 _MAX_METADATA_BYTES: Final = 1 << 20
 _MAX_RECORD_BYTES: Final = 16 << 20
@@ -55,36 +56,46 @@ def _is_version(text: str) -> bool:
 # ---- Python ------------------------------------------------------------------------------------
 
 
-def wheel_listed(root_fd: int, path: str) -> Listed | None:
-    """The RECORD that lists a file below ``site-packages``: ``package`` is the directory with the metadata.
+def wheels_listed(root_fd: int, paths: Iterable[str]) -> dict[str, Listed]:
+    """The RECORDs that list files below ``site-packages``: ``package`` is the directory with the metadata.
+
+    Each RECORD is read once for all of them.
 
     Args:
         root_fd: of the root directory.
-        path: of the file, as a process with that root sees it.
+        paths: of the files, as a process with that root sees them.
     """
-    parts = path.split("/")
-    places = [place for place, part in enumerate(parts) if part in _SITE]
-    if not places:
-        return None
-    site, below = "/".join(parts[: places[-1] + 1]), "/".join(parts[places[-1] + 1 :])
-    names = [name for _, name in entries_below(root_fd, site) if name.endswith(".dist-info")]
-    # The one that is called as the directory of the file is most likely the one.
-    top = _normalized(below.partition("/")[0].partition(".")[0])
-    names.sort(key=lambda name: not _normalized(name.partition("-")[0]).startswith(top))
-    wanted, left_bytes = below.encode("utf-8", "surrogateescape"), _MAX_RECORDS_BYTES
-    for name in names:
-        found = read_with_version(root_fd, f"{site}/{name}/RECORD", _MAX_RECORD_BYTES)
-        if found is None:
-            continue
-        data, version = found
-        left_bytes -= len(data)
-        if wanted in data:
+    sites: dict[str, dict[str, str]] = {}
+    for path in paths:
+        parts = path.split("/")
+        places = [place for place, part in enumerate(parts) if part in _SITE]
+        if places:
+            site, below = "/".join(parts[: places[-1] + 1]), "/".join(parts[places[-1] + 1 :])
+            sites.setdefault(site, {})[below] = path
+    found: dict[str, Listed] = {}
+    left_bytes = _MAX_RECORDS_BYTES
+    for site, wanted in sites.items():
+        names = [name for _, name in entries_below(root_fd, site) if name.endswith(".dist-info")]
+        _sort_likely_first(names, wanted)
+        for name in names:
+            if not wanted or left_bytes <= 0:
+                break
+            record = read_with_version(root_fd, f"{site}/{name}/RECORD", _MAX_RECORD_BYTES)
+            if record is None:
+                continue
+            data, version = record
+            left_bytes -= len(data)
             for file, digest in _record_rows(data):
-                if file == below:
-                    return Listed(f"{site}/{name}", below, version[4], digest, site)
-        if left_bytes <= 0:
-            break
-    return None
+                path_of_file = wanted.pop(file, None)
+                if path_of_file is not None:
+                    found[path_of_file] = Listed(f"{site}/{name}", file, version[4], digest, site)
+    return found
+
+
+def _sort_likely_first(names: list[str], wanted: Iterable[str]) -> None:
+    """Those that are called as the directories of the files are most likely the ones."""
+    tops = tuple({_normalized(below.partition("/")[0].partition(".")[0]) for below in wanted})
+    names.sort(key=lambda name: not _normalized(name.partition("-")[0]).startswith(tops))
 
 
 def _normalized(name: str) -> str:
@@ -95,6 +106,7 @@ def _record_rows(data: bytes) -> Iterator[tuple[str, tuple[str, str] | None]]:
     """Each file of a RECORD (CSV: path, hash, size), and its hash."""
     import csv
 
+    spend(lines=data.count(b"\n"))
     try:
         for row in csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")):
             if row:
@@ -163,13 +175,15 @@ _MAX_DESCRIPTORS: Final = 16_384
 _MAX_JARS: Final = 2_000
 _MAX_JAR_BYTES: Final = 2 << 30
 #: Of the list of what a jar has, which is read as a whole.
-_MAX_DIRECTORY_BYTES: Final = 32 << 20
+_MAX_DIRECTORY_BYTES: Final = 8 << 20
 _MAX_LIBRARY_BYTES: Final = 256 << 20
 _MAX_POM_BYTES: Final = 1 << 16
 _MAX_POMS: Final = 200
 _CHUNK: Final = 1 << 20
 #: End of central directory record: signature, six fields of which the last two are size and offset, comment length.
 _END: Final = b"PK\5\6"
+#: It stands before that, if there is another record for large archives.
+_END_64_LOCATOR: Final = b"PK\6\7"
 _JAR_NAMES: Final = (".jar", ".war", ".ear")
 _POM: Final = re.compile(r"META-INF/maven/([^/]+)/([^/]+)/pom\.properties")
 
@@ -215,6 +229,7 @@ def _open_jars(proc: ProcFs, pid: int) -> Iterator[tuple[str, str]]:
     try:
         with os.scandir(directory) as entries:
             for number, entry in enumerate(entries):
+                spend()
                 if number >= _MAX_DESCRIPTORS or len(seen) >= _MAX_JARS:
                     return
                 try:
@@ -235,6 +250,7 @@ def _content_of(fd: int) -> _Content | None:
         if size > _MAX_LIBRARY_BYTES:
             return None
         for at in range(0, size, _CHUNK):
+            spend(content_bytes=_CHUNK)
             crc = zlib.crc32(os.pread(fd, _CHUNK, at), crc)
     except OSError:
         return None
@@ -246,7 +262,9 @@ def _artifact(path: str, name: str, content: _Content) -> tuple[str, str, str] |
 
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if is_exhausted(error):
+            raise
         return None
     try:
         status = os.fstat(place)
@@ -259,22 +277,29 @@ def _artifact(path: str, name: str, content: _Content) -> tuple[str, str, str] |
         close_fd(place)
     try:
         with open(fd, "rb") as file:
-            if not _has_short_directory(file, status.st_size):
+            directory_bytes = _directory_bytes(file, status.st_size)
+            if directory_bytes is None or directory_bytes > _MAX_DIRECTORY_BYTES:
                 return None
+            spend(size_bytes=directory_bytes)
             with zipfile.ZipFile(file) as archive:
                 return _artifact_in(archive, name, content)
+    except BudgetError:
+        raise
     except Exception:  # noqa: BLE001 - whatever an archive of a container makes the library raise
         return None
 
 
-def _has_short_directory(file: io.BufferedReader, size: int) -> bool:
-    """Whether the list of what the archive has, which is read as a whole, has a size that an honest one has."""
-    length = min(size, 22 + 0xFFFF)
+def _directory_bytes(file: io.BufferedReader, size: int) -> int | None:
+    """How long the list of what the archive has is, which is read as a whole; None: it has none that is read.
+
+    Of an archive beyond 4 GB or 65,535 files the length is elsewhere: the library believes that one.
+    """
+    length = min(size, 20 + 22 + 0xFFFF)
     file.seek(size - length)
     tail = file.read(length)
     at = tail.rfind(_END)
-    # 0xFFFFFFFF stands for a number elsewhere, of an archive beyond 4 GB or 65,535 files.
-    return 0 <= at <= len(tail) - 22 and int.from_bytes(tail[at + 12 : at + 16], "little") <= _MAX_DIRECTORY_BYTES
+    is_large = at >= 20 and tail[at - 20 : at - 16] == _END_64_LOCATOR
+    return int.from_bytes(tail[at + 12 : at + 16], "little") if 0 <= at <= len(tail) - 22 and not is_large else None
 
 
 def _artifact_in(archive: ZipFile, name: str, content: _Content) -> tuple[str, str, str] | None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import itertools
 import os
 import re
 import stat
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from sowatch.linux.descriptors import close_fd
+from sowatch.inventory.look_budget import spend
+from sowatch.linux.descriptors import close_fd, is_exhausted
 from sowatch.linux.openat import open_below, reopen
 
 __all__ = [
@@ -49,6 +51,11 @@ _MAX_DATABASE_FILES: Final = 50_000
 _MAX_RECORDS: Final = 50_000
 _MAX_LINES: Final = 2_000_000
 _MAX_JOURNAL: Final = 1_000
+#: An entry of the journal is one stanza.
+_MAX_ENTRY_BYTES: Final = 1 << 20
+_MAX_JOURNAL_BYTES: Final = 16 << 20
+_MAX_DIVERSIONS: Final = 10_000
+_MAX_DIVERSIONS_BYTES: Final = 4 << 20
 #: Of a name, a version and so on: they go into labels of metrics.
 _MAX_FIELD: Final = 256
 #: Of a package or its source, by the rules of Debian and Alpine.
@@ -131,11 +138,22 @@ def read_below(root_fd: int, path: str, limit_bytes: int) -> bytes | None:
     return None if found is None else found[0]
 
 
+def _unless_exhausted(error: OSError) -> None:
+    """What is not there is passed over. That there are no more descriptors is another thing.
+
+    Raises:
+        OSError: that.
+    """
+    if is_exhausted(error):
+        raise error
+
+
 def file_state(root_fd: int, path: str) -> FileVersion | None:
     """Of a file or directory; None if there is none, or it cannot be reached."""
     try:
         fd = open_below(root_fd, path, os.O_PATH)
-    except OSError:
+    except OSError as error:
+        _unless_exhausted(error)
         return None
     try:
         return _version(os.fstat(fd))
@@ -153,7 +171,8 @@ def read_with_version(root_fd: int, path: str, limit_bytes: int) -> tuple[bytes,
     """As `read_below`, and what the file was like when it was opened."""
     try:
         found = open_below(root_fd, path, os.O_PATH)
-    except OSError:
+    except OSError as error:
+        _unless_exhausted(error)
         return None
     try:
         # Checked before it is opened: opening a device or a FIFO may do something.
@@ -161,7 +180,8 @@ def read_with_version(root_fd: int, path: str, limit_bytes: int) -> tuple[bytes,
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
             return None
         fd = reopen(found, os.O_RDONLY)
-    except OSError:
+    except OSError as error:
+        _unless_exhausted(error)
         return None
     finally:
         close_fd(found)
@@ -170,6 +190,7 @@ def read_with_version(root_fd: int, path: str, limit_bytes: int) -> tuple[bytes,
         left_bytes = limit_bytes  # it may grow while we read
         # A buffer as large as the file: a larger one is cut, and leaves holes in the heap.
         while left_bytes and (part := os.read(fd, min(left_bytes, status.st_size + 1, _READ_BYTES))):
+            spend(size_bytes=len(part))
             parts.append(part)
             left_bytes -= len(part)
     except OSError:
@@ -235,26 +256,41 @@ def dpkg_listed(root_fd: int, paths: Collection[str], index: DatabaseIndex | Non
     return best.owners()
 
 
-def _names_on_lists(path: str, diversions: Sequence[tuple[str, str, str]]) -> list[tuple[str, Callable[[str], bool]]]:
+class _Diversions(NamedTuple):
+    """By the name that a file was diverted to: its original one, and the package that diverted it; by that the package.
+
+    The package is ``:`` for local diversions.
+    """
+
+    originals: dict[str, tuple[str, str]]
+    packages: dict[str, str]
+
+
+def _names_on_lists(path: str, diversions: _Diversions) -> list[tuple[str, Callable[[str], bool]]]:
     """Under which names the owner of ``path`` lists it, and which packages may be that owner.
 
     A diverted file keeps its original name on its package's list, but lies elsewhere; at the
     original name lies the file of the package that diverted it (of none, if that is ``:``).
     """
     here = aliases(path)
-    for original, diverted, package in diversions:
-        if diverted in here:
-            return [(name, package.__ne__) for name in aliases(original)]
-        if original in here:
-            return [(path, package.__eq__)]
+    for name in here:
+        if name in diversions.originals:
+            original, package = diversions.originals[name]
+            return [(alias, package.__ne__) for alias in aliases(original)]
+    for name in here:
+        if name in diversions.packages:
+            return [(path, diversions.packages[name].__eq__)]
     return [(path, lambda _: True)]
 
 
-def _diversions(root_fd: int) -> list[tuple[str, str, str]]:
-    """``(original, diverted to, package)``; the package is ``:`` for local diversions."""
-    data = read_below(root_fd, "/var/lib/dpkg/diversions", _MAX_LIST_BYTES) or b""
-    lines = [os.fsdecode(line) for line in data.splitlines()]
-    return list(zip(lines[0::3], lines[1::3], lines[2::3], strict=False))
+def _diversions(root_fd: int) -> _Diversions:
+    found = _Diversions({}, {})
+    lines = _lines(read_below(root_fd, "/var/lib/dpkg/diversions", _MAX_DIVERSIONS_BYTES) or b"")
+    names = map(os.fsdecode, itertools.islice(lines, 3 * _MAX_DIVERSIONS))
+    for original, diverted, package in zip(names, names, names, strict=False):
+        found.originals.setdefault(diverted, (original, package))
+        found.packages.setdefault(original, package)
+    return found
 
 
 def _dpkg_lists(
@@ -290,6 +326,7 @@ def _dpkg_lists(
 
 def _lines(text: bytes) -> Iterator[bytes]:
     """One after the other, as lists may have a hundred thousand."""
+    spend(lines=text.count(b"\n"))
     return (line.rstrip(b"\n") for line in io.BytesIO(text))
 
 
@@ -311,7 +348,8 @@ def entries_below(root_fd: int, path: str) -> Iterator[tuple[int, str]]:
     """A descriptor of a directory with each name in it, in some order; open until the next one is asked for."""
     try:
         fd = open_below(root_fd, path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
+    except OSError as error:
+        _unless_exhausted(error)
         return
     try:
         with os.scandir(fd) as entries:
@@ -338,7 +376,7 @@ def _sums_without_dpkg(root_fd: int) -> Iterator[tuple[str, dict[bytes, str]]]:
 
 
 def _sums(data: bytes) -> Iterator[tuple[bytes, str]]:
-    for line in data.split(b"\n"):
+    for line in _lines(data):
         md5, _, name = line.partition(b"  ")
         if len(md5) == 32 and name:
             yield b"/" + name.removeprefix(b"./").lstrip(b"/"), md5.decode("ascii", "replace").lower()
@@ -362,8 +400,6 @@ def dpkg_state(root_fd: int) -> tuple[FileVersion | None, ...]:
 def dpkg_records(root_fd: int) -> dict[str, PackageRecord]:
     """What dpkg says of each package that is installed, by its name, and by ``name:architecture``."""
     found: dict[str, PackageRecord] = {}
-    journal = sorted(name for _, name in entries_below(root_fd, _UPDATES) if name.isascii() and name.isdigit())
-    places = [_STATUS, *(f"{_UPDATES}/{name}" for name in journal[:_MAX_JOURNAL])]
     left_bytes = _MAX_DATABASE_BYTES
     for fd, name in entries_below(root_fd, _STATUS_D):
         if name.endswith(".md5sums") or left_bytes <= 0:
@@ -373,14 +409,24 @@ def dpkg_records(root_fd: int) -> dict[str, PackageRecord]:
         record = _dpkg_record(_stanza(text), needs_state=False)
         if record is not None and len(found) < _MAX_RECORDS:
             found[name] = record  # its lists go by the name of the file
-    for place in places:
-        for stanza in _stanzas(read_below(root_fd, place, _MAX_LIST_BYTES * 2) or b""):
+    texts = itertools.chain([read_below(root_fd, _STATUS, _MAX_LIST_BYTES * 2) or b""], _journal(root_fd))
+    for text in texts:
+        for stanza in _stanzas(text):
             record = _dpkg_record(_stanza(stanza), needs_state=True)
             if record is not None and len(found) < _MAX_RECORDS:
                 # Of two architectures of a package only one has a list without its architecture in the name.
                 found[record.name] = record
                 found[f"{record.name}:{record.architecture}"] = record
     return found
+
+
+def _journal(root_fd: int) -> Iterator[bytes]:
+    names = sorted(name for _, name in entries_below(root_fd, _UPDATES) if name.isascii() and name.isdigit())
+    left_bytes = _MAX_JOURNAL_BYTES
+    for name in names[:_MAX_JOURNAL]:
+        text = read_below(root_fd, f"{_UPDATES}/{name}", min(_MAX_ENTRY_BYTES, left_bytes)) or b""
+        left_bytes -= len(text)
+        yield text
 
 
 #: What of a stanza is used.
@@ -401,7 +447,7 @@ def _stanzas(text: bytes) -> Iterator[bytes]:
 
 def _stanza(text: bytes) -> dict[bytes, str]:
     fields: dict[bytes, str] = {}
-    for line in text.split(b"\n"):
+    for line in _lines(text):
         name, colon, value = line.partition(b":")
         if colon and name in _FIELDS:
             fields.setdefault(name, value.strip().decode("utf-8", "replace"))
@@ -460,7 +506,7 @@ def apk_listed(root_fd: int, paths: Collection[str], index: DatabaseIndex | None
 def _apk_files(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Name, package and hash of each file."""
     package, directory, name, digest = b"", b"", b"", b""
-    for line in data.split(b"\n"):
+    for line in _lines(data):
         key, value = line[:2], line[2:]
         if key == b"Z:":
             digest = value
@@ -495,7 +541,7 @@ def apk_records(root_fd: int) -> dict[str, PackageRecord]:
     for place in _APK:
         for stanza in _stanzas(read_below(root_fd, place, _MAX_LIST_BYTES) or b""):
             fields: dict[bytes, str] = {}
-            for line in stanza.split(b"\n"):
+            for line in _lines(stanza):
                 if line[:2] in (b"P:", b"V:", b"o:", b"A:"):
                     fields.setdefault(line[:2], line[2:].strip().decode("utf-8", "replace"))
             name, version = fields.get(b"P:", ""), fields.get(b"V:", "")

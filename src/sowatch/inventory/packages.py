@@ -10,7 +10,6 @@ Files and databases are those of containers: see `package_databases`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -23,7 +22,8 @@ from typing import Final, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVa
 
 from cachetools import LRUCache
 
-from sowatch.inventory.language_packages import jar_package, npm_package, wheel_listed, wheel_of
+from sowatch.inventory.language_packages import jar_package, npm_package, wheel_of, wheels_listed
+from sowatch.inventory.look_budget import BudgetError, LookBudget, spend, within
 from sowatch.inventory.package_databases import (
     DPKG_LISTS,
     DatabaseIndex,
@@ -51,7 +51,7 @@ from sowatch.inventory.package_identity import (
 from sowatch.inventory.roots import RootKey, Roots, own_root_key
 from sowatch.inventory.rpm_database import rpm_listed
 from sowatch.linux.content_hash import htlhash
-from sowatch.linux.descriptors import close_fd
+from sowatch.linux.descriptors import close_fd, is_exhausted
 from sowatch.linux.disk_calls import LOOK_TIMEOUT_S, DiskCalls, HangingCalls
 from sowatch.linux.elf import ElfFacts, read_facts
 from sowatch.linux.elf_file import ElfError
@@ -69,8 +69,10 @@ __all__ = ["HasFile", "IdentifiedBy", "PackageIdentity", "Packages"]
 LOG = logging.getLogger("sowatch")
 T = TypeVar("T")
 
-#: Identities that are kept, the ones that were asked for last.
-MAX_KEPT: Final = 16_384
+#: Files of which the identity is kept, the ones asked for last: two hundred containers with five hundred each.
+MAX_KEPT: Final = 100_000
+#: Of those files the ones that are open at one time.
+MAX_OPEN: Final = 256
 #: Of all databases together, in files on their lists.
 MAX_INDEXED: Final = 4_000_000
 #: What is unknown is looked up again after this time: a package may just be on its way.
@@ -79,8 +81,6 @@ ASK_AGAIN_S: Final = 300.0
 MAX_CONTENT: Final = 512 << 20
 _CHUNK: Final = 1 << 20
 _TIMEOUT_S: Final = 60.0
-#: It says nothing about the file: it is looked up again at once.
-_OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class HasFile(Protocol):
@@ -134,10 +134,14 @@ class Packages:
         self._calls = DiskCalls("sowatch-packages", hanging)
         self._clock = clock
         self._kept: LRUCache[_FileKey, PackageIdentity] = LRUCache(MAX_KEPT)
+        #: One object for equal ones: each container has the same packages.
+        self._identities: LRUCache[PackageIdentity, PackageIdentity] = LRUCache(MAX_KEPT)
         #: When what was not found is looked up again.
         self._unknown: LRUCache[_FileKey, float] = LRUCache(MAX_KEPT)
         self._hashes: LRUCache[tuple[FileId, str, int], str] = LRUCache(MAX_KEPT)
         self._indexes: LRUCache[object, DatabaseIndex] = LRUCache(MAX_INDEXED, getsizeof=len)
+        # A thread that was given up may still use them.
+        self._indexes_lock = threading.Lock()
         self._own_root = own_root_key()
         self._asking = threading.Lock()
         #: What went wrong with files of others, each kind once.
@@ -202,7 +206,7 @@ class Packages:
         if kind not in self._reported:
             self._reported.add(kind)
             LOG.warning("a file could not be looked up, its package is unknown: %s: %s", kind, error)
-        return _Answer(None, is_settled=getattr(error, "errno", None) not in _OUT_OF_DESCRIPTORS)
+        return _Answer(None, is_settled=not (isinstance(error, OSError) and is_exhausted(error)))
 
     def _hash(self, one: HasFile) -> str | None:
         fd = self._open(one, is_own_view=False)
@@ -236,15 +240,24 @@ class Packages:
             elif self._unknown.get(key, 0.0) <= now_s:
                 new.setdefault(root, {}).setdefault(key, []).append(index)
         for root, files in new.items():
-            holders = {key: [asked[place] for place in at[:_MOST_HOLDERS]] for key, at in files.items()}
-            for key, answer in self._answers(roots, root, holders).items():
-                if answer.identity is not None:
-                    self._kept[key] = answer.identity
-                elif answer.is_settled:
-                    self._unknown[key] = now_s + ASK_AGAIN_S
-                for index in files[key]:
-                    found[index] = answer.identity
+            new_keys = list(files)
+            # What was found by the end of one part is kept, whatever the next one takes.
+            for start in range(0, len(new_keys), MAX_OPEN):
+                part = {key: files[key] for key in new_keys[start : start + MAX_OPEN]}
+                holders = {key: [asked[place] for place in at[:_MOST_HOLDERS]] for key, at in part.items()}
+                for key, answer in self._answers(roots, root, holders).items():
+                    identity = self._keep(key, answer, now_s)
+                    for index in part[key]:
+                        found[index] = identity
         return found
+
+    def _keep(self, key: _FileKey, answer: _Answer, now_s: float) -> PackageIdentity | None:
+        if answer.identity is None:
+            if answer.is_settled:
+                self._unknown[key] = now_s + ASK_AGAIN_S
+            return None
+        kept = self._kept[key] = self._identities.setdefault(answer.identity, answer.identity)
+        return kept
 
     def _answers(
         self, roots: Roots, root: RootKey, files: Mapping[_FileKey, Sequence[HasFile]]
@@ -304,7 +317,8 @@ class Packages:
                 except OSError:  # this one ended just now; another has the same root
                     continue
                 try:
-                    return self._identified(root, root_fd, looks)
+                    with within(LookBudget(_TIMEOUT_S)):
+                        return self._identified(root, root_fd, looks)
                 except Exception as error:  # noqa: BLE001 - as in `_run`
                     return dict.fromkeys((look.key for look in looks), self._failed(error))
         return {}
@@ -341,12 +355,19 @@ class Packages:
                 found[look.key] = _Answer(by_note(look.note, release))
             else:
                 left.append(look)
-        for look in left:
-            if look.key not in found:
-                try:
-                    found[look.key] = _Answer(self._by_language(root_fd, look))
-                except Exception as error:  # noqa: BLE001 - as in `_run`
-                    found[look.key] = self._failed(error)
+        return found | self._by_languages(root_fd, [look for look in left if look.key not in found])
+
+    def _by_languages(self, root_fd: int, looks: Sequence[_Look]) -> dict[_FileKey, _Answer]:
+        found: dict[_FileKey, _Answer] = {}
+        try:
+            wheels = wheels_listed(root_fd, [look.library.path for look in looks])
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            return dict.fromkeys((look.key for look in looks), self._failed(error))
+        for look in looks:
+            try:
+                found[look.key] = _Answer(self._by_language(root_fd, look, wheels.get(look.library.path)))
+            except Exception as error:  # noqa: BLE001 - as in `_run`
+                found[look.key] = self._failed(error)
         return found
 
     def _by_databases(
@@ -386,28 +407,31 @@ class Packages:
     ) -> dict[_FileKey, _Answer]:
         place = file_state(root_fd, manager.place)
         key = (manager.name, None if place is None else place[:2])
-        # Put back when it was used, as its size counts.
-        index = self._indexes.pop(key, None) or DatabaseIndex()
+        # Put back when it was used, as its size counts; nobody else uses it meanwhile.
+        with self._indexes_lock:
+            index = self._indexes.pop(key, None) or DatabaseIndex()
         found: dict[_FileKey, _Answer] = {}
-        for path, listed in manager.listed(root_fd, by_path, index).items():
-            if listed is None:
-                continue
-            if index.records is None or index.records[0] != state:
-                index.records = state, manager.records(root_fd)
-                index.was_read = True
-            record = index.records[1].get(listed.package)
-            for look in by_path[path]:
-                found[look.key] = _checked(root_fd, look, listed, record, manager.name, release)
-        self._has_read |= index.was_read
-        index.was_read = False
-        with suppress(ValueError):  # larger than all may be together
-            self._indexes[key] = index
+        try:
+            for path, listed in manager.listed(root_fd, by_path, index).items():
+                if listed is None:
+                    continue
+                if index.records is None or index.records[0] != state:
+                    index.records = state, manager.records(root_fd)
+                    index.was_read = True
+                record = index.records[1].get(listed.package)
+                for look in by_path[path]:
+                    found[look.key] = _checked(root_fd, look, listed, record, manager.name, release)
+        finally:
+            self._has_read |= index.was_read
+            index.was_read = False
+            with self._indexes_lock, suppress(ValueError):  # larger than all may be together
+                self._indexes[key] = index
         return found
 
-    def _by_language(self, root_fd: int, look: _Look) -> PackageIdentity | None:
+    def _by_language(self, root_fd: int, look: _Look, listed: Listed | None) -> PackageIdentity | None:
         """By what is beside the file, or in the archives that its process has open."""
         path = look.library.path
-        listed = wheel_listed(root_fd, path)
+        spend()
         if listed is not None:
             wheel = wheel_of(root_fd, listed) if _is_that_file(root_fd, look, listed) else None
             return None if wheel is None else plain("pypi", "", *wheel)
@@ -470,7 +494,9 @@ def _is_shown(root_fd: int, look: _Look) -> bool:
     """Whether the path of the file leads to it."""
     try:
         fd = open_below(root_fd, look.library.path, os.O_PATH)
-    except OSError:
+    except OSError as error:
+        if is_exhausted(error):
+            raise
         return False
     try:
         return os.path.samestat(os.fstat(fd), os.fstat(look.fd))
@@ -499,6 +525,7 @@ def _has_digest(fd: int, algorithm: str, expected: str) -> bool | None:
         return None
     digest = hashlib.new(algorithm, usedforsecurity=False)
     for at in range(0, size, _CHUNK):
+        spend(content_bytes=_CHUNK)
         digest.update(os.pread(fd, _CHUNK, at))
     return digest.hexdigest() == expected
 
@@ -511,12 +538,14 @@ def _checked(
     manager: Literal["dpkg", "apk", "rpm"],
     release: Release,
 ) -> _Answer:
-    try:
-        is_that_file = _is_that_file(root_fd, look, listed)
-    except OSError:
-        return _Answer(None)
     if record is None or not record.version:
         return _Answer(None, is_settled=False)  # it is being installed, or the file is of one that has gone
+    try:
+        is_that_file = _is_that_file(root_fd, look, listed)
+    except BudgetError:
+        return _Answer(None)
+    except OSError as error:
+        return _Answer(None, is_settled=not is_exhausted(error))
     return _Answer(by_record(record, manager, release) if is_that_file else None)
 
 

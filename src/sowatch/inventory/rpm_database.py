@@ -1,4 +1,4 @@
-"""The database of rpm: which package owns a file, as rpm itself tells. Read-only; of our own root only."""
+"""The database of rpm: which package owns a file, by rpm itself. Read-only; of our own root only."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 
-__all__ = ["close_fd"]
+__all__ = ["close_fd", "is_exhausted"]
 
 
 def close_fd(fd: int) -> None:
@@ -17,3 +18,8 @@ def close_fd(fd: int) -> None:
     if fd >= 0:
         with suppress(OSError):
             os.close(fd)
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether an open failed because there are no more descriptors, which says nothing about the file."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)

@@ -46,7 +46,7 @@ class PackageNote(Struct, frozen=True, rename="camel"):
 def read_package_note(fd: int) -> PackageNote | None:
     """The note of an open file; None if it has none, or one that names no package.
 
-    Of several it is the last one: a linker puts what it was told itself behind what the objects have brought, as the
+    Of several it is the last one: a linker puts that of its own options behind what the objects have brought, as the
     startup files of the C library do (``Scrt1.o`` on Ubuntu).
 
     Args:

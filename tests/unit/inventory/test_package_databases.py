@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packageurl import PackageURL
 
-from sowatch.inventory.language_packages import npm_package, wheel_listed, wheel_of
+from sowatch.inventory.language_packages import npm_package, wheel_of, wheels_listed
+from sowatch.inventory.look_budget import BudgetError, LookBudget, within
 from sowatch.inventory.package_databases import (
     DatabaseIndex,
     Listed,
@@ -76,7 +78,7 @@ def test_database_of_any_content_is_read(root: Path, root_fd: int, content: byte
         listed = dpkg_listed(root_fd, [path])[path]
         if listed is not None:
             dpkg_digest(root_fd, listed)
-        wheel_listed(root_fd, path)
+        wheels_listed(root_fd, [path])
     wheel_of(root_fd, Listed(f"{SITE}/x-1.dist-info", "x.so"))
     npm_package(root_fd, "/node_modules/x/x.so")
 
@@ -120,6 +122,48 @@ def test_field_that_is_too_long_for_a_label_makes_no_record(root: Path, root_fd:
     (root / "var/lib/dpkg/status").write_text(text)
 
     assert dpkg_records(root_fd) == {}
+
+
+def test_diversions_beyond_any_honest_number_do_not_count(root: Path, root_fd: int) -> None:
+    lines = "".join(f"/usr/lib/{number}.so\n/usr/lib/{number}.diverted\nother\n" for number in range(12_000))
+    (root / "var/lib/dpkg/diversions").write_text(lines)
+    (root / "var/lib/dpkg/info/p.list").write_text("/usr/lib/7.so\n/usr/lib/11999.so\n")
+    paths = ["/usr/lib/7.diverted", "/usr/lib/7.so", "/usr/lib/11999.diverted"]
+
+    listed = dpkg_listed(root_fd, paths)
+
+    (root / "var/lib/dpkg/diversions").write_bytes(b"")
+    assert [one and one.package for one in listed.values()] == ["p", None, None]
+
+
+def test_entry_of_the_journal_that_no_honest_one_is_as_large_as_is_passed_over(root: Path, root_fd: int) -> None:
+    text = "Package: {}\nVersion: 1\nStatus: install ok installed\n{}"
+    for number, more in enumerate(["", f"Description: {'x' * (1 << 20)}\n"], 1):
+        (root / f"var/lib/dpkg/updates/000{number}").write_text(text.format(f"p{number}", more))
+    (root / "var/lib/dpkg/status").write_bytes(b"")
+
+    records = dpkg_records(root_fd)
+
+    for number in (1, 2):
+        (root / f"var/lib/dpkg/updates/000{number}").unlink()
+    assert "p1" in records
+    assert "p2" not in records
+
+
+def test_search_ends_when_its_time_lines_or_bytes_are_used_up(root: Path, root_fd: int) -> None:
+    (root / "var/lib/dpkg/info/p.list").write_text("/usr/lib/a.so\n" * 100)
+    now_s = 0.0
+    search = partial(dpkg_listed, root_fd, ["/usr/lib/a.so"])
+    for limits in ({"lines": 99}, {"size_bytes": 500}):
+        with within(LookBudget(1.0, **limits)), pytest.raises(BudgetError):
+            search()
+    late = LookBudget(1.0, clock=lambda: now_s)
+    with within(late):
+        assert search()["/usr/lib/a.so"] is not None
+        now_s = 2.0
+        with pytest.raises(BudgetError):
+            search()
+    assert search()["/usr/lib/a.so"] is not None
 
 
 def test_index_finds_what_a_search_of_all_lists_finds(root: Path, root_fd: int) -> None:

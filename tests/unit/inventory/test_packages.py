@@ -6,16 +6,20 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
+import struct
 import subprocess
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sowatch.inventory import package_databases, packages
+from sowatch.inventory import language_packages, package_databases, packages
 from sowatch.inventory.ecosystems import osv_package
 from sowatch.inventory.packages import PackageIdentity, Packages
 from sowatch.linux.proc import ProcFs, ProcReadError
@@ -731,6 +735,140 @@ def test_what_is_unknown_is_looked_up_again_after_a_while(root: Path, jailed: Ca
         now_s += packages.ASK_AGAIN_S
 
         assert found.identify([one]) != [None]
+
+
+def packaged(root: Path, number: int) -> list[str]:
+    files = {f"/usr/lib/lib{one}.so": elf(one) for one in range(number)}
+    add_dpkg(root, dpkg_status(all=("1", "")), {"all": files})
+    return list(files)
+
+
+def test_more_files_than_descriptors_have_their_packages(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "MAX_OPEN", 16, raising=False)
+    process = jailed()
+    mapped = [process.map(path) for path in packaged(root, 80)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(len(used) + 40) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[39] + 1, hard))
+    try:
+        assert all(found.identify(mapped))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_lack_of_descriptors_says_nothing_about_a_file(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    debian_with_ssl(root)
+    one = jailed().map(SSL)
+
+    def fails(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(package_databases, "open_below", fails)
+        assert found.identify([one]) == [None]
+
+    assert found.identify([one]) != [None]
+
+
+def test_what_was_found_before_a_file_that_takes_too_long_counts(
+    root: Path, jailed: Callable[[], Jailed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "MAX_OPEN", 1, raising=False)
+    monkeypatch.setattr(packages, "_TIMEOUT_S", 0.5)
+    process, is_over, has_ended = jailed(), threading.Event(), threading.Event()
+    first, second = (process.map(path) for path in packaged(root, 2))
+    whole = packages._has_digest
+
+    def slow(fd: int, *digest: str) -> bool | None:
+        if os.fstat(fd).st_ino != second.library.id.inode:
+            return whole(fd, *digest)
+        is_over.wait(30)
+        try:
+            return whole(fd, *digest)  # the budget ends it
+        finally:
+            has_ended.set()
+
+    monkeypatch.setattr(packages, "_has_digest", slow)
+    with Packages() as found:
+        identities = found.identify([first, second])
+        is_over.set()
+        assert has_ended.wait(30)
+
+    assert [one and one.name for one in identities] == ["all", None]
+
+
+def test_file_without_a_record_is_not_read(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = packaged(root, 1)
+    (root / "var/lib/dpkg/status").write_text("")
+    monkeypatch.setattr(packages, "_has_digest", lambda *_: pytest.fail("it was read"))
+
+    assert found.identify([jailed().map(path)]) == [None]
+
+
+def test_root_that_costs_too_much_is_given_up_for_a_while_and_no_other(
+    root: Path, jailed: Callable[[], Jailed], spawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = packaged(root, 1)
+    (root / "var/lib/dpkg/info/huge.list").write_text("/x\n" * 5000)
+    other = tmp_path / "other"
+    other.mkdir()
+    packaged(other, 1)
+    monkeypatch.setattr(packages, "LookBudget", partial(packages.LookBudget, lines=4000))
+    now_s = 1000.0
+    with Packages(clock=lambda: now_s) as found:
+        mapped = [jailed().map(path), Jailed(spawn, other).map(path)]
+
+        assert [one and one.name for one in found.identify(mapped)] == [None, "all"]
+        (root / "var/lib/dpkg/info/huge.list").unlink()
+        assert found.identify(mapped)[0] is None
+        now_s += packages.ASK_AGAIN_S
+        assert found.identify(mapped)[0] is not None
+
+
+def test_record_of_a_wheel_is_read_once_for_all_of_its_files(
+    root: Path, jailed: Callable[[], Jailed], found: Packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = "/lib/site-packages"
+    wheel(root, site, {f"numpy/{number}.so": elf(number) for number in range(8)})
+    add_file(root, f"{site}/numpy/not-listed.so", elf(9))
+    process = jailed()
+    names = [*(f"numpy/{number}.so" for number in range(8)), "numpy/not-listed.so"]
+    mapped = [process.map(f"{site}/{name}") for name in names]
+    read: list[str] = []
+    whole = language_packages.read_with_version
+    monkeypatch.setattr(
+        language_packages, "read_with_version", lambda fd, path, limit: (read.append(path), whole(fd, path, limit))[1]
+    )
+
+    identities = found.identify(mapped)
+
+    assert [one is not None for one in identities] == [True] * 8 + [False]
+    assert len([path for path in read if path.endswith("/RECORD")]) == 1
+
+
+def test_archive_whose_list_has_another_length_elsewhere_is_not_read(
+    root: Path, jailed: Callable[[], Jailed], found: Packages
+) -> None:
+    jar(root, "/app.jar", {POM: PROPERTIES, "x.so": elf(1)})
+    data = (root / "app.jar").read_bytes()
+    end = data.rindex(b"PK\5\6")
+    count, size, offset = struct.unpack_from("<HII", data, end + 10)
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+    (root / "app.jar").write_bytes(data[:end] + record + locator + data[end:])
+    add_file(root, "/tmp/x.so", elf(1))
+    process = jailed()
+    process.map("/app.jar")
+
+    assert found.identify([process.map("/tmp/x.so")]) == [None]
 
 
 def test_a_bound_holds_for_identities(
