@@ -20,7 +20,8 @@ from sowatch.model.errors import UsageError
 if TYPE_CHECKING:
     from sowatch.fleet.answers import Answer
     from sowatch.fleet.asks import Asks
-    from sowatch.fleet.questions import Fleet, VulnerableBuilds
+    from sowatch.fleet.questions import Fleet
+    from sowatch.fleet.resolved import VulnerableBuilds
 
 __all__ = ["KINDS", "configure", "run"]
 

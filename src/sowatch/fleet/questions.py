@@ -6,7 +6,7 @@ A question reads the states of the hosts first; every answer names them. Of each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, Final
 
@@ -15,8 +15,8 @@ from msgspec import UNSET, Struct, UnsetType
 from sowatch.fleet import answers
 from sowatch.fleet.answers import Answer, Edge, Host
 from sowatch.fleet.asks import Asks, rows
-from sowatch.fleet.targets import Target, purl_matches
-from sowatch.model.errors import UsageError
+from sowatch.fleet.resolved import Build, Resolved, VulnerableBuilds, may_be, resolve
+from sowatch.fleet.targets import Target
 from sowatch.model.lines import stamp
 from sowatch.model.wire import Pod
 from sowatch.model.wire_fleet import (
@@ -34,7 +34,7 @@ from sowatch.model.wire_fleet import (
     Question,
 )
 
-__all__ = ["Build", "Fleet", "StaleGroup", "VulnerableBuilds", "pod_of"]
+__all__ = ["Fleet", "StaleGroup", "pod_of"]
 
 _COVERAGE: Final = """
 SELECT host_id, host_name, state, reason, heard_at, agent_version, strategy, guarantee, limits, lost, dropped,
@@ -42,46 +42,6 @@ SELECT host_id, host_name, state, reason, heard_at, agent_version, strategy, gua
 FROM fleet_coverage(now = {now:UInt64})
 ORDER BY host_name, host_id
 """
-
-#: Of a soname, or of a file that has none: the whole name, or its beginning up to `.so`.
-_NAMED: Final = """(
-    soname = {text:String} OR startsWith(soname, concat({text:String}, '.so'))
-    OR soname = '' AND (substringIndex(path, '/', -1) = {text:String}
-        OR startsWith(substringIndex(path, '/', -1), concat({text:String}, '.so')))
-)"""
-
-#: By what is asked for, which rows of fleet_builds it means.
-_BUILDS_OF: Final = {
-    "build_id": "startsWith(build_id, {text:String})",
-    "purl": "startsWith(purl, {text:String})",
-    "soname": _NAMED,
-    "path": "path = {text:String}",
-    "cve": "1",
-}
-_BUILDS: Final = """
-SELECT build_id, soname, path, purl, package, package_version, source_package, identified_by
-FROM fleet_builds FINAL
-WHERE {condition}
-ORDER BY build_id, purl, soname, path
-"""
-
-#: By the same, which rows of fleet_in_force it means. A file whose package was not read has that of another host.
-_OF_BUILD: Final = "build_id IN {builds:Array(String)}"
-_OF_PACKAGE: Final = f"{_OF_BUILD} AND (purl = '' OR purl IN {{purls:Array(String)}})"
-_ROWS_OF: Final = {
-    "build_id": _OF_BUILD,
-    "purl": _OF_PACKAGE,
-    "soname": f"{_OF_BUILD} AND {_NAMED}",
-    "path": f"{_OF_BUILD} AND path = {{text:String}}",
-    "cve": _OF_PACKAGE,
-}
-
-#: A file without a build id, which could not be hashed either, may be any build of its name, or any whose name is not
-#: known.
-_UNNAMED: Final = "build_id = ''"
-_UNNAMED_AS: Final = (
-    f"{_UNNAMED} AND (path IN {{paths:Array(String)}} OR soname != '' AND soname IN {{sonames:Array(String)}})"
-)
 
 #: The view joins each row with the state of its host, which is known here: it is enough that a row is new enough.
 _HOSTS: Final = """
@@ -180,23 +140,6 @@ ORDER BY host_id
 """
 
 
-class Build(Struct, frozen=True, gc=False):
-    """A build under one of the names and packages that hosts reported for it."""
-
-    build_id: str
-    soname: str
-    path: str
-    purl: str
-    package: str = ""
-    package_version: str = ""
-    source_package: str = ""
-    identified_by: str = ""
-
-
-#: Which of the builds a vulnerability is in, and of which that is unknown.
-VulnerableBuilds = Callable[[str, Sequence[Build]], tuple[Sequence[Build], Sequence[Build]]]
-
-
 class StaleGroup(Struct, frozen=True, gc=False):
     """A row of ``fleet_in_force``."""
 
@@ -249,28 +192,6 @@ class _HistoryRow(Struct, frozen=True, gc=False):
     stale_open: int
 
 
-class _Resolved(Struct, frozen=True):
-    """What a target means in this store: conditions for rows, with their parameters."""
-
-    target: Target
-    builds: tuple[Build, ...]
-    condition: str
-    parameters: dict[str, Any]
-    #: Builds of which it is not known whether they are meant.
-    unknown: tuple[Build, ...] = ()
-
-
-def _unnamed(found: _Resolved) -> _Resolved:
-    """The files that may be what was found, as nothing tells their build."""
-    if not found.builds:
-        return _Resolved(found.target, (), _UNNAMED, {})
-    names = {
-        "paths": sorted({one.path for one in found.builds}),
-        "sonames": sorted({one.soname for one in found.builds}),
-    }
-    return _Resolved(found.target, (), _UNNAMED_AS, names)
-
-
 class Fleet:
     """A fleet at one time.
 
@@ -301,14 +222,14 @@ class Fleet:
 
     def who(self, target: Target) -> Answer:
         """Who maps it: its groups of processes, then the hosts that it is not known of."""
-        found = self._resolve(target)
+        found = resolve(self._asks, target, self._vulnerable)
         by_host = self._answers([found])
         head = self._head("who", [found], answers.fleet_answer(by_host.values()), by_host)
         return Answer(head, self._who_lines(found, by_host))
 
     def remediated(self, targets: Sequence[Target], *, ignore_silent: bool = False) -> Answer:
         """Whether nobody maps any of them; ``ignore_silent``: hosts that are silent do not leave that open."""
-        found = [self._resolve(one) for one in targets]
+        found = [resolve(self._asks, one, self._vulnerable) for one in targets]
         by_host = self._answers(found)
         counting = {
             host_id: answer
@@ -330,7 +251,7 @@ class Fleet:
 
     def versions(self, target: Target) -> Answer:
         """How many builds there are of a library, most hosts first."""
-        found = self._resolve(target)
+        found = resolve(self._asks, target, self._vulnerable)
         head = self._head("versions", [found], None, {})
         sql = _VERSIONS.format(condition=found.condition)
         mapped = {one.build_id: one for one in rows(self._asks, sql, _VersionRow, **self._given(found))}
@@ -338,7 +259,7 @@ class Fleet:
 
     def history(self, target: Target, *, since_ns: int = 0) -> Answer:
         """Which hosts had it mapped from when to when, and how long it took until a replaced one was gone."""
-        found = self._resolve(target)
+        found = resolve(self._asks, target, self._vulnerable)
         by_host = self._answers([found])
         head = self._head("history", [found], answers.fleet_answer(by_host.values()), by_host)
         return Answer(head, self._history_lines(found, by_host, since_ns))
@@ -351,42 +272,12 @@ class Fleet:
         """A first line of a question without a target."""
         return self._head(question, [], answer, {})
 
-    # ---- what is meant -----------------------------------------------------------------------------
+    # ---- hosts -------------------------------------------------------------------------------------
 
-    def _resolve(self, target: Target) -> _Resolved:
-        text = target.text
-        if target.kind == "purl":
-            text = text.partition("#")[0].partition("?")[0]
-            # Percent signs are written in more than one way: `purl_matches` compares.
-            text = text[: min((at for one in "%@:" if (at := text.find(one, 4)) > 0), default=len(text))]
-        sql = _BUILDS.replace("{condition}", _BUILDS_OF[target.kind])
-        named = {"text": text} if "{text:" in sql else {}
-        builds = list(rows(self._asks, sql, Build, **named))
-        if target.kind == "purl":
-            builds = [one for one in builds if purl_matches(target.text, one.purl)]
-        if target.kind == "cve":
-            if self._vulnerable is None:
-                raise UsageError(f"which builds have {target.text} is data of yours. Name it with --osv PATH.")
-            affected, unknown = self._vulnerable(target.text, builds)
-            return _Resolved(
-                target,
-                tuple(affected),
-                _OF_PACKAGE,
-                {"builds": _ids(affected), "purls": _purls(affected)},
-                tuple(unknown),
-            )
-        condition = _ROWS_OF[target.kind]
-        parameters: dict[str, Any] = {"builds": _ids(builds)}
-        if "{purls:" in condition:
-            parameters["purls"] = _purls(builds)
-        if "{text:" in condition:
-            parameters["text"] = target.text
-        return _Resolved(target, tuple(builds), condition, parameters)
-
-    def _given(self, found: _Resolved) -> dict[str, Any]:
+    def _given(self, found: Resolved) -> dict[str, Any]:
         return {"now": self._now_ns, **found.parameters}
 
-    def _hosts_of(self, found: Iterable[_Resolved]) -> set[str]:
+    def _hosts_of(self, found: Iterable[Resolved]) -> set[str]:
         """The hosts with a row that is in force."""
         return {
             row.host_id
@@ -395,15 +286,9 @@ class Fleet:
             if row.host_id in self._by_id and row.newest >= self._by_id[row.host_id].in_force_from
         }
 
-    def _answers(self, found: Sequence[_Resolved]) -> dict[str, HostAnswer]:
+    def _answers(self, found: Sequence[Resolved]) -> dict[str, HostAnswer]:
         in_force = self._hosts_of(found)
-        unknown = [
-            _Resolved(one.target, (), _OF_PACKAGE, {"builds": _ids(one.unknown), "purls": _purls(one.unknown)})
-            for one in found
-            if one.unknown
-        ]
-        unknown += [_unnamed(one) for one in found if one.builds or one.target.kind == "build_id"]
-        open_hosts = self._hosts_of(unknown) - in_force
+        open_hosts = self._hosts_of(part for one in found for part in may_be(one)) - in_force
         return {
             one.host_id: "not observed"
             if one.host_id in open_hosts
@@ -416,7 +301,7 @@ class Fleet:
     def _head(
         self,
         question: Question,
-        found: Sequence[_Resolved],
+        found: Sequence[Resolved],
         answer: HostAnswer | None,
         by_host: dict[str, HostAnswer],
     ) -> FleetAnswer:
@@ -439,7 +324,7 @@ class Fleet:
             else UNSET,
         )
 
-    def _who_lines(self, found: _Resolved, by_host: dict[str, HostAnswer]) -> Iterator[FleetLine]:
+    def _who_lines(self, found: Resolved, by_host: dict[str, HostAnswer]) -> Iterator[FleetLine]:
         sql = _MAPPINGS.format(condition=found.condition)
         yield from map(self._mapping_line, rows(self._asks, sql, StaleGroup, **self._given(found)))
         for one in self.hosts:
@@ -501,7 +386,7 @@ class Fleet:
             reported=_time(one.version),
         )
 
-    def _version_lines(self, found: _Resolved, mapped: dict[str, _VersionRow]) -> Iterator[FleetLine]:
+    def _version_lines(self, found: Resolved, mapped: dict[str, _VersionRow]) -> Iterator[FleetLine]:
         paths: dict[str, set[str]] = {}
         for build in found.builds:
             paths.setdefault(build.build_id, set()).add(build.path)
@@ -522,7 +407,7 @@ class Fleet:
                 stale_host_count=row.stale_hosts,
             )
 
-    def _history_lines(self, found: _Resolved, by_host: dict[str, HostAnswer], since_ns: int) -> Iterator[FleetLine]:
+    def _history_lines(self, found: Resolved, by_host: dict[str, HostAnswer], since_ns: int) -> Iterator[FleetLine]:
         shown: list[list[Edge]] = []
         durations, still_open = [], 0
         builds = found.parameters["builds"]
@@ -563,14 +448,6 @@ class Fleet:
             median_s=answers.quantile(durations, 0.5),
             p95_s=answers.quantile(durations, 0.95),
         )
-
-
-def _ids(builds: Iterable[Build]) -> list[str]:
-    return sorted({one.build_id for one in builds})
-
-
-def _purls(builds: Iterable[Build]) -> list[str]:
-    return sorted({one.purl for one in builds if one.purl})
 
 
 def _builds(builds: Iterable[Build]) -> list[FleetBuild]:

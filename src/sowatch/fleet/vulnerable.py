@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sowatch.fleet.questions import Build, VulnerableBuilds
+from sowatch.fleet.resolved import Build, VulnerableBuilds
 from sowatch.inventory.packages import PackageIdentity
 from sowatch.inventory.vulnerabilities import Vulnerabilities
 from sowatch.model.errors import SowatchError

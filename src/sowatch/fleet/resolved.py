@@ -1,0 +1,144 @@
+"""What a target means in a store: its builds, and the conditions for rows of them. Texts of others are parameters.
+
+What cannot be decided stays open: `may_be` finds the rows of which it is not known whether they are meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from msgspec import Struct
+
+from sowatch.fleet.asks import Asks, rows
+from sowatch.fleet.targets import Target, purl_matches
+from sowatch.model.errors import UsageError
+
+__all__ = ["Build", "Resolved", "VulnerableBuilds", "may_be", "resolve"]
+
+#: Of a soname, or of a file that has none: the whole name, or its beginning up to `.so`.
+_NAMED: Final = """(
+    soname = {text:String} OR startsWith(soname, concat({text:String}, '.so'))
+    OR soname = '' AND (substringIndex(path, '/', -1) = {text:String}
+        OR startsWith(substringIndex(path, '/', -1), concat({text:String}, '.so')))
+)"""
+
+#: By what is asked for, which rows of fleet_builds it means.
+_BUILDS_OF: Final = {
+    "build_id": "startsWith(build_id, {text:String})",
+    "purl": "startsWith(purl, {text:String})",
+    "soname": _NAMED,
+    "path": "path = {text:String}",
+    "cve": "1",
+}
+_BUILDS: Final = """
+SELECT build_id, soname, path, purl, package, package_version, source_package, identified_by
+FROM fleet_builds FINAL
+WHERE {condition}
+ORDER BY build_id, purl, soname, path
+"""
+
+#: By the same, which rows of fleet_in_force it means. A file whose package was not read has that of another host.
+_OF_BUILD: Final = "build_id IN {builds:Array(String)}"
+_OF_PACKAGE: Final = f"{_OF_BUILD} AND (purl = '' OR purl IN {{purls:Array(String)}})"
+_ROWS_OF: Final = {
+    "build_id": _OF_BUILD,
+    "purl": _OF_PACKAGE,
+    "soname": f"{_OF_BUILD} AND {_NAMED}",
+    "path": f"{_OF_BUILD} AND path = {{text:String}}",
+    "cve": _OF_PACKAGE,
+}
+
+#: A file without a build id, which could not be hashed either, may be any build of its name, or any whose name is not
+#: known.
+_UNNAMED: Final = "build_id = ''"
+_UNNAMED_AS: Final = (
+    f"{_UNNAMED} AND (path IN {{paths:Array(String)}} OR soname != '' AND soname IN {{sonames:Array(String)}})"
+)
+
+
+class Build(Struct, frozen=True, gc=False):
+    """A build under one of the names and packages that hosts reported for it."""
+
+    build_id: str
+    soname: str
+    path: str
+    purl: str
+    package: str = ""
+    package_version: str = ""
+    source_package: str = ""
+    identified_by: str = ""
+
+
+#: Which of the builds a vulnerability is in, and of which that is unknown.
+VulnerableBuilds = Callable[[str, Sequence[Build]], tuple[Sequence[Build], Sequence[Build]]]
+
+
+class Resolved(Struct, frozen=True):
+    """What a target means in this store: conditions for rows, with their parameters."""
+
+    target: Target
+    builds: tuple[Build, ...]
+    condition: str
+    parameters: dict[str, Any]
+    #: Builds of which it is not known whether they are meant.
+    unknown: tuple[Build, ...] = ()
+
+
+def resolve(asks: Asks, target: Target, vulnerable: VulnerableBuilds | None = None) -> Resolved:
+    """What a target means.
+
+    Args:
+        asks: the store.
+        target: what is asked for.
+        vulnerable: finds the builds with a vulnerability.
+
+    Raises:
+        UsageError: it is a vulnerability, and nothing finds the builds with it.
+    """
+    text = target.text
+    if target.kind == "purl":
+        text = text.partition("#")[0].partition("?")[0]
+        # Percent signs are written in more than one way: `purl_matches` compares.
+        text = text[: min((at for one in "%@:" if (at := text.find(one, 4)) > 0), default=len(text))]
+    sql = _BUILDS.replace("{condition}", _BUILDS_OF[target.kind])
+    named = {"text": text} if "{text:" in sql else {}
+    builds = list(rows(asks, sql, Build, **named))
+    if target.kind == "purl":
+        builds = [one for one in builds if purl_matches(target.text, one.purl)]
+    if target.kind == "cve":
+        if vulnerable is None:
+            raise UsageError(f"which builds have {target.text} is data of yours. Name it with --osv PATH.")
+        affected, unknown = vulnerable(target.text, builds)
+        parameters = {"builds": _ids(affected), "purls": _purls(affected)}
+        return Resolved(target, tuple(affected), _OF_PACKAGE, parameters, tuple(unknown))
+    condition = _ROWS_OF[target.kind]
+    given: dict[str, Any] = {"builds": _ids(builds)}
+    if "{purls:" in condition:
+        given["purls"] = _purls(builds)
+    if "{text:" in condition:
+        given["text"] = target.text
+    return Resolved(target, tuple(builds), condition, given)
+
+
+def may_be(found: Resolved) -> Iterator[Resolved]:
+    """The rows of which it is not known whether they are what was found."""
+    if found.unknown:
+        parameters = {"builds": _ids(found.unknown), "purls": _purls(found.unknown)}
+        yield Resolved(found.target, (), _OF_PACKAGE, parameters)
+    if found.builds:
+        names = {
+            "paths": sorted({one.path for one in found.builds}),
+            "sonames": sorted({one.soname for one in found.builds}),
+        }
+        yield Resolved(found.target, (), _UNNAMED_AS, names)
+    elif found.target.kind == "build_id":
+        yield Resolved(found.target, (), _UNNAMED, {})
+
+
+def _ids(builds: Iterable[Build]) -> list[str]:
+    return sorted({one.build_id for one in builds})
+
+
+def _purls(builds: Iterable[Build]) -> list[str]:
+    return sorted({one.purl for one in builds if one.purl})
