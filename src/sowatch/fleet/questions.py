@@ -320,7 +320,7 @@ class Fleet:
             not_mapped_host_count=given.count("not mapped"),
             not_observed_host_count=given.count("not observed"),
             unknown_builds=_builds(build for one in found for build in one.unknown)
-            if any(one.target.kind == "cve" for one in found)
+            if any(one.target.kind in ("cve", "purl") for one in found)
             else UNSET,
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from sowatch.fleet.asks import Asks, rows
-from sowatch.fleet.targets import Target, purl_matches
+from sowatch.fleet.targets import Target, purl_matches, purl_name
 from sowatch.model.errors import UsageError
 
 __all__ = ["Build", "Resolved", "VulnerableBuilds", "may_be", "resolve"]
@@ -38,6 +38,11 @@ WHERE {condition}
 ORDER BY build_id, purl, soname, path
 """
 
+#: Builds of which no host could name the package. Without a build id, files of different packages are one of them.
+_OF_NO_PACKAGE: Final = """
+purl = '' AND (build_id = '' OR build_id NOT IN (SELECT build_id FROM fleet_builds WHERE purl != ''))
+"""
+
 #: By the same, which rows of fleet_in_force it means. A file whose package was not read has that of another host.
 _OF_BUILD: Final = "build_id IN {builds:Array(String)}"
 _OF_PACKAGE: Final = f"{_OF_BUILD} AND (purl = '' OR purl IN {{purls:Array(String)}})"
@@ -48,6 +53,9 @@ _ROWS_OF: Final = {
     "path": f"{_OF_BUILD} AND path = {{text:String}}",
     "cve": _OF_PACKAGE,
 }
+
+#: Of builds of which it is not known whether they are meant; without a build id only the path tells one from another.
+_OF_UNKNOWN: Final = f"{_OF_PACKAGE} AND (build_id != '' OR path IN {{paths:Array(String)}})"
 
 #: A file without a build id, which could not be hashed either, may be any build of its name, or any whose name is not
 #: known.
@@ -98,34 +106,38 @@ def resolve(asks: Asks, target: Target, vulnerable: VulnerableBuilds | None = No
     """
     text = target.text
     if target.kind == "purl":
-        text = text.partition("#")[0].partition("?")[0]
+        text = purl_name(text)
         # Percent signs are written in more than one way: `purl_matches` compares.
         text = text[: min((at for one in "%@:" if (at := text.find(one, 4)) > 0), default=len(text))]
-    sql = _BUILDS.replace("{condition}", _BUILDS_OF[target.kind])
-    named = {"text": text} if "{text:" in sql else {}
-    builds = list(rows(asks, sql, Build, **named))
+    condition = _BUILDS_OF[target.kind]
+    builds = _builds(asks, condition, **({"text": text} if "{text:" in condition else {}))
+    unknown: Sequence[Build] = ()
     if target.kind == "purl":
+        unknown = _of_no_package(asks, [one for one in builds if purl_matches(purl_name(target.text), one.purl)])
         builds = [one for one in builds if purl_matches(target.text, one.purl)]
     if target.kind == "cve":
         if vulnerable is None:
             raise UsageError(f"which builds have {target.text} is data of yours. Name it with --osv PATH.")
         affected, unknown = vulnerable(target.text, builds)
-        parameters = {"builds": _ids(affected), "purls": _purls(affected)}
-        return Resolved(target, tuple(affected), _OF_PACKAGE, parameters, tuple(unknown))
+        builds = list(affected)
     condition = _ROWS_OF[target.kind]
     given: dict[str, Any] = {"builds": _ids(builds)}
     if "{purls:" in condition:
         given["purls"] = _purls(builds)
     if "{text:" in condition:
         given["text"] = target.text
-    return Resolved(target, tuple(builds), condition, given)
+    return Resolved(target, tuple(builds), condition, given, tuple(unknown))
 
 
 def may_be(found: Resolved) -> Iterator[Resolved]:
     """The rows of which it is not known whether they are what was found."""
     if found.unknown:
-        parameters = {"builds": _ids(found.unknown), "purls": _purls(found.unknown)}
-        yield Resolved(found.target, (), _OF_PACKAGE, parameters)
+        parameters = {
+            "builds": _ids(found.unknown),
+            "purls": _purls(found.unknown),
+            "paths": sorted({one.path for one in found.unknown if not one.build_id}),
+        }
+        yield Resolved(found.target, (), _OF_UNKNOWN, parameters)
     if found.builds:
         names = {
             "paths": sorted({one.path for one in found.builds}),
@@ -134,6 +146,26 @@ def may_be(found: Resolved) -> Iterator[Resolved]:
         yield Resolved(found.target, (), _UNNAMED_AS, names)
     elif found.target.kind == "build_id":
         yield Resolved(found.target, (), _UNNAMED, {})
+
+
+def _builds(asks: Asks, condition: str, **parameters: str) -> list[Build]:
+    return list(rows(asks, _BUILDS.replace("{condition}", condition), Build, **parameters))
+
+
+def _of_no_package(asks: Asks, of_name: Sequence[Build]) -> list[Build]:
+    """Builds that may be of a package: those that are called as what was reported of it, in any version; or all.
+
+    Args:
+        asks: the store.
+        of_name: what was reported of the package, in any version.
+    """
+    names = {name for one in of_name for name in _names(one)}
+    return [one for one in _builds(asks, _OF_NO_PACKAGE) if not names or names & _names(one)]
+
+
+def _names(one: Build) -> set[str]:
+    """Of a file, up to `.so`: an older version may have another number."""
+    return {name.partition(".so")[0] for name in (one.soname, one.path.rpartition("/")[2]) if name}
 
 
 def _ids(builds: Iterable[Build]) -> list[str]:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from sowatch.model.errors import UsageError
 from sowatch.model.wire_fleet import TargetKind
 
-__all__ = ["KINDS", "Target", "purl_matches", "target_of"]
+__all__ = ["KINDS", "Target", "purl_matches", "purl_name", "target_of"]
 
 KINDS: Final[tuple[TargetKind, ...]] = ("build_id", "purl", "soname", "path", "cve")
 
@@ -83,12 +83,23 @@ def purl_matches(asked: str, purl: str) -> bool:
     False
     """
     base, _, qualifiers = asked.partition("#")[0].partition("?")
-    name, _, version = base.rpartition("@") if _has_version(base) else (base, "", "")
+    name = purl_name(base)
+    version = base[len(name) + 1 :]
     have_base, _, have_qualifiers = purl.partition("#")[0].partition("?")
     have_name, _, have_version = have_base.rpartition("@") if _has_version(have_base) else (have_base, "", "")
     if unquote(name) != unquote(have_name) or (version and unquote(version) != unquote(have_version)):
         return False
     return set(filter(None, unquote(qualifiers).split("&"))) <= set(unquote(have_qualifiers).split("&"))
+
+
+def purl_name(asked: str) -> str:
+    """The same without version, qualifiers and subpath.
+
+    >>> purl_name("pkg:npm/@scope/a@1.0?os=linux"), purl_name("pkg:npm/@scope/a")
+    ('pkg:npm/@scope/a', 'pkg:npm/@scope/a')
+    """
+    base = asked.partition("#")[0].partition("?")[0]
+    return base.rpartition("@")[0] if _has_version(base) else base
 
 
 def _has_version(base: str) -> bool:

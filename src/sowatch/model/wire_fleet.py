@@ -63,9 +63,7 @@ class FleetAnswer(Struct, frozen=True, gc=False, kw_only=True):
     not_observed_host_count: Annotated[Natural, Meta(description="Of which that is not known.")]
     unknown_builds: Annotated[
         list[FleetBuild] | UnsetType,
-        Meta(
-            description="Of a CVE: builds that are mapped, or were, and of which it is not known whether they have it."
-        ),
+        Meta(description="Of a CVE or a purl: builds that are or were mapped, and may be meant: that is not known."),
     ] = UNSET
 
 

@@ -129,6 +129,71 @@ def test_a_file_without_a_build_id_leaves_open_whether_it_is_that_build(store, n
     assert [line.host_name for line in lines if line.answer == "not observed"] == ["database"]
 
 
+def remediated(fleet: Fleet, text: str) -> tuple[str, list[str], list[str]]:
+    """The answer, the builds of which it is not known, and the hosts with rows of them."""
+    head, lines = fleet.remediated([target_of(text)])
+    found = [line.host_name for line in lines if line.answer == "not observed"]
+    return head.answer, [one.build_id for one in head.unknown_builds], found
+
+
+@pytest.mark.parametrize("text", ["pkg:deb/debian/libssl3@3.0.11-1", "pkg:deb/debian/openssl@3.0.11-1"])
+def test_a_build_whose_package_nobody_knows_leaves_open_whether_it_is_of_that_one(store, now: int, text: str) -> None:
+    web, lab = agent("web", now - HOUR), agent("lab", now - HOUR)
+    # The agent of lab was installed after the upgrade: the old file is deleted, and has no package any more.
+    store.take(web.snapshot_of([SSL_NEW, LIBC]), lab.snapshot_of([replace(SSL, package=None), LIBC]))
+    store.take(beat(web, now), beat(lab, now))
+    assert remediated(store.at(now), text) == ("not observed", [OLD], ["lab"])
+    head, lines = who(store.at(now), text)
+    assert (head.answer, head.not_mapped_host_count, [one.build_id for one in head.unknown_builds]) == (
+        *("not observed", 1),
+        [OLD],
+    )
+    assert [line.host_name for line in lines] == ["lab"]
+
+
+@pytest.mark.parametrize(
+    ("file", "soname"),
+    [("/opt/libssl.so.3.0.7", ""), ("/opt/x", "libssl.so.3"), ("/old/libssl.so.1.1", "libssl.so.1.1")],
+)
+def test_a_build_of_no_package_counts_where_its_name_was_reported_of_the_package(
+    store, now: int, file: str, soname: str
+) -> None:
+    web, lab = agent("web", now - HOUR), agent("lab", now - HOUR)
+    store.take(web.snapshot_of([SSL_NEW]), lab.snapshot_of([Group(file, OLD, soname)]))
+    store.take(beat(web, now), beat(lab, now))
+    assert remediated(store.at(now), "pkg:deb/debian/libssl3@3.0.11-1") == ("not observed", [OLD], ["lab"])
+
+
+def test_a_build_of_no_package_and_of_another_name_does_not_count(store, now: int) -> None:
+    web, lab = agent("web", now - HOUR), agent("lab", now - HOUR)
+    own = Group("/opt/libown.so", "dd" * 20, "libown.so")
+    store.take(web.snapshot_of([SSL_NEW]), lab.snapshot_of([own, replace(own, build_id="", path="/opt/libother.so")]))
+    store.take(beat(web, now), beat(lab, now))
+    assert remediated(store.at(now), "pkg:deb/debian/libssl3@3.0.11-1") == ("not mapped", [], [])
+
+
+def test_a_build_whose_package_another_host_knows_is_of_that_one(store, now: int) -> None:
+    web, lab = agent("web", now - HOUR), agent("lab", now - HOUR)
+    store.take(web.snapshot_of([SSL_NEW]), lab.snapshot_of([replace(SSL_NEW, package=None)]))
+    store.take(beat(web, now), beat(lab, now))
+    assert remediated(store.at(now), "pkg:deb/debian/libssl3@3.0.11-1") == ("not mapped", [], [])
+
+
+def test_a_build_of_no_package_that_is_mapped_nowhere_any_more_leaves_nothing_open(store, now: int) -> None:
+    lab = agent("lab", now - HOUR)
+    store.take(lab.snapshot_of([replace(SSL, package=None)]), lab.unmapped(replace(SSL, package=None)), beat(lab, now))
+    assert remediated(store.at(now), "pkg:deb/debian/libssl3@3.0.11-1") == ("not mapped", [OLD], [])
+
+
+@pytest.mark.parametrize("text", ["pkg:deb/debian/libssl3@3.0.11-1", "pkg:deb/debian/openssl@3.0.11-1"])
+def test_a_file_without_build_id_and_package_leaves_open_whether_it_is_of_that_one(store, now: int, text: str) -> None:
+    web, lab, other = (agent(name, now - HOUR) for name in ("web", "lab", "other"))
+    # Of the file that other maps the package is known, which is another one.
+    store.take(web.snapshot_of([SSL_NEW]), lab.snapshot_of([replace(SSL, build_id="", package=None)]))
+    store.take(other.snapshot_of([replace(LIBC, build_id="")]), beat(web, now), beat(lab, now), beat(other, now))
+    assert remediated(store.at(now), text) == ("not observed", [""], ["lab"])
+
+
 def test_a_build_of_which_no_host_has_reported_anything_may_be_any_file_without_a_build_id(store, now: int) -> None:
     web, database = agent("web", now - HOUR), agent("database", now - HOUR)
     store.take(web.snapshot_of([LIBC]), database.snapshot_of([replace(SSL, build_id="")]), beat(web, now))
