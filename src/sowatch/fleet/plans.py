@@ -27,6 +27,8 @@ _OF_DEPLOYMENT: Final = re.compile(r"(.+)-[bcdf-hj-np-tv-xz24-9]{8,10}-[bcdf-hj-
 #: RFC 1123, as the API server has it: nothing else may stand in a command.
 _KUBERNETES_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+#: Names in which each backslash is one of two. systemd-escape(1) makes names with `\x2d` in them.
+_DOUBLED_ONLY: Final = re.compile(r"(?:[^\\]|\\\\)*")
 #: A unit of logins and other transient scopes, as records have it.
 _SESSION: Final = "session"
 
@@ -99,14 +101,20 @@ def _planned(groups: tuple[StaleGroup, ...]) -> PlannedRestart:
         return PlannedRestart("container", one.container, "", None, advice, groups)
     if one.unit == _SESSION:
         return PlannedRestart("session", one.unit, "", None, "log out and in, or end what runs in it", groups)
-    user = _OF_USER.fullmatch(one.unit)
+    unit = _real_name(one.unit)
+    user = None if unit is None else _OF_USER.fullmatch(unit)
     if user is not None:
         found = restart_target(f"/user.slice/user-{user[1]}.slice/user@{user[1]}.service/app.slice/{user[2]}")
-    elif "/" in one.unit:  # a part of it would be another unit
+    elif unit is None or "/" in unit:  # a part of it would be another unit
         return PlannedRestart("unit", one.unit, "", None, "its name is none that may stand in a command", groups)
     else:
-        found = restart_target(f"/system.slice/{one.unit}" if one.unit else "/")
+        found = restart_target(f"/system.slice/{unit}" if unit else "/")
     return PlannedRestart(found.kind, one.unit, "", found.command, found.advice, groups)
+
+
+def _real_name(shown: str) -> str | None:
+    """What `sowatch.model.escape.visible` made this of; None if it has another escape than that of a backslash."""
+    return shown.replace(r"\\", "\\") if _DOUBLED_ONLY.fullmatch(shown) else None
 
 
 def _of_pod(groups: tuple[StaleGroup, ...]) -> PlannedRestart:

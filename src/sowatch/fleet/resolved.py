@@ -13,22 +13,24 @@ from msgspec import Struct
 from sowatch.fleet.asks import Asks, rows
 from sowatch.fleet.targets import Target, purl_matches, purl_name
 from sowatch.model.errors import UsageError
+from sowatch.model.escape import visible
 
 __all__ = ["Build", "Resolved", "VulnerableBuilds", "may_be", "resolve"]
 
 #: Of a soname, or of a file that has none: the whole name, or its beginning up to `.so`.
-_NAMED: Final = """(
-    soname = {text:String} OR startsWith(soname, concat({text:String}, '.so'))
-    OR soname = '' AND (substringIndex(path, '/', -1) = {text:String}
-        OR startsWith(substringIndex(path, '/', -1), concat({text:String}, '.so')))
-)"""
+_NAMED: Final = """arrayExists(
+    one -> soname = one OR startsWith(soname, concat(one, '.so'))
+        OR soname = '' AND (substringIndex(path, '/', -1) = one
+            OR startsWith(substringIndex(path, '/', -1), concat(one, '.so'))),
+    {texts:Array(String)})"""
+_AT_PATH: Final = "path IN {texts:Array(String)}"
 
 #: By what is asked for, which rows of fleet_builds it means.
 _BUILDS_OF: Final = {
     "build_id": "startsWith(build_id, {text:String})",
     "purl": "startsWith(purl, {text:String})",
     "soname": _NAMED,
-    "path": "path = {text:String}",
+    "path": _AT_PATH,
     "cve": "1",
 }
 _BUILDS: Final = """
@@ -50,7 +52,7 @@ _ROWS_OF: Final = {
     "build_id": _OF_BUILD,
     "purl": _OF_PACKAGE,
     "soname": f"{_OF_BUILD} AND {_NAMED}",
-    "path": f"{_OF_BUILD} AND path = {{text:String}}",
+    "path": f"{_OF_BUILD} AND {_AT_PATH}",
     "cve": _OF_PACKAGE,
 }
 
@@ -109,8 +111,9 @@ def resolve(asks: Asks, target: Target, vulnerable: VulnerableBuilds | None = No
         text = purl_name(text)
         # Percent signs are written in more than one way: `purl_matches` compares.
         text = text[: min((at for one in "%@:" if (at := text.find(one, 4)) > 0), default=len(text))]
-    condition = _BUILDS_OF[target.kind]
-    builds = _builds(asks, condition, **({"text": text} if "{text:" in condition else {}))
+    # Agents send names as `visible` has them, and that is how answers show them: both may be asked for.
+    texts = sorted({target.text, visible(target.text)})
+    builds = _builds(asks, _BUILDS_OF[target.kind], text=text, texts=texts)
     unknown: Sequence[Build] = ()
     if target.kind == "purl":
         unknown = _of_no_package(asks, [one for one in builds if purl_matches(purl_name(target.text), one.purl)])
@@ -121,11 +124,7 @@ def resolve(asks: Asks, target: Target, vulnerable: VulnerableBuilds | None = No
         affected, unknown = vulnerable(target.text, builds)
         builds = list(affected)
     condition = _ROWS_OF[target.kind]
-    given: dict[str, Any] = {"builds": _ids(builds)}
-    if "{purls:" in condition:
-        given["purls"] = _purls(builds)
-    if "{text:" in condition:
-        given["text"] = target.text
+    given = _needed(condition, builds=_ids(builds), purls=_purls(builds), texts=texts)
     return Resolved(target, tuple(builds), condition, given, tuple(unknown))
 
 
@@ -148,8 +147,13 @@ def may_be(found: Resolved) -> Iterator[Resolved]:
         yield Resolved(found.target, (), _UNNAMED, {})
 
 
-def _builds(asks: Asks, condition: str, **parameters: str) -> list[Build]:
-    return list(rows(asks, _BUILDS.replace("{condition}", condition), Build, **parameters))
+def _builds(asks: Asks, condition: str, **parameters: str | list[str]) -> list[Build]:
+    return list(rows(asks, _BUILDS.replace("{condition}", condition), Build, **_needed(condition, **parameters)))
+
+
+def _needed(condition: str, **parameters: str | list[str]) -> dict[str, Any]:
+    """Those that the condition has."""
+    return {name: value for name, value in parameters.items() if f"{{{name}:" in condition}
 
 
 def _of_no_package(asks: Asks, of_name: Sequence[Build]) -> list[Build]:

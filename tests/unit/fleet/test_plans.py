@@ -31,6 +31,17 @@ def group(**other: object) -> StaleGroup:
             {"unit": "user@1000.service/syncthing.service"},
             "web systemctl --user --machine=1000@ restart syncthing.service  # 1 process; /lib/libssl.so.3",
         ),
+        # As records have it: `visible` has doubled the backslash of systemd-escape.
+        (
+            {"unit": r"openvpn@my\\x2dvpn.service"},
+            r"web systemctl restart 'openvpn@my\x2dvpn.service'  # 1 process",
+        ),
+        (
+            {"unit": r"user@1000.service/app\\x2da.service"},
+            r"web systemctl --user --machine=1000@ restart 'app\x2da.service'  # 1 process",
+        ),
+        ({"unit": r"a\xff.service"}, r"# web a\xff.service: its name is none that may stand in a command"),
+        ({"unit": r"a\\\x2d.service"}, r"# web a\\\x2d.service: its name is none that may stand in a command"),
         ({"unit": "session"}, "# web session: log out and in, or end what runs in it (1 process; /lib/libssl.so.3)"),
         ({}, "# web (no unit): end it and start it again (1 process; /lib/libssl.so.3)"),
         ({"unit": "../evil.service"}, "# web ../evil.service: its name is none that may stand in a command"),

@@ -10,6 +10,7 @@ import pytest
 from sowatch.fleet.questions import Fleet
 from sowatch.fleet.targets import Target, target_of
 from sowatch.model.encoding import dumps
+from sowatch.model.escape import visible
 from support.fleet_records import SECOND, Group, HostRecords, debian
 
 HOUR = 3600 * SECOND
@@ -217,6 +218,16 @@ def test_names_are_no_sql(store, now: int, name: str) -> None:
     for target in (Target("soname", name), Target("path", f"/lib/{name}")):
         lines = list(store.at(now).who(target).lines)
         assert [(line.soname, line.path) for line in lines] == [(name, f"/lib/{name}")]
+
+
+@pytest.mark.parametrize("name", ["a\\b.so", "x\ty.so", "\udcff.so", "\u202e.so", "a\\x2db.so", "ü.so"])
+def test_a_name_is_asked_for_as_it_is_and_as_answers_show_it(store, now: int, name: str) -> None:
+    web, shown = agent("web", now - HOUR), visible(name)  # as agents send it
+    store.take(web.snapshot_of([replace(SSL, soname=shown, path=f"/opt/{shown}"), LIBC]), beat(web, now))
+    for text in (name, shown):
+        for target in (Target("soname", text), Target("path", f"/opt/{text}"), Target("soname", text[:-3])):
+            head = store.at(now).remediated([target]).head
+            assert (head.answer, head.targets[0].text) == ("mapped", target.text)
 
 
 def test_a_host_that_does_not_answer_is_shown_with_what_it_reported_last(store, now: int) -> None:
