@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -324,6 +325,51 @@ def test_an_answer_is_kept_for_some_times_what_it_took(store, sample: Sample, pa
     for _ in range(3):
         get(client, "/api/coverage")
     assert counting.asked == 3
+
+
+class Rows:
+    """A store with a host, and 500 bytes of rows of it for whatever is asked of it."""
+
+    def ask(self, sql: str, parameters: Mapping[str, str]) -> Iterable[bytes]:
+        if "FROM fleet_coverage" in sql:
+            return [b'{"host_id":"id","host_name":"web","state":"answered"}']
+        return [b'{"name":"%s","builds":1,"hosts":1,"processes":1,"stale_hosts":0}' % (b"x" * 500)]
+
+
+@pytest.fixture
+def views() -> Iterator[answers.Views]:
+    found = answers.Views(Rows())
+    yield found
+    found.close()
+
+
+def test_what_is_kept_of_all_answers_has_one_bound(views: answers.Views, monkeypatch: Any) -> None:
+    monkeypatch.setattr(answers, "_AGE_S", 60.0)
+
+    async def ask() -> None:
+        for number in range(40):
+            await views._once(number, lambda: b"x" * (4 << 20))
+            assert views.kept_bytes <= answers.MAX_KEPT_BYTES
+        assert views.kept_bytes > answers.MAX_KEPT_BYTES // 2
+        await views._once("more than all may have", lambda: b"x" * (answers.MAX_KEPT_BYTES + 1))
+        assert views.kept_bytes <= answers.MAX_KEPT_BYTES
+
+    asyncio.run(ask())
+
+
+def test_old_answers_go_with_the_next_question(views: answers.Views, monkeypatch: Any) -> None:
+    monkeypatch.setattr(answers, "_AGE_S", 60.0)
+
+    async def ask() -> None:
+        await views._once("long", lambda: b"x" * (4 << 20))
+        await views.libraries("")
+        assert views.kept_bytes > 4 << 20
+        monkeypatch.setattr(answers, "_AGE_S", 0.0)
+        monkeypatch.setattr(answers, "_AGE_TIMES", 0.0)
+        await views.libraries("")
+        assert 500 < views.kept_bytes < 4 << 20  # what was just asked, with its rows
+
+    asyncio.run(ask())
 
 
 def test_a_group_that_has_no_soname_is_called_by_its_file(store, page: Open) -> None:

@@ -7,6 +7,8 @@ are open cost the store a part of its time, however many there are.
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -33,8 +35,8 @@ DAYS: Final = 90
 #: Rows of an answer that are kept, and their bytes: a fleet that has more of them is asked more closely.
 MAX_ROWS: Final = 20_000
 MAX_BYTES: Final = 32 << 20
-#: Answers that are kept.
-_ANSWERS: Final = 16
+#: Memory of all answers that are kept; one that takes more is given, and not kept.
+MAX_KEPT_BYTES: Final = 64 << 20
 #: An answer is as new as this, or as so many times what it took, up to the last.
 _AGE_S: Final = 2.0
 _AGE_TIMES: Final = 10.0
@@ -80,11 +82,12 @@ class Reason(Struct, frozen=True, gc=False):
 
 
 class Kept(Struct, frozen=True):
-    """An answer: its first line, and its rows; ``is_cut`` if there are more than are kept."""
+    """An answer: its first line, and its rows; ``is_cut`` if there are more than are kept; ``size`` in memory."""
 
     answer: FleetAnswer
     rows: Sequence[Any]
     is_cut: bool = False
+    size: int = 0
 
     def page(self, offset: int, limit: int) -> bytes:
         """Some of the rows, as the JSON that the page gets."""
@@ -102,6 +105,7 @@ class _Made(Struct, frozen=True):
     value: Any
     at_s: float
     took_s: float
+    size: int
 
 
 class Views:
@@ -111,8 +115,15 @@ class Views:
         self._asks = asks
         self._now_ns = now_ns
         self._thread = ThreadPoolExecutor(1, "sowatch-fleet-page")
-        self._pending: list[Future[_Made]] = []
-        self._answers: LRUCache[Hashable, Future[_Made]] = LRUCache(_ANSWERS)
+        #: Of both: the loop takes what the thread puts there.
+        self._lock = threading.Lock()
+        self._asked: dict[Hashable, Future[_Made]] = {}
+        self._answers: LRUCache[Hashable, _Made] = LRUCache(MAX_KEPT_BYTES, getsizeof=lambda made: made.size)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the answers that are kept take."""
+        return int(self._answers.currsize)
 
     def close(self) -> None:
         """Ends the thread; what waits is dropped. Safe to call again."""
@@ -221,44 +232,59 @@ class Views:
         Raises:
             TooBusy: too many questions wait already.
         """
-        kept = self._answers.get(key)
-        if kept is None or _is_old(kept):
-            self._pending = [one for one in self._pending if not one.done()]
-            if len(self._pending) > _WAITING:
-                raise TooBusy("the store has more questions than it can answer. Ask again in some seconds.")
-            kept = self._answers[key] = self._asked(ask)
-        made = await asyncio.shield(asyncio.wrap_future(kept))
+        with self._lock:
+            for old in [one for one, made in self._answers.items() if _is_old(made)]:
+                del self._answers[old]
+            kept = self._answers.get(key)
+            asked = self._asked.get(key)
+            if kept is None and asked is None:
+                if len(self._asked) > _WAITING:
+                    raise TooBusy("the store has more questions than it can answer. Ask again in some seconds.")
+                asked = self._asked[key] = self._thread.submit(self._answer, key, ask)
+        made = kept
+        if made is None:
+            assert asked is not None
+            made = await asyncio.shield(asyncio.wrap_future(asked))
         value: T = made.value
         return value
 
-    def _asked(self, ask: Callable[[], Any]) -> Future[_Made]:
-        def run() -> _Made:
+    def _answer(self, key: Hashable, ask: Callable[[], Any]) -> _Made:
+        """Asks, on the thread, and keeps the answer."""
+        made = None
+        try:
             begun_s = time.monotonic()
             value = ask()
             now_s = time.monotonic()
-            return _Made(value, now_s, now_s - begun_s)
+            size = value.size if isinstance(value, Kept) else sys.getsizeof(value)
+            made = _Made(value, now_s, now_s - begun_s, size)
+            return made
+        finally:
+            with self._lock:
+                del self._asked[key]
+                if made is not None and made.size <= MAX_KEPT_BYTES:
+                    self._answers[key] = made
 
-        asked = self._thread.submit(run)
-        self._pending.append(asked)
-        return asked
 
-
-def _is_old(kept: Future[_Made]) -> bool:
-    if not kept.done():
-        return False
-    if kept.cancelled() or kept.exception() is not None:
-        return True
-    made = kept.result()
+def _is_old(made: _Made) -> bool:
     return time.monotonic() - made.at_s > min(_OLDEST_S, max(_AGE_S, _AGE_TIMES * made.took_s))
 
 
 def _kept(head: FleetAnswer, lines: Iterable[Any]) -> Kept:
     """As much of an answer as is kept."""
     found: list[Any] = []
-    size = 0
+    size, memory = 0, _memory(head)
     for line in lines:
         size += len(dumps(line))
         if len(found) == MAX_ROWS or size > MAX_BYTES:
-            return Kept(head, found, is_cut=True)
+            return Kept(head, found, is_cut=True, size=memory)
         found.append(line)
-    return Kept(head, found)
+        memory += _memory(line)
+    return Kept(head, found, size=memory)
+
+
+def _memory(value: Any) -> int:
+    """Of a line with all its members; what two of them share counts twice."""
+    size = sys.getsizeof(value)
+    if isinstance(value, Struct):
+        return size + sum(_memory(getattr(value, name)) for name in value.__struct_fields__)
+    return size + sum(map(_memory, value)) if isinstance(value, list | tuple) else size
