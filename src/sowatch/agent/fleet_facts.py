@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from sowatch.fleet.changes import Question
+from sowatch.fleet.lookups import Question
 from sowatch.fleet.records import Package
 from sowatch.inventory.packages import PackageIdentity, Packages
 from sowatch.linux.listeners import Listeners
@@ -25,6 +25,8 @@ LOG = logging.getLogger("sowatch.agent")
 
 #: Questions that are answered together: a database is searched once for all of them.
 _BATCH: Final = 512
+#: After so many faults in one of them what is left of it is not asked again.
+_MAX_FAULTS: Final = 32
 #: Ports are read this often: soon after something new is mapped, and else.
 _PORTS_SOON_S: Final = 60.0
 _PORTS_LATER_S: Final = 300.0
@@ -67,6 +69,7 @@ class FleetFacts:
         self._packages = packages
         self._listeners = Listeners(proc)
         self._ports_s = time.monotonic() + _PORTS_FIRST_S
+        self._faults = 0
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sowatch-fleet-facts", daemon=True)
@@ -99,14 +102,18 @@ class FleetFacts:
     def _turn(self) -> None:
         while questions := self._source.take_questions(_BATCH):
             wanted = [one for one in questions if one.identity is not None]
-            packages: list[PackageIdentity | None] = [None] * len(wanted)
+            packages: list[PackageIdentity | None] = []
             hashes: list[tuple[Library, str | None]] = []
+            self._faults = 0
             try:
-                hashes.extend(
-                    (one.library, self._packages.content_name(one)) for one in questions if one.identity is None
-                )
-                packages = self._packages.identify(wanted)
+                hashes += [(one.library, self._content_name(one)) for one in questions if one.identity is None]
+                packages += self._identify(wanted)
             finally:
+                # Whatever happens, each is answered: none stays open.
+                named = {(library.id, library.changed_ns) for library, _ in hashes}
+                rest = [one.library for one in questions if one.identity is None]
+                hashes += [(one, None) for one in rest if (one.id, one.changed_ns) not in named]
+                packages += [None] * (len(wanted) - len(packages))
                 found = [(one, _package(package)) for one, package in zip(wanted, packages, strict=True)]
                 self._source.answer(found, hashes, {})
             self._ports_s = min(self._ports_s, time.monotonic() + _PORTS_SOON_S)
@@ -117,6 +124,30 @@ class FleetFacts:
             self._source.answer([], [], self._ports(self._source.shown_processes()))
             spent_s = time.thread_time() - begun_s
             self._ports_s = time.monotonic() + max(_PORTS_LATER_S, spent_s / _PORTS_SHARE)
+
+    def _content_name(self, one: Question) -> str | None:
+        try:
+            return self._packages.content_name(one)
+        except Exception as error:  # noqa: BLE001 - one file keeps no other from being answered
+            self._note_fault(error)
+            return None
+
+    def _identify(self, wanted: Sequence[Question]) -> list[PackageIdentity | None]:
+        """A fault leaves the others of its batch their answers: it is asked again by halves."""
+        try:
+            return self._packages.identify(wanted)
+        except Exception as error:  # noqa: BLE001 - the same
+            self._note_fault(error)
+            if len(wanted) == 1 or self._faults > _MAX_FAULTS or self._closing.is_set():
+                return [None] * len(wanted)
+        half = len(wanted) // 2
+        return [*self._identify(wanted[:half]), *self._identify(wanted[half:])]
+
+    def _note_fault(self, error: Exception) -> None:
+        """The first of a batch is logged."""
+        self._faults += 1
+        if self._faults == 1:
+            LOG.error("what is mapped was not identified for the fleet", exc_info=error)
 
     def _ports(self, processes: Sequence[ProcessId]) -> dict[int, str]:
         self._listeners.begin_pass()

@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from sowatch.agent.fleet_facts import FleetFacts
 from sowatch.agent.fleet_settings import FLEET_RULE, FleetSettings
-from sowatch.fleet.changes import SETTLE_S, Changes, Question
+from sowatch.fleet.changes import SETTLE_S, Changes
 from sowatch.fleet.exporter import FleetExporter
+from sowatch.fleet.lookups import Question
 from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.fleet.sender import Sender
 from sowatch.inventory.packages import Packages
@@ -118,6 +119,8 @@ class Feed:
         self._closing = threading.Event()
         self._lost_in_queue = 0
         self._is_repaired = True
+        self._has_lost_stale = False
+        self._needs_stale = False
         #: What was let go by hand or by rules, and may be mapped all the same.
         self._let_go: dict[tuple[ProcessId, FileId], float] = {}
         # Before the start for all that is mapped by then; the rest comes as it happens.
@@ -247,10 +250,17 @@ class Feed:
         for one in self._watcher.snapshot(with_ranges=False, with_hidden=True):
             with self._lock:
                 self.changes.load(one.process, one.library)
-        for one, answer in self._stale.stale():
-            if answer.stale is not None:
-                with self._lock:
-                    self.changes.stale(one.process.id, one.library.id, answer.stale, self._stale.compared_ns or 0)
+        self._take_stale()
+
+    def _take_stale(self) -> None:
+        self._needs_stale = False
+        found = {
+            (one.process.id, one.library.id): answer.stale.value
+            for one, answer in self._stale.stale()
+            if answer.stale is not None
+        }
+        with self._lock:
+            self.changes.stale_are(found, self._stale.compared_ns or time.time_ns())
 
     def _take(self, event: Event) -> None:
         changes = self.changes
@@ -271,11 +281,17 @@ class Feed:
         elif isinstance(event, Lost):
             self._is_repaired = False
             self._lost_in_queue += event.count if event.where == "queue" else 0
+            self._has_lost_stale |= event.where == "queue"
         elif isinstance(event, Repaired):
             self._is_repaired = True
+            # The repair has what is mapped, and not what is stale of it.
+            self._needs_stale |= self._has_lost_stale
+            self._has_lost_stale = False
 
     def _turn(self) -> None:
         changes = self.changes
+        if self._needs_stale:
+            self._take_stale()
         gone = self._ended()
         with self._lock:
             for process, file in gone:

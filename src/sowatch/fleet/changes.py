@@ -12,17 +12,19 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from cachetools import LRUCache
 from msgspec.structs import replace
 
+from sowatch.fleet.clock import RecordClock
 from sowatch.fleet.groups import MAX_PIDS, Group, Identity, facts_of, identity_of
+from sowatch.fleet.lookups import Lookups, Question
 from sowatch.fleet.records import Package, Record, WatchState, group_attributes, heartbeat_attributes
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId, ProcessId
 
-__all__ = ["MAX_PIDS", "Changes", "Question"]
+__all__ = ["MAX_PIDS", "Changes"]
 
 #: A process counts once it has had a file for so long.
 SETTLE_S: Final = 1.0
@@ -44,19 +46,6 @@ _MAX_TRIES: Final = 120
 _PATIENCE: Final = 5
 #: Ports of one group.
 _MAX_PORTS: Final = 100
-
-
-class Question(NamedTuple):
-    """What only reading files answers: the package of a group; without an ``identity`` the hash of a file."""
-
-    process: Process
-    library: Library
-    identity: Identity | None
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Where it is mapped is not known."""
-        return ()
 
 
 class _Pending:
@@ -99,6 +88,7 @@ class Changes:
         dropped: records that were made, or taken, and did not arrive.
         left_out: mappings that are in no group, as there are too many groups.
         short_lived: mappings that were over within a second.
+        lookups: what is asked.
         may_begin: whether the first snapshot may be sent: what is mapped already is known.
     """
 
@@ -130,8 +120,7 @@ class Changes:
         self._numbers = itertools.count()
         self._outbox: deque[Record] = deque()
         self._hashes: LRUCache[tuple[FileId, int], str] = LRUCache(_MAX_HASHES)
-        self._questions: deque[Question] = deque()
-        self._open_hashes: set[tuple[FileId, int]] = set()
+        self.lookups = Lookups()
         self._open_packages = 0
         self._walk: Iterator[Group] | None = None
         self._walked = 0
@@ -140,7 +129,7 @@ class Changes:
         self._is_paused = True
         self._snapshot = 0
         self._seq = 0
-        self._version_ns = 0
+        self._clock = RecordClock()
         self._now_s = float("-inf")
         self._now_ns = 0
         self._snapshot_s = float("inf")
@@ -152,7 +141,7 @@ class Changes:
 
     def go_on(self, before: Changes) -> None:
         """Follows another one that has failed, with all that is given anew: to a receiver records were dropped."""
-        self._snapshot, self._seq, self._version_ns = before._snapshot, before._seq, before._version_ns
+        self._snapshot, self._seq, self._clock = before._snapshot, before._seq, before._clock
         self._now_s, self._now_ns = before._now_s, before._now_ns
         self.dropped = before.dropped + before.waiting
         self.short_lived = before.short_lived
@@ -179,12 +168,12 @@ class Changes:
     @property
     def has_questions(self) -> bool:
         """Whether `take_questions` would give some."""
-        return bool(self._questions)
+        return bool(self.lookups)
 
     @property
     def is_asking(self) -> bool:
         """Whether questions are open."""
-        return bool(self._open_packages or self._open_hashes)
+        return bool(self._open_packages) or self.lookups.is_hashing
 
     @property
     def nameless(self) -> int:
@@ -206,6 +195,9 @@ class Changes:
             now_ns: the wall clock, ns since the epoch.
         """
         self._now_s, self._now_ns = now_s, now_ns
+        if self._clock.tick(now_s, now_ns):
+            self._pause()
+            self._heartbeat_s = float("inf")  # until everything was sent
 
     def load(self, process: Process, library: Library) -> None:
         """A process has mapped a file; again what is known changes nothing."""
@@ -242,6 +234,8 @@ class Changes:
         held = self._held.get(process)
         if held is None or file not in held.files:
             return
+        if file in held.stale and held.stale[file][0] == staleness:
+            return  # since when is known
         held.stale[file] = staleness, time_ns
         group = held.files[file]
         if isinstance(group, Group):
@@ -256,6 +250,14 @@ class Changes:
         group = held.files[file]
         if isinstance(group, Group) and group.stale.pop((process, file), None) is not None:
             self._schedule(group)
+
+    def stale_are(self, stale: Mapping[tuple[ProcessId, FileId], str], time_ns: int) -> None:
+        """All that is stale by now, after some of that was missed."""
+        for process, file in [(process, file) for process, held in self._held.items() for file in held.stale]:
+            if (process, file) not in stale:
+                self.renewed(process, file)
+        for (process, file), staleness in stale.items():
+            self.stale(process, file, staleness, time_ns)
 
     def advance(self) -> None:
         """What had happened by the last `tick` was given: deals with what has come due by then."""
@@ -354,15 +356,13 @@ class Changes:
     # ---- what only reading files answers ---------------------------------------------------------
 
     def take_questions(self, limit: int) -> list[Question]:
-        """Questions that were not asked before; each is to be answered, in any order."""
-        questions = self._questions
-        return [questions.popleft() for _ in range(min(limit, len(questions)))]
+        """Questions that were not asked before, and are not over; each is to be answered, in any order."""
+        return self.lookups.take(limit)
 
     def answer_hash(self, library: Library, name: str | None) -> None:
         """What names the content of a file; None: it cannot be read."""
-        key = library.id, library.changed_ns
-        self._open_hashes.discard(key)
-        self._hashes[key] = name or ""
+        self.lookups.answered(library)
+        self._hashes[library.id, library.changed_ns] = name or ""
 
     def answer_package(self, identity: Identity, package: Package | None) -> None:
         """The package of a group's file; None: it is unknown."""
@@ -393,10 +393,11 @@ class Changes:
         return sorted({one.id for group in self._groups.values() for one in group.shown})
 
     def _ask_package(self, group: Group) -> None:
+        """The next snapshot asks again, if too many questions wait."""
         if self._asks_packages and not group.is_asked and group.members:
-            group.is_asked = True
-            self._open_packages += 1
-            self._questions.append(Question(group.shown[0], group.library, group.identity))
+            question = Question(group.shown[0], group.library, group.identity)
+            group.is_asked = self.lookups.ask(question, lambda: group.is_asked, self._now_s)
+            self._open_packages += group.is_asked
 
     def _build_id(self, library: Library) -> str | None:
         """What names the content of a file; None: that is not known yet."""
@@ -405,12 +406,9 @@ class Changes:
         return self._hashes.get((library.id, library.changed_ns)) if self._needs_hash(library) else ""
 
     def _ask_hash(self, pending: _Pending) -> None:
-        """It is pending for another second."""
-        library = pending.library
-        key = library.id, library.changed_ns
-        if key not in self._open_hashes:
-            self._open_hashes.add(key)
-            self._questions.append(Question(pending.process, library, None))
+        """It is pending for another second, and asks again then."""
+        question = Question(pending.process, pending.library, None)
+        self.lookups.ask(question, lambda: not pending.is_over, self._now_s)
         pending.tries += 1
         pending.due_s = self._now_s + SETTLE_S
         self._pending.append(pending)
@@ -563,11 +561,10 @@ class Changes:
             self.dropped += 1
             self._pause()
             return
-        self._version_ns = max(self._version_ns + 1, self._now_ns)
         attributes["sowatch.fleet.snapshot"] = self._snapshot
         attributes["sowatch.fleet.seq"] = self._seq
         self._seq += 1
-        self._outbox.append(Record(event, self._version_ns, attributes))
+        self._outbox.append(Record(event, self._clock.next_ns(), attributes))
 
 
 def _by_port(word: str) -> tuple[str, int]:

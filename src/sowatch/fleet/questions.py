@@ -80,7 +80,7 @@ WITH
     spans AS
     (
         SELECT host_id, key, fleet_history.since AS begin, min(first_version) AS first, max(last_version) AS last,
-            max(gone_version) AS gone, max(fleet_history.stale_since) AS stale_at
+            max(gone_version) AS gone, ifNull(min(nullIf(fleet_history.stale_since, 0)), 0) AS stale_at
         FROM fleet_history
         WHERE build_id IN {builds:Array(String)}
         GROUP BY host_id, key, begin

@@ -12,6 +12,7 @@ import pytest
 from sowatch.agent.fleet_feed import Feed
 from sowatch.agent.fleet_settings import FleetSettings
 from sowatch.inventory.packages import Packages
+from sowatch.inventory.staleness import StaleAnswer, Staleness
 from sowatch.linux.proc import ProcFs
 from sowatch.model.events import Event, Library, Load, Lost, Origin, Process, Repaired, Stale, Unload
 from sowatch.model.identity import FileId
@@ -37,6 +38,7 @@ class Watcher:
         self.ready = SimpleNamespace(strategy="core", guarantee="exact", limits=())
         self.stats = SimpleNamespace(lost_kernel=0, repairs=0, unread=0)
         self.mapped: list[Mapped] = []
+        self.stale: list[tuple[Mapped, StaleAnswer]] = []
 
     def subscribe(self, *, events: Any, with_hidden: bool) -> Watcher:
         assert with_hidden
@@ -81,7 +83,7 @@ def start(watcher: Watcher, receiver: FleetReceiver) -> Iterator[Callable[[], Fe
 
     def make() -> Feed:
         settings = FleetSettings(enabled=True, endpoint=receiver.url, interval_s=1)
-        stale = SimpleNamespace(stale=list, compared_ns=None)
+        stale = SimpleNamespace(stale=lambda: watcher.stale, compared_ns=9)
         feeds.append(Feed(settings, watcher, HOST, ProcFs(), stale=stale, packages=packages))  # type: ignore[arg-type]
         feeds[-1].start()
         return feeds[-1]
@@ -140,6 +142,36 @@ def test_a_host_is_lossy_from_a_loss_to_its_repair(
     wait_until(lambda: not receiver.replica().is_lossy, 30, "its repair")
     watcher.is_repaired = False
     wait_until(lambda: receiver.replica().is_lossy, 30, "a watch that is not repaired")
+
+
+def test_what_became_stale_or_was_renewed_in_a_loss_is_known_after_the_repair(
+    watcher: Watcher, receiver: FleetReceiver, start: Callable[[], Feed], wait_until: Any
+) -> None:
+    watcher.mapped = [Mapped(NGINX, library(number), "fleet", ()) for number in (1, 2)]
+    watcher.stale = [(watcher.mapped[0], StaleAnswer(Staleness.REPLACED, None))]
+    feed = start()
+    wait_until(lambda: len(known(receiver)) == 2 and bool(receiver.of("heartbeat")), 30, "the snapshot")
+
+    def stale() -> dict[str, int]:
+        feed.drop(0)  # everything is sent anew, so that it is no minute
+        feed.sender.wake()
+        rows = receiver.replica().in_force.values()
+        found = {row.attributes["sowatch.library.path"]: row.attributes for row in rows}
+        return {
+            path: one["sowatch.library.stale_since"] for path, one in found.items() if "sowatch.library.stale" in one
+        }
+
+    assert stale() == {"/nowhere/lib1.so": 9}
+    watcher.stale = [(watcher.mapped[1], StaleAnswer(Staleness.DELETED, None))]
+    # No loss of the queue: all that happened is in events.
+    for event in (Lost(1, 3, "kernel"), Repaired(1, 1, 0, 0.1)):
+        watcher.queue.put(event)
+    watcher.queue.put(load(3))
+    wait_until(lambda: len(known(receiver)) == 3, 30, "what came after")
+    assert stale() == {"/nowhere/lib1.so": 9}
+    for event in (Lost(1, 3, "queue"), Repaired(1, 1, 0, 0.1)):
+        watcher.queue.put(event)
+    wait_until(lambda: stale() == {"/nowhere/lib2.so": 9}, 30, "what is stale by now")
 
 
 def test_a_feed_that_fails_is_down_until_it_has_sent_everything_anew(

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from sowatch.fleet.changes import HOLD_S, MAX_PIDS, STATE_EVERY_S, Changes
+from sowatch.fleet.lookups import MAX_QUESTIONS
 from sowatch.fleet.records import Package, Record, WatchState
 from sowatch.model.events import Library, Process
 from sowatch.model.identity import FileId
@@ -31,12 +32,13 @@ class Host:
     def __init__(self, **more: Any) -> None:
         self.changes = Changes(HOST, **more)
         self.now_s = 0.0
+        self.clock_ns = START_NS
         self.records: list[Record] = []
         self.go(0)
 
     def go(self, seconds: float) -> None:
         self.now_s += seconds
-        self.changes.tick(self.now_s, START_NS + round(self.now_s * NS))
+        self.changes.tick(self.now_s, self.clock_ns + round(self.now_s * NS))
         self.changes.advance()
         if self.changes.is_heartbeat_due():
             self.changes.heartbeat(WELL)
@@ -150,7 +152,7 @@ def test_versions_rise_strictly_even_if_the_clock_goes_back() -> None:
     host = Host()
     host.changes.load(process(1), library(1))
     host.begin()
-    host.changes.tick(host.now_s + 5, START_NS - 3600 * NS)
+    host.changes.tick(host.now_s + 5, START_NS - 50 * NS)
     host.changes.unload(process(1).id, library(1).id)
     versions = [one.version_ns for one in [*host.records, *host.take()]]
     assert versions == sorted(set(versions))
@@ -334,6 +336,143 @@ def test_what_follows_one_that_failed_is_a_snapshot_of_the_same_run() -> None:
     assert [row.attributes["sowatch.library.path"] for row in replica.in_force.values()] == ["/usr/lib/lib1.so"]
     versions = [one.version_ns for one in host.records]
     assert versions == sorted(set(versions))
+
+
+def test_a_clock_that_was_ahead_and_was_set_right_has_everything_sent_anew_at_its_time() -> None:
+    host = Host()
+    host.clock_ns += 86_400 * NS
+    host.go(0)
+    host.changes.load(process(1), library(1))
+    host.begin()
+    host.changes.load(process(2), library(2))
+    host.go(1)
+    host.clock_ns = START_NS
+    host.records.clear()
+    host.go(1)
+    host.go(0)
+    host.take()
+    assert [one.event.rpartition(".")[2] for one in host.records] == [
+        "snapshot_begin",
+        "state",
+        "state",
+        "snapshot_end",
+        "heartbeat",
+    ]
+    assert {round((one.version_ns - START_NS) / NS) for one in host.records} == {round(host.now_s)}
+    assert host.changes.dropped == 1
+
+
+def test_a_clock_that_was_set_at_last_has_everything_sent_anew() -> None:
+    host = Host()
+    host.clock_ns = 0
+    host.changes = Changes(HOST)
+    host.go(0)
+    host.changes.load(process(1), library(1))
+    host.begin()
+    host.clock_ns = START_NS
+    host.records.clear()
+    host.go(1)
+    events = [one.event.rpartition(".")[2] for one in host.take()]
+    assert events == ["snapshot_begin", "state", "snapshot_end", "heartbeat"]
+    assert min(one.version_ns for one in host.records) > START_NS
+
+
+def test_a_clock_that_is_an_hour_behind_has_everything_sent_anew_once_it_has_caught_up() -> None:
+    host = Host()
+    host.changes.load(process(1), library(1))
+    host.begin()
+    newest_ns = host.records[-1].version_ns
+    host.clock_ns -= 3600 * NS
+    host.go(1)
+    host.take()
+    assert host.records[-1].version_ns < newest_ns
+    host.changes.unload(process(1).id, library(1).id)
+    host.go(3500)
+    host.take()
+    host.go(100)
+    host.take()
+    replica = Replica()
+    replica.take(_sent(one) for one in host.records)
+    assert not replica.is_lossy
+    assert replica.in_force == {}
+    # A heartbeat that is later than the ones before comes with the end of that snapshot.
+    later = [one.event.rpartition(".")[2] for one in host.records if one.version_ns > newest_ns]
+    assert later == ["snapshot_begin", "snapshot_end", "heartbeat"]
+
+
+def test_a_clock_that_drifts_is_not_taken_for_one_that_was_set() -> None:
+    host = Host()
+    host.begin()
+    for _ in range(59):
+        host.clock_ns -= NS
+        host.go(0)
+    assert [one.event for one in host.take() if "snapshot" in one.event] == []
+
+
+def test_questions_are_bounded_and_those_that_are_over_are_not_asked() -> None:
+    host = Host(needs_hash=lambda _library: True, asks_packages=True)
+    host.begin()
+    for number in range(30_000):
+        one = Library(f"/tmp/{number}", FileId(8, 1, number))
+        host.changes.load(process(1), one)
+    host.go(1.1)
+    for number in range(1, 30_000):
+        host.changes.unload(process(1).id, FileId(8, 1, number))
+    assert len(host.changes.lookups) == MAX_QUESTIONS
+    # One more finds room, as the others are over.
+    host.changes.load(process(2), Library("/tmp/last", FileId(8, 1, 30_000)))
+    host.go(1.1)
+    assert len(host.changes.lookups) == 2
+    asked = host.changes.take_questions(100)
+    assert [one.library.path for one in asked] == ["/tmp/0", "/tmp/last"]
+    assert host.changes.take_questions(100) == []
+    for one in asked:
+        host.changes.answer_hash(one.library, "htlhash:00")
+    # Of those that were over none is open.
+    assert not host.changes.is_asking
+
+
+def test_the_package_of_a_group_that_is_over_is_not_asked_for() -> None:
+    host = Host(asks_packages=True)
+    host.begin()
+    for number in range(1, 100):
+        host.changes.load(process(1), library(number))
+        host.go(1.1)
+        host.changes.unload(process(1).id, library(number).id)
+    host.changes.load(process(1), library(200))
+    host.go(1.1)
+    assert [one.library for one in host.changes.take_questions(100)] == [library(200)]
+
+
+def test_a_file_is_stale_since_the_first_time_that_it_was_found_so() -> None:
+    host = Host()
+    host.changes.load(process(1), library(1))
+    host.begin()
+    host.changes.stale(process(1).id, library(1).id, "replaced", 5)
+    host.changes.stale(process(1).id, library(1).id, "replaced", 9)
+    host.go(STATE_EVERY_S)
+    assert next(one.attributes.get("sowatch.library.stale_since") for one in host.take()) == 5
+    host.changes.stale(process(1).id, library(1).id, "deleted", 9)
+    host.go(STATE_EVERY_S)
+    assert next(one.attributes.get("sowatch.library.stale_since") for one in host.take()) == 9
+
+
+def test_what_is_stale_is_what_is_given_and_nothing_else() -> None:
+    host = Host()
+    for number in (1, 2, 3):
+        host.changes.load(process(1), library(number))
+    host.begin()
+    for number in (1, 2):
+        host.changes.stale(process(1).id, library(number).id, "replaced", 5)
+    host.changes.stale_are({(process(1).id, library(number).id): "replaced" for number in (2, 3, 4)}, 9)
+    host.go(STATE_EVERY_S)
+    host.changes.drop(0)
+    found = {
+        one.attributes["sowatch.library.path"]: one.attributes.get("sowatch.library.stale_since")
+        for one in host.take()
+        if one.event == "sowatch.library.state"
+    }
+    assert found == {"/usr/lib/lib1.so": None, "/usr/lib/lib2.so": 5, "/usr/lib/lib3.so": 9}
 
 
 def _sent(one: Record) -> Sent:

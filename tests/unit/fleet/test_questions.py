@@ -491,6 +491,22 @@ def test_history_measures_the_time_to_remediation(store, now: int) -> None:
     assert [one.host_count for one in total.hosts_over_time] == [3, 2, 1]
 
 
+def test_history_measures_from_the_first_time_that_a_group_was_stale(store, now: int) -> None:
+    begin = now - 2 * HOUR
+    host, since = agent("a", begin), begin + HOUR
+    first = replace(SSL, stale="replaced", stale_since_ns=since, since_ns=begin)
+    store.take(host.snapshot_of([replace(SSL, since_ns=begin)]))
+    host.now_ns = since + SECOND
+    store.take(host.changed(first))
+    host.now_ns = since + 300 * SECOND
+    # Its agent has forgotten since when, and finds it so again.
+    store.take(host.changed(replace(first, stale_since_ns=host.now_ns)))
+    host.now_ns = since + 600 * SECOND
+    store.take(host.unmapped(replace(SSL, since_ns=begin)), beat(host, now))
+    line, _ = store.at(now).history(target_of(OLD)).lines
+    assert round(line.remediated_s or -1) == 600
+
+
 def test_history_of_an_agent_that_was_killed_has_no_gap_and_an_end(store, now: int) -> None:
     begin = now - 5 * HOUR
     web = agent("web", begin)

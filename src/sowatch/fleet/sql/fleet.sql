@@ -206,7 +206,7 @@ CREATE TABLE IF NOT EXISTS fleet_history
     first_version SimpleAggregateFunction(min, UInt64) CODEC(Delta(8), ZSTD(1)),
     last_version SimpleAggregateFunction(max, UInt64) CODEC(Delta(8), ZSTD(1)),   -- of its last record
     gone_version SimpleAggregateFunction(max, UInt64),                            -- of the one without processes, else 0
-    stale_since SimpleAggregateFunction(max, UInt64)
+    stale_since SimpleAggregateFunction(min, Nullable(UInt64))                    -- since when it first was; null: it was not
 )
 ENGINE = AggregatingMergeTree
 ORDER BY (build_id, host_id, key, since)
@@ -214,7 +214,7 @@ TTL toDateTime(intDiv(last_version, 1000000000)) + INTERVAL 90 DAY;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS fleet_history_from_incoming TO fleet_history AS
 SELECT build_id, host_id, key, if(since = 0, epoch, since) AS since, version AS first_version, version AS last_version,
-    if(processes = 0, version, 0) AS gone_version, stale_since
+    if(processes = 0, version, 0) AS gone_version, nullIf(incoming.stale_since, 0) AS stale_since
 FROM fleet_incoming AS incoming
 WHERE event IN ('state', 'mapped', 'unmapped');
 
