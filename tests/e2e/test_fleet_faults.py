@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -21,7 +22,7 @@ NewReceiver = Callable[..., Receiving]
 
 
 @pytest.fixture
-def new_receiver(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> NewReceiver:
+def new_receiver(place: Path, spawn: Any, wait_until: Any, deadline: Any) -> NewReceiver:
     return lambda **more: Receiving(spawn, wait_until, more.pop("directory", place), timeout_s=deadline(60), **more)
 
 
@@ -71,20 +72,24 @@ def test_what_was_accepted_is_there_after_the_receiver_was_killed_at_any_moment(
 
     def send() -> None:
         """Sends until the receiver is gone."""
-        connection = receiver.connect()
-        while True:
-            with lock:
-                first = next(next_number)
-            sent = range(first, first + 20)
-            try:
-                connection.request("POST", "/v1/logs", states(sent), JSON)
-                answer = connection.getresponse()
-                answer.read()
-            except (OSError, http.client.HTTPException):
-                return
-            assert answer.status == 200
-            with lock:
-                accepted.update(sent)
+        with contextlib.closing(receiver.connect()) as connection:
+            while send_once(connection):
+                pass
+
+    def send_once(connection: http.client.HTTPConnection) -> bool:
+        with lock:
+            first = next(next_number)
+        sent = range(first, first + 20)
+        try:
+            connection.request("POST", "/v1/logs", states(sent), JSON)
+            answer = connection.getresponse()
+            answer.read()
+        except (OSError, http.client.HTTPException):
+            return False
+        assert answer.status == 200
+        with lock:
+            accepted.update(sent)
+        return True
 
     for round_number in range(3):
         receiver.start()

@@ -30,7 +30,7 @@ NewReceiver = Callable[..., Receiving]
 
 
 @pytest.fixture
-def new_receiver(spawn: Any, wait_until: Any, place: Path, deadline: Any) -> NewReceiver:
+def new_receiver(place: Path, spawn: Any, wait_until: Any, deadline: Any) -> NewReceiver:
     """``new_receiver(options=(), ...)`` is a receiver with its store in ``place`` that is not started yet."""
     return lambda **more: Receiving(spawn, wait_until, more.pop("directory", place), timeout_s=deadline(60), **more)
 

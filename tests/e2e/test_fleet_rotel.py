@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(found is None, reason="there is no rotel for thi
 
 @pytest.mark.parametrize("encoding", [JSON, PROTOBUF], ids=["json", "protobuf"])
 def test_what_another_collector_passes_on_is_what_was_sent(
-    spawn: Any, wait_until: Any, place: Path, encoding: dict[str, str]
+    place: Path, spawn: Any, wait_until: Any, encoding: dict[str, str]
 ) -> None:
     from google.protobuf import json_format
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
