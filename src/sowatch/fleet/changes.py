@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -63,13 +63,17 @@ class _Pending:
 
 
 class _Held:
-    """What a process has mapped: by file its group, or that it is pending; None: it was left out. And what is stale."""
+    """What a process has mapped: by file its group, or that it is pending; None: it was left out. And what is stale.
 
-    __slots__ = ("exe_build_id", "files", "stale")
+    ``groups`` has how many of the files each group has: one, but for a path that has the same build twice.
+    """
+
+    __slots__ = ("exe_build_id", "files", "groups", "stale")
 
     def __init__(self) -> None:
         self.exe_build_id = ""
         self.files: dict[FileId, Group | _Pending | None] = {}
+        self.groups: Counter[Group] = Counter()
         self.stale: dict[FileId, tuple[str, int]] = {}
 
 
@@ -439,13 +443,13 @@ class Changes:
         self._join(process, held, library.id, group, pending.time_ns)
 
     def _join(self, process: Process, held: _Held, file: FileId, group: Group, time_ns: int) -> None:
-        is_counted = any(one is group for one in held.files.values())
         held.files[file] = group
+        held.groups[group] += 1
         if file in held.stale:
             group.stale[process.id, file] = held.stale[file]
             if group.processes:
                 self._schedule(group)
-        if is_counted:
+        if held.groups[group] > 1:
             return  # the same path and build twice in one process
         group.add(process)
         if group.processes > 1:
@@ -482,8 +486,10 @@ class Changes:
     def _leave(self, process: ProcessId, held: _Held, file: FileId, group: Group) -> None:
         if group.stale.pop((process, file), None) is not None:
             self._schedule(group)
-        if any(one is group for one in held.files.values()):
+        held.groups[group] -= 1
+        if held.groups[group]:
             return
+        del held.groups[group]
         group.remove(process)
         if group.processes or (group.is_reported and group.is_flapping):
             self._schedule(group)  # one that comes and goes has both once a minute
