@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sowatch.inventory.packages import PackageIdentity
+from sowatch.inventory.vulnerabilities import Finding
 
 Events = Sequence[Mapping[str, str]]
 
@@ -94,3 +95,8 @@ def debian(
 def package(url: str, version: str, name: str, source: str | None = None, by: Any = "dpkg") -> PackageIdentity:
     """Any other."""
     return PackageIdentity(name, version, source, url, by)
+
+
+def statuses(found: Sequence[Finding]) -> list[tuple[str, str | None]]:
+    """Each with its id."""
+    return [(one.status, one.id) for one in found]

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,26 @@ from sowatch.model.identity import FileId
 from sowatch.model.stats import Mapped
 from support.elf_files import Made
 
-__all__ = ["DEBIAN", "Jailed", "add_dpkg", "add_file", "apk_database", "dpkg_status", "elf"]
+__all__ = [
+    "DEBIAN",
+    "POM",
+    "PROPERTIES",
+    "SSL",
+    "Jailed",
+    "add_dpkg",
+    "add_file",
+    "apk_database",
+    "debian_with_ssl",
+    "dpkg_status",
+    "elf",
+    "jar",
+    "wheel",
+]
 
+SSL = "/usr/lib/x86_64-linux-gnu/libssl.so.3"
+#: The properties of an artifact of Maven, in a jar.
+POM = "META-INF/maven/io.netty/netty-tcnative/pom.properties"
+PROPERTIES = b"#Generated\nartifactId=netty-tcnative\ngroupId=io.netty\nversion=2.0.65.Final\n"
 DEBIAN = 'ID=debian\nVERSION_ID="12"\n'
 
 #: Chroots, maps what it is told line by line, answers each with a line.
@@ -122,3 +141,27 @@ class Jailed:
         file_id = FileId(row.major, row.minor, row.inode)
         library = Library(path, file_id, build_id=facts.build_id, changed_ns=status.st_ctime_ns)
         return Mapped(Process(self.pid, 0), library, "all", ((row.start, row.end),))
+
+
+def debian_with_ssl(root: Path, version: str = "3.0.11-1~deb12u2", number: int = 1) -> None:
+    """Makes a root have libssl3 by dpkg; ``number`` is that of `elf`."""
+    status = dpkg_status(libssl3=(version, "Source: openssl\n"))
+    add_dpkg(root, status, {"libssl3": {SSL: elf(number)}})
+
+
+def wheel(root: Path, site: str, files: dict[str, bytes]) -> None:
+    info = root / site.lstrip("/") / "NumPy-1.26.4.dist-info"
+    info.mkdir(parents=True)
+    rows = []
+    for path, content in files.items():
+        add_file(root, f"{site}/{path}", content)
+        rows.append(f"{path},,{len(content)}")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: NumPy\nVersion: 1.26.4\n\nName: other\n")
+    (info / "RECORD").write_text("\n".join(rows) + "\n")
+
+
+def jar(root: Path, path: str, files: dict[str, bytes]) -> None:
+    (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(root / path.lstrip("/"), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)

@@ -178,7 +178,7 @@ def _is_same_release(suffix: str, release: str) -> bool:
 
 
 def _is_of_ubuntu(suffix: str, release: str) -> bool:
-    # Further words are of other builds (FIPS, Realtime): what such a host has is not told by its release.
+    # Further words are of other builds (FIPS, Realtime): the release does not show what such a host has.
     return [part for part in suffix.split(":") if part not in ("LTS", "Pro")] == [release]
 
 

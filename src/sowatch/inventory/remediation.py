@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sowatch.inventory.stale_history import Change
 from sowatch.inventory.staleness import StaleAnswer, Staleness
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.literals import RenewedCause
 from sowatch.model.stats import Mapped
 
 __all__ = ["KEPT", "MAX_OPEN", "Remediation", "Remediations"]
@@ -24,17 +24,6 @@ __all__ = ["KEPT", "MAX_OPEN", "Remediation", "Remediations"]
 KEPT: Final = 200
 #: Files that still run and are followed; of those beyond nothing is known.
 MAX_OPEN: Final = 2_000
-
-
-class _Change(Protocol):
-    """A `sowatch.inventory.stale_watch.StaleChange`."""
-
-    @property
-    def mapped(self) -> Mapped: ...
-    @property
-    def answer(self) -> StaleAnswer: ...
-    @property
-    def cause(self) -> RenewedCause | None: ...
 
 
 class Remediation(Struct, frozen=True):
@@ -79,7 +68,7 @@ class Remediations:
 
     def add(
         self,
-        changes: Iterable[_Change],
+        changes: Iterable[Change],
         now_ns: int,
         *,
         is_first: bool,
@@ -117,7 +106,7 @@ class Remediations:
 
     def _add(
         self,
-        change: _Change,
+        change: Change,
         now_ns: int,
         is_first: bool,
         replaced_ns: Callable[[Mapped, StaleAnswer], int | None],

@@ -14,21 +14,26 @@ from sowatch.model.identity import FileId, ProcessId
 from sowatch.model.literals import RenewedCause
 from sowatch.model.stats import Mapped
 
-__all__ = ["KEPT", "StaleHistory", "StaleSpell"]
+__all__ = ["KEPT", "Change", "StaleHistory", "StaleSpell"]
 
 #: Spells that are kept; of those beyond, which are over go first.
 KEPT: Final = 500
 
 
-class _Change(Protocol):
+class Change(Protocol):
     """A `sowatch.inventory.stale_watch.StaleChange`."""
 
     @property
-    def mapped(self) -> Mapped: ...
+    def mapped(self) -> Mapped:
+        """Who has what."""
+
     @property
-    def answer(self) -> StaleAnswer: ...
+    def answer(self) -> StaleAnswer:
+        """What is stale of it."""
+
     @property
-    def cause(self) -> RenewedCause | None: ...
+    def cause(self) -> RenewedCause | None:
+        """Why it is over; None: it begins."""
 
 
 class StaleSpell(Struct, frozen=True):
@@ -65,7 +70,7 @@ class StaleHistory:
         self._last = 0
         self._left_out = 0
 
-    def add(self, changes: Iterable[_Change], now_ns: int, *, is_first: bool) -> None:
+    def add(self, changes: Iterable[Change], now_ns: int, *, is_first: bool) -> None:
         """Takes what a comparison found; ``is_first``: it was the first one."""
         with self._lock:
             for change in changes:
@@ -77,7 +82,7 @@ class StaleHistory:
         with self._lock:
             return list(self._spells.values()), self._left_out
 
-    def _add(self, change: _Change, now_ns: int, *, is_first: bool) -> None:
+    def _add(self, change: Change, now_ns: int, *, is_first: bool) -> None:
         one, answer = change.mapped, change.answer
         key = (one.process.id, one.library.id, one.library.path)
         known = self._open.get(key)

@@ -14,22 +14,9 @@ import pytest
 from sowatch.inventory.packages import Packages
 from sowatch.inventory.vulnerabilities import load_vulnerabilities
 from support.advisories import advisory, statement, write_tree, write_vex
-from support.package_roots import DEBIAN, Jailed, add_dpkg, dpkg_status, elf
+from support.package_roots import Jailed, add_dpkg, dpkg_status, elf
 
 LIBRARY = "/usr/lib/liblamp.so.1"
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    made = tmp_path / "root"
-    (made / "etc").mkdir(parents=True)
-    (made / "etc/os-release").write_text(DEBIAN)
-    return made
-
-
-@pytest.fixture
-def jailed(spawn: Any, root: Path) -> Callable[[], Jailed]:
-    return lambda: Jailed(spawn, root)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import { element, name, stamp, visible } from "./text.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
-/** Lines that can be told apart; dashes for who does not see colours. */
+/** Lines that can be distinguished; dashes for who does not see colours. */
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "12 4", "1 4"];
 
 function svg(kind, attributes, ...children) {
