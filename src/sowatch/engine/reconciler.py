@@ -7,7 +7,7 @@ another thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Final
@@ -299,7 +299,7 @@ class Reconciler:
 
     def _publish_many(self, causes: Causes, effects: Effects) -> None:
         """Publishes the changes of a merge that is under way if they are many: any user decides how many they are."""
-        if len(effects.changes) >= MANY_CHANGES and causes is not RULES:
+        if len(self._effects.changes) + len(effects.changes) >= MANY_CHANGES and causes is not RULES:
             self._effects.changes += effects.changes
             effects.changes, changes, self._effects.changes = [], self._effects.changes, []
             self._publisher.publish(changes)
@@ -386,12 +386,18 @@ class Reconciler:
         self._note(self._table.learn_only(one for one in others if self._is_tracked(one.tgid, one.start_ns)))
         scans = [scan for scan in scans if scan.tgid in due]
         self._note(merge(self._table, scans, concerned.take(), LIVE, own_causes=due, between=between))
-        concerned.apply_kept(lambda kept: self._note(self._table.apply(*kept)), take_others)
+        concerned.apply_kept(self._apply_kept, take_others)
         for pid in gone:
             self._note(self._table.forget_pid(pid, "repair", time.monotonic_ns()))
         self._unscanned.difference_update(due)
         self._unscanned.update(pid for pid in missing - set(gone) if due[pid] is REPAIR)
         return due.keys() & was_read
+
+    def _apply_kept(self, records: Iterable[Record]) -> None:
+        """Applies what waited for a scan."""
+        effects = self._table.apply(*records)
+        self._publish_many(LIVE, effects)
+        self._note(effects)
 
     def _apply_others(self, records: list[Record], *, holds: bool) -> None:
         """Applies records of processes that are not scanned now: published at once, or behind what it ``holds``."""

@@ -55,7 +55,8 @@ class ScanRecords:
         for batch in self.take().batches():
             apply(batch)
             take_others()
-        apply(self.take())
+        for batch in self.take().batches():
+            apply(batch)
 
     def take(self) -> RecordLog:
         """Those that were kept since the last call, in order."""
