@@ -3,7 +3,8 @@
 The floods: 1 and 4 processes that map and unmap one matched file without a pause, three threads that fork without
 one, a process with 10,000 different files and two threads that map and unmap, and one that forks children with 3,000
 ranges of a file each while nobody reads the events. Of the first, the watching process is stopped for 10 s once as
-well. ``--beside DIRECTORY`` measures another checkout, with its own ``.venv``, by turns with this one. Neither has the
+well. Then forks, children that share the address space, and two threads beside 2,000 mappings, while everything of the
+host is watched: each child then has loads of its own. ``--beside DIRECTORY`` measures another checkout, with its own ``.venv``, by turns with this one. Neither has the
 machine for itself: the floods take every CPU, and the load average stands in the report.
 """
 
@@ -33,8 +34,10 @@ BEGUN_S: Final = 3.0
 #: Between two honest loads.
 PAUSE_S: Final = 0.2
 #: Case, and the most that p99 may be, in seconds.
-AIMS: Final = {"1 flooder": 0.5, "4 flooders": 1.0, "forks": 1.0, "10,000 files": 1.0, "stopped 10 s": 2.0}
-
+AIMS: Final[dict[str, float]] = {"1 flooder": 0.5, "4 flooders": 1.0, "forks": 1.0, "10,000 files": 1.0, "stopped 10 s": 2.0}
+#: The way of the hostile process, by case, while everything is watched. Aim as above.
+WITH_ALL_WATCHED: Final = {f"{way}, all watched": way for way in ("forks", "shares", "flood")}
+AIMS |= dict.fromkeys(WITH_ALL_WATCHED, 1.0)
 
 CASES: Final = (*AIMS, "3,000 x forks")
 QUICK_CASES: Final = ("1 flooder", "forks")
@@ -75,7 +78,8 @@ def one_round(case: str, directory: Path, python: Path, loads: int) -> tuple[lis
 
     program, template = build("mapper", directory), make_libraries(directory, 1)[0]
     waits: list[float] = []
-    with Watching(python, directory) as watching, Mapper(program, directory) as honest:
+    what = "everything" if case in WITH_ALL_WATCHED else "directory"
+    with Watching(python, directory, what) as watching, Mapper(program, directory) as honest:
         with contextlib.ExitStack() as stack:
             flood(case, stack, directory, template)
             time.sleep(BEGUN_S)
@@ -111,9 +115,9 @@ def flood(case: str, stack: contextlib.ExitStack, directory: Path, template: Pat
     own = directory / f"own-{time.monotonic_ns()}"
     own.mkdir()
     command: list[str | Path]
-    if case == "forks":
+    if case == "forks" or case in WITH_ALL_WATCHED:
         directory.chmod(0o755)
-        command = [build("hostile", directory, flags=["-pthread"]), "forks", target]
+        command = [build("hostile", directory, flags=["-pthread"]), WITH_ALL_WATCHED.get(case, case), target]
     elif case == "10,000 files":
         other = own / "libother.so"
         command = [build("ranges", directory, flags=["-pthread"]), "churnfiles", own, "10000", other]
@@ -132,9 +136,9 @@ class Watching:
         end: what it said of itself last; to be read after the block.
     """
 
-    def __init__(self, python: Path, directory: Path) -> None:
+    def __init__(self, python: Path, directory: Path, what: str) -> None:
         self.process = subprocess.Popen(
-            [python, __file__, "--watch", directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, __file__, "--watch", directory, what], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.end: dict[str, Any] = {}
         self._reported: dict[tuple[int, int], tuple[float | None, float]] = {}
@@ -173,18 +177,27 @@ class Watching:
                 self._news.notify_all()
 
 
-def watch(directory: str) -> None:
-    """Reports honest loads as lines of JSON until the input ends, then what became of the watch."""
+def watch(directory: str, what: str) -> None:
+    """Reports honest loads as lines of JSON until the input ends, then what became of the watch.
+
+    Args:
+        directory: where the honest libraries are.
+        what: ``directory``: nothing else is watched, nor read; ``everything``: all of the host is, and read.
+    """
     from sowatch import Load, Rule, Watcher
+    from sowatch.model.literals import KINDS
 
     def note(event: Load) -> None:
         reported = time.monotonic()
         begun = event.t_ns / 1e9 if event.cause == "mmap" and event.t_ns else None
         print(json.dumps([event.process.pid, event.library.id.inode, begun, reported]), flush=True)
 
-    rules = [Rule(f"{directory}/libhonest", name="honest", on_load=note), Rule(f"{directory}/", name="all")]
-    with Watcher(*rules) as watcher:
-        _unread = watcher.subscribe()
+    is_all = what == "everything"
+    rest = Rule(None, name="all", kind=KINDS) if is_all else Rule(f"{directory}/", name="all")
+    with Watcher(Rule(f"{directory}/libhonest", name="honest", on_load=note), rest) as watcher:
+        subscription = watcher.subscribe()
+        if is_all:
+            threading.Thread(target=lambda: all(True for _ in subscription), daemon=True).start()
         print(json.dumps([0, 0, None, time.monotonic()]), flush=True)
         sys.stdin.read()
         stats = watcher.stats
@@ -197,7 +210,7 @@ def watch(directory: str) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--watch"]:
-        watch(sys.argv[2])
+        watch(*sys.argv[2:4])
         return
     from benchmarks import common
 

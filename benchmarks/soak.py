@@ -1,7 +1,8 @@
 """Hours in minutes: a mixed workload runs all the time, and once a minute the map is audited.
 
 Beside it a hostile process, as nobody, does its worst, another thing every quarter of a minute; ``--honest`` leaves
-it out. It ends with the workload; the last audit and the last measurement of the memory come some seconds later.
+it out. It ends with the workload; the last audit and the last measurement of the memory come some seconds later. How long
+loads took to be reported is that of all processes but the hostile one's.
 
 ``python -m benchmarks.soak [--minutes N] [--quick] [--honest]`` watches everything, libraries and executables
 of the whole host, while processes come, fork, execute, load, unload and go. It reports what the
@@ -35,6 +36,7 @@ from support.programs import build, make_libraries
 
 #: How long the hostile process does one thing.
 TURN_S = 15.0
+HOSTILE = "hostile"
 WORKLOAD = Path(workload.__file__)
 
 
@@ -113,6 +115,9 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float, is_hostile
         Figure("turns of the hostile process", len(turns), ""),
         Figure("workload runs of some 100 processes", len(runs), ""),
         Figure("loads and unloads that do not alternate", reader.astray, "", aim=0),
+        Figure("load to event, half of them", reader.waited_s(0.5), "s"),
+        Figure("load to event, p99", reader.waited_s(0.99), "s", aim=1.0 if is_hostile else None),
+        Figure("load to event, p99.9", reader.waited_s(0.999), "s"),
         Figure("loads reported", stats.loads, ""),
         Figure("unloads reported", stats.unloads, ""),
         Figure("records lost in the kernel", stats.lost_kernel, ""),
@@ -127,13 +132,27 @@ def soak(seconds: float, directory: Path, *, between_audits_s: float, is_hostile
 
 
 class Reader(threading.Thread):
-    """Reads every event; counts loads of what was loaded already, and unloads of what was not."""
+    """Reads every event; counts loads of what was loaded already, and unloads of what was not.
+
+    Attributes:
+        waits: how many loads of other processes than the hostile ones took so many hundredths of a second to be read.
+    """
 
     def __init__(self, subscription: Subscription) -> None:
         super().__init__(daemon=True)
         self.subscription = subscription
         self.held: set[tuple[int, int, FileId]] = set()
         self.astray = 0
+        self.waits = [0] * 6_000
+
+    def waited_s(self, share: float) -> float:
+        """The time in which this share of the loads was read."""
+        left = share * sum(self.waits)
+        for hundredths, count in enumerate(self.waits):
+            left -= count
+            if left <= 0:
+                return hundredths / 100
+        return len(self.waits) / 100
 
     def run(self) -> None:
         for event in self.subscription:
@@ -143,6 +162,9 @@ class Reader(threading.Thread):
             if (event.event == "load") == (key in self.held):
                 self.astray += 1
                 print(f"   {event.event}, cause {event.cause}, does not alternate: {event.library.path}", flush=True)
+            if event.event == "load" and event.t_ns is not None and event.process.comm != HOSTILE:
+                waited = (time.monotonic_ns() - event.t_ns) // 10_000_000
+                self.waits[min(waited, len(self.waits) - 1)] += 1
             (self.held.add if event.event == "load" else self.held.discard)(key)
 
 
@@ -158,8 +180,8 @@ def work(directory: Path, is_over: threading.Event, runs: list[int]) -> None:
 
 def rotate(directory: Path, is_over: threading.Event, turns: list[str]) -> None:
     """One hostile thing after the other."""
-    program = build("hostile", directory, flags=["-pthread"])
-    (library,) = make_libraries(directory, 1, prefix="hostile")
+    program = build(HOSTILE, directory, flags=["-pthread"])
+    (library,) = make_libraries(directory, 1, prefix=HOSTILE)
     os.truncate(library, 20_000 * 4096)
     for path in (directory, library):
         path.chmod(0o755)

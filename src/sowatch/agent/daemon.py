@@ -39,6 +39,7 @@ from sowatch.inventory.packages import Packages
 from sowatch.linux.capabilities import SYS_ADMIN, drop_privileges
 from sowatch.linux.origin import origin_of
 from sowatch.linux.pid_namespaces import why_not_whole_host
+from sowatch.linux.priority import allow_nice
 from sowatch.linux.proc import ProcFs
 from sowatch.model.config import Config
 from sowatch.model.errors import PidNamespaceError, SowatchError
@@ -224,6 +225,7 @@ class Daemon:
                 # Asked before they are gone: what is tried needs them all.
                 attaches = self._settings.http.enabled or any(one.has_action for one in self._settings.rules)
                 is_admin = attaches and attaching_needs_admin()
+                allow_nice(config.nice)
                 left = drop_privileges(also_keep=1 << SYS_ADMIN if is_admin else 0)
                 source.unread.start()
                 LOG.info("gave up privileges", extra={"facts": {"capabilities": f"{left:#x}"}})

@@ -22,6 +22,7 @@ from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.table import MappingTable
 from sowatch.linux.origin import origin_of
+from sowatch.linux.priority import add_nice
 from sowatch.linux.proc import ProcFs
 from sowatch.linux.wake import Wake
 from sowatch.model.config import Config
@@ -80,7 +81,6 @@ class Engine:
     Attributes:
         reconciler: what works on that thread. Others may read its figures.
         ready: what `start` returned.
-        last_iteration_s: CLOCK_MONOTONIC when the thread last went round, in seconds; it does at least once a second.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Engine:
         self._table = table
         self._publisher = publisher
         self._silent = silent_baseline
+        self._nice = config.nice
         self._proc = ProcFs(config.proc_root)
         self.reconciler = Reconciler(source, table, publisher, rules, config, silent_baseline=silent_baseline)
         #: Makes the thread go round once more; from any thread.
@@ -106,7 +107,6 @@ class Engine:
         self.ready: Ready | None = None
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self.last_iteration_s = time.monotonic()
         self._jobs: list[tuple[Callable[[], None], Future[Any]]] = []
         self._deferred: list[tuple[Callable[[], None], Future[Any]]] = []
         #: What callers wait for.
@@ -297,6 +297,7 @@ class Engine:
     # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        add_nice(self._nice)
         poller = select.epoll()
         try:
             poller.register(self._source.fileno(), select.EPOLLIN)
@@ -339,7 +340,6 @@ class Engine:
                 time.sleep(BATCH_S)
                 now = time.monotonic()
             if now >= next_tick:
-                self.last_iteration_s = now
                 reconciler.tick()
                 next_tick = now + TICK_S
             try:

@@ -16,9 +16,9 @@ from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
+from sowatch.engine.intake import Intake
 from sowatch.engine.merge import MANY_CHANGES, merge
 from sowatch.engine.publisher import Publisher
-from sowatch.engine.rate_limit import AdaptiveRateLimit
 from sowatch.engine.rescan_schedule import RepairSchedule, RescanSchedule
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
@@ -42,8 +42,6 @@ __all__ = ["Reconciler"]
 MANY_RESCANS: Final = 64
 #: So long after its last scan the pace of a process is forgotten.
 PACE_MEMORY_S: Final = 10
-#: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
-SLACK_NS: Final = 1_000_000
 #: A CLONE_VM child that is still there after this is not on its way to exec.
 VFORK_PATIENCE_NS: Final = 500_000_000
 #: A query waits no longer than this in a flood of records.
@@ -71,6 +69,7 @@ class Reconciler:
         losses: what the source has lost, by where, as of the last check.
         lost: the sum of them; ``throttled`` of those were of processes over their limit of records.
         is_repaired: whether all of them are repaired; ``repairs`` counts how often that was done.
+        intake: what is drained, at least once a second.
         records: how many `drain` took, without those that came during a scan.
         rereads: rescans of single processes.
         own_pid: ours, as the source counts; 0 where its processes do not include us.
@@ -90,7 +89,7 @@ class Reconciler:
         self._table = table
         self._publisher = publisher
         self._proc = ProcFs(config.proc_root)
-        self._guard = AdaptiveRateLimit(source.record_limit, config.max_records_s)
+        self.intake = Intake(source, config.max_records_s)
         self._silent = silent_baseline
         self._base = base_report(rules)
         self._schedule = RescanSchedule(source.unread)
@@ -161,7 +160,7 @@ class Reconciler:
 
     def drain(self) -> int:
         """Takes one batch, and says of how many; if there is more the loop calls again, and nothing else starves."""
-        self._take(records := self._source.drain())
+        self._take(records := self.intake.drain())
         return len(records)
 
     def _take(self, records: list[Record]) -> None:
@@ -202,10 +201,7 @@ class Reconciler:
         """Checks for losses, and drops what is out of date."""
         if self._source.answer_clock is not None:
             self._source.answer_clock.tick()
-        now_ns = time.monotonic_ns()
-        waiting = self._source.drain()
-        self._guard.adapt(now_ns - waiting[0].t_ns if waiting else 0)
-        self._take(waiting)
+        self._take(self.intake.drain())
         if not self.is_repaired and not (self._throttled or self._newly_throttled):
             self._repairs.ask()  # no record has named the throttled process for a second
         self._check_losses()
@@ -259,19 +255,12 @@ class Reconciler:
 
     def finish(self) -> None:
         """Takes the records that are still in the source, and publishes everything."""
-        for batch in self._drain_all():
+        for batch in self.intake.drain_all():
             self._take(batch)
         self._check_losses()
         if not self.is_repaired:
             self._repair()
         self._publisher.flush_all()
-
-    def _drain_all(self) -> Iterator[list[Record]]:
-        until_ns = time.monotonic_ns() + SLACK_NS  # in a flood the ring is never empty
-        while more := self._source.drain():
-            yield more
-            if more[-1].t_ns > until_ns:
-                break
 
     def _note(self, effects: Effects) -> None:
         """Takes what the table asks for; `_flush` carries it out."""
@@ -368,7 +357,7 @@ class Reconciler:
         self._report(Report.RANGES | Report.SCANS)
         concerned = ScanRecords(pid for one in due for pid in (one, *self._table.sharers_of(one)))
         apply_others = partial(self._apply_others, holds=bool(self._effects.changes))
-        take_others = partial(concerned.take_others, self._source.drain, apply_others)
+        take_others = partial(concerned.take_others, self.intake.drain, apply_others)
 
         def between(effects: Effects) -> None:
             self._publish_many(LIVE, effects)
@@ -378,7 +367,7 @@ class Reconciler:
         missing = due.keys() - (was_read := {scan.tgid for scan in scans})
         # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
-        for batch in chain(records.batches(), self._drain_all()):
+        for batch in chain(records.batches(), self.intake.drain_all()):
             apply_others(concerned.keep_back(batch))
         self._report(Report.NOTHING)
         self.rereads += len(due)
@@ -446,9 +435,9 @@ class Reconciler:
         return found
 
     def _scan_all_with_records(self) -> tuple[list[ProcessScan], RecordLog]:
-        early = self._source.drain()
+        early = self.intake.drain()
         scans, meanwhile = self._scan_all()
-        return scans, RecordLog(chain((early, meanwhile), self._drain_all()))
+        return scans, RecordLog(chain((early, meanwhile), self.intake.drain_all()))
 
     def _mark_unread(self, causes: Causes) -> None:
         """Marks processes whose scan hangs: they are rescanned as soon as they can be read."""

@@ -43,6 +43,8 @@ class Config(Struct, frozen=True, kw_only=True):
         max_records_s: changes one process may report in a second. What it does beyond that is counted
             as lost, and scans find what it has mapped; the other processes are not kept waiting.
             While the watch falls behind it is fewer, down to 1,000; not so if it is `NO_GUARD`.
+        nice: added to the nice value of the thread that drains the ring, as far as the process may lower it
+            (CAP_SYS_NICE or RLIMIT_NICE): on a host whose CPUs are all busy it then has its turn. 0: as the process.
         ignore_ttl_s: seconds after which an "ignore" verdict is asked again, because a renamed
             ancestor directory changes a path without any report of the kernel.
         queue_events: events a subscriber may be behind before it loses some.
@@ -73,6 +75,7 @@ class Config(Struct, frozen=True, kw_only=True):
     max_verdicts: int = 65_536
     max_pending: int = 8_192
     max_records_s: int = 20_000
+    nice: int = -5
     ignore_ttl_s: float = 60.0
     queue_events: int = 200_000
     queue_bytes: int = 64 << 20
@@ -98,6 +101,8 @@ class Config(Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "queue_bytes", f"{self.queue_bytes} is out of range. Use a number from 65536 to {1 << 40}."
             )
+        if not -20 <= self.nice <= 19:
+            raise ConfigError("nice", f"{self.nice} is out of range. Use a number from -20 to 19.")
         if not 0 < self.poll_cpu_percent <= 100:
             raise ConfigError(
                 "poll_cpu_percent", f"{self.poll_cpu_percent} is no share of one CPU. Use a number up to 100."

@@ -539,8 +539,8 @@ class Watcher:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the draining thread last went round; more than a few mean that it hangs."""
-        return 0.0 if self._engine is None else time.monotonic() - self._engine.last_iteration_s
+        """Seconds since the draining thread last took records, as it does at least once a second; a few: it hangs."""
+        return 0.0 if self._engine is None else time.monotonic() - self._engine.reconciler.intake.drained_s
 
     @property
     def stats(self) -> Stats:

@@ -15,6 +15,7 @@ import pytest
 
 from sowatch import EnvironmentFault, Rule
 from sowatch.explain import ProcessReport
+from sowatch.model.config import Config
 from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import LibraryEvent
 from sowatch.watcher.watcher import ActiveFile
@@ -400,3 +401,16 @@ def test_the_snapshot_of_a_watcher_is_what_its_events_say(
         "rule",
         load.ranges,
     )
+
+
+# ---- the draining thread ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nice", [-5, 0, 3])
+def test_the_draining_thread_has_a_nice_value_of_its_own(open_ledger: OpenLedger, nice: int) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    before = {thread.native_id for thread in threading.enumerate()}
+    open_ledger(Rule(NEW), config=Config(nice=nice))
+    draining = [one for one in threading.enumerate() if one.name == "sowatch-engine" and one.native_id not in before]
+    assert [os.getpriority(os.PRIO_PROCESS, one.native_id or 0) for one in draining] == [own + nice]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own

@@ -29,11 +29,9 @@ def test_the_thread_ticks_once_a_second_even_if_nothing_happens(
     monkeypatch.setattr(loop, "TICK_S", 0.0)
     ticks = threading.Semaphore(0)
     monkeypatch.setattr(Reconciler, "tick", lambda _: ticks.release())
-    begun_s = watch.engine.last_iteration_s
     watch.engine.start(FIRST)
     for _ in range(3):
         assert ticks.acquire(timeout=deadline(10))
-    assert watch.engine.last_iteration_s > begun_s
 
 
 def test_in_a_storm_of_wakes_the_thread_pauses_so_that_records_come_together(
@@ -175,7 +173,6 @@ def test_each_turn_drains_and_then_does_what_is_due_with_one_tick_a_second(
     monkeypatch.setattr(watch.engine, "reconciler", quiet)
     watch.engine._loop(Poller())  # type: ignore[arg-type]
     assert quiet.calls == (["drain", "due"] * 4 + ["tick"]) * 2 + ["drain", "due"] * 4
-    assert watch.engine.last_iteration_s == 102.0
 
 
 def test_a_wake_is_heard_once_and_publishes_what_waited_for_facts(

@@ -19,10 +19,11 @@ from sowatch.engine.publisher import Publisher, Selection
 from sowatch.engine.reconciler import MANY_RESCANS, Reconciler
 from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
 from sowatch.engine.table import MappingTable
-from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.config import Config
 from sowatch.model.events import Lost, Repaired
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
+from sowatch.sources import scan_rows
 from sowatch.sources.unread import ScanTimeout, UnreadProcesses
 from support.records import File, Proc, scan
 
@@ -37,10 +38,8 @@ class Scripted:
         self.unread = UnreadProcesses()
         self.lost = Losses()
         self.read = []
-        self.limits = []
         self.entries = {}
-        self.record_limit = SimpleNamespace(set=self.limits.append)
-        self.polls = self.reports = self.answer_clock = None
+        self.record_limit = self.polls = self.reports = self.answer_clock = None
 
     def drain(self):
         taken, self.records = self.records, []
@@ -174,45 +173,6 @@ def test_nothing_is_repaired_while_the_reading_is_still_to_come(reconciler, sour
     reconciler.do_what_is_due(1e9)
     assert seen == [(FLOODER.pid, False)]
     assert reported() == ["lost", "repaired"]
-
-
-def waited(age_s):
-    """A record that says nothing and has waited for so long."""
-    return FLOODER.range(0, 4096, t=time.monotonic_ns() - int(1e9 * age_s))
-
-
-def test_while_the_watch_falls_behind_processes_may_say_less_and_then_more_again(reconciler, source, caplog):
-    for _ in range(5):
-        source.records = [waited(3), waited(0)]
-        reconciler.tick()
-    assert source.limits == [4000, 2000, 1000]
-    for _ in range(6):
-        source.records = [waited(0)]
-        reconciler.tick()
-    assert source.limits[3:] == [2000, 4000, 8000, 16000, Config().max_records_s]
-    reconciler.tick()
-    assert len(source.limits) == 8
-    (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
-    assert "the watch falls behind by 3.0 s" in warning
-
-
-def test_what_waits_no_longer_than_usual_changes_nothing(reconciler, source):
-    for _ in range(3):
-        source.records = [waited(0.1)]
-        reconciler.tick()
-        reconciler.tick()
-    assert source.limits == []
-
-
-@pytest.mark.parametrize("configured", [1, 500, NO_GUARD])
-def test_a_guard_that_was_set_lower_or_off_stays_there(source, publisher, configured):
-    rules = RuleSet([Rule("libssl")])
-    reconciler = Reconciler(
-        source, MappingTable(rules), publisher, rules, Config(max_records_s=configured), silent_baseline=False
-    )
-    source.records = [waited(3)]
-    reconciler.tick()
-    assert source.limits == []
 
 
 def test_whoever_asks_again_and_again_adds_no_full_scan_to_those_that_have_to_rest(reconciler, source):
@@ -349,6 +309,33 @@ def test_what_a_full_scan_has_found_of_a_process_is_published_before_its_end(rec
     source.scan_process = read
     getattr(reconciler, begin)()
     assert published == [(late.pid, True), (ending.pid, True), (ending.pid, False)]
+
+
+#: After every end of a drain: one batch at a time is taken.
+LATER = 1 << 62
+
+
+def test_what_a_process_did_while_its_scan_was_merged_is_published_in_parts(reconciler, source, publisher, monkeypatch):
+    for setting, value in {"reconciler.MANY_CHANGES": 4, "merge.MANY_CHANGES": 4}.items():
+        monkeypatch.setattr(f"sowatch.engine.{setting}", value)
+    monkeypatch.setattr(scan_rows, "SLICE", 2)
+    flooder, parts = ourselves(), []
+    publisher.publish = lambda changes: parts.append(len(changes)) if changes else None
+    files = [File(path=f"/usr/lib/libssl{number}.so", inode=1000 + number) for number in range(21)]
+    maps = [flooder.map(one, 0x1000 * one.inode, t=LATER + one.inode) for one in files]
+    batches = [maps[at : at + 3] for at in range(0, len(maps), 3)]
+    # One while it is scanned, one when that is over, the rest while those are merged and applied.
+    source.drain = lambda: batches.pop(0) if batches else []
+
+    def read(_, meanwhile):
+        meanwhile()
+        return scan(flooder, 40, 50)
+
+    source.scan_process = read
+    reconciler._table.await_rescan(flooder.pid)
+    reconciler.do_what_is_due(1e9)
+    assert sum(parts) == 21
+    assert max(parts) <= 4 + 3
 
 
 # ---- one full scan in the place of many single ones -------------------------------------------

@@ -55,6 +55,18 @@ def test_what_was_kept_is_applied_in_parts_and_what_others_do_between_them():
     assert list(concerned.take()) == []
 
 
+def test_what_came_while_it_was_applied_is_applied_in_parts_too():
+    concerned = ScanRecords([ONE.pid])
+    concerned.keep_back([ONE.map(SSL, t=1)])
+    concerned.keep_back([ONE.exit(t=2)])
+    parts, came = [], [[ONE.map(SSL, t=3), ONE.exit(t=4)], [ONE.map(SSL, t=5)]]
+    concerned.apply_kept(
+        lambda records: parts.append([record.t_ns for record in records]),
+        lambda: concerned.take_others(lambda: came.pop(0), lambda _: None),
+    )
+    assert parts == [[1], [2], [3, 4], [5]]
+
+
 def test_what_others_do_is_applied_between_the_slices_of_a_merge():
     table = MappingTable(RuleSet(()))
     rows = [ONE.map(SSL.but(path=f"/usr/lib/lib{n}.so", inode=1000 + n), BASE + n * 2 * PAGE) for n in range(600)]

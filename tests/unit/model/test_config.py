@@ -62,6 +62,19 @@ def test_size_out_of_range_is_refused_by_name(name, value):
     assert refused.value.key == name
 
 
+@pytest.mark.parametrize("nice", [-20, 0, 19])
+def test_nice_value_that_setpriority_takes_is_taken(nice):
+    assert Config(nice=nice).nice == nice
+
+
+@pytest.mark.parametrize("nice", [-21, 20])
+def test_nice_value_out_of_range_is_refused_by_name(nice):
+    with pytest.raises(ConfigError, match="Use a number from -20 to 19") as refused:
+        Config(nice=nice)
+
+    assert refused.value.key == "nice"
+
+
 @pytest.mark.parametrize("name", ["ignore_ttl_s", "block_ttl_s"])
 @pytest.mark.parametrize("value", [0, -0.5])
 def test_time_that_is_not_positive_is_refused_by_name(name, value):
