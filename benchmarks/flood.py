@@ -3,9 +3,10 @@
 The floods: 1 and 4 processes that map and unmap one matched file without a pause, three threads that fork without
 one, a process with 10,000 different files and two threads that map and unmap, and one that forks children with 3,000
 ranges of a file each while nobody reads the events. Of the first, the watching process is stopped for 10 s once as
-well. Then forks, children that share the address space, and two threads beside 2,000 mappings, while everything of the
-host is watched: each child then has loads of its own. ``--beside DIRECTORY`` measures another checkout, with its own ``.venv``, by turns with this one. Neither has the
-machine for itself: the floods take every CPU, and the load average stands in the report.
+well. Then forks, children that share the address space, and two threads beside 2,000 mappings, while everything of
+the host is watched: each child then has loads of its own. ``--beside DIRECTORY`` measures another checkout, with its
+own ``.venv``, by turns with this one. Neither has the machine for itself: the floods take every CPU, and the load
+average stands in the report.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ BEGUN_S: Final = 3.0
 #: Between two honest loads.
 PAUSE_S: Final = 0.2
 #: Case, and the most that p99 may be, in seconds.
-AIMS: Final[dict[str, float]] = {"1 flooder": 0.5, "4 flooders": 1.0, "forks": 1.0, "10,000 files": 1.0, "stopped 10 s": 2.0}
+AIMS: Final[dict[str, float]] = {
+    "1 flooder": 0.5,
+    "4 flooders": 1.0,
+    "forks": 1.0,
+    "10,000 files": 1.0,
+    "stopped 10 s": 2.0,
+}
 #: The way of the hostile process, by case, while everything is watched. Aim as above.
 WITH_ALL_WATCHED: Final = {f"{way}, all watched": way for way in ("forks", "shares", "flood")}
 AIMS |= dict.fromkeys(WITH_ALL_WATCHED, 1.0)

@@ -1,8 +1,8 @@
 """Hours in minutes: a mixed workload runs all the time, and once a minute the map is audited.
 
 Beside it a hostile process, as nobody, does its worst, another thing every quarter of a minute; ``--honest`` leaves
-it out. It ends with the workload; the last audit and the last measurement of the memory come some seconds later. How long
-loads took to be reported is that of all processes but the hostile one's.
+it out. It ends with the workload; the last audit and the last measurement of the memory come some seconds later. How
+long loads took to be reported is that of all processes but the hostile one's.
 
 ``python -m benchmarks.soak [--minutes N] [--quick] [--honest]`` watches everything, libraries and executables
 of the whole host, while processes come, fork, execute, load, unload and go. It reports what the

@@ -244,6 +244,9 @@ _SIZE_AND_TYPE: Final = struct.Struct("=IH")
 #: `_make` without counting the fields, which the layouts do: this is the hottest path.
 _new: Final = tuple.__new__
 
+#: Files, paths and cgroups that are kept parsed: some 300 bytes each, so that many processes share one object.
+MAX_CACHED: Final = 2_048
+
 
 def parse(data: bytes) -> list[Record]:
     """The records that stand one behind the other in ``data``, which holds whole ones only."""
@@ -312,20 +315,20 @@ def root_numbers(view: Hashable) -> tuple[int, int]:
     return dentry, mnt
 
 
-@lru_cache(8192)
+@lru_cache(MAX_CACHED)
 def file_and_view_of(key: bytes) -> tuple[FileId, bytes]:
     """What a struct file_key says of the file and of the view of the file system."""
     return file_id_of(key), key[ROOT]
 
 
-@lru_cache(8192)
+@lru_cache(MAX_CACHED)
 def file_id_of(key: bytes) -> FileId:
     """The FileId in a struct file_key or struct file_id. The kernel's dev_t is major << 20 | minor."""
     inode, subvolume, dev, generation = FILE_ID.unpack_from(key)
     return FileId(dev >> 20, dev & 0xFFFFF, inode, generation, subvolume)
 
 
-@lru_cache(8192)
+@lru_cache(MAX_CACHED)
 def path_of(text: bytes) -> str:
     """The path whose components, from the leaf up, are in ``text``."""
     parts = text.split(b"\0")
@@ -333,7 +336,7 @@ def path_of(text: bytes) -> str:
     return b"/".join(parts).decode("utf-8", "surrogateescape")
 
 
-@lru_cache(8192)
+@lru_cache(MAX_CACHED)
 def paths_of(text: bytes) -> tuple[str, ...]:
     """The paths of a process's cgroups in ``text``: that of version 2, then those of other hierarchies that differ.
 

@@ -21,7 +21,7 @@ K = TypeVar("K", bound=Hashable)
 MAX_TENTATIVE: Final = 8
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def _alone(key: Any) -> tuple[Any, ...]:
     """A tuple of one key: the same for all ranges of a file, which many processes have."""
     return (key,)

@@ -7,12 +7,11 @@ another thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain
 from typing import Final
 
-from sowatch.bpf.record_log import RecordLog
 from sowatch.bpf.records import Record
 from sowatch.engine.address_space import Change, ProcessState
 from sowatch.engine.effects import LIVE, Causes, Effects
@@ -22,24 +21,23 @@ from sowatch.engine.publisher import Publisher
 from sowatch.engine.rescan_schedule import RepairSchedule, RescanSchedule
 from sowatch.engine.rule_change import RuleChange
 from sowatch.engine.scan_records import ScanRecords
+from sowatch.engine.scanner import LACK_REST_S, MANY_RESCANS, Scanner
 from sowatch.engine.sharer_search import SHARERS_REST, SharerSearch
 from sowatch.engine.table import MappingTable
 from sowatch.linux.heap import give_back
 from sowatch.linux.liveness import has_ended
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import ProcFs, ProcReadError
 from sowatch.model.config import Config
 from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses
-from sowatch.sources.base import EventSource, ProcessScan, Report, base_report
+from sowatch.sources.base import EventSource, Report, base_report
 from sowatch.sources.unread import ScanTimeout
 
 __all__ = ["Reconciler"]
 
-#: If more processes than this need a rescan, one full scan is made.
-MANY_RESCANS: Final = 64
 #: So long after its last scan the pace of a process is forgotten.
 PACE_MEMORY_S: Final = 10
 #: A CLONE_VM child that is still there after this is not on its way to exec.
@@ -93,13 +91,12 @@ class Reconciler:
         self._silent = silent_baseline
         self._base = base_report(rules)
         self._schedule = RescanSchedule(source.unread)
+        self._scanner = Scanner(source, table, self.intake, self._schedule)
         self._repairs = RepairSchedule()
         self._search = SharerSearch(source, table, self._proc)
         self._ttl_s = config.ignore_ttl_s
         self._names_at = time.monotonic() + self._ttl_s
         self._rules_again_at: float | None = None
-        self._can_read_one = self._has_scanned_all = True
-        self._has_spare_memory = False  # left by a full scan
         #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
         #: Processes that were reported as throttled since their losses were last counted.
@@ -125,7 +122,7 @@ class Reconciler:
             return
         self.own_pid = scan.tgid
         # If the kernel's numbers are not those of /proc, it would look up the wrong process.
-        self._can_read_one = scan.tgid == own
+        self._scanner.can_read_one = scan.tgid == own
         if scan.maps:
             self._publisher.own_view_id = scan.maps.first().view
 
@@ -135,7 +132,9 @@ class Reconciler:
         """Fills the mapping table by a full scan; ``make_ready`` gets the number of processes and of seconds."""
         begun = time.monotonic()
         self._report(Report.PROCESSES | Report.RANGES)
-        scans, records = self._scan_all_with_records()
+        scans, records = self._scanner.read_all_with_records()
+        if self.intake.error is not None:
+            raise self.intake.error  # who starts a watch can do something about it
         self._note(merge(self._table, scans, records, SNAPSHOT, is_start=True, between=self._publish_found))
         self._mark_unread(SNAPSHOT)
         self._report(Report.NOTHING)
@@ -215,8 +214,8 @@ class Reconciler:
         for pid in self._unscanned:
             self._table.await_rescan(pid, REPAIR)
         self._schedule.forget(time.monotonic() - PACE_MEMORY_S)
-        if self._has_spare_memory and not self._repairs.is_due:
-            self._has_spare_memory = False
+        if self._scanner.has_spare_memory and not self._repairs.is_due:
+            self._scanner.has_spare_memory = False
             give_back()
         if time.monotonic() >= self._names_at:
             # What was ignored may be wanted by the name that it has now, in processes that mapped it before, too.
@@ -336,6 +335,8 @@ class Reconciler:
             # With a silent baseline, no rule publishes what was mapped before.
             changes = [one for one in changes if one.cause != RULES.load]
         self._publisher.publish(changes)
+        if not self._scanner.has_scanned_all:
+            self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
     # ---- scans --------------------------------------------------------------------------------
 
@@ -363,7 +364,7 @@ class Reconciler:
             self._publish_many(LIVE, effects)
             take_others()
 
-        scans, records = self._read(due, take_others)
+        scans, records = self._scanner.read(due, take_others)
         missing = due.keys() - (was_read := {scan.tgid for scan in scans})
         # Before the ring is drained: the exit record of a process that has ended is in the ring, or lost.
         gone = [pid for pid in missing if self._has_ended(pid, is_lossy=due[pid] is REPAIR)]
@@ -399,45 +400,13 @@ class Reconciler:
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
         """Whether the process known by this pid has ended, or, if its exit record may be lost, is about to."""
         start_ns = self._table.start_of(pid)
-        return start_ns is not None and has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
-
-    def _read(self, due: dict[int, Causes], take_others: Callable[[], None]) -> tuple[list[ProcessScan], RecordLog]:
-        if len(due) > MANY_RESCANS or not self._can_read_one:
-            begun_s = self._cpu_s()
-            scans, records = self._scan_all(take_others)
-            if self._can_read_one:
-                self._schedule.few_until = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
-            for pid in due.keys() & set(self._source.unread) if self._has_scanned_all else due:
-                self._table.await_rescan(pid, due[pid])
-            return scans, records
-        found = []
-        for pid, causes in due.items():
-            begun_s = self._cpu_s()
-            try:
-                scan = self._source.scan_process(pid, take_others)
-            except ScanTimeout:
-                self._table.await_rescan(pid, causes)
-            else:
-                # The merge costs about as much again.
-                self._schedule.rest(pid, 2 * (self._cpu_s() - begun_s))
-                if scan is not None:
-                    found.append(scan)
-        return found, RecordLog()
-
-    def _scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
-        """The scans of all processes that can be read, and the records drained in the place of ``meanwhile``."""
-        self._has_scanned_all = False
+        if start_ns is None:
+            return False
         try:
-            found = self._source.scan_all(meanwhile)
-        except ScanTimeout:
-            return [], RecordLog()
-        self._has_scanned_all = self._has_spare_memory = True
-        return found
-
-    def _scan_all_with_records(self) -> tuple[list[ProcessScan], RecordLog]:
-        early = self.intake.drain()
-        scans, meanwhile = self._scan_all()
-        return scans, RecordLog(chain((early, meanwhile), self.intake.drain_all()))
+            return has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
+        except ProcReadError as error:
+            self.intake.excuse(error)
+            return False
 
     def _mark_unread(self, causes: Causes) -> None:
         """Marks processes whose scan hangs: they are rescanned as soon as they can be read."""
@@ -454,7 +423,7 @@ class Reconciler:
     def _read_everything(self, causes: Causes) -> set[int]:
         """Merges a full scan and the records that came meanwhile; returns the tgids that were scanned."""
         self._report(Report.PROCESSES | Report.RANGES | Report.SCANS)
-        scans, records = self._scan_all_with_records()
+        scans, records = self._scanner.read_all_with_records()
         self._report(Report.NOTHING)
         self._table.begin_rescans(scan.tgid for scan in scans)
         self._note(merge(self._table, scans, records, causes, between=partial(self._publish_many, causes)))
@@ -463,19 +432,17 @@ class Reconciler:
 
     def _scan_for_sharers(self) -> None:
         """Scans processes together with their untracked sharers, or all if it is not known who those are."""
-        begun_s = self._cpu_s()
-        for due in self._search.rounds(self.drain, can_find=self._can_read_one):
+        begun_s = self._scanner.cpu_s()
+        for due in self._search.rounds(self.drain, can_find=self._scanner.can_read_one):
             if due is None:
                 self._read_everything(LIVE)
+                self._search.needs_full_scan |= not self._scanner.has_scanned_all
             else:
                 self._table.begin_rescans(due)
                 self._scan(dict.fromkeys(due, LIVE))
             self._flush()
-        self._search.at = time.monotonic() + SHARERS_REST * (self._cpu_s() - begun_s)
-
-    def _cpu_s(self) -> float:
-        """CPU seconds of this thread and of the helpers that scan."""
-        return time.thread_time() + self._source.unread.cpu_s
+        rest_s = SHARERS_REST * (self._scanner.cpu_s() - begun_s)
+        self._search.at = time.monotonic() + (max(rest_s, LACK_REST_S) if self._search.needs_full_scan else rest_s)
 
     def _forget_vanished(self, scanned: set[int], since_ns: int) -> None:
         """Scans or forgets each process of the table that was known before ``since_ns`` and is not ``scanned``."""
@@ -513,7 +480,7 @@ class Reconciler:
     # ---- losses and repairs -------------------------------------------------------------------
 
     def _check_losses(self) -> None:
-        before, self.losses = self.losses, self._source.losses()
+        before, self.losses = self.losses, self.intake.losses()
         if throttled := self.losses.throttled - before.throttled:
             self._throttle(throttled)
         unresolved = self.losses.unresolved - before.unresolved
@@ -551,8 +518,11 @@ class Reconciler:
         if not self._throttled:
             self._throttled_since = time.monotonic()
         newly, self._newly_throttled = self._newly_throttled, set()
-        if len(newly) > MANY_RESCANS and self._can_read_one:
-            newly &= set(self._proc.pids())  # a flood of forks: what has ended has nothing to be scanned
+        if len(newly) > MANY_RESCANS and self._scanner.can_read_one:
+            try:
+                newly &= set(self._proc.pids())  # a flood of forks: what has ended has nothing to be scanned
+            except ProcReadError as error:
+                self.intake.excuse(error)
         self._throttled |= newly
         for pid in self._throttled:
             self._table.await_rescan(pid, REPAIR, replaces=True)
@@ -582,10 +552,10 @@ class Reconciler:
         before = self.losses
         since_ns = time.monotonic_ns()
         self._forget_vanished(self._read_everything(REPAIR), since_ns)
-        after = self._source.losses()
+        after = self.intake.losses()
         # What is dropped of a process that floods is repaired by rescans of that process.
         stood_still = after._replace(throttled=0, unresolved=0) == before._replace(throttled=0, unresolved=0)
-        if stood_still and self._has_scanned_all:
+        if stood_still and self._scanner.has_scanned_all:
             self._repairs.end(is_repaired=True)
             self._throttled.clear()
             self._has_repaired(time.monotonic() - begun)

@@ -136,6 +136,11 @@ class RescanSchedule:
             last, interval = self._pace.get(pid, (0.0, 0.0))
             self._pace[pid] = (last, max(interval, min(LONGEST_REST_S, SCAN_REST * seconds)))
 
+    def put_off(self, pid: int, seconds: float) -> None:
+        """A scan of it has failed: the next one waits for so long."""
+        last, interval = self._pace.get(pid, (0.0, 0.0))
+        self._pace[pid] = (last, max(interval, seconds))
+
     def take_compat(self, compat: Collection[int], now: float) -> list[int]:
         """Those 32-bit processes whose turn it is: when they start, then less and less often."""
         self._compat = {pid: due for pid, due in self._compat.items() if pid in compat}

@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Final
 
 from sowatch.engine.table import MappingTable
-from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.descriptors import is_lack_of_resources
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.linux.shared_mm import find_sharers
 from sowatch.model.identity import ProcessId
 from sowatch.sources.base import EventSource
@@ -118,6 +119,10 @@ class SharerSearch:
             )
         except ScanTimeout:
             self._source.unread.forget(0)
+            return None
+        except ProcReadError as error:
+            if not is_lack_of_resources(error):
+                raise
             return None
 
     def _find(self, sharing: Iterable[tuple[ProcessId, Iterable[int]]]) -> set[int] | None:

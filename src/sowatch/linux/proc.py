@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from sowatch.linux import auxv
 from sowatch.linux.cgroups import choose_cgroup, parse_cgroups
-from sowatch.linux.descriptors import close_fd
+from sowatch.linux.descriptors import close_fd, is_lack_of_resources
 from sowatch.linux.mapped_rows import is_program_of, leaves_open, resolve_rows
 from sowatch.linux.pods import pod_in
 from sowatch.linux.proc_parse import (
@@ -189,10 +189,13 @@ class ProcFs:
 
         Raises:
             ProcRootError: the root is no proc file system any more.
+            ProcReadError: descriptors or memory are lacking.
         """
         try:
             found = _numbers(self.root)
         except OSError as error:
+            if is_lack_of_resources(error):
+                raise ProcReadError(self.root, error.errno or errno.EIO) from error
             raise ProcRootError(self.root, os.strerror(error.errno or errno.EIO)) from error
         if not found:  # an unmounted proc is an empty directory: that is no news of everybody's death
             raise ProcRootError(self.root, "it shows no process")

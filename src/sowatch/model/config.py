@@ -93,16 +93,15 @@ class Config(Struct, frozen=True, kw_only=True):
         ring = self.ring_bytes
         if ring < 4096 or ring > 1 << 30 or ring & (ring - 1):
             raise ConfigError("ring_bytes", f"{ring} is not a power of two from 4096 to {1 << 30}. Use 8388608.")
-        for name in ("max_processes", "max_verdicts", "max_pending", "max_records_s", "queue_events", "max_blocked"):
+        sizes = ("max_processes", "max_verdicts", "max_pending", "max_records_s", "queue_events", "max_blocked")
+        for name, least, most in (*((name, 1, NO_GUARD) for name in sizes), ("nice", -20, 19)):
             value = getattr(self, name)
-            if not 1 <= value <= NO_GUARD:
-                raise ConfigError(name, f"{value} is out of range. Use a number from 1 to {NO_GUARD}.")
+            if not least <= value <= most:
+                raise ConfigError(name, f"{value} is out of range. Use a number from {least} to {most}.")
         if not 1 << 16 <= self.queue_bytes <= 1 << 40:
             raise ConfigError(
                 "queue_bytes", f"{self.queue_bytes} is out of range. Use a number from 65536 to {1 << 40}."
             )
-        if not -20 <= self.nice <= 19:
-            raise ConfigError("nice", f"{self.nice} is out of range. Use a number from -20 to 19.")
         if not 0 < self.poll_cpu_percent <= 100:
             raise ConfigError(
                 "poll_cpu_percent", f"{self.poll_cpu_percent} is no share of one CPU. Use a number up to 100."

@@ -25,6 +25,8 @@ class Losses(NamedTuple):
     skipped: int = 0
     #: Mappings whose file could not be found out any more (strategy ``prebuilt``).
     unresolved: int = 0
+    #: Drains and full scans that failed as descriptors or memory were lacking; each may have cost records.
+    unread: int = 0
 
 
 class Mapped(Struct, frozen=True, gc=False):

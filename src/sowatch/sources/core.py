@@ -16,6 +16,7 @@ from sowatch.bpf.binding import PROGRAMS, BpfMap, BpfObject, Variable, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, NoHooks, Trampolines
 from sowatch.bpf.record_log import Drained, RecordLog
 from sowatch.bpf.records import (
+    FLAG_ASK,
     MapRecord,
     Record,
     RecordType,
@@ -189,14 +190,14 @@ class BpfSource:
     def drain(self) -> list[Record]:
         records = Drained(self._object.drain())
         for record in records:
-            if record.type == RecordType.MAP:
+            if record.type == RecordType.MAP and record.flags & FLAG_ASK:
                 self._note_place(record)  # type: ignore[arg-type]
         return records
 
     def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
         """The same records; verdicts on the files among them will be about the places that they name."""
         for record in records:
-            if record.type == RecordType.FILE:
+            if record.type == RecordType.FILE and record.flags & FLAG_ASK:
                 self._note_place(record)  # type: ignore[arg-type]
             yield record
 
@@ -322,8 +323,9 @@ class BpfSource:
     def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
         expires_s = self.answer_clock.now_s + max(1, round(self._ttl_s))
         verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
-        values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.get(key, 0)) for key in keys]
-        self._verdicts.update_many(list(keys), values)  # type: ignore[arg-type]
+        asked = dict.fromkeys(keys)
+        values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.pop(key, 0)) for key in asked]
+        self._verdicts.update_many(list(asked), values)  # type: ignore[arg-type]
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         return self._object.run("untrack", pid, start_ns, activity) == 1

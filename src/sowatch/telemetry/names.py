@@ -74,7 +74,8 @@ LOST: Final = _define(
     "counter",
     "watcher.lost",
     "What did not get through, by where: queue is events that slow readers missed, sinks included; the others "
-    "are the kernel side's, throttled being records of a process that floods.",
+    "are the kernel side's, throttled being records of a process that floods, and unread what could not be read for "
+    "want of descriptors or memory.",
     "where",
 )
 REPAIRS: Final = _define("counter", "watcher.repairs", "Losses in the kernel made good by a full scan.")

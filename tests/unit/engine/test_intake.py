@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from itertools import count
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 from sowatch.engine import intake
 from sowatch.engine.intake import Intake
 from sowatch.model.config import NO_GUARD, Config
+from sowatch.model.errors import BpfError
+from sowatch.model.stats import Losses
 from support.records import Proc
 
 FLOODER = Proc(10)
@@ -22,16 +25,22 @@ def waited(seconds):
 
 
 class Ring:
-    """Has what it is given, and keeps the limits that it is set to."""
+    """Has what it is given, and keeps the limits that it is set to. A drain raises ``error`` if there is one."""
 
     def __init__(self):
         self.records = []
+        self.error = None
         self.limits = []
         self.record_limit = SimpleNamespace(set=self.limits.append)
 
     def drain(self):
+        if self.error is not None:
+            raise self.error
         taken, self.records = self.records, []
         return taken
+
+    def losses(self):
+        return Losses(ring=7)
 
 
 @pytest.fixture
@@ -108,3 +117,22 @@ def test_all_of_a_flood_is_what_came_until_now(ring, monkeypatch):
     monkeypatch.setattr(intake, "time", SimpleNamespace(monotonic=time.monotonic, monotonic_ns=lambda: 0))
     times = [record.t_ns for batch in Intake(ring, MOST).drain_all() for record in batch]
     assert times == [0, 300_000, 600_000, 900_000, 1_200_000]
+
+
+@pytest.mark.parametrize("reason", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_drain_that_descriptors_or_memory_were_lacking_for_is_a_loss_and_is_tried_again(ring, caplog, reason):
+    taken = Intake(ring, MOST)
+    ring.error = BpfError("reading", reason)
+    assert taken.drain() == taken.drain() == []
+    assert taken.losses() == Losses(ring=7, unread=2)
+    (line,) = [one.message for one in caplog.records]
+    assert "LimitNOFILE" in line
+    ring.error, ring.records = None, [waited(0)]
+    assert len(taken.drain()) == 1
+
+
+@pytest.mark.parametrize("error", [BpfError("reading", errno.EIO), KeyError("a fault of ours")])
+def test_other_errors_are_not_excused(ring, error):
+    ring.error = error
+    with pytest.raises(type(error)):
+        Intake(ring, MOST).drain()

@@ -16,8 +16,9 @@ from sowatch.bpf.records import FLAG_NEEDS_RESCAN, FLAG_THROTTLED
 from sowatch.engine.activation import FileRegistry
 from sowatch.engine.effects import LIVE, Causes
 from sowatch.engine.publisher import Publisher, Selection
-from sowatch.engine.reconciler import MANY_RESCANS, Reconciler
+from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
+from sowatch.engine.scanner import MANY_RESCANS
 from sowatch.engine.table import MappingTable
 from sowatch.model.config import Config
 from sowatch.model.events import Lost, Repaired

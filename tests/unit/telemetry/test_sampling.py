@@ -34,7 +34,7 @@ def values(registry):
 
 
 def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
-    losses = Losses(ring=1, processes=2, pending=3, scratch=4, throttled=5, skipped=7, unresolved=8)
+    losses = Losses(ring=1, processes=2, pending=3, scratch=4, throttled=5, skipped=7, unresolved=8, unread=9)
     stats = changed(
         records=10,
         loads=9,
@@ -63,6 +63,7 @@ def test_the_figures_of_a_watcher_become_metrics(registry, sampler):
         "where:throttled": 5,
         "where:skipped": 7,
         "where:unresolved": 8,
+        "where:unread": 9,
         "where:queue": 6,
     }
     assert found["strategy.info", "guarantee:exact", "hooks:syscall", "strategy:core"] == 1
