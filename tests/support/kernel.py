@@ -14,7 +14,7 @@ import select
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Self
@@ -128,6 +128,12 @@ class Tap:
         """The mapping records of a process so far, of one file if ``path`` is given."""
         found = [record for record in self.records if isinstance(record, MapRecord) and record.tgid == pid]
         return [record for record in found if path is None or path_of(record.text) == os.fspath(path)]
+
+    def places_of(self, pid: int, path: Path | str) -> dict[Hashable, int]:
+        """The same with its place, as a verdict on it is set by."""
+        self.flush()
+        last = self.maps(pid, path)[-1]
+        return {last.key: last.place}
 
     def key_of(self, pid: int, path: Path | str) -> bytes:
         """What a verdict on this file is filed under, by the process's own mapping of it."""

@@ -535,8 +535,8 @@ class Kernel:
                 vmas = mm.vmas(end)
         return rows
 
-    def answer(self, keys, *, is_wanted):
-        self.verdicts.update(dict.fromkeys(keys, is_wanted))
+    def answer(self, places, *, is_wanted):
+        self.verdicts.update(dict.fromkeys(places, is_wanted))
 
     def tracked(self, pid):
         entry = self.entries.get(pid)

@@ -95,8 +95,8 @@ class KeptEffects(MappingTable):
         return taken
 
     def take_answers(self) -> tuple[list[Hashable], list[Hashable]]:
-        found, self.kept.verdicts = self.kept.answers(), []
-        return found
+        (wanted, ignored), self.kept.verdicts = self.kept.answers(), []
+        return list(wanted), list(ignored)
 
     def take_idle(self) -> list[tuple[int, int, int]]:
         """Those to untrack that still have nothing that is wanted."""

@@ -27,7 +27,8 @@ class Effects:
 
     Attributes:
         changes: loads and unloads to publish, in order.
-        verdicts: keys that the source asked about or reports in vain, and whether they are wanted, in order.
+        verdicts: keys that the source asked about or reports in vain, whether they are wanted, and the place that the
+            record had, in order.
         rescans: processes that have to be scanned because of this input, and what the findings are called.
             They are in `MappingTable.needs_rescan` too, until the owner begins the scan.
         untrack: (tgid, start_ns, activity) of processes the source tracks although nothing of theirs is
@@ -42,7 +43,7 @@ class Effects:
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
-        self.verdicts: list[tuple[Hashable, bool]] = []
+        self.verdicts: list[tuple[Hashable, bool, int]] = []
         self.rescans: dict[int, Causes] = {}
         self.untrack: list[tuple[int, int, int]] = []
         self.throttled: set[int] = set()
@@ -60,9 +61,9 @@ class Effects:
         self.executed |= later.executed
         return self
 
-    def answers(self) -> tuple[list[Hashable], list[Hashable]]:
-        """Keys to answer with yes, and with no."""
+    def answers(self) -> tuple[dict[Hashable, int], dict[Hashable, int]]:
+        """Keys to answer with yes, and with no, each with the place that the answer is about."""
         # Renamed meanwhile, a file may have been asked about under a wanted name and under one that is not.
-        wanted = [key for key, is_wanted in self.verdicts if is_wanted]
-        but = set(wanted)
-        return wanted, [key for key, is_wanted in self.verdicts if not is_wanted and key not in but]
+        wanted = {key: place for key, is_wanted, place in self.verdicts if is_wanted}
+        ignored = {key: place for key, is_wanted, place in self.verdicts if not is_wanted and key not in wanted}
+        return wanted, ignored

@@ -13,19 +13,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from cachetools import LRUCache
 
 from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.fair_queue import FairQueue
-from sowatch.linux.descriptors import close_fd
+from sowatch.linux.descriptors import close_fd, is_lack_of_resources
 from sowatch.linux.elf import read_facts
 from sowatch.linux.elf_file import ElfError
 from sowatch.linux.elf_symbols import ExportSearch, search_exports
 from sowatch.linux.mapped_file import Place, build_id_of_copied_up, find_mapped, mapped_build_id, open_mapped
 from sowatch.linux.openat import reopen
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import ProcFs, ProcReadError
 from sowatch.model.identity import FileId
 from sowatch.model.literals import Kind
 
@@ -183,8 +184,9 @@ class Inspector:
     def _add_thread(self) -> None:
         # A daemon: a read that hangs in a dead network file system must not keep the process.
         thread = threading.Thread(target=self._work, name="sowatch-inspector", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        with suppress(RuntimeError):  # no more threads: a limit of the service or of the host
+            thread.start()
+            self._threads.append(thread)
 
     def relieve(self, now_s: float) -> None:
         """Adds threads for files that wait behind long reads; to be called some fifty times a second."""
@@ -329,7 +331,10 @@ class Inspector:
                 build_id = build_id_of_copied_up(self._proc, request.pid, request.ranges, fd, facts.build_id)
                 if build_id is not None:
                     facts = FileFacts(is_elf=True, build_id=build_id, is_partial=True)
-        except OSError:
+        except (OSError, ProcReadError) as error:
+            if is_lack_of_resources(error):
+                with self._lock:
+                    self._note_unfinished(version.file_id)  # it is read again
             return FileFacts()
         else:
             return facts

@@ -75,7 +75,8 @@ class Intake:
 
     def losses(self) -> Losses:
         """What was lost so far, by where."""
-        return self._source.losses()._replace(unread=self._failures)
+        losses = self._source.losses()
+        return losses._replace(unread=losses.unread + self._failures)
 
     def fail(self, error: Exception) -> None:
         """Takes an error that may have cost records: a loss. Raises it again unless it is a lack of resources."""
@@ -86,7 +87,6 @@ class Intake:
         """Takes an error that has cost no record, and logs it. Raises it again unless it is a lack of resources."""
         if not is_lack_of_resources(error):
             raise error
-        self.error = error
         now_s = time.monotonic()
         if now_s - self._logged_s >= LOG_EVERY_S:
             self._logged_s = now_s
@@ -95,3 +95,6 @@ class Intake:
                 "descriptors or memory.",
                 error,
             )
+        # Without the frames, which have what a scan has found so far.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        self.error = error

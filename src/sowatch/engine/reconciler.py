@@ -27,8 +27,9 @@ from sowatch.engine.table import MappingTable
 from sowatch.linux.heap import give_back
 from sowatch.linux.liveness import has_ended
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import ProcFs, ProcReadError
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 from sowatch.model.config import Config
+from sowatch.model.errors import BpfError
 from sowatch.model.events import Event, Lost, Repaired
 from sowatch.model.identity import ProcessId
 from sowatch.model.rules import Rule, RuleSet
@@ -99,6 +100,8 @@ class Reconciler:
         self._rules_again_at: float | None = None
         #: What the table has asked for and is still to be carried out, without the next two.
         self._effects = Effects()
+        #: Changes are published together, as rules are changed; and a scan that rules have asked for has failed.
+        self._holds_changes = self._owes_rules = False
         #: Processes that were reported as throttled since their losses were last counted.
         self._newly_throttled: set[int] = set()
         #: Throttled processes whose rescan repairs their losses, and since when.
@@ -273,21 +276,30 @@ class Reconciler:
         """Sends verdicts to the kernel, and returns the changes to publish."""
         effects, self._effects = self._effects, Effects()
         if effects.verdicts:
-            wanted, ignored = effects.answers()
-            self._source.answer(wanted, is_wanted=True)
-            self._source.answer(ignored, is_wanted=False)
+            for places, is_wanted in zip(effects.answers(), (True, False), strict=True):
+                try:
+                    self._source.answer(places, is_wanted=is_wanted)
+                except BpfError as error:
+                    self.intake.excuse(error)  # it is asked for again
         for pid, start_ns, activity in dict.fromkeys(effects.untrack):
-            if self._table.is_idle(pid) and self._source.untrack(pid, start_ns, activity):
+            if self._table.is_idle(pid) and self._untrack(pid, start_ns, activity):
                 effects.changes += self._table.untracked(pid, start_ns).changes
         return effects.changes
+
+    def _untrack(self, pid: int, start_ns: int, activity: int) -> bool:
+        try:
+            return self._source.untrack(pid, start_ns, activity)
+        except BpfError as error:
+            self.intake.excuse(error)
+            return False
 
     def _flush(self) -> None:
         if changes := self._carry_out():
             self._publisher.publish(changes)
 
-    def _publish_many(self, causes: Causes, effects: Effects) -> None:
+    def _publish_many(self, effects: Effects) -> None:
         """Publishes the changes of a merge that is under way if they are many: any user decides how many they are."""
-        if len(self._effects.changes) + len(effects.changes) >= MANY_CHANGES and causes is not RULES:
+        if len(self._effects.changes) + len(effects.changes) >= MANY_CHANGES and not self._holds_changes:
             self._effects.changes += effects.changes
             effects.changes, changes, self._effects.changes = [], self._effects.changes, []
             self._publisher.publish(changes)
@@ -329,13 +341,20 @@ class Reconciler:
 
     def _read_for_rules(self) -> None:
         since_ns = time.monotonic_ns()
-        self._forget_vanished(self._read_everything(RULES), since_ns)
+        self._holds_changes = True
+        try:
+            scanned = self._read_everything(RULES)
+            self._owes_rules = self._scanner.is_lacking
+            if not self._owes_rules:
+                self._forget_vanished(scanned, since_ns)
+        finally:
+            self._holds_changes = False
         changes = self._carry_out()
         if self._silent:
             # With a silent baseline, no rule publishes what was mapped before.
             changes = [one for one in changes if one.cause != RULES.load]
         self._publisher.publish(changes)
-        if not self._scanner.has_scanned_all:
+        if self._owes_rules:
             self._rules_again_at = time.monotonic() + RULES_SECOND_LOOK_S
 
     # ---- scans --------------------------------------------------------------------------------
@@ -361,7 +380,7 @@ class Reconciler:
         take_others = partial(concerned.take_others, self.intake.drain, apply_others)
 
         def between(effects: Effects) -> None:
-            self._publish_many(LIVE, effects)
+            self._publish_many(effects)
             take_others()
 
         scans, records = self._scanner.read(due, take_others)
@@ -386,7 +405,7 @@ class Reconciler:
     def _apply_kept(self, records: Iterable[Record]) -> None:
         """Applies what waited for a scan."""
         effects = self._table.apply(*records)
-        self._publish_many(LIVE, effects)
+        self._publish_many(effects)
         self._note(effects)
 
     def _apply_others(self, records: list[Record], *, holds: bool) -> None:
@@ -400,9 +419,9 @@ class Reconciler:
     def _has_ended(self, pid: int, *, is_lossy: bool) -> bool:
         """Whether the process known by this pid has ended, or, if its exit record may be lost, is about to."""
         start_ns = self._table.start_of(pid)
-        if start_ns is None:
-            return False
         try:
+            if start_ns is None:
+                return isinstance(self._proc.stat(pid), Miss)
             return has_ended(self._proc, ProcessId(pid, start_ns), is_lossy=is_lossy)
         except ProcReadError as error:
             self.intake.excuse(error)
@@ -426,7 +445,7 @@ class Reconciler:
         scans, records = self._scanner.read_all_with_records()
         self._report(Report.NOTHING)
         self._table.begin_rescans(scan.tgid for scan in scans)
-        self._note(merge(self._table, scans, records, causes, between=partial(self._publish_many, causes)))
+        self._note(merge(self._table, scans, records, causes, between=self._publish_many))
         self._mark_unread(causes)
         return {scan.tgid for scan in scans}
 
@@ -436,7 +455,7 @@ class Reconciler:
         for due in self._search.rounds(self.drain, can_find=self._scanner.can_read_one):
             if due is None:
                 self._read_everything(LIVE)
-                self._search.needs_full_scan |= not self._scanner.has_scanned_all
+                self._search.needs_full_scan |= self._scanner.is_lacking
             else:
                 self._table.begin_rescans(due)
                 self._scan(dict.fromkeys(due, LIVE))
@@ -470,7 +489,7 @@ class Reconciler:
         if space.files or len(space.sharers) > 1 or pid in self._table.needs_rescan:
             return
         if not self._is_tracked(pid, process.id.start_ns):
-            self._source.untrack(pid, process.id.start_ns, 0)
+            self._untrack(pid, process.id.start_ns, 0)
             self._note(self._table.untracked(pid, process.id.start_ns))
 
     def _is_tracked(self, pid: int, start_ns: int) -> bool:
@@ -548,6 +567,9 @@ class Reconciler:
         """Merges a full scan; repeated later if more was lost meanwhile."""
         begun = time.monotonic()
         self._check_losses()
+        if self._owes_rules:
+            self._repairs.end(is_repaired=False)  # what is found by then is not the loss's
+            return
         self._repairs.at = None
         before = self.losses
         since_ns = time.monotonic_ns()

@@ -36,6 +36,7 @@ class Scanner:
     Attributes:
         can_read_one: the source scans single processes by the numbers that it reports.
         has_scanned_all: whether the last full scan was one of all that can be read.
+        is_lacking: the last full scan failed for want of descriptors or memory.
         has_spare_memory: a full scan has left some.
     """
 
@@ -45,7 +46,7 @@ class Scanner:
         self._intake = intake
         self._schedule = schedule
         self.can_read_one = self.has_scanned_all = True
-        self.has_spare_memory = False
+        self.has_spare_memory = self.is_lacking = False
 
     def cpu_s(self) -> float:
         """CPU seconds of this thread and of the helpers that scan."""
@@ -85,7 +86,7 @@ class Scanner:
         begun_s = self.cpu_s()
         scans, records = self.read_all(take_others)
         if self.can_read_one:
-            rest_s = SHARERS_REST * (self.cpu_s() - begun_s) if self.has_scanned_all else LACK_REST_S
+            rest_s = LACK_REST_S if self.is_lacking else SHARERS_REST * (self.cpu_s() - begun_s)
             self._schedule.few_until = time.monotonic() + rest_s
         for pid in due.keys() & set(self._source.unread) if self.has_scanned_all else due:
             self._table.await_rescan(pid, due[pid])
@@ -93,7 +94,7 @@ class Scanner:
 
     def read_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         """The scans of all processes that can be read, and the records drained in the place of ``meanwhile``."""
-        self.has_scanned_all = False
+        self.has_scanned_all = self.is_lacking = False
         drained = RecordLog()
         try:
             scans, records = self._source.scan_all(meanwhile or (lambda: drained.extend(self._intake.drain())))
@@ -101,6 +102,7 @@ class Scanner:
             return [], drained
         except Exception as error:  # noqa: BLE001 - as above
             self._intake.fail(error)
+            self.is_lacking = True
             return [], drained
         drained.extend(records)
         self.has_scanned_all = self.has_spare_memory = True

@@ -265,7 +265,7 @@ class MappingTable:
             else:
                 self._names.pop(record.key, None)
         if record.flags & FLAG_ASK or not name.is_wanted:
-            effects.verdicts.append((record.key, name.is_wanted))
+            effects.verdicts.append((record.key, name.is_wanted, record.place))
         return name
 
     def mark(self, pid: int, causes: Causes, effects: Effects) -> None:

@@ -31,5 +31,6 @@ def allow_nice(nice: int) -> None:
     """
     wanted = _CEILING - (os.getpriority(os.PRIO_PROCESS, 0) + nice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NICE)
+    raised = [one if one == resource.RLIM_INFINITY else max(one, wanted) for one in (soft, hard)]
     with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NICE, (max(soft, wanted), max(hard, wanted)))
+        resource.setrlimit(resource.RLIMIT_NICE, (raised[0], raised[1]))

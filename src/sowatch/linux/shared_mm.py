@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 from collections.abc import Iterable
 from typing import Final
 
-from sowatch.linux.proc import Miss, ProcFs
+from sowatch.linux.descriptors import is_lack_of_resources
+from sowatch.linux.proc import Miss, ProcFs, ProcReadError
 
 __all__ = ["find_sharers", "shares_mm"]
 
@@ -68,9 +70,12 @@ def _threads(proc: ProcFs, pid: int) -> list[int]:
     stat = proc.stat(pid)
     if isinstance(stat, Miss) or stat.is_kernel_thread or stat.threads < 2:
         return []
+    path = f"{proc.root}/{pid}/task"
     try:
-        return [int(name) for name in os.listdir(f"{proc.root}/{pid}/task")]
-    except OSError:
+        return [int(name) for name in os.listdir(path)]
+    except OSError as error:
+        if is_lack_of_resources(error):
+            raise ProcReadError(path, error.errno or errno.EMFILE) from error
         return []  # it has ended
 
 

@@ -94,9 +94,10 @@ class TimeoutWorker:
         """The jobs of the thread, which is there then."""
         jobs = self._jobs
         if jobs is None:
-            jobs = self._jobs = queue.SimpleQueue()
-            self._thread = threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True)
-            self._thread.start()
+            jobs = queue.SimpleQueue()
+            thread = threading.Thread(target=_work, args=(jobs,), name=self._name, daemon=True)
+            thread.start()
+            self._jobs, self._thread = jobs, thread
         return jobs
 
     def run(
@@ -120,13 +121,17 @@ class TimeoutWorker:
             on_return: runs on the helper thread if the call returns after it was given up.
 
         Raises:
-            CallTimeout: it took longer; its thread is left behind.
+            CallTimeout: it took longer; its thread is left behind. Or there may be no further thread.
         """
         with self._lock:
             if self._abandoned >= self._max_abandoned:
                 raise CallTimeout(is_refused=True)
             job: _Job[T] = _Job(call)
-            self._start().put(job)  # type: ignore[arg-type]
+            try:
+                jobs = self._start()
+            except RuntimeError as error:  # no more threads: a limit of the service or of the host
+                raise CallTimeout(is_refused=True) from error
+            jobs.put(job)  # type: ignore[arg-type]
             if not self._wait(job, timeout_s, progress, meanwhile, turn_s):
                 self._abandon(job, on_return)
         if job.error is not None:

@@ -5,7 +5,7 @@ A source knows nothing of rules or of the mapping table; it hands on what the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from enum import IntFlag
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -179,8 +179,14 @@ class EventSource(Protocol):
             ScanTimeout: the scan hangs, and the process is ``unread`` now.
         """
 
-    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
-        """Sets the verdict on files: those that are not wanted are not reported again for a while."""
+    def answer(self, places: Mapping[Hashable, int], *, is_wanted: bool) -> None:
+        """Sets the verdict on files: those that are not wanted are not reported again for a while.
+
+        Args:
+            places: by key, which place the verdict is about, `MapRecord.place`; a file that is at another one is
+                asked about again.
+            is_wanted: of all of them.
+        """
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         """Untracks a process of which nothing is wanted; False if its activity generation has changed since."""

@@ -7,7 +7,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from errno import E2BIG, EPERM
 from types import TracebackType
 from typing import Final, Self
@@ -16,8 +16,6 @@ from sowatch.bpf.binding import PROGRAMS, BpfMap, BpfObject, Variable, probe
 from sowatch.bpf.hooks import HOOK_SETS, HookSet, NoHooks, Trampolines
 from sowatch.bpf.record_log import Drained, RecordLog
 from sowatch.bpf.records import (
-    FLAG_ASK,
-    MapRecord,
     Record,
     RecordType,
     file_and_view_of,
@@ -57,8 +55,6 @@ MAX_WAITING: Final = 4_096
 BUSY_SHARE: Final = 16
 #: What a full scan has read is parsed once it is so much, rather than at its end.
 MAX_UNPARSED_BYTES: Final = 4 << 20
-#: Keys whose place is remembered until they are answered, some 100 bytes each.
-MAX_PLACES: Final = 65_536
 READER: Final = "read_mappings"
 #: The same programs twice: with typed loads (6.2+), and with probe reads (5.17+).
 OBJECTS: Final = ("watch.bpf.o", "watch_probe.bpf.o")
@@ -122,7 +118,6 @@ class BpfSource:
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
         #: By key, the place of the path that was reported last, which a verdict is about.
-        self._places: dict[Hashable, int] = {}
         self._can_iterate_one = True
         self._has_given_up = False
         self._proc = ProcFs(config.proc_root)
@@ -188,23 +183,7 @@ class BpfSource:
         return self._ring_fd
 
     def drain(self) -> list[Record]:
-        records = Drained(self._object.drain())
-        for record in records:
-            if record.type == RecordType.MAP and record.flags & FLAG_ASK:
-                self._note_place(record)  # type: ignore[arg-type]
-        return records
-
-    def _noting_places(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The same records; verdicts on the files among them will be about the places that they name."""
-        for record in records:
-            if record.type == RecordType.FILE and record.flags & FLAG_ASK:
-                self._note_place(record)  # type: ignore[arg-type]
-            yield record
-
-    def _note_place(self, record: MapRecord) -> None:
-        if len(self._places) >= MAX_PLACES:
-            self._places.clear()  # an answer without a place is asked for again
-        self._places[record.key] = record.place
+        return Drained(self._object.drain())
 
     def scan_all(self, meanwhile: Callable[[], None] | None = None) -> tuple[list[ProcessScan], RecordLog]:
         drained = RecordLog()
@@ -214,7 +193,7 @@ class BpfSource:
         def drain(scan: IteratorScan) -> None:
             take()
             if scan.unparsed_bytes > MAX_UNPARSED_BYTES:
-                grouping.add(self._noting_places(scan.rows()))
+                grouping.add(scan.rows())
 
         if not self._can_iterate_one and 0 in self.unread:
             raise ScanTimeout(0)
@@ -222,7 +201,7 @@ class BpfSource:
             scan = IteratorScan(self._open_session, (0,))
             try:
                 self._run_scan(scan, meanwhile=lambda: drain(scan))
-                grouping.add(self._noting_places(scan.rows()))
+                grouping.add(scan.rows())
                 return grouping.scans(), drained
             except ScanTimeout as timeout:
                 # Its rows stop where nobody knows. What it has cleared and introduced is read again.
@@ -249,7 +228,7 @@ class BpfSource:
                         raise
                     hung = timeout.pid
                     targets = [pid for pid in run.left_after() if not self.unread.hangs(pid)]
-                for scan in group(self._noting_places(run.rows(but=hung)), pool):
+                for scan in group(run.rows(but=hung), pool):
                     scan.begin_ns = min(scan.begin_ns, run.begun_ns.get(scan.tgid, scan.begin_ns))
                     scans.append(scan)
         finally:
@@ -279,14 +258,14 @@ class BpfSource:
             scan = IteratorScan(self._open_session, (pid,))
             try:
                 self._run_scan(scan, meanwhile=meanwhile)
-                return list(in_slices(self._noting_places(scan.rows()), meanwhile))
+                return list(in_slices(scan.rows(), meanwhile))
             except BpfError as error:
                 if error.errno != E2BIG:
                     raise
                 self._can_iterate_one = False  # before 6.1 an iterator goes over all processes
         scan = IteratorScan(self._open_session, (0,))
         self._run_scan(scan, meanwhile=meanwhile)
-        return [row for row in self._noting_places(scan.rows()) if row.tgid == pid or row.type == RecordType.FILE]
+        return [row for row in scan.rows() if row.tgid == pid or row.type == RecordType.FILE]
 
     def _run_scan(self, scan: IteratorScan, *, meanwhile: Callable[[], None] | None = None) -> None:
         """Runs a scan on a helper thread.
@@ -320,12 +299,11 @@ class BpfSource:
         self._run.value += 1
         return self._object.iterate(self._reader, pid)
 
-    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+    def answer(self, places: Mapping[Hashable, int], *, is_wanted: bool) -> None:
         expires_s = self.answer_clock.now_s + max(1, round(self._ttl_s))
         verdict = VERDICT_MATCH if is_wanted else VERDICT_IGNORE
-        asked = dict.fromkeys(keys)
-        values = [VERDICT_VALUE.pack(verdict, expires_s, self._places.pop(key, 0)) for key in asked]
-        self._verdicts.update_many(list(asked), values)  # type: ignore[arg-type]
+        values = [VERDICT_VALUE.pack(verdict, expires_s, place) for place in places.values()]
+        self._verdicts.update_many(list(places), values)  # type: ignore[arg-type]
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         return self._object.run("untrack", pid, start_ns, activity) == 1

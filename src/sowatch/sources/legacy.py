@@ -290,7 +290,6 @@ class OldKernelSource(BpfSource):
         value = self._answer_map.lookup(bytes(4))
         assert value is not None  # an array has all its elements
         record, may_be_shown_as = parse_answer(value)
-        self._note_place(record)
         shown = (row.major << 20 | row.minor, row.inode)
         # maps shows the real file, from 6.8 on the one of overlayfs.
         if shown not in may_be_shown_as:

@@ -201,6 +201,7 @@ class ProcfsSource:
         self._unseen = 0
         self._looks = 0
         self._has_begun = False
+        self._left: list[Record] = []  # found by a full scan that failed, and not found again
         self.polls = PollTimer(config, f"polling {config.proc_root}", lambda: self.unread.cpu_s)
         self._elsewhere = why_not_whole_host(self._proc)
         self._note_limits()
@@ -213,7 +214,7 @@ class ProcfsSource:
         if not self.polls.is_due() or not self._has_begun:
             return []
         with self.polls.look():
-            records: list[Record] = []
+            records, self._left = self._left, []
             try:
                 self._poll_all(records)
             except ProcReadError as error:
@@ -225,8 +226,8 @@ class ProcfsSource:
         del meanwhile  # what changed is found by the scan itself
         is_first, self._has_begun = not self._has_begun, True
         with self.polls.look(counts=False):
-            records: list[Record] = []
-            self._poll_all(records, is_full=True)
+            self._poll_all(self._left, is_full=True)
+            records, self._left = self._left, []
             pool, scans = RowPool(), []
             for one in list(self._processes.values()):
                 with suppress(ScanTimeout):  # it is read when it hangs no more
@@ -250,10 +251,10 @@ class ProcfsSource:
         self._processes[pid] = found
         return self._scan_one(found)
 
-    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
+    def answer(self, places: Mapping[Hashable, int], *, is_wanted: bool) -> None:
         if len(self._verdicts) > self._max_verdicts:
             self._verdicts.clear()  # what is not known is reported again, and answered again
-        self._verdicts.update(dict.fromkeys(keys, is_wanted))
+        self._verdicts.update(dict.fromkeys(places, is_wanted))
 
     def untrack(self, pid: int, start_ns: int, activity: int) -> bool:
         process = self._processes.get(pid)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from errno import ENOENT, EXDEV
 from typing import Final
 
@@ -33,8 +33,9 @@ from sowatch.bpf.records import (
     parse_seen,
     who_is,
 )
+from sowatch.linux.descriptors import is_lack_of_resources
 from sowatch.linux.pid_namespaces import own_pid
-from sowatch.linux.proc import Miss
+from sowatch.linux.proc import Miss, ProcReadError
 from sowatch.linux.proc_parse import MapRow
 from sowatch.model.config import Config
 from sowatch.model.errors import BpfError, LoadAttempt
@@ -128,7 +129,7 @@ class PrebuiltSource:
         self._reader = ProcReader(self._proc)
         self._known: dict[int, _Known] = {}
         self._ignored: dict[Hashable, None] = {}
-        self._unresolved = 0
+        self._unresolved = self._unread = 0
         self._drains = 0
         self._object = BpfObject(str(PROGRAMS / "prebuilt.bpf.o"))
         try:
@@ -188,22 +189,26 @@ class PrebuiltSource:
         records: list[Record] = []
         for place, one in enumerate(seen):
             try:
-                if one.type == SEEN_MAP:
-                    records += self._on_map(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
-                elif one.type == SEEN_COMPAT:
-                    if renewed.get(one.tgid, -1) < place:
-                        records += self._on_map(one, look_at, is_sure=False)
-                elif one.type == SEEN_FORK:
-                    records += self._on_fork(one)
-                elif one.type == SEEN_EXEC:
-                    records += self._on_exec(one)
-                elif one.type == SEEN_EXIT:
-                    records += self._on_exit(one)
-                else:
-                    records += self._on_range(one)
+                records += self._records_of(one, look_at if renewed.get(one.tgid, -1) < place else _see_nothing)
             except ScanTimeout:
                 records += self._needs_rescan(one)
+            except ProcReadError as error:
+                if not is_lack_of_resources(error):
+                    raise
+                self._unread += 1
         return records
+
+    def _records_of(self, seen: SeenRecord, look_at: Callable[[int], Look | None]) -> Iterable[Record]:
+        """What one of them becomes. ``look_at`` sees nothing if the process has executed another program since."""
+        if seen.type == SEEN_MAP:
+            return self._on_map(seen, look_at)
+        if seen.type == SEEN_COMPAT:
+            return () if look_at is _see_nothing else self._on_map(seen, look_at, is_sure=False)
+        if seen.type == SEEN_FORK:
+            return self._on_fork(seen)
+        if seen.type == SEEN_EXEC:
+            return self._on_exec(seen)
+        return self._on_exit(seen) if seen.type == SEEN_EXIT else self._on_range(seen)
 
     def _needs_rescan(self, seen: SeenRecord, flags: int = 0) -> Iterator[Record]:
         """It cannot be read now; what it has mapped is found when it can."""
@@ -405,8 +410,8 @@ class PrebuiltSource:
 
     # ---- answers ------------------------------------------------------------------------------
 
-    def answer(self, keys: Sequence[Hashable], *, is_wanted: bool) -> None:
-        for key in keys:
+    def answer(self, places: Mapping[Hashable, int], *, is_wanted: bool) -> None:
+        for key in places:
             if is_wanted:
                 self._ignored.pop(key, None)
                 continue
@@ -433,6 +438,7 @@ class PrebuiltSource:
             throttled=throttled,
             skipped=self._object.skipped_runs(),
             unresolved=self._unresolved,
+            unread=self._unread,
         )
 
     def tracked(self, pid: int) -> TrackedEntry | None:

@@ -35,7 +35,7 @@ NewLibrary = Callable[..., Path]
 def test_an_ignored_file_is_dropped_in_the_kernel(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, new = start(), library()
     mapper.map(new)
-    tap.source.answer([tap.key_of(mapper.pid, new)], is_wanted=False)
+    tap.source.answer(tap.places_of(mapper.pid, new), is_wanted=False)
     assert tap.during(lambda: mapper.map(new), mapper.pid) == []
 
 
@@ -44,7 +44,7 @@ def test_a_matched_file_is_told_with_its_path_and_without_a_question(
 ) -> None:
     mapper, new = start(), library()
     mapper.map(new)
-    tap.source.answer([tap.key_of(mapper.pid, new)], is_wanted=True)
+    tap.source.answer(tap.places_of(mapper.pid, new), is_wanted=True)
     record = only(tap.during(lambda: mapper.map(new), mapper.pid))
     assert record.flags == 0
     assert path_of(record.text) == str(new)
@@ -53,7 +53,7 @@ def test_a_matched_file_is_told_with_its_path_and_without_a_question(
 def test_an_ignored_file_over_a_told_range_still_takes_it_away(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, ignored = start(), library("libignored.so")
     mapper.map(ignored)
-    tap.source.answer([tap.key_of(mapper.pid, ignored)], is_wanted=False)
+    tap.source.answer(tap.places_of(mapper.pid, ignored), is_wanted=False)
     at, length = mapper.map(library("libwanted.so"))
     reported = tap.during(lambda: mapper.map(ignored, "at", f"{at:x}"), mapper.pid)
     assert spans(reported) == [(RANGE, at, at + pages(length))]
@@ -63,8 +63,8 @@ def test_an_ignored_file_is_ignored_in_readings_too(tap: Tap, start: Start, libr
     mapper, ignored, wanted = start(), library("libignored.so"), library("libwanted.so")
     mapper.map(ignored)
     mapper.map(wanted)
-    tap.source.answer([tap.key_of(mapper.pid, ignored)], is_wanted=False)
-    tap.source.answer([tap.key_of(mapper.pid, wanted)], is_wanted=True)
+    tap.source.answer(tap.places_of(mapper.pid, ignored), is_wanted=False)
+    tap.source.answer(tap.places_of(mapper.pid, wanted), is_wanted=True)
     rows = {path_of(row.text): row.flags for row in scan_of(tap, mapper.pid).maps}
     assert str(ignored) not in rows
     assert rows[str(wanted)] == 0
@@ -77,7 +77,7 @@ def test_an_ignored_file_is_asked_about_again_when_the_answer_is_old(
     mapper, ignored, wanted = start(), library("libignored.so"), library("libwanted.so")
     for path, is_wanted in ((ignored, False), (wanted, True)):
         mapper.map(path)
-        tap.source.answer([tap.key_of(mapper.pid, path)], is_wanted=is_wanted)
+        tap.source.answer(tap.places_of(mapper.pid, path), is_wanted=is_wanted)
     assert tap.during(lambda: mapper.map(ignored), mapper.pid) == []
 
     def is_asked_again() -> list[Record]:
@@ -93,20 +93,20 @@ def test_a_new_epoch_makes_every_answer_void(tap: Tap, start: Start, library: Ne
     mapper, ignored, wanted = start(), library("libignored.so"), library("libwanted.so")
     for path, is_wanted in ((ignored, False), (wanted, True)):
         mapper.map(path)
-        tap.source.answer([tap.key_of(mapper.pid, path)], is_wanted=is_wanted)
-    old = tap.key_of(mapper.pid, ignored)
+        tap.source.answer(tap.places_of(mapper.pid, path), is_wanted=is_wanted)
+    old = tap.places_of(mapper.pid, ignored)
     tap.source.new_epoch()
     reported = tap.during(lambda: (mapper.map(ignored), mapper.map(wanted)), mapper.pid)
     assert [(r.type, r.flags) for r in reported] == [(MAP, FLAG_ASK), (MAP, FLAG_ASK)]
     # An answer that was under way when the rules changed is filed under the old epoch.
-    tap.source.answer([old], is_wanted=False)
+    tap.source.answer(old, is_wanted=False)
     assert only(tap.during(lambda: mapper.map(ignored), mapper.pid)).flags == FLAG_ASK
 
 
 def test_a_renamed_file_is_another_name_to_decide_on(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, new = start(), library("libold.so")
     mapper.map(new)
-    tap.source.answer([tap.key_of(mapper.pid, new)], is_wanted=False)
+    tap.source.answer(tap.places_of(mapper.pid, new), is_wanted=False)
     renamed = new.rename(new.with_name("librenamed.so"))
     record = only(tap.during(lambda: mapper.map(renamed), mapper.pid))
     assert record.flags == FLAG_ASK
@@ -116,7 +116,7 @@ def test_a_renamed_file_is_another_name_to_decide_on(tap: Tap, start: Start, lib
 def test_a_hard_link_is_another_name_to_decide_on(tap: Tap, start: Start, library: NewLibrary) -> None:
     mapper, new = start(), library("libone.so")
     mapper.map(new)
-    tap.source.answer([tap.key_of(mapper.pid, new)], is_wanted=False)
+    tap.source.answer(tap.places_of(mapper.pid, new), is_wanted=False)
     link = new.with_name("libtwo.so")
     link.hardlink_to(new)
     record = only(tap.during(lambda: mapper.map(link), mapper.pid))
@@ -130,9 +130,9 @@ def test_a_hard_link_is_another_name_to_decide_on(tap: Tap, start: Start, librar
 def ignore_what_it_has(tap: Tap, mapper: Mapper) -> None:
     """Answers no to everything that a running mapper brought with it."""
     tap.flush()
-    keys = [record.key for record in tap.maps(mapper.pid)]
-    assert keys
-    tap.source.answer(keys, is_wanted=False)
+    places = {record.key: record.place for record in tap.maps(mapper.pid)}
+    assert places
+    tap.source.answer(places, is_wanted=False)
 
 
 def test_a_process_that_maps_only_ignored_files_is_never_mentioned(
@@ -165,8 +165,7 @@ def test_a_process_of_which_nothing_is_wanted_can_be_settled_and_is_silent_from_
     ignore_what_it_has(tap, start())
     late, unwanted = start(), library("libunwanted.so")
     at, length = late.map(unwanted)
-    key = tap.key_of(late.pid, unwanted)
-    tap.source.answer([key], is_wanted=False)
+    tap.source.answer(tap.places_of(late.pid, unwanted), is_wanted=False)
     record = tap.maps(late.pid)[-1]
     assert tap.source.untrack(late.pid, record.start_ns, record.activity)
     assert tap.during(lambda: late.unmap(at, length), late.pid) == []
@@ -476,5 +475,5 @@ def test_every_build_of_the_programs_tells_the_same(
 
 
 def test_a_verdict_has_the_size_that_the_kernel_expects(tap: Tap) -> None:
-    tap.source.answer([bytes(64)], is_wanted=True)
+    tap.source.answer({bytes(64): 0}, is_wanted=True)
     assert tap.source._verdicts.lookup(bytes(64)) is not None

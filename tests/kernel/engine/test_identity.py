@@ -206,7 +206,7 @@ def test_an_answer_on_a_file_of_an_overlay_holds_live_and_in_a_reading(
 ) -> None:
     path = scratch / "a/lib/liblow.so"
     in_overlays.map(path)
-    tap.source.answer([tap.key_of(in_overlays.pid, path)], is_wanted=False)
+    tap.source.answer(tap.places_of(in_overlays.pid, path), is_wanted=False)
     assert tap.during(lambda: in_overlays.map(path), in_overlays.pid) == []
     assert str(path) not in read(tap, in_overlays.pid)
     # Not so of the same file through the other mount.
@@ -278,7 +278,7 @@ def test_after_a_directory_above_was_renamed_the_path_of_a_matched_file_is_the_n
     mapper = start()
     path = library("old/inner/libnew.so")
     mapper.map(path)
-    tap.source.answer([tap.key_of(mapper.pid, path)], is_wanted=True)
+    tap.source.answer(tap.places_of(mapper.pid, path), is_wanted=True)
     (scratch / "old").rename(scratch / "new")
     path = scratch / "new/inner/libnew.so"
     mapper.map(path)

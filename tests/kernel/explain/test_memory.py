@@ -86,8 +86,8 @@ def test_the_kernels_answers_outlive_their_source(tap: Any, start: Start, librar
     source = BpfSource(Config())
     try:
         key = bytes(63) + b"\1"
-        source.answer([bytes(64)], is_wanted=True)
-        source.answer([key], is_wanted=False)
+        source.answer({bytes(64): 0}, is_wanted=True)
+        source.answer({key: 0}, is_wanted=False)
         verdicts = source.open_verdicts()
     finally:
         source.close()

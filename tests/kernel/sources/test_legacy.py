@@ -185,10 +185,10 @@ def test_images_are_the_executable_and_a_doubt_and_a_reading_shows_both(tap: Tap
 def test_a_settled_process_is_silent_until_it_maps_a_wanted_file(tap: Tap, start: Start, library: NewLibrary) -> None:
     first = start()
     tap.flush()
-    tap.source.answer([record.key for record in tap.maps(first.pid)], is_wanted=False)
+    tap.source.answer({record.key: record.place for record in tap.maps(first.pid)}, is_wanted=False)
     late, unwanted = start(), library("libunwanted.so")
     at, length = late.map(unwanted)
-    tap.source.answer([tap.key_of(late.pid, unwanted)], is_wanted=False)
+    tap.source.answer(tap.places_of(late.pid, unwanted), is_wanted=False)
     record = tap.maps(late.pid)[-1]
     assert isinstance(record, MapRecord)
     assert not tap.source.untrack(late.pid, record.start_ns, record.activity - 1)

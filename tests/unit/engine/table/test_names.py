@@ -94,8 +94,9 @@ def test_a_known_answer_is_not_given_again(table):
 
 def test_a_question_is_answered_each_time_it_is_asked(table):
     # The kernel's memory of answers is an LRU: it may have forgotten.
-    feed(table, Proc().map(SSL, flags=FLAG_ASK), Proc(11, 2).map(SSL, flags=FLAG_ASK))
-    assert table.take_answers() == ([SSL.key, SSL.key], [])
+    for process in (Proc(), Proc(11, 2)):
+        feed(table, process.map(SSL, flags=FLAG_ASK))
+        assert table.take_answers() == ([SSL.key], [])
 
 
 def test_a_renamed_directory_that_makes_a_file_unwanted_takes_the_answer_back(table):
