@@ -1,4 +1,4 @@
-"""`Intake`: takes records from the source, tells the guard how late they are, and outlives a lack of resources."""
+"""`Intake`: takes records from the source, adapts the guard to how late they are, and outlives a lack of resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Intake"]
 
 LOG = logging.getLogger("sowatch")
 
-#: The guard is told this often, also within a scan that takes long.
+#: The guard is adapted this often, also within a scan that takes long.
 GUARD_S: Final = 1.0
 #: Records of two CPUs may stand in the ring in another order than their times by some microseconds.
 SLACK_NS: Final = 1_000_000
@@ -30,8 +30,8 @@ PAUSE_S: Final = 0.05
 class Intake:
     """What is drained of one source, on the engine's thread.
 
-    Whoever uses up the descriptors of the process or the memory of the host (a client with many connections is enough)
-    is not to end the watch: what fails for that reason is counted, and tried again.
+    Who uses up the descriptors of the process or the memory of the host (a client with many connections is enough) is
+    not to end the watch: what fails for that reason is counted, and tried again.
 
     Args:
         source: is drained.

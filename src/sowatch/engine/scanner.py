@@ -29,9 +29,9 @@ class Scanner:
 
     Args:
         source: scans.
-        table: is told who has to be scanned later.
-        intake: of the same source; is drained meanwhile, and told what was lacking.
-        schedule: is told how long scans take.
+        table: gets who has to be scanned later.
+        intake: of the same source; is drained meanwhile, and gets what was lacking.
+        schedule: gets how long scans take.
 
     Attributes:
         can_read_one: the source scans single processes by the numbers that it reports.

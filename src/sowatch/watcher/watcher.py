@@ -539,7 +539,7 @@ class Watcher:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the draining thread last took records, as it does at least once a second; a few: it hangs."""
+        """Seconds since the draining thread last drained, which it does each second; more than a few mean a hang."""
         return 0.0 if self._engine is None else time.monotonic() - self._engine.reconciler.intake.drained_s
 
     @property
