@@ -7,6 +7,7 @@ waits for the test before it goes on to the real one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from sowatch.engine import file_inspector
 from sowatch.engine.address_space import MappedFile
 from sowatch.engine.file_inspector import FileFacts, host_path
 from sowatch.linux.elf_symbols import ExportSearch
+from sowatch.linux.proc import ProcReadError
 from support.elf_files import Made
 from support.inspections import ME, Clock, Gate, Reader, name_of
 
@@ -159,6 +161,23 @@ def test_a_file_that_cannot_be_opened_is_unknown_and_the_next_one_is_read(
         broken.setattr(file_inspector, "reopen", fail)
         assert reader.read(file()) == FileFacts()
     assert reader.read(file()).build_id == BUILD_ID
+
+
+@pytest.mark.parametrize("step", ["find_mapped", "reopen"])
+def test_a_file_that_descriptors_were_lacking_for_is_read_again_by_the_same_thread(
+    reader: Reader, clock: Clock, file: NAMES, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ProcReadError("/proc/1/root", errno.EMFILE) if step == "find_mapped" else OSError(errno.EMFILE, "none")
+
+    clock.file_age_s = 3.0
+    name = file()
+    with monkeypatch.context() as broken:
+        broken.setattr(file_inspector, step, fail)
+        assert reader.read(name) == FileFacts()
+    clock.now_s += file_inspector.FIRST_RECHECK_S
+    assert reader.inspector.take_recovered() == {name.file_id}
+    assert reader.read(name).build_id == BUILD_ID
 
 
 def test_a_file_found_by_its_process_s_link_is_looked_for_anew_in_the_next_process(

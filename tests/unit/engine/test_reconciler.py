@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from sowatch.engine.reconciler import Reconciler
 from sowatch.engine.rescan_schedule import FEW, FORKED_S, LONGEST_REST_S, RescanSchedule
 from sowatch.engine.scanner import MANY_RESCANS
 from sowatch.engine.table import MappingTable
+from sowatch.linux.proc import ProcReadError
 from sowatch.model.config import Config
 from sowatch.model.events import Lost, Repaired
 from sowatch.model.rules import Rule, RuleSet
@@ -288,9 +291,14 @@ def test_a_child_of_a_threaded_process_that_ends_soon_is_not_scanned():
 # ---- what others do while processes are scanned -----------------------------------------------
 
 
+def running(pid):
+    """A process that is there."""
+    return Proc(pid, start_ticks=int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]))
+
+
 def ourselves():
-    """A process that is there as long as the test."""
-    return Proc(os.getpid(), start_ticks=int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]))
+    """One that is there as long as the test."""
+    return running(os.getpid())
 
 
 @pytest.mark.parametrize("begin", ["_repair", "_read_for_rules"])
@@ -337,6 +345,69 @@ def test_what_a_process_did_while_its_scan_was_merged_is_published_in_parts(reco
     reconciler.do_what_is_due(1e9)
     assert sum(parts) == 21
     assert max(parts) <= 4 + 3
+
+
+# ---- scans that fail for want of descriptors ----------------------------------------------------
+
+
+LACK = ProcReadError("/proc", errno.EMFILE)
+
+
+@contextlib.contextmanager
+def lacking(source):
+    """Nothing can be scanned."""
+
+    def fail(*_):
+        raise LACK
+
+    scans = source.scan_all, source.scan_process
+    source.scan_all = source.scan_process = fail
+    yield
+    source.scan_all, source.scan_process = scans
+
+
+def test_who_ended_after_nothing_could_be_scanned_is_not_scanned_for_ever(reconciler, source, publisher, reported):
+    publisher.publish = lambda _: None
+    child = subprocess.Popen(["sleep", "inf"])
+    there, ended = ourselves(), running(child.pid)
+    source.records = [there.map(File(), t=1), ended.map(File(), t=2)]
+    reconciler.drain()
+    source.scan_process = lambda pid, _: scan(there, 10, 20, there.map(File(), t=15)) if pid == there.pid else None
+    with lacking(source):
+        source.lost = Losses(ring=5)
+        reconciler.tick()
+        reconciler.do_what_is_due(time.monotonic())
+    assert ended.pid in reconciler._unscanned
+    child.kill()
+    child.wait()
+    source.records = [ended.exit(t=3)]
+    source.scan_all = lambda _=None: ([scan(there, 10, 20, there.map(File(), t=15))], [])
+    for _ in range(5):
+        reconciler.tick()
+        reconciler.do_what_is_due(1e9)
+        time.sleep(0.1)
+    assert reconciler.is_repaired
+    assert not reconciler._unscanned
+    assert dict(reconciler._table.needs_rescan) == {}
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_change_of_rules_that_cannot_be_scanned_for_is_made_good_without_a_repair(source, publisher, is_silent):
+    rules = RuleSet([Rule("nothing")])
+    reconciler = Reconciler(source, MappingTable(rules), publisher, rules, Config(), silent_baseline=is_silent)
+    there, published = ourselves(), []
+    publisher.publish = lambda changes: published.extend((one.process.pid, one.cause) for one in changes)
+    source.scan_all = lambda _=None: ([scan(there, 10, 20, there.map(File(), t=15))], [])
+    reconciler._table.set_rules(RuleSet([Rule("libssl")]))
+    with lacking(source):
+        reconciler._read_for_rules()
+        reconciler.tick()
+        reconciler.do_what_is_due(time.monotonic())
+    assert published == []
+    assert not reconciler.is_repaired
+    reconciler.do_what_is_due(1e9)
+    reconciler.do_what_is_due(1e9)
+    assert published == ([] if is_silent else [(there.pid, "snapshot")])
 
 
 # ---- one full scan in the place of many single ones -------------------------------------------
