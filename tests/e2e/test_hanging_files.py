@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from support.hostile import SOWATCH
+from support.printed import rest_of
 from support.silent_fs import SilentFileSystem
 
 pytestmark = pytest.mark.alone
@@ -108,7 +109,7 @@ def test_a_trace_ends_when_it_is_told_to(silent: SilentFileSystem, spawn: Any, d
     assert trace.stdout is not None
     lines = [json.loads(trace.stdout.readline())]
     trace.send_signal(signal.SIGTERM)
-    rest, _ = trace.communicate(timeout=deadline(15))
+    rest = rest_of(trace, deadline(15))
     lines += [json.loads(line) for line in rest.splitlines()]
     # Nothing was attached, and the one that does not answer is not waited for.
     failed = {Path(line["library"]["path"]).name: line["event"] for line in lines}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support.printed import printed
+from support.printed import printed, rest_of
 from support.tls import Server, Tls, find, free_port
 
 PATHS = ("/one", "/two?q=1", "/missing", "/four")
@@ -76,8 +76,8 @@ def test_the_command_as_it_is_typed(tls: Tls) -> None:
     assert {*line["request_headers"], *line["response_headers"]} == {"user-agent", "server"}
     assert line["peer"]["address"] == "127.0.0.1"
     command.send_signal(signal.SIGINT)
-    rest, errors = command.communicate(timeout=30)
-    assert (command.returncode, errors) == (0, "")
+    rest = rest_of(command, 30)
+    assert (command.returncode, command.stderr.read()) == (0, "")
     lines = [printed(one) for one in rest.splitlines()]
     assert lines[-1]["event"] == "http_stats"
     assert {one["side"] for one in lines[:-1]} <= {"server"}

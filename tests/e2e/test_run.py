@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from support import strict
+from support.printed import rest_of
 from support.screen import Terminal
 
 #: Of floods of others, as every watch has it.
@@ -168,7 +169,7 @@ def test_what_a_signal_means_is_up_to_the_command(spawn: Any, deadline: Any) -> 
     while running.stdout.readline() != "up\n":
         pass
     running.send_signal(signal.SIGTERM)
-    rest, _ = running.communicate(timeout=deadline(30))
+    rest = rest_of(running, deadline(30))
 
     assert "got it\n" in rest
     assert "stopped: " in rest
@@ -221,7 +222,7 @@ def test_watch_follows_the_children_that_a_process_has_and_gets(
     assert ask(f"LD_PRELOAD={library} cat /dev/null") == "done\n"
     load, unload = schema(feed.stdout.readline()), schema(feed.stdout.readline())
     feed.send_signal(signal.SIGHUP)
-    rest, _ = feed.communicate(timeout=deadline(30))
+    rest = rest_of(feed, deadline(30))
 
     assert (load["event"], load["process"]["comm"]) == ("load", "cat")
     assert (unload["event"], unload["cause"]) == ("unload", "exit")
