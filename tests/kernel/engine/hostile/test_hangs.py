@@ -64,7 +64,8 @@ def test_a_process_whose_lock_is_held_for_ever_is_named_and_holds_up_nobody(
     hung.hang()
     mapper = start()
     mapper.map(honest)
-    closing.enter_context(mapper.fork(how="clonevm"))  # whoever shares an address space is found by a scan of all
+    closing.enter_context(mapper.fork(how="clonevm"))
+    watcher.set_rules(RULE)  # scans all: what the process did before it hung may have been scanned already
     wait_until(lambda: pid in watcher.audit().unread, 20, "the process is named")
     wait_until(lambda: loads(ledger, mapper.pid) == [os.fspath(honest)], 10, "the load of somebody else")
     audit = watcher.audit()
@@ -149,6 +150,7 @@ def test_more_hung_processes_than_there_were_threads_hold_up_nobody(
     first = start()
     first.map(library(HONEST))
     closing.enter_context(first.fork(how="clonevm"))
+    ledger.watcher.set_rules(RULE)  # scans all, as above
     wait_until(lambda: set(hung.pids) <= set(ledger.watcher.audit().unread), 30, "all of them are named")
     mapper = start()
     honest = library(HONEST)  # another file under that name
