@@ -1,6 +1,7 @@
 """Watches a process that maps and unmaps, runs out of descriptors meanwhile, and says what became of the watch.
 
-Its arguments are the directory of the libraries, the program that maps, and fields of `Config` as JSON.
+Its arguments are the directory of the libraries, the program that maps, fields of `Config` as JSON, and for how many
+seconds it waits for what it expects.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def mapped(watcher: Watcher, pid: int) -> list[str]:
 
 
 def wait(what: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + float(sys.argv[4])
     while not what():
         if time.monotonic() > until_s:
-            raise TimeoutError("what was expected did not come within 60 s")
+            raise TimeoutError(f"what was expected did not come within {sys.argv[4]} s")
         time.sleep(0.05)
 
 

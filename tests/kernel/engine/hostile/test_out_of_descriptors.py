@@ -28,14 +28,14 @@ def test_without_descriptors_the_watch_goes_on_and_is_right_when_there_are_some(
 ) -> None:
     program = build("mapper", tmp_path_factory.getbasetemp())
     fields = json.dumps({"strategy": strategy, **FORCED, **OFTEN, **limits})
-    command = [sys.executable, out_of_descriptors.__file__, scratch, program, fields]
+    command = [sys.executable, out_of_descriptors.__file__, scratch, program, fields, str(deadline(20))]
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=deadline(90),
+        timeout=deadline(80),
         check=False,
     )
     assert run.returncode == 0, run.stderr
