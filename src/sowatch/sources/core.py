@@ -117,7 +117,6 @@ class BpfSource:
         self.limits: tuple[str, ...] = ("32-bit processes are watched by reads",)
         self.attempts: tuple[LoadAttempt, ...] = (LoadAttempt(strategy, True, None),)
         self._ttl_s = config.ignore_ttl_s
-        #: By key, the place of the path that was reported last, which a verdict is about.
         self._can_iterate_one = True
         self._has_given_up = False
         self._proc = ProcFs(config.proc_root)
