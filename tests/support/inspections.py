@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from sowatch.engine import file_inspector
 from sowatch.engine.address_space import Change, MappedFile
 from sowatch.engine.file_inspector import FileFacts, Inspection, Inspector
 from sowatch.linux.proc import ProcFs
@@ -16,9 +19,11 @@ from sowatch.model.identity import FileId
 from sowatch.model.rules import RuleSet
 from support.records import File, Proc
 
-__all__ = ["ME", "Clock", "Gate", "Reader", "name_of"]
+__all__ = ["BUILD_ID", "ME", "Clock", "Gate", "Reader", "count_parsed", "name_of"]
 
 ME = os.getpid()
+#: Of what `support.elf_files.Made` makes.
+BUILD_ID = bytes(range(20)).hex()
 
 
 class Clock:
@@ -116,3 +121,11 @@ def name_of(path: Path, inode: int | None = None, changed_ns: int | None = None)
     row = row._replace(changed_ns=status.st_ctime_ns if changed_ns is None else changed_ns)
     file_id = FileId(os.major(status.st_dev), os.minor(status.st_dev), inode or status.st_ino)
     return MappedFile(row._replace(file_id=file_id), RuleSet([]))
+
+
+def count_parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has one entry more for each file that is parsed from now on."""
+    parsed: list[int] = []
+    real = file_inspector.read_facts
+    monkeypatch.setattr(file_inspector, "read_facts", lambda fd: (parsed.append(fd), real(fd))[1])
+    return parsed
