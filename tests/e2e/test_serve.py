@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import shutil
 import signal
@@ -593,11 +592,3 @@ def test_the_agent_ends_with_the_last_word_to_every_stream(new_agent: NewAgent) 
     stream.close()
     log = [dict(word.partition("=")[::2] for word in line.split()) for line in agent.log.splitlines()]
     assert [line["msg"] for line in log][-2:] == ["stopping", "stopped"]
-
-
-def test_log_lines_are_json_if_asked_for(new_agent: NewAgent) -> None:
-    agent = new_agent('log_format = "json"\nlog_level = "debug"\n').start()
-    assert agent.stop() == 0
-    lines = [json.loads(line) for line in agent.log.splitlines()]
-    assert {"ready", "stopped"} <= {line["msg"] for line in lines}
-    assert all({"time", "level", "logger", "msg"} <= line.keys() for line in lines)

@@ -416,3 +416,11 @@ def test_readyz_shows_each_output_with_its_state(new_agent: NewAgent, wait_until
     assert str(port) in states()["gone"]["error"]
     assert states()["statsd"]["kind"] == "exporter"
     assert len(agent.get("/readyz").json["outputs"]) >= 1
+
+
+def test_log_lines_are_json_if_asked_for(new_agent: NewAgent) -> None:
+    agent = new_agent('log_format = "json"\nlog_level = "debug"\n').start()
+    assert agent.stop() == 0
+    lines = [json.loads(line) for line in agent.log.splitlines()]
+    assert {"ready", "stopped"} <= {line["msg"] for line in lines}
+    assert all({"time", "level", "logger", "msg"} <= line.keys() for line in lines)
