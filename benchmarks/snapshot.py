@@ -68,8 +68,8 @@ def read_twice(*, is_wanted: bool, least: int) -> dict[str, float]:
         unknown = time.monotonic() - start
         if len(scans) < least:
             raise RuntimeError(f"{len(scans)} processes were read, not {least}")
-        keys = {record.key for scan in scans for record in scan.maps}
-        source.answer(list(keys), is_wanted=is_wanted)
+        places = {record.key: record.place for scan in scans for record in scan.maps}
+        source.answer(places, is_wanted=is_wanted)
         start = time.monotonic()
         source.scan_all()
         known = time.monotonic() - start
