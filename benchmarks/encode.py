@@ -11,7 +11,7 @@ import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.common import Figure, main, median, spread
 from msgspec.structs import replace
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from sowatch.model.events import Library, Load, Process
 from sowatch.model.identity import FileId
 from sowatch.model.lines import decode, to_dict, to_json
+from sowatch.model.literals import LoadCause
 
 PROCESS = Process(
     pid=812,
@@ -38,7 +39,15 @@ LIBRARY = Library(
     build_id="c0b995" * 6,
     soname="libssl.so.3",
 )
-FACTS = ("tls", LIBRARY, PROCESS, "mmap", 12_345, 1_700_000_000_123_456_789, ((0x7F91AC0AC000, 0x7F91AC0BF000),))
+FACTS: Final[tuple[str, Library, Process, LoadCause, int, int, tuple[tuple[int, int], ...]]] = (
+    "tls",
+    LIBRARY,
+    PROCESS,
+    "mmap",
+    12_345,
+    1_700_000_000_123_456_789,
+    ((0x7F91AC0AC000, 0x7F91AC0BF000),),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +66,12 @@ class Compared:
 
 def measure(is_quick: bool, directory: Path) -> list[Figure]:
     del directory
-    load = Load(*FACTS)  # type: ignore[arg-type]
+    load = Load(*FACTS)
     odd = replace(load, library=replace(LIBRARY, path="/usr/lib/lib\udcff.so"))
     line, fields = to_json(load, 1), to_dict(load, 1)
     steps: dict[str, Callable[[], Any]] = {
-        "make a load": lambda: Load(*FACTS),  # type: ignore[arg-type]
-        "... as a dataclass": lambda: Compared(*FACTS),  # type: ignore[arg-type]
+        "make a load": lambda: Load(*FACTS),
+        "... as a dataclass": lambda: Compared(*FACTS),
         "write it": lambda: to_json(load, 1),
         "... if a name is not UTF-8": lambda: to_json(odd, 1),
         "json.dumps of the same object": lambda: json.dumps(fields, separators=(",", ":")),

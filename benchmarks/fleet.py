@@ -29,7 +29,7 @@ from sowatch.fleet.questions import Fleet
 from sowatch.fleet.schema import schema_sql
 from sowatch.fleet.store import Store
 from sowatch.fleet.targets import Target
-from sowatch.model.wire_fleet import FleetMapping
+from sowatch.model.wire_fleet import FleetMapping, HostAnswer
 from support.fleet_records import Record, otlp
 
 #: Records of one request, as a Collector makes them.
@@ -169,8 +169,11 @@ def check_who(engine: _Engine, volume: Volume, build: str) -> None:
     answer = fleet.who(Target("build_id", build))
     right = Counter(volume.answers(build).values())
     head = answer.head
-    found = {"mapped": head.mapped_host_count, "not mapped": head.not_mapped_host_count}
-    found["not observed"] = head.not_observed_host_count
+    found: dict[HostAnswer, int] = {
+        "mapped": head.mapped_host_count,
+        "not mapped": head.not_mapped_host_count,
+        "not observed": head.not_observed_host_count,
+    }
     assert found == {word: right[word] for word in found}, (found, right)
     groups: dict[str, tuple[int, int]] = {}
     for line in answer.lines:

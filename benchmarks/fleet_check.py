@@ -164,7 +164,7 @@ class Check:
 
     def stale(self) -> None:
         """Who runs a replaced file, since when; and each of them is in the plan."""
-        right = {}
+        right: dict[tuple[str, Place, str], float] = {}
         for host_id, some in self.hosts.items():
             if some[0].state not in ("answered", "unsupported"):
                 continue
@@ -193,12 +193,12 @@ class Check:
 
     def history(self, build: str) -> None:
         """When the first process came, the last one went, and how long that took."""
-        found = {}
-        for one in self.fleet.history(Target("build_id", build)).lines:
-            if isinstance(one, FleetHistory):
-                found[one.host_id] = one
+        found: dict[str, FleetHistory] = {}
+        for line in self.fleet.history(Target("build_id", build)).lines:
+            if isinstance(line, FleetHistory):
+                found[line.host_id] = line
             else:
-                assert isinstance(one, FleetRemediation)
+                assert isinstance(line, FleetRemediation)
         for host_id, some in self.hosts.items():
             host = some[0]
             if host.state not in ("answered", "unsupported"):

@@ -49,7 +49,7 @@ def snapshot(host: str, records: int = RECORDS) -> bytes:
         record = scope.log_records.add(time_unix_nano=now_ns + number, event_name="sowatch.library.state")
         for key, value in attributes(number, now_ns).items():
             record.attributes.add(key=key).value.string_value = value
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def attributes(number: int, now_ns: int) -> dict[str, str]:

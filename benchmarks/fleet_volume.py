@@ -64,7 +64,7 @@ def images() -> list[Image]:
     made = []
     for number in range(IMAGES):
         chance = random.Random(number)
-        groups = []
+        groups: list[Group] = []
         for program in range(PROGRAMS):
             names = {"libc", *(["libssl"] if chance.random() < 0.25 else [])}
             while len(names) < LIBRARIES:

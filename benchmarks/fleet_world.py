@@ -375,13 +375,12 @@ class World:
             self.hosts.append(self._host(number, fate, chance))
         twins = [one for one in self.hosts if one.fate == "twin"]
         for one in twins:
-            other = self._host(len(self.hosts), "twin", chance, host_id=one.host_id, name=one.name)
-            self.hosts.append(other)
+            self.hosts.append(self._host(len(self.hosts), "twin", chance, twin=one))
 
-    def _host(self, number: int, fate: str, chance: random.Random, **same: str) -> Host:
+    def _host(self, number: int, fate: str, chance: random.Random, *, twin: Host | None = None) -> Host:
         image = number % IMAGES
-        names = {"host_id": digest("host", number)[:32], "name": f"host-{number:04}"} | same
-        host = Host(number, image, fate, self.begin_ns, chance=random.Random(chance.random()), **names)
+        host_id, name = (twin.host_id, twin.name) if twin else (digest("host", number)[:32], f"host-{number:04}")
+        host = Host(number, image, fate, self.begin_ns, host_id, name, random.Random(chance.random()))
         host.files = {name: file_of(image, name, 0) for name in NAMES}
         if fate == "polling":
             host.watch = WatchState("procfs", "sampled")

@@ -34,6 +34,8 @@ STOPPED_S: Final = 10.0
 BEGUN_S: Final = 3.0
 #: Between two honest loads.
 PAUSE_S: Final = 0.2
+#: The way of the hostile process, by case, while everything is watched.
+WITH_ALL_WATCHED: Final = {f"{way}, all watched": way for way in ("forks", "shares", "flood")}
 #: Case, and the most that p99 may be, in seconds.
 AIMS: Final[dict[str, float]] = {
     "1 flooder": 0.5,
@@ -41,10 +43,8 @@ AIMS: Final[dict[str, float]] = {
     "forks": 1.0,
     "10,000 files": 1.0,
     "stopped 10 s": 2.0,
+    **dict.fromkeys(WITH_ALL_WATCHED, 1.0),
 }
-#: The way of the hostile process, by case, while everything is watched. Aim as above.
-WITH_ALL_WATCHED: Final = {f"{way}, all watched": way for way in ("forks", "shares", "flood")}
-AIMS |= dict.fromkeys(WITH_ALL_WATCHED, 1.0)
 
 CASES: Final = (*AIMS, "3,000 x forks")
 QUICK_CASES: Final = ("1 flooder", "forks")
@@ -66,15 +66,17 @@ def measure(is_quick: bool, directory: Path, cases: Sequence[str], rounds: int, 
                 print(f"round {number}, {case}{version}: {longest} {end}", flush=True)
     figures = []
     for case, version in sorted(ends):
-        got, end = waits[case, version], ends[case, version]
+        got, case_ends = waits[case, version], ends[case, version]
         what = f"{case}{version}"
         if got:
             aim = AIMS.get(case)
             figures.append(Figure(f"{what}: honest load to callback, p50", quantile(got, 0.5), "s", f"n={len(got)}"))
             figures.append(Figure("... p99", quantile(got, 0.99), "s", f"longest {max(got):.3g} s", aim=aim))
-        figures.append(Figure(f"{what}: lost", sum(one["lost"] for one in end), "", f"{end[-1]['losses']}"))
-        figures.append(Figure("... watches that had repaired all", sum(one["repaired"] for one in end), f"/{len(end)}"))
-        figures.append(Figure("... resident, at most", max(one["rss_mb"] for one in end), "MB"))
+        lost = sum(one["lost"] for one in case_ends)
+        figures.append(Figure(f"{what}: lost", lost, "", f"{case_ends[-1]['losses']}"))
+        repaired = sum(one["repaired"] for one in case_ends)
+        figures.append(Figure("... watches that had repaired all", repaired, f"/{len(case_ends)}"))
+        figures.append(Figure("... resident, at most", max(one["rss_mb"] for one in case_ends), "MB"))
         figures.append(Figure("... load average", os.getloadavg()[0], ""))
     return figures
 
@@ -131,9 +133,10 @@ def flood(case: str, stack: contextlib.ExitStack, directory: Path, template: Pat
     else:
         command = [build("ranges", directory, flags=["-pthread"]), "fork", own / "librange.so", "3000", "3000"]
     running = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    assert running.stdin is not None
     assert running.stdout is not None
     running.stdout.readline()
-    stack.callback(running.kill if case != "3,000 x forks" else running.stdin.close)  # type: ignore[union-attr]
+    stack.callback(running.kill if case != "3,000 x forks" else running.stdin.close)
 
 
 class Watching:

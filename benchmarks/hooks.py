@@ -111,7 +111,7 @@ def becomes_single_user() -> bool:
 @contextmanager
 def loop(program: Path, library: Path) -> Iterator[Callable[[str, int, int], float]]:
     """A pinned process that measures: (mode, batches, pairs) to ns for each pair or call."""
-    command = [program, library, str(MEASURED_CPU)]
+    command: list[str | Path] = [program, library, str(MEASURED_CPU)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         scan, writing = running.stdout, running.stdin
         assert scan

@@ -54,7 +54,7 @@ def through_callback(mapper_program: Path, library: Path, count: int) -> list[fl
 def through_loop(mapper_program: Path, library: Path, count: int) -> list[float]:
     taken_us: list[float] = []
     watcher = Watcher(Rule(library.name))
-    events = watcher.subscribe(events=("load",), control=False)
+    events = watcher.subscribe(events=["load"], control=False)
     with watcher, Mapper(mapper_program, library.parent) as mapper:
         mapper.send("loop", library, count, PAUSE_US)
         while len(taken_us) < count:

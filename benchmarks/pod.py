@@ -132,7 +132,8 @@ def figures(served: Served, group: Group, directory: Path, seconds: float) -> li
         Figure("charged to the cgroup, without changes", group.now_mb, "MiB"),
         Figure("CPU without changes of ours", 1000 * idle, "m"),
     ]
-    is_over, runs = threading.Event(), []
+    is_over = threading.Event()
+    runs: list[int] = []
     worker = threading.Thread(target=work, args=(directory, is_over, runs))
     before_s, begun_s, events = served.cpu_s(), time.monotonic(), served.metric("sowatch_watcher_events_total")
     worker.start()

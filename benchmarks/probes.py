@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,13 +175,13 @@ def all_variants(library: Path, directory: Path, empty_object: Path) -> dict[str
     if bpftrace := shutil.which("bpftrace"):
         for what, text in BPFTRACE.items():
             script = [bpftrace, "-q", "-e", text.format(library)]
-            variants[f"{what}, bpftrace"] = lambda script=script: running(script, directory)
+            variants[f"{what}, bpftrace"] = partial(running, script, directory)
     else:
         missing.append("bpftrace")
     for what, (name, *words) in BCC.items():
         if found := bcc_tool(name):
             command = [found, *(word.format(library) for word in words)]
-            variants[f"{what}, bcc"] = lambda command=command: running(command, directory)
+            variants[f"{what}, bcc"] = partial(running, command, directory)
         else:
             missing.append(f"bcc's {name}")
     if missing:

@@ -33,7 +33,7 @@ def attaching(is_quick: bool, directory: Path, empty_object: Path) -> list[Figur
     times: dict[str, list[float]] = {}
     for _ in range(1 if is_quick else 3):
         for links in ("multi", "perf_event"):
-            with Attacher(empty_object, [Probe("many_*", "entered")], links=links) as attacher:  # type: ignore[arg-type]
+            with Attacher(empty_object, [Probe("many_*", "entered")], links=links) as attacher:
                 file = opened(library)
                 since = time.monotonic()
                 attacher.attach(file)
@@ -97,7 +97,7 @@ def loading(is_quick: bool, directory: Path) -> list[Figure]:
 def busy(is_quick: bool, directory: Path, loop: Loop) -> list[Figure]:
     """The whole command while a function is called RATE times a second."""
     duration_s = 1 if is_quick else PACED_S
-    figures = []
+    figures: list[Figure] = []
     for what, function in [("counted and timed", "plain"), ("shown one by one with a string", "plain(str:64)")]:
         output = directory / f"traced-{len(figures)}"
         with output.open("wb") as file:

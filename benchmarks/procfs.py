@@ -45,7 +45,7 @@ def looks(count: int, rounds: int) -> list[Figure]:
         for _ in range(rounds):
             taken["cat"].append(cat_maps())
             taken["idle"].append(look(source))
-            source._clocks = NoClocks()  # type: ignore[assignment]  # noqa: SLF001
+            source._clocks = NoClocks()  # noqa: SLF001
             taken["all read"].append(look(source))
             source._clocks = clocks  # noqa: SLF001
             look(source)  # takes the clocks down again

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.common import Mapper, build, machine, make_libraries
 
 from sowatch import Load, Rule, Watcher
-from sowatch.model.literals import KINDS
+from sowatch.model.literals import KINDS, StrategySetting
 
 #: split: ranges of one file; weave: of two files by turns; files: files of one range; churn, churnfiles: two threads
 #: that map and unmap beside these; fork: children of split.
@@ -59,7 +59,7 @@ def main() -> None:
     print(machine())
 
 
-def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) -> None:
+def one_case(directory: Path, kind: str, count: int, loads: int, strategy: StrategySetting) -> None:
     """Prints the figures of one case."""
     from sowatch import Config
 
@@ -99,7 +99,7 @@ def one_case(directory: Path, kind: str, count: int, loads: int, strategy: str) 
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             cpu = time.process_time() - begun_cpu
             asked = time.monotonic()
-            command = [Path(sys.executable).parent / "sowatch", "list", "--json", "--pid", str(pid)]
+            command: list[str | Path] = [Path(sys.executable).parent / "sowatch", "list", "--json", "--pid", str(pid)]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, stdout=subprocess.DEVNULL, timeout=LIMIT_S, check=False)
             listed = time.monotonic() - asked
@@ -122,7 +122,7 @@ def hostile(directory: Path, kind: str, count: int) -> Iterator[int]:
     more = {"churn": other, "churnfiles": other, "weave": other, "fork": [str(CHILDREN)]}.get(kind, [])
     where = own if kind.endswith("files") else own / "librange.so"
     drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-    command = [*drop, program, kind, where, str(count), *more]
+    command: list[str | Path] = [*drop, program, kind, where, str(count), *more]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == f"ready {count}\n"

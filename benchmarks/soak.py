@@ -194,11 +194,13 @@ def rotate(directory: Path, is_over: threading.Event, turns: list[str]) -> None:
 
 def after_the_quiet(watcher: Watcher) -> tuple[AuditReport, float]:
     """The first audit without a difference, or the last of some, and what memory is in use by then."""
-    for _ in range(5):
-        time.sleep(2.0)
-        report = watcher.audit()
+    time.sleep(2.0)
+    report = watcher.audit()
+    for _ in range(4):
         if not report.differences:
             break
+        time.sleep(2.0)
+        report = watcher.audit()
     gc.collect()
     return report, resident_mb()
 

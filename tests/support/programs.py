@@ -9,7 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 __all__ = [
     "SOURCES",
@@ -148,7 +148,8 @@ class Mapper:
         )
         assert self._process.stdin
         assert self._process.stdout
-        self._input, self._output = self._process.stdin, self._process.stdout.fileno()
+        self._input: IO[bytes] | None = self._process.stdin
+        self._output = self._process.stdout.fileno()
         self._connection: socket.socket | None = None
         self._unread = b""
         self.pid = int(self._answer()[0])
@@ -191,6 +192,7 @@ class Mapper:
         if self._connection:
             self._connection.sendall(line)
         else:
+            assert self._input
             self._input.write(line)
 
     def emit(self, *words: object) -> list[str]:

@@ -61,7 +61,7 @@ class Workload:
 
     def dlopen_in_threads(self) -> None:
         """Libraries that come and go in four threads at once."""
-        command = [self.directory / "churn", "4", "50", *self.libraries[:4]]
+        command: list[str | Path] = [self.directory / "churn", "4", "50", *self.libraries[:4]]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def load_and_exit(self) -> None:
@@ -74,7 +74,7 @@ class Workload:
 
     def storm(self) -> None:
         """Forty processes as fast as they can be run."""
-        command = [self.directory / "storm", "2", "40", self.directory / "loader", self.libraries[0]]
+        command: list[str | Path] = [self.directory / "storm", "2", "40", self.directory / "loader", self.libraries[0]]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def fork_without_exec(self) -> None:
