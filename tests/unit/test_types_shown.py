@@ -11,13 +11,18 @@ from support.doc_blocks import blocks, prelude_of
 ROOT = Path(__file__).resolve().parents[2]
 
 USES = """
-from sowatch import Event, LibraryEvent, Load, awatch, decode, watch
+from sowatch import Event, LibraryEvent, Load, Watcher, awatch, decode, watch
 
 for event in watch("libssl"):
     pid: int = event.process.pid
 for one in watch("libssl", events=("load", "deactivate")):
     if one.event == "load":
         pid = one.process.pid
+
+for one in watch("libssl", events=("load",)):
+    print(one.library.path)
+Watcher().subscribe(events=("load",))
+Watcher().subscribe(events={"stale"})
 
 for told in watch("libssl", control=True, snapshot=False):
     if told.event == "lost":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +12,7 @@ from sowatch.cli._options import WatcherLike
 from sowatch.cli._out import Out, PipeClosed
 from sowatch.model.errors import SowatchError
 from sowatch.model.events import Event, Lost, Ready, Repaired, Stopped
-from sowatch.model.literals import EventKind
+from sowatch.model.literals import EventKinds
 from sowatch.model.plural import counted
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Feed:
         self._is_stopped = False
         self._unrepaired = 0
 
-    def show(self, view: View, events: Collection[EventKind]) -> None:
+    def show(self, view: View, events: EventKinds) -> None:
         """Shows events until `Stopped`: each at once, and as many together as are waiting.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -15,6 +16,7 @@ __all__ = [
     "Cause",
     "DeactivateCause",
     "EventKind",
+    "EventKinds",
     "Hooks",
     "HooksSetting",
     "HttpProtocol",
@@ -29,6 +31,7 @@ __all__ = [
     "Strategy",
     "StrategySetting",
     "StreamKind",
+    "StreamKinds",
     "UnloadCause",
 ]
 
@@ -44,6 +47,11 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = get_args(EventKind)
 #: and ``renewed`` from its comparison with the disk.
 StreamKind: TypeAlias = Literal[EventKind, "http", "stale", "renewed"]
 STREAM_KINDS: Final[tuple[StreamKind, ...]] = (*EVENT_KINDS, "http", "stale", "renewed")
+
+#: Several of them, as a parameter takes them. Tuples are named apart: mypy takes ("load",) for a tuple of str where a
+#: Collection of literals is wanted.
+EventKinds: TypeAlias = Collection[EventKind] | tuple[EventKind, ...]
+StreamKinds: TypeAlias = Collection[StreamKind] | tuple[StreamKind, ...]
 
 #: Of an HTTP flow.
 HttpSide: TypeAlias = Literal["client", "server"]

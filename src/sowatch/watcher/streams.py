@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from sowatch.model.config import Config
 from sowatch.model.events import Event, LibraryEvent, Load, Unload
-from sowatch.model.literals import EventKind
+from sowatch.model.literals import EventKinds
 from sowatch.model.rules import Rule
 from sowatch.watcher.watcher import Watcher
 
@@ -45,7 +45,7 @@ class WatchOptions(TypedDict, total=False):
 def watch(
     *patterns: str | Rule,
     stop: threading.Event | None = None,
-    events: Collection[EventKind] = ...,
+    events: EventKinds = ...,
     control: Literal[True],
     **options: Unpack[WatchOptions],
 ) -> Iterator[Event]: ...
@@ -53,7 +53,7 @@ def watch(
 def watch(
     *patterns: str | Rule,
     stop: threading.Event | None = None,
-    events: Collection[EventKind],
+    events: EventKinds,
     control: Literal[False] = False,
     **options: Unpack[WatchOptions],
 ) -> Iterator[LibraryEvent]: ...
@@ -67,7 +67,7 @@ def watch(
 def watch(
     *patterns: str | Rule,
     stop: threading.Event | None = None,
-    events: Collection[EventKind] = ("load", "unload"),
+    events: EventKinds = ("load", "unload"),
     control: bool = False,
     **options: Unpack[WatchOptions],
 ) -> Iterator[Event]:
@@ -104,7 +104,7 @@ def watch(
 def awatch(
     *patterns: str | Rule,
     stop: asyncio.Event | None = None,
-    events: Collection[EventKind] = ...,
+    events: EventKinds = ...,
     control: Literal[True],
     **options: Unpack[WatchOptions],
 ) -> AsyncIterator[Event]: ...
@@ -112,7 +112,7 @@ def awatch(
 def awatch(
     *patterns: str | Rule,
     stop: asyncio.Event | None = None,
-    events: Collection[EventKind],
+    events: EventKinds,
     control: Literal[False] = False,
     **options: Unpack[WatchOptions],
 ) -> AsyncIterator[LibraryEvent]: ...
@@ -126,7 +126,7 @@ def awatch(
 async def awatch(
     *patterns: str | Rule,
     stop: asyncio.Event | None = None,
-    events: Collection[EventKind] = ("load", "unload"),
+    events: EventKinds = ("load", "unload"),
     control: bool = False,
     **options: Unpack[WatchOptions],
 ) -> AsyncIterator[Event]:

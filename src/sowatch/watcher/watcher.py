@@ -36,7 +36,7 @@ from sowatch.model.errors import SowatchError, UsageError
 from sowatch.model.events import AddedEvent, LibraryEvent, Ready
 from sowatch.model.histogram import RuleTimings
 from sowatch.model.identity import FileId, ProcessId
-from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS, StreamKind
+from sowatch.model.literals import EVENT_KINDS, STREAM_KINDS, StreamKinds
 from sowatch.model.rules import Rule, RuleSet
 from sowatch.model.stats import Losses, Mapped, Stats
 from sowatch.sources.base import EventSource
@@ -262,7 +262,7 @@ class Watcher:
     def subscribe(
         self,
         *,
-        events: Collection[StreamKind] = EVENT_KINDS,
+        events: StreamKinds = EVENT_KINDS,
         control: bool = True,
         limit: int | None = None,
         with_hidden: bool = False,
