@@ -193,6 +193,8 @@ class CriServer:
         """Ends it."""
         self._closing.set()
         self._server.stop(0).wait(10)
+        # gRPC holds its descriptors and threads as long as the server is there, and its handlers are methods of this.
+        del self._server
 
 
 def main() -> None:
