@@ -135,6 +135,13 @@ def needs_bpf() -> None:
 # -- nothing is left behind ------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _rested(request: pytest.FixtureRequest) -> None:
+    """What ran before in this process may have been unit tests, which `_clean` does not look after."""
+    if _kind_of(request.path) in ("kernel", "e2e"):
+        leaks.rest(2 * SCALE)
+
+
 @pytest.fixture(autouse=True)
 def _clean(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a kernel or e2e test that leaves an fd, thread, child, BPF object or pin behind.

@@ -59,6 +59,20 @@ def take() -> Holdings:
     )
 
 
+def rest(timeout_s: float) -> None:
+    """Collects garbage, and waits up to ``timeout_s`` until no descriptors and threads end any more.
+
+    What nobody looked after may have left objects in reference cycles, which close descriptors once they are collected:
+    in the next test that is looked after, and it would be taken for their closer. Threads of gRPC end a moment later.
+    """
+    end = time.monotonic() + timeout_s
+    gc.collect()
+    last = None
+    while (now := (_fds(), _threads())) != last and time.monotonic() < end:
+        last = now
+        time.sleep(0.05)
+
+
 #: Of a scan: of /proc, of a process in it, or by an iterator of the kernel.
 _LOOK = re.compile(r"/proc(/\d+/|$)|anon_inode:\[?bpf_iter")
 

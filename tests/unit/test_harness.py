@@ -210,6 +210,24 @@ def test_it():
     assert "is still loaded" in output
 
 
+@needs_real_bpf()
+def test_what_was_left_to_the_garbage_collector_before_is_not_the_kernel_tests(run_suite):
+    body = """
+import gc, os
+class Left:
+    def __init__(self):
+        self.fd, self.itself = os.open("/", os.O_RDONLY), self
+    def __del__(self):
+        os.close(self.fd)
+gc.disable()
+Left()
+def test_it(): pass
+"""
+    code, output = run_suite(body, SOWATCH_DEADLINE_SCALE="0.01")
+
+    assert code == 0, output
+
+
 #: Makes a BPF map for each line, closes the one before, and says its id.
 MAPS = """
 import os, sys
