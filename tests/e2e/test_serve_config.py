@@ -60,7 +60,8 @@ def test_a_file_written_in_place_takes_effect_without_a_restart(
         ("load", "snapshot", "two"),
     ]
     wait_until(lambda: agent.get("/readyz").json["config"]["valid"] and rules(agent) == ["two"])
-    assert 'sowatch_config_loads_total{result="ok"} 2.0' in agent.get("/metrics").text
+    # Counted when all of it is in force, not just the rules.
+    wait_until(lambda: 'sowatch_config_loads_total{result="ok"} 2.0' in agent.get("/metrics").text, what="the count")
 
 
 def test_a_name_of_this_host_is_served_as_long_as_it_is_in_the_file(new_agent: NewAgent, wait_until: Any) -> None:

@@ -127,7 +127,8 @@ def test_a_changed_file_under_load_loses_no_event(
     wait_until(lambda: reported("load") >= witnessed and reported("unload") >= witnessed, 30, "every load and unload")
     ready = agent.get("/readyz").json
     assert (ready["lost"], ready["config"]["valid"]) == ({"kernel": 0, "queue": 0}, True)
-    assert 'sowatch_config_loads_total{result="ok"} 11.0' in agent.get("/metrics").text
+    # Counted when all of it is in force, not just the rules.
+    wait_until(lambda: 'sowatch_config_loads_total{result="ok"} 11.0' in agent.get("/metrics").text, what="the count")
     assert agent.get("/audit").json["differences"] == []
     agent.stop()
     reader.join()

@@ -353,8 +353,8 @@ class Daemon:
             finally:
                 self._notifier.ready(status)
         except SowatchError as error:
-            self._note_config(str(error))
             LOG.warning("the configuration cannot be used, the one before stays in force: %s", error)
+            self._note_config(str(error))
         else:
             self._note_config(None)
 
@@ -395,9 +395,10 @@ class Daemon:
             LOG.warning("takes effect after a restart only: %s", ", ".join(self._needs_restart))
 
     def _note_config(self, error: str | None) -> None:
-        self._config_error = error
         self._metrics.counter(names.CONFIG_LOADS.name, f"result:{'invalid' if error else 'ok'}").add()
         self._metrics.gauge(names.CONFIG_VALID.name).set(int(error is None))
+        # Last: who learns it of /readyz finds it in the metrics and, logged before, in the log.
+        self._config_error = error
 
     def _audit_again_and_again(self) -> None:
         while not self._stopping.is_set():
