@@ -136,7 +136,7 @@ static __always_inline __u64 changed_ns_of(struct file *file)
 /* What a verdict on this file, as this task sees it, is filed under. */
 static __always_inline void make_key(struct task_struct *task, struct file *file, struct file_key *key)
 {
-	struct fs_struct *fs = READ(task, fs);
+	struct fs_struct *fs = READ(TYPED(struct task_struct, task), fs);
 	struct path opened = opened_path(file);
 
 	identify(file, &key->file);
@@ -173,7 +173,7 @@ static __always_inline enum verdict look_up_verdict(const struct file_key *key)
 /* The file behind a descriptor of the calling task, or NULL. */
 static __always_inline struct file *file_of_fd(struct task_struct *task, __u32 fd)
 {
-	struct fdtable *table = READ(task, files, fdt);
+	struct fdtable *table = READ(TYPED(struct task_struct, task), files, fdt);
 	struct file *file;
 
 	if (fd >= READ(table, max_fds))

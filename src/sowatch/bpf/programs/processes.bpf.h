@@ -118,7 +118,7 @@ static __noinline int report_images(struct task_struct *task)
 	__u64 base = interpreter_base_of((__u64)mm);
 
 	if (image.file) {
-		make_key(TYPED(struct task_struct, task), image.file, &image.key);
+		make_key(task, image.file, &image.key);
 		image.start = BPF_CORE_READ(mm, start_code) & ~PAGE_MASK_LOW;
 		image.end = whole_pages(BPF_CORE_READ(mm, end_code));
 		report_image(task, &image);

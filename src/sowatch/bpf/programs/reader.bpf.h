@@ -308,7 +308,7 @@ static __always_inline bool read_mapping(struct reader *reader, struct seq_file 
 	row->start = vma->vm_start;
 	row->end = vma->vm_end;
 	row->offset_bytes = vma->vm_pgoff << PAGE_SHIFT;
-	make_key(TYPED(struct task_struct, task), TYPED(struct file, file), key);
+	make_key(task, TYPED(struct file, file), key);
 	/*
 	 * No more than a tentative record: prctl(PR_SET_MM_MAP) sets both, and anything may be mapped over what exec
 	 * has mapped. So such a mapping is reported in any case; user space reads the file itself.

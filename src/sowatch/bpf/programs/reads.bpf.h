@@ -35,6 +35,10 @@ static __always_inline struct task_struct *current_task(void)
 extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym;
 
 #define READ(source, field, ...) ___arrow(source, field, ##__VA_ARGS__)
+/*
+ * Also for a pointer out of a task that the kernel vouches for (bpf_get_current_task_btf): to see whether it
+ * vouches for that pointer, too, the verifier searches the names of all types, four times whenever it passes there.
+ */
 #define TYPED(type, pointer) ((type *)bpf_rdonly_cast(pointer, bpf_core_type_id_kernel(type)))
 
 /* A pointer out of an array of them: any structure that begins with a pointer will do. */

@@ -161,7 +161,7 @@ static __always_inline bool has_untracked_sharers(struct task_struct *task, int 
 
 static __always_inline bool has_own_fds(struct task_struct *task)
 {
-	return READ(task, files, count.counter) == 1;
+	return READ(TYPED(struct task_struct, task), files, count.counter) == 1;
 }
 
 /*
