@@ -270,13 +270,16 @@ class AddressSpace:
         if not layout.entries:
             return _NOTHING
         # Where the last ranges of a file with many end is not known.
-        is_unsure = any(end > wide.first[0] and file_id != but for file_id, wide in layout.wide.items())
-        if next(layout.ranges.within(start, end), None) is None:
+        is_unsure = bool(layout.wide) and any(
+            end > wide.first[0] and file_id != but for file_id, wide in layout.wide.items()
+        )
+        if not layout.ranges.has_any(start, end):
             return Removal([], is_unsure)
         layout = self._writable()
         gone = [layout.entries.pop(one) for one in layout.ranges.take_away(start, end, but=but)]
-        # What goes from the middle of a range leaves two.
-        layout.widen({file_id for _, _, keys in layout.ranges.within(start - 1, end + 1) for file_id in keys})
+        if layout.ranges:
+            # What goes from the middle of a range leaves two.
+            layout.widen({file_id for _, _, keys in layout.ranges.within(start - 1, end + 1) for file_id in keys})
         return Removal(gone, is_unsure)
 
     def replace(self, found: ScannedFiles) -> tuple[list[Mapping], list[Scanned]]:

@@ -142,6 +142,11 @@ class RangeMap(Generic[K]):
             if key not in left_out
         )
 
+    def has_any(self, start: int, end: int) -> bool:
+        """Whether anything is there."""
+        first, last = self._overlapped(start, end)
+        return first < last
+
     def within(self, start: int, end: int) -> Iterator[tuple[int, int, tuple[K, ...]]]:
         """What is there: (start, end, keys), cut off at both ends."""
         for number in range(*self._overlapped(start, end)):

@@ -172,13 +172,16 @@ class Reconciler:
 
     def next_work_at(self, next_tick: float) -> float:
         """When there is something to do even if no record comes."""
-        times = [next_tick, *self._schedule.times()]
+        earliest = min(next_tick, self._schedule.next_at)
         if self._publisher.is_waiting:
-            times.append(time.monotonic() + FACTS_TURN_S)
-        times += [when for when in (self._repairs.at, self._rules_again_at) if when is not None]
+            earliest = min(earliest, time.monotonic() + FACTS_TURN_S)
+        if self._repairs.at is not None:
+            earliest = min(earliest, self._repairs.at)
+        if self._rules_again_at is not None:
+            earliest = min(earliest, self._rules_again_at)
         if self._search.is_asked:
-            times.append(self._search.at)
-        return min(times)
+            earliest = min(earliest, self._search.at)
+        return earliest
 
     def do_what_is_due(self, now: float) -> None:
         """Makes the rescans and repairs that are due."""

@@ -78,9 +78,12 @@ class RescanSchedule:
         self.few_until = 0.0
         self.held = held
 
-    def times(self) -> Iterable[float]:
-        """When something is due."""
-        return [*self.due.values(), *(when for when, _ in self._compat.values())]
+    @property
+    def next_at(self) -> float:
+        """When the next scan is due; infinite without any."""
+        if not self.due and not self._compat:
+            return inf
+        return min(min(self.due.values(), default=inf), min((when for when, _ in self._compat.values()), default=inf))
 
     def expedite(self, pids: Iterable[int], since: float = inf) -> bool:
         """Whatever their pace, it is their turn now; whether it is anybody's.

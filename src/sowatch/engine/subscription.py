@@ -160,7 +160,7 @@ class SubscriberQueue:
         """Queues the event if this reader wants it and has space."""
         if not self._wants[type(event)]:
             return
-        if self._rule is not None and isinstance(event, LibraryEvent) and event.rule != self._rule:
+        if self._rule is not None and isinstance(event, _LIBRARY_EVENTS) and event.rule != self._rule:
             return
         if self._without_rules and isinstance(event, _OF_A_RULE) and event.rule in self._without_rules:
             return
@@ -263,6 +263,8 @@ class SubscriberQueue:
             self._on_event()
 
 
+#: `LibraryEvent`, which is asked for faster as a tuple.
+_LIBRARY_EVENTS: Final = (Load, Unload, Activate, Deactivate)
 #: Events that name the rule that wanted their file.
 _OF_A_RULE: Final = (*get_args(LibraryEvent), Stale, Renewed)
 

@@ -246,7 +246,7 @@ def test_a_scan_that_took_long_is_followed_by_a_rest_of_many_times_that_and_a_sh
         turns.rest(pid, seconds)
     assert turns.take({1: LIVE, 2: LIVE, 3: LIVE}, now=100.1) == {2: LIVE}
     assert turns.take({1: LIVE, 3: LIVE}, now=100.0 + 20 * 0.05) == {1: LIVE}
-    assert min(turns.times()) == 100.0 + LONGEST_REST_S
+    assert turns.next_at == 100.0 + LONGEST_REST_S
     assert turns.take({3: LIVE}, now=100.0 + LONGEST_REST_S) == {3: LIVE}
 
 
