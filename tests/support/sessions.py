@@ -23,7 +23,7 @@ __all__ = ["Shell", "Step", "missing_lines", "pages", "steps", "steps_of"]
 
 #: What differs from run to run and from kernel to kernel: times, numbers, addresses, directories, hook sets.
 _CHANGES: Final = re.compile(
-    r"\b(?:syscall|trampoline) hooks|(?<![\w.])/(?:[^\s\"/:,)]+/)*"
+    r"\d{4}-\d\d-\d\d(?:T[\d:.]+Z)?|\b(?:syscall|trampoline) hooks|(?<![\w.])/(?:[^\s\"/:,)]+/)*"
     r"|0x[0-9a-f]+|\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b|cpython-\d+\S*|[0-9.:]+(?:[mun]?s)?\b"
 )
 _WORD: Final = re.compile(r"[A-Za-z_^$+*-][\w-]*")

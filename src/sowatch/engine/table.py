@@ -125,11 +125,14 @@ class MappingTable:
         return [one for one in self._processes.values() if not one.is_announced and one.seen_ns < before_ns]
 
     def is_idle(self, pid: int) -> bool:
-        """Whether nothing of the process is wanted, and no scan may find something."""
+        """Whether nothing of the process is wanted, no scan may find something, and nobody shares its address space.
+
+        One that is untracked is forgotten, and what the other then maps would be missed of it.
+        """
         if pid in self._compat or pid in self._needs_rescan:
             return False
         known = self._processes.get(pid)
-        return known is None or not known.space.files
+        return known is None or (not known.space.files and len(known.space.sharers) == 1)
 
     def file_of(self, record: MapRecord) -> MappedFile:
         """The mapped file of a record."""
@@ -387,7 +390,9 @@ class MappingTable:
         if space.sharers and not any(sharer.is_announced for sharer in space.sharers):
             for sharer in space.sharers:
                 self._announce(sharer, t_ns, effects)  # it outlives the one whose space it shares
-        if (space.needs_rescan or is_owed) and space.sharers:
+        # Who was kept because it shared its address space with this one is untracked by what a scan finds.
+        is_last_idle = len(space.sharers) == 1 and not space.files
+        if (space.needs_rescan or is_owed or is_last_idle) and space.sharers:
             self.mark(space.sharers[0].id.pid, LIVE, effects)
         if known.is_announced:
             for mapping in space.mappings().values():

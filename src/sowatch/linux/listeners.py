@@ -29,6 +29,8 @@ MAX_FDS: Final = 65_536
 _MAX_TABLE_BYTES: Final = 32 << 20
 #: Namespaces whose tables are kept during a pass.
 _MAX_NAMESPACES: Final = 1_024
+#: Threads of one process that are tried, one after the other, as each ends while it is read.
+_MOST_THREADS: Final = 4
 _READ_BYTES: Final = 1 << 16
 _SOCKET: Final = re.compile(r"socket:\[([0-9]{1,20})\]")
 #: ``sl  local_address rem_address  st tx:rx tr:tm retrnsmt uid timeout inode`` (proc(5), /proc/net/tcp).
@@ -106,10 +108,17 @@ class Listeners:
         Returns:
             What it listens on. ``DENIED``: this user may not read its descriptors, which takes what ptrace(2) takes.
         """
-        thread = self._proc.live_thread(pid)
-        if isinstance(thread, Miss):
-            return thread
-        base = f"{self._proc.root}/{thread}"
+        found: Listening | Miss = Miss.GONE
+        for _ in range(_MOST_THREADS):
+            thread = self._proc.live_thread(pid)
+            if isinstance(thread, Miss):
+                return thread
+            found = self._of_thread(f"{self._proc.root}/{thread}")
+            if found is not Miss.GONE:
+                break
+        return found
+
+    def _of_thread(self, base: str) -> Listening | Miss:
         try:
             are_complete = self._read_tables(base)
             inodes, is_complete = _socket_inodes(f"{base}/fd")

@@ -8,12 +8,18 @@ import sys
 from typing import Any
 
 from sowatch.linux.listeners import Listeners, Listening
-from sowatch.linux.proc import ProcFs
+from sowatch.linux.proc import Miss, ProcFs
 
 SERVER = """
 import socket, sys
 server = socket.create_server(("0.0.0.0", int(sys.argv[1])))
 print("ready", flush=True)
+sys.stdin.read()
+"""
+LISTENER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
 sys.stdin.read()
 """
 #: Opens the socket in one namespace and goes on in another, as a service with PrivateNetwork= that is given a socket.
@@ -24,6 +30,10 @@ assert ctypes.CDLL(None).unshare(0x40000000) == 0
 print(server.getsockname()[1], flush=True)
 sys.stdin.read()
 """
+
+
+#: Beyond what the kernel gives (PID_MAX_LIMIT).
+NOBODY = 1 << 30
 
 
 def start(spawn: Any, *words: str) -> tuple[Any, str]:
@@ -52,6 +62,23 @@ def test_the_same_port_in_two_namespaces_belongs_to_the_process_of_each(spawn: A
 def test_a_socket_of_our_namespace_is_known_of_a_process_in_another(spawn: Any) -> None:
     child, port = start(spawn, sys.executable, "-c", MOVED)
     assert ports(Listeners(ProcFs()), child.pid) == f"tcp:{port}"
+
+
+class EndingLeader(ProcFs):
+    """Proc where the leader ends after it was found alive: a thread that is gone, then the one that goes on."""
+
+    asked = 0
+
+    def live_thread(self, pid: int) -> int | Miss:
+        self.asked += 1
+        return NOBODY if self.asked == 1 else super().live_thread(pid)
+
+
+def test_a_process_whose_leader_ends_while_it_is_read_listens_on(spawn: Any) -> None:
+    child, port = start(spawn, sys.executable, "-c", LISTENER)
+    proc = EndingLeader()
+    assert ports(Listeners(proc), child.pid) == f"tcp:{port}"
+    assert proc.asked == 2
 
 
 def test_a_process_whose_leader_has_ended_listens_on(spawn: Any) -> None:

@@ -18,7 +18,7 @@ from sowatch.cli import fleet
 from sowatch.cli._parser import Parser
 from support.chart import rendered
 from support.doc_blocks import ROOT, Block, blocks
-from support.sessions import pages
+from support.sessions import missing_lines, pages
 
 #: By language which test runs a block that has no marker.
 RUN = {
@@ -144,3 +144,9 @@ def test_every_test_that_a_page_names_exists() -> None:
             named |= set(re.findall(r"`(test_\w+)`", path.read_text(encoding="utf-8")))
     written = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
     assert named - set(re.findall(r"\bdef (test_\w+)\(", written)) == set()
+
+
+def test_what_a_page_shows_is_met_on_another_day() -> None:
+    shown = ["mapped  5  2026-11-26T16:53:37Z  libssl.so.3", "since 2026-11-26"]
+    assert missing_lines(shown, "mapped 5 2027-01-02T01:02:03.5Z libssl.so.3\nsince 2026-12-01\n") == []
+    assert missing_lines(shown, "mapped 5 2027-01-02T01:02:03.5Z libz.so.1\nsince 2026-12-01\n") == shown[:1]

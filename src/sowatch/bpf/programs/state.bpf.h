@@ -196,6 +196,16 @@ static __always_inline struct process *find_process(__u32 tgid)
 	return process && is_tracked(process) ? process : NULL;
 }
 
+/*
+ * While it was not tracked user space has forgotten with whom it shares its address space: the next record
+ * of it says that it does, see sharing_flag.
+ */
+static __always_inline void forget_sharers(struct process *process)
+{
+	process->shares_vm = 0;
+	process->vm_root = 0;
+}
+
 #ifdef OLD_KERNEL
 
 /*
@@ -216,6 +226,8 @@ static __always_inline void begin_tracking(struct process *process, __u32 tgid)
 
 static __always_inline void track(struct process *process, __u32 tgid)
 {
+	if (!is_tracked(process))
+		forget_sharers(process);
 	__sync_fetch_and_add(&process->activity, 1);
 }
 
@@ -244,6 +256,7 @@ static __always_inline void track(struct process *process, __u32 tgid)
 {
 	if (__sync_fetch_and_add(&process->activity, 1))
 		return;
+	forget_sharers(process);
 	__sync_fetch_and_add(slot_of(tgid), 1);
 	process->first_activity = bpf_get_prandom_u32() >> 1;
 	__sync_fetch_and_add(&process->activity, process->first_activity);

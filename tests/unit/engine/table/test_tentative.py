@@ -217,6 +217,22 @@ def test_spaces_without_a_number_and_of_processes_that_have_gone_are_not_taken_f
     assert the_map(table).keys() == {(12, 100)}
 
 
+def test_who_shares_its_address_space_is_not_untracked_until_nobody_does(table):
+    parent, child = Proc(10), Proc(11)
+    feed(table, parent.intro(), parent.fork(child, t=1, flags=FLAG_SHARED_VM))
+    table.merge([scan(parent, 2, 3)], [], LIVE)
+    assert not table.is_idle(10)
+    assert not table.is_idle(11)
+    # What one of them maps, the other has.
+    assert feed(table, child.map(SSL, BASE, t=4)) == ["+10 libssl.so.3 mmap"]
+    assert feed(table, parent.range(BASE, BASE + PAGE, t=5)) == ["-10 libssl.so.3 munmap"]
+    feed(table, child.exec(t=6))
+    assert list(table.needs_rescan) == [10]  # its scan brings the activity that it is untracked by
+    table.begin_rescans([10])
+    table.merge([scan(parent, 7, 8)], [], LIVE)
+    assert table.is_idle(10)
+
+
 def test_what_a_holder_claimed_and_took_with_it_is_read_through_another(table):
     parent, child = Proc(10), Proc(11)
     feed(table, parent.map(SSL, BASE), parent.fork(child, flags=FLAG_SHARED_VM), child.needs_rescan())
