@@ -22,8 +22,9 @@ from support.doc_blocks import Block, blocks
 __all__ = ["Shell", "Step", "missing_lines", "pages", "steps", "steps_of"]
 
 #: What differs from run to run and from kernel to kernel: times, numbers, addresses, directories, hook sets.
+_DATE: Final = r"\d{4}-\d\d-\d\d(?:T[\d:.]+Z)?"
 _CHANGES: Final = re.compile(
-    r"\d{4}-\d\d-\d\d(?:T[\d:.]+Z)?|\b(?:syscall|trampoline) hooks|(?<![\w.])/(?:[^\s\"/:,)]+/)*"
+    _DATE + r"|\b(?:syscall|trampoline) hooks|(?<![\w.])/(?:[^\s\"/:,)]+/)*"
     r"|0x[0-9a-f]+|\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b|cpython-\d+\S*|[0-9.:]+(?:[mun]?s)?\b"
 )
 _WORD: Final = re.compile(r"[A-Za-z_^$+*-][\w-]*")
@@ -95,15 +96,19 @@ def _session(block: Block) -> Iterator[Step]:
 def missing_lines(shown: Sequence[str], output: str) -> list[str]:
     """Lines of a page that no line of the output is like: one with the same words and more, in the page's order."""
     rest = [_words(line) for line in output.splitlines()]
-    exact = {line.strip() for line in output.splitlines()}
+    exact = {_dateless(line) for line in output.splitlines()}
     missing = []
     for line in shown:
         words = _words(line)
         if line.strip() in ("", "..."):
             continue
-        if not (any(words <= one for one in rest) if words else line.strip() in exact):
+        if not (any(words <= one for one in rest) if words else _dateless(line) in exact):
             missing.append(line)
     return missing
+
+
+def _dateless(line: str) -> str:
+    return " ".join(re.sub(_DATE, "DATE", line).split())
 
 
 def _words(line: str) -> set[str]:

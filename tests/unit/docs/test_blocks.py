@@ -149,4 +149,6 @@ def test_every_test_that_a_page_names_exists() -> None:
 def test_what_a_page_shows_is_met_on_another_day() -> None:
     shown = ["mapped  5  2026-11-26T16:53:37Z  libssl.so.3", "since 2026-11-26"]
     assert missing_lines(shown, "mapped 5 2027-01-02T01:02:03.5Z libssl.so.3\nsince 2026-12-01\n") == []
+    assert missing_lines(["2026-11-26T16:53:37Z      1"], "2027-01-02T01:02:03Z  1\n") == []
+    assert missing_lines(["2026-11-26T16:53:37Z      1"], "2027-01-02T01:02:03Z  2\n") != []
     assert missing_lines(shown, "mapped 5 2027-01-02T01:02:03.5Z libz.so.1\nsince 2026-12-01\n") == shown[:1]
