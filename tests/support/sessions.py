@@ -21,8 +21,8 @@ from support.doc_blocks import Block, blocks
 
 __all__ = ["Shell", "Step", "missing_lines", "pages", "steps", "steps_of"]
 
-#: What differs from run to run and from kernel to kernel: times, numbers, addresses, directories, hook sets.
 _DATE: Final = r"\d{4}-\d\d-\d\d(?:T[\d:.]+Z)?"
+#: What differs from run to run and from kernel to kernel: dates, times, numbers, addresses, directories, hook sets.
 _CHANGES: Final = re.compile(
     _DATE + r"|\b(?:syscall|trampoline) hooks|(?<![\w.])/(?:[^\s\"/:,)]+/)*"
     r"|0x[0-9a-f]+|\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b|cpython-\d+\S*|[0-9.:]+(?:[mun]?s)?\b"

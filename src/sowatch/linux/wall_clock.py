@@ -9,6 +9,7 @@ __all__ = ["started_ns"]
 
 #: Two clocks are read one after the other: what differs by less is no other time.
 _JITTER_NS: Final = 1_000_000
+#: Of both, until no more than that lies between them.
 _MOST_READS: Final = 5
 _booted_ns = 0
 

@@ -34,6 +34,23 @@ def test_one_start_is_one_time_until_the_clock_is_set(monkeypatch: pytest.Monkey
     assert abs(wall_clock.started_ns(0) - now_ns() - 3600 * 10**9 + time.clock_gettime_ns(time.CLOCK_BOOTTIME)) < 10**9
 
 
+def test_a_thread_that_loses_its_cpu_between_the_two_clocks_reads_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known_ns = wall_clock.started_ns(0)
+    now_ns = time.time_ns
+    reads: list[int] = []
+
+    def late() -> int:
+        if not reads:
+            time.sleep(0.003)
+        reads.append(now_ns())
+        return reads[-1]
+
+    monkeypatch.setattr(time, "time_ns", late)
+    monkeypatch.setattr(wall_clock, "_booted_ns", wall_clock._booted_ns)
+    assert wall_clock.started_ns(0) == known_ns
+    assert len(reads) > 1
+
+
 def test_a_file_has_its_birth_and_the_last_write(tmp_path: Path) -> None:
     before_ns = time.time_ns()
     path = tmp_path / "file"

@@ -57,8 +57,6 @@ int BPF_PROG(process_forks, struct task_struct *parent, struct task_struct *chil
 		inherited->start_ns = BPF_CORE_READ(child, start_boottime);
 		inherited->dirty = 0;
 		inherited->scan_run = 0;
-		inherited->shares_vm = 0;
-		inherited->vm_root = 0;
 		inherited->payer = process->payer ?: tgid;
 		if (flags & FLAG_SHARED_VM) {
 			inherited->shares_vm = 1;
