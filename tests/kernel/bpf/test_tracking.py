@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sowatch.bpf.records import FLAG_ASK, FLAG_NEEDS_RESCAN, MapRecord, Record, RecordType, path_of
+from sowatch.bpf.records import FLAG_ASK, FLAG_NEEDS_RESCAN, FLAG_SHARED_VM, MapRecord, Record, RecordType, path_of
 from sowatch.sources import core as sources
 from support.kernel import Tap, executable_ranges, id_by_stat, id_of, kinds_of, only, pages, scan_of, spans
 from support.programs import Mapper
@@ -305,6 +305,21 @@ def test_a_process_whose_child_shares_its_memory_is_told_of_the_childs_munmap(
     scan_of(tap, child.pid)
     reported = tap.during(lambda: child.unmap(at, length), parent.pid, child.pid)
     assert any(record.flags & FLAG_NEEDS_RESCAN for record in reported)
+
+
+def test_a_process_that_is_tracked_anew_says_again_that_it_shares_its_memory(
+    tap: Tap, start: Start, library: NewLibrary, closing: Any
+) -> None:
+    ignore_what_it_has(tap, start())
+    late, unwanted = start(), library("libunwanted.so")
+    late.map(unwanted)
+    tap.source.answer(tap.places_of(late.pid, unwanted), is_wanted=False)
+    record = tap.maps(late.pid)[-1]
+    closing.enter_context(late.fork(how="clonevm"))
+    tap.wait_for(lambda r: r.type == FORK and r.parent_tgid == late.pid, "the fork, which says so")
+    assert tap.source.untrack(late.pid, record.start_ns, record.activity)
+    reported = tap.during(lambda: late.map(library("libwanted.so")), late.pid)
+    assert any(record.flags & FLAG_SHARED_VM for record in reported)
 
 
 def test_a_threaded_process_that_once_spawned_a_child_is_not_dirty_for_ever(
