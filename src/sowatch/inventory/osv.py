@@ -432,7 +432,7 @@ class _TooLargeError(Exception):
     """More than an honest file has."""
 
 
-#: What zipfile raises of an entry; RuntimeError of an encrypted one.
+#: What zipfile raises of an entry: RuntimeError of an encrypted one, NotImplementedError of a compression it lacks.
 _ENTRY_ERRORS: Final = (
     *(OSError, EOFError, RuntimeError, NotImplementedError),
     *(_TooLargeError, zlib.error, zipfile.BadZipFile),
